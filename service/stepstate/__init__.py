@@ -1,0 +1,3 @@
+"""Stepstate: a gRPC service that steps trained recurrent networks, session by session."""
+
+__version__ = "0.1.0"

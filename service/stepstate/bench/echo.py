@@ -1,0 +1,35 @@
+"""The floor: a bare `grpc.aio` server on uvloop that sends every message back.
+
+It parses nothing and keeps nothing, so what it costs is what the transport costs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import grpc
+import uvloop
+
+SERVICE = "stepstate.bench.Echo"
+METHOD = f"/{SERVICE}/Stream"
+
+
+async def _echo(_requests: Any, context: grpc.aio.ServicerContext) -> None:
+    while (message := await context.read()) is not grpc.aio.EOF:
+        await context.write(message)
+
+
+async def _serve() -> None:
+    server = grpc.aio.server()
+    method = grpc.stream_stream_rpc_method_handler(_echo)
+    handler = grpc.method_handlers_generic_handler(SERVICE, {"Stream": method})
+    server.add_generic_rpc_handlers((handler,))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    print(f"echo on 127.0.0.1:{port}", flush=True)
+    await asyncio.Event().wait()
+
+
+if __name__ == "__main__":
+    uvloop.run(_serve())

@@ -1,0 +1,5 @@
+"""The command `stepstate`."""
+
+from stepstate.cli.main import main
+
+__all__ = ["main"]

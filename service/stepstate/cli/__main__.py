@@ -1,0 +1,5 @@
+"""`python -m stepstate.cli`."""
+
+from stepstate.cli import main
+
+main()

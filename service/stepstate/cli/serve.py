@@ -1,0 +1,46 @@
+"""`stepstate serve`: runs a server."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+
+import click
+import uvloop
+
+from stepstate.cli.options import option
+from stepstate.config import ConfigError, ServerConfig
+from stepstate.errors import ModelInvalid
+from stepstate.logs import configure_logs
+from stepstate.server import CannotListen, Server, serve
+
+
+def _settings(command: Callable[..., None]) -> Callable[..., None]:
+    """An option for every field of `ServerConfig`."""
+    for field in reversed(fields(ServerConfig)):
+        name = "--" + field.name.replace("_", "-")
+        kind = type(field.default)
+        command = option(name, field.default, kind, field.metadata["help"])(command)
+    return command
+
+
+@click.command("serve")
+@_settings
+@option("--log-level", "INFO", click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), "Least level.")
+@option("--log-format", "auto", click.Choice(["auto", "json", "text"]), "auto: text on a terminal.")
+def serve_command(log_level: str, log_format: str, **settings: object) -> None:
+    """Serves the models of a folder until SIGTERM, then drains; a second signal forces."""
+    configure_logs(log_level, log_format)
+    try:
+        config = ServerConfig(**settings)  # type: ignore[arg-type] - click made them of these types
+        drained = uvloop.run(serve(config, _announce))
+    except (ConfigError, ModelInvalid, CannotListen) as error:
+        raise click.ClickException(str(error)) from error
+    sys.exit(0 if drained else 1)
+
+
+def _announce(server: Server) -> None:
+    """Prints the chosen addresses, so that port 0 can be used by scripts."""
+    models = ", ".join(model.key for model in server.sessions.catalog)
+    click.echo(f"serving {models} on {server.address}, metrics on http://{server.metrics_address}/metrics")

@@ -1,0 +1,87 @@
+"""What a server is told: values, checked. It opens nothing."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TypeVar
+
+T = TypeVar("T")
+
+LARGEST = 2**40
+"""No setting means anything beyond this; arrays of such a size could not be made."""
+
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:\s/\[\]]+):(\d{1,5})")
+
+
+class ConfigError(ValueError):
+    """A value can't be used; the message names it."""
+
+
+def _setting(default: T, text: str) -> T:
+    """A field with the text that `stepstate serve --help` shows for it."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The settings of one server; each is an option of `stepstate serve` and a variable.
+
+    Every default has its reason beside it.
+    """
+
+    models: Path = _setting(Path("models"), "The folder that holds <name>/<version>/.")
+    # Loopback: without credentials nobody else should reach it.
+    listen: str = _setting("127.0.0.1:50051", "host:port for gRPC; port 0 takes a free one.")
+    # The port that OpenTelemetry's exporter made usual.
+    metrics_listen: str = _setting("127.0.0.1:9464", "host:port for Prometheus.")
+    # With states of 2 KiB and replay windows of at most 64 KiB they stay below 1 GB.
+    max_sessions: int = _setting(10_000, "Open sessions at the most.")
+    # A day: a meter that reports hourly survives a night's outage.
+    idle_timeout: float = _setting(86_400.0, "Seconds without a step after which one expires.")
+    # A month: what was forgotten for longer is not coming back.
+    max_idle_timeout: float = _setting(31 * 86_400.0, "The longest that a client may ask for.")
+    # A larger forward takes over a millisecond and gains little.
+    batch_rows: int = _setting(256, "Most single rows in one forward.")
+    # About a millisecond: what a long request may delay the steps of others.
+    chunk_rows: int = _setting(128, "Most rows of long requests between two forwards.")
+    # More than a client has in flight for one session.
+    replay_rows: int = _setting(32, "Single rows whose replies a session remembers.")
+    # Some hundred of the longest replies.
+    replay_bytes: int = _setting(256 * 2**20, "Bound for remembered replies with many rows.")
+    # Several seconds of work for one core.
+    queue_requests: int = _setting(65_536, "Accepted and unanswered requests at the most.")
+    # Ten of the longest requests.
+    queue_rows: int = _setting(1_000_000, "Accepted and unanswered rows at the most.")
+    # What an orchestrator usually grants between SIGTERM and SIGKILL.
+    drain_seconds: float = _setting(30.0, "For finishing accepted steps after SIGTERM.")
+
+    def __post_init__(self) -> None:
+        _check_address("listen", self.listen)
+        _check_address("metrics_listen", self.metrics_listen)
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(value, int | float) and not 0 < value <= LARGEST:
+                raise ConfigError(
+                    f"{setting.name} is {value}, expected more than 0 and at most {LARGEST}"
+                )
+        if self.idle_timeout > self.max_idle_timeout:
+            raise ConfigError(
+                f"idle_timeout is {self.idle_timeout:g} s, more than max_idle_timeout, "
+                f"{self.max_idle_timeout:g} s"
+            )
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """Host (without brackets) and port of "host:port"."""
+    host, _, port = address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def _check_address(name: str, address: str) -> None:
+    match = _ADDRESS.fullmatch(address)
+    if match is None or int(match[2]) > 65_535:
+        raise ConfigError(
+            f"{name} is {address!r}, expected host:port such as 127.0.0.1:50051 (port 0: any free)"
+        )

@@ -1,0 +1,336 @@
+"""Every error that Stepstate answers with, as one tree.
+
+    StepstateError
+    ├── NotFound
+    │   ├── SessionUnknown      never opened here, or its end is no longer remembered
+    │   ├── SessionExpired      idle for longer than its timeout
+    │   ├── SessionClosed       closed by a client
+    │   └── ModelUnknown        no such model or version is loaded
+    ├── SessionExists           the id is already open
+    ├── InvalidRequest
+    │   ├── InvalidField        a field that no session could accept
+    │   ├── NonFiniteInput      NaN or infinity in x
+    │   ├── NonFiniteResult     the rows would make the state or y non-finite
+    │   └── StepMismatch        this t was already applied, with another payload
+    ├── StepAhead               t is larger than the rows applied so far
+    ├── StepTooOld              t is older than the replay window
+    ├── SessionLimit            no room for one more session
+    ├── Unavailable             try again, after retry_after_seconds
+    │   ├── QueueFull
+    │   ├── Draining
+    │   └── ServerUnreachable   raised by the client: no answer from the server
+    ├── Cancelled               raised by the client: the call was given up
+    ├── Internal                a surprise; its id is in the server's log
+    └── ModelInvalid            a model's folder can't be served (never on the wire)
+
+An error holds fields and composes its message from them: what, which id, what
+to do next. The server puts the fields on the wire and the client raises the
+same class again, so both sides share this file. It knows no status codes:
+`stepstate.transport.status` maps each type to one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import ClassVar
+
+_BY_REASON: dict[str, type[StepstateError]] = {}
+
+
+@dataclass(eq=False)
+class StepstateError(Exception):
+    """Base of every error; `reason` is its name on the wire."""
+
+    reason: ClassVar[str] = ""
+
+    def __init_subclass__(cls) -> None:
+        reason = cls.__dict__.get("reason", "")
+        if reason:
+            _BY_REASON[reason] = cls
+
+    def fields(self) -> dict[str, str]:
+        """The fields as text, as they travel in `google.rpc.ErrorInfo.metadata`."""
+        return {field.name: str(getattr(self, field.name)) for field in fields(self)}
+
+
+def restore(reason: str, metadata: dict[str, str]) -> StepstateError | None:
+    """Makes the error again that `fields` described, or None if it can't be told which."""
+    cls = _BY_REASON.get(reason)
+    if cls is None:
+        return None
+    cast = {"int": int, "float": float, "str": str}
+    try:
+        return cls(**{f.name: cast[str(f.type)](metadata[f.name]) for f in fields(cls)})
+    except (KeyError, ValueError):
+        return None
+
+
+class NotFound(StepstateError):
+    """What was asked for is not here, and never comes back by itself."""
+
+
+@dataclass(eq=False)
+class SessionUnknown(NotFound):
+    """No session of this id is known."""
+
+    reason = "SESSION_UNKNOWN"
+    session_id: str
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session_id!r} is unknown: it was never opened on this server, "
+            "or it ended so long ago that the reason is forgotten; open it"
+        )
+
+
+@dataclass(eq=False)
+class SessionExpired(NotFound):
+    """The session was idle for longer than its timeout."""
+
+    reason = "SESSION_EXPIRED"
+    session_id: str
+    t: int
+    idle_timeout_seconds: float
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session_id!r} expired at t={self.t} after "
+            f"{self.idle_timeout_seconds:g} s without a step; open it again and send its "
+            "history, and ask for a longer idle_timeout if steps come less often"
+        )
+
+
+@dataclass(eq=False)
+class SessionClosed(NotFound):
+    """The session was closed by a client."""
+
+    reason = "SESSION_CLOSED"
+    session_id: str
+    t: int
+
+    def __str__(self) -> str:
+        return f"session {self.session_id!r} was closed at t={self.t}; open it again to start anew"
+
+
+@dataclass(eq=False)
+class ModelUnknown(NotFound):
+    """No such model, or no such version of it, is loaded."""
+
+    reason = "MODEL_UNKNOWN"
+    model: str
+    version: str
+    loaded: str
+
+    def __str__(self) -> str:
+        wanted = f"{self.model}/{self.version}" if self.version else self.model
+        return f"model {wanted!r} is not loaded; loaded: {self.loaded or 'none'}"
+
+
+@dataclass(eq=False)
+class SessionExists(StepstateError):
+    """The id is already open."""
+
+    reason = "SESSION_EXISTS"
+    session_id: str
+    t: int
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session_id!r} is already open at t={self.t}; "
+            "go on from there, choose another id, or close it first"
+        )
+
+
+class InvalidRequest(StepstateError):
+    """The request is wrong in itself: sent again, it fails again."""
+
+
+@dataclass(eq=False)
+class InvalidField(InvalidRequest):
+    """A field of the request can't be accepted."""
+
+    reason = "INVALID_FIELD"
+    field: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.problem}"
+
+
+@dataclass(eq=False)
+class NonFiniteInput(InvalidRequest):
+    """A value of x is NaN or infinite."""
+
+    reason = "NON_FINITE_INPUT"
+    session_id: str
+    row: int
+    column: str
+    value: str
+
+    def __str__(self) -> str:
+        return (
+            f"x: row {self.row}, input {self.column!r} of session {self.session_id!r} is "
+            f"{self.value}; nothing was applied: send finite values only"
+        )
+
+
+@dataclass(eq=False)
+class NonFiniteResult(InvalidRequest):
+    """The rows are finite, but would make the state or y non-finite."""
+
+    reason = "NON_FINITE_RESULT"
+    session_id: str
+    t: int
+
+    def __str__(self) -> str:
+        return (
+            f"x: applied to session {self.session_id!r} at t={self.t}, these rows overflow "
+            "float32; nothing was applied: check the unit of the values"
+        )
+
+
+@dataclass(eq=False)
+class StepMismatch(InvalidRequest):
+    """This t was already applied, with another payload."""
+
+    reason = "STEP_MISMATCH"
+    session_id: str
+    t: int
+    expected_t: int
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session_id!r} has already applied another request at t={self.t}; "
+            f"it stands at t={self.expected_t}: a retry must repeat the same rows and options"
+        )
+
+
+@dataclass(eq=False)
+class StepAhead(StepstateError):
+    """t is larger than the rows applied so far: rows are missing."""
+
+    reason = "STEP_AHEAD"
+    session_id: str
+    t: int
+    expected_t: int
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session_id!r} stands at t={self.expected_t}, the request is for "
+            f"t={self.t}: send the rows from t={self.expected_t} on first"
+        )
+
+
+@dataclass(eq=False)
+class StepTooOld(StepstateError):
+    """t is older than everything the replay window remembers."""
+
+    reason = "STEP_TOO_OLD"
+    session_id: str
+    t: int
+    expected_t: int
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session_id!r} stands at t={self.expected_t} and no longer remembers "
+            f"the reply for t={self.t}; it was applied: go on from t={self.expected_t}"
+        )
+
+
+@dataclass(eq=False)
+class SessionLimit(StepstateError):
+    """No room for one more session."""
+
+    reason = "SESSION_LIMIT"
+    limit: int
+
+    def __str__(self) -> str:
+        return (
+            f"all {self.limit} sessions of this server are open; close some, let idle ones "
+            "expire, or start the server with a larger --max-sessions"
+        )
+
+
+class Unavailable(StepstateError):
+    """Not now: the same request may succeed later. Nothing was applied."""
+
+
+@dataclass(eq=False)
+class QueueFull(Unavailable):
+    """Too many rows or requests are already waiting."""
+
+    reason = "QUEUE_FULL"
+    what: str
+    limit: int
+    retry_after_seconds: float = 0.05
+
+    def __str__(self) -> str:
+        return (
+            f"{self.what}: the limit of {self.limit} is reached; nothing was applied: "
+            f"retry after {self.retry_after_seconds:g} s, and wait for replies before sending more"
+        )
+
+
+@dataclass(eq=False)
+class Draining(Unavailable):
+    """The server is about to stop."""
+
+    reason = "DRAINING"
+    retry_after_seconds: float = 1.0
+
+    def __str__(self) -> str:
+        return (
+            "the server is draining: it finishes accepted requests and takes no new ones; "
+            "nothing was applied: retry on another server, or here when it is back"
+        )
+
+
+@dataclass(eq=False)
+class ServerUnreachable(Unavailable):
+    """Raised by the client: the server gave no answer within the deadline."""
+
+    reason = "SERVER_UNREACHABLE"
+    target: str
+    detail: str
+
+    def __str__(self) -> str:
+        return (
+            f"no answer from {self.target}: {self.detail}; a request that carries t may be "
+            "sent again safely: it is applied once"
+        )
+
+
+@dataclass(eq=False)
+class Cancelled(StepstateError):
+    """Raised by the client: the call was cancelled, or its stream ended, before the answer."""
+
+    reason = "CANCELLED"
+    detail: str
+
+    def __str__(self) -> str:
+        return (
+            f"no answer, the call ended first: {self.detail}; the rows may or may not have been "
+            "applied: send the same request with the same t to find out"
+        )
+
+
+@dataclass(eq=False)
+class Internal(StepstateError):
+    """A surprise on the server."""
+
+    reason = "INTERNAL"
+    error_id: str
+
+    def __str__(self) -> str:
+        return f"internal error {self.error_id}: look for this id in the server's log"
+
+
+@dataclass(eq=False)
+class ModelInvalid(StepstateError):
+    """A model's folder can't be served. Never on the wire: the server does not start."""
+
+    folder: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"{self.folder}: {self.problem}"

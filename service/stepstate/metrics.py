@@ -1,0 +1,255 @@
+"""Every Prometheus series of the server.
+
+Counting must cost well under a microsecond a step, so the hot path adds to
+plain integers, once a micro-batch where it can, and a collector turns them into
+samples when Prometheus asks. Labels are bounded: models, results, methods and
+codes; never a session id. The event loop counts and the scrape thread reads:
+a scrape may see a micro-batch half counted, never a wrong total later.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
+from prometheus_client.registry import Collector
+
+from stepstate import __version__
+
+# From a single row on an idle server (about 0.1 ms) to a client's usual deadline.
+SECONDS = (
+    0.000_1,
+    0.000_25,
+    0.000_5,
+    0.001,
+    0.002_5,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+STAGES = ("queue", "compute", "total")
+
+
+class Histogram:
+    """Counts values by bucket; the last bucket has no upper bound."""
+
+    def __init__(self, bounds: Sequence[float]) -> None:
+        self._bounds = bounds
+        self._counts = [0] * (len(bounds) + 1)
+        self._sum = 0.0
+
+    def observe(self, value: float, times: int = 1) -> None:
+        """Counts one value, as often as it came."""
+        self._counts[bisect_left(self._bounds, value)] += times
+        self._sum += value * times
+
+    def samples(self) -> tuple[list[tuple[str, float]], float]:
+        """Cumulative buckets by upper bound, and the sum."""
+        bounds = [*map(str, map(float, self._bounds)), "+Inf"]
+        return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
+
+
+class LaneGauges(Protocol):
+    """What is read of a model's lane at each scrape."""
+
+    @property
+    def open_sessions(self) -> int: ...
+    @property
+    def queued_rows(self) -> int: ...
+    @property
+    def state_bytes(self) -> int: ...
+    @property
+    def replay_bytes(self) -> int: ...
+
+
+class ModelMetrics:
+    """What happened to the steps of one model; a `LaneObserver`."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, int] = defaultdict(int)
+        self.seconds = {stage: Histogram(SECONDS) for stage in STAGES}
+        self.rows = Histogram(ROWS)
+        self.opened = 0
+        self.lane: LaneGauges | None = None
+
+    def microbatch(self, queued_at: Sequence[float], started: float, finished: float) -> None:
+        """Single rows were stepped together; `time.perf_counter` seconds."""
+        self.rows.observe(len(queued_at))
+        self.seconds["compute"].observe(finished - started, len(queued_at))
+        queue, total = self.seconds["queue"], self.seconds["total"]
+        for queued in queued_at:
+            queue.observe(started - queued)
+            total.observe(finished - queued)
+
+    def applied(self, rows: int) -> None:
+        """Rows were applied."""
+        self.steps["applied"] += rows
+
+    def ended(self, result: str) -> None:
+        """A request ended otherwise."""
+        self.steps[result] += 1
+
+
+class RpcMetrics:
+    """What happened to the calls of one RPC."""
+
+    def __init__(self) -> None:
+        self.started = 0
+        self.received = 0
+        self.sent = 0
+        self.handled: dict[str, int] = defaultdict(int)
+        self.seconds = Histogram(SECONDS)
+
+
+class Metrics(Collector):
+    """All series of a server, in one registry."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._models: dict[tuple[str, str], ModelMetrics] = {}
+        self._rpcs: dict[tuple[str, str, str], RpcMetrics] = {}
+        self._closed: dict[str, int] = defaultdict(int)
+        self._refused: dict[str, int] = defaultdict(int)
+        registry.register(self)
+
+    def model(self, name: str, version: str) -> ModelMetrics:
+        """The counters of one model."""
+        return self._models.setdefault((name, version), ModelMetrics())
+
+    def rpc(self, kind: str, service: str, method: str) -> RpcMetrics:
+        """The counters of one RPC; kind as in go-grpc-middleware, "unary" to "bidi_stream"."""
+        return self._rpcs.setdefault((kind, service, method), RpcMetrics())
+
+    def opened(self, model: str, version: str) -> None:
+        """A session was opened."""
+        self.model(model, version).opened += 1
+
+    def refused(self, reason: str) -> None:
+        """A request was answered with an error of Stepstate's."""
+        self._refused[reason] += 1
+
+    def closed(self, reason: str) -> None:
+        """A session ended."""
+        self._closed[reason] += 1
+
+    def collect(self) -> Iterable[Metric]:
+        """All samples, for a scrape."""
+        yield from self._of_build()
+        yield from self._of_models()
+        yield from self._of_sessions()
+        yield from self._of_rpcs()
+
+    def _of_build(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "stepstate_build_info", "1, with the server's version.", labels=["version"]
+        )
+        family.add_metric([__version__], 1)
+        yield family
+
+    def _of_models(self) -> Iterator[Metric]:
+        labels = ["model", "version"]
+        steps = CounterMetricFamily(
+            "stepstate_steps",
+            "Rows applied (result=applied), and requests that ended otherwise: replayed (answered "
+            "again from the replay window), refused (wrong t), invalid, cancelled, failed.",
+            labels=[*labels, "result"],
+        )
+        seconds = HistogramMetricFamily(
+            "stepstate_step_seconds",
+            "Time of single-row steps: waiting for a micro-batch, in its forward, and both.",
+            labels=[*labels, "stage"],
+        )
+        rows = HistogramMetricFamily(
+            "stepstate_microbatch_rows", "Single rows stepped in one forward.", labels=labels
+        )
+        for key, model in list(self._models.items()):
+            for result, count in list(model.steps.items()):
+                steps.add_metric([*key, result], count)
+            for stage, histogram in model.seconds.items():
+                seconds.add_metric([*key, stage], *histogram.samples())
+            rows.add_metric(key, *model.rows.samples())
+        yield from (steps, seconds, rows)
+
+    def _of_sessions(self) -> Iterator[Metric]:
+        labels = ["model", "version"]
+        opened = CounterMetricFamily(
+            "stepstate_sessions_opened", "Sessions opened.", labels=labels
+        )
+        for key, model in list(self._models.items()):
+            opened.add_metric(key, model.opened)
+        closed = CounterMetricFamily(
+            "stepstate_sessions_closed", "Sessions that ended, by reason.", labels=["reason"]
+        )
+        for reason, count in list(self._closed.items()):
+            closed.add_metric([reason], count)
+        refused = CounterMetricFamily(
+            "stepstate_requests_refused",
+            "Requests answered with an error, in band ones too, by ErrorInfo reason.",
+            labels=["reason"],
+        )
+        for reason, count in list(self._refused.items()):
+            refused.add_metric([reason], count)
+        yield from (opened, closed, refused)
+        sessions = GaugeMetricFamily(
+            "stepstate_sessions", "Open sessions, by where their state is.", labels=[*labels, "residency"]
+        )
+        queue = GaugeMetricFamily(
+            "stepstate_queue_rows", "Rows accepted and not yet answered.", labels=labels
+        )
+        state = GaugeMetricFamily(
+            "stepstate_state_bytes", "Bytes of state (h, c) of resident sessions.", labels=labels
+        )
+        replay = GaugeMetricFamily(
+            "stepstate_replay_bytes",
+            "Bytes of remembered replies with many rows or layers, bounded by --replay-bytes.",
+            labels=labels,
+        )
+        for key, model in list(self._models.items()):
+            if model.lane is not None:
+                sessions.add_metric([*key, "resident"], model.lane.open_sessions)
+                queue.add_metric(key, model.lane.queued_rows)
+                state.add_metric(key, model.lane.state_bytes)
+                replay.add_metric(key, model.lane.replay_bytes)
+        yield from (sessions, queue, state, replay)
+
+    def _of_rpcs(self) -> Iterator[Metric]:
+        labels = ["grpc_type", "grpc_service", "grpc_method"]
+        started = CounterMetricFamily("grpc_server_started", "RPCs started.", labels=labels)
+        handled = CounterMetricFamily(
+            "grpc_server_handled", "RPCs completed, by code.", labels=[*labels, "grpc_code"]
+        )
+        received = CounterMetricFamily(
+            "grpc_server_msg_received", "Messages received from clients.", labels=labels
+        )
+        sent = CounterMetricFamily(
+            "grpc_server_msg_sent", "Messages sent to clients.", labels=labels
+        )
+        seconds = HistogramMetricFamily(
+            "grpc_server_handling_seconds", "Time from start to end of an RPC.", labels=labels
+        )
+        for key, rpc in list(self._rpcs.items()):
+            started.add_metric(key, rpc.started)
+            for code, count in list(rpc.handled.items()):
+                handled.add_metric([*key, code], count)
+            received.add_metric(key, rpc.received)
+            sent.add_metric(key, rpc.sent)
+            seconds.add_metric(key, *rpc.seconds.samples())
+        yield from (started, handled, received, sent, seconds)

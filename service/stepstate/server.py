@@ -1,0 +1,261 @@
+"""The composition root: wires the layers together, and starts, runs and drains them."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from threading import Thread
+from wsgiref.simple_server import WSGIServer
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from prometheus_client import (
+    CollectorRegistry,
+    GCCollector,
+    PlatformCollector,
+    ProcessCollector,
+    start_http_server,
+)
+
+from stepstate.config import ServerConfig, split_address
+from stepstate.engine import use_one_thread
+from stepstate.metrics import Metrics
+from stepstate.models import load_catalog
+from stepstate.sessions import Lane, Limits, Sessions, Table
+from stepstate.stores import MemoryStore, SessionStore
+from stepstate.transport import Guard, NativeService, add_reflection
+from stepstate.v1.stepstate_pb2 import DESCRIPTOR
+from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
+
+log = logging.getLogger(__name__)
+
+SERVICE = DESCRIPTOR.services_by_name["StepstateService"].full_name
+SWEEP_SECONDS = 1.0
+"""Expiry is exact when a session is used; this only bounds how late its slot is freed."""
+
+CHANNEL_OPTIONS = (
+    # With it two servers could share a port unseen, each with half of the sessions.
+    ("grpc.so_reuseport", 0),
+    # The longest request, 100,000 rows of 40 inputs.
+    ("grpc.max_receive_message_length", 16 * 2**20),
+    # Find clients that vanished without a word within 80 s, and free what their streams hold.
+    ("grpc.keepalive_time_ms", 60_000),
+    ("grpc.keepalive_timeout_ms", 20_000),
+    # Clients behind a NAT may ping as often as every 10 s, also between calls.
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # One stream a session on one connection, for as many sessions as a large gateway has.
+    ("grpc.max_concurrent_streams", 65_536),
+)
+
+
+class Phase(enum.Enum):
+    """The life of a server."""
+
+    STARTING = "starting"
+    SERVING = "serving"
+    DRAINING = "draining"
+    STOPPED = "stopped"
+
+
+@dataclass(eq=False)
+class CannotListen(Exception):  # noqa: N818 - it is what happened
+    """An address can't be listened on."""
+
+    option: str
+    address: str
+    detail: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.option} {self.address}: can't listen there ({self.detail}); stop what uses the "
+            "port (`ss -ltnp` shows it), or choose another, port 0 for any free one"
+        )
+
+
+class Server:
+    """A server and its life: `start`, then `drain` (or `stop`)."""
+
+    def __init__(self, config: ServerConfig, store: SessionStore) -> None:
+        use_one_thread()
+        self.phase = Phase.STARTING
+        self.address = ""
+        self.metrics_address = ""
+        self._config = config
+        self._store = store
+        self._registry = CollectorRegistry()
+        self._metrics = Metrics(self._registry)
+        for standard in (ProcessCollector, PlatformCollector, GCCollector):
+            standard(registry=self._registry)
+        self.sessions = self._wire_sessions()
+        self._native = NativeService(self.sessions, self._metrics)
+        self._health = health.aio.HealthServicer()
+        self._grpc = grpc.aio.server(
+            interceptors=[Guard(self._metrics)], options=list(CHANNEL_OPTIONS)
+        )
+        self._http: tuple[WSGIServer, Thread] | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+        self._drained: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Listens, then says that it serves.
+
+        Raises:
+            CannotListen: an address is taken, or not ours.
+        """
+        add_StepstateServiceServicer_to_server(self._native, self._grpc)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        add_reflection(self._grpc, SERVICE)
+        self.metrics_address = self._listen_metrics()
+        self.address = self._listen_grpc()
+        await self._grpc.start()
+        self._sweeper = asyncio.create_task(self._sweep())
+        for service in ("", SERVICE):
+            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+        self.phase = Phase.SERVING
+
+    async def drain(self) -> None:
+        """Stops in order, and loses nothing that was accepted. Further calls wait for the first.
+
+        1. Health says NOT_SERVING, so that load balancers turn away.
+        2. New sessions and steps are refused with UNAVAILABLE and RetryInfo.
+        3. Accepted steps are finished and answered, within `drain_seconds`.
+        4. Streams end; gRPC stops; metrics last, so that the end can be seen.
+        """
+        if self._drained is None:
+            self._drained = asyncio.create_task(self._drain())
+        await asyncio.shield(self._drained)
+
+    async def stop(self, grace_seconds: float = 0.0) -> None:
+        """Stops: calls that are not done within the grace are cut."""
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        await self._grpc.stop(grace_seconds)
+        await self._store.close()
+        if self._http is not None:
+            http, thread = self._http
+            await asyncio.to_thread(http.shutdown)
+            http.server_close()
+            thread.join()
+            self._http = None
+        self.phase = Phase.STOPPED
+
+    async def _drain(self) -> None:
+        self.phase = Phase.DRAINING
+        log.info("draining", extra={"sessions": len(self.sessions)})
+        deadline = time.monotonic() + self._config.drain_seconds
+        await self._health.enter_graceful_shutdown()
+        try:
+            await asyncio.wait_for(self.sessions.drain(), self._config.drain_seconds)
+        except TimeoutError:
+            log.warning("not all accepted steps were finished in time: their calls are cut")
+        self._native.drain()
+        await self.stop(max(0.0, deadline - time.monotonic()))
+        log.info("stopped")
+
+    def _wire_sessions(self) -> Sessions:
+        config = self._config
+        catalog = load_catalog(config.models)
+        table = Table(config.max_sessions)
+        sessions = Sessions(
+            catalog,
+            table,
+            self._store,
+            limits=Limits(
+                queued_requests=config.queue_requests,
+                queued_rows=config.queue_rows,
+                default_idle_seconds=config.idle_timeout,
+                most_idle_seconds=config.max_idle_timeout,
+            ),
+            clock=time.monotonic,
+            observer=self._metrics,
+        )
+        for model in catalog:
+            metrics = self._metrics.model(model.manifest.name, model.manifest.version)
+            lane = Lane(
+                model,
+                table,
+                clock=time.monotonic,
+                observer=metrics,
+                settled=sessions.settled,
+                capacity=config.max_sessions,
+                batch_rows=config.batch_rows,
+                chunk_rows=config.chunk_rows,
+                replay_rows=config.replay_rows,
+                replay_bytes=config.replay_bytes,
+            )
+            sessions.lanes[model.key] = lane
+            metrics.lane = lane
+        return sessions
+
+    def _listen_grpc(self) -> str:
+        try:
+            port = self._grpc.add_insecure_port(self._config.listen)
+        except RuntimeError as error:
+            raise CannotListen("--listen", self._config.listen, str(error)) from error
+        return f"{self._config.listen.rpartition(':')[0]}:{port}"
+
+    def _listen_metrics(self) -> str:
+        host, port = split_address(self._config.metrics_listen)
+        try:
+            self._http = start_http_server(port, host, self._registry)
+        except OSError as error:
+            address = self._config.metrics_listen
+            raise CannotListen("--metrics-listen", address, str(error)) from error
+        return f"{self._config.metrics_listen.rpartition(':')[0]}:{self._http[0].server_port}"
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_SECONDS)
+            try:
+                await self.sessions.sweep()
+            except Exception:
+                log.exception("a sweep for expired sessions failed; the next one tries again")
+
+
+@asynccontextmanager
+async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
+    """A server that serves inside the block and is drained at its end."""
+    server = Server(config, MemoryStore(time.monotonic))
+    try:
+        await server.start()
+        yield server
+        await server.drain()
+    finally:
+        await server.stop()
+
+
+async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> bool:
+    """Runs a server until a signal: the first one drains it, a second one cuts that short.
+
+    Args:
+        config: the settings.
+        announce: called once, when the server listens.
+
+    Returns:
+        Whether it drained to the end.
+    """
+    signals = asyncio.Semaphore(0)
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, signals.release)
+    server = Server(config, MemoryStore(time.monotonic))
+    try:
+        await server.start()
+        announce(server)
+        await signals.acquire()
+        drained = asyncio.create_task(server.drain())
+        forced = asyncio.create_task(signals.acquire())
+        await asyncio.wait((drained, forced), return_when=asyncio.FIRST_COMPLETED)
+        if forced.done():
+            log.warning("forced by a second signal: accepted steps may go unanswered")
+        forced.cancel()
+        return drained.done()
+    finally:
+        await server.stop()

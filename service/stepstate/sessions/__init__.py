@@ -1,0 +1,20 @@
+"""Sessions: who is open, where each stands, and in which order steps are applied."""
+
+from stepstate.sessions.lane import Lane, LaneObserver
+from stepstate.sessions.session import ReplyTo, Session, Step
+from stepstate.sessions.sessions import Limits, Opening, SessionObserver, Sessions, check_id
+from stepstate.sessions.table import Table
+
+__all__ = [
+    "Lane",
+    "LaneObserver",
+    "Limits",
+    "Opening",
+    "ReplyTo",
+    "Session",
+    "SessionObserver",
+    "Sessions",
+    "Step",
+    "Table",
+    "check_id",
+]

@@ -1,0 +1,240 @@
+"""One model's sessions: checks t, hands steps to the engine, commits what it computed.
+
+Rule 1: a session has at most one step in the engine; later ones wait in the session.
+Rule 2: t is checked when a step's turn has come, against the rows applied by then.
+Rule 3: state, t and the replay window advance together, between two turns of the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from stepstate.engine import Engine, Floats, Layers, Observer
+from stepstate.errors import Internal, NonFiniteResult, StepAhead, StepMismatch, StepTooOld
+from stepstate.models import Model, build_timeline
+from stepstate.sessions.session import Session, Step
+from stepstate.sessions.table import Table
+from stepstate.sessions.window import ReplayWindow, Remembered
+
+log = logging.getLogger(__name__)
+
+
+class LaneObserver(Observer, Protocol):
+    """Is told of every forward and of how steps ended."""
+
+    def applied(self, rows: int) -> None:
+        """Rows were applied."""
+        ...
+
+    def ended(self, result: str) -> None:
+        """A request ended otherwise: replayed, refused, cancelled, failed."""
+        ...
+
+
+class Lane:
+    """The sessions of one model version.
+
+    Args:
+        model: the model.
+        table: holds t and expiry of every session.
+        clock: monotonic seconds.
+        observer: told what happens.
+        capacity: most sessions of the model.
+        batch_rows: most single rows in one forward.
+        chunk_rows: most rows of long requests in one turn.
+        replay_rows: most single rows a session remembers the replies of.
+        replay_bytes: bound for the remembered long replies of all sessions.
+        settled: called for each step that has its outcome, before its delivery.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        table: Table,
+        *,
+        clock: Callable[[], float],
+        observer: LaneObserver,
+        capacity: int,
+        batch_rows: int,
+        chunk_rows: int,
+        replay_rows: int,
+        replay_bytes: int,
+        settled: Callable[[Step], None],
+    ) -> None:
+        self.model = model
+        self.timeline = build_timeline(model)
+        self.engine: Engine[Step] = Engine(
+            model,
+            self.timeline,
+            owner=self,
+            observer=observer,
+            capacity=capacity,
+            batch_rows=batch_rows,
+            chunk_rows=chunk_rows,
+        )
+        self.window = ReplayWindow(
+            capacity,
+            input_width=model.manifest.input_width,
+            output_width=model.manifest.output_width,
+            rows=replay_rows,
+            long_bytes=replay_bytes,
+        )
+        self._table = table
+        self._clock = clock
+        self._observer = observer
+        self._settled = settled
+        self._output_bytes = 4 * model.manifest.output_width
+        self.queued_rows = 0
+
+    @property
+    def open_sessions(self) -> int:
+        """Sessions that hold a slot."""
+        return self.engine.used_slots
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of their states."""
+        return self.engine.state_bytes
+
+    @property
+    def replay_bytes(self) -> int:
+        """Bytes of remembered long replies."""
+        return self.window.long_bytes
+
+    def claim(self) -> int:
+        """Takes a slot with zero state and an empty replay window."""
+        slot = self.engine.claim()
+        self.window.clear(slot)
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Gives a slot back."""
+        self.window.clear(slot)
+        self.engine.release(slot)
+
+    def submit(self, step: Step) -> None:
+        """Starts a step, or lets it wait for those of its session before it."""
+        session = step.session
+        self.queued_rows += step.rows
+        if session.current is None:
+            self._start(step)
+        elif session.waiting is None:
+            session.waiting = deque((step,))
+        else:
+            session.waiting.append(step)
+
+    def stepped(self, works: Sequence[Step], x: Floats, y: Floats) -> None:
+        """See `engine.Owner`: commits a micro-batch of single rows."""
+        handles = np.array([step.session.handle for step in works])
+        slots = np.array([step.slot for step in works])
+        table = self._table
+        t = table.t_array[handles]
+        table.t_array[handles] = t + 1
+        table.expires_at_array[handles] = self._clock() + table.idle_timeout_array[handles]
+        self.window.remember_rows(slots, t, x, y)
+        self._observer.applied(len(works))
+        outputs, width = y.tobytes(), self._output_bytes
+        for place, (step, before) in enumerate(zip(works, t.tolist(), strict=True)):
+            step.t_after = before + 1
+            step.y = outputs[place * width : (place + 1) * width]
+            self._finish(step)
+
+    def finished(self, work: Step, y: Floats, layers: Layers | None) -> None:
+        """See `engine.Owner`: commits a request with many rows, or with `inspect`."""
+        session, table = work.session, self._table
+        t = table.t[session.handle]
+        work.t_after = table.t[session.handle] = t + work.rows
+        table.expires_at[session.handle] = self._clock() + session.record.idle_timeout_seconds
+        work.y, work.layers = y.tobytes(), layers
+        self.window.remember_long(work, t, work.y, layers)
+        self._observer.applied(work.rows)
+        self._finish(work)
+
+    def dropped(self, work: Step) -> None:
+        """See `engine.Owner`: nobody waits for it."""
+        self._observer.ended("cancelled")
+        self._finish(work)
+
+    def overflowed(self, work: Step) -> None:
+        """See `engine.Owner`: refuses rows that float32 can't hold the result of."""
+        session = work.session
+        work.error = NonFiniteResult(session.session_id, self._table.t[session.handle])
+        self._observer.ended("invalid")
+        self._finish(work)
+
+    def failed(self, work: Step, error: Exception) -> None:
+        """See `engine.Owner`: a surprise in the forward."""
+        work.error = Internal(secrets.token_hex(8))
+        log.error(
+            "a forward failed",
+            exc_info=error,
+            extra={"error_id": work.error.error_id, "session_id": work.session.session_id},
+        )
+        self._observer.ended("failed")
+        self._finish(work)
+
+    def _start(self, step: Step) -> None:
+        session = step.session
+        t = self._table.t[session.handle]
+        step.slot = session.slot
+        if step.error is not None:  # refused before, waiting for its place in the order
+            self._settle(step)
+        elif step.cancelled:
+            self._observer.ended("cancelled")
+            self._settle(step)
+        elif step.t is not None and step.t != t:
+            self._answer_again(step, step.t, t)
+        else:
+            step.phase = (session.phase + t) % self.timeline.phases
+            session.current = step
+            self.engine.submit(step)
+
+    def _answer_again(self, step: Step, sent_t: int, t: int) -> None:
+        """Answers a step whose t is not the session's: from the replay window, or refused."""
+        remembered = self.window.find(step, sent_t) if sent_t < t else None
+        if remembered is None:
+            step.error = self._refusal(step, sent_t, t)
+            self._observer.ended("refused")
+        else:
+            self._repeat(step, remembered)
+            self._observer.ended("replayed")
+        self._settle(step)
+
+    def _refusal(
+        self, step: Step, sent_t: int, t: int
+    ) -> StepAhead | StepMismatch | StepTooOld:
+        session_id = step.session.session_id
+        if sent_t > t:
+            return StepAhead(session_id, sent_t, t)
+        if self.window.covers(step.slot, sent_t):
+            return StepMismatch(session_id, sent_t, t)
+        return StepTooOld(session_id, sent_t, t)
+
+    @staticmethod
+    def _repeat(step: Step, remembered: Remembered) -> None:
+        step.t_after = remembered.t + remembered.rows
+        step.y, step.layers = remembered.y, remembered.layers
+        step.replayed = True
+
+    def _settle(self, step: Step) -> None:
+        """Delivers an outcome."""
+        self.queued_rows -= step.rows
+        self._settled(step)
+        step.reply_to.deliver(step)
+
+    def _finish(self, step: Step) -> None:
+        """Delivers the outcome of a step that the engine had, and starts those that waited."""
+        session = step.session
+        session.current = None
+        self._settle(step)
+        waiting = session.waiting
+        while waiting and session.current is None:
+            self._start(waiting.popleft())
+        if session.idle is not None and session.current is None and not session.idle.done():
+            session.idle.set_result(None)

@@ -1,0 +1,78 @@
+"""A session and a step, as the sessions layer sees them. No torch, no grpc, no clock."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from stepstate.engine.work import Layers, Work
+from stepstate.errors import StepstateError
+from stepstate.stores import Ending, SessionRecord
+
+if TYPE_CHECKING:
+    from stepstate.sessions.lane import Lane
+
+
+class ReplyTo(Protocol):
+    """Where a step's outcome goes: a waiting call or a stream."""
+
+    cancelled: bool
+    """Nobody waits any more."""
+
+    def deliver(self, step: Step) -> None:
+        """Takes a step that has its outcome; called once, on the event loop."""
+        ...
+
+
+@dataclass(slots=True, eq=False)
+class Step(Work):
+    """One request to apply rows, from the front door to its reply. It carries its own outcome."""
+
+    session: Session
+    t: int | None
+    """Rows applied before it, as its client counts; None: whatever the session stands at."""
+    reply_to: ReplyTo
+    t_after: int = field(init=False, default=0)
+    y: bytes = field(init=False, default=b"")
+    """Outputs, row-major float32, little-endian."""
+    layers: Layers | None = field(init=False, default=None)
+    replayed: bool = field(init=False, default=False)
+    error: StepstateError | None = field(init=False, default=None)
+
+    @property
+    def cancelled(self) -> bool:
+        """Nobody waits for it any more."""
+        return self.reply_to.cancelled
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """A client's ongoing sequence. Its numbers (t, expiry) are in the table's arrays."""
+
+    record: SessionRecord
+    lane: Lane
+    slot: int
+    phase: int
+    """Phase of row 0 in the model's timeline."""
+    handle: int = field(init=False, default=-1)
+    """Its place in the table's arrays."""
+    current: Step | None = field(init=False, default=None)
+    """The step that the engine has."""
+    waiting: deque[Step] | None = field(init=False, default=None)
+    """Steps that came meanwhile, in order; made when first needed."""
+    ending: Ending | None = field(init=False, default=None)
+    """Set as soon as the session takes no more steps."""
+    idle: asyncio.Future[None] | None = field(init=False, default=None)
+    """Resolved when a closing session has finished its steps."""
+
+    @property
+    def session_id(self) -> str:
+        """Its id."""
+        return self.record.session_id
+
+    @property
+    def queued_requests(self) -> int:
+        """Steps accepted and not yet answered."""
+        return (self.current is not None) + (len(self.waiting) if self.waiting else 0)

@@ -1,0 +1,75 @@
+"""Errors as gRPC statuses: the one table from an error's type to code and details.
+
+The details are those of google.rpc: ErrorInfo for every error (its reason and
+its fields), BadRequest, QuotaFailure and RetryInfo where DESIGN asks for them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from google.protobuf.any_pb2 import Any
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
+from grpc import StatusCode
+
+from stepstate import errors
+from stepstate.v1.google_rpc import (
+    BadRequest,
+    ErrorInfo,
+    QuotaFailure,
+    RetryInfo,
+    Status,
+)
+
+DOMAIN = "stepstate"
+DETAILS_KEY = "grpc-status-details-bin"
+
+_CODES: dict[type[errors.StepstateError], StatusCode] = {
+    errors.NotFound: StatusCode.NOT_FOUND,
+    errors.SessionExists: StatusCode.ALREADY_EXISTS,
+    errors.InvalidRequest: StatusCode.INVALID_ARGUMENT,
+    errors.StepAhead: StatusCode.ABORTED,
+    errors.StepTooOld: StatusCode.OUT_OF_RANGE,
+    errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unavailable: StatusCode.UNAVAILABLE,
+    errors.Internal: StatusCode.INTERNAL,
+}
+
+
+def code_of(error: errors.StepstateError) -> StatusCode:
+    """The code of an error: that of the nearest type in the table."""
+    return next(_CODES[cls] for cls in type(error).__mro__ if cls in _CODES)
+
+
+def status_of(error: errors.StepstateError) -> Status:
+    """An error as `google.rpc.Status`, with its details."""
+    number: int = code_of(error).value[0]
+    status = Status(code=number, message=str(error))
+    for detail in _details(error):
+        packed = Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    return status
+
+
+def _details(error: errors.StepstateError) -> Iterator[Message]:
+    yield ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.fields())
+    if isinstance(error, errors.InvalidRequest):
+        field = error.field if isinstance(error, errors.InvalidField) else _FIELDS[type(error)]
+        violation = BadRequest.FieldViolation(field=field, description=str(error))
+        yield BadRequest(field_violations=[violation])
+    if isinstance(error, errors.SessionLimit):
+        quota = QuotaFailure.Violation(subject="server:sessions", description=str(error))
+        yield QuotaFailure(violations=[quota])
+    if isinstance(error, errors.QueueFull | errors.Draining):
+        delay = Duration()
+        delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
+        yield RetryInfo(retry_delay=delay)
+
+
+_FIELDS: dict[type[errors.StepstateError], str] = {
+    errors.NonFiniteInput: "x",
+    errors.NonFiniteResult: "x",
+    errors.StepMismatch: "x",
+}

@@ -1,0 +1,148 @@
+"""One StreamSteps call: many sessions' steps in, replies out as they are ready.
+
+Rule 1: replies of one session leave in the order of its requests, errors too.
+Rule 2: at most `most_unanswered` requests of a stream are accepted and unanswered;
+        beyond that the stream is not read, and HTTP/2 holds the client back.
+Rule 3: when the call ends, what it has waiting and not yet taken did not happen.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import grpc
+
+from stepstate.errors import Draining, StepstateError
+from stepstate.sessions import Sessions, Step
+from stepstate.sessions.sessions import ID_LENGTH
+from stepstate.transport.codec import decode_step, encode_step
+from stepstate.transport.status import status_of
+from stepstate.v1 import stepstate_pb2 as pb
+
+
+class Messages(Protocol):
+    """The two sides of a call."""
+
+    async def read(self) -> pb.StepRequest:
+        """The next request, or `grpc.aio.EOF`."""
+        ...
+
+    async def write(self, message: pb.StepResponse) -> None:
+        """Sends a reply."""
+        ...
+
+
+class StepStream:
+    """A `ReplyTo` for all steps of one call.
+
+    Args:
+        sessions: take the steps.
+        messages: the two sides of the call.
+        most_unanswered: see rule 2.
+        refused: told the reason of each refusal.
+    """
+
+    def __init__(
+        self,
+        sessions: Sessions,
+        messages: Messages,
+        *,
+        most_unanswered: int,
+        refused: Callable[[str], None],
+    ) -> None:
+        self.cancelled = False
+        self._sessions = sessions
+        self._messages = messages
+        self._most_unanswered = most_unanswered
+        self._refused = refused
+        self._unanswered = 0
+        self._ready: deque[Step | pb.StepResponse] = deque()
+        self._reader: asyncio.Task[None] | None = None
+        self._writer_waits: asyncio.Future[None] | None = None
+        self._reader_waits: asyncio.Future[None] | None = None
+        self._draining = False
+
+    async def run(self) -> None:
+        """Serves the call until its client has sent all and been answered.
+
+        Raises:
+            Draining: the server stops; everything accepted was answered.
+        """
+        self._reader = asyncio.create_task(self._read())
+        self._reader.add_done_callback(lambda _: _wake(self._writer_waits))
+        try:
+            await self._write(self._reader)
+        finally:
+            self.cancelled = True
+            self._reader.cancel()
+        if self._draining:
+            raise Draining
+        self._reader.result()
+
+    def drain(self) -> None:
+        """Reads no more; `run` ends when everything accepted is answered."""
+        self._draining = True
+        if self._reader is not None:
+            self._reader.cancel()
+
+    def deliver(self, step: Step) -> None:
+        """See `ReplyTo`."""
+        self._ready.append(step)
+        _wake(self._writer_waits)
+
+    async def _read(self) -> None:
+        while await self._read_one():
+            while self._unanswered >= self._most_unanswered:
+                self._reader_waits = asyncio.get_running_loop().create_future()
+                await self._reader_waits
+
+    async def _read_one(self) -> bool:
+        """Accepts or refuses one request; False if there are no more."""
+        session_id = ""
+        try:
+            request = await self._messages.read()
+            if request is grpc.aio.EOF:
+                return False
+            session_id = request.session_id
+            session = await self._sessions.get(session_id)
+            self._sessions.submit(decode_step(request, session, self))
+        except StepstateError as error:
+            self._refuse(session_id[:ID_LENGTH], error)
+        self._unanswered += 1
+        return True
+
+    async def _write(self, reader: asyncio.Task[None]) -> None:
+        ready = self._ready
+        while True:
+            while ready:
+                await self._messages.write(self._encoded(ready.popleft()))
+                self._unanswered -= 1
+                _wake(self._reader_waits)
+            if reader.done() and not self._unanswered:
+                return
+            self._writer_waits = asyncio.get_running_loop().create_future()
+            await self._writer_waits
+
+    def _encoded(self, outcome: Step | pb.StepResponse) -> pb.StepResponse:
+        if isinstance(outcome, pb.StepResponse):
+            return outcome
+        if outcome.error is not None:
+            return self._error(outcome.session.session_id, outcome.error)
+        return encode_step(outcome)
+
+    def _refuse(self, session_id: str, error: StepstateError) -> None:
+        if not self._sessions.refuse(session_id, error, self):
+            self._ready.append(self._error(session_id, error))
+            _wake(self._writer_waits)
+
+    def _error(self, session_id: str, error: StepstateError) -> pb.StepResponse:
+        self._refused(error.reason)
+        return pb.StepResponse(session_id=session_id, error=status_of(error))
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)

@@ -1,0 +1,1 @@
+"""The contract `stepstate.v1`: generated stubs, committed; `make protos` writes them."""

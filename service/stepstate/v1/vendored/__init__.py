@@ -1,0 +1,1 @@
+"""Compiled copies of google/rpc/*.proto, for where googleapis-common-protos is missing."""

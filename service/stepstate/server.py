@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import enum
+import gc
 import logging
 import signal
 import time
@@ -231,6 +232,16 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
         await server.stop()
 
 
+def _calm_collector() -> None:
+    """Lets Python's cycle collector run rarely: at its default it takes 6 % of a busy server.
+
+    Steps leave no cycles behind; what is loaded by now stays for good.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 100)
+
+
 async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> bool:
     """Runs a server until a signal: the first one drains it, a second one cuts that short.
 
@@ -248,6 +259,7 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
     server = Server(config, MemoryStore(time.monotonic))
     try:
         await server.start()
+        _calm_collector()
         announce(server)
         await signals.acquire()
         drained = asyncio.create_task(server.drain())

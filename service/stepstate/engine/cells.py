@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from stepstate.engine.products import Product
 from stepstate.models import CellKind, CellSpec
 
 _M = TypeVar("_M", bound=nn.RNNBase)
@@ -81,30 +82,35 @@ class LstmCell:
         )
         self._module = _load(module, tensors)
         layers = range(spec.num_layers)
-        # The sigmoid gates side by side, so that one operation serves all three.
-        self._weights = [_Weights(tensors, layer, order=(0, 1, 3, 2)) for layer in layers]
+        self._gates = [self._layer_gates(tensors, layer) for layer in layers]
         self._projections = [
             tensors[f"weight_hr_l{layer}"].t() if spec.proj_size else None for layer in layers
         ]
-        self._hidden = spec.hidden_size
         self._sizes = [spec.output_size] * len(layers) + [spec.hidden_size] * len(layers)
         self.state_width = sum(self._sizes)
 
+    @staticmethod
+    def _layer_gates(tensors: dict[str, Tensor], layer: int) -> Product:
+        """All four gates as one product over [x | h], with g's rows doubled: see `_tanh`."""
+        weight = torch.cat((tensors[f"weight_ih_l{layer}"], tensors[f"weight_hh_l{layer}"]), dim=1)
+        bias = tensors[f"bias_ih_l{layer}"] + tensors[f"bias_hh_l{layer}"]
+        doubling = torch.ones(4).index_fill_(0, torch.tensor(2), 2.0)
+        doubling = doubling.repeat_interleave(len(bias) // 4)
+        return Product(weight * doubling[:, None], bias * doubling)
+
     def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """See `Cell.step`; traces i, f, g, o, c, m and h."""
-        parts = state.split(self._sizes, dim=1)
-        depth = len(self._weights)
+        parts = torch.split_with_sizes(state, self._sizes, dim=1)
+        depth = len(self._gates)
         hidden, memory = [], []
-        for layer, (weights, projection) in enumerate(
-            zip(self._weights, self._projections, strict=True)
-        ):
-            total = weights.apply(x, parts[layer])
-            gates, candidate = total.split((3 * self._hidden, self._hidden), dim=1)
-            i, f, o = gates.sigmoid_().chunk(3, dim=1)
-            g = candidate.tanh_()
+        for layer, gates in enumerate(self._gates):
+            total = gates(torch.cat((x, parts[layer]), dim=1)).sigmoid_()
+            i, f, g, o = total.chunk(4, dim=1)
+            g = g.mul_(2).sub_(1)
             c = torch.mul(f, parts[depth + layer]).addcmul_(i, g)
-            m = c.tanh()
+            m = _tanh(c)
             x = o * m
+            projection = self._projections[layer]
             if projection is not None:
                 x = x @ projection
             hidden.append(x)
@@ -115,7 +121,7 @@ class LstmCell:
 
     def sequence(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `Cell.sequence`; torch.nn.LSTM's kernel."""
-        depth = len(self._weights)
+        depth = len(self._gates)
         parts = state.split(self._sizes, dim=1)
         h, (h_last, c_last) = self._module(x, (_stack(parts[:depth]), _stack(parts[depth:])))
         return h, torch.cat((*h_last, *c_last), dim=1)
@@ -127,15 +133,17 @@ class GruCell:
     def __init__(self, spec: CellSpec, input_size: int, tensors: dict[str, Tensor]) -> None:
         module = nn.GRU(input_size, spec.hidden_size, spec.num_layers, batch_first=True)
         self._module = _load(module, tensors)
-        self._weights = [_Weights(tensors, layer) for layer in range(spec.num_layers)]
+        layers = range(spec.num_layers)
+        self._from_x = [_product(tensors, "ih", layer) for layer in layers]
+        self._from_h = [_product(tensors, "hh", layer) for layer in layers]
         self._hidden = spec.hidden_size
         self.state_width = spec.num_layers * spec.hidden_size
 
     def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """See `Cell.step`; traces r, z, n and h."""
         hidden = []
-        for weights, h in zip(self._weights, state.split(self._hidden, dim=1), strict=True):
-            from_x, from_h = weights.products(x, h)
+        for layer, h in enumerate(state.split(self._hidden, dim=1)):
+            from_x, from_h = self._from_x[layer](x), self._from_h[layer](h.contiguous())
             gates = (from_x[:, : 2 * self._hidden] + from_h[:, : 2 * self._hidden]).sigmoid_()
             r, z = gates.chunk(2, dim=1)
             n = torch.addcmul(from_x[:, 2 * self._hidden :], r, from_h[:, 2 * self._hidden :])
@@ -165,7 +173,9 @@ class RnnCell:
             nonlinearity="tanh" if tanh else "relu",
         )
         self._module = _load(module, tensors)
-        self._weights = [_Weights(tensors, layer) for layer in range(spec.num_layers)]
+        layers = range(spec.num_layers)
+        self._from_x = [_product(tensors, "ih", layer) for layer in layers]
+        self._from_h = [_product(tensors, "hh", layer) for layer in layers]
         self._activate = torch.tanh_ if tanh else torch.relu_
         self._hidden = spec.hidden_size
         self.state_width = spec.num_layers * spec.hidden_size
@@ -173,8 +183,8 @@ class RnnCell:
     def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """See `Cell.step`; traces h."""
         hidden = []
-        for weights, h in zip(self._weights, state.split(self._hidden, dim=1), strict=True):
-            x = self._activate(weights.apply(x, h))
+        for layer, h in enumerate(state.split(self._hidden, dim=1)):
+            x = self._activate(self._from_x[layer](x) + self._from_h[layer](h.contiguous()))
             hidden.append(x)
             if trace is not None:
                 trace.append({"h": x})
@@ -186,33 +196,17 @@ class RnnCell:
         return h, torch.cat(tuple(last), dim=1)
 
 
-class _Weights:
-    """One layer's matrices, transposed once, with the gate blocks in a chosen order."""
+def _product(tensors: dict[str, Tensor], part: str, layer: int) -> Product:
+    """The product of `weight_<part>` and `bias_<part>`."""
+    return Product(tensors[f"weight_{part}_l{layer}"], tensors[f"bias_{part}_l{layer}"])
 
-    def __init__(
-        self, tensors: dict[str, Tensor], layer: int, *, order: tuple[int, ...] | None = None
-    ) -> None:
-        def arranged(name: str) -> Tensor:
-            blocks = tensors[f"{name}_l{layer}"]
-            if order is None:
-                return blocks
-            chunks = blocks.chunk(len(order))
-            return torch.cat([chunks[place] for place in order])
 
-        self._from_x = arranged("weight_ih").t().contiguous()
-        self._from_h = arranged("weight_hh").t().contiguous()
-        self._bias_x = arranged("bias_ih")
-        self._bias_h = arranged("bias_hh")
-        self._bias = self._bias_x + self._bias_h
+def _tanh(a: Tensor) -> Tensor:
+    """tanh(a) = 2 sigmoid(2a) - 1, to 1e-7: torch's sigmoid is the vectorised one of the two.
 
-    def apply(self, x: Tensor, h: Tensor) -> Tensor:
-        """W_ih x + b_ih + W_hh h + b_hh, [B, gates H]."""
-        return torch.addmm(self._bias, x, self._from_x).addmm_(h, self._from_h)
-
-    def products(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-        """W_ih x + b_ih and W_hh h + b_hh, apart."""
-        from_x = torch.addmm(self._bias_x, x, self._from_x)
-        return from_x, torch.addmm(self._bias_h, h, self._from_h)
+    (On 64 rows of 128: 8 microseconds against 20.)
+    """
+    return (a * 2).sigmoid_().mul_(2).sub_(1)
 
 
 def _load(module: _M, tensors: dict[str, Tensor]) -> _M:

@@ -20,6 +20,7 @@
     │   ├── Draining
     │   └── ServerUnreachable   raised by the client: no answer from the server
     ├── Cancelled               raised by the client: the call was given up
+    ├── UnexpectedStatus        raised by the client: an error that is not Stepstate's
     ├── Internal                a surprise; its id is in the server's log
     └── ModelInvalid            a model's folder can't be served (never on the wire)
 
@@ -312,6 +313,18 @@ class Cancelled(StepstateError):
             f"no answer, the call ended first: {self.detail}; the rows may or may not have been "
             "applied: send the same request with the same t to find out"
         )
+
+
+@dataclass(eq=False)
+class UnexpectedStatus(StepstateError):
+    """Raised by the client: an answer that no Stepstate server of this version gives."""
+
+    reason = "UNEXPECTED_STATUS"
+    code: str
+    detail: str
+
+    def __str__(self) -> str:
+        return f"the server answered {self.code}: {self.detail}; is it a Stepstate server?"
 
 
 @dataclass(eq=False)

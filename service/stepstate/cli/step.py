@@ -1,0 +1,108 @@
+"""`stepstate step`: reads rows from a pipe, prints outputs."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+
+import click
+
+from stepstate.cli.options import option, server_option
+from stepstate.client import Client, ModelInfo, Session
+from stepstate.errors import StepstateError
+
+
+@click.command("step")
+@server_option
+@option("--model", "", str, "The model's name; may be left out if there is one only.")
+@option("--version", "", str, "The model's version; left out: the newest.")
+@option("--session-id", "", str, "Opens this session, or goes on with it; left out: a new one.")
+@option("--start-time", "", str, "Time of the first row, for models that need it.")
+@option("--output", "csv", click.Choice(["csv", "jsonl"]), "CSV with a header, or JSON lines.")
+@click.option("--keep", is_flag=True, help="Leave the session open at the end.")
+def step_command(
+    server: str,
+    model: str,
+    version: str,
+    session_id: str,
+    start_time: str,
+    output: str,
+    *,
+    keep: bool,
+) -> None:
+    """Steps a session with each CSV row of standard input, and prints the outputs of each.
+
+    A first line that holds names is a header: its columns are taken by name.
+    """
+    try:
+        with Client(server) as client:
+            session = _session(client, model, version, session_id, start_time)
+            _run(session, output)
+            if not keep:
+                session.close()
+    except (StepstateError, _BadRow) as error:
+        raise click.ClickException(str(error)) from error
+
+
+class _BadRow(ValueError):
+    """A line of the input can't be read."""
+
+
+def _session(client: Client, model: str, version: str, session_id: str, start: str) -> Session:
+    if session_id:
+        try:
+            return client.session(session_id)
+        except StepstateError as error:
+            if error.reason != "SESSION_UNKNOWN":
+                raise
+    try:
+        start_time = datetime.fromisoformat(start) if start else None
+    except ValueError as error:
+        raise _BadRow(f"--start-time {start!r}: {error}") from error
+    return client.open(
+        model, version=version, session_id=session_id or None, start_time=start_time
+    )
+
+
+def _run(session: Session, output: str) -> None:
+    names = _output_names(session.model)
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    if output == "csv":
+        writer.writerow(["t", *names])
+    for y in session.stream(_rows(session.model)):
+        values = [float(f"{value:.9g}") for value in y]
+        if output == "csv":
+            writer.writerow([session.t, *values])
+        else:
+            click.echo(json.dumps({"t": session.t, **dict(zip(names, values, strict=True))}))
+        sys.stdout.flush()
+
+
+def _output_names(model: ModelInfo) -> list[str]:
+    return [
+        f"{output.name}+{horizon}" if horizon else output.name
+        for output in model.outputs
+        for horizon in output.horizons
+    ]
+
+
+def _rows(model: ModelInfo) -> Iterator[list[float]]:
+    columns = list(range(model.input_width))
+    for number, line in enumerate(csv.reader(sys.stdin), start=1):
+        if number == 1 and set(model.inputs) <= {name.strip() for name in line}:
+            columns = [[name.strip() for name in line].index(name) for name in model.inputs]
+        elif line:
+            yield _row(number, line, columns)
+
+
+def _row(number: int, line: list[str], columns: list[int]) -> list[float]:
+    try:
+        return [float(line[column]) for column in columns]
+    except (IndexError, ValueError) as error:
+        raise _BadRow(
+            f"line {number} of the input is {','.join(line)[:80]!r}: expected {len(columns)} "
+            f"numbers separated by commas ({error})"
+        ) from error

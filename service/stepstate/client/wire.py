@@ -1,0 +1,181 @@
+"""Between the client's values and the contract, for both clients. No I/O here."""
+
+from __future__ import annotations
+
+import random
+import time
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+import grpc
+import numpy as np
+
+from stepstate.client.values import Floats, Inspection, ModelInfo, Output, SessionInfo
+from stepstate.errors import (
+    Cancelled,
+    ServerUnreachable,
+    StepstateError,
+    Unavailable,
+    UnexpectedStatus,
+    restore,
+)
+from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.floats import put_floats, y_of
+from stepstate.v1.google_rpc import ErrorInfo, Status
+
+CHANNEL_OPTIONS = (
+    # Find a server that vanished without a word, also while nothing is sent.
+    ("grpc.keepalive_time_ms", 20_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    # The server's own limit for what it takes; its replies stay below 4 MiB.
+    ("grpc.max_send_message_length", 16 * 2**20),
+    # Reconnect as fast as Backoff asks for, not by gRPC's own minute.
+    ("grpc.initial_reconnect_backoff_ms", 50),
+    ("grpc.max_reconnect_backoff_ms", 1_000),
+)
+_DETAILS_KEY = "grpc-status-details-bin"
+
+
+class Backoff:
+    """How long to wait before the next try, and when to give up.
+
+    Args:
+        timeout: seconds after which `wait` raises instead.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self._deadline = time.monotonic() + timeout
+        self._delay = 0.02
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self._deadline - time.monotonic()
+
+    def wait(self, error: Unavailable) -> float:
+        """Seconds to wait after this error: doubling up to 1 s, with jitter, or as it asks.
+
+        Raises:
+            Unavailable: the error, if the deadline would pass meanwhile.
+        """
+        delay = max(self._delay * random.uniform(0.5, 1.0), getattr(error, "retry_after_seconds", 0))
+        self._delay = min(2 * self._delay, 1.0)
+        if delay >= self.left:
+            raise error
+        return delay
+
+
+def opening(
+    model: str,
+    version: str,
+    session_id: str | None,
+    start_time: datetime | None,
+    idle_timeout: timedelta | None,
+) -> pb.OpenSessionRequest:
+    """A request for a session. The client makes the id, so that the request can be repeated."""
+    request = pb.OpenSessionRequest(
+        session_id=session_id or f"c-{uuid.uuid4().hex}", model=model, version=version
+    )
+    if start_time is not None:
+        aware = start_time if start_time.tzinfo else start_time.replace(tzinfo=UTC)
+        request.start_time.FromDatetime(aware.astimezone(UTC))
+    if idle_timeout is not None:
+        request.idle_timeout.FromTimedelta(idle_timeout)
+    return request
+
+
+def step_request(
+    session_id: str, t: int, rows: Floats, *, inspect: bool = False, last_only: bool = False
+) -> pb.StepRequest:
+    """A request to apply rows [T, D] at t."""
+    request = pb.StepRequest(session_id=session_id, t=t, inspect=inspect, last_only=last_only)
+    data = np.ascontiguousarray(rows, "<f4").tobytes()
+    put_floats(request, pb.StepRequest.X_FIELD_NUMBER, data)
+    return request
+
+
+def outputs(response: pb.StepResponse, model: ModelInfo) -> Floats:
+    """y [T, O] of a reply.
+
+    Raises:
+        StepstateError: the reply is an error.
+    """
+    if response.HasField("error"):
+        raise from_status(response.error)
+    return y_of(response).reshape(-1, model.output_width)
+
+
+def inspection(response: pb.StepResponse, model: ModelInfo) -> Inspection:
+    """Outputs and layers of a reply to a request with `inspect`."""
+    y = outputs(response, model)
+    layers = [
+        {
+            field.name: np.array(values, np.float32).reshape(len(y), -1)
+            for field, values in layer.ListFields()
+        }
+        for layer in response.layers
+    ]
+    return Inspection(y, tuple(layers))
+
+
+def session_info(session: pb.Session) -> SessionInfo:
+    """A session by the server's word."""
+    started = session.start_time.ToDatetime(tzinfo=UTC) if session.HasField("start_time") else None
+    return SessionInfo(
+        session_id=session.session_id,
+        model=session.model,
+        version=session.version,
+        fingerprint=session.fingerprint,
+        t=session.t,
+        idle_timeout=session.idle_timeout.ToTimedelta(),
+        start_time=started,
+        open_time=session.open_time.ToDatetime(tzinfo=UTC),
+        expire_time=session.expire_time.ToDatetime(tzinfo=UTC),
+    )
+
+
+def model_info(model: pb.Model) -> ModelInfo:
+    """A model by the server's word."""
+    return ModelInfo(
+        name=model.name,
+        version=model.version,
+        description=model.description,
+        fingerprint=model.fingerprint,
+        cell=model.cell.kind,
+        hidden_size=model.cell.hidden_size,
+        num_layers=model.cell.num_layers,
+        inputs={column.name: column.unit for column in model.inputs},
+        outputs=tuple(Output(o.name, o.unit, tuple(o.horizons)) for o in model.outputs),
+        step_interval=model.step_interval.ToTimedelta() if model.HasField("step_interval") else None,
+        needs_start_time=model.needs_start_time,
+    )
+
+
+def from_rpc(error: grpc.RpcError, target: str) -> StepstateError:
+    """The error that a failed call stands for."""
+    code, detail = error.code(), error.details() or ""
+    for key, value in error.trailing_metadata() or ():
+        if key == _DETAILS_KEY:
+            return from_status(Status.FromString(value))
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return ServerUnreachable(target, detail or code.name)
+    if code is grpc.StatusCode.CANCELLED:
+        return Cancelled(detail or "cancelled")
+    return UnexpectedStatus(code.name, detail)
+
+
+def from_status(status: Status) -> StepstateError:
+    """The error that a status with details stands for."""
+    info = _error_info(status.details)
+    known = restore(info.reason, dict(info.metadata)) if info is not None else None
+    return known or UnexpectedStatus(str(status.code), status.message)
+
+
+def _error_info(details: Sequence[object]) -> ErrorInfo | None:
+    for detail in details:
+        info = ErrorInfo()
+        if detail.Unpack(info):  # type: ignore[attr-defined] - an Any
+            return info
+    return None

@@ -192,7 +192,7 @@ class NonFiniteResult(InvalidRequest):
 
 @dataclass(eq=False)
 class StepMismatch(InvalidRequest):
-    """This t was already applied, with another payload."""
+    """Another payload was already applied at this t."""
 
     reason = "STEP_MISMATCH"
     session_id: str

@@ -72,13 +72,24 @@ class LaneGauges(Protocol):
     """What is read of a model's lane at each scrape."""
 
     @property
-    def open_sessions(self) -> int: ...
+    def open_sessions(self) -> int:
+        """Sessions that hold a slot."""
+        ...
+
     @property
-    def queued_rows(self) -> int: ...
+    def queued_rows(self) -> int:
+        """Rows accepted and not yet answered."""
+        ...
+
     @property
-    def state_bytes(self) -> int: ...
+    def state_bytes(self) -> int:
+        """Bytes of state."""
+        ...
+
     @property
-    def replay_bytes(self) -> int: ...
+    def replay_bytes(self) -> int:
+        """Bytes of remembered long replies."""
+        ...
 
 
 class ModelMetrics:
@@ -190,9 +201,7 @@ class Metrics(Collector):
 
     def _of_sessions(self) -> Iterator[Metric]:
         labels = ["model", "version"]
-        opened = CounterMetricFamily(
-            "stepstate_sessions_opened", "Sessions opened.", labels=labels
-        )
+        opened = CounterMetricFamily("stepstate_sessions_opened", "Sessions opened.", labels=labels)
         for key, model in list(self._models.items()):
             opened.add_metric(key, model.opened)
         closed = CounterMetricFamily(
@@ -209,7 +218,9 @@ class Metrics(Collector):
             refused.add_metric([reason], count)
         yield from (opened, closed, refused)
         sessions = GaugeMetricFamily(
-            "stepstate_sessions", "Open sessions, by where their state is.", labels=[*labels, "residency"]
+            "stepstate_sessions",
+            "Open sessions, by where their state is.",
+            labels=[*labels, "residency"],
         )
         queue = GaugeMetricFamily(
             "stepstate_queue_rows", "Rows accepted and not yet answered.", labels=labels

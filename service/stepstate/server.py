@@ -66,7 +66,7 @@ class Phase(enum.Enum):
 
 
 @dataclass(eq=False)
-class CannotListen(Exception):  # noqa: N818 - it is what happened
+class CannotListen(Exception):
     """An address can't be listened on."""
 
     option: str

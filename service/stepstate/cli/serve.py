@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from typing import Any
 
 import click
 import uvloop
@@ -29,11 +30,11 @@ def _settings(command: Callable[..., None]) -> Callable[..., None]:
 @_settings
 @option("--log-level", "INFO", click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), "Least level.")
 @option("--log-format", "auto", click.Choice(["auto", "json", "text"]), "auto: text on a terminal.")
-def serve_command(log_level: str, log_format: str, **settings: object) -> None:
+def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
     """Serves the models of a folder until SIGTERM, then drains; a second signal forces."""
     configure_logs(log_level, log_format)
     try:
-        config = ServerConfig(**settings)  # type: ignore[arg-type] - click made them of these types
+        config = ServerConfig(**settings)
         drained = uvloop.run(serve(config, _announce))
     except (ConfigError, ModelInvalid, CannotListen) as error:
         raise click.ClickException(str(error)) from error
@@ -43,4 +44,6 @@ def serve_command(log_level: str, log_format: str, **settings: object) -> None:
 def _announce(server: Server) -> None:
     """Prints the chosen addresses, so that port 0 can be used by scripts."""
     models = ", ".join(model.key for model in server.sessions.catalog)
-    click.echo(f"serving {models} on {server.address}, metrics on http://{server.metrics_address}/metrics")
+    click.echo(
+        f"serving {models} on {server.address}, metrics on http://{server.metrics_address}/metrics"
+    )

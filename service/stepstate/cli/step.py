@@ -62,9 +62,7 @@ def _session(client: Client, model: str, version: str, session_id: str, start: s
         start_time = datetime.fromisoformat(start) if start else None
     except ValueError as error:
         raise _BadRow(f"--start-time {start!r}: {error}") from error
-    return client.open(
-        model, version=version, session_id=session_id or None, start_time=start_time
-    )
+    return client.open(model, version=version, session_id=session_id or None, start_time=start_time)
 
 
 def _run(session: Session, output: str) -> None:

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 from numpy.typing import ArrayLike
@@ -20,6 +20,9 @@ from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
 R = TypeVar("R")
+
+if TYPE_CHECKING:
+    Call = grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]
 
 TIMEOUT = 10.0
 """Seconds a call may take with all its retries."""
@@ -266,7 +269,7 @@ class _Pipeline:
         self._unanswered: deque[pb.StepRequest] = deque()
         self._room = asyncio.Semaphore(WINDOW)
         self._writing = asyncio.Lock()
-        self._call: grpc.aio.StreamStreamCall | None = None
+        self._call: Call | None = None
         self._fed = False
         self._failure: Exception | None = None
 
@@ -324,9 +327,9 @@ class _Pipeline:
     async def _read(self) -> AsyncIterator[pb.StepResponse]:
         """The replies of one stream; a refusal ends it and is raised."""
         call = self._call
-        assert call is not None  # noqa: S101 - _connect has run
+        assert call is not None
         try:
-            while (response := await call.read()) is not grpc.aio.EOF:
+            async for response in call:
                 if response.HasField("error"):
                     raise wire.from_status(response.error)
                 self._unanswered.popleft()

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Any, Self, TypeVar
 
 import grpc
 from numpy.typing import ArrayLike
@@ -106,9 +106,7 @@ class Client:
                 self._models[name, version] = known
         return known
 
-    def call(
-        self, rpc: Callable[..., R], request: object, timeout: float | None = None
-    ) -> R:
+    def call(self, rpc: Callable[..., R], request: object, timeout: float | None = None) -> R:
         """Makes a unary call that may be repeated, until it is answered or time is up."""
         backoff = wire.Backoff(self.timeout if timeout is None else timeout)
         while True:
@@ -201,7 +199,7 @@ class _Turns:
     def __init__(self, client: Client) -> None:
         self._client = client
         self._requests: queue.SimpleQueue[pb.StepRequest | None] = queue.SimpleQueue()
-        self._replies: grpc.CallIterator[pb.StepResponse] | None = None
+        self._replies: Any = None  # what grpc gives for a call has no name
 
     def ask(self, request: pb.StepRequest) -> pb.StepResponse:
         backoff = wire.Backoff(self._client.timeout)
@@ -229,7 +227,7 @@ class _Turns:
             self._requests = queue.SimpleQueue()
             self._replies = self._client.stub.StreamSteps(iter(self._requests.get, None))
         self._requests.put(request)
-        response = next(self._replies, None)
+        response: pb.StepResponse | None = next(self._replies, None)
         if response is None:
             raise ServerUnreachable(self._client.target, "the stream ended early")
         if response.HasField("error"):

@@ -76,8 +76,8 @@ class ModelInfo:
         if rows.ndim != 2 or rows.shape[1] != width or not len(rows):
             raise InvalidField(
                 "x",
-                f"has shape {list(array.shape)}; {self.name}/{self.version} takes one row [{width}] "
-                f"or many [T, {width}] of {', '.join(self.inputs)}",
+                f"has shape {list(array.shape)}; {self.name}/{self.version} takes one row "
+                f"[{width}] or many [T, {width}] of {', '.join(self.inputs)}",
             )
         return rows, alone
 

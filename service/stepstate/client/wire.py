@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import grpc
 import numpy as np
+from google.protobuf.any_pb2 import Any as AnyMessage
 
 from stepstate.client.values import Floats, Inspection, ModelInfo, Output, SessionInfo
 from stepstate.errors import (
@@ -60,11 +62,14 @@ class Backoff:
         Raises:
             Unavailable: the error, if the deadline would pass meanwhile.
         """
-        delay = max(self._delay * random.uniform(0.5, 1.0), getattr(error, "retry_after_seconds", 0))
+        delay = max(
+            self._delay * random.uniform(0.5, 1.0),  # noqa: S311 - jitter
+            getattr(error, "retry_after_seconds", 0.0),
+        )
         self._delay = min(2 * self._delay, 1.0)
         if delay >= self.left:
             raise error
-        return delay
+        return float(delay)
 
 
 def opening(
@@ -148,17 +153,19 @@ def model_info(model: pb.Model) -> ModelInfo:
         num_layers=model.cell.num_layers,
         inputs={column.name: column.unit for column in model.inputs},
         outputs=tuple(Output(o.name, o.unit, tuple(o.horizons)) for o in model.outputs),
-        step_interval=model.step_interval.ToTimedelta() if model.HasField("step_interval") else None,
+        step_interval=model.step_interval.ToTimedelta()
+        if model.HasField("step_interval")
+        else None,
         needs_start_time=model.needs_start_time,
     )
 
 
-def from_rpc(error: grpc.RpcError, target: str) -> StepstateError:
-    """The error that a failed call stands for."""
+def from_rpc(error: Any, target: str) -> StepstateError:
+    """The error that a failed call stands for: a `grpc.RpcError`, which declares nothing."""
     code, detail = error.code(), error.details() or ""
-    for key, value in error.trailing_metadata() or ():
-        if key == _DETAILS_KEY:
-            return from_status(Status.FromString(value))
+    metadata = dict(error.trailing_metadata() or ())
+    if _DETAILS_KEY in metadata:
+        return from_status(Status.FromString(metadata[_DETAILS_KEY]))
     if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
         return ServerUnreachable(target, detail or code.name)
     if code is grpc.StatusCode.CANCELLED:
@@ -173,9 +180,9 @@ def from_status(status: Status) -> StepstateError:
     return known or UnexpectedStatus(str(status.code), status.message)
 
 
-def _error_info(details: Sequence[object]) -> ErrorInfo | None:
+def _error_info(details: Iterable[AnyMessage]) -> ErrorInfo | None:
     for detail in details:
         info = ErrorInfo()
-        if detail.Unpack(info):  # type: ignore[attr-defined] - an Any
+        if detail.Unpack(info):
             return info
     return None

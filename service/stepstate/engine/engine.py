@@ -219,7 +219,7 @@ class Engine(Generic[W]):
         for job in jobs:
             if job.state is None:
                 job.state = self._arena.gather(torch.tensor([job.work.slot]))[0]
-        rows = min(min(job.left for job in jobs), max(1, self._chunk_rows // len(jobs)))
+        rows = min(max(1, self._chunk_rows // len(jobs)), *(job.left for job in jobs))
         x = torch.stack([job.x[job.done : job.done + rows] for job in jobs])
         phase = torch.stack([job.phases(rows) for job in jobs])
         states = torch.stack([job.state for job in jobs if job.state is not None])

@@ -33,7 +33,9 @@ class Job(Generic[W]):
 
     def phases(self, rows: int) -> Tensor:
         """The phases of the next rows."""
-        return torch.arange(self.done, self.done + rows).add_(self.work.phase).remainder_(self._phases)
+        return (
+            torch.arange(self.done, self.done + rows).add_(self.work.phase).remainder_(self._phases)
+        )
 
     def take(
         self, rows: int, y: Tensor, state: Tensor, trace: list[dict[str, Tensor]], place: int

@@ -57,11 +57,12 @@ def write_model(folder: Path, manifest: Mapping[str, object], tensors: Tensors) 
     checked = _parse(folder, dict(manifest))
     arrays = {name: np.ascontiguousarray(tensor, np.float32) for name, tensor in tensors.items()}
     _check_tensors(folder, checked, arrays)
-    document = {**manifest, "fingerprint": _fingerprint(manifest, arrays)}
+    fingerprint = _fingerprint(manifest, arrays)
+    document = {**manifest, "fingerprint": fingerprint}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / WEIGHTS).write_bytes(save(arrays))
     (folder / MANIFEST).write_text(json.dumps(document, indent=2) + "\n")
-    return document["fingerprint"]
+    return fingerprint
 
 
 def load_model(folder: Path) -> Model:
@@ -133,7 +134,9 @@ def _check_tensors(folder: Path, manifest: Manifest, tensors: Tensors) -> None:
     shapes = tensor_shapes(manifest)
     missing, extra = sorted(shapes.keys() - tensors), sorted(tensors.keys() - shapes)
     if missing or extra:
-        raise ModelInvalid(path, f"tensors missing: {missing or 'none'}, unknown: {extra or 'none'}")
+        raise ModelInvalid(
+            path, f"tensors missing: {missing or 'none'}, unknown: {extra or 'none'}"
+        )
     for name, shape in shapes.items():
         tensor = tensors[name]
         if tensor.shape != shape:

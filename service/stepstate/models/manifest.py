@@ -177,10 +177,10 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _references_hold(self) -> Self:
-        for kind, columns in (("inputs", self.inputs), ("outputs", self.outputs)):
-            for place, column in enumerate(columns):
-                if column.profile is not None and column.profile not in self.profiles:
-                    raise ValueError(f"{kind}.{place}.profile: {column.profile!r} not in profiles")
+        columns: list[Input | Output] = [*self.inputs, *self.outputs]
+        for column in columns:
+            if column.profile is not None and column.profile not in self.profiles:
+                raise ValueError(f"{column.name}.profile: {column.profile!r} is not in profiles")
         if self.needs_time and self.step_interval_seconds is None:
             raise ValueError("step_interval_seconds: needed by calendar inputs and profiles")
         return self

@@ -18,9 +18,9 @@ import numpy as np
 from stepstate.engine import Engine, Floats, Layers, Observer
 from stepstate.errors import Internal, NonFiniteResult, StepAhead, StepMismatch, StepTooOld
 from stepstate.models import Model, build_timeline
-from stepstate.sessions.session import Session, Step
+from stepstate.sessions.session import Step
 from stepstate.sessions.table import Table
-from stepstate.sessions.window import ReplayWindow, Remembered
+from stepstate.sessions.window import Remembered, ReplayWindow
 
 log = logging.getLogger(__name__)
 
@@ -206,9 +206,7 @@ class Lane:
             self._observer.ended("replayed")
         self._settle(step)
 
-    def _refusal(
-        self, step: Step, sent_t: int, t: int
-    ) -> StepAhead | StepMismatch | StepTooOld:
+    def _refusal(self, step: Step, sent_t: int, t: int) -> StepAhead | StepMismatch | StepTooOld:
         session_id = step.session.session_id
         if sent_t > t:
             return StepAhead(session_id, sent_t, t)

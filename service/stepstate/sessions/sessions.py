@@ -327,9 +327,7 @@ class Sessions:
         return Ending(reason, self.t(session), session.record.idle_timeout_seconds)
 
     def _overdue(self, session: Session) -> bool:
-        return (
-            self._table.expires_at[session.handle] <= self._clock() and session.current is None
-        )
+        return self._table.expires_at[session.handle] <= self._clock() and session.current is None
 
 
 def check_id(session_id: str) -> None:

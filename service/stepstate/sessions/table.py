@@ -28,8 +28,8 @@ class Table:
         self.t_array: NDArray[np.int64] = np.zeros(limit, np.int64)
         self.expires_at_array: NDArray[np.float64] = np.full(limit, NEVER)
         self.idle_timeout_array: NDArray[np.float64] = np.zeros(limit)
-        self.t = memoryview(self.t_array)
-        self.expires_at = memoryview(self.expires_at_array)
+        self.t: memoryview[int] = memoryview(self.t_array.data)
+        self.expires_at: memoryview[float] = memoryview(self.expires_at_array.data)
         self._by_id: dict[str, Session] = {}
         self._by_handle: list[Session | None] = [None] * limit
         self._free = list(range(limit - 1, -1, -1))

@@ -82,9 +82,7 @@ class ReplayWindow:
         self._stamps[places] = t + 1
         self._ring[places] = np.concatenate((x, y), axis=1)
 
-    def remember_long(
-        self, work: Work, t: int, y: bytes, layers: Layers | None
-    ) -> None:
+    def remember_long(self, work: Work, t: int, y: bytes, layers: Layers | None) -> None:
         """Remembers the reply to a request with many rows, or with `inspect`."""
         reply = Remembered(t, work.rows, y, layers, _digest(work), work.slot)
         replies = self._long.setdefault(work.slot, deque())

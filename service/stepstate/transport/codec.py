@@ -151,7 +151,9 @@ def _check_reply(model: Model, rows: int, rows_back: int, *, inspect: bool) -> N
     manifest = model.manifest
     values = manifest.output_width
     if inspect:
-        values += manifest.cell.num_layers * (6 * manifest.cell.hidden_size + manifest.cell.output_size)
+        values += manifest.cell.num_layers * (
+            6 * manifest.cell.hidden_size + manifest.cell.output_size
+        )
     if 4 * values * rows_back > REPLY_BYTES:
         most = REPLY_BYTES // (4 * values)
         raise InvalidField(
@@ -178,4 +180,3 @@ def _timestamp(seconds: float) -> Timestamp:
     timestamp = Timestamp()
     timestamp.FromMicroseconds(round(seconds * 1e6))
     return timestamp
-

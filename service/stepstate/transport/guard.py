@@ -15,7 +15,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.message import DecodeError
@@ -26,7 +26,10 @@ from stepstate.transport.status import DETAILS_KEY, code_of, status_of
 
 log = logging.getLogger(__name__)
 
-Context = grpc.aio.ServicerContext
+if TYPE_CHECKING:
+    Context = grpc.aio.ServicerContext[Any, Any]
+    Handler = grpc.RpcMethodHandler[Any, Any]
+
 _KINDS = {
     (False, False): "unary",
     (True, False): "client_stream",
@@ -35,18 +38,18 @@ _KINDS = {
 }
 
 
-class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class Guard(grpc.aio.ServerInterceptor):
     """Wraps each handler once, when its RPC is first called."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
-        self._wrapped: dict[str, grpc.RpcMethodHandler] = {}
+        self._wrapped: dict[str, Handler | None] = {}
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler | None]],
         details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler:
+    ) -> Handler | None:
         """See `grpc.aio.ServerInterceptor`."""
         wrapped = self._wrapped.get(details.method)
         if wrapped is not None:
@@ -57,11 +60,11 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         self._wrapped[details.method] = wrapped = self._wrap(details.method, handler)
         return wrapped
 
-    def _wrap(self, path: str, handler: grpc.RpcMethodHandler) -> grpc.RpcMethodHandler:
+    def _wrap(self, path: str, handler: Handler) -> Handler:
         _, service, method = path.split("/")
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
         guarded = _GuardedRpc(path, self._metrics, self._metrics.rpc(kind, service, method))
-        behaviors = (
+        behaviors: tuple[tuple[Any, Any, Any], ...] = (
             (grpc.unary_unary_rpc_method_handler, handler.unary_unary, guarded.unary),
             (grpc.unary_stream_rpc_method_handler, handler.unary_stream, guarded.stream),
             (grpc.stream_stream_rpc_method_handler, handler.stream_stream, guarded.stream),
@@ -69,7 +72,8 @@ class Guard(grpc.aio.ServerInterceptor):  # type: ignore[misc]
         for make, behavior, guard in behaviors:
             if behavior is not None:
                 decode = _tolerant(handler.request_deserializer)
-                return make(guard(behavior), decode, handler.response_serializer)
+                wrapped: Handler = make(guard(behavior), decode, handler.response_serializer)
+                return wrapped
         raise NotImplementedError(f"{path} streams requests only: give it a guard first")
 
 
@@ -81,7 +85,7 @@ class _GuardedRpc:
         self._metrics = metrics
         self._rpc = rpc
 
-    def unary(self, behavior: Callable[[Any, Context], Awaitable[Any]]) -> Callable[..., Any]:
+    def unary(self, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
         async def guarded(request: Any, context: Context) -> Any:
             async with self._watch(context):
                 self._rpc.received += 1
@@ -135,9 +139,7 @@ class _GuardedRpc:
         except Exception:
             surprise = Internal(secrets.token_hex(8))
             code = grpc.StatusCode.INTERNAL
-            log.exception(
-                "an RPC failed", extra={"rpc": self._path, "error_id": surprise.error_id}
-            )
+            log.exception("an RPC failed", extra={"rpc": self._path, "error_id": surprise.error_id})
             await _abort(context, surprise)
         finally:
             self._rpc.handled[_go_name(code)] += 1
@@ -151,12 +153,12 @@ class _Malformed:
     detail: str
 
 
-def _tolerant(decode: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
     """A deserializer that never raises: gRPC would answer UNKNOWN, and end a stream unseen."""
 
     def tolerant(data: bytes) -> Any:
         try:
-            return decode(data)
+            return data if decode is None else decode(data)
         except DecodeError as error:
             return _Malformed(str(error))
 
@@ -187,11 +189,10 @@ class CountingContext:
             self._rpc.received += 1
         return _well_formed(message)
 
-    def write(self, message: Any) -> Awaitable[None]:
+    async def write(self, message: Any) -> None:
         """Sends a message."""
         self._rpc.sent += 1
-        written: Awaitable[None] = self._context.write(message)
-        return written
+        await self._context.write(message)
 
 
 async def _abort(context: Context, error: StepstateError) -> None:

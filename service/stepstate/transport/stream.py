@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import grpc
 
@@ -26,8 +26,8 @@ from stepstate.v1 import stepstate_pb2 as pb
 class Messages(Protocol):
     """The two sides of a call."""
 
-    async def read(self) -> pb.StepRequest:
-        """The next request, or `grpc.aio.EOF`."""
+    async def read(self) -> Any:
+        """The next `StepRequest`, or `grpc.aio.EOF`."""
         ...
 
     async def write(self, message: pb.StepResponse) -> None:

@@ -10,7 +10,9 @@ from typing import TypeVar
 T = TypeVar("T")
 
 LARGEST = 2**40
-"""No setting means anything beyond this; arrays of such a size could not be made."""
+"""No setting means anything beyond this."""
+MOST_SESSIONS = 10_000_000
+"""The arrays of the session table are made at start, some 100 bytes a session."""
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:\s/\[\]]+):(\d{1,5})")
 
@@ -66,6 +68,8 @@ class ServerConfig:
                 raise ConfigError(
                     f"{setting.name} is {value}, expected more than 0 and at most {LARGEST}"
                 )
+        if self.max_sessions > MOST_SESSIONS:
+            raise ConfigError(f"max_sessions is {self.max_sessions}, at most {MOST_SESSIONS}")
         if self.idle_timeout > self.max_idle_timeout:
             raise ConfigError(
                 f"idle_timeout is {self.idle_timeout:g} s, more than max_idle_timeout, "

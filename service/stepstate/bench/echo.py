@@ -6,7 +6,7 @@ It parses nothing and keeps nothing, so what it costs is what the transport cost
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+from typing import TypeAlias
 
 import grpc
 import uvloop
@@ -14,15 +14,18 @@ import uvloop
 SERVICE = "stepstate.bench.Echo"
 METHOD = f"/{SERVICE}/Stream"
 
+_Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
+_Handler: TypeAlias = "grpc.RpcMethodHandler[object, object]"
 
-async def _echo(_requests: Any, context: grpc.aio.ServicerContext) -> None:
+
+async def _echo(_requests: object, context: _Context) -> None:
     while (message := await context.read()) is not grpc.aio.EOF:
         await context.write(message)
 
 
 async def _serve() -> None:
     server = grpc.aio.server()
-    method = grpc.stream_stream_rpc_method_handler(_echo)
+    method: _Handler = grpc.stream_stream_rpc_method_handler(_echo)
     handler = grpc.method_handlers_generic_handler(SERVICE, {"Stream": method})
     server.add_generic_rpc_handlers((handler,))
     port = server.add_insecure_port("127.0.0.1:0")

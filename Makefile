@@ -1,0 +1,51 @@
+# Every target that needs packages makes the virtual environment first.
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: help setup demo serve test lint types protos protos-check train bench clean
+
+help: ## Show this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
+
+setup: $(READY) ## Make .venv with everything in it
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: setup ## Replay four weeks of demand through a server and score its live forecasts
+	$(BIN)/python models/electricity/demo.py
+
+serve: setup ## Serve the shipped models on 127.0.0.1:50051
+	$(BIN)/stepstate serve --models models
+
+test: setup ## Run all tests
+	$(BIN)/pytest
+
+lint: setup ## Check style, formatting and the layers of imports
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: setup ## Check types
+	$(BIN)/mypy
+
+protos: setup ## Compile the contract into the package
+	$(BIN)/python protos/generate.py
+
+protos-check: setup ## Fail if the committed stubs are not those of the contract
+	$(BIN)/python protos/generate.py build/protos
+	for made in $$(cd build/protos && find stepstate -type f); do cmp build/protos/$$made service/$$made || exit 1; done
+
+train: setup ## Train the shipped models anew (about a minute)
+	$(BIN)/python models/electricity/train.py
+
+bench: setup ## Measure steps per second beside a bare echo
+	$(BIN)/stepstate bench
+
+clean: ## Remove what was built, .venv too
+	rm -rf .venv build out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,8 +10,7 @@ a scrape may see a micro-batch half counted, never a wrong total later.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Protocol
 
@@ -25,6 +24,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from stepstate import __version__
+from stepstate.errors import REASONS
 
 # From a single row on an idle server (about 0.1 ms) to a client's usual deadline.
 SECONDS = (
@@ -47,6 +47,29 @@ SECONDS = (
 )
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 STAGES = ("queue", "compute", "total")
+# Series exist from the start, at 0: `increase()` would not see the first event of a new one.
+RESULTS = ("applied", "replayed", "refused", "cancelled", "failed")
+END_REASONS = ("closed", "expired")
+# google.golang.org/grpc/codes, Code.String, as go-grpc-middleware labels them.
+GRPC_CODES = (
+    "OK",
+    "Canceled",
+    "Unknown",
+    "InvalidArgument",
+    "DeadlineExceeded",
+    "NotFound",
+    "AlreadyExists",
+    "PermissionDenied",
+    "ResourceExhausted",
+    "FailedPrecondition",
+    "Aborted",
+    "OutOfRange",
+    "Unimplemented",
+    "Internal",
+    "Unavailable",
+    "DataLoss",
+    "Unauthenticated",
+)
 
 
 class Histogram:
@@ -82,6 +105,11 @@ class LaneGauges(Protocol):
         ...
 
     @property
+    def queued_requests(self) -> int:
+        """Requests accepted and not yet answered."""
+        ...
+
+    @property
     def state_bytes(self) -> int:
         """Bytes of state."""
         ...
@@ -96,7 +124,7 @@ class ModelMetrics:
     """What happened to the steps of one model; a `LaneObserver`."""
 
     def __init__(self) -> None:
-        self.steps: dict[str, int] = defaultdict(int)
+        self.steps = dict.fromkeys(RESULTS, 0)
         self.seconds = {stage: Histogram(SECONDS) for stage in STAGES}
         self.rows = Histogram(ROWS)
         self.opened = 0
@@ -127,18 +155,24 @@ class RpcMetrics:
         self.started = 0
         self.received = 0
         self.sent = 0
-        self.handled: dict[str, int] = defaultdict(int)
+        self.handled = dict.fromkeys(GRPC_CODES, 0)
         self.seconds = Histogram(SECONDS)
 
 
 class Metrics(Collector):
-    """All series of a server, in one registry."""
+    """All series of a server, in one registry.
 
-    def __init__(self, registry: CollectorRegistry) -> None:
+    Args:
+        registry: where they are registered.
+        limits: the bounds that the server keeps, by what they bound.
+    """
+
+    def __init__(self, registry: CollectorRegistry, *, limits: Mapping[str, float]) -> None:
+        self._limits = limits
         self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._rpcs: dict[tuple[str, str, str], RpcMetrics] = {}
-        self._closed: dict[str, int] = defaultdict(int)
-        self._refused: dict[str, int] = defaultdict(int)
+        self._closed = dict.fromkeys(END_REASONS, 0)
+        self._refused = dict.fromkeys(REASONS, 0)
         registry.register(self)
 
     def model(self, name: str, version: str) -> ModelMetrics:
@@ -174,13 +208,21 @@ class Metrics(Collector):
         )
         family.add_metric([__version__], 1)
         yield family
+        limits = GaugeMetricFamily(
+            "stepstate_limit", "The server's bounds, as it was started.", labels=["of"]
+        )
+        for name, value in self._limits.items():
+            limits.add_metric([name], value)
+        yield limits
 
     def _of_models(self) -> Iterator[Metric]:
         labels = ["model", "version"]
         steps = CounterMetricFamily(
             "stepstate_steps",
             "Rows applied (result=applied), and requests that ended otherwise: replayed (answered "
-            "again from the replay window), refused (wrong t), invalid, cancelled, failed.",
+            "again from the replay window), refused (its t, or a result beyond float32), "
+            "cancelled, failed. Requests that never got so far are in "
+            "stepstate_requests_refused_total only.",
             labels=[*labels, "result"],
         )
         seconds = HistogramMetricFamily(
@@ -225,6 +267,9 @@ class Metrics(Collector):
         queue = GaugeMetricFamily(
             "stepstate_queue_rows", "Rows accepted and not yet answered.", labels=labels
         )
+        requests = GaugeMetricFamily(
+            "stepstate_queue_requests", "Requests accepted and not yet answered.", labels=labels
+        )
         state = GaugeMetricFamily(
             "stepstate_state_bytes", "Bytes of state (h, c) of resident sessions.", labels=labels
         )
@@ -237,9 +282,10 @@ class Metrics(Collector):
             if model.lane is not None:
                 sessions.add_metric([*key, "resident"], model.lane.open_sessions)
                 queue.add_metric(key, model.lane.queued_rows)
+                requests.add_metric(key, model.lane.queued_requests)
                 state.add_metric(key, model.lane.state_bytes)
                 replay.add_metric(key, model.lane.replay_bytes)
-        yield from (sessions, queue, state, replay)
+        yield from (sessions, queue, requests, state, replay)
 
     def _of_rpcs(self) -> Iterator[Metric]:
         labels = ["grpc_type", "grpc_service", "grpc_method"]

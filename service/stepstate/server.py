@@ -36,7 +36,7 @@ from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_serv
 
 log = logging.getLogger(__name__)
 
-SERVICE = DESCRIPTOR.services_by_name["StepstateService"].full_name
+SERVICE = DESCRIPTOR.services_by_name["StepstateService"]
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
 
@@ -91,15 +91,23 @@ class Server:
         self._config = config
         self._store = store
         self._registry = CollectorRegistry()
-        self._metrics = Metrics(self._registry)
+        self._metrics = Metrics(
+            self._registry,
+            limits={
+                "sessions": config.max_sessions,
+                "queue_requests": config.queue_requests,
+                "queue_rows": config.queue_rows,
+                "replay_bytes": config.replay_bytes,
+            },
+        )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
         self.sessions = self._wire_sessions()
         self._native = NativeService(self.sessions, self._metrics)
         self._health = health.aio.HealthServicer()
-        self._grpc = grpc.aio.server(
-            interceptors=[Guard(self._metrics)], options=list(CHANNEL_OPTIONS)
-        )
+        guard = Guard(self._metrics)
+        guard.expect(SERVICE)
+        self._grpc = grpc.aio.server(interceptors=[guard], options=list(CHANNEL_OPTIONS))
         self._http: tuple[WSGIServer, Thread] | None = None
         self._sweeper: asyncio.Task[None] | None = None
         self._drained: asyncio.Task[None] | None = None
@@ -112,12 +120,12 @@ class Server:
         """
         add_StepstateServiceServicer_to_server(self._native, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        add_reflection(self._grpc, SERVICE)
+        add_reflection(self._grpc, SERVICE.full_name)
         self.metrics_address = self._listen_metrics()
         self.address = self._listen_grpc()
         await self._grpc.start()
         self._sweeper = asyncio.create_task(self._sweep())
-        for service in ("", SERVICE):
+        for service in ("", SERVICE.full_name):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self.phase = Phase.SERVING
 

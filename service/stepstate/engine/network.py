@@ -25,7 +25,7 @@ class Network:
         self._levels = torch.from_numpy(timeline.levels)
         self._calendar = torch.from_numpy(timeline.calendar)
         self._bases = torch.from_numpy(timeline.bases)
-        self._timed = timeline.phases > 1
+        self._timed = manifest.needs_time
         self._inverse_scale = 1 / torch.tensor([i.scale for i in manifest.inputs])
         self._plain = not self._timed and all(i.scale == 1 and i.mean == 0 for i in manifest.inputs)
         # y's scaling is folded into the head, and so is its level where that is constant.

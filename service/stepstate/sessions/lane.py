@@ -91,6 +91,7 @@ class Lane:
         self._settled = settled
         self._output_bytes = 4 * model.manifest.output_width
         self.queued_rows = 0
+        self.queued_requests = 0
 
     @property
     def open_sessions(self) -> int:
@@ -122,6 +123,7 @@ class Lane:
         """Starts a step, or lets it wait for those of its session before it."""
         session = step.session
         self.queued_rows += step.rows
+        self.queued_requests += 1
         if session.current is None:
             self._start(step)
         elif session.waiting is None:
@@ -165,7 +167,7 @@ class Lane:
         """See `engine.Owner`: refuses rows that float32 can't hold the result of."""
         session = work.session
         work.error = NonFiniteResult(session.session_id, self._table.t[session.handle])
-        self._observer.ended("invalid")
+        self._observer.ended("refused")
         self._finish(work)
 
     def failed(self, work: Step, error: Exception) -> None:
@@ -223,6 +225,7 @@ class Lane:
     def _settle(self, step: Step) -> None:
         """Delivers an outcome."""
         self.queued_rows -= step.rows
+        self.queued_requests -= 1
         self._settled(step)
         step.reply_to.deliver(step)
 

@@ -102,7 +102,8 @@ class Sessions:
         self._draining = False
         self._queued_requests = 0
         self._queued_rows = 0
-        self._settled_all: asyncio.Future[None] | None = None
+        self._opening: set[str] = set()
+        self._settled_all = asyncio.Event()
         self._closings: set[asyncio.Future[int]] = set()
 
     def __len__(self) -> int:
@@ -124,14 +125,14 @@ class Sessions:
         model = self.catalog.find(opening.model, opening.version)
         record = self._record(opening, self.lanes[model.key])
         await self._free_id(record.session_id)
-        if self._table.full:
+        if len(self._table) + len(self._opening) >= self._table.limit:
             raise SessionLimit(self._table.limit)
-        session = self._add(record)
+        self._opening.add(record.session_id)
         try:
             await self._store.create(record)
-        except BaseException:
-            self._remove(session)
-            raise
+        finally:
+            self._opening.discard(record.session_id)
+        session = self._add(record)
         self._observer.opened(record.model, record.version)
         return session
 
@@ -203,9 +204,8 @@ class Sessions:
         """A step has its outcome: lanes call this."""
         self._queued_requests -= 1
         self._queued_rows -= step.rows
-        if self._settled_all is not None and not self._queued_requests:
-            self._settled_all.set_result(None)
-            self._settled_all = None
+        if self._draining and not self._queued_requests:
+            self._settled_all.set()
 
     async def close(self, session_id: str) -> int:
         """Finishes a session's accepted steps and closes it; returns its last t.
@@ -263,8 +263,7 @@ class Sessions:
         """Takes no new sessions and steps from now on, and waits for the accepted ones."""
         self._draining = True
         if self._queued_requests:
-            self._settled_all = asyncio.get_running_loop().create_future()
-            await self._settled_all
+            await self._settled_all.wait()
 
     def _record(self, opening: Opening, lane: Lane) -> SessionRecord:
         manifest = lane.model.manifest
@@ -298,6 +297,8 @@ class Sessions:
 
     async def _free_id(self, session_id: str) -> None:
         session = self._table.get(session_id)
+        if session_id in self._opening:
+            raise SessionExists(session_id, 0)
         if session is None:
             return
         if session.ending is None and self._overdue(session):

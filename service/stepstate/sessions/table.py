@@ -37,11 +37,6 @@ class Table:
     def __len__(self) -> int:
         return len(self._by_id)
 
-    @property
-    def full(self) -> bool:
-        """Whether no session can be added."""
-        return not self._free
-
     def get(self, session_id: str) -> Session | None:
         """The open session of this id."""
         return self._by_id.get(session_id)

@@ -68,12 +68,14 @@ def encode_step(step: Step) -> pb.StepResponse:
 
 def decode_opening(request: pb.OpenSessionRequest) -> Opening:
     """What a client asks for when it opens a session."""
-    idle = request.idle_timeout.ToTimedelta() if request.HasField("idle_timeout") else None
+    idle = request.idle_timeout  # as a float it can be beyond every timedelta, and then be refused
     return Opening(
         session_id=request.session_id,
         model=request.model,
         version=request.version,
-        idle_timeout_seconds=None if idle is None else idle.total_seconds(),
+        idle_timeout_seconds=(
+            idle.seconds + idle.nanos / 1e9 if request.HasField("idle_timeout") else None
+        ),
         start_time=_moment(request) if request.HasField("start_time") else None,
     )
 

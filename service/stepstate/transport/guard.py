@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
+from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError
 
 from stepstate.errors import Internal, InvalidField, StepstateError
@@ -44,6 +45,12 @@ class Guard(grpc.aio.ServerInterceptor):
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._wrapped: dict[str, Handler | None] = {}
+
+    def expect(self, service: ServiceDescriptor) -> None:
+        """Makes the series of a service's RPCs, before any is called."""
+        for method in service.methods:
+            kind = _KINDS[method.client_streaming, method.server_streaming]
+            self._metrics.rpc(kind, service.full_name, method.name)
 
     async def intercept_service(
         self,
@@ -139,6 +146,7 @@ class _GuardedRpc:
         except Exception:
             surprise = Internal(secrets.token_hex(8))
             code = grpc.StatusCode.INTERNAL
+            self._metrics.refused(surprise.reason)
             log.exception("an RPC failed", extra={"rpc": self._path, "error_id": surprise.error_id})
             await _abort(context, surprise)
         finally:

@@ -55,4 +55,4 @@ def y_of(response: pb.StepResponse) -> NDArray[np.float32]:
 
 def _last_floats(message: Message, count: int) -> NDArray[np.float32]:
     """The one field of a message: its values are the last bytes on the wire."""
-    return np.frombuffer(message.SerializeToString()[-4 * count :], "<f4")
+    return np.frombuffer(message.SerializeToString()[-4 * count :], "<f4").copy()

@@ -1,0 +1,47 @@
+# The server of Stepstate, with the models of models/. `docker compose up` starts it with
+# Prometheus and Grafana; `docker run --rm -p 127.0.0.1:50051:50051 stepstate` alone.
+ARG PYTHON_IMAGE=python:3.11-slim
+
+FROM ${PYTHON_IMAGE} AS build
+# Where torch's CPU wheels are: PyPI's own bring gigabytes of CUDA libraries.
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+# Without pip inside: the image runs what was installed here and installs nothing more.
+RUN python3 -m venv --without-pip /opt/stepstate
+WORKDIR /build
+COPY constraints.txt ./
+# torch first and alone: this layer, nine tenths of the image, is kept when only code changes.
+RUN python3 -m pip --python /opt/stepstate/bin/python3 install --no-cache-dir \
+        --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" torch
+COPY pyproject.toml README.md LICENSE ./
+COPY service service
+RUN python3 -m pip --python /opt/stepstate/bin/python3 install --no-cache-dir \
+        --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" ".[server]"
+COPY models /app/models
+# Readable by any user, whatever the umask of the checkout.
+RUN chmod -R a+rX /app
+
+FROM ${PYTHON_IMAGE}
+LABEL org.opencontainers.image.title="stepstate" \
+      org.opencontainers.image.description="Steps trained recurrent networks, session by session" \
+      org.opencontainers.image.licenses="Apache-2.0"
+# By number below, so that Kubernetes can see that it is not root (runAsNonRoot).
+RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /app \
+        --shell /usr/sbin/nologin stepstate
+COPY --from=build /opt/stepstate /opt/stepstate
+COPY --from=build /app /app
+# Inside a container the address must not be loopback; publish the ports with care.
+ENV PATH=/opt/stepstate/bin:$PATH \
+    STEPSTATE_LISTEN=0.0.0.0:50051 \
+    STEPSTATE_METRICS_LISTEN=0.0.0.0:9464 \
+    STEPSTATE_MODELS=/app/models
+WORKDIR /app
+USER 10001:10001
+EXPOSE 50051 9464
+# The first signal drains, within STEPSTATE_DRAIN_SECONDS (30): grant more before SIGKILL
+# (`docker stop -t 40`, stop_grace_period, terminationGracePeriodSeconds).
+STOPSIGNAL SIGTERM
+# Asks grpc.health.v1 at STEPSTATE_SERVER, by default 127.0.0.1:50051.
+HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
+    CMD ["stepstate", "health"]
+ENTRYPOINT ["stepstate"]
+CMD ["serve"]

@@ -1,0 +1,86 @@
+"""The network offline: what it is fed, LSTM and head, and its forecasts in MW.
+
+The network sees and predicts deviations from a seasonal profile. Its input at
+one row is the deviation of demand, then what the calendar tells, in the order
+that `manifest.json` declares.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from series import HORIZONS, STEPS_PER_WEEK, Floats, Rows, Series, forecast_rows
+from torch import Tensor, nn
+
+DAY_SECONDS = 86_400
+DAILY_HARMONICS = 3
+"""Sine and cosine pairs of the day: enough for its two peaks."""
+
+
+class Network(nn.Module):
+    """LSTM and direct head; its tensors have the names that a model's file wants."""
+
+    def __init__(self, inputs: int, hidden_size: int, dropout: float) -> None:
+        super().__init__()
+        self.cell = nn.LSTM(inputs, hidden_size, batch_first=True)
+        self.dropout = nn.Dropout(dropout)
+        self.head = nn.Linear(hidden_size, HORIZONS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From zero state: x [N, T, D] to y [N, T, 48], both scaled deviations."""
+        h, _ = self.cell(x)
+        y: Tensor = self.head(self.dropout(h))
+        return y
+
+
+@dataclass(frozen=True, slots=True)
+class Fitted:
+    """A trained network, its profile [336] in MW, its scale in MW and the seconds it took."""
+
+    network: Network
+    profile: Floats
+    scale: float
+    seconds: float
+
+
+def calendar_inputs(times: NDArray[np.datetime64]) -> Floats:
+    """What is known of times [T] in advance, [T, 13]: sine and cosine pairs, weekday flags."""
+    seconds = times.astype("datetime64[s]").astype(np.int64)
+    angle = 2 * np.pi * (seconds % DAY_SECONDS) / DAY_SECONDS
+    waves = [wave(k * angle) for k in range(1, DAILY_HARMONICS + 1) for wave in (np.sin, np.cos)]
+    weekday = (seconds // DAY_SECONDS + 3) % 7  # day 0 of Unix time was a Thursday
+    return np.stack([*waves, *(weekday == day for day in range(7))], axis=1).astype(np.float64)
+
+
+def network_input(deviation: Floats, calendar: Floats) -> Tensor:
+    """The network's x [N, T, 14] for scaled deviations [N, T] and calendar [N, T, 13]."""
+    return torch.tensor(np.concatenate([deviation[..., None], calendar], 2), dtype=torch.float32)
+
+
+def forecast_streamed(fitted: Fitted, series: Series, origins: Rows) -> Floats:
+    """Forecasts [N, 48] in MW, all from one session that steps from the first row on."""
+    y = _run(fitted, series, np.arange(len(series.demand))[None])
+    return _in_megawatts(fitted, y[0, origins], origins)
+
+
+def forecast_primed(fitted: Fitted, series: Series, origins: Rows, rows: int) -> Floats:
+    """Forecasts [N, 48] in MW, each from a session that has seen just so many rows."""
+    y = _run(fitted, series, origins[:, None] - np.arange(rows)[::-1])
+    return _in_megawatts(fitted, y[:, -1], origins)
+
+
+def _run(fitted: Fitted, series: Series, rows: Rows) -> Tensor:
+    profile = fitted.profile[rows % STEPS_PER_WEEK]
+    deviation = (series.demand[rows] - profile) / fitted.scale
+    with torch.inference_mode():
+        y: Tensor = fitted.network(network_input(deviation, calendar_inputs(series.times)[rows]))
+    return y
+
+
+def _in_megawatts(fitted: Fitted, y: Tensor, origins: Rows) -> Floats:
+    base = fitted.profile[forecast_rows(origins) % STEPS_PER_WEEK]
+    forecasts: Floats = y.numpy().astype(np.float64) * fitted.scale + base
+    return forecasts

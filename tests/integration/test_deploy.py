@@ -1,0 +1,199 @@
+"""What deploy/ ships fits the server: its files are valid, and name only series that exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from urllib.request import urlopen
+
+import grpc
+import pytest
+from stepstate.config import ServerConfig
+from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
+
+from tests.processes import server_process
+
+ROOT = Path(__file__).parents[2]
+DEPLOY = ROOT / "deploy"
+DASHBOARD = DEPLOY / "grafana" / "dashboards" / "stepstate.json"
+
+FROM_PROMETHEUS = {"up", "ALERTS"}
+"""Series that Prometheus itself makes."""
+
+_STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"')
+_SELECTORS = re.compile(r"\{[^}]*\}|\[[^\]]*\]")
+_GROUPINGS = re.compile(r"\b(?:by|without|on|ignoring|group_left|group_right)\s*\([^)]*\)")
+_NAMES = re.compile(r"\b[a-zA-Z_:][\w:]*\b(?!\s*\()")
+_WORDS = {"and", "or", "unless", "offset", "bool", "by", "without"}
+
+
+def metrics_of(expression: str) -> set[str]:
+    """The names of the series in a PromQL expression."""
+    text = _STRINGS.sub("", expression)
+    for pattern in (_SELECTORS, _GROUPINGS):
+        text = pattern.sub(" ", text)
+    functions = set(re.findall(r"\b([a-z_0-9]+)\s*(?:\(|(?:by|without)\b)", text))
+    return set(_NAMES.findall(text)) - _WORDS - functions
+
+
+def _panels() -> Iterator[dict]:
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        if panel["type"] != "row":
+            yield panel
+
+
+def _dashboard_expressions() -> list[str]:
+    return [target["expr"] for panel in _panels() for target in panel["targets"]]
+
+
+def _alert_expressions() -> list[str]:
+    """The `expr:` of each alert, on its line or as the block below it."""
+    text = (DEPLOY / "alerts.yml").read_text()
+    blocks = re.findall(r"^ {8}expr: (?:\|\n((?: {10}.*\n)+)|(.+)\n)", text, re.MULTILINE)
+    return [block or line for block, line in blocks]
+
+
+@pytest.fixture(scope="module")
+def exposed(model_root: Path) -> str:
+    """/metrics of a server that was used and refused something."""
+    with server_process("--models", str(model_root)) as server:
+        with grpc.insecure_channel(server.address) as channel:
+            stub = StepstateServiceStub(channel)
+            for name in ("one", "two"):
+                stub.OpenSession(pb.OpenSessionRequest(session_id=name, model="lstm"))
+            stub.Step(pb.StepRequest(session_id="one", x=[0.0] * 3))
+            stub.CloseSession(pb.CloseSessionRequest(session_id="two"))
+            with pytest.raises(grpc.RpcError):
+                stub.Step(pb.StepRequest(session_id="one", t=9, x=[0.0] * 3))
+        with urlopen(server.metrics_url) as answer:
+            return answer.read().decode()
+
+
+@pytest.fixture
+def promtool(program: Callable[[str], str]) -> Callable[..., None]:
+    """Runs promtool in deploy/; it must have nothing to say against its input."""
+    path = program("promtool")
+
+    def run(*arguments: str, text: str | None = None) -> None:
+        command = [path, *arguments]
+        done = subprocess.run(
+            command, input=text, cwd=DEPLOY, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+
+    return run
+
+
+def test_the_exposition_passes_promtools_lint(promtool: Callable[..., None], exposed: str) -> None:
+    promtool("check", "metrics", text=exposed)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("check", "config", "prometheus.yml"),
+        ("check", "rules", "--lint=all", "--lint-fatal", "alerts.yml"),
+        ("test", "rules", "alerts_test.yml"),
+    ],
+    ids=" ".join,
+)
+def test_promtool_accepts_what_is_shipped(
+    promtool: Callable[..., None], arguments: tuple[str, ...]
+) -> None:
+    promtool(*arguments)
+
+
+def test_names_are_found_in_expressions() -> None:
+    """The parser of these tests, tried."""
+    found = metrics_of(
+        'histogram_quantile(0.9, sum by (le) (rate(a_bucket{x=~"b_c|{d}"}[5m]))) > 0.1 '
+        "or sum(e_total) by (instance) unless f:g offset 5m"
+    )
+    assert found == {"a_bucket", "e_total", "f:g"}
+
+
+@pytest.mark.parametrize("expressions", [_dashboard_expressions(), _alert_expressions()])
+def test_every_series_named_in_deploy_exists(exposed: str, expressions: list[str]) -> None:
+    series = set(re.findall(r"^([a-zA-Z_:][\w:]*)[{ ]", exposed, re.MULTILINE))
+    named = {name for expression in expressions for name in metrics_of(expression)}
+    assert len(named) >= 5
+    assert named - FROM_PROMETHEUS <= series
+
+
+def test_every_expression_of_the_dashboard_is_promql(
+    promtool: Callable[..., None], tmp_path: Path
+) -> None:
+    """As recording rules, which promtool parses; Grafana's variables are filled in."""
+    filled = [
+        re.sub(r"\$(instance|model)\b", ".*", text.replace("$__rate_interval", "20s"))
+        for text in _dashboard_expressions()
+    ]
+    assert not [expression for expression in filled if "$" in expression]
+    rules = [{"record": f"panel:{place}", "expr": text} for place, text in enumerate(filled)]
+    path = tmp_path / "rules.yml"
+    path.write_text(json.dumps({"groups": [{"name": "dashboard", "rules": rules}]}))
+    promtool("check", "rules", str(path))
+
+
+def test_panels_are_titled_explained_and_do_not_overlap() -> None:
+    taken: set[tuple[int, int]] = set()
+    for panel in _panels():
+        assert panel["title"]
+        assert panel["description"]
+        assert panel["fieldConfig"]["defaults"]["unit"]
+        assert all(target["expr"] for target in panel["targets"])
+        place = panel["gridPos"]
+        cells = {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        assert max(x for x, _ in cells) < 24
+        assert not cells & taken, panel["title"]
+        taken |= cells
+
+
+def test_panel_ids_are_unique_and_variables_are_declared() -> None:
+    dashboard = json.loads(DASHBOARD.read_text())
+    ids = [panel["id"] for panel in dashboard["panels"]]
+    assert len(ids) == len(set(ids))
+    declared = {variable["name"] for variable in dashboard["templating"]["list"]}
+    text = json.dumps(dashboard["panels"])
+    used = set(re.findall(r"\$\{?([a-zA-Z]\w*)", text)) | set(re.findall(r"\$\{(\w+)\}", text))
+    assert used <= declared
+    assert {"instance", "model"} <= used
+
+
+def test_dashboard_and_data_source_agree() -> None:
+    source = (DEPLOY / "grafana" / "provisioning" / "datasources" / "prometheus.yml").read_text()
+    variables = json.loads(DASHBOARD.read_text())["templating"]["list"]
+    (variable,) = [each for each in variables if each["type"] == "datasource"]
+    assert f"uid: {variable['current']['value']}\n" in source
+
+
+def test_alert_thresholds_follow_the_defaults_of_the_server() -> None:
+    text, config = "\n".join(_alert_expressions()), ServerConfig()
+    queue, sessions = config.queue_requests * 8 // 10, config.max_sessions * 9 // 10
+    assert re.search(rf"stepstate_queue_rows.* > {queue}$", text, re.MULTILINE)
+    assert re.search(rf"stepstate_sessions.* > {sessions}$", text, re.MULTILINE)
+
+
+def test_compose_publishes_on_loopback_only_and_outlives_a_drain() -> None:
+    text = (ROOT / "docker-compose.yml").read_text()
+    published = re.findall(r'^ +- "([^"]*:\d+)"$', text, re.MULTILINE)
+    assert len(published) >= 4
+    assert all(port.startswith("127.0.0.1:") for port in published)
+    (grace,) = re.findall(r"stop_grace_period: (\d+)s", text)
+    assert int(grace) > ServerConfig().drain_seconds
+
+
+def test_images_are_pinned() -> None:
+    """Those from elsewhere, by a full version."""
+    text = (ROOT / "docker-compose.yml").read_text()
+    images = re.findall(r"^ +image: (\S+/\S+)$", text, re.MULTILINE)
+    assert len(images) >= 2
+    assert all(re.fullmatch(r"[^:]+:v?\d+\.\d+\.\d+", image) for image in images)

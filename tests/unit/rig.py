@@ -1,0 +1,243 @@
+"""The sessions layer wired by hand: real engine, fake clock, memory store, no sockets."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+
+import numpy as np
+from prometheus_client import CollectorRegistry
+from stepstate.engine import use_one_thread
+from stepstate.metrics import Metrics
+from stepstate.models import Catalog, Manifest, Model
+from stepstate.sessions import Lane, Limits, Opening, Session, Sessions, Step, Table
+from stepstate.stores import MemoryStore, SessionStore
+
+from tests.networks import Network, make_network
+
+use_one_thread()  # as the server does
+
+IDLE_SECONDS = 100.0
+MOST_IDLE_SECONDS = 1000.0
+
+
+class Clock:
+    """Monotonic seconds that pass when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 5000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+    def advance(self, seconds: float) -> None:
+        self.now += seconds
+
+
+class Caller:
+    """A `ReplyTo`: keeps the one outcome it was given."""
+
+    def __init__(self) -> None:
+        self.cancelled = False
+        self.deliveries = 0
+        self._outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
+
+    @property
+    def answered(self) -> bool:
+        return self._outcome.done()
+
+    def deliver(self, step: Step) -> None:
+        self.deliveries += 1
+        if not self.answered:
+            self._outcome.set_result(step)
+
+    async def outcome(self) -> Step:
+        """The step with its outcome; raises its error."""
+        step = await asyncio.wait_for(self._outcome, 10)
+        assert self.deliveries == 1
+        if step.error is not None:
+            raise step.error
+        return step
+
+    async def error(self) -> Exception | None:
+        """The error of the outcome."""
+        return (await asyncio.wait_for(self._outcome, 10)).error
+
+
+class Rig:
+    """Sessions of some models, and short words for what tests do with them."""
+
+    def __init__(
+        self,
+        *models: Model,
+        store: SessionStore | None = None,
+        max_sessions: int = 8,
+        batch_rows: int = 256,
+        chunk_rows: int = 128,
+        replay_rows: int = 4,
+        replay_bytes: int = 2**20,
+        queued_requests: int = 1000,
+        queued_rows: int = 100_000,
+    ) -> None:
+        self.clock = Clock()
+        self.store = store if store is not None else MemoryStore(self.clock)
+        self.registry = CollectorRegistry()
+        self.metrics = Metrics(self.registry, limits={})
+        self.table = Table(max_sessions)
+        self.sessions = Sessions(
+            Catalog(models),
+            self.table,
+            self.store,
+            limits=Limits(
+                queued_requests=queued_requests,
+                queued_rows=queued_rows,
+                default_idle_seconds=IDLE_SECONDS,
+                most_idle_seconds=MOST_IDLE_SECONDS,
+            ),
+            clock=self.clock,
+            observer=self.metrics,
+        )
+        for model in models:
+            metrics = self.metrics.model(model.manifest.name, model.manifest.version)
+            metrics.lane = self.sessions.lanes[model.key] = Lane(
+                model,
+                self.table,
+                clock=self.clock,
+                observer=metrics,
+                settled=self.sessions.settled,
+                capacity=max_sessions,
+                batch_rows=batch_rows,
+                chunk_rows=chunk_rows,
+                replay_rows=replay_rows,
+                replay_bytes=replay_bytes,
+            )
+        self.lane = next(iter(self.sessions.lanes.values()))
+
+    @property
+    def results(self) -> dict[str, int]:
+        """How the steps of the first model ended, by result; without those at 0."""
+        manifest = self.lane.model.manifest
+        steps = self.metrics.model(manifest.name, manifest.version).steps
+        return {result: count for result, count in steps.items() if count}
+
+    async def open(self, session_id: str = "a", **options: object) -> Session:
+        """Opens a session of the first model, unless told otherwise."""
+        return await self.sessions.open(opening(session_id, **options))
+
+    def send(
+        self,
+        session: Session,
+        x: object,
+        t: int | None = None,
+        *,
+        inspect: bool = False,
+        last_only: bool = False,
+    ) -> Caller:
+        """Submits rows x [T, D] and goes on at once."""
+        caller = Caller()
+        self.sessions.submit(request(session, x, t, caller, inspect=inspect, last_only=last_only))
+        return caller
+
+    async def step(
+        self, session: Session, x: object, t: int | None = None, **options: bool
+    ) -> Step:
+        """Submits rows and waits for their outcome."""
+        return await self.send(session, x, t, **options).outcome()
+
+    async def y(
+        self, session: Session, x: object, t: int | None = None, **options: bool
+    ) -> np.ndarray:
+        """The outputs [T, O] of rows."""
+        return outputs(await self.step(session, x, t, **options))
+
+
+def request(
+    session: Session,
+    x: object,
+    t: int | None,
+    caller: Caller,
+    *,
+    inspect: bool = False,
+    last_only: bool = False,
+) -> Step:
+    """A step as the front door makes it: a list where values are few, else an array."""
+    array = np.atleast_2d(np.asarray(x, np.float32))
+    flat = array.ravel()
+    values = flat.tolist() if flat.size <= 64 else flat
+    rows = len(array)
+    return Step(values, rows, inspect, last_only and rows > 1, session, t, caller)
+
+
+def opening(
+    session_id: str = "a",
+    *,
+    model: str = "",
+    version: str = "",
+    idle: float | None = None,
+    start: object = None,
+) -> Opening:
+    return Opening(session_id, model, version, idle, start)
+
+
+def outputs(step: Step) -> np.ndarray:
+    """y [T, O] of an outcome."""
+    width = step.session.lane.model.manifest.output_width
+    return np.frombuffer(step.y, "<f4").reshape(-1, width)
+
+
+def model_of(network: Network, profiles: Mapping[str, np.ndarray] | None = None) -> Model:
+    """A network as a loaded model, without files."""
+    tensors = {name: np.ascontiguousarray(value) for name, value in network.tensors().items()}
+    return Model(Manifest.model_validate(network.manifest), tensors | dict(profiles or {}))
+
+
+def overflowing_network() -> Network:
+    """A network whose state is infinite after x = HUGE, and finite after usual values."""
+    network = make_network("overflowing", "rnn_relu", seed=7)
+    network.manifest["inputs"][0]["scale"] = 1e-3
+    return network
+
+
+HUGE = [3e38, 0.0, 0.0]
+
+
+def timed_network() -> tuple[Network, dict[str, np.ndarray]]:
+    """A network with scaling, calendar, profiles and horizons, and the profiles' values."""
+    network = make_network("timed", inputs=2 + 4 + 7, outputs=3, seed=8)
+    rng = np.random.default_rng(8)
+    profiles = {
+        "day": rng.normal(100, 20, size=24).astype(np.float32),
+        "five": rng.normal(-3, 1, size=5).astype(np.float32),
+    }
+    network.manifest.update(
+        step_interval_seconds=3600,
+        inputs=[
+            {"name": "load", "profile": "day", "mean": 2.0, "scale": 20.0},
+            {"name": "heat", "mean": -1.0, "scale": 0.5},
+        ],
+        calendar=[
+            {"kind": "fourier", "period_seconds": 86_400, "harmonics": 2},
+            {"kind": "day_of_week"},
+        ],
+        profiles={
+            "day": {"period_steps": 24, "origin": "2024-03-01T05:00:00Z"},
+            "five": {"period_steps": 5, "origin": "1969-12-31T22:00:00Z"},
+        },
+        outputs=[
+            {"name": "load", "profile": "day", "mean": 1.0, "scale": 20.0, "horizons": [0, 3]},
+            {"name": "odd", "profile": "five", "scale": -2.0, "horizons": [7]},
+        ],
+    )
+    return network, profiles
+
+
+def rows_of(network: Network, count: int, seed: int = 0) -> np.ndarray:
+    """Random rows x [T, D] for a network."""
+    width = len(network.manifest["inputs"])
+    return np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
+
+
+async def rounds(count: int) -> None:
+    """Lets the loop go round."""
+    for _ in range(count):
+        await asyncio.sleep(0)

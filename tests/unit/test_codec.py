@@ -1,0 +1,197 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+
+import numpy as np
+import pytest
+from stepstate.errors import InvalidField, NonFiniteInput
+from stepstate.sessions import Step
+from stepstate.transport.codec import (
+    REPLY_BYTES,
+    REQUEST_ROWS,
+    decode_opening,
+    decode_step,
+    encode_model,
+    encode_session,
+    encode_step,
+)
+from stepstate.v1 import stepstate_pb2 as pb
+
+from tests.networks import make_network
+from tests.unit.rig import Caller, model_of, outputs, rows_of, timed_network
+
+
+@pytest.fixture
+async def session(rig):
+    return await rig.open()
+
+
+def request(x: object, **options: object) -> pb.StepRequest:
+    return pb.StepRequest(session_id="a", x=np.ravel(x).tolist(), **options)
+
+
+def decoded(session, x: object, **options: object) -> Step:
+    return decode_step(request(x, **options), session, Caller())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 21, 22, 300])
+async def test_rows_arrive_as_they_were_sent(session, network, rows):
+    x = rows_of(network, rows)
+    step = decoded(session, x, t=7)
+    assert np.array_equal(np.float32(step.x).reshape(rows, 3), x)
+    assert (step.rows, step.t, step.session) == (rows, 7, session)
+
+
+async def test_t_0_is_not_no_t(session):
+    assert decoded(session, [1, 2, 3], t=0).t == 0
+    assert decoded(session, [1, 2, 3]).t is None
+
+
+@pytest.mark.parametrize("values", [0, 1, 2, 4, 100, 301])
+async def test_what_is_not_whole_rows_is_refused_with_the_width(session, values):
+    with pytest.raises(InvalidField, match=rf"x: holds {values} values.*rows of 3 \(x0, x1, x2\)"):
+        decoded(session, np.zeros(values))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("rows", [1, 5, 200])
+async def test_a_value_that_is_not_finite_is_refused_with_its_row_and_column(session, bad, rows):
+    x = np.zeros((rows, 3))
+    x[rows - 1, 1] = bad
+    with pytest.raises(NonFiniteInput) as refused:
+        decoded(session, x)
+    error = refused.value
+    assert (error.row, error.column, error.value) == (rows - 1, "x1", str(bad))
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+async def test_infinities_that_cancel_out_are_refused_too(session, rows):
+    with pytest.raises(NonFiniteInput):
+        decoded(session, [[np.inf, -np.inf, 0.0]] * rows)
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+async def test_the_largest_finite_values_are_accepted(session, rows):
+    decoded(session, np.full((rows, 3), np.finfo(np.float32).max))
+
+
+async def test_last_only_of_one_row_is_the_same_request_as_without(session):
+    assert not decoded(session, [1, 2, 3], last_only=True).last_only
+    assert decoded(session, [1, 2, 3] * 2, last_only=True).last_only
+
+
+async def test_more_rows_than_a_request_takes_are_refused(session):
+    decoded(session, np.zeros((REQUEST_ROWS, 3)), last_only=True)
+    with pytest.raises(InvalidField, match=f"at most {REQUEST_ROWS}"):
+        decoded(session, np.zeros((REQUEST_ROWS + 1, 3)), last_only=True)
+
+
+async def test_a_reply_too_large_for_a_client_is_refused_before_the_work(session):
+    row_bytes = 4 * (2 + 2 * 7 * 16)
+    most = REPLY_BYTES // row_bytes
+    decoded(session, np.zeros((most, 3)), inspect=True)
+    with pytest.raises(InvalidField, match=f"at most {most} rows"):
+        decoded(session, np.zeros((most + 1, 3)), inspect=True)
+    decoded(session, np.zeros((most + 1, 3)), inspect=True, last_only=True)
+    decoded(session, np.zeros((most + 1, 3)))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+async def test_a_reply_carries_the_outputs_to_the_bit(rig, session, network, rows):
+    step = await rig.step(session, rows_of(network, rows), 0)
+    reply = encode_step(step)
+    assert (reply.session_id, reply.t, reply.replayed) == ("a", rows, False)
+    assert np.array_equal(np.float32(reply.y), outputs(step).ravel())
+    assert not reply.layers
+    assert pb.StepResponse.FromString(reply.SerializeToString()) == reply
+
+
+async def test_a_replayed_reply_says_so_and_is_otherwise_the_same(rig, session, network):
+    x = rows_of(network, 3)
+    first, again = [encode_step(await rig.step(session, x, 0, inspect=True)) for _ in range(2)]
+    assert again.replayed
+    again.replayed = False
+    assert again.SerializeToString() == first.SerializeToString()
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [("lstm", "ifgocmh"), ("gru", "hrzn"), ("tanh", "h"), ("projected", "ifgocmh")],
+)
+async def test_inspected_layers_have_the_fields_of_their_cell(make_rig, networks, name, fields):
+    rig = make_rig(model_of(networks[name]))
+    step = await rig.step(await rig.open(), rows_of(networks[name], 4), inspect=True)
+    reply = encode_step(step)
+    assert len(reply.layers) == 2
+    for layer, message in zip(step.layers, reply.layers, strict=True):
+        assert {field.name for field, _ in message.ListFields()} == set(fields)
+        for field, values in message.ListFields():
+            assert np.array_equal(np.float32(values), layer[field.name].ravel())
+
+
+def test_an_opening_has_what_was_asked_for():
+    asked = pb.OpenSessionRequest(session_id="a", model="m", version="2")
+    assert decode_opening(asked).idle_timeout_seconds is None
+    assert decode_opening(asked).start_time is None
+    asked.idle_timeout.FromTimedelta(timedelta(seconds=2.5))
+    asked.start_time.FromDatetime(datetime(1969, 7, 20, 20, 17, tzinfo=UTC))
+    found = decode_opening(asked)
+    assert (found.session_id, found.model, found.version) == ("a", "m", "2")
+    assert found.idle_timeout_seconds == 2.5
+    assert found.start_time == datetime(1969, 7, 20, 20, 17, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(("seconds", "nanos"), [(2**60, 0), (-(2**60), 0), (0, 2_000_000_000)])
+def test_a_start_time_that_is_none_is_refused_by_name(seconds, nanos):
+    asked = pb.OpenSessionRequest()
+    asked.start_time.seconds, asked.start_time.nanos = seconds, nanos
+    with pytest.raises(InvalidField, match="start_time"):
+        decode_opening(asked)
+
+
+@pytest.mark.parametrize("seconds", [2**60, -(2**60)])
+async def test_an_idle_timeout_beyond_any_duration_is_refused_by_name(rig, seconds):
+    asked = pb.OpenSessionRequest()
+    asked.idle_timeout.seconds = seconds
+    with pytest.raises(InvalidField, match="idle_timeout"):
+        await rig.sessions.open(decode_opening(asked))
+
+
+async def test_a_session_is_told_as_it_stands(rig, network):
+    start = datetime(1931, 2, 3, 4, 5, 6, tzinfo=UTC)
+    session = await rig.open("b", idle=50.0, start=start)
+    await rig.step(session, rows_of(network, 2))
+    rig.clock.advance(20)
+    caller = rig.send(session, rows_of(network, 1))
+    told = encode_session(rig.sessions, session)
+    assert (told.session_id, told.model, told.version, told.t) == ("b", "lstm", "1", 2)
+    assert told.idle_timeout.ToTimedelta() == timedelta(seconds=50)
+    assert told.start_time.ToDatetime(tzinfo=UTC) == start
+    left = told.expire_time.ToDatetime(tzinfo=UTC) - datetime.now(UTC)
+    assert 25 < left.total_seconds() <= 30
+    assert told.queued_requests == 1
+    await caller.outcome()
+
+
+async def test_a_session_without_a_start_time_is_told_without_one(rig, session):
+    assert not encode_session(rig.sessions, session).HasField("start_time")
+
+
+def test_a_model_is_told_as_its_manifest_has_it():
+    told = encode_model(model_of(*timed_network()))
+    assert (told.name, told.version, told.cell.kind, told.cell.hidden_size) == (
+        "timed",
+        "1",
+        "lstm",
+        16,
+    )
+    assert [column.name for column in told.inputs] == ["load", "heat"]
+    assert [list(output.horizons) for output in told.outputs] == [[0, 3], [7]]
+    assert told.step_interval.ToTimedelta() == timedelta(hours=1)
+    assert told.needs_start_time
+
+
+def test_a_model_without_time_is_told_without_an_interval():
+    told = encode_model(model_of(make_network("m", "gru")))
+    assert not told.HasField("step_interval")
+    assert not told.needs_start_time

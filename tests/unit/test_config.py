@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from stepstate.config import ConfigError, ServerConfig, split_address
+
+NUMBERS = [
+    field.name
+    for field in dataclasses.fields(ServerConfig)
+    if isinstance(field.default, int | float)
+]
+
+
+def test_the_defaults_are_valid():
+    ServerConfig()
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+@pytest.mark.parametrize("value", [0, -1, float("nan"), float("inf"), 2**41])
+def test_a_number_out_of_range_is_refused_by_name(name, value):
+    with pytest.raises(ConfigError, match=rf"\b{name} is "):
+        ServerConfig(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["listen", "metrics_listen"])
+@pytest.mark.parametrize(
+    "address", ["", "localhost", "localhost:", ":80", "localhost:65536", "a b:1", "::1:80", "h:-1"]
+)
+def test_what_is_no_address_is_refused_by_name(name, address):
+    with pytest.raises(ConfigError, match=f"^{name} is "):
+        ServerConfig(**{name: address})
+
+
+@pytest.mark.parametrize(
+    ("address", "parts"),
+    [
+        ("127.0.0.1:50051", ("127.0.0.1", 50051)),
+        ("localhost:0", ("localhost", 0)),
+        ("[::1]:65535", ("::1", 65535)),
+    ],
+)
+def test_addresses_are_split_into_host_and_port(address, parts):
+    ServerConfig(listen=address, metrics_listen=address)
+    assert split_address(address) == parts
+
+
+def test_a_default_timeout_beyond_the_longest_is_refused():
+    with pytest.raises(ConfigError, match="max_idle_timeout"):
+        ServerConfig(idle_timeout=11, max_idle_timeout=10)
+    ServerConfig(idle_timeout=10, max_idle_timeout=10)
+
+
+def test_values_can_not_be_changed_later():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        ServerConfig().listen = "other:1"
+
+
+def test_every_setting_has_its_help():
+    assert all(field.metadata["help"] for field in dataclasses.fields(ServerConfig))

@@ -1,0 +1,169 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from grpc import StatusCode
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import Histogram as PrometheusHistogram
+from prometheus_client.parser import text_string_to_metric_families
+from stepstate.metrics import ROWS, SECONDS, Histogram, Metrics
+
+from tests.unit.rig import rows_of
+from tests.unit.test_errors import ON_THE_WIRE
+
+LABELS = {
+    "version",
+    "model",
+    "result",
+    "stage",
+    "reason",
+    "of",
+    "residency",
+    "le",
+    "grpc_type",
+    "grpc_service",
+    "grpc_method",
+    "grpc_code",
+}
+
+
+def exposed(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
+    """Every sample, parsed from the text that Prometheus is given."""
+    text = generate_latest(registry).decode()
+    return {
+        (sample.name, *(f"{key}={value}" for key, value in sorted(sample.labels.items()))): (
+            sample.value
+        )
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+@pytest.fixture
+def registry() -> CollectorRegistry:
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def metrics(registry) -> Metrics:
+    return Metrics(registry, limits={"sessions": 7, "queue_rows": 100})
+
+
+@pytest.mark.parametrize("bounds", [SECONDS, ROWS])
+def test_a_histogram_counts_as_prometheus_clients_does(registry, bounds):
+    theirs = PrometheusHistogram("x", "x", buckets=bounds, registry=registry)
+    ours = Histogram(bounds)
+    values = [*bounds, *np.random.default_rng(1).lognormal(-5, 4, 500), 0.0, 1e9]
+    for place, value in enumerate(values):
+        times = 1 + place % 3
+        ours.observe(value, times)
+        for _ in range(times):
+            theirs.observe(value)
+    buckets, total = ours.samples()
+    for bound, count in buckets:
+        assert registry.get_sample_value("x_bucket", {"le": bound}) == count
+    assert registry.get_sample_value("x_sum") == pytest.approx(total)
+    assert registry.get_sample_value("x_count") == buckets[-1][1]
+
+
+def test_a_micro_batch_is_counted_by_stage(metrics, registry):
+    metrics.model("m", "1").microbatch([1.0, 1.5], 2.0, 2.25)
+    found = exposed(registry)
+    for stage, seconds in (("queue", 1.5), ("compute", 0.5), ("total", 2.0)):
+        key = ("model=m", f"stage={stage}", "version=1")
+        assert found["stepstate_step_seconds_sum", *key] == seconds
+        assert found["stepstate_step_seconds_count", *key] == 2
+    assert found["stepstate_microbatch_rows_count", "model=m", "version=1"] == 1
+    assert found["stepstate_microbatch_rows_sum", "model=m", "version=1"] == 2
+
+
+def test_each_call_is_its_own_series(metrics, registry):
+    rpc = metrics.rpc("unary", "stepstate.v1.StepstateService", "Step")
+    rpc.started += 3
+    rpc.handled["OK"] += 2
+    rpc.handled["NotFound"] += 1
+    rpc.received += 3
+    rpc.sent += 2
+    rpc.seconds.observe(0.2)
+    key = ("grpc_method=Step", "grpc_service=stepstate.v1.StepstateService", "grpc_type=unary")
+    found = exposed(registry)
+    assert found["grpc_server_started_total", *key] == 3
+    assert found["grpc_server_handled_total", "grpc_code=NotFound", *key] == 1
+    assert found["grpc_server_handled_total", "grpc_code=OK", *key] == 2
+    assert found["grpc_server_msg_received_total", *key] == 3
+    assert found["grpc_server_msg_sent_total", *key] == 2
+    assert found["grpc_server_handling_seconds_count", *key] == 1
+
+
+def test_series_are_there_at_0_before_anything_happens(metrics, registry):
+    metrics.model("m", "1")
+    metrics.rpc("unary", "s", "m")
+    found = exposed(registry)
+    for result in ("applied", "replayed", "refused", "cancelled", "failed"):
+        assert found["stepstate_steps_total", "model=m", f"result={result}", "version=1"] == 0
+    for reason in ("closed", "expired"):
+        assert found["stepstate_sessions_closed_total", f"reason={reason}"] == 0
+    for cls in ON_THE_WIRE:
+        assert found["stepstate_requests_refused_total", f"reason={cls.reason}"] == 0
+    for code in StatusCode:
+        name = "Canceled" if code is StatusCode.CANCELLED else code.name.title().replace("_", "")
+        name = "OK" if code is StatusCode.OK else name
+        key = (f"grpc_code={name}", "grpc_method=m", "grpc_service=s", "grpc_type=unary")
+        assert found["grpc_server_handled_total", *key] == 0
+
+
+def test_the_bounds_of_the_server_are_told(metrics, registry):
+    found = exposed(registry)
+    assert found["stepstate_limit", "of=sessions"] == 7
+    assert found["stepstate_limit", "of=queue_rows"] == 100
+
+
+def test_the_same_model_and_the_same_rpc_are_counted_together(metrics):
+    assert metrics.model("m", "1") is metrics.model("m", "1")
+    assert metrics.model("m", "1") is not metrics.model("m", "2")
+    assert metrics.rpc("unary", "s", "m") is metrics.rpc("unary", "s", "m")
+
+
+def test_refused_requests_and_ended_sessions_are_counted_by_reason(metrics, registry):
+    metrics.refused("STEP_AHEAD")
+    metrics.closed("expired")
+    metrics.closed("expired")
+    metrics.opened("m", "1")
+    found = exposed(registry)
+    assert found["stepstate_requests_refused_total", "reason=STEP_AHEAD"] == 1
+    assert found["stepstate_sessions_closed_total", "reason=expired"] == 2
+    assert found["stepstate_sessions_opened_total", "model=m", "version=1"] == 1
+
+
+async def test_the_gauges_are_those_of_the_lane(rig, network):
+    session = await rig.open()
+    await rig.step(session, rows_of(network, 3))
+    found = exposed(rig.registry)
+    key = ("model=lstm", "version=1")
+    assert found["stepstate_sessions", "model=lstm", "residency=resident", "version=1"] == 1
+    assert found["stepstate_state_bytes", *key] == 4 * 64
+    assert found["stepstate_replay_bytes", *key] == 3 * 2 * 4
+    assert found["stepstate_queue_rows", *key] == 0
+    assert found["stepstate_queue_requests", *key] == 0
+    assert found["stepstate_steps_total", "model=lstm", "result=applied", "version=1"] == 3
+
+
+async def test_more_sessions_make_no_more_series(rig, network):
+    async def use(name: str) -> int:
+        session = await rig.open(name)
+        await rig.step(session, rows_of(network, 1))
+        await rig.step(session, rows_of(network, 2))
+        await rig.sessions.close(name)
+        return len(exposed(rig.registry))
+
+    assert len({await use(f"session-{place}") for place in range(5)}) == 1
+    assert "session-" not in generate_latest(rig.registry).decode()
+
+
+async def test_labels_are_the_known_ones_and_series_have_help_and_base_units(rig, network):
+    rig.metrics.rpc("unary", "s", "m").handled["OK"] += 1
+    await rig.step(await rig.open(), rows_of(network, 1))
+    for family in text_string_to_metric_families(generate_latest(rig.registry).decode()):
+        assert family.documentation
+        assert family.name.startswith(("stepstate_", "grpc_server_"))
+        assert {label for sample in family.samples for label in sample.labels} <= LABELS

@@ -1,0 +1,53 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from stepstate.engine import products
+from stepstate.engine.products import FEW_ROWS, Product
+
+
+@pytest.fixture
+def weight() -> torch.Tensor:
+    return torch.randn(20, 12, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture
+def bias() -> torch.Tensor:
+    return torch.linspace(-1, 1, 20)
+
+
+def assert_right(product: Product, weight: torch.Tensor, bias: torch.Tensor) -> None:
+    for count in (1, FEW_ROWS - 1, FEW_ROWS, 64):
+        rows = torch.randn(count, 12, generator=torch.Generator().manual_seed(count))
+        expected = rows.double() @ weight.double().t() + bias.double()
+        assert (product(rows) - expected).abs().max() <= 1e-5
+
+
+def test_both_paths_give_the_product(weight, bias):
+    product = Product(weight, bias)
+    assert product._packed is not None
+    assert_right(product, weight, bias)
+
+
+@pytest.mark.parametrize("lacks", ["oneDNN", "the operators", "this weight"])
+def test_without_the_packed_path_the_plain_one_serves_all(weight, bias, monkeypatch, lacks):
+    if lacks == "oneDNN":
+        monkeypatch.setattr(products.torch.backends.mkldnn, "is_available", lambda: False)
+    else:
+        error = AttributeError if lacks == "the operators" else RuntimeError
+        monkeypatch.setattr(products.torch.ops, "mkldnn", Lacking(error))
+    product = Product(weight, bias)
+    assert product._packed is None
+    assert_right(product, weight, bias)
+
+
+class Lacking:
+    def __init__(self, error: type[Exception]) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str):
+        raise self._error(name)
+
+
+def test_a_weight_that_is_a_transposed_view_is_taken_as_it_reads(weight, bias):
+    assert_right(Product(weight.t().contiguous().t(), bias), weight, bias)

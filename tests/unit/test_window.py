@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from stepstate.engine import Work
+from stepstate.sessions.window import RING_BYTES, ReplayWindow
+
+D, OUT, W = 3, 2, 4
+SLOTS = 5
+
+
+def work(x: object, slot: int = 0, *, inspect: bool = False, last_only: bool = False) -> Work:
+    rows = np.atleast_2d(np.asarray(x, np.float32))
+    made = Work(rows.ravel(), len(rows), inspect, last_only)
+    made.slot = slot
+    return made
+
+
+def window(long_bytes: int = 10_000) -> ReplayWindow:
+    return ReplayWindow(SLOTS, input_width=D, output_width=OUT, rows=W, long_bytes=long_bytes)
+
+
+def x_at(t: int) -> np.ndarray:
+    return np.array([t, t + 0.5, -t], np.float32)
+
+
+def y_at(t: int) -> np.ndarray:
+    return np.array([10 * t, 0.1 * t], np.float32)
+
+
+def remember(kept: ReplayWindow, t: int, slot: int = 0) -> None:
+    kept.remember_rows(np.array([slot]), np.array([t]), x_at(t)[None], y_at(t)[None])
+
+
+def remember_long(kept: ReplayWindow, t: int, rows: int, slot: int = 0) -> bytes:
+    reply = np.full((rows, OUT), t, np.float32).tobytes()
+    kept.remember_long(work(np.full((rows, D), t), slot), t, reply, None)
+    return reply
+
+
+def long_request(t: int, rows: int, slot: int = 0) -> Work:
+    return work(np.full((rows, D), t), slot)
+
+
+def one_bit_off(x: np.ndarray) -> np.ndarray:
+    bits = np.array(x, np.float32).view(np.uint32)
+    bits[-1] ^= 1
+    return bits.view(np.float32)
+
+
+def test_a_remembered_row_gives_its_reply_again_to_the_bit():
+    kept = window()
+    remember(kept, 7)
+    found = kept.find(work(x_at(7)), 7)
+    assert (found.t, found.rows, found.y) == (7, 1, y_at(7).tobytes())
+
+
+def test_an_empty_window_finds_and_covers_nothing():
+    kept = window()
+    assert kept.find(work(np.zeros(D)), 0) is None
+    assert not kept.covers(0, 0)
+
+
+@pytest.mark.parametrize(
+    ("applied", "sent"),
+    [
+        (x_at(1), one_bit_off(x_at(1))),
+        (np.array([0.0, 1.0, 2.0]), np.array([-0.0, 1.0, 2.0])),
+    ],
+    ids=["one bit", "sign of zero"],
+)
+def test_a_row_that_differs_in_one_bit_is_covered_but_not_found(applied, sent):
+    kept = window()
+    kept.remember_rows(
+        np.array([0]), np.array([1]), np.float32(applied)[None], np.zeros((1, OUT), np.float32)
+    )
+    assert kept.find(work(applied), 1) is not None
+    assert kept.find(work(sent), 1) is None
+    assert kept.covers(0, 1)
+
+
+def test_the_ring_holds_the_last_rows_and_wraps_around():
+    kept = window()
+    for t in range(11):
+        remember(kept, t)
+    assert [t for t in range(12) if kept.covers(0, t)] == [7, 8, 9, 10]
+    assert [t for t in range(12) if kept.find(work(x_at(t)), t)] == [7, 8, 9, 10]
+
+
+def test_a_micro_batch_is_remembered_slot_by_slot():
+    kept = window()
+    times = np.array([3, 8, 0])
+    x, y = np.stack([x_at(t) for t in times]), np.stack([y_at(t) for t in times])
+    kept.remember_rows(np.array([4, 0, 2]), times, x, y)
+    assert kept.find(work(x_at(8), slot=0), 8).y == y_at(8).tobytes()
+    assert kept.find(work(x_at(3), slot=4), 3).y == y_at(3).tobytes()
+    assert kept.find(work(x_at(3), slot=2), 3) is None
+    assert not kept.covers(1, 0)
+
+
+def test_a_long_reply_is_found_by_the_same_rows_and_options_only():
+    kept = window()
+    x = np.arange(6, dtype=np.float32).reshape(2, D)
+    kept.remember_long(work(x, last_only=True), 5, b"abcd", None)
+    assert kept.find(work(x, last_only=True), 5).y == b"abcd"
+    assert kept.find(work(x), 5) is None
+    assert kept.find(work(x, inspect=True, last_only=True), 5) is None
+    assert kept.find(work(one_bit_off(x.ravel()).reshape(2, D), last_only=True), 5) is None
+    assert kept.find(work(x, last_only=True), 6) is None
+    assert kept.find(work(x, slot=1, last_only=True), 5) is None
+
+
+def test_a_long_reply_covers_each_of_its_rows():
+    kept = window()
+    remember_long(kept, 5, 3)
+    assert [t for t in range(10) if kept.covers(0, t)] == [5, 6, 7]
+    assert kept.find(work(np.full(D, 5)), 5) is None
+
+
+def test_one_inspected_row_is_remembered_with_its_layers():
+    kept = window()
+    layers = [{"h": np.ones((1, 16), np.float32)}]
+    kept.remember_long(work(x_at(2), inspect=True), 2, b"y", layers)
+    assert kept.find(work(x_at(2), inspect=True), 2).layers is layers
+    assert kept.find(work(x_at(2)), 2) is None
+    assert kept.long_bytes == 1 + 64
+
+
+def test_long_replies_beyond_the_bytes_push_out_the_oldest_of_any_slot():
+    size = 2 * OUT * 4
+    kept = window(long_bytes=3 * size)
+    for slot in range(4):
+        remember_long(kept, 10 + slot, 2, slot)
+        assert kept.long_bytes <= 3 * size
+    assert [kept.covers(slot, 10 + slot) for slot in range(4)] == [False, True, True, True]
+    assert kept.find(long_request(10, 2, 0), 10) is None
+    assert kept.find(long_request(13, 2, 3), 13) is not None
+
+
+def test_a_long_reply_larger_than_the_bound_is_not_kept():
+    kept = window(long_bytes=15)
+    remember_long(kept, 0, 2)
+    assert kept.long_bytes == 0
+    assert not kept.covers(0, 0)
+
+
+def test_a_slot_remembers_as_many_long_replies_as_single_ones():
+    kept = window()
+    for t in range(0, 2 * (W + 2), 2):
+        remember_long(kept, t, 2)
+    assert [t for t in range(0, 2 * (W + 2), 2) if kept.covers(0, t)] == [4, 6, 8, 10]
+    assert kept.long_bytes == W * 2 * OUT * 4
+
+
+def test_clear_forgets_one_slot_wholly_and_no_other():
+    kept = window()
+    for slot in (1, 2):
+        remember(kept, 0, slot)
+        remember_long(kept, 1, 3, slot)
+    kept.clear(1)
+    assert not any(kept.covers(1, t) for t in range(5))
+    assert kept.find(work(x_at(0), slot=1), 0) is None
+    assert kept.find(long_request(1, 3, 1), 1) is None
+    assert kept.find(work(x_at(0), slot=2), 0) is not None
+    assert kept.find(long_request(1, 3, 2), 1) is not None
+    assert kept.long_bytes == 3 * OUT * 4
+
+
+@pytest.mark.parametrize(
+    ("width", "asked", "rows"), [(10, 32, 32), (1023, 32, 16), (40_000, 32, 1), (1, 1, 1)]
+)
+def test_a_ring_stays_within_its_bytes_however_wide_its_rows(width, asked, rows):
+    kept = ReplayWindow(2, input_width=width, output_width=1, rows=asked, long_bytes=0)
+    assert kept.rows == rows
+    assert rows == 1 or rows * (width + 1) * 4 <= RING_BYTES

@@ -1,0 +1,172 @@
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta, timezone
+from types import SimpleNamespace
+
+import grpc
+import numpy as np
+import pytest
+from stepstate.client import wire
+from stepstate.errors import (
+    Cancelled,
+    Draining,
+    Internal,
+    QueueFull,
+    ServerUnreachable,
+    StepAhead,
+    UnexpectedStatus,
+)
+from stepstate.transport.codec import encode_model, encode_session, encode_step
+from stepstate.transport.status import DETAILS_KEY, status_of
+from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.floats import x_of
+from stepstate.v1.google_rpc import Status
+
+from tests.unit.rig import model_of, outputs, rows_of, timed_network
+
+LOST = ServerUnreachable("host:1", "gone")
+
+
+@pytest.fixture
+def ticking(clock, monkeypatch):
+    """The clock that `Backoff` reads."""
+    monkeypatch.setattr(wire, "time", SimpleNamespace(monotonic=clock))
+    return clock
+
+
+class Failure(grpc.RpcError):
+    """A failed call, as grpc raises it."""
+
+    def __init__(self, code: grpc.StatusCode, details: str | None = "", **trailing: bytes) -> None:
+        self._told = code, details, tuple(trailing.items()) or None
+
+    def code(self):
+        return self._told[0]
+
+    def details(self):
+        return self._told[1]
+
+    def trailing_metadata(self):
+        return self._told[2]
+
+
+def failure_of(error) -> Failure:
+    trailing = {DETAILS_KEY: status_of(error).SerializeToString()}
+    return Failure(grpc.StatusCode.UNKNOWN, "not looked at", **trailing)
+
+
+def test_waits_double_up_to_a_second_with_jitter(ticking):
+    backoff = wire.Backoff(1000.0)
+    nominal = [0.02 * 2**n for n in range(6)] + [1.0] * 4
+    for expected in nominal:
+        assert expected / 2 <= backoff.wait(LOST) <= expected
+
+
+def test_waits_differ_so_that_clients_do_not_come_back_together(ticking):
+    assert len({wire.Backoff(10.0).wait(LOST) for _ in range(10)}) > 1
+
+
+def test_a_wait_is_at_least_what_the_server_asks_for(ticking):
+    assert wire.Backoff(10.0).wait(Draining(3.0)) == 3.0
+    assert wire.Backoff(10.0).wait(QueueFull("rows", 1, 0.5)) == 0.5
+
+
+def test_it_gives_up_with_the_error_when_the_deadline_would_pass(ticking):
+    backoff = wire.Backoff(2.0)
+    error = Draining(1.0)
+    backoff.wait(error)
+    ticking.advance(1.5)
+    assert backoff.left == 0.5
+    with pytest.raises(Draining) as raised:
+        backoff.wait(error)
+    assert raised.value is error
+
+
+@pytest.mark.parametrize("error", [StepAhead("a", 5, 3), Draining(2.0), Internal("ab12")])
+def test_an_error_with_details_is_raised_as_what_it_is(error):
+    again = wire.from_rpc(failure_of(error), "host:1")
+    assert type(again) is type(error)
+    assert again.fields() == error.fields()
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED])
+def test_no_answer_is_a_server_that_can_not_be_reached(code):
+    error = wire.from_rpc(Failure(code, "no route"), "host:1")
+    assert isinstance(error, ServerUnreachable)
+    assert (error.target, error.detail) == ("host:1", "no route")
+    assert wire.from_rpc(Failure(code, None), "host:1").detail == code.name
+
+
+def test_a_call_that_was_given_up_is_cancelled():
+    assert isinstance(wire.from_rpc(Failure(grpc.StatusCode.CANCELLED), "host:1"), Cancelled)
+
+
+def test_any_other_answer_is_named_as_unexpected():
+    error = wire.from_rpc(Failure(grpc.StatusCode.UNIMPLEMENTED, "no such method"), "host:1")
+    assert isinstance(error, UnexpectedStatus)
+    assert (error.code, error.detail) == ("UNIMPLEMENTED", "no such method")
+    status = Status(code=3, message="from a proxy")
+    assert isinstance(wire.from_status(status), UnexpectedStatus)
+
+
+def test_an_opening_without_an_id_gets_one_that_can_be_sent_again():
+    made = [wire.opening("m", "", None, None, None) for _ in range(2)]
+    assert made[0].session_id
+    assert made[0].session_id != made[1].session_id
+    assert not made[0].HasField("start_time")
+    assert not made[0].HasField("idle_timeout")
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        datetime(2026, 3, 1, 12),  # noqa: DTZ001 - without a zone it is in UTC
+        datetime(2026, 3, 1, 12, tzinfo=UTC),
+        datetime(2026, 3, 1, 14, tzinfo=timezone(timedelta(hours=2))),
+    ],
+)
+def test_a_start_time_travels_in_utc(start):
+    request = wire.opening("m", "1", "a", start, timedelta(minutes=5))
+    assert request.start_time.ToDatetime(tzinfo=UTC) == datetime(2026, 3, 1, 12, tzinfo=UTC)
+    assert request.idle_timeout.ToTimedelta() == timedelta(minutes=5)
+
+
+@pytest.mark.parametrize("rows", [1, 100])
+def test_a_step_request_carries_rows_options_and_t(network, rows):
+    x = rows_of(network, rows)
+    request = wire.step_request("a", 0, np.asfortranarray(x), last_only=True)
+    assert np.array_equal(x_of(request).reshape(-1, 3), x)
+    assert (request.session_id, request.t, request.HasField("t")) == ("a", 0, True)
+    assert (request.inspect, request.last_only) == (False, True)
+
+
+async def test_outputs_and_layers_come_out_as_the_server_put_them_in(rig, network):
+    step = await rig.step(await rig.open(), rows_of(network, 5), inspect=True)
+    found = wire.inspection(encode_step(step), wire.model_info(encode_model(rig.lane.model)))
+    assert np.array_equal(found.y, outputs(step))
+    assert len(found.layers) == 2
+    for layer, sent in zip(found.layers, step.layers, strict=True):
+        assert layer.keys() == sent.keys()
+        assert all(np.array_equal(layer[name], sent[name]) for name in sent)
+
+
+def test_an_error_in_band_is_raised(model):
+    response = pb.StepResponse(error=status_of(StepAhead("a", 5, 3)))
+    with pytest.raises(StepAhead):
+        wire.outputs(response, wire.model_info(encode_model(model)))
+
+
+def test_a_model_is_what_the_server_told():
+    info = wire.model_info(encode_model(model_of(*timed_network())))
+    assert info.inputs == {"load": "", "heat": ""}
+    assert [output.horizons for output in info.outputs] == [(0, 3), (7,)]
+    assert info.step_interval == timedelta(hours=1)
+    assert info.needs_start_time
+
+
+async def test_a_session_is_what_the_server_told(rig):
+    start = datetime(1931, 2, 3, tzinfo=UTC)
+    session = await rig.open("a", idle=50.0, start=start)
+    info = wire.session_info(encode_session(rig.sessions, session))
+    assert (info.session_id, info.t, info.idle_timeout) == ("a", 0, timedelta(seconds=50))
+    assert info.start_time == start

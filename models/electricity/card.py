@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+
 from network import DAILY_HARMONICS
-from series import HORIZONS, STEPS_PER_DAY, STEPS_PER_WEEK, TRAIN_ROWS, Floats, load_series
+from series import HORIZONS, STEPS_PER_WEEK, TRAIN_ROWS, Floats, load_series
 
 TOLD_HORIZONS = (1, 6, 12, 24, 36, 48)
 LOOKS = {

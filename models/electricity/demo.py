@@ -1,4 +1,4 @@
-"""The main job, end to end: replays the four held-out weeks through a server, as online clients would.
+"""The main job, end to end: replays the four held-out weeks as online clients would.
 
 It starts `stepstate serve` with the shipped models, opens one session for each
 test week, brings it up to date with the history before that week, and then
@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
 import uvloop
+from tqdm import tqdm
+
 from picture import draw
 from series import (
     STEPS_PER_WEEK,
@@ -36,8 +38,6 @@ from series import (
     seasonal_naive,
     truth,
 )
-from tqdm import tqdm
-
 from stepstate.client import AsyncClient
 
 if TYPE_CHECKING:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from series import HORIZONS, STEPS_PER_WEEK, Floats, Rows, Series, forecast_rows
 from torch import Tensor, nn
+
+from series import HORIZONS, STEPS_PER_WEEK, Floats, Rows, Series, forecast_rows
 
 DAY_SECONDS = 86_400
 DAILY_HARMONICS = 3

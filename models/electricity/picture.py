@@ -7,10 +7,11 @@ from pathlib import Path
 import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
+
 from series import HORIZONS, STEPS_PER_DAY, STEPS_PER_WEEK, Floats, Rows, Series
 
 mpl.use("Agg")
-from matplotlib import dates, pyplot  # noqa: E402 - after the choice of a backend without a screen
+from matplotlib import dates, pyplot
 
 TRUTH, LIVE, NAIVE = "#222222", "#0a7d8c", "#c4762b"
 

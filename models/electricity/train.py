@@ -17,6 +17,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from tqdm import trange
+
 from card import Run, write_card
 from network import (
     DAILY_HARMONICS,
@@ -28,8 +34,6 @@ from network import (
     forecast_streamed,
     network_input,
 )
-from numpy.lib.stride_tricks import sliding_window_view
-from numpy.typing import NDArray
 from series import (
     HORIZONS,
     STEP_INTERVAL_SECONDS,
@@ -47,9 +51,6 @@ from series import (
     truth,
 )
 from stepstate.models import write_model
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel
-from tqdm import trange
 
 TRAIN_WEEKS = TRAIN_ROWS // STEPS_PER_WEEK
 PROFILE = "profile.demand"

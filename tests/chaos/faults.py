@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, contextmanager
-
-import grpc
-import numpy as np
-
-from stepstate.v1 import stepstate_pb2 as pb
-from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
-from tests.integration.wire import HANG, blocker, draw, opened, raw_stub, request
-from tests.processes import ServerProcess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 
 class Relay:
@@ -27,7 +15,7 @@ class Relay:
         self.address = ""
         self.connections = 0
         self.withheld = asyncio.Event()
-        """Set when replies came that are held."""
+        """Set when bytes came that are held."""
         self._target = target.rpartition(":")
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
@@ -53,7 +41,8 @@ class Relay:
         self._pass_replies.clear()
 
     def hold_requests(self) -> None:
-        """Lets no more bytes of the clients through."""
+        """Lets no more bytes of the clients through; `withheld` tells when some came."""
+        self.withheld.clear()
         self._pass_requests.clear()
 
     def release(self) -> None:
@@ -61,7 +50,7 @@ class Relay:
         self._pass_replies.set()
         self._pass_requests.set()
 
-    def lose_replies(self) -> None:
+    def lose(self) -> None:
         """Breaks the connections; what was held never arrives."""
         self.cut()
         self.release()
@@ -77,8 +66,8 @@ class Relay:
             return
         self._writers |= {writer, server_writer}
         pumps = (
-            self._pump(reader, server_writer, self._pass_requests, None),
-            self._pump(server_reader, writer, self._pass_replies, self.withheld),
+            self._pump(reader, server_writer, self._pass_requests),
+            self._pump(server_reader, writer, self._pass_replies),
         )
         for pump in pumps:
             task = asyncio.create_task(pump)
@@ -90,12 +79,11 @@ class Relay:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
         passing: asyncio.Event,
-        held: asyncio.Event | None,
     ) -> None:
         with contextlib.suppress(OSError):
             while data := await reader.read(65_536):
-                if held is not None and not passing.is_set():
-                    held.set()
+                if not passing.is_set():
+                    self.withheld.set()
                 await passing.wait()
                 if self._cut_in is not None:
                     data, self._cut_in = data[: self._cut_in], self._cut_in - len(data)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from stepstate.engine.cells import Cell, build_cell
 from stepstate.engine.products import FEW_ROWS
-
 from tests.networks import Network
 from tests.unit.rig import model_of, rows_of
 

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 
 import pytest
-from stepstate.stores import Ending, EndReason, MemoryStore, SessionRecord, SessionStore
 
+from stepstate.stores import Ending, EndReason, MemoryStore, SessionRecord, SessionStore
 from tests.unit.rig import Clock
 
 STORES = {"memory": lambda: MemoryStore(Clock())}

@@ -11,10 +11,10 @@ from urllib.request import urlopen
 
 import grpc
 import pytest
+
 from stepstate.config import ServerConfig
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
-
 from tests.processes import server_process
 
 ROOT = Path(__file__).parents[2]

@@ -62,9 +62,7 @@ def steep() -> dict[str, Network]:
 
 
 @pytest.fixture
-def steep_config(
-    config: ServerConfig, steep: dict[str, Network], tmp_path: Path
-) -> ServerConfig:
+def steep_config(config: ServerConfig, steep: dict[str, Network], tmp_path: Path) -> ServerConfig:
     for network in steep.values():
         network.write(tmp_path)
     return dataclasses.replace(config, models=tmp_path)
@@ -597,7 +595,10 @@ async def test_a_slot_used_again_begins_from_zero_state(
 async def test_a_full_queue_refuses_and_serves_again_when_it_is_not(
     config: ServerConfig, networks: dict[str, Network], limits, told
 ):
-    async with running_server(limited(config, **limits)) as server, raw_stub(server.address) as stub:
+    async with (
+        running_server(limited(config, **limits)) as server,
+        raw_stub(server.address) as stub,
+    ):
         await opened(stub, "a")
         await opened(stub, "b")
         long = asyncio.ensure_future(stub.Step(blocker("a", rows=BLOCKER_ROWS)))

@@ -13,7 +13,9 @@ import pytest
 from tests.processes import server_process
 
 ROOT = Path(__file__).parent.parent.parent
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.M | re.S)
+BLOCKS = re.findall(
+    r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
+)
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 RUN_BY_CI = ("make demo",)  # sets up an environment of its own; .ci/run runs it
 
@@ -32,7 +34,13 @@ def run(command: list[str], address: str, folder: Path) -> subprocess.CompletedP
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "STEPSTATE_SERVER": address}
     return subprocess.run(
-        command, capture_output=True, text=True, cwd=folder, env=environment, timeout=60, check=False
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env=environment,
+        timeout=60,
+        check=False,
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 import random
 from collections import defaultdict
@@ -86,7 +85,9 @@ REFUSED = {
     "INVALID_FIELD": lambda t: pb.StepRequest(session_id="a", t=t, x=[1.0]),
     "STEP_AHEAD": lambda t: request("a", t + 1000, draw(1)),
     "STEP_MISMATCH": lambda t: request("a", t - 1, draw(1, seed=77)),
-    "NON_FINITE_INPUT of many": lambda t: request("a", t, np.array([[1.0] * 3] * 4 + [[math.inf] * 3])),
+    "NON_FINITE_INPUT of many": lambda t: request(
+        "a", t, np.array([[1.0] * 3] * 4 + [[math.inf] * 3])
+    ),
 }
 
 
@@ -137,7 +138,11 @@ async def test_a_stream_goes_on_after_each_kind_of_error(stub: Stub):
     await opened(stub, "a")
     stream = stub.StreamSteps()
     t = 0
-    for make in (*REFUSED.values(), lambda _: request("nope", 0, draw(1)), lambda _: pb.StepRequest()):
+    for make in (
+        *REFUSED.values(),
+        lambda _: request("nope", 0, draw(1)),
+        lambda _: pb.StepRequest(),
+    ):
         await stream.write(request("a", t, draw(1)))
         assert (await stream.read()).t == t + 1
         t += 1
@@ -180,7 +185,9 @@ async def test_malformed_bytes_are_answered_in_band(
 
 async def test_fields_of_a_newer_contract_are_ignored(server: Server, stub: Stub):
     await opened(stub, "a")
-    newer = request("a", 0, draw(1)).SerializeToString() + bytes([(14 << 3) | 0, 1, (200 << 3 & 0x7F) | 0x80 | 2, 12, 1, 0])
+    newer = request("a", 0, draw(1)).SerializeToString() + bytes(
+        [(14 << 3) | 0, 1, (200 << 3 & 0x7F) | 0x80 | 2, 12, 1, 0]
+    )
     async with raw_stream(server) as stream:
         await stream.write(newer)
         assert (await stream.read()).t == 1

@@ -156,9 +156,7 @@ async def queued(stub: StepstateServiceStub, session_id: str, count: int) -> Non
 
 
 @asynccontextmanager
-async def raw_stub(
-    address: str, *options: tuple[str, int]
-) -> AsyncIterator[StepstateServiceStub]:
+async def raw_stub(address: str, *options: tuple[str, int]) -> AsyncIterator[StepstateServiceStub]:
     """A stub on a connection of its own."""
     own = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
     async with grpc.aio.insecure_channel(address, options=[*own, *options]) as channel:
@@ -177,7 +175,7 @@ async def scrape(metrics_address: str) -> str:
 
 def sample(text: str, series: str) -> float:
     """The sum of the samples whose name and labels begin so."""
-    found = re.findall(rf"^{re.escape(series)}.* ([0-9.e+]+)$", text, re.M)
+    found = re.findall(rf"^{re.escape(series)}.* ([0-9.e+]+)$", text, re.MULTILINE)
     return sum(map(float, found))
 
 

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
 from stepstate.errors import (
     SessionClosed,
     SessionExists,
@@ -26,7 +27,6 @@ from stepstate.errors import (
     StepTooOld,
 )
 from stepstate.stores.memory import ENDING_SECONDS
-
 from tests.networks import make_network
 from tests.reference import lstm
 from tests.unit.rig import IDLE_SECONDS, MOST_IDLE_SECONDS, Caller, Rig, model_of, outputs

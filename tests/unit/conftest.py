@@ -6,8 +6,8 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
 
 import pytest
-from stepstate.models import Model
 
+from stepstate.models import Model
 from tests.networks import Network
 from tests.unit.rig import Clock, Rig, model_of
 

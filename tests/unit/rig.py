@@ -7,12 +7,12 @@ from collections.abc import Mapping
 
 import numpy as np
 from prometheus_client import CollectorRegistry
+
 from stepstate.engine import use_one_thread
 from stepstate.metrics import Metrics
 from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions import Lane, Limits, Opening, Session, Sessions, Step, Table
 from stepstate.stores import MemoryStore, SessionStore
-
 from tests.networks import Network, make_network
 
 use_one_thread()  # as the server does

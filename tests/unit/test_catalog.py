@@ -3,9 +3,9 @@ from __future__ import annotations
 import shutil
 
 import pytest
+
 from stepstate.errors import InvalidField, ModelInvalid, ModelUnknown
 from stepstate.models import Catalog, load_catalog
-
 from tests.networks import make_network
 from tests.unit.rig import model_of
 

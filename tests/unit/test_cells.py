@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from stepstate.engine.cells import build_cell
 
+from stepstate.engine.cells import build_cell
 from tests.reference import sigmoid
 from tests.unit.rig import model_of, rows_of
 

@@ -4,6 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
+
 from stepstate.errors import InvalidField, NonFiniteInput
 from stepstate.sessions import Step
 from stepstate.transport.codec import (
@@ -16,7 +17,6 @@ from stepstate.transport.codec import (
     encode_step,
 )
 from stepstate.v1 import stepstate_pb2 as pb
-
 from tests.networks import make_network
 from tests.unit.rig import Caller, model_of, outputs, rows_of, timed_network
 

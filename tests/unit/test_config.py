@@ -3,6 +3,7 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+
 from stepstate.config import ConfigError, ServerConfig, split_address
 
 NUMBERS = [

@@ -5,9 +5,9 @@ import asyncio
 import numpy as np
 import pytest
 import torch
+
 from stepstate.engine import Engine, Work
 from stepstate.models import build_timeline
-
 from tests.unit.rig import HUGE, model_of, overflowing_network, rounds, rows_of
 
 CLOSE = 1e-5

@@ -4,6 +4,7 @@ import pickle
 from dataclasses import fields
 
 import pytest
+
 from stepstate import errors
 from stepstate.errors import ModelInvalid, StepstateError, restore
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.numpy import load, save
 from safetensors.torch import save as save_torch
+
 from stepstate.errors import ModelInvalid
 from stepstate.models import load_model, write_model
 from stepstate.models.files import MANIFEST, WEIGHTS
-
 from tests.networks import make_network
 
 

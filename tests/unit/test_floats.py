@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import put_floats, x_of, y_of
 

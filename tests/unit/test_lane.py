@@ -4,8 +4,8 @@ import logging
 
 import numpy as np
 import pytest
-from stepstate.errors import Internal, NonFiniteResult, StepAhead, StepMismatch, StepTooOld
 
+from stepstate.errors import Internal, NonFiniteResult, StepAhead, StepMismatch, StepTooOld
 from tests.unit.rig import HUGE, Rig, model_of, outputs, overflowing_network, rounds, rows_of
 
 CLOSE = 1e-5

@@ -4,8 +4,8 @@ from datetime import UTC, datetime
 
 import pytest
 from pydantic import ValidationError
-from stepstate.models import CellKind, Manifest
 
+from stepstate.models import CellKind, Manifest
 from tests.unit.rig import timed_network
 
 
@@ -44,3 +44,26 @@ def test_a_column_can_only_use_a_profile_that_is_declared(timed, column):
     timed[column][0]["profile"] = "night"
     with pytest.raises(ValidationError, match=r"load.profile: 'night'"):
         Manifest.model_validate(timed)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"cell": {"kind": "lstm", "hidden_size": "16", "num_layers": 1}}, "cell.hidden_size"),
+        ({"step_interval_seconds": 1800.5}, "step_interval_seconds"),
+        ({"profiles": {"head.weight": {"period_steps": 2, "origin": "2000-01-03"}}}, "head.weight"),
+    ],
+)
+def test_a_value_is_what_it_says_it_is(change, named):
+    document = {
+        "format": "stepstate.model/1",
+        "name": "a",
+        "version": "1",
+        "cell": {"kind": "lstm", "hidden_size": 16, "num_layers": 1},
+        "step_interval_seconds": 1800,
+        "inputs": [{"name": "x"}],
+        "outputs": [{"name": "y"}],
+    }
+    Manifest.model_validate(document)
+    with pytest.raises(ValidationError, match=named):
+        Manifest.model_validate(document | change)

@@ -6,8 +6,8 @@ from grpc import StatusCode
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.parser import text_string_to_metric_families
-from stepstate.metrics import ROWS, SECONDS, Histogram, Metrics
 
+from stepstate.metrics import ROWS, SECONDS, Histogram, Metrics
 from tests.unit.rig import rows_of
 from tests.unit.test_errors import ON_THE_WIRE
 

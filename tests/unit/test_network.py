@@ -8,9 +8,9 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 import torch
+
 from stepstate.engine.network import Network
 from stepstate.models import build_timeline
-
 from tests.networks import make_network
 from tests.unit.rig import model_of, rows_of, timed_network
 from tests.unit.test_timeline import slow_row

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from stepstate.engine import products
 from stepstate.engine.products import FEW_ROWS, Product
 

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 
 import numpy as np
 import pytest
+
 from stepstate.errors import (
     Draining,
     InvalidField,
@@ -20,7 +21,6 @@ from stepstate.errors import (
 from stepstate.sessions import check_id
 from stepstate.stores import MemoryStore
 from stepstate.stores.memory import ENDING_SECONDS
-
 from tests.unit.rig import (
     IDLE_SECONDS,
     MOST_IDLE_SECONDS,
@@ -72,6 +72,11 @@ class SlowStore(MemoryStore):
         if self.fails:
             raise ConnectionError("the store is away")
         await super().create(record)
+
+    async def end(self, session_id, ending):
+        if self.fails:
+            raise ConnectionError("the store is away")
+        await super().end(session_id, ending)
 
 
 async def test_an_opened_session_stands_at_0_and_is_found(rig):
@@ -470,3 +475,28 @@ async def test_steps_of_many_sessions_share_forwards(rig, x, network):
 
 def test_a_request_has_the_values_of_its_rows(model):
     assert request(None, [[1, 2, 3], [4, 5, 6]], 0, None).x == [1, 2, 3, 4, 5, 6]
+
+
+async def test_a_session_that_the_store_could_not_end_is_still_open(make_rig, x):
+    store = SlowStore()
+    store.gate.open()
+    rig = make_rig(store=store)
+    session = await rig.open("a")
+    store.fails = True
+    with pytest.raises(ConnectionError):
+        await rig.sessions.close("a")
+    assert (await rig.step(session, x[:1], 0)).t_after == 1
+    store.fails = False
+    assert await rig.sessions.close("a") == 1
+
+
+async def test_an_open_that_a_drain_overtakes_is_refused(make_rig):
+    store = SlowStore()
+    rig = make_rig(store=store)
+    opening = asyncio.create_task(rig.open("a"))
+    await rounds(2)
+    await rig.sessions.drain()
+    store.gate.open()
+    with pytest.raises(Draining):
+        await opening
+    assert len(rig.sessions) == 0

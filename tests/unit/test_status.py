@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 from google.protobuf.message import Message
 from grpc import StatusCode
+
 from stepstate import errors
 from stepstate.client.wire import from_status
 from stepstate.transport.status import code_of, status_of
 from stepstate.v1.google_rpc import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
-
 from tests.unit.test_errors import LEAVES, sample
 
 # DESIGN's table.

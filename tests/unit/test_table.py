@@ -4,6 +4,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
+
 from stepstate.sessions import Session, Table
 from stepstate.stores import SessionRecord
 

@@ -7,9 +7,9 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import numpy as np
 import pytest
+
 from stepstate.errors import ModelInvalid
 from stepstate.models import build_timeline
-
 from tests.unit.rig import model_of, timed_network
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+
 from stepstate.engine import Work
 from stepstate.sessions.window import RING_BYTES, ReplayWindow
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import grpc
 import numpy as np
 import pytest
+
 from stepstate.client import wire
 from stepstate.errors import (
     Cancelled,
@@ -21,7 +22,6 @@ from stepstate.transport.status import DETAILS_KEY, status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import x_of
 from stepstate.v1.google_rpc import Status
-
 from tests.unit.rig import model_of, outputs, rows_of, timed_network
 
 LOST = ServerUnreachable("host:1", "gone")

@@ -58,16 +58,13 @@ class ModelInfo:
         """x as rows [T, D], and whether it was given as one row.
 
         One row is a number (where D = 1) or D of them; many rows are [T, D], or
-        [T] where D = 1. A pandas DataFrame may have its columns in any order.
+        [T] where D = 1. A pandas DataFrame has the inputs' names as columns, in
+        any order.
 
         Raises:
-            InvalidField: x has another shape.
+            InvalidField: x has another shape or other columns, or is not numbers.
         """
-        columns = getattr(x, "columns", None)
-        if columns is not None and set(columns) == set(self.inputs):
-            frame: Any = x
-            x = frame[list(self.inputs)]
-        array = np.asarray(x, np.float32)
+        array = self._array(x)
         width = self.input_width
         if array.ndim == 0 or array.shape == (width,):
             alone, rows = True, array.reshape(1, -1)
@@ -80,6 +77,22 @@ class ModelInfo:
                 f"[{width}] or many [T, {width}] of {', '.join(self.inputs)}",
             )
         return rows, alone
+
+    def _array(self, x: ArrayLike) -> Floats:
+        columns = getattr(x, "columns", None)
+        if columns is not None:
+            if set(columns) != set(self.inputs):
+                raise InvalidField(
+                    "x",
+                    f"has the columns {', '.join(map(str, columns))}; {self.name}/{self.version} "
+                    f"takes {', '.join(self.inputs)}",
+                )
+            frame: Any = x
+            x = frame[list(self.inputs)]
+        try:
+            return np.asarray(x, np.float32)
+        except (TypeError, ValueError) as error:
+            raise InvalidField("x", f"is not an array of numbers: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validat
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,17}$")]
-Positive = Annotated[int, Field(ge=1)]
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Number = Annotated[float, Field(strict=True)]
 
 
 def _not_zero(value: float) -> float:
@@ -34,9 +36,9 @@ def _all_different(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
-Scale = Annotated[float, AfterValidator(_not_zero)]
+Scale = Annotated[Number, AfterValidator(_not_zero)]
 Horizons = Annotated[
-    tuple[Annotated[int, Field(ge=0)], ...],
+    tuple[Whole, ...],
     Field(min_length=1),
     AfterValidator(_all_different),
 ]
@@ -62,7 +64,7 @@ class CellSpec(_Part):
     kind: CellKind
     hidden_size: Positive
     num_layers: Positive
-    proj_size: Annotated[int, Field(ge=0)] = 0
+    proj_size: Whole = 0
     """Units of an LSTM's projected h (P); 0 for none."""
 
     @property
@@ -84,7 +86,7 @@ class Input(_Part):
 
     name: Name
     unit: str = ""
-    mean: float = 0.0
+    mean: Number = 0.0
     scale: Scale = 1.0
     profile: str | None = None
 
@@ -94,7 +96,7 @@ class Output(_Part):
 
     name: Name
     unit: str = ""
-    mean: float = 0.0
+    mean: Number = 0.0
     scale: Scale = 1.0
     profile: str | None = None
     horizons: Horizons = (0,)
@@ -151,7 +153,7 @@ class Manifest(_Part):
     step_interval_seconds: Positive | None = None
     inputs: Annotated[tuple[Input, ...], Field(min_length=1)]
     calendar: tuple[Calendar, ...] = ()
-    profiles: dict[str, Profile] = {}
+    profiles: dict[Name, Profile] = {}
     outputs: Annotated[tuple[Output, ...], Field(min_length=1)]
     fingerprint: str = ""
 
@@ -177,6 +179,9 @@ class Manifest(_Part):
 
     @model_validator(mode="after")
     def _references_hold(self) -> Self:
+        for name in self.profiles:
+            if name.startswith(("cell.", "head.")):
+                raise ValueError(f"profiles.{name}: names a tensor of the network")
         columns: list[Input | Output] = [*self.inputs, *self.outputs]
         for column in columns:
             if column.profile is not None and column.profile not in self.profiles:

@@ -1,11 +1,13 @@
 """Sessions: who is open, where each stands, and in which order steps are applied."""
 
 from stepstate.sessions.lane import Lane, LaneObserver
+from stepstate.sessions.opening import ID_LENGTH, Limits, Opening, check_id
 from stepstate.sessions.session import ReplyTo, Session, Step
-from stepstate.sessions.sessions import Limits, Opening, SessionObserver, Sessions, check_id
+from stepstate.sessions.sessions import SessionObserver, Sessions
 from stepstate.sessions.table import Table
 
 __all__ = [
+    "ID_LENGTH",
     "Lane",
     "LaneObserver",
     "Limits",

@@ -8,16 +8,11 @@ Rule 3: every accepted step is counted until it is settled, so a drain knows whe
 from __future__ import annotations
 
 import asyncio
-import re
-import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import NoReturn, Protocol
 
 from stepstate.errors import (
     Draining,
-    InvalidField,
     QueueFull,
     SessionClosed,
     SessionExists,
@@ -28,34 +23,12 @@ from stepstate.errors import (
 )
 from stepstate.models import Catalog
 from stepstate.sessions.lane import Lane
+from stepstate.sessions.opening import Limits, Opening, check_id, make_record
 from stepstate.sessions.session import ReplyTo, Session, Step
 from stepstate.sessions.table import Table
 from stepstate.stores import Ending, EndReason, SessionRecord, SessionStore
 
-ID_LENGTH = 128
-_ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{ID_LENGTH}}}")
 _SWEEP_AT_ONCE = 500  # about a millisecond of work between two turns of the loop
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The bounds that sessions keep."""
-
-    queued_requests: int
-    queued_rows: int
-    default_idle_seconds: float
-    most_idle_seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class Opening:
-    """What a client asks for when it opens a session."""
-
-    session_id: str
-    model: str
-    version: str
-    idle_timeout_seconds: float | None
-    start_time: datetime | None
 
 
 class SessionObserver(Protocol):
@@ -123,7 +96,7 @@ class Sessions:
         if self._draining:
             raise Draining
         model = self.catalog.find(opening.model, opening.version)
-        record = self._record(opening, self.lanes[model.key])
+        record = make_record(opening, model.manifest, self._limits)
         await self._free_id(record.session_id)
         if len(self._table) + len(self._opening) >= self._table.limit:
             raise SessionLimit(self._table.limit)
@@ -132,6 +105,10 @@ class Sessions:
             await self._store.create(record)
         finally:
             self._opening.discard(record.session_id)
+        if self._draining:  # began meanwhile
+            ending = Ending(EndReason.CLOSED, 0, record.idle_timeout_seconds)
+            await self._store.end(record.session_id, ending)
+            raise Draining
         session = self._add(record)
         self._observer.opened(record.model, record.version)
         return session
@@ -265,36 +242,6 @@ class Sessions:
         if self._queued_requests:
             await self._settled_all.wait()
 
-    def _record(self, opening: Opening, lane: Lane) -> SessionRecord:
-        manifest = lane.model.manifest
-        session_id = opening.session_id or f"s-{uuid.uuid4().hex}"
-        check_id(session_id)
-        if manifest.needs_time and opening.start_time is None:
-            raise InvalidField(
-                "start_time",
-                f"is missing: {lane.model.key} has calendar inputs or a seasonal profile; "
-                "give the time of the first row",
-            )
-        return SessionRecord(
-            session_id=session_id,
-            model=manifest.name,
-            version=manifest.version,
-            fingerprint=manifest.fingerprint,
-            idle_timeout_seconds=self._idle_timeout(opening.idle_timeout_seconds),
-            start_time=opening.start_time,
-            open_time=datetime.now(UTC),
-        )
-
-    def _idle_timeout(self, asked: float | None) -> float:
-        if asked is None:
-            return self._limits.default_idle_seconds
-        most = self._limits.most_idle_seconds
-        if not 0 < asked <= most:
-            raise InvalidField(
-                "idle_timeout", f"is {asked:g} s, expected more than 0 and at most {most:g} s"
-            )
-        return asked
-
     async def _free_id(self, session_id: str) -> None:
         session = self._table.get(session_id)
         if session_id in self._opening:
@@ -319,7 +266,11 @@ class Sessions:
 
     async def _end(self, session: Session, ending: Ending) -> None:
         session.ending = ending
-        await self._store.end(session.session_id, ending)
+        try:
+            await self._store.end(session.session_id, ending)
+        except BaseException:
+            session.ending = None  # not ended: it can be used, and ended, again
+            raise
         if self._table.get(session.session_id) is session:
             self._remove(session)
             self._observer.closed(ending.reason.value)
@@ -329,21 +280,6 @@ class Sessions:
 
     def _overdue(self, session: Session) -> bool:
         return self._table.expires_at[session.handle] <= self._clock() and session.current is None
-
-
-def check_id(session_id: str) -> None:
-    """Refuses an id that no session can have.
-
-    Raises:
-        InvalidField: it says what an id looks like.
-    """
-    if not _ID.fullmatch(session_id):
-        shown = session_id if len(session_id) <= ID_LENGTH else f"{session_id[:32]}…"
-        raise InvalidField(
-            "session_id",
-            f"is {shown!r} ({len(session_id)} characters), expected 1 to {ID_LENGTH} of "
-            "A-Z a-z 0-9 . _ : -",
-        )
 
 
 def _told(session_id: str, ending: Ending) -> StepstateError:

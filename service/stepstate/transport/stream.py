@@ -16,8 +16,7 @@ from typing import Any, Protocol
 import grpc
 
 from stepstate.errors import Draining, StepstateError
-from stepstate.sessions import Sessions, Step
-from stepstate.sessions.sessions import ID_LENGTH
+from stepstate.sessions import ID_LENGTH, Sessions, Step
 from stepstate.transport.codec import decode_step, encode_step
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb

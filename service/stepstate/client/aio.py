@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
+from dataclasses import replace
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import TYPE_CHECKING, Self, TypeVar
@@ -15,7 +16,13 @@ from numpy.typing import ArrayLike
 
 from stepstate.client import wire
 from stepstate.client.values import Floats, Inspection, ModelInfo, SessionInfo
-from stepstate.errors import ServerUnreachable, SessionExists, StepstateError, Unavailable
+from stepstate.errors import (
+    ServerUnreachable,
+    SessionClosed,
+    SessionExists,
+    StepstateError,
+    Unavailable,
+)
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
@@ -170,6 +177,7 @@ class AsyncSession:
         self.model = model
         self.t = info.t
         self.client = client
+        self._info = info
 
     async def __aenter__(self) -> Self:
         return self
@@ -254,8 +262,11 @@ class AsyncSession:
         return info
 
     async def close(self) -> SessionInfo:
-        """Closes the session on the server."""
-        return await self.client.close(self.session_id)
+        """Closes the session on the server; that it is closed already is no error."""
+        try:
+            return await self.client.close(self.session_id)
+        except SessionClosed as closed:  # perhaps by a first try, whose reply was lost
+            return replace(self._info, t=closed.t)
 
 
 class _Pipeline:

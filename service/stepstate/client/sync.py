@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -15,7 +16,7 @@ from numpy.typing import ArrayLike
 from stepstate.client import wire
 from stepstate.client.aio import TIMEOUT
 from stepstate.client.values import Floats, Inspection, ModelInfo, SessionInfo
-from stepstate.errors import ServerUnreachable, SessionExists, Unavailable
+from stepstate.errors import ServerUnreachable, SessionClosed, SessionExists, Unavailable
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
@@ -131,6 +132,7 @@ class Session:
         self.model = model
         self.t = info.t
         self.client = client
+        self._info = info
 
     def __enter__(self) -> Self:
         return self
@@ -189,8 +191,11 @@ class Session:
         return info
 
     def close(self) -> SessionInfo:
-        """Closes the session on the server."""
-        return self.client.close(self.session_id)
+        """Closes the session on the server; that it is closed already is no error."""
+        try:
+            return self.client.close(self.session_id)
+        except SessionClosed as closed:  # perhaps by a first try, whose reply was lost
+            return replace(self._info, t=closed.t)
 
 
 class _Turns:

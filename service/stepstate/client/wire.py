@@ -38,6 +38,14 @@ CHANNEL_OPTIONS = (
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
 _DETAILS_KEY = "grpc-status-details-bin"
+# What gRPC itself says of a connection that broke, beside UNAVAILABLE; Stepstate's own errors,
+# INTERNAL too, carry details.
+_NO_ANSWER = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
 
 
 class Backoff:
@@ -166,7 +174,7 @@ def from_rpc(error: Any, target: str) -> StepstateError:
     metadata = dict(error.trailing_metadata() or ())
     if _DETAILS_KEY in metadata:
         return from_status(Status.FromString(metadata[_DETAILS_KEY]))
-    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+    if code in _NO_ANSWER:
         return ServerUnreachable(target, detail or code.name)
     if code is grpc.StatusCode.CANCELLED:
         return Cancelled(detail or "cancelled")

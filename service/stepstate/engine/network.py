@@ -6,6 +6,8 @@ the state's width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,10 @@ class Network:
         self._timed = manifest.needs_time
         self._inverse_scale = 1 / torch.tensor([i.scale for i in manifest.inputs])
         self._plain = not self._timed and all(i.scale == 1 and i.mean == 0 for i in manifest.inputs)
+        # Beyond it W x may overflow in one order of additions and not in another: whether a row can
+        # be applied would depend on its batch. Such rows are made NaN, and so refused.
+        weights = tensors["cell.weight_ih_l0"].double().abs().sum(dim=1).max().item()
+        self._largest = 1e38 / max(1.0, weights)
         # y's scaling is folded into the head, and so is its level where that is constant.
         scale = _output_scale(manifest)
         self._head = (tensors["head.weight"] * scale[:, None]).t().contiguous()
@@ -54,7 +60,7 @@ class Network:
         Returns:
             y [B, O] in raw units, and the new states [B, R].
         """
-        h, state = self._cell.step(self._scaled(x, phase), state, trace)
+        h, state = self._cell.step(self._network_input(x, phase), state, trace)
         y = torch.addmm(self._head_bias, h, self._head)
         if self._timed:
             y += self._bases.index_select(0, phase)
@@ -73,20 +79,26 @@ class Network:
         """
         batch, rows, width = x.shape
         flat = phase.flatten()
-        scaled = self._scaled(x.reshape(batch * rows, width), flat)
+        scaled = self._network_input(x.reshape(batch * rows, width), flat)
         h, state = self._cell.sequence(scaled.view(batch, rows, -1), state)
         y = torch.addmm(self._head_bias, h.reshape(batch * rows, -1), self._head)
         if self._timed:
             y += self._bases.index_select(0, flat)
         return y.view(batch, rows, -1), state
 
+    def _network_input(self, x: Tensor, phase: Tensor) -> Tensor:
+        x = self._scaled(x, phase)
+        if x.abs().max().item() > self._largest:
+            x = x.masked_fill(x.abs() > self._largest, math.nan)
+        if not self._timed:
+            return x
+        return torch.cat((x, self._calendar.index_select(0, phase)), dim=1)
+
     def _scaled(self, x: Tensor, phase: Tensor) -> Tensor:
         if self._plain:
             return x
-        if not self._timed:
-            return (x - self._levels) * self._inverse_scale
-        x = (x - self._levels.index_select(0, phase)) * self._inverse_scale
-        return torch.cat((x, self._calendar.index_select(0, phase)), dim=1)
+        levels = self._levels.index_select(0, phase) if self._timed else self._levels
+        return (x - levels) * self._inverse_scale
 
 
 def _output_scale(manifest: Manifest) -> Tensor:

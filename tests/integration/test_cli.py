@@ -1,0 +1,288 @@
+"""The command `stepstate`, as processes: what it prints, and how it fails."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stepstate import __version__
+from stepstate.client import Client
+from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference
+from tests.networks import Network
+from tests.processes import server_process
+
+COMMAND = [sys.executable, "-m", "stepstate.cli"]
+Done = subprocess.CompletedProcess[str]
+
+
+def run(*arguments: str, given: str = "", variables: Mapping[str, str] | None = None) -> Done:
+    return subprocess.run(
+        [*COMMAND, *arguments],
+        input=given,
+        capture_output=True,
+        text=True,
+        timeout=HANG,
+        env=os.environ | (variables or {}),
+        check=False,
+    )
+
+
+def complaint(done: Done) -> str:
+    """The one line that a failed command says."""
+    assert done.returncode != 0, done.stdout
+    assert "Traceback" not in done.stderr
+    said = done.stderr.strip().splitlines()
+    assert said[-1].startswith("Error: "), done.stderr
+    # click shows the usage before a wrong option, and nothing else does.
+    assert len(said) == 1 or said[0].startswith("Usage: "), done.stderr
+    return said[-1]
+
+
+@pytest.fixture(scope="module")
+def address(model_root: Path) -> Iterator[str]:
+    with server_process("--models", str(model_root)) as server:
+        yield server.address
+
+
+@pytest.fixture
+def ask(address: str) -> Callable[..., Done]:
+    """Runs a command of a client against the server."""
+    return lambda *arguments, given="": run(*arguments, "--server", address, given=given)
+
+
+# stepstate serve.
+
+
+def test_serve_prints_the_ports_it_took(model_root: Path):
+    with server_process("--models", str(model_root)) as server:
+        ports = {int(part.rpartition(":")[2].split("/")[0]) for part in (server.address, server.metrics_url)}
+        assert len(ports) == 2
+        assert 0 not in ports
+        with Client(server.address) as client:
+            assert len(client.models()) == 6
+
+
+def write_broken(folder: Path, network: Network, how: str) -> None:
+    made = network.write(folder)
+    manifest, weights = made / "manifest.json", made / "model.safetensors"
+    document = json.loads(manifest.read_text())
+    match how:
+        case "a missing key":
+            del document["cell"]["num_layers"]
+            manifest.write_text(json.dumps(document))
+        case "a changed value":
+            document["description"] = "edited"
+            manifest.write_text(json.dumps(document))
+        case "no JSON":
+            manifest.write_text(manifest.read_text()[:100])
+        case "truncated weights":
+            weights.write_bytes(weights.read_bytes()[:-100])
+        case "swapped weights":
+            other = Network("other", network.module, network.head, network.manifest)
+            with_noise = {name: tensor + 1 for name, tensor in other.tensors().items()}
+            from stepstate.models import write_model  # noqa: PLC0415
+
+            write_model(folder / "aside" / "1", network.manifest, with_noise)
+            shutil.move(folder / "aside" / "1" / "model.safetensors", weights)
+            shutil.rmtree(folder / "aside")
+        case "no weights":
+            weights.unlink()
+        case "another folder":
+            shutil.move(made, folder / network.name / "2")
+
+
+BROKEN = {
+    "a missing key": ("manifest.json", "cell.num_layers"),
+    "a changed value": ("manifest.json", "fingerprint"),
+    "no JSON": ("manifest.json", "JSON"),
+    "truncated weights": ("model.safetensors", "not a whole safetensors file"),
+    "swapped weights": ("lstm/1", "fingerprint"),
+    "no weights": ("model.safetensors", "No such file"),
+    "another folder": ("lstm/2", "1"),
+}
+
+
+@pytest.mark.parametrize("how", BROKEN)
+def test_serve_refuses_a_broken_model_by_name(
+    how: str, networks: dict[str, Network], tmp_path: Path
+):
+    write_broken(tmp_path, networks["lstm"], how)
+    said = complaint(run("serve", "--models", str(tmp_path), "--listen", "127.0.0.1:0"))
+    where, what = BROKEN[how]
+    assert where in said or how in {"a changed value", "swapped weights"}
+    assert str(tmp_path) in said
+    assert what in said
+
+
+def test_serve_needs_a_folder_with_models(tmp_path: Path):
+    missing = complaint(run("serve", "--models", str(tmp_path / "nope")))
+    assert f"{tmp_path}/nope: is not a folder" in missing
+    empty = complaint(run("serve", "--models", str(tmp_path)))
+    assert "manifest.json" in empty
+
+
+@pytest.mark.parametrize("option", ["--listen", "--metrics-listen"])
+def test_serve_says_which_port_is_taken(option: str, model_root: Path):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        ports = {"--listen": "127.0.0.1:0", "--metrics-listen": "127.0.0.1:0"}
+        ports[option] = f"127.0.0.1:{port}"
+        options = [text for pair in ports.items() for text in pair]
+        done = run("serve", "--models", str(model_root), *options)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr
+    assert f"{option} 127.0.0.1:{port}: can't listen there" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("STEPSTATE_LISTEN", "nowhere"),
+        ("STEPSTATE_LISTEN", "127.0.0.1:99999"),
+        ("STEPSTATE_MAX_SESSIONS", "many"),
+        ("STEPSTATE_MAX_SESSIONS", "0"),
+        ("STEPSTATE_MAX_SESSIONS", "99999999999999"),
+        ("STEPSTATE_BATCH_ROWS", "-1"),
+        ("STEPSTATE_IDLE_TIMEOUT", "nan"),
+        ("STEPSTATE_DRAIN_SECONDS", "inf"),
+        ("STEPSTATE_LOG_LEVEL", "LOUD"),
+    ],
+)
+def test_serve_refuses_a_corrupt_variable_by_name(model_root: Path, variable: str, value: str):
+    ports = {"STEPSTATE_LISTEN": "127.0.0.1:0", "STEPSTATE_METRICS_LISTEN": "127.0.0.1:0"}
+    variables = {**ports, "STEPSTATE_MODELS": str(model_root), variable: value}
+    said = complaint(run("serve", variables=variables))
+    name = variable.removeprefix("STEPSTATE_").lower()
+    assert name in said or f"--{name.replace('_', '-')}" in said
+    assert value in said
+
+
+# stepstate step.
+
+
+def as_csv(x: np.ndarray, header: str = "") -> str:
+    lines = [",".join(f"{value:.9g}" for value in row) for row in x]
+    return "\n".join([header, *lines] if header else lines) + "\n"
+
+
+def test_step_prints_the_outputs_of_each_row(ask, networks: dict[str, Network]):
+    x = draw(15)
+    done = ask("step", "--model", "lstm", given=as_csv(x))
+    assert done.returncode == 0, done.stderr
+    header, *lines = csv.reader(io.StringIO(done.stdout))
+    assert header == ["t", "y0", "y1"]
+    assert [int(line[0]) for line in lines] == list(range(1, 16))
+    got = np.array([[float(value) for value in line[1:]] for line in lines])
+    assert largest_difference(got, networks["lstm"].offline(x)) <= TOLERANCE
+
+
+def test_step_takes_columns_by_the_names_of_a_header(ask, networks: dict[str, Network]):
+    x = draw(8)
+    shuffled = np.column_stack((x[:, 2], np.full(8, 7), x[:, 0], x[:, 1]))
+    given = as_csv(shuffled, " x2 ,note,x0,x1")
+    done = ask("step", "--model", "lstm", "--output", "jsonl", given=given)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [line["t"] for line in lines] == list(range(1, 9))
+    got = np.array([[line["y0"], line["y1"]] for line in lines])
+    assert largest_difference(got, networks["lstm"].offline(x)) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"), [("1,2,three", "three"), ("1,2", "1,2"), ("nan,1,1", "nan")]
+)
+def test_step_names_the_line_that_is_bad_after_answering_those_before(ask, bad: str, told: str):
+    done = ask("step", "--model", "lstm", given=as_csv(draw(3)) + f"{bad}\n" + as_csv(draw(2)))
+    said = complaint(done)
+    assert told in said
+    assert len(done.stdout.splitlines()) == 1 + 3
+    if told != "nan":  # the server names column and value
+        assert "line 4" in said
+
+
+def test_step_goes_on_with_a_session_that_was_kept(ask, networks: dict[str, Network]):
+    x = draw(10)
+    options = ("step", "--model", "lstm", "--session-id", "meter-7", "--keep")
+    first = ask(*options, given=as_csv(x[:6]))
+    assert first.returncode == 0, first.stderr
+    second = ask(*options[:-1], given=as_csv(x[6:]))
+    assert second.returncode == 0, second.stderr
+    lines = first.stdout.splitlines()[1:] + second.stdout.splitlines()[1:]
+    got = np.array([[float(value) for value in line.split(",")] for line in lines])
+    assert got[:, 0].tolist() == list(range(1, 11))
+    assert largest_difference(got[:, 1:], networks["lstm"].offline(x)) <= TOLERANCE
+    # Without --keep it was closed, and is not begun again from zero unseen.
+    assert "was closed at t=10" in complaint(ask(*options, given=as_csv(x[:1])))
+
+
+def test_step_says_what_the_server_refused(ask):
+    assert "model 'nope' is not loaded" in complaint(ask("step", "--model", "nope"))
+    assert "name one of" in complaint(ask("step"))
+    assert "--start-time" in complaint(ask("step", "--model", "lstm", "--start-time", "soon"))
+
+
+def test_no_server_is_one_line():
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        assert address in complaint(run("health", "--server", address))
+
+
+# The others.
+
+
+def test_sessions_are_listed_shown_and_closed(ask, address: str):
+    with Client(address) as client:
+        client.open("gru", session_id="shown").step(draw(4))
+    listed = ask("sessions", "list", "--model", "gru")
+    (line,) = (line for line in listed.stdout.splitlines() if "shown" in line)
+    assert line.split()[:3] == ["shown", "gru/1", "4"]
+    assert "shown" not in ask("sessions", "list", "--model", "lstm").stdout
+    shown = json.loads(ask("sessions", "show", "shown").stdout)
+    assert (shown["session_id"], shown["model"], shown["t"]) == ("shown", "gru", 4)
+    closed = json.loads(ask("sessions", "close", "shown").stdout)
+    assert (closed["session_id"], closed["t"]) == ("shown", 4)
+    for command in ("show", "close"):
+        assert "was closed at t=4" in complaint(ask("sessions", command, "shown"))
+    assert "unknown" in complaint(ask("sessions", "show", "never"))
+
+
+def test_models_are_printed_with_their_columns(ask):
+    done = ask("models")
+    assert done.returncode == 0, done.stderr
+    for told in ("lstm/1", "projected/1", "x2", "y1", "sha256:", "2 × 16 units"):
+        assert told in done.stdout
+
+
+def test_health_is_the_exit_status(ask):
+    done = ask("health")
+    assert (done.returncode, done.stdout.strip()) == (0, "SERVING")
+
+
+def test_the_version_is_the_packages():
+    done = run("--version")
+    assert (done.returncode, done.stdout.strip()) == (0, f"stepstate, version {__version__}")
+
+
+def test_every_command_has_help():
+    listed = run("--help").stdout
+    for command in ("serve", "step", "sessions", "models", "health", "bench"):
+        assert command in listed
+        assert run(command, "--help").returncode == 0
+
+
+def test_a_command_that_does_not_exist_is_said_to():
+    assert "No such command 'sreve'" in complaint(run("sreve"))

@@ -37,6 +37,8 @@ from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_serv
 log = logging.getLogger(__name__)
 
 SERVICE = DESCRIPTOR.services_by_name["StepstateService"]
+LAST_CALLS_SECONDS = 0.5
+"""For the replies of unary calls on their way out; a watch of health would never end by itself."""
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
 
@@ -134,8 +136,8 @@ class Server:
 
         1. Health says NOT_SERVING, so that load balancers turn away.
         2. New sessions and steps are refused with UNAVAILABLE and RetryInfo.
-        3. Accepted steps are finished and answered, within `drain_seconds`.
-        4. Streams end; gRPC stops; metrics last, so that the end can be seen.
+        3. Accepted steps are finished and answered, and streams end, within `drain_seconds`.
+        4. gRPC stops, which ends watches of health; metrics last, so that the end can be seen.
         """
         if self._drained is None:
             self._drained = asyncio.create_task(self._drain())
@@ -158,14 +160,14 @@ class Server:
     async def _drain(self) -> None:
         self.phase = Phase.DRAINING
         log.info("draining", extra={"sessions": len(self.sessions)})
-        deadline = time.monotonic() + self._config.drain_seconds
         await self._health.enter_graceful_shutdown()
         try:
-            await asyncio.wait_for(self.sessions.drain(), self._config.drain_seconds)
+            async with asyncio.timeout(self._config.drain_seconds):
+                await self.sessions.drain()
+                await self._native.drain()
         except TimeoutError:
-            log.warning("not all accepted steps were finished in time: their calls are cut")
-        self._native.drain()
-        await self.stop(max(0.0, deadline - time.monotonic()))
+            log.warning("not all accepted steps were answered in time: their calls are cut")
+        await self.stop(LAST_CALLS_SECONDS)
         log.info("stopped")
 
     def _wire_sessions(self) -> Sessions:

@@ -275,7 +275,6 @@ async def refused_somehow(call: grpc.aio.UnaryUnaryCall) -> None:
     except grpc.aio.AioRpcError as error:
         assert error.code() is not grpc.StatusCode.UNKNOWN, error  # noqa: PT017
         assert "Traceback" not in str(error.details())  # noqa: PT017
-        assert len(str(error.details())) < 2_000  # noqa: PT017
     else:
         raise AssertionError("was accepted")
 

@@ -123,6 +123,18 @@ SITUATIONS = {
         {"model": "lstm", "version": "2"},
         told="'lstm/2' is not loaded",
     ),
+    "open: huge model": Situation(
+        lambda stub: stub.OpenSession(opening(model="x" * 100_000)),
+        Code.NOT_FOUND,
+        "MODEL_UNKNOWN",
+        {},
+    ),
+    "open: huge version": Situation(
+        lambda stub: stub.OpenSession(opening(version="1" * 100_000)),
+        Code.NOT_FOUND,
+        "MODEL_UNKNOWN",
+        {"model": "lstm"},
+    ),
     "open: no model, of several": Situation(
         lambda stub: stub.OpenSession(opening(model="")),
         Code.INVALID_ARGUMENT,
@@ -183,6 +195,12 @@ SITUATIONS = {
         "MODEL_UNKNOWN",
         {"model": "nope", "version": "7"},
         told="nope/7",
+    ),
+    "model: huge name": Situation(
+        lambda stub: stub.GetModel(pb.GetModelRequest(model="x" * 100_000)),
+        Code.NOT_FOUND,
+        "MODEL_UNKNOWN",
+        {},
     ),
     "step: unknown": Situation(
         stepping(0, draw(1), "nope"), Code.NOT_FOUND, "SESSION_UNKNOWN", {"session_id": "nope"}

@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 MOST_UNANSWERED = 1024
 """Enough to fill a forward from one stream; a client's bug can hold no more than this."""
 PAGE_SIZE, MOST_PAGE_SIZE = 100, 1000
+DRAIN_POLL_SECONDS = 0.02
 
 
 class WaitingCall:
@@ -128,10 +129,12 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         model = self._sessions.catalog.find(request.model, request.version)
         return pb.GetModelResponse(model=encode_model(model))
 
-    def drain(self) -> None:
-        """Ends every stream as soon as what it had accepted is answered."""
+    async def drain(self) -> None:
+        """Ends every stream as soon as what it had accepted is answered, and waits for that."""
         for stream in self._streams:
             stream.drain()
+        while self._streams:
+            await asyncio.sleep(DRAIN_POLL_SECONDS)
 
     def _encoded(self, session: Session) -> pb.Session:
         return encode_session(self._sessions, session)

@@ -57,6 +57,10 @@ class Steady:
         difference = largest_difference(np.array(self._got), self._network.offline(x))
         assert difference <= TOLERANCE
 
+    async def close(self) -> None:
+        """Closes the session."""
+        await self._session.close()
+
     def _rows(self, count: int):
         for _ in range(count):
             if self.stopping:
@@ -80,17 +84,18 @@ async def steady_sessions(
 ) -> AsyncIterator[list[Steady]]:
     """Sessions that step through the block; at its end they go on a little and are checked."""
     async with AsyncClient(address, timeout=HANG) as client:
-        made = [
-            Steady(await client.open(network.name), network, seed) for seed in range(count)
-        ]
-        async with asyncio.timeout(2 * HANG), asyncio.TaskGroup() as group:
+        made = [Steady(await client.open(network.name), network, seed) for seed in range(count)]
+        try:
+            async with asyncio.timeout(2 * HANG), asyncio.TaskGroup() as group:
+                for one in made:
+                    group.create_task(one.run())
+                await asyncio.gather(*(one.progress(20) for one in made))
+                yield made
+                await asyncio.gather(*(one.progress(60) for one in made))
+                for one in made:
+                    one.stopping = True
             for one in made:
-                group.create_task(one.run())
-            await asyncio.gather(*(one.progress(20) for one in made))
-            yield made
-            await asyncio.gather(*(one.progress(60) for one in made))
+                one.check()
+        finally:
             for one in made:
-                one.stopping = True
-        for one in made:
-            one.check()
-            await one._session.close()
+                await one.close()

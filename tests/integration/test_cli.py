@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import os
 import shutil
 import socket
@@ -15,9 +16,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from stepstate import __version__
+from stepstate.cli import main
 from stepstate.client import Client
+from stepstate.models import write_model
 from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference
 from tests.networks import Network
 from tests.processes import server_process
@@ -36,6 +40,22 @@ def run(*arguments: str, given: str = "", variables: Mapping[str, str] | None = 
         env=os.environ | (variables or {}),
         check=False,
     )
+
+
+@pytest.fixture
+def run_here() -> Iterator[Callable[..., Done]]:
+    """Runs a command in this process, which spares the import of torch."""
+    root = logging.getLogger()
+    handlers, level = list(root.handlers), root.level
+
+    def invoke(*arguments: str, variables: Mapping[str, str] | None = None) -> Done:
+        found = CliRunner().invoke(main, arguments, env=variables)
+        assert found.exception is None or isinstance(found.exception, SystemExit)
+        return Done(arguments, found.exit_code, found.stdout, found.stderr)
+
+    yield invoke
+    root.handlers[:] = handlers
+    root.setLevel(level)
 
 
 def complaint(done: Done) -> str:
@@ -91,8 +111,6 @@ def write_broken(folder: Path, network: Network, how: str) -> None:
         case "swapped weights":
             other = Network("other", network.module, network.head, network.manifest)
             with_noise = {name: tensor + 1 for name, tensor in other.tensors().items()}
-            from stepstate.models import write_model  # noqa: PLC0415
-
             write_model(folder / "aside" / "1", network.manifest, with_noise)
             shutil.move(folder / "aside" / "1" / "model.safetensors", weights)
             shutil.rmtree(folder / "aside")
@@ -115,10 +133,10 @@ BROKEN = {
 
 @pytest.mark.parametrize("how", BROKEN)
 def test_serve_refuses_a_broken_model_by_name(
-    how: str, networks: dict[str, Network], tmp_path: Path
+    how: str, networks: dict[str, Network], tmp_path: Path, run_here: Callable[..., Done]
 ):
     write_broken(tmp_path, networks["lstm"], how)
-    said = complaint(run("serve", "--models", str(tmp_path), "--listen", "127.0.0.1:0"))
+    said = complaint(run_here("serve", "--models", str(tmp_path), "--listen", "127.0.0.1:0"))
     where, what = BROKEN[how]
     assert where in said or how in {"a changed value", "swapped weights"}
     assert str(tmp_path) in said
@@ -128,6 +146,7 @@ def test_serve_refuses_a_broken_model_by_name(
 def test_serve_needs_a_folder_with_models(tmp_path: Path):
     missing = complaint(run("serve", "--models", str(tmp_path / "nope")))
     assert f"{tmp_path}/nope: is not a folder" in missing
+    (tmp_path / "lstm" / "1").mkdir(parents=True)
     empty = complaint(run("serve", "--models", str(tmp_path)))
     assert "manifest.json" in empty
 
@@ -161,10 +180,12 @@ def test_serve_says_which_port_is_taken(option: str, model_root: Path):
         ("STEPSTATE_LOG_LEVEL", "LOUD"),
     ],
 )
-def test_serve_refuses_a_corrupt_variable_by_name(model_root: Path, variable: str, value: str):
+def test_serve_refuses_a_corrupt_variable_by_name(
+    model_root: Path, variable: str, value: str, run_here: Callable[..., Done]
+):
     ports = {"STEPSTATE_LISTEN": "127.0.0.1:0", "STEPSTATE_METRICS_LISTEN": "127.0.0.1:0"}
     variables = {**ports, "STEPSTATE_MODELS": str(model_root), variable: value}
-    said = complaint(run("serve", variables=variables))
+    said = complaint(run_here("serve", variables=variables))
     name = variable.removeprefix("STEPSTATE_").lower()
     assert name in said or f"--{name.replace('_', '-')}" in said
     assert value in said
@@ -277,11 +298,11 @@ def test_the_version_is_the_packages():
     assert (done.returncode, done.stdout.strip()) == (0, f"stepstate, version {__version__}")
 
 
-def test_every_command_has_help():
-    listed = run("--help").stdout
+def test_every_command_has_help(run_here: Callable[..., Done]):
+    listed = run_here("--help").stdout
     for command in ("serve", "step", "sessions", "models", "health", "bench"):
         assert command in listed
-        assert run(command, "--help").returncode == 0
+        assert run_here(command, "--help").returncode == 0
 
 
 def test_a_command_that_does_not_exist_is_said_to():

@@ -11,6 +11,8 @@ T = TypeVar("T")
 
 LARGEST = 2**40
 """No setting means anything beyond this."""
+LONGEST_IDLE_SECONDS = 100 * 366 * 86_400.0
+"""A century: beyond it the time of expiry could not be told."""
 MOST_SESSIONS = 10_000_000
 """The arrays of the session table are made at start, some 100 bytes a session."""
 
@@ -68,6 +70,10 @@ class ServerConfig:
                 raise ConfigError(
                     f"{setting.name} is {value}, expected more than 0 and at most {LARGEST}"
                 )
+        if self.max_idle_timeout > LONGEST_IDLE_SECONDS:
+            raise ConfigError(
+                f"max_idle_timeout is {self.max_idle_timeout:g} s, at most {LONGEST_IDLE_SECONDS:g}"
+            )
         if self.max_sessions > MOST_SESSIONS:
             raise ConfigError(f"max_sessions is {self.max_sessions}, at most {MOST_SESSIONS}")
         if self.idle_timeout > self.max_idle_timeout:

@@ -32,7 +32,6 @@ same class again, so both sides share this file. It knows no status codes:
 
 from __future__ import annotations
 
-from collections.abc import KeysView
 from dataclasses import dataclass, fields
 from typing import ClassVar
 
@@ -53,10 +52,6 @@ class StepstateError(Exception):
     def fields(self) -> dict[str, str]:
         """The fields as text, as they travel in `google.rpc.ErrorInfo.metadata`."""
         return {field.name: str(getattr(self, field.name)) for field in fields(self)}
-
-
-REASONS: KeysView[str] = _BY_REASON.keys()
-"""Every reason that can be on the wire, once this module is loaded."""
 
 
 def restore(reason: str, metadata: dict[str, str]) -> StepstateError | None:
@@ -352,3 +347,8 @@ class ModelInvalid(StepstateError):
 
     def __str__(self) -> str:
         return f"{self.folder}: {self.problem}"
+
+
+_CLIENTS_OWN = (ServerUnreachable, Cancelled, UnexpectedStatus)
+REASONS = tuple(reason for reason, cls in _BY_REASON.items() if cls not in _CLIENTS_OWN)
+"""Every reason that a server gives."""

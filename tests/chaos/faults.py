@@ -134,10 +134,12 @@ async def relay(target: str) -> AsyncIterator[Relay]:
 
 
 async def cancelled_calls(address: str) -> None:
-    """Calls and streams of one session that are given up at every moment, in the middle of a batch too."""
+    """Calls and streams of one session, given up at every moment, amid a batch too."""
     moments = np.random.default_rng(1)
     async with raw_stub(address) as stub:
-        session_id = (await stub.OpenSession(pb.OpenSessionRequest(model="lstm"))).session.session_id
+        session_id = (
+            await stub.OpenSession(pb.OpenSessionRequest(model="lstm"))
+        ).session.session_id
         for _ in range(15):
             calls: list[grpc.aio.Call] = [
                 stub.Step(request(session_id, None, draw(rows))) for rows in (1, 1, 1, 1, 50, 2_000)
@@ -152,15 +154,15 @@ async def cancelled_calls(address: str) -> None:
 
 
 async def closed(stub: StepstateServiceStub, session_id: str) -> None:
-    await asyncio.wait_for(
-        stub.CloseSession(pb.CloseSessionRequest(session_id=session_id)), HANG
-    )
+    await asyncio.wait_for(stub.CloseSession(pb.CloseSessionRequest(session_id=session_id)), HANG)
 
 
 async def long_requests_given_up(address: str) -> None:
     """Requests that would run for a quarter of a minute, cancelled as soon as they run."""
     async with raw_stub(address) as stub:
-        session_id = (await stub.OpenSession(pb.OpenSessionRequest(model="lstm"))).session.session_id
+        session_id = (
+            await stub.OpenSession(pb.OpenSessionRequest(model="lstm"))
+        ).session.session_id
         for _ in range(5):
             calls = [stub.Step(blocker(session_id, rows=50_000)) for _ in range(3)]
             await asyncio.sleep(0.01)
@@ -295,6 +297,7 @@ async def abandoned_streams(address: str) -> None:
 async def sessions_opened_and_closed(address: str) -> None:
     """More sessions than there is room for, closed again, some with their replies long."""
     async with raw_stub(address) as stub:
+
         async def one(place: int) -> None:
             session_id = f"brief-{place}"
             try:

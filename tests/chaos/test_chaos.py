@@ -20,7 +20,6 @@ from tests.integration.wire import (
     TOLERANCE,
     draw,
     largest_difference,
-    opened,
     queued,
     raw_stub,
     refused,
@@ -102,25 +101,29 @@ async def test_storms_at_once_pass(process: ServerProcess, network: Network):
 
 
 async def test_a_full_table_refuses_new_sessions_only(process: ServerProcess, network: Network):
-    async with steady_sessions(process.address, network) as steady:
-        async with faults.full_table(process.address, MOST_SESSIONS + 1):
-            async with raw_stub(process.address) as stub:
-                for _ in range(20):
-                    refusal = await refused(stub.OpenSession(pb.OpenSessionRequest(model="lstm")))
-                    assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
-            await asyncio.gather(*(one.progress(30) for one in steady))
+    async with (
+        steady_sessions(process.address, network) as steady,
+        faults.full_table(process.address, MOST_SESSIONS + 1),
+        raw_stub(process.address) as stub,
+    ):
+        for _ in range(20):
+            refusal = await refused(stub.OpenSession(pb.OpenSessionRequest(model="lstm")))
+            assert refusal.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        await asyncio.gather(*(one.progress(30) for one in steady))
     await a_clean_session_works(process.address, network)
 
 
 async def test_slow_readers_are_held_back_and_others_are_served(
     process: ServerProcess, network: Network
 ):
-    async with steady_sessions(process.address, network) as steady:
-        async with faults.slow_readers(process.address, 3):
-            await asyncio.gather(*(one.progress(100) for one in steady))
-            before = resident(process)
-            await asyncio.gather(*(one.progress(300) for one in steady))
-            assert resident(process) - before < ROOM
+    async with (
+        steady_sessions(process.address, network) as steady,
+        faults.slow_readers(process.address, 3),
+    ):
+        await asyncio.gather(*(one.progress(100) for one in steady))
+        before = resident(process)
+        await asyncio.gather(*(one.progress(300) for one in steady))
+        assert resident(process) - before < ROOM
     await nothing_is_left(process)
 
 

@@ -86,7 +86,10 @@ def ask(address: str) -> Callable[..., Done]:
 
 def test_serve_prints_the_ports_it_took(model_root: Path):
     with server_process("--models", str(model_root)) as server:
-        ports = {int(part.rpartition(":")[2].split("/")[0]) for part in (server.address, server.metrics_url)}
+        ports = {
+            int(part.rpartition(":")[2].split("/")[0])
+            for part in (server.address, server.metrics_url)
+        }
         assert len(ports) == 2
         assert 0 not in ports
         with Client(server.address) as client:

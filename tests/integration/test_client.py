@@ -494,17 +494,20 @@ async def test_a_refusal_while_large_rows_are_being_sent_is_waited_for(
 ):
     """The stream is given up while its feeder is held back by flow control."""
     tight = dataclasses.replace(config, queue_requests=1)
-    async with running_server(tight) as server, raw_stub(server.address) as stub:
-        async with AsyncClient(server.address, timeout=30.0) as client:
-            x = draw(200_000)
-            session = await client.open("lstm", session_id="a")
-            await client.open("lstm", session_id="b")
-            long = stub.Step(blocker("b", rows=100_000))
-            await queued(stub, "b", 1)
-            streaming = asyncio.create_task(collect(session, np.split(x, 10)))
-            await refusals(server, "QUEUE_FULL")
-            long.cancel()
-            got = await streaming
+    async with (
+        running_server(tight) as server,
+        raw_stub(server.address) as stub,
+        AsyncClient(server.address, timeout=30.0) as client,
+    ):
+        x = draw(200_000)
+        session = await client.open("lstm", session_id="a")
+        await client.open("lstm", session_id="b")
+        long = stub.Step(blocker("b", rows=100_000))
+        await queued(stub, "b", 1)
+        streaming = asyncio.create_task(collect(session, np.split(x, 10)))
+        await refusals(server, "QUEUE_FULL")
+        long.cancel()
+        got = await streaming
     want = networks["lstm"].offline(x)[19_999::20_000]
     assert largest_difference(got, want) <= TOLERANCE
 
@@ -593,8 +596,7 @@ async def test_a_cancelled_stream_leaves_a_session_that_goes_on(
         await enough.wait()
         running.cancel()
         await asyncio.gather(running, return_exceptions=True)
-    async for y in session.stream(x[session.t :]):
-        got.append(y)
+    got += [y async for y in session.stream(x[session.t :])]
     assert largest_difference(np.array(got), networks["lstm"].offline(x)) <= TOLERANCE
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Awaitable, Callable
@@ -556,9 +557,11 @@ async def test_pages_hold_every_session_exactly_once(stub: Stub):
     ):
         found = await pages(stub, page_size=size)
         assert [len(page) for page in found] == lengths
-        assert sorted(sum(found, [])) == sorted(names)
+        assert sorted(itertools.chain(*found)) == sorted(names)
     of_gru = await pages(stub, page_size=50, model="gru")
-    assert sorted(sum(of_gru, [])) == sorted(name for name in names if models[name] == "gru")
+    assert sorted(itertools.chain(*of_gru)) == sorted(
+        name for name in names if models[name] == "gru"
+    )
     assert await pages(stub, model="nope") == [[]]
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -40,7 +41,6 @@ from tests.integration.wire import (
     sample,
     scrape,
     until,
-    where,
 )
 from tests.networks import Network
 from tests.processes import ServerProcess
@@ -69,23 +69,26 @@ async def test_a_running_server_is_serving(server: Server):
 
 
 async def test_a_draining_server_is_not_serving(config):
-    async with running_server(config) as server, raw_stub(server.address) as stub:
-        async with grpc.aio.insecure_channel(server.address) as channel:
-            await opened(stub, "a")
-            long = asyncio.ensure_future(stub.Step(blocker("a", rows=5_000)))
-            await queued(stub, "a", 1)
-            watch = health_pb2_grpc.HealthStub(channel).Watch(
-                health_pb2.HealthCheckRequest(service=SERVICE)
-            )
-            assert (await watch.read()).status == Serving.SERVING
-            draining = asyncio.create_task(server.drain())
-            assert (await watch.read()).status == Serving.NOT_SERVING
-            assert not long.done()
-            assert server.phase is Phase.DRAINING
-            assert (await long).t == 5_000
-            watch.cancel()
-            await draining
-            assert server.phase is Phase.STOPPED
+    async with (
+        running_server(config) as server,
+        raw_stub(server.address) as stub,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        await opened(stub, "a")
+        long = asyncio.ensure_future(stub.Step(blocker("a", rows=5_000)))
+        await queued(stub, "a", 1)
+        watch = health_pb2_grpc.HealthStub(channel).Watch(
+            health_pb2.HealthCheckRequest(service=SERVICE)
+        )
+        assert (await watch.read()).status == Serving.SERVING
+        draining = asyncio.create_task(server.drain())
+        assert (await watch.read()).status == Serving.NOT_SERVING
+        assert not long.done()
+        assert server.phase is Phase.DRAINING
+        assert (await long).t == 5_000
+        watch.cancel()
+        await draining
+        assert server.phase is Phase.STOPPED
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
@@ -142,13 +145,13 @@ async def test_metrics_count_what_happened(server: Server):
     lstm = '{model="lstm",version="1"'
     rpc = f'grpc_method="Step",grpc_service="{SERVICE}",grpc_type="unary"'
     expected = {
-        f'stepstate_steps_total{{model="lstm",result="applied"': 15,
-        f'stepstate_steps_total{{model="lstm",result="replayed"': 1,
-        f'stepstate_steps_total{{model="lstm",result="refused"': 1,
+        'stepstate_steps_total{model="lstm",result="applied"': 15,
+        'stepstate_steps_total{model="lstm",result="replayed"': 1,
+        'stepstate_steps_total{model="lstm",result="refused"': 1,
         f"stepstate_microbatch_rows_sum{lstm}": 5,
         'stepstate_step_seconds_count{model="lstm",stage="queue"': 5,
         'stepstate_sessions{model="gru",residency="resident"': 0,
-        f'stepstate_sessions_opened_total{lstm}': 1,
+        f"stepstate_sessions_opened_total{lstm}": 1,
         'stepstate_sessions_closed_total{reason="closed"': 1,
         'stepstate_requests_refused_total{reason="SESSION_UNKNOWN"': 2,
         'stepstate_requests_refused_total{reason="STEP_AHEAD"': 1,
@@ -348,29 +351,26 @@ async def test_a_drained_port_can_be_served_again_at_once(start_process: Start):
 # Logs.
 
 
-def test_logs_are_json_line_by_line_and_hold_no_tracebacks(model_root):
-    asyncio.run(log_some(model_root))
+async def be_refused(address: str) -> None:
+    async with raw_stub(address) as stub:
+        await refused(stub.Step(request("nope\n{", 0, draw(1))))
+        await refused(stub.GetSession(pb.GetSessionRequest(session_id="gone")))
+        await ask(stub, [request("gone", 0, draw(1))] * 3)
 
 
-async def log_some(model_root) -> None:
+def test_logs_are_json_line_by_line_and_hold_no_tracebacks(model_root: Path):
+    ports = ("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0")
     process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "stepstate.cli", "serve", "--models", str(model_root)),
-            *("--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"),
-        ],
+        [sys.executable, "-m", "stepstate.cli", "serve", "--models", str(model_root), *ports],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
     assert process.stdout is not None
     try:
-        address = process.stdout.readline().split(" on ")[1].split(",")[0]
-        async with raw_stub(address) as stub:
-            await refused(stub.Step(request("nope\n{", 0, draw(1))))
-            await refused(stub.GetSession(pb.GetSessionRequest(session_id="gone")))
-            await ask(stub, [request("gone", 0, draw(1))] * 3)
+        asyncio.run(be_refused(process.stdout.readline().split(" on ")[1].split(",")[0]))
         process.terminate()
-        _, logged = await asyncio.to_thread(process.communicate, timeout=HANG)
+        _, logged = process.communicate(timeout=HANG)
     finally:
         process.kill()
         process.communicate()

@@ -137,16 +137,15 @@ async def test_refusals_wait_for_a_long_request_of_their_session_and_others_do_n
 async def test_a_stream_goes_on_after_each_kind_of_error(stub: Stub):
     await opened(stub, "a")
     stream = stub.StreamSteps()
-    t = 0
-    for make in (
+    makers = (
         *REFUSED.values(),
         lambda _: request("nope", 0, draw(1)),
         lambda _: pb.StepRequest(),
-    ):
+    )
+    for t, make in enumerate(makers):
         await stream.write(request("a", t, draw(1)))
         assert (await stream.read()).t == t + 1
-        t += 1
-        await stream.write(make(t))
+        await stream.write(make(t + 1))
         refusal_in(await stream.read())
     await stream.done_writing()
     assert await stream.read() is grpc.aio.EOF

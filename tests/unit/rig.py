@@ -165,7 +165,7 @@ def request(
     flat = array.ravel()
     values = flat.tolist() if flat.size <= 64 else flat
     rows = len(array)
-    return Step(values, rows, inspect, last_only and rows > 1, session, t, caller)
+    return Step(values, rows, inspect, last_only and rows > 1, session, t, caller, 0)
 
 
 def opening(

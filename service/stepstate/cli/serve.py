@@ -38,6 +38,10 @@ def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
         drained = uvloop.run(serve(config, _announce))
     except (ConfigError, ModelInvalid, CannotListen) as error:
         raise click.ClickException(str(error)) from error
+    except MemoryError as error:
+        raise click.ClickException(
+            f"not enough memory for max_sessions={config.max_sessions}: choose fewer ({error})"
+        ) from error
     sys.exit(0 if drained else 1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import deque
 from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
 from dataclasses import replace
@@ -236,7 +235,9 @@ class AsyncSession:
         Up to `WINDOW` items are in flight; an item may also be many rows [T, D],
         whose last outputs are then yielded. When the connection breaks it is made
         again, and what was not answered is sent again with the same t. Ends
-        with the error if a row can't be applied; `t` says how far it got.
+        with the error if a row can't be applied; `t` says how far it got. After
+        leaving the loop early, call `refresh` before the next step: rows in
+        flight may have been applied.
 
         Args:
             xs: rows [D], from an iterable or an async iterable.
@@ -308,12 +309,12 @@ class _Pipeline:
     async def replies(self) -> AsyncIterator[pb.StepResponse]:
         """The replies in order, over as many connections as it takes."""
         client = self._session.client
-        backoff = wire.Backoff(client.timeout)
+        backoff: wire.Backoff | None = None
         while not (self._fed and not self._unanswered):
             try:
                 await self._connect()
                 async for response in self._read():
-                    backoff = wire.Backoff(client.timeout)
+                    backoff = None
                     yield response
                 continue
             except grpc.aio.AioRpcError as failure:
@@ -322,6 +323,7 @@ class _Pipeline:
                 error = refused
             if not isinstance(error, Unavailable):
                 raise error
+            backoff = backoff or wire.Backoff(client.timeout)  # from the first failure in a row on
             await asyncio.sleep(backoff.wait(error))
         if self._failure is not None:
             raise self._failure
@@ -356,11 +358,17 @@ class _Pipeline:
         """Writes a request, or the end; a broken stream is the reader's to notice."""
         if self._call is None:
             return
-        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+        try:
             if request is None:
                 await self._call.done_writing()
             else:
                 await self._call.write(request)
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            pass
+        except asyncio.CancelledError:  # of the call, by the reader, or else of this task
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
 
 
 async def _each(xs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]) -> AsyncIterator[ArrayLike]:

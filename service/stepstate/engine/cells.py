@@ -86,17 +86,17 @@ class LstmCell:
         self._projections = [
             tensors[f"weight_hr_l{layer}"].t() if spec.proj_size else None for layer in layers
         ]
+        self._hidden = spec.hidden_size
         self._sizes = [spec.output_size] * len(layers) + [spec.hidden_size] * len(layers)
         self.state_width = sum(self._sizes)
 
     @staticmethod
     def _layer_gates(tensors: dict[str, Tensor], layer: int) -> Product:
-        """All four gates as one product over [x | h], with g's rows doubled: see `_tanh`."""
+        """All four gates as one product over [x | h], the three of the sigmoid side by side."""
         weight = torch.cat((tensors[f"weight_ih_l{layer}"], tensors[f"weight_hh_l{layer}"]), dim=1)
         bias = tensors[f"bias_ih_l{layer}"] + tensors[f"bias_hh_l{layer}"]
-        doubling = torch.ones(4).index_fill_(0, torch.tensor(2), 2.0)
-        doubling = doubling.repeat_interleave(len(bias) // 4)
-        return Product(weight * doubling[:, None], bias * doubling)
+        order = torch.arange(len(bias)).view(4, -1)[[0, 1, 3, 2]].flatten()
+        return Product(weight[order], bias[order])
 
     def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """See `Cell.step`; traces i, f, g, o, c, m and h."""
@@ -104,9 +104,9 @@ class LstmCell:
         depth = len(self._gates)
         hidden, memory = [], []
         for layer, gates in enumerate(self._gates):
-            total = gates(torch.cat((x, parts[layer]), dim=1)).sigmoid_()
-            i, f, g, o = total.chunk(4, dim=1)
-            g = g.mul_(2).sub_(1)
+            total = gates(torch.cat((x, parts[layer]), dim=1))
+            i, f, o = total[:, : 3 * self._hidden].sigmoid_().chunk(3, dim=1)
+            g = total[:, 3 * self._hidden :].tanh_()
             c = torch.mul(f, parts[depth + layer]).addcmul_(i, g)
             m = _tanh(c)
             x = o * m
@@ -204,7 +204,8 @@ def _product(tensors: dict[str, Tensor], part: str, layer: int) -> Product:
 def _tanh(a: Tensor) -> Tensor:
     """tanh(a) = 2 sigmoid(2a) - 1, to 1e-7: torch's sigmoid is the vectorised one of the two.
 
-    (On 64 rows of 128: 8 microseconds against 20.)
+    On 64 rows of 128: 8 microseconds against 20. Only for what goes no further than
+    h: in g the error would add up in c, step by step, where f is near 1.
     """
     return (a * 2).sigmoid_().mul_(2).sub_(1)
 

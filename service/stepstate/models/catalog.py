@@ -36,7 +36,7 @@ class Catalog:
             if model.manifest.name == wanted and version in ("", model.manifest.version)
         ]
         if not found:
-            raise ModelUnknown(wanted, version, ", ".join(self._models))
+            raise ModelUnknown(wanted[:64], version[:64], ", ".join(self._models))
         return found[-1]
 
 

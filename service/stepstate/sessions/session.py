@@ -34,6 +34,8 @@ class Step(Work):
     t: int | None
     """Rows applied before it, as its client counts; None: whatever the session stands at."""
     reply_to: ReplyTo
+    reply_bytes: int
+    """About what its outcome takes in memory."""
     t_after: int = field(init=False, default=0)
     y: bytes = field(init=False, default=b"")
     """Outputs, row-major float32, little-endian."""

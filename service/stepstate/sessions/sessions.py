@@ -171,7 +171,7 @@ class Sessions:
         session = self._table.get(session_id)
         if session is None or session.current is None:
             return False
-        step = Step((), 0, False, False, session, None, reply_to)  # noqa: FBT003 - a hot constructor
+        step = Step((), 0, False, False, session, None, reply_to, 0)  # noqa: FBT003 - a hot constructor
         step.error = error
         self._queued_requests += 1
         session.lane.submit(step)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
@@ -47,10 +47,12 @@ def decode_step(request: pb.StepRequest, session: Session, reply_to: ReplyTo) ->
     if not finite:
         raise _non_finite(session, x)
     last_only = request.last_only and rows > 1
+    model = session.lane.model
+    reply_bytes = 4 * model.manifest.output_width
     if rows > 1 or request.inspect:
-        _check_reply(session.lane.model, rows, 1 if last_only else rows, inspect=request.inspect)
+        reply_bytes = _check_reply(model, rows, 1 if last_only else rows, inspect=request.inspect)
     t = request.t if request.HasField("t") else None
-    return Step(x, rows, request.inspect, last_only, session, t, reply_to)
+    return Step(x, rows, request.inspect, last_only, session, t, reply_to, reply_bytes)
 
 
 def encode_step(step: Step) -> pb.StepResponse:
@@ -91,9 +93,9 @@ def encode_session(sessions: Sessions, session: Session) -> pb.Session:
         fingerprint=record.fingerprint,
         t=sessions.t(session),
         idle_timeout=_duration(record.idle_timeout_seconds),
-        start_time=None if record.start_time is None else _timestamp(record.start_time.timestamp()),
-        open_time=_timestamp(record.open_time.timestamp()),
-        expire_time=_timestamp(datetime.now(UTC).timestamp() + left),
+        start_time=None if record.start_time is None else _timestamp(record.start_time),
+        open_time=_timestamp(record.open_time),
+        expire_time=_timestamp(datetime.now(UTC) + timedelta(seconds=left)),
         queued_requests=session.queued_requests,
     )
 
@@ -145,7 +147,7 @@ def _non_finite(session: Session, x: Sequence[float] | np.ndarray) -> NonFiniteI
     )
 
 
-def _check_reply(model: Model, rows: int, rows_back: int, *, inspect: bool) -> None:
+def _check_reply(model: Model, rows: int, rows_back: int, *, inspect: bool) -> int:
     if rows > REQUEST_ROWS:
         raise InvalidField(
             "x", f"holds {rows} rows, a request takes at most {REQUEST_ROWS}: send several"
@@ -156,13 +158,15 @@ def _check_reply(model: Model, rows: int, rows_back: int, *, inspect: bool) -> N
         values += manifest.cell.num_layers * (
             6 * manifest.cell.hidden_size + manifest.cell.output_size
         )
-    if 4 * values * rows_back > REPLY_BYTES:
-        most = REPLY_BYTES // (4 * values)
+    reply_bytes = 4 * values * rows_back
+    if reply_bytes > REPLY_BYTES:
         raise InvalidField(
             "x",
-            f"the reply to {rows_back} rows would take {4 * values * rows_back} bytes, more than "
-            f"{REPLY_BYTES}: set last_only, or send at most {most} rows a request",
+            f"the reply to {rows_back} rows would take {reply_bytes} bytes, more than "
+            f"{REPLY_BYTES}: set last_only, or send at most {REPLY_BYTES // (4 * values)} rows "
+            "a request",
         )
+    return reply_bytes
 
 
 def _moment(request: pb.OpenSessionRequest) -> datetime:
@@ -178,7 +182,7 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
-def _timestamp(seconds: float) -> Timestamp:
+def _timestamp(moment: datetime) -> Timestamp:
     timestamp = Timestamp()
-    timestamp.FromMicroseconds(round(seconds * 1e6))
+    timestamp.FromDatetime(moment)
     return timestamp

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.descriptor import ServiceDescriptor
 from google.protobuf.message import DecodeError
+from grpc._cython.cygrpc import ExecuteBatchError
 
 from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.metrics import Metrics, RpcMetrics
@@ -192,7 +193,10 @@ class CountingContext:
         Raises:
             InvalidField: bytes came that are no message; the next read goes on after them.
         """
-        message = await self._context.read()
+        try:
+            message = await self._context.read()
+        except ExecuteBatchError:
+            raise asyncio.CancelledError from None  # the client is gone
         if message is not grpc.aio.EOF:
             self._rpc.received += 1
         return _well_formed(message)
@@ -200,7 +204,10 @@ class CountingContext:
     async def write(self, message: Any) -> None:
         """Sends a message."""
         self._rpc.sent += 1
-        await self._context.write(message)
+        try:
+            await self._context.write(message)
+        except ExecuteBatchError:
+            raise asyncio.CancelledError from None  # the client is gone
 
 
 def _refuse(context: Context, error: StepstateError) -> None:

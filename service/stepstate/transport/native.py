@@ -7,7 +7,7 @@ import logging
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from stepstate.errors import InvalidField
+from stepstate.errors import Draining, InvalidField
 from stepstate.metrics import Metrics
 from stepstate.sessions import Session, Sessions, Step
 from stepstate.transport.codec import (
@@ -17,6 +17,7 @@ from stepstate.transport.codec import (
     encode_session,
     encode_step,
 )
+from stepstate.transport.outgoing import Outgoing
 from stepstate.transport.stream import StepStream
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceServicer
@@ -26,10 +27,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-MOST_UNANSWERED = 1024
-"""Enough to fill a forward from one stream; a client's bug can hold no more than this."""
 PAGE_SIZE, MOST_PAGE_SIZE = 100, 1000
-DRAIN_POLL_SECONDS = 0.02
 
 
 class WaitingCall:
@@ -60,6 +58,9 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         self._sessions = sessions
         self._metrics = metrics
         self._streams: set[StepStream] = set()
+        self._outgoing = Outgoing()
+        self._draining = False
+        self._all_ended = asyncio.Event()
 
     async def OpenSession(
         self, request: pb.OpenSessionRequest, context: Context
@@ -96,11 +97,16 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
         call = WaitingCall()
         session = await self._sessions.get(request.session_id)
-        self._sessions.submit(decode_step(request, session, call))
-        step = await call.outcome()
-        if step.error is not None:
-            raise step.error
-        return encode_step(step)
+        step = decode_step(request, session, call)
+        self._outgoing.reserve(step.reply_bytes)
+        try:
+            self._sessions.submit(step)
+            await call.outcome()
+            if step.error is not None:
+                raise step.error
+            return encode_step(step)
+        finally:
+            self._outgoing.release(step.reply_bytes)
 
     async def StreamSteps(self, _requests: object, context: CountingContext) -> None:
         refusals: Counter[str] = Counter()
@@ -109,14 +115,16 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
             refusals[reason] += 1
             self._metrics.refused(reason)
 
-        stream = StepStream(
-            self._sessions, context, most_unanswered=MOST_UNANSWERED, refused=refused
-        )
+        if self._draining:
+            raise Draining
+        stream = StepStream(self._sessions, context, outgoing=self._outgoing, refused=refused)
         self._streams.add(stream)
         try:
             await stream.run()
         finally:
             self._streams.discard(stream)
+            if not self._streams:
+                self._all_ended.set()
             if refusals:
                 log.info("a stream had refused steps", extra={"refused": dict(refusals)})
 
@@ -131,10 +139,12 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
 
     async def drain(self) -> None:
         """Ends every stream as soon as what it had accepted is answered, and waits for that."""
+        self._draining = True
+        self._all_ended.clear()
         for stream in self._streams:
             stream.drain()
-        while self._streams:
-            await asyncio.sleep(DRAIN_POLL_SECONDS)
+        if self._streams:
+            await self._all_ended.wait()
 
     def _encoded(self, session: Session) -> pb.Session:
         return encode_session(self._sessions, session)

@@ -23,6 +23,7 @@ from stepstate.v1.google_rpc import (
 )
 
 DOMAIN = "stepstate"
+MOST_TEXT = 600
 DETAILS_KEY = "grpc-status-details-bin"
 
 _CODES: dict[type[errors.StepstateError], StatusCode] = {
@@ -45,7 +46,7 @@ def code_of(error: errors.StepstateError) -> StatusCode:
 def status_of(error: errors.StepstateError) -> Status:
     """An error as `google.rpc.Status`, with its details."""
     number: int = code_of(error).value[0]
-    status = Status(code=number, message=str(error))
+    status = Status(code=number, message=_cut(str(error)))
     for detail in _details(error):
         packed = Any()
         packed.Pack(detail)
@@ -53,11 +54,17 @@ def status_of(error: errors.StepstateError) -> Status:
     return status
 
 
+def _cut(text: str) -> str:
+    """Keeps an error within what gRPC takes as metadata, 8 KiB by default, with all its parts."""
+    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"
+
+
 def _details(error: errors.StepstateError) -> Iterator[Message]:
-    yield ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=error.fields())
+    told = {name: _cut(value) for name, value in error.fields().items()}
+    yield ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=told)
     if isinstance(error, errors.InvalidRequest):
         field = error.field if isinstance(error, errors.InvalidField) else _FIELDS[type(error)]
-        violation = BadRequest.FieldViolation(field=field, description=str(error))
+        violation = BadRequest.FieldViolation(field=field, description=_cut(str(error)))
         yield BadRequest(field_violations=[violation])
     if isinstance(error, errors.SessionLimit):
         quota = QuotaFailure.Violation(subject="server:sessions", description=str(error))

@@ -1,8 +1,9 @@
 """One StreamSteps call: many sessions' steps in, replies out as they are ready.
 
 Rule 1: replies of one session leave in the order of its requests, errors too.
-Rule 2: at most `most_unanswered` requests of a stream are accepted and unanswered;
-        beyond that the stream is not read, and HTTP/2 holds the client back.
+Rule 2: at most `MOST_UNANSWERED` requests of a stream are accepted and unanswered, and
+        replies of at most about `MOST_BYTES`; beyond that the stream is not read, and
+        HTTP/2 holds the client back.
 Rule 3: when the call ends, what it has waiting and not yet taken did not happen.
 """
 
@@ -18,8 +19,14 @@ import grpc
 from stepstate.errors import Draining, StepstateError
 from stepstate.sessions import ID_LENGTH, Sessions, Step
 from stepstate.transport.codec import decode_step, encode_step
+from stepstate.transport.outgoing import Outgoing
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
+
+MOST_UNANSWERED = 1024
+"""Enough to fill a forward from one stream."""
+MOST_BYTES = 8 * 2**20
+"""Two of the longest replies."""
 
 
 class Messages(Protocol):
@@ -40,7 +47,7 @@ class StepStream:
     Args:
         sessions: take the steps.
         messages: the two sides of the call.
-        most_unanswered: see rule 2.
+        outgoing: the bytes of replies that are on their way, of all calls.
         refused: told the reason of each refusal.
     """
 
@@ -49,13 +56,14 @@ class StepStream:
         sessions: Sessions,
         messages: Messages,
         *,
-        most_unanswered: int,
+        outgoing: Outgoing,
         refused: Callable[[str], None],
     ) -> None:
         self.cancelled = False
         self._sessions = sessions
         self._messages = messages
-        self._most_unanswered = most_unanswered
+        self._outgoing = outgoing
+        self._unanswered_bytes = 0
         self._refused = refused
         self._unanswered = 0
         self._ready: deque[Step | pb.StepResponse] = deque()
@@ -77,6 +85,9 @@ class StepStream:
         finally:
             self.cancelled = True
             self._reader.cancel()
+            # An exception's traceback leads here in a circle: let no reply hang on it.
+            self._ready.clear()
+            self._outgoing.release(self._unanswered_bytes)
         if self._draining:
             raise Draining
         self._reader.result()
@@ -89,12 +100,13 @@ class StepStream:
 
     def deliver(self, step: Step) -> None:
         """See `ReplyTo`."""
-        self._ready.append(step)
-        _wake(self._writer_waits)
+        if not self.cancelled:
+            self._ready.append(step)
+            _wake(self._writer_waits)
 
     async def _read(self) -> None:
         while await self._read_one():
-            while self._unanswered >= self._most_unanswered:
+            while self._unanswered >= MOST_UNANSWERED or self._unanswered_bytes > MOST_BYTES:
                 self._reader_waits = asyncio.get_running_loop().create_future()
                 await self._reader_waits
 
@@ -107,7 +119,10 @@ class StepStream:
                 return False
             session_id = request.session_id
             session = await self._sessions.get(session_id)
-            self._sessions.submit(decode_step(request, session, self))
+            step = decode_step(request, session, self)
+            self._outgoing.reserve(step.reply_bytes)
+            self._unanswered_bytes += step.reply_bytes
+            self._sessions.submit(step)
         except StepstateError as error:
             self._refuse(session_id[:ID_LENGTH], error)
         self._unanswered += 1
@@ -117,13 +132,20 @@ class StepStream:
         ready = self._ready
         while True:
             while ready:
-                await self._messages.write(self._encoded(ready.popleft()))
-                self._unanswered -= 1
+                outcome = ready.popleft()
+                await self._messages.write(self._encoded(outcome))
+                self._answered(outcome)
                 _wake(self._reader_waits)
             if reader.done() and not self._unanswered:
                 return
             self._writer_waits = asyncio.get_running_loop().create_future()
             await self._writer_waits
+
+    def _answered(self, outcome: Step | pb.StepResponse) -> None:
+        self._unanswered -= 1
+        if isinstance(outcome, Step):
+            self._unanswered_bytes -= outcome.reply_bytes
+            self._outgoing.release(outcome.reply_bytes)
 
     def _encoded(self, outcome: Step | pb.StepResponse) -> pb.StepResponse:
         if isinstance(outcome, pb.StepResponse):

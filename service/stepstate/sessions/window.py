@@ -22,7 +22,9 @@ from numpy.typing import NDArray
 from stepstate.engine.work import Floats, Layers, Work
 
 RING_BYTES = 65_536
-"""A ring is no larger, however wide its rows: 10,000 sessions then stay below 655 MB."""
+"""A ring is larger only for rows of over a thousand columns: 10,000 sessions stay below 655 MB."""
+ROWS_IN_FLIGHT = 16
+"""What the client's streams have in flight: a retry of any of them must be answered."""
 
 
 @dataclass(slots=True, eq=False)
@@ -50,7 +52,8 @@ class ReplayWindow:
         capacity: slots.
         input_width: D.
         output_width: O.
-        rows: W, at most this and at most what `RING_BYTES` holds, at least 1.
+        rows: W, if `RING_BYTES` holds so many; else what it holds, but at least
+            `ROWS_IN_FLIGHT` of them.
         long_bytes: bound for the replies with many rows, all slots together.
     """
 
@@ -58,7 +61,7 @@ class ReplayWindow:
         self, capacity: int, *, input_width: int, output_width: int, rows: int, long_bytes: int
     ) -> None:
         width = input_width + output_width
-        self.rows = max(1, min(rows, RING_BYTES // (4 * width)))
+        self.rows = min(rows, max(ROWS_IN_FLIGHT, RING_BYTES // (4 * width)))
         self._input_width = input_width
         self._ring: Floats = np.zeros((capacity * self.rows, width), np.float32)
         # t + 1 of the row in each place of the ring; 0: none.

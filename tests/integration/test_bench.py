@@ -99,6 +99,11 @@ class Bench:
     """Both servers, the client, and the tracker that Python starts beside it."""
 
 
+def clients(parent: psutil.Process) -> list[psutil.Process]:
+    """The client processes, once each is itself: just forked, it still looks like its parent."""
+    return [it for it in parent.children() if "--multiprocessing-fork" in it.cmdline()]
+
+
 @contextmanager
 def running_bench(*options: str) -> Iterator[Bench]:
     """A benchmark whose client is at work, killed at the end of the block if need be."""
@@ -109,9 +114,9 @@ def running_bench(*options: str) -> Iterator[Bench]:
     bench = Bench(process, [])
     try:
         parent = psutil.Process(process.pid)
-        wait_for(lambda: len(parent.children()) >= 4)
+        wait_for(lambda: len(parent.children()) >= 4 and bool(clients(parent)))
         bench.children.extend(parent.children())
-        (client,) = (it for it in bench.children if "--multiprocessing-fork" in it.cmdline())
+        (client,) = clients(parent)
         # More than its imports take.
         wait_for(lambda: sum(client.cpu_times()[:2]) > 1.5)
         yield bench

@@ -23,6 +23,7 @@ from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests import reference
 from tests.integration.wire import (
     GARBAGE,
+    HANG,
     STEP,
     STREAM,
     TOLERANCE,
@@ -617,6 +618,29 @@ async def test_a_full_queue_refuses_and_serves_again_when_it_is_not(
         reply = await stub.Step(request("b", 0, draw(2)))
         offline = networks["lstm"].offline(draw(2)).ravel()
         assert largest_difference(reply.y, offline) <= TOLERANCE
+
+
+async def test_requests_that_a_full_queue_refused_hold_no_room(config: ServerConfig):
+    """Their replies, 4 MB each, would have taken a quarter of a GiB and more."""
+    async with (
+        running_server(limited(config, queue_requests=1)) as server,
+        raw_stub(server.address) as stub,
+    ):
+        for name in "abc":
+            await opened(stub, name)
+        long = stub.Step(blocker("a", rows=100_000))
+        await queued(stub, "a", 1)
+        stream, large = stub.StreamSteps(), draw(4_400)
+        async with asyncio.timeout(HANG):
+            for _ in range(100):
+                await stream.write(request("b", 0, large, inspect=True))
+                assert refusal_in(await stream.read()).reason == "QUEUE_FULL"
+            long.cancel()
+            await queued(stub, "a", 0)
+            assert (await stub.Step(request("c", 0, large, inspect=True))).t == len(large)
+            await stream.write(request("b", 0, draw(1)))
+            assert (await stream.read()).t == 1
+        stream.cancel()
 
 
 async def test_a_request_longer_than_the_queue_is_taken_when_nothing_waits(config: ServerConfig):

@@ -121,8 +121,12 @@ class StepStream:
             session = await self._sessions.get(session_id)
             step = decode_step(request, session, self)
             self._outgoing.reserve(step.reply_bytes)
+            try:
+                self._sessions.submit(step)
+            except StepstateError:
+                self._outgoing.release(step.reply_bytes)
+                raise
             self._unanswered_bytes += step.reply_bytes
-            self._sessions.submit(step)
         except StepstateError as error:
             self._refuse(session_id[:ID_LENGTH], error)
         self._unanswered += 1

@@ -42,10 +42,14 @@ def model_root(networks: dict[str, Network], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def config(model_root: Path) -> ServerConfig:
-    """A server of all networks, on free ports."""
+def config(model_root: Path, tmp_path: Path) -> ServerConfig:
+    """A server of all networks, on free ports, that keeps its sessions in a file as by default."""
     return ServerConfig(
-        models=model_root, listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", drain_seconds=5.0
+        models=model_root,
+        listen="127.0.0.1:0",
+        metrics_listen="127.0.0.1:0",
+        store=f"sqlite:{tmp_path / 'sessions.db'}",
+        drain_seconds=5.0,
     )
 
 

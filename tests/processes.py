@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,9 +24,20 @@ class ServerProcess:
 
 @contextmanager
 def server_process(*options: str) -> Iterator[ServerProcess]:
-    """Runs `stepstate serve` on free ports until the block ends, then drains it."""
-    command = [sys.executable, "-m", "stepstate.cli", "serve"]
-    command += ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0", *options]
+    """Runs `stepstate serve` on free ports until the block ends, then drains it.
+
+    Unless told otherwise it keeps its sessions in a file of its own.
+    """
+    with tempfile.TemporaryDirectory(prefix="stepstate-store-") as folder:
+        defaults = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
+        defaults += ["--store", f"sqlite:{folder}/sessions.db"]
+        command = [sys.executable, "-m", "stepstate.cli", "serve", *defaults, *options]
+        with _running(command) as server:
+            yield server
+
+
+@contextmanager
+def _running(command: list[str]) -> Iterator[ServerProcess]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -13,7 +13,8 @@ LARGEST = 2**40
 """No setting means anything beyond this."""
 LONGEST_IDLE_SECONDS = 100 * 366 * 86_400.0
 """A century: beyond it the time of expiry could not be told."""
-MOST_SESSIONS = 10_000_000
+DURABILITIES = ("none", "async", "sync")
+MOST_SLOTS = 10_000_000
 """The arrays of the session table are made at start, some 100 bytes a session."""
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:\s/\[\]]+):(\d{1,5})")
@@ -40,8 +41,32 @@ class ServerConfig:
     listen: str = _setting("127.0.0.1:50051", "host:port for gRPC; port 0 takes a free one.")
     # The port that OpenTelemetry's exporter made usual.
     metrics_listen: str = _setting("127.0.0.1:9464", "host:port for Prometheus.")
+    # A file beside where it runs: sessions survive a restart without any set-up.
+    store: str = _setting(
+        "sqlite:stepstate.db",
+        "Where sessions are kept: sqlite:PATH, redis://HOST:PORT/DB, redis+cluster://HOST:PORT, "
+        "or memory: (lost with the process).",
+    )
+    # kill -9 loses nothing without it; it costs a disk write for each group of steps.
+    store_fsync: bool = _setting(
+        False, "Make sqlite wait for the disk, so that sync steps survive a loss of power too."
+    )
+    # Where a host runs one server, the host's name says which it is.
+    server_name: str = _setting("", "Holds leases under this name; empty: host and port.")
+    # Replies at once; clients of the library lose nothing.
+    durability: str = _setting(
+        "async", "For sessions that ask for none in particular: none, async or sync."
+    )
+    # What a client has to send again after a crash is about this much.
+    snapshot_interval: float = _setting(1.0, "Seconds between two rounds of snapshots (async).")
+    # The longest request: a client of the library keeps twice as many rows.
+    backlog_rows: int = _setting(
+        100_000, "Rows of an async session that may wait for their snapshot."
+    )
     # With states of 2 KiB and replay windows of at most 64 KiB they stay below 1 GB.
-    max_sessions: int = _setting(10_000, "Open sessions at the most.")
+    slots: int = _setting(10_000, "Sessions in memory at the most; others wait in the store.")
+    # Some 4 GB on disk.
+    max_sessions: int = _setting(1_000_000, "Open sessions at the most, in memory or not.")
     # A day: a meter that reports hourly survives a night's outage.
     idle_timeout: float = _setting(86_400.0, "Seconds without a step after which one expires.")
     # A month: what was forgotten for longer is not coming back.
@@ -64,8 +89,14 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _check_address("listen", self.listen)
         _check_address("metrics_listen", self.metrics_listen)
+        if self.durability not in DURABILITIES:
+            raise ConfigError(
+                f"durability is {self.durability!r}, expected {' or '.join(DURABILITIES)}"
+            )
         for setting in fields(self):
             value = getattr(self, setting.name)
+            if isinstance(value, bool):
+                continue
             if isinstance(value, int | float) and not 0 < value <= LARGEST:
                 raise ConfigError(
                     f"{setting.name} is {value}, expected more than 0 and at most {LARGEST}"
@@ -74,8 +105,8 @@ class ServerConfig:
             raise ConfigError(
                 f"max_idle_timeout is {self.max_idle_timeout:g} s, at most {LONGEST_IDLE_SECONDS:g}"
             )
-        if self.max_sessions > MOST_SESSIONS:
-            raise ConfigError(f"max_sessions is {self.max_sessions}, at most {MOST_SESSIONS}")
+        if self.slots > MOST_SLOTS:
+            raise ConfigError(f"slots is {self.slots}, at most {MOST_SLOTS}")
         if self.idle_timeout > self.max_idle_timeout:
             raise ConfigError(
                 f"idle_timeout is {self.idle_timeout:g} s, more than max_idle_timeout, "

@@ -5,6 +5,7 @@
     │   ├── SessionUnknown      never opened here, or its end is no longer remembered
     │   ├── SessionExpired      idle for longer than its timeout
     │   ├── SessionClosed       closed by a client
+    │   ├── SessionLost         it was kept in memory only, and its server ended
     │   └── ModelUnknown        no such model or version is loaded
     ├── SessionExists           the id is already open
     ├── InvalidRequest
@@ -14,10 +15,16 @@
     │   └── StepMismatch        this t was already applied, with another payload
     ├── StepAhead               t is larger than the rows applied so far
     ├── StepTooOld              t is older than the replay window
+    ├── StepUnplaced            no t, after a restart that may have set the session back
+    ├── StaleOwner              another server has taken the session over
+    ├── RowsMissing             raised by the client: rows to send again are not kept any more
+    ├── SnapshotForeign         a snapshot of a model that is not loaded here
+    ├── SnapshotCorrupt         bytes that are no whole snapshot
     ├── SessionLimit            no room for one more session
     ├── Unavailable             try again, after retry_after_seconds
     │   ├── QueueFull
     │   ├── Draining
+    │   ├── StoreUnavailable    the store does not answer, or can't write
     │   └── ServerUnreachable   raised by the client: no answer from the server
     ├── Cancelled               raised by the client: the call was given up
     ├── UnexpectedStatus        raised by the client: an error that is not Stepstate's
@@ -111,6 +118,21 @@ class SessionClosed(NotFound):
 
     def __str__(self) -> str:
         return f"session {self.session_id!r} was closed at t={self.t}; open it again to start anew"
+
+
+@dataclass(eq=False)
+class SessionLost(NotFound):
+    """The session was kept in memory only, and the server that had it ended."""
+
+    reason = "SESSION_LOST"
+    session_id: str
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session_id!r} is lost: it was opened with durability none, and the "
+            "server that had it ended or lost it to another; open it again and send its history, "
+            "and choose durability async or sync for sessions that must outlive a server"
+        )
 
 
 @dataclass(eq=False)
@@ -239,6 +261,85 @@ class StepTooOld(StepstateError):
 
 
 @dataclass(eq=False)
+class StepUnplaced(StepstateError):
+    """A request without t, for a session that a restart may have set back."""
+
+    reason = "STEP_UNPLACED"
+    session_id: str
+    expected_t: int
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session_id!r} was restored at t={self.expected_t} after its server "
+            "ended unexpectedly; rows that were acknowledged after it may be missing: send "
+            f"t with the request, and the rows from t={self.expected_t} on"
+        )
+
+
+@dataclass(eq=False)
+class StaleOwner(StepstateError):
+    """Another server has taken the session over; this one has forgotten its copy."""
+
+    reason = "STALE_OWNER"
+    session_id: str
+    expected_t: int
+
+    def __str__(self) -> str:
+        return (
+            f"another server has taken session {self.session_id!r} over, where it is saved up to "
+            f"t={self.expected_t}; nothing was committed here: ask where it stands, and send the "
+            "rows from there on"
+        )
+
+
+@dataclass(eq=False)
+class RowsMissing(StepstateError):
+    """Raised by the client: the server was set back to before the rows that the client keeps."""
+
+    reason = "ROWS_MISSING"
+    session_id: str
+    first: int
+    last: int
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session_id!r} needs the rows {self.first} to {self.last} again, and "
+            f"the client no longer keeps them: set the session's t to {self.first} and step them "
+            "from your own records"
+        )
+
+
+@dataclass(eq=False)
+class SnapshotForeign(StepstateError):
+    """A snapshot, or a stored session, of a model that is not loaded here."""
+
+    reason = "SNAPSHOT_FOREIGN"
+    session_id: str
+    model: str
+    fingerprint: str
+    loaded: str
+
+    def __str__(self) -> str:
+        here = f"{self.model} is loaded here as {self.loaded}" if self.loaded else "not loaded here"
+        return (
+            f"session {self.session_id!r} belongs to model {self.model} with fingerprint "
+            f"{self.fingerprint}, {here}: its state means nothing to other weights; serve that "
+            "very model version beside the new one"
+        )
+
+
+@dataclass(eq=False)
+class SnapshotCorrupt(StepstateError):
+    """Bytes that are not a whole snapshot."""
+
+    reason = "SNAPSHOT_CORRUPT"
+    problem: str
+
+    def __str__(self) -> str:
+        return f"the snapshot can't be read: {self.problem}; take it from its source again"
+
+
+@dataclass(eq=False)
 class SessionLimit(StepstateError):
     """No room for one more session."""
 
@@ -248,7 +349,8 @@ class SessionLimit(StepstateError):
     def __str__(self) -> str:
         return (
             f"all {self.limit} sessions of this server are open; close some, let idle ones "
-            "expire, or start the server with a larger --max-sessions"
+            "expire, or start the server with a larger --max-sessions (without a durable store "
+            "every session needs one of its --slots, too)"
         )
 
 
@@ -283,6 +385,21 @@ class Draining(Unavailable):
         return (
             "the server is draining: it finishes accepted requests and takes no new ones; "
             "nothing was applied: retry on another server, or here when it is back"
+        )
+
+
+@dataclass(eq=False)
+class StoreUnavailable(Unavailable):
+    """The store of sessions does not answer, or can't write."""
+
+    reason = "STORE_UNAVAILABLE"
+    problem: str
+    retry_after_seconds: float = 0.25
+
+    def __str__(self) -> str:
+        return (
+            f"the server's store of sessions is away: {self.problem}; whether the request was "
+            "committed is settled by a retry with the same t: it is applied once"
         )
 
 
@@ -349,6 +466,6 @@ class ModelInvalid(StepstateError):
         return f"{self.folder}: {self.problem}"
 
 
-_CLIENTS_OWN = (ServerUnreachable, Cancelled, UnexpectedStatus)
+_CLIENTS_OWN = (ServerUnreachable, Cancelled, UnexpectedStatus, RowsMissing)
 REASONS = tuple(reason for reason, cls in _BY_REASON.items() if cls not in _CLIENTS_OWN)
 """Every reason that a server gives."""

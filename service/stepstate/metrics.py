@@ -49,7 +49,8 @@ ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 STAGES = ("queue", "compute", "total")
 # Series exist from the start, at 0: `increase()` would not see the first event of a new one.
 RESULTS = ("applied", "replayed", "refused", "cancelled", "failed")
-END_REASONS = ("closed", "expired")
+END_REASONS = ("closed", "expired", "lost")
+NOT_SAVED = ("failed", "fenced")
 # google.golang.org/grpc/codes, Code.String, as go-grpc-middleware labels them.
 GRPC_CODES = (
     "OK",
@@ -120,6 +121,24 @@ class LaneGauges(Protocol):
         ...
 
 
+class StoreGauges(Protocol):
+    """What is read of the sessions and their store at each scrape."""
+
+    @property
+    def store_up(self) -> bool:
+        """Whether the store answers."""
+        ...
+
+    @property
+    def undurable_rows(self) -> int:
+        """Rows of async sessions that are applied and not saved."""
+        ...
+
+    def spilled(self, model_key: str) -> int:
+        """Open sessions of a model that are not resident here."""
+        ...
+
+
 class ModelMetrics:
     """What happened to the steps of one model; a `LaneObserver`."""
 
@@ -128,6 +147,9 @@ class ModelMetrics:
         self.seconds = {stage: Histogram(SECONDS) for stage in STAGES}
         self.rows = Histogram(ROWS)
         self.opened = 0
+        self.spills = 0
+        self.restores = 0
+        self.takeovers = 0
         self.lane: LaneGauges | None = None
 
     def microbatch(self, queued_at: Sequence[float], started: float, finished: float) -> None:
@@ -172,6 +194,11 @@ class Metrics(Collector):
         self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._rpcs: dict[tuple[str, str, str], RpcMetrics] = {}
         self._closed = dict.fromkeys(END_REASONS, 0)
+        self._not_saved = dict.fromkeys(NOT_SAVED, 0)
+        self._saved = 0
+        self._saved_bytes = 0
+        self._save_seconds = Histogram(SECONDS)
+        self.store: StoreGauges | None = None
         self._refused = dict.fromkeys(REASONS, 0)
         registry.register(self)
 
@@ -195,11 +222,33 @@ class Metrics(Collector):
         """A session ended."""
         self._closed[reason] += 1
 
+    def restored(self, model: str, version: str, *, taken_over: bool) -> None:
+        """A session came from the store; perhaps from another server."""
+        counters = self.model(model, version)
+        counters.restores += 1
+        counters.takeovers += taken_over
+
+    def spilled(self, model: str, version: str) -> None:
+        """A session left the arena for the store."""
+        self.model(model, version).spills += 1
+
+    def saved(self, count: int, size: int, seconds: float) -> None:
+        """Snapshots of so many sessions, of so many bytes, were written together."""
+        self._saved += count
+        self._saved_bytes += size
+        self._save_seconds.observe(seconds)
+
+    def not_saved(self, reason: str, count: int) -> None:
+        """Snapshots were refused (fenced), or could not be written (failed)."""
+        self._not_saved[reason] += count
+
     def collect(self) -> Iterable[Metric]:
         """All samples, for a scrape."""
         yield from self._of_build()
         yield from self._of_models()
         yield from self._of_sessions()
+        yield from self._of_residency()
+        yield from self._of_snapshots()
         yield from self._of_rpcs()
 
     def _of_build(self) -> Iterator[Metric]:
@@ -261,7 +310,8 @@ class Metrics(Collector):
         yield from (opened, closed, refused)
         sessions = GaugeMetricFamily(
             "stepstate_sessions",
-            "Open sessions, by where their state is.",
+            "Open sessions, by where their state is; spilled: in the store, or on another server, "
+            "by a count that is some seconds old.",
             labels=[*labels, "residency"],
         )
         queue = GaugeMetricFamily(
@@ -281,11 +331,67 @@ class Metrics(Collector):
         for key, model in list(self._models.items()):
             if model.lane is not None:
                 sessions.add_metric([*key, "resident"], model.lane.open_sessions)
+                if self.store is not None:
+                    sessions.add_metric([*key, "spilled"], self.store.spilled("/".join(key)))
                 queue.add_metric(key, model.lane.queued_rows)
                 requests.add_metric(key, model.lane.queued_requests)
                 state.add_metric(key, model.lane.state_bytes)
                 replay.add_metric(key, model.lane.replay_bytes)
         yield from (sessions, queue, requests, state, replay)
+
+    def _of_residency(self) -> Iterator[Metric]:
+        labels = ["model", "version"]
+        spills = CounterMetricFamily(
+            "stepstate_session_spills", "Sessions sent from memory to the store.", labels=labels
+        )
+        restores = CounterMetricFamily(
+            "stepstate_session_restores",
+            "Sessions loaded from the store: after a spill, a restart, or from another server.",
+            labels=labels,
+        )
+        takeovers = CounterMetricFamily(
+            "stepstate_session_takeovers",
+            "Restored sessions whose lease another server held, or this one before it crashed.",
+            labels=labels,
+        )
+        for key, model in list(self._models.items()):
+            spills.add_metric(key, model.spills)
+            restores.add_metric(key, model.restores)
+            takeovers.add_metric(key, model.takeovers)
+        yield from (spills, restores, takeovers)
+
+    def _of_snapshots(self) -> Iterator[Metric]:
+        yield CounterMetricFamily(
+            "stepstate_snapshots", "Snapshots written to the store.", value=self._saved
+        )
+        yield CounterMetricFamily(
+            "stepstate_snapshot_bytes", "Bytes of snapshots written.", value=self._saved_bytes
+        )
+        seconds = HistogramMetricFamily(
+            "stepstate_snapshot_seconds", "Time to write a group of snapshots."
+        )
+        seconds.add_metric([], *self._save_seconds.samples())
+        yield seconds
+        failures = CounterMetricFamily(
+            "stepstate_snapshot_failures",
+            "Snapshots not written: the store was away (failed), or another server had the "
+            "session (fenced).",
+            labels=["reason"],
+        )
+        for reason, count in list(self._not_saved.items()):
+            failures.add_metric([reason], count)
+        yield failures
+        if self.store is not None:
+            yield GaugeMetricFamily(
+                "stepstate_snapshot_backlog_rows",
+                "Rows of async sessions that are applied and not saved.",
+                value=self.store.undurable_rows,
+            )
+            yield GaugeMetricFamily(
+                "stepstate_store_up",
+                "1 if the store gave its last answer, 0 if it is away.",
+                value=self.store.store_up,
+            )
 
     def _of_rpcs(self) -> Iterator[Metric]:
         labels = ["grpc_type", "grpc_service", "grpc_method"]

@@ -6,7 +6,9 @@ import asyncio
 import enum
 import gc
 import logging
+import secrets
 import signal
+import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -26,16 +28,19 @@ from prometheus_client import (
 
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import use_one_thread
+from stepstate.errors import StoreUnavailable
 from stepstate.metrics import Metrics
 from stepstate.models import load_catalog
 from stepstate.sessions import Lane, Limits, Sessions, Table
-from stepstate.stores import MemoryStore, SessionStore
+from stepstate.stores import Durability, SessionStore, open_store
 from stepstate.transport import Guard, NativeService, add_reflection
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
 
 log = logging.getLogger(__name__)
 
+STORE_SERVICE = "stepstate.store"
+"""Its health tells whether the store answers; the server's own stays SERVING without it."""
 SERVICE = DESCRIPTOR.services_by_name["StepstateService"]
 LAST_CALLS_SECONDS = 0.5
 """For the replies of unary calls on their way out; a watch of health would never end by itself."""
@@ -92,11 +97,15 @@ class Server:
         self.metrics_address = ""
         self._config = config
         self._store = store
+        self._slots = min(config.slots, config.max_sessions)
+        self._most_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry()
         self._metrics = Metrics(
             self._registry,
             limits={
-                "sessions": config.max_sessions,
+                "sessions": self._most_sessions,
+                "slots": self._slots,
+                "backlog_rows": config.backlog_rows,
                 "queue_requests": config.queue_requests,
                 "queue_rows": config.queue_rows,
                 "replay_bytes": config.replay_bytes,
@@ -111,7 +120,8 @@ class Server:
         guard.expect(SERVICE)
         self._grpc = grpc.aio.server(interceptors=[guard], options=list(CHANNEL_OPTIONS))
         self._http: tuple[WSGIServer, Thread] | None = None
-        self._sweeper: asyncio.Task[None] | None = None
+        self._store_told = True
+        self._tasks: list[asyncio.Task[None]] = []
         self._drained: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -119,15 +129,20 @@ class Server:
 
         Raises:
             CannotListen: an address is taken, or not ours.
+            StoreUnavailable: the store does not answer.
         """
         add_StepstateServiceServicer_to_server(self._native, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         add_reflection(self._grpc, SERVICE.full_name)
+        await self.sessions.start()
         self.metrics_address = self._listen_metrics()
         self.address = self._listen_grpc()
         await self._grpc.start()
-        self._sweeper = asyncio.create_task(self._sweep())
-        for service in ("", SERVICE.full_name):
+        self._tasks = [asyncio.create_task(self._sweep())]
+        if self._store.durable:
+            saving = self.sessions.saver.run(self._config.snapshot_interval)
+            self._tasks.append(asyncio.create_task(saving))
+        for service in ("", SERVICE.full_name, STORE_SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self.phase = Phase.SERVING
 
@@ -136,7 +151,8 @@ class Server:
 
         1. Health says NOT_SERVING, so that load balancers turn away.
         2. New sessions and steps are refused with UNAVAILABLE and RetryInfo.
-        3. Accepted steps are finished and answered, and streams end, within `drain_seconds`.
+        3. Accepted steps are finished and answered, every session is saved, its lease is
+           given up, and streams end, within `drain_seconds`.
         4. gRPC stops, which ends watches of health; metrics last, so that the end can be seen.
         """
         if self._drained is None:
@@ -145,8 +161,8 @@ class Server:
 
     async def stop(self, grace_seconds: float = 0.0) -> None:
         """Stops: calls that are not done within the grace are cut."""
-        if self._sweeper is not None:
-            self._sweeper.cancel()
+        for task in self._tasks:
+            task.cancel()
         await self._grpc.stop(grace_seconds)
         await self._store.close()
         if self._http is not None:
@@ -166,14 +182,14 @@ class Server:
                 await self.sessions.drain()
                 await self._native.drain()
         except TimeoutError:
-            log.warning("not all accepted steps were answered in time: their calls are cut")
+            log.warning("not all accepted steps were answered and saved in time: calls are cut")
         await self.stop(LAST_CALLS_SECONDS)
         log.info("stopped")
 
     def _wire_sessions(self) -> Sessions:
         config = self._config
         catalog = load_catalog(config.models)
-        table = Table(config.max_sessions)
+        table = Table(self._slots)
         sessions = Sessions(
             catalog,
             table,
@@ -183,10 +199,16 @@ class Server:
                 queued_rows=config.queue_rows,
                 default_idle_seconds=config.idle_timeout,
                 most_idle_seconds=config.max_idle_timeout,
+                sessions=self._most_sessions,
+                durability=Durability(config.durability),
+                durable=self._store.durable,
             ),
+            owner=f"{config.server_name or _host_and_port(config)}#{secrets.token_hex(4)}",
             clock=time.monotonic,
+            wall=time.time,
             observer=self._metrics,
         )
+        self._metrics.store = sessions
         for model in catalog:
             metrics = self._metrics.model(model.manifest.name, model.manifest.version)
             lane = Lane(
@@ -195,7 +217,10 @@ class Server:
                 clock=time.monotonic,
                 observer=metrics,
                 settled=sessions.settled,
-                capacity=config.max_sessions,
+                commit=sessions.saver.commit,
+                urge=sessions.saver.urge,
+                backlog_rows=config.backlog_rows,
+                capacity=self._slots,
                 batch_rows=config.batch_rows,
                 chunk_rows=config.chunk_rows,
                 replay_rows=config.replay_rows,
@@ -226,20 +251,39 @@ class Server:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
                 await self.sessions.sweep()
+            except StoreUnavailable:
+                pass  # noted where it was asked; health tells it
             except Exception:
                 log.exception("a sweep for expired sessions failed; the next one tries again")
+            await self._tell_store_health()
+
+    async def _tell_store_health(self) -> None:
+        """A service of its own, so that no load balancer turns away from all servers at once."""
+        up = self.sessions.link.up
+        if up is not self._store_told and self.phase is Phase.SERVING:
+            status = health_pb2.HealthCheckResponse
+            await self._health.set(STORE_SERVICE, status.SERVING if up else status.NOT_SERVING)
+            self._store_told = up
 
 
 @asynccontextmanager
 async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained at its end."""
-    server = Server(config, MemoryStore(time.monotonic))
+    server = Server(config, await _store(config))
     try:
         await server.start()
         yield server
         await server.drain()
     finally:
         await server.stop()
+
+
+async def _store(config: ServerConfig) -> SessionStore:
+    return await open_store(config.store, clock=time.time, fsync=config.store_fsync)
+
+
+def _host_and_port(config: ServerConfig) -> str:
+    return f"{socket.gethostname()}:{split_address(config.listen)[1]}"
 
 
 def _calm_collector() -> None:
@@ -266,7 +310,7 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.release)
-    server = Server(config, MemoryStore(time.monotonic))
+    server = Server(config, await _store(config))
     try:
         await server.start()
         _calm_collector()

@@ -588,7 +588,7 @@ async def test_sessions_that_stay_open_are_listed_once_while_others_come_and_go(
     assert sorted(name for name in seen if name in stay) == sorted(stay)
 
 
-@pytest.mark.parametrize("token", ["x", "-1", "1.5", " 1", "1" * 40, "0x10"])
+@pytest.mark.parametrize("token", ["a b", "a/b", "é", "\n", "x" * 200])
 async def test_a_token_of_no_page_is_an_invalid_field(stub: Stub, token: str):
     refusal = await refused(stub.ListSessions(pb.ListSessionsRequest(page_token=token)))
     assert (refusal.code, refusal.field) == (Code.INVALID_ARGUMENT, "page_token")
@@ -596,7 +596,7 @@ async def test_a_token_of_no_page_is_an_invalid_field(stub: Stub, token: str):
 
 async def test_a_token_past_the_end_is_an_empty_last_page(stub: Stub):
     await opened(stub, "a")
-    reply = await stub.ListSessions(pb.ListSessionsRequest(page_token="999999999"))
+    reply = await stub.ListSessions(pb.ListSessionsRequest(page_token="z" * 128))
     assert (list(reply.sessions), reply.next_page_token) == ([], "")
 
 

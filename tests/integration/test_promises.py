@@ -521,11 +521,23 @@ async def test_a_step_keeps_its_session_from_expiring(stub: StepstateServiceStub
         assert (await where(stub, "a")).expire_time.ToNanoseconds() > before + 15_000_000
 
 
-async def test_a_session_is_forgotten_by_its_server_only_with_the_server(config: ServerConfig):
+async def test_a_session_outlives_its_server(config: ServerConfig, networks: dict[str, Network]):
+    x = draw(4)
     async with running_server(config) as first, raw_stub(first.address) as stub:
         await opened(stub, "a")
-        await stub.Step(request("a", 0, draw(3)))
+        await stub.Step(request("a", 0, x[:3]))
     async with running_server(config) as second, raw_stub(second.address) as stub:
+        reply = await stub.Step(request("a", None, x[3:]))
+        assert (reply.t, reply.durable_t) == (4, 3)
+        assert largest_difference(reply.y, networks["lstm"].offline(x)[-1]) <= TOLERANCE
+
+
+async def test_without_a_durable_store_a_session_ends_with_its_server(config: ServerConfig):
+    forgetful = dataclasses.replace(config, store="memory:")
+    async with running_server(forgetful) as first, raw_stub(first.address) as stub:
+        await opened(stub, "a")
+        await stub.Step(request("a", 0, draw(3)))
+    async with running_server(forgetful) as second, raw_stub(second.address) as stub:
         assert (await refused(stub.Step(request("a", 3, draw(1))))).reason == "SESSION_UNKNOWN"
 
 

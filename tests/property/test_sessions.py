@@ -26,7 +26,7 @@ from stepstate.errors import (
     StepstateError,
     StepTooOld,
 )
-from stepstate.stores.memory import ENDING_SECONDS
+from stepstate.stores.base import ENDING_SECONDS
 from tests.networks import make_network
 from tests.reference import lstm
 from tests.unit.rig import IDLE_SECONDS, MOST_IDLE_SECONDS, Caller, Rig, model_of, outputs
@@ -355,10 +355,10 @@ class SessionsMachine(RuleBasedStateMachine):
         sessions = self.rig.sessions
         assert len(sessions) == self.rig.lane.open_sessions == self.held()
         assert sessions.queued_rows == self.rig.lane.queued_rows == 0
-        for session in sessions.page(0, 10, "")[0]:
-            known = self.model[session.session_id]
-            assert sessions.t(session) == known.t
-            assert sessions.seconds_left(session) == known.expires_at - self.now
+        for standing in self.run(sessions.page("", 10, ""))[0]:
+            known = self.model[standing.record.session_id]
+            assert standing.t == known.t
+            assert standing.seconds_left == known.expires_at - self.now
         assert not self.surprises
 
 

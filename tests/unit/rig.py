@@ -12,7 +12,7 @@ from stepstate.engine import use_one_thread
 from stepstate.metrics import Metrics
 from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions import Lane, Limits, Opening, Session, Sessions, Step, Table
-from stepstate.stores import MemoryStore, SessionStore
+from stepstate.stores import Durability, MemoryStore, SessionStore
 from tests.networks import Network, make_network
 
 use_one_thread()  # as the server does
@@ -78,9 +78,14 @@ class Rig:
         replay_bytes: int = 2**20,
         queued_requests: int = 1000,
         queued_rows: int = 100_000,
+        backlog_rows: int = 1000,
+        most_sessions: int = 1000,
+        owner: str = "here",
+        clock: Clock | None = None,
     ) -> None:
-        self.clock = Clock()
+        self.clock = clock if clock is not None else Clock()
         self.store = store if store is not None else MemoryStore(self.clock)
+        durable = self.store.durable
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry, limits={})
         self.table = Table(max_sessions)
@@ -93,8 +98,13 @@ class Rig:
                 queued_rows=queued_rows,
                 default_idle_seconds=IDLE_SECONDS,
                 most_idle_seconds=MOST_IDLE_SECONDS,
+                sessions=most_sessions if durable else max_sessions,
+                durability=Durability.ASYNC,
+                durable=durable,
             ),
+            owner=owner,
             clock=self.clock,
+            wall=self.clock,
             observer=self.metrics,
         )
         for model in models:
@@ -105,6 +115,9 @@ class Rig:
                 clock=self.clock,
                 observer=metrics,
                 settled=self.sessions.settled,
+                commit=self.sessions.saver.commit,
+                urge=self.sessions.saver.urge,
+                backlog_rows=backlog_rows,
                 capacity=max_sessions,
                 batch_rows=batch_rows,
                 chunk_rows=chunk_rows,
@@ -175,8 +188,15 @@ def opening(
     version: str = "",
     idle: float | None = None,
     start: object = None,
+    durability: Durability | None = None,
 ) -> Opening:
-    return Opening(session_id, model, version, idle, start)
+    return Opening(session_id, model, version, idle, start, durability)
+
+
+class Lasting(MemoryStore):
+    """A store that outlives the rigs that share it, as a file would."""
+
+    durable = True
 
 
 def outputs(step: Step) -> np.ndarray:

@@ -163,7 +163,7 @@ async def test_a_session_is_told_as_it_stands(rig, network):
     await rig.step(session, rows_of(network, 2))
     rig.clock.advance(20)
     caller = rig.send(session, rows_of(network, 1))
-    told = encode_session(rig.sessions, session)
+    told = encode_session(rig.sessions.standing(session))
     assert (told.session_id, told.model, told.version, told.t) == ("b", "lstm", "1", 2)
     assert told.idle_timeout.ToTimedelta() == timedelta(seconds=50)
     assert told.start_time.ToDatetime(tzinfo=UTC) == start
@@ -174,7 +174,7 @@ async def test_a_session_is_told_as_it_stands(rig, network):
 
 
 async def test_a_session_without_a_start_time_is_told_without_one(rig, session):
-    assert not encode_session(rig.sessions, session).HasField("start_time")
+    assert not encode_session(rig.sessions.standing(session)).HasField("start_time")
 
 
 def test_a_model_is_told_as_its_manifest_has_it():

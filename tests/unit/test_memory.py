@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from stepstate.stores import Ending, EndReason, MemoryStore
-from stepstate.stores.memory import ENDING_SECONDS
+from datetime import UTC, datetime
+
+from stepstate.stores import Durability, Ending, EndReason, MemoryStore, SessionRecord
+from stepstate.stores.base import ENDING_SECONDS
 
 ENDING = Ending(EndReason.CLOSED, 1, 60.0)
+OPENED = datetime(2026, 1, 2, tzinfo=UTC)
+
+
+async def come_and_go(store: MemoryStore, name: str) -> None:
+    record = SessionRecord(name, "m", "1", "", 1e6, None, OPENED, Durability.NONE)
+    epoch = await store.create(record, owner="", t=0, expires_at=1e12, snapshot=b"")
+    assert await store.end(name, epoch, ENDING)
 
 
 async def test_an_ending_is_remembered_for_its_time_and_not_longer(clock):
     store = MemoryStore(clock)
-    await store.end("a", ENDING)
+    await come_and_go(store, "a")
     clock.advance(ENDING_SECONDS - 0.001)
-    await store.end("b", ENDING)
+    await come_and_go(store, "b")
     assert await store.find("a") == ENDING
     clock.advance(0.001)
     assert await store.find("a") is None
@@ -22,5 +31,5 @@ async def test_an_ending_is_remembered_for_its_time_and_not_longer(clock):
 async def test_beyond_the_bound_the_oldest_endings_are_forgotten(clock):
     store = MemoryStore(clock, most_endings=2)
     for name in ("a", "b", "a", "c"):
-        await store.end(name, ENDING)
+        await come_and_go(store, name)
     assert [await store.find(name) for name in "abc"] == [ENDING, None, ENDING]

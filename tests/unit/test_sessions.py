@@ -17,10 +17,11 @@ from stepstate.errors import (
     SessionLimit,
     SessionUnknown,
     StepAhead,
+    StoreUnavailable,
 )
 from stepstate.sessions import check_id
 from stepstate.stores import MemoryStore
-from stepstate.stores.memory import ENDING_SECONDS
+from stepstate.stores.base import ENDING_SECONDS
 from tests.unit.rig import (
     IDLE_SECONDS,
     MOST_IDLE_SECONDS,
@@ -67,16 +68,16 @@ class SlowStore(MemoryStore):
         self.gate = Gate()
         self.fails = fails
 
-    async def create(self, record):
+    async def create(self, record, **values):
         await self.gate.wait()
         if self.fails:
-            raise ConnectionError("the store is away")
-        await super().create(record)
+            raise StoreUnavailable("it is away")
+        return await super().create(record, **values)
 
-    async def end(self, session_id, ending):
+    async def end(self, session_id, epoch, ending):
         if self.fails:
-            raise ConnectionError("the store is away")
-        await super().end(session_id, ending)
+            raise StoreUnavailable("it is away")
+        return await super().end(session_id, epoch, ending)
 
 
 async def test_an_opened_session_stands_at_0_and_is_found(rig):
@@ -215,7 +216,7 @@ async def test_a_sweep_ends_those_whose_time_is_up_and_no_others(rig, x):
     rig.clock.advance(5)
     assert await rig.sessions.sweep() == 2
     assert await rig.sessions.sweep() == 0
-    assert [session.session_id for session in rig.sessions.page(0, 10, "")[0]] == ["b"]
+    assert [one.record.session_id for one in (await rig.sessions.page("", 10, ""))[0]] == ["b"]
     assert rig.lane.open_sessions == 1
 
 
@@ -225,7 +226,7 @@ async def test_a_session_with_a_step_in_the_engine_does_not_expire(rig, x):
     rig.clock.advance(5)
     assert await rig.sessions.sweep() == 0
     await caller.outcome()
-    assert rig.sessions.seconds_left(session) == 5.0
+    assert rig.sessions.standing(session).seconds_left == 5.0
 
 
 @pytest.mark.parametrize("end", ["close", "expire"])
@@ -371,11 +372,11 @@ async def test_pages_give_every_open_session_once(rig):
     for name in "abcde":
         await rig.open(name)
     await rig.sessions.close("b")
-    seen, following = [], 0
-    while following is not None:
-        page, following = rig.sessions.page(following, 2, "")
+    seen, following = [], None
+    while following != "":
+        page, following = await rig.sessions.page(following or "", 2, "")
         assert len(page) <= 2
-        seen += [session.session_id for session in page]
+        seen += [standing.record.session_id for standing in page]
     assert sorted(seen) == ["a", "c", "d", "e"]
 
 
@@ -383,9 +384,9 @@ async def test_a_page_can_be_of_one_model(make_rig, networks):
     rig = make_rig(model_of(networks["lstm"]), model_of(networks["gru"]))
     for name, model in (("a", "gru"), ("b", "lstm"), ("c", "gru")):
         await rig.open(name, model=model)
-    found, following = rig.sessions.page(0, 10, "gru")
-    assert [session.session_id for session in found] == ["a", "c"]
-    assert following is None
+    found, following = await rig.sessions.page("", 10, "gru")
+    assert sorted(standing.record.session_id for standing in found) == ["a", "c"]
+    assert following == ""
 
 
 async def test_a_refusal_keeps_its_place_behind_the_steps_before_it(rig, x):
@@ -423,7 +424,7 @@ async def test_a_session_that_the_store_did_not_take_leaves_nothing_behind(make_
     store.gate.open()
     rig = make_rig(store=store, max_sessions=1)
     for _ in range(2):
-        with pytest.raises(ConnectionError):
+        with pytest.raises(StoreUnavailable):
             await rig.open("a")
     assert len(rig.sessions) == rig.lane.open_sessions == 0
     with pytest.raises(SessionUnknown):
@@ -436,11 +437,12 @@ async def test_a_session_takes_no_steps_before_the_store_has_it(make_rig):
     opening = asyncio.create_task(rig.open("a"))
     await rounds(2)
     assert rig.sessions.find("a") is None
-    with pytest.raises(SessionUnknown):
-        await rig.sessions.get("a")
+    wanted = asyncio.create_task(rig.sessions.get("a"))
+    await rounds(2)
+    assert not wanted.done()
     store.gate.open()
     session = await opening
-    assert rig.sessions.find("a") is session
+    assert await wanted is session
 
 
 async def test_sessions_that_the_store_is_still_taking_count(make_rig):
@@ -483,7 +485,7 @@ async def test_a_session_that_the_store_could_not_end_is_still_open(make_rig, x)
     rig = make_rig(store=store)
     session = await rig.open("a")
     store.fails = True
-    with pytest.raises(ConnectionError):
+    with pytest.raises(StoreUnavailable):
         await rig.sessions.close("a")
     assert (await rig.step(session, x[:1], 0)).t_after == 1
     store.fails = False

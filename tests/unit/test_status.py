@@ -7,7 +7,13 @@ from grpc import StatusCode
 from stepstate import errors
 from stepstate.client.wire import from_status
 from stepstate.transport.status import code_of, status_of
-from stepstate.v1.google_rpc import BadRequest, ErrorInfo, QuotaFailure, RetryInfo
+from stepstate.v1.google_rpc import (
+    BadRequest,
+    ErrorInfo,
+    PreconditionFailure,
+    QuotaFailure,
+    RetryInfo,
+)
 from tests.unit.test_errors import LEAVES, sample
 
 # DESIGN's table.
@@ -23,6 +29,12 @@ CODES = {
     errors.StepMismatch: StatusCode.INVALID_ARGUMENT,
     errors.StepAhead: StatusCode.ABORTED,
     errors.StepTooOld: StatusCode.OUT_OF_RANGE,
+    errors.SessionLost: StatusCode.NOT_FOUND,
+    errors.StepUnplaced: StatusCode.ABORTED,
+    errors.StaleOwner: StatusCode.ABORTED,
+    errors.SnapshotForeign: StatusCode.FAILED_PRECONDITION,
+    errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
+    errors.StoreUnavailable: StatusCode.UNAVAILABLE,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.QueueFull: StatusCode.UNAVAILABLE,
     errors.Draining: StatusCode.UNAVAILABLE,
@@ -32,6 +44,7 @@ NEVER_SENT = {
     errors.ServerUnreachable,
     errors.Cancelled,
     errors.UnexpectedStatus,
+    errors.RowsMissing,
     errors.ModelInvalid,
 }
 
@@ -40,7 +53,7 @@ def details(error: errors.StepstateError) -> dict[type[Message], Message]:
     """The details of an error's status, by type."""
     found = {}
     for packed in status_of(error).details:
-        for kind in (ErrorInfo, BadRequest, QuotaFailure, RetryInfo):
+        for kind in (ErrorInfo, BadRequest, PreconditionFailure, QuotaFailure, RetryInfo):
             if packed.Is(kind.DESCRIPTOR):
                 found[kind] = kind.FromString(packed.value)
     assert len(found) == len(status_of(error).details)
@@ -65,6 +78,8 @@ def test_an_error_has_the_details_of_the_design(cls):
     wanted = {ErrorInfo}
     if issubclass(cls, errors.InvalidRequest):
         wanted.add(BadRequest)
+    if cls is errors.SnapshotForeign:
+        wanted.add(PreconditionFailure)
     if cls is errors.SessionLimit:
         wanted.add(QuotaFailure)
     if issubclass(cls, errors.Unavailable):

@@ -50,6 +50,7 @@ def running_stepstate() -> Iterator[Launched]:
     with tempfile.TemporaryDirectory(prefix="stepstate-bench-") as root:
         write_bench_model(Path(root))
         options = ["--models", root, "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
+        options += ["--store", f"sqlite:{root}/stepstate.db"]
         with _running("stepstate.cli", "serve", *options, "--log-level", "WARNING") as launched:
             yield launched
 

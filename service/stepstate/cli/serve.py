@@ -12,9 +12,10 @@ import uvloop
 
 from stepstate.cli.options import option
 from stepstate.config import ConfigError, ServerConfig
-from stepstate.errors import ModelInvalid
+from stepstate.errors import ModelInvalid, StoreUnavailable
 from stepstate.logs import configure_logs
 from stepstate.server import CannotListen, Server, serve
+from stepstate.stores import CannotOpenStore
 
 
 def _settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -36,11 +37,11 @@ def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
     try:
         config = ServerConfig(**settings)
         drained = uvloop.run(serve(config, _announce))
-    except (ConfigError, ModelInvalid, CannotListen) as error:
+    except (ConfigError, ModelInvalid, CannotListen, CannotOpenStore, StoreUnavailable) as error:
         raise click.ClickException(str(error)) from error
     except MemoryError as error:
         raise click.ClickException(
-            f"not enough memory for max_sessions={config.max_sessions}: choose fewer ({error})"
+            f"not enough memory for slots={config.slots}: choose fewer ({error})"
         ) from error
     sys.exit(0 if drained else 1)
 

@@ -46,6 +46,15 @@ class Arena:
         """Copies the states [B, R] of slots [B]."""
         return self._states.index_select(0, slots)
 
+    def read(self, slots: np.ndarray) -> np.ndarray:
+        """Copies the states [B, R] of slots [B] out, for snapshots."""
+        states: np.ndarray = self.gather(torch.from_numpy(slots)).numpy()
+        return states
+
+    def write(self, slot: int, state: np.ndarray) -> None:
+        """Puts a saved state [R] into a slot."""
+        self._states[slot] = torch.tensor(state)
+
     def scatter(self, slots: torch.Tensor, states: torch.Tensor) -> None:
         """Writes the states [B, R] of different slots [B]."""
         self._states.index_copy_(0, slots, states)

@@ -25,12 +25,13 @@ from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from stepstate.engine.arena import Arena
 from stepstate.engine.jobs import Job
 from stepstate.engine.network import Network
-from stepstate.engine.work import Owner, Work
+from stepstate.engine.work import Floats, Owner, Work
 from stepstate.models import Model, Timeline
 
 W = TypeVar("W", bound=Work)
@@ -97,6 +98,22 @@ class Engine(Generic[W]):
     def release(self, slot: int) -> None:
         """Gives back a slot that no queued work uses."""
         self._arena.release(slot)
+
+    @property
+    def state_width(self) -> int:
+        """R, the values of one state."""
+        return self._network.state_width
+
+    def read_states(self, slots: NDArray[np.int64]) -> Floats:
+        """Copies of the states [B, R] in slots [B].
+
+        Called between two turns, so each is the state after a whole piece of work (rule 3).
+        """
+        return self._arena.read(slots)
+
+    def write_state(self, slot: int, state: Floats) -> None:
+        """Puts a saved state [R] into a slot that no queued work uses."""
+        self._arena.write(slot, state)
 
     def submit(self, work: W) -> None:
         """Queues work for the next turn."""

@@ -1,22 +1,27 @@
 """Sessions: who is open, where each stands, and in which order steps are applied."""
 
 from stepstate.sessions.lane import Lane, LaneObserver
-from stepstate.sessions.opening import ID_LENGTH, Limits, Opening, check_id
+from stepstate.sessions.opening import ID_LENGTH, Copying, Limits, Opening, check_id, new_id
+from stepstate.sessions.residency import ResidencyObserver
 from stepstate.sessions.session import ReplyTo, Session, Step
-from stepstate.sessions.sessions import SessionObserver, Sessions
+from stepstate.sessions.sessions import Sessions
+from stepstate.sessions.standing import Standing
 from stepstate.sessions.table import Table
 
 __all__ = [
     "ID_LENGTH",
+    "Copying",
     "Lane",
     "LaneObserver",
     "Limits",
     "Opening",
     "ReplyTo",
+    "ResidencyObserver",
     "Session",
-    "SessionObserver",
     "Sessions",
+    "Standing",
     "Step",
     "Table",
     "check_id",
+    "new_id",
 ]

@@ -3,6 +3,8 @@
 Rule 1: a session has at most one step in the engine; later ones wait in the session.
 Rule 2: t is checked when a step's turn has come, against the rows applied by then.
 Rule 3: state, t and the replay window advance together, between two turns of the loop.
+Rule 4: a step of a sync session stays the session's current one until it is saved, so
+        nothing is built on rows that the store may not have.
 """
 
 from __future__ import annotations
@@ -16,11 +18,21 @@ from typing import Protocol
 import numpy as np
 
 from stepstate.engine import Engine, Floats, Layers, Observer
-from stepstate.errors import Internal, NonFiniteResult, StepAhead, StepMismatch, StepTooOld
+from stepstate.errors import (
+    Internal,
+    NonFiniteResult,
+    StepAhead,
+    StepMismatch,
+    StepTooOld,
+    StepUnplaced,
+    StoreUnavailable,
+)
 from stepstate.models import Model, build_timeline
 from stepstate.sessions.session import Step
+from stepstate.sessions.snapshot import Snapshot
 from stepstate.sessions.table import Table
-from stepstate.sessions.window import Remembered, ReplayWindow
+from stepstate.sessions.window import Remains, Remembered, ReplayWindow
+from stepstate.stores import SessionRecord
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +62,10 @@ class Lane:
         chunk_rows: most rows of long requests in one turn.
         replay_rows: most single rows a session remembers the replies of.
         replay_bytes: bound for the remembered long replies of all sessions.
+        backlog_rows: most rows of an async session that are applied and not saved.
         settled: called for each step that has its outcome, before its delivery.
+        commit: called with steps of sync sessions that were applied; calls `committed` for each.
+        urge: called when much waits to be saved.
     """
 
     def __init__(
@@ -65,7 +80,10 @@ class Lane:
         chunk_rows: int,
         replay_rows: int,
         replay_bytes: int,
+        backlog_rows: int,
         settled: Callable[[Step], None],
+        commit: Callable[[Sequence[Step]], None],
+        urge: Callable[[], None],
     ) -> None:
         self.model = model
         self.timeline = build_timeline(model)
@@ -89,6 +107,9 @@ class Lane:
         self._clock = clock
         self._observer = observer
         self._settled = settled
+        self._commit = commit
+        self._urge = urge
+        self._backlog_rows = backlog_rows
         self._output_bytes = 4 * model.manifest.output_width
         self.queued_rows = 0
         self.queued_requests = 0
@@ -107,6 +128,18 @@ class Lane:
     def replay_bytes(self) -> int:
         """Bytes of remembered long replies."""
         return self.window.long_bytes
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """R, the values of a state, and D + O, the columns of the replay window."""
+        manifest = self.model.manifest
+        return self.engine.state_width, manifest.input_width + manifest.output_width
+
+    def blank(self, record: SessionRecord, now: float) -> Snapshot:
+        """A new session of the model: zero state, nothing remembered; `now` in Unix seconds."""
+        state_width, ring_width = self.widths
+        window = Remains(np.zeros(0, np.int64), np.zeros((0, ring_width), np.float32), ())
+        return Snapshot(record, 0, now, np.zeros(state_width, np.float32), window)
 
     def claim(self) -> int:
         """Takes a slot with zero state and an empty replay window."""
@@ -140,12 +173,18 @@ class Lane:
         table.t_array[handles] = t + 1
         table.expires_at_array[handles] = self._clock() + table.idle_timeout_array[handles]
         self.window.remember_rows(slots, t, x, y)
-        self._observer.applied(len(works))
         outputs, width = y.tobytes(), self._output_bytes
+        unsaved: list[Step] = []
         for place, (step, before) in enumerate(zip(works, t.tolist(), strict=True)):
             step.t_after = before + 1
             step.y = outputs[place * width : (place + 1) * width]
-            self._finish(step)
+            if step.session.sync:
+                unsaved.append(step)
+            else:
+                self._finish(step)
+        self._observer.applied(len(works) - len(unsaved))
+        if unsaved:
+            self._commit(unsaved)
 
     def finished(self, work: Step, y: Floats, layers: Layers | None) -> None:
         """See `engine.Owner`: commits a request with many rows, or with `inspect`."""
@@ -155,8 +194,24 @@ class Lane:
         table.expires_at[session.handle] = self._clock() + session.record.idle_timeout_seconds
         work.y, work.layers = y.tobytes(), layers
         self.window.remember_long(work, t, work.y, layers)
+        if session.sync:
+            self._commit([work])
+            return
         self._observer.applied(work.rows)
+        if (
+            session.bounded
+            and work.t_after - table.durable_t[session.handle] > self._backlog_rows / 4
+        ):
+            self._urge()
         self._finish(work)
+
+    def committed(self, step: Step) -> None:
+        """A step of a sync session was saved, or else its session is lost: see `commit`."""
+        if step.session.lost is None:
+            self._observer.applied(step.rows)
+        else:
+            self._observer.ended("failed")
+        self._finish(step)
 
     def dropped(self, work: Step) -> None:
         """See `engine.Owner`: nobody waits for it."""
@@ -185,17 +240,35 @@ class Lane:
         session = step.session
         t = self._table.t[session.handle]
         step.slot = session.slot
-        if step.error is not None:  # refused before, waiting for its place in the order
+        if session.lost is not None or step.error is not None:  # refused before, in its turn
+            step.error = session.lost or step.error
             self._settle(step)
         elif step.cancelled:
             self._observer.ended("cancelled")
             self._settle(step)
         elif step.t is not None and step.t != t:
             self._answer_again(step, step.t, t)
+        elif (error := self._not_now(step, t)) is not None:
+            step.error = error
+            self._observer.ended("refused")
+            self._settle(step)
         else:
             step.phase = (session.phase + t) % self.timeline.phases
             session.current = step
             self.engine.submit(step)
+
+    def _not_now(self, step: Step, t: int) -> StepUnplaced | StoreUnavailable | None:
+        """Why a step that fits the session's t is refused all the same."""
+        session = step.session
+        if session.unplaced:
+            if step.t is None:
+                return StepUnplaced(session.session_id, t)
+            session.unplaced = False
+        behind = t - self._table.durable_t[session.handle] if session.bounded else 0
+        if behind < self._backlog_rows:
+            return None
+        self._urge()
+        return StoreUnavailable(f"{behind} rows of the session wait to be saved")
 
     def _answer_again(self, step: Step, sent_t: int, t: int) -> None:
         """Answers a step whose t is not the session's: from the replay window, or refused."""
@@ -205,6 +278,7 @@ class Lane:
             self._observer.ended("refused")
         else:
             self._repeat(step, remembered)
+            step.durable_t = self._table.durable_t[step.session.handle]
             self._observer.ended("replayed")
         self._settle(step)
 
@@ -233,6 +307,9 @@ class Lane:
         """Delivers the outcome of a step that the engine had, and starts those that waited."""
         session = step.session
         session.current = None
+        if session.lost is not None:
+            step.error = session.lost
+        step.durable_t = self._table.durable_t[session.handle]
         self._settle(step)
         waiting = session.waiting
         while waiting and session.current is None:

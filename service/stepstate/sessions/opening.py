@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import uuid
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from stepstate.errors import InvalidField
 from stepstate.models import Manifest
-from stepstate.stores import SessionRecord
+from stepstate.stores import Durability, SessionRecord
 
 ID_LENGTH = 128
 _ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{ID_LENGTH}}}")
@@ -23,6 +23,12 @@ class Limits:
     queued_rows: int
     default_idle_seconds: float
     most_idle_seconds: float
+    sessions: int
+    """Open sessions, resident and spilled."""
+    durability: Durability
+    """Of sessions that ask for none in particular."""
+    durable: bool
+    """Whether there is a store that outlives the server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +40,16 @@ class Opening:
     version: str
     idle_timeout_seconds: float | None
     start_time: datetime | None
+    durability: Durability | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Copying:
+    """What a client asks for when it forks or imports; what is left out stays as in the source."""
+
+    session_id: str
+    idle_timeout_seconds: float | None
+    durability: Durability | None
 
 
 def make_record(opening: Opening, manifest: Manifest, limits: Limits) -> SessionRecord:
@@ -42,7 +58,7 @@ def make_record(opening: Opening, manifest: Manifest, limits: Limits) -> Session
     Raises:
         InvalidField: it names the field.
     """
-    session_id = opening.session_id or f"s-{uuid.uuid4().hex}"
+    session_id = opening.session_id or new_id()
     check_id(session_id)
     if manifest.needs_time and opening.start_time is None:
         raise InvalidField(
@@ -58,7 +74,35 @@ def make_record(opening: Opening, manifest: Manifest, limits: Limits) -> Session
         idle_timeout_seconds=_idle_timeout(opening.idle_timeout_seconds, limits),
         start_time=opening.start_time,
         open_time=datetime.now(UTC),
+        durability=_durability(opening.durability, limits),
     )
+
+
+def copy_record(source: SessionRecord, copying: Copying, limits: Limits) -> SessionRecord:
+    """The record of a session that starts from another's state.
+
+    Raises:
+        InvalidField: it names the field.
+    """
+    check_id(copying.session_id)
+    idle = copying.idle_timeout_seconds
+    if idle is None:  # another server may have allowed more
+        idle = min(source.idle_timeout_seconds, limits.most_idle_seconds)
+    durability = copying.durability
+    if durability is None:
+        durability = source.durability if limits.durable else Durability.NONE
+    return replace(
+        source,
+        session_id=copying.session_id,
+        idle_timeout_seconds=_idle_timeout(idle, limits),
+        open_time=datetime.now(UTC),
+        durability=_durability(durability, limits),
+    )
+
+
+def new_id() -> str:
+    """An id for a client that has not chosen one."""
+    return f"s-{uuid.uuid4().hex}"
 
 
 def check_id(session_id: str) -> None:
@@ -74,6 +118,18 @@ def check_id(session_id: str) -> None:
             f"is {shown!r} ({len(session_id)} characters), expected 1 to {ID_LENGTH} of "
             "A-Z a-z 0-9 . _ : -",
         )
+
+
+def _durability(asked: Durability | None, limits: Limits) -> Durability:
+    if asked is None:
+        return limits.durability if limits.durable else Durability.NONE
+    if asked is not Durability.NONE and not limits.durable:
+        raise InvalidField(
+            "durability",
+            f"is {asked.value}, but this server keeps sessions in memory only: ask for none, or "
+            "start the server with a --store that lasts",
+        )
+    return asked
 
 
 def _idle_timeout(asked: float | None, limits: Limits) -> float:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from stepstate.engine.work import Layers, Work
 from stepstate.errors import StepstateError
-from stepstate.stores import Ending, SessionRecord
+from stepstate.stores import Durability, Ending, SessionRecord
 
 if TYPE_CHECKING:
     from stepstate.sessions.lane import Lane
@@ -37,6 +37,7 @@ class Step(Work):
     reply_bytes: int
     """About what its outcome takes in memory."""
     t_after: int = field(init=False, default=0)
+    durable_t: int = field(init=False, default=0)
     y: bytes = field(init=False, default=b"")
     """Outputs, row-major float32, little-endian."""
     layers: Layers | None = field(init=False, default=None)
@@ -60,14 +61,34 @@ class Session:
     """Phase of row 0 in the model's timeline."""
     handle: int = field(init=False, default=-1)
     """Its place in the table's arrays."""
+    epoch: int = field(init=False, default=0)
+    """What proves to the store that its lease is held here."""
+    identity: bytes = field(init=False, default=b"")
+    """The part of its snapshots that stays the same."""
+    sync: bool = field(init=False, default=False)
+    """Its steps are answered when they are saved."""
+    bounded: bool = field(init=False, default=False)
+    """It is saved in the background, so its rows that are not saved are bounded."""
+    unplaced: bool = field(init=False, default=False)
+    """It may have been set back: a request must say its t."""
     current: Step | None = field(init=False, default=None)
     """The step that the engine has."""
     waiting: deque[Step] | None = field(init=False, default=None)
     """Steps that came meanwhile, in order; made when first needed."""
+    barred: bool = field(init=False, default=False)
+    """It takes no new steps: it is ending, spilling, or lost to another server."""
     ending: Ending | None = field(init=False, default=None)
-    """Set as soon as the session takes no more steps."""
+    """How it ends."""
+    lost: StepstateError | None = field(init=False, default=None)
+    """Why its copy here is worth nothing any more: the answer to whatever it still has."""
+    leaving: asyncio.Future[None] | None = field(init=False, default=None)
+    """Resolved when a session that is spilled or lost has left the arena, or stays after all."""
     idle: asyncio.Future[None] | None = field(init=False, default=None)
-    """Resolved when a closing session has finished its steps."""
+    """Resolved when a barred session has finished its steps."""
+
+    def __post_init__(self) -> None:
+        self.sync = self.record.durability is Durability.SYNC
+        self.bounded = self.record.durability is Durability.ASYNC
 
     @property
     def session_id(self) -> str:

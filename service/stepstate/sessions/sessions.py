@@ -1,6 +1,6 @@
-"""The session table as the front doors see it: open, find, step, close, expire, drain.
+"""The session table as the front doors see it: open, find, step, copy, close, expire, drain.
 
-Rule 1: an id is free, open, or ending, and only `open` and `_end` change that.
+Rule 1: an id is free, open, or ending; the store decides it for every server that shares it.
 Rule 2: a session that is gone is an error that says why; nothing restarts one silently.
 Rule 3: every accepted step is counted until it is settled, so a drain knows when it is done.
 """
@@ -8,39 +8,46 @@ Rule 3: every accepted step is counted until it is settled, so a drain knows whe
 from __future__ import annotations
 
 import asyncio
+import logging
+import re
 from collections.abc import Callable
-from typing import NoReturn, Protocol
+from dataclasses import replace
 
 from stepstate.errors import (
     Draining,
+    InvalidField,
     QueueFull,
-    SessionClosed,
     SessionExists,
-    SessionExpired,
     SessionLimit,
-    SessionUnknown,
+    SessionLost,
+    StaleOwner,
     StepstateError,
+    StoreUnavailable,
 )
 from stepstate.models import Catalog
+from stepstate.sessions.census import Census
 from stepstate.sessions.lane import Lane
-from stepstate.sessions.opening import Limits, Opening, check_id, make_record
+from stepstate.sessions.link import StoreLink
+from stepstate.sessions.opening import (
+    Copying,
+    Limits,
+    Opening,
+    check_id,
+    copy_record,
+    make_record,
+)
+from stepstate.sessions.residency import Residency, ResidencyObserver, told, when_idle
 from stepstate.sessions.session import ReplyTo, Session, Step
+from stepstate.sessions.snapshot import Snapshot, decode, encode
+from stepstate.sessions.standing import Standing
 from stepstate.sessions.table import Table
-from stepstate.stores import Ending, EndReason, SessionRecord, SessionStore
+from stepstate.sessions.turn import Turn
+from stepstate.stores import Durability, Ending, EndReason, Entry, SessionStore
 
-_SWEEP_AT_ONCE = 500  # about a millisecond of work between two turns of the loop
+log = logging.getLogger(__name__)
 
-
-class SessionObserver(Protocol):
-    """Is told of sessions that come and go."""
-
-    def opened(self, model: str, version: str) -> None:
-        """A session was opened."""
-        ...
-
-    def closed(self, reason: str) -> None:
-        """A session ended."""
-        ...
+_AT_ONCE = 500  # about a millisecond of work between two turns of the loop
+_PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:-]{0,160}")
 
 
 class Sessions:
@@ -49,9 +56,11 @@ class Sessions:
     Args:
         catalog: the loaded models.
         table: shared with the lanes.
-        store: remembers sessions beyond the arena.
+        store: keeps sessions beyond the arena.
         limits: the bounds.
+        owner: the name under which this process, and no other, holds leases.
         clock: monotonic seconds.
+        wall: Unix seconds.
         observer: told of sessions that come and go.
     """
 
@@ -62,24 +71,36 @@ class Sessions:
         store: SessionStore,
         *,
         limits: Limits,
+        owner: str,
         clock: Callable[[], float],
-        observer: SessionObserver,
+        wall: Callable[[], float],
+        observer: ResidencyObserver,
     ) -> None:
         self.catalog = catalog
         self.lanes: dict[str, Lane] = {}
+        self.link = StoreLink(store)
         self._table = table
         self._store = store
         self._limits = limits
+        self._owner = owner
         self._clock = clock
+        self._wall = wall
         self._observer = observer
+        self._residency = Residency(
+            self.link, table, self.lanes, owner=owner, clock=clock, wall=wall, observer=observer
+        )
+        self.saver = self._residency.saver
         self._draining = False
         self._queued_requests = 0
         self._queued_rows = 0
-        self._opening: set[str] = set()
+        self._opening: dict[str, asyncio.Future[None]] = {}
+        self._loading: dict[str, asyncio.Task[Session]] = {}
+        self._census = Census(self.link, table, clock=clock, wall=wall, observer=observer)
         self._settled_all = asyncio.Event()
         self._closings: set[asyncio.Future[int]] = set()
 
     def __len__(self) -> int:
+        """Resident sessions."""
         return len(self._table)
 
     @property
@@ -87,63 +108,142 @@ class Sessions:
         """Rows accepted and not yet answered."""
         return self._queued_rows
 
+    @property
+    def store_up(self) -> bool:
+        """Whether the store gave its last answer."""
+        return self.link.up
+
+    @property
+    def undurable_rows(self) -> int:
+        """Rows of async sessions that are applied and not saved."""
+        return self._table.undurable_rows()
+
+    def spilled(self, model_key: str) -> int:
+        """Open sessions of a model that are in the store only, or on another server."""
+        return max(0, self._census[model_key] - self.lanes[model_key].open_sessions)
+
+    async def start(self) -> None:
+        """Asks the store how many sessions it has.
+
+        Raises:
+            StoreUnavailable.
+        """
+        await self._census.count()
+
     async def open(self, opening: Opening) -> Session:
         """Opens a session with zero state at t = 0.
 
         Raises:
-            SessionExists, ModelUnknown, InvalidField, SessionLimit, Draining.
+            SessionExists, ModelUnknown, InvalidField, SessionLimit, Draining, StoreUnavailable.
         """
         if self._draining:
             raise Draining
         model = self.catalog.find(opening.model, opening.version)
         record = make_record(opening, model.manifest, self._limits)
-        await self._free_id(record.session_id)
-        if len(self._table) + len(self._opening) >= self._table.limit:
-            raise SessionLimit(self._table.limit)
-        self._opening.add(record.session_id)
-        try:
-            await self._store.create(record)
-        finally:
-            self._opening.discard(record.session_id)
-        if self._draining:  # began meanwhile
-            ending = Ending(EndReason.CLOSED, 0, record.idle_timeout_seconds)
-            await self._store.end(record.session_id, ending)
+        blank = self.lanes[model.key].blank(record, self._wall())
+        return await self._adopt(blank)
+
+    async def fork(self, session_id: str, copying: Copying) -> Session:
+        """Opens a session that starts from a copy of another.
+
+        Raises:
+            as `get` for the source, and as `open` for the copy.
+        """
+        if self._draining:
             raise Draining
-        session = self._add(record)
-        self._observer.opened(record.model, record.version)
-        return session
+        source = decode((await self.export(session_id))[0])
+        return await self._adopt_copy(source, copying)
+
+    async def export(self, session_id: str) -> tuple[bytes, Standing]:
+        """A session's snapshot after the steps accepted so far, and how it stood then.
+
+        Raises:
+            as `get`.
+        """
+        session = await self.get(session_id)
+        turn = Turn(lambda: (self.saver.snapshot(session), self.standing(session)))
+        if not self.refuse(session_id, turn.mark, turn):
+            turn.now()
+        return await turn.result()
+
+    async def restore(self, data: bytes, copying: Copying) -> Session:
+        """Opens a session from a snapshot; with an empty id in `copying`, under its own.
+
+        Raises:
+            SnapshotCorrupt, SnapshotForeign, and as `open`.
+        """
+        if self._draining:
+            raise Draining
+        snapshot = decode(data)
+        self._residency.check_fit(snapshot)
+        if not copying.session_id:
+            copying = replace(copying, session_id=snapshot.record.session_id)
+        return await self._adopt_copy(snapshot, copying)
 
     def find(self, session_id: str) -> Session | None:
-        """The session of this id if it takes steps now; `explain` tells why it does not."""
+        """The resident session of this id if it takes steps now; else `get` finds out more."""
         session = self._table.get(session_id)
-        if session is None or session.ending is not None or self._overdue(session):
+        if session is None or session.barred or self._overdue(session):
             return None
         return session
 
-    async def explain(self, session_id: str) -> NoReturn:
-        """Raises why `find` found no session.
+    async def get(self, session_id: str) -> Session:
+        """The open session of this id, made resident if it is not.
 
         Raises:
-            SessionUnknown, SessionExpired, SessionClosed, InvalidField.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost, InvalidField,
+            SnapshotForeign, SnapshotCorrupt, Draining, QueueFull, StoreUnavailable.
+        """
+        while (session := self.find(session_id)) is None:
+            check_id(session_id)
+            await self._settle_resident(session_id)
+            if session_id in self._opening:
+                await asyncio.shield(self._opening[session_id])
+            elif self._table.get(session_id) is None:
+                session = await self._load(session_id)
+                if not session.barred:
+                    return session
+        return session
+
+    async def look(self, session_id: str) -> Standing:
+        """Where a session stands; it stays where it is.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost, InvalidField,
+            StoreUnavailable.
         """
         check_id(session_id)
-        session = self._table.get(session_id)
-        ending = session.ending if session else await self._store.find(session_id)
-        if session is not None and ending is None:
-            ending = self._ending(session, EndReason.EXPIRED)
-            await self._end(session, ending)
-        if isinstance(ending, Ending):
-            raise _told(session_id, ending)
-        raise SessionUnknown(session_id)
+        session = self.find(session_id)
+        if session is None:
+            await self._settle_resident(session_id)
+            session = self.find(session_id)
+        if session is not None:
+            return self.standing(session)
+        found = await self.link.ask(self._store.find(session_id))
+        if isinstance(found, Entry) and found.expires_at > self._wall():
+            if self._residency.lost_elsewhere(found):
+                raise SessionLost(session_id)
+            return self._standing_of(found)
+        raise await self._residency.untaken(found, session_id)
 
-    async def get(self, session_id: str) -> Session:
-        """The open session of this id.
+    async def page(self, token: str, size: int, model: str) -> tuple[list[Standing], str]:
+        """Up to `size` open sessions, and the token to go on from; empty: these were the last.
 
         Raises:
-            SessionUnknown, SessionExpired, SessionClosed, InvalidField.
+            InvalidField, StoreUnavailable.
         """
-        session = self.find(session_id)
-        return session if session is not None else await self.explain(session_id)
+        if not _PAGE_TOKEN.fullmatch(token):
+            raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
+        models = [m.key for m in self.catalog if model in ("", m.manifest.name)]
+        entries, following = await self.link.ask(self._store.page(token, size, models))
+        told_of: list[Standing] = []
+        for entry in entries:
+            session = self.find(entry.record.session_id)
+            if session is not None:
+                told_of.append(self.standing(session))
+            elif self._open_elsewhere(entry):
+                told_of.append(self._standing_of(entry))
+        return told_of, following
 
     def submit(self, step: Step) -> None:
         """Accepts a step; its outcome is delivered to its `reply_to`, now or later.
@@ -188,10 +288,11 @@ class Sessions:
         """Finishes a session's accepted steps and closes it; returns its last t.
 
         Raises:
-            SessionUnknown, SessionExpired, SessionClosed, InvalidField.
+            as `get`, and StaleOwner.
         """
         session = await self.get(session_id)
         session.ending = self._ending(session, EndReason.CLOSED)
+        session.barred = True
         closing = asyncio.ensure_future(self._close(session))
         self._closings.add(closing)
         closing.add_done_callback(self._closings.discard)
@@ -200,89 +301,192 @@ class Sessions:
 
     async def _close(self, session: Session) -> int:
         if session.queued_requests:
-            session.idle = asyncio.get_running_loop().create_future()
-            await session.idle
+            await when_idle(session)
         ending = self._ending(session, EndReason.CLOSED)
-        await self._end(session, ending)
+        if not await self._end(session, ending):
+            raise session.lost or StaleOwner(session.session_id, ending.t)
         return ending.t
 
-    def page(self, first: int, size: int, model: str) -> tuple[list[Session], int | None]:
-        """Up to `size` open sessions from a handle on, and the handle to go on from."""
-        found: list[Session] = []
-        for session in self._table.page(first):
-            if session.ending is not None or model not in ("", session.record.model):
-                continue
-            if len(found) == size:
-                return found, session.handle
-            found.append(session)
-        return found, None
-
     def t(self, session: Session) -> int:
-        """Rows applied to a session."""
+        """Rows applied to a resident session."""
         return self._table.t[session.handle]
 
-    def seconds_left(self, session: Session) -> float:
-        """Until a session expires if no step comes."""
-        return self._table.expires_at[session.handle] - self._clock()
-
     async def sweep(self) -> int:
-        """Ends every session whose time is up, a few at a time; returns how many."""
+        """Ends every session whose time is up, a few at a time; returns how many.
+
+        Raises:
+            StoreUnavailable.
+        """
         ended = 0
         for session in self._table.overdue(self._clock()):
-            if session.ending is None and self._overdue(session):
-                await self._end(session, self._ending(session, EndReason.EXPIRED))
-                ended += 1
-                if ended % _SWEEP_AT_ONCE == 0:
+            if not session.barred and self._overdue(session):
+                ended += await self._end(session, self._ending(session, EndReason.EXPIRED))
+                if ended % _AT_ONCE == 0:
                     await asyncio.sleep(0)
+        if self._census.due:
+            ended += await self._census.sweep()
+            await self._census.count()
         return ended
 
     async def drain(self) -> None:
-        """Takes no new sessions and steps from now on, and waits for the accepted ones."""
+        """Takes no new sessions and steps, waits for the accepted ones, and saves every session."""
         self._draining = True
         if self._queued_requests:
             await self._settled_all.wait()
+        if self._store.durable:
+            await self._release_all()
 
-    async def _free_id(self, session_id: str) -> None:
-        session = self._table.get(session_id)
-        if session_id in self._opening:
-            raise SessionExists(session_id, 0)
-        if session is None:
-            return
-        if session.ending is None and self._overdue(session):
-            await self._end(session, self._ending(session, EndReason.EXPIRED))
-        else:
-            raise SessionExists(session_id, self.t(session))
+    async def _release_all(self) -> None:
+        sessions = [session for session in self._table if not session.barred]
+        try:
+            for first in range(0, len(sessions), _AT_ONCE):
+                await self.saver.save(sessions[first : first + _AT_ONCE], release=True)
+        except StoreUnavailable as error:
+            log.error(  # noqa: TRY400 - the cause is another's, and told
+                "not every session could be saved: the store is away",
+                extra={"problem": error.problem, "undurable_rows": self.undurable_rows},
+            )
 
-    def _add(self, record: SessionRecord) -> Session:
-        lane = self.lanes[f"{record.model}/{record.version}"]
-        phase = 0 if record.start_time is None else lane.timeline.phase(record.start_time)
-        session = Session(record, lane, lane.claim(), phase)
-        self._table.add(session, self._clock())
+    async def _adopt_copy(self, source: Snapshot, copying: Copying) -> Session:
+        record = copy_record(source.record, copying, self._limits)
+        return await self._adopt(replace(source, record=record, stepped_at=self._wall()))
+
+    async def _adopt(self, snapshot: Snapshot) -> Session:
+        """Opens a session that starts from a snapshot."""
+        record = snapshot.record
+        await self._free_id(record.session_id)
+        if record.session_id in self._opening:
+            raise SessionExists(record.session_id, 0)
+        if self._census.total + len(self._opening) >= self._limits.sessions:
+            raise SessionLimit(self._limits.sessions)
+        opening = asyncio.get_running_loop().create_future()
+        self._opening[record.session_id] = opening
+        try:
+            await self._residency.reserve()
+            try:
+                session = await self._create(snapshot)
+            except BaseException:
+                self._residency.release()
+                raise
+        finally:
+            del self._opening[record.session_id]
+            opening.set_result(None)
+        self._census.opened(record.model_key)
+        self._observer.opened(record.model, record.version)
         return session
 
-    def _remove(self, session: Session) -> None:
-        self._table.remove(session)
-        session.lane.release(session.slot)
+    async def _create(self, snapshot: Snapshot) -> Session:
+        record = snapshot.record
+        expires_at = self._wall() + record.idle_timeout_seconds
+        epoch = await self.link.ask(
+            self._store.create(
+                record,
+                owner=self._owner,
+                t=snapshot.t,
+                expires_at=expires_at,
+                snapshot=encode(replace(snapshot, owner=self._owner, epoch=0)),
+            )
+        )
+        if isinstance(epoch, Entry):
+            raise SessionExists(record.session_id, epoch.t)
+        if self._draining:  # began meanwhile: nobody would save it
+            ending = Ending(EndReason.CLOSED, snapshot.t, record.idle_timeout_seconds)
+            await self.link.ask(self._store.end(record.session_id, epoch, ending))
+            raise Draining
+        return self._residency.place(snapshot, epoch, expires_at=expires_at)
 
-    async def _end(self, session: Session, ending: Ending) -> None:
+    async def _free_id(self, session_id: str) -> None:
+        if session_id in self._loading:
+            await asyncio.wait([self._loading[session_id]])
+        session = self._table.get(session_id)
+        if session is None:
+            return
+        if not session.barred and self._overdue(session):
+            await self._end(session, self._ending(session, EndReason.EXPIRED))
+        elif session.leaving is None:
+            raise SessionExists(session_id, self.t(session))
+
+    async def _load(self, session_id: str) -> Session:
+        """Loads a session once for all who want it."""
+        if self._draining:
+            raise Draining
+        loading = self._loading.get(session_id)
+        if loading is None:
+            loading = asyncio.ensure_future(self._residency.load(session_id))
+            self._loading[session_id] = loading
+            loading.add_done_callback(lambda _: self._loading.pop(session_id))
+        return await asyncio.shield(loading)
+
+    async def _settle_resident(self, session_id: str) -> None:
+        """Waits until a resident session that takes no steps has left, or takes them again.
+
+        Raises:
+            SessionExpired, SessionClosed: that is how it ends.
+        """
+        session = self._table.get(session_id)
+        if session is None:
+            return
+        if session.leaving is not None:
+            await asyncio.shield(session.leaving)
+        elif session.ending is not None:
+            raise told(session_id, session.ending)
+        elif self._overdue(session):
+            ending = self._ending(session, EndReason.EXPIRED)
+            if await self._end(session, ending):
+                raise told(session_id, ending)
+
+    async def _end(self, session: Session, ending: Ending) -> bool:
+        """Ends a resident session; False if another server has taken it over."""
         session.ending = ending
+        session.barred = True
         try:
-            await self._store.end(session.session_id, ending)
+            ended = await self.link.ask(self._store.end(session.session_id, session.epoch, ending))
         except BaseException:
             session.ending = None  # not ended: it can be used, and ended, again
+            session.barred = session.lost is not None
             raise
         if self._table.get(session.session_id) is session:
-            self._remove(session)
-            self._observer.closed(ending.reason.value)
+            self._residency.remove(session)
+            if ended:
+                self._census.ended(session.record.model_key, ending)
+        return ended
 
     def _ending(self, session: Session, reason: EndReason) -> Ending:
         return Ending(reason, self.t(session), session.record.idle_timeout_seconds)
 
+    def _open_elsewhere(self, entry: Entry) -> bool:
+        session = self._table.get(entry.record.session_id)
+        ending_here = session is not None and session.ending is not None
+        past = entry.expires_at <= self._wall()
+        return not (ending_here or past or self._residency.lost_elsewhere(entry))
+
     def _overdue(self, session: Session) -> bool:
         return self._table.expires_at[session.handle] <= self._clock() and session.current is None
 
+    def standing(self, session: Session) -> Standing:
+        """Where a resident session stands."""
+        handle = session.handle
+        durable_t = self._table.durable_t[handle]
+        return Standing(
+            session.record,
+            t=durable_t if session.sync else self._table.t[handle],
+            durable_t=durable_t,
+            seconds_left=self._table.expires_at[handle] - self._clock(),
+            queued_requests=session.queued_requests,
+            resident=True,
+            owner=self._owner,
+            epoch=session.epoch,
+        )
 
-def _told(session_id: str, ending: Ending) -> StepstateError:
-    if ending.reason is EndReason.EXPIRED:
-        return SessionExpired(session_id, ending.t, ending.idle_timeout_seconds)
-    return SessionClosed(session_id, ending.t)
+    def _standing_of(self, entry: Entry) -> Standing:
+        kept = entry.record.durability is not Durability.NONE
+        return Standing(
+            entry.record,
+            t=entry.t,
+            durable_t=entry.t if kept else 0,
+            seconds_left=entry.expires_at - self._wall(),
+            queued_requests=0,
+            resident=False,
+            owner=entry.owner,
+            epoch=entry.epoch,
+        )

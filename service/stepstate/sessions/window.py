@@ -27,6 +27,10 @@ ROWS_IN_FLIGHT = 16
 """What the client's streams have in flight: a retry of any of them must be answered."""
 
 
+SNAPSHOT_BYTES = 4_000_000
+"""Of long replies a snapshot holds the newest, and older ones within this: what one reply takes."""
+
+
 @dataclass(slots=True, eq=False)
 class Remembered:
     """A reply that was given to the request that began at t."""
@@ -43,6 +47,18 @@ class Remembered:
         """What it costs to keep."""
         layers = self.layers or []
         return len(self.y) + sum(part.nbytes for layer in layers for part in layer.values())
+
+
+@dataclass(frozen=True, slots=True)
+class Remains:
+    """What one slot remembers.
+
+    stamps [K]: t + 1 of each row; ring [K, D + O]: the rows; the long replies, the oldest first.
+    """
+
+    stamps: NDArray[np.int64]
+    ring: Floats
+    replies: tuple[Remembered, ...]
 
 
 class ReplayWindow:
@@ -87,8 +103,11 @@ class ReplayWindow:
 
     def remember_long(self, work: Work, t: int, y: bytes, layers: Layers | None) -> None:
         """Remembers the reply to a request with many rows, or with `inspect`."""
-        reply = Remembered(t, work.rows, y, layers, _digest(work), work.slot)
-        replies = self._long.setdefault(work.slot, deque())
+        self._keep(work.slot, Remembered(t, work.rows, y, layers, _digest(work)))
+
+    def _keep(self, slot: int, reply: Remembered) -> None:
+        reply.slot = slot
+        replies = self._long.setdefault(slot, deque())
         replies.append(reply)
         self._by_age[reply] = None
         self.long_bytes += reply.nbytes
@@ -108,6 +127,35 @@ class ReplayWindow:
             if reply.t == t and reply.digest == digest:
                 return reply
         return None
+
+    def read(self, slot: int) -> Remains:
+        """What a slot remembers, for a snapshot; views that hold until the next step."""
+        first, last = slot * self.rows, (slot + 1) * self.rows
+        stamps, ring = self._stamps[first:last], self._ring[first:last]
+        if not stamps.all():
+            held = stamps > 0
+            stamps, ring = stamps[held], ring[held]
+        return Remains(stamps, ring, self._newest(slot))
+
+    def write(self, slot: int, remains: Remains) -> None:
+        """Puts into an empty slot what a snapshot remembers; a shorter ring keeps the newest."""
+        order = np.argsort(remains.stamps)[-self.rows :]
+        stamps = remains.stamps[order]
+        places = slot * self.rows + (stamps - 1) % self.rows
+        self._stamps[places] = stamps
+        self._ring[places] = remains.ring[order]
+        for reply in remains.replies:
+            self._keep(slot, reply)
+
+    def _newest(self, slot: int) -> tuple[Remembered, ...]:
+        newest: list[Remembered] = []
+        size = 0
+        for reply in reversed(self._long.get(slot, ())):
+            size += reply.nbytes
+            if newest and size > SNAPSHOT_BYTES:
+                break
+            newest.append(reply)
+        return tuple(reversed(newest))
 
     def covers(self, slot: int, t: int) -> bool:
         """Whether the window still reaches back to row t, by whatever request it was applied."""

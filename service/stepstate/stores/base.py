@@ -1,11 +1,35 @@
-"""The seam behind which sessions are remembered beyond the arena."""
+"""The seam behind which sessions are kept beyond the arena.
+
+Rule 1: whoever creates or acquires a session gets a higher epoch than anyone had
+        before; `save` and `end` with an older one change nothing. So of two
+        servers at most one can commit a session's steps.
+Rule 2: every operation is atomic for one session, and durable when it returns.
+Rule 3: a store that can't do what it is asked raises `StoreUnavailable`; then
+        it may or may not have been done, and only the store knows.
+"""
 
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Protocol
+
+ENDING_SECONDS = 3600.0
+"""How a session ended is remembered for an hour: longer than any client goes on retrying."""
+
+
+class Durability(enum.Enum):
+    """What of a session survives the end of its server."""
+
+    NONE = "none"
+    """Saved when it is spilled and when its server drains, and lost otherwise."""
+    ASYNC = "async"
+    """Saved in the background."""
+    SYNC = "sync"
+    """Saved before a step is answered."""
 
 
 class EndReason(enum.Enum):
@@ -13,6 +37,7 @@ class EndReason(enum.Enum):
 
     EXPIRED = "expired"
     CLOSED = "closed"
+    LOST = "lost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +51,40 @@ class SessionRecord:
     idle_timeout_seconds: float
     start_time: datetime | None
     open_time: datetime
+    durability: Durability
+
+    @property
+    def model_key(self) -> str:
+        """ "name/version" of its model."""
+        return f"{self.model}/{self.version}"
+
+    def to_json(self) -> str:
+        """The record as text; `from_json` reads it."""
+        values = asdict(self)
+        values["open_time"] = self.open_time.isoformat()
+        values["start_time"] = self.start_time.isoformat() if self.start_time else None
+        values["durability"] = self.durability.value
+        return json.dumps(values, separators=(",", ":"))
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> SessionRecord:
+        """The record that `to_json` wrote. Unknown fields, of a later version, are skipped.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is not such a text.
+        """
+        values = json.loads(text)
+        start = values["start_time"]
+        return cls(
+            session_id=values["session_id"],
+            model=values["model"],
+            version=values["version"],
+            fingerprint=values["fingerprint"],
+            idle_timeout_seconds=float(values["idle_timeout_seconds"]),
+            start_time=None if start is None else datetime.fromisoformat(start),
+            open_time=datetime.fromisoformat(values["open_time"]),
+            durability=Durability(values["durability"]),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +96,129 @@ class Ending:
     idle_timeout_seconds: float
 
 
-class SessionStore(Protocol):
-    """Remembers sessions and their endings.
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An open session as a store knows it, without its snapshot."""
 
-    Calls for one id never overlap: the sessions layer sees to it.
+    record: SessionRecord
+    t: int
+    """Rows in its snapshot."""
+    expires_at: float
+    """Unix seconds."""
+    epoch: int
+    owner: str
+    """The server that holds its lease; empty: none, the snapshot is the whole session."""
+
+
+@dataclass(frozen=True, slots=True)
+class Save:
+    """One session to save."""
+
+    session_id: str
+    epoch: int
+    owner: str
+    """Empty: the lease is given up with it."""
+    t: int
+    expires_at: float
+    snapshot: bytes | None
+    """None: the one that is stored is still good."""
+
+
+class Saved(enum.Enum):
+    """What became of a `Save`."""
+
+    DONE = "done"
+    FENCED = "fenced"
+    """Another server has a higher epoch, or the session has ended."""
+    MISSING = "missing"
+    """The store has lost the session: it knows neither it nor how it ended."""
+
+
+class SessionStore(Protocol):
+    """Keeps sessions and their endings.
+
+    Every method raises `StoreUnavailable` when the store can't be reached or
+    can't write. "Now" is the store's own wall clock, given to its constructor.
     """
 
-    async def create(self, record: SessionRecord) -> None:
-        """Remembers a new session, and forgets the ending of an older one of this id."""
+    durable: bool
+    """Whether it outlives the process."""
+
+    async def create(
+        self, record: SessionRecord, *, owner: str, t: int, expires_at: float, snapshot: bytes
+    ) -> int | Entry:
+        """Keeps a new session, and forgets how an older one of its id ended.
+
+        An older session of the id whose `expires_at` is past is replaced.
+
+        Returns:
+            Its epoch; or, with nothing changed, the open session that has its id.
+        """
         ...
 
-    async def end(self, session_id: str, ending: Ending) -> None:
-        """Forgets a session and remembers for a while how it ended."""
+    async def acquire(
+        self, session_id: str, *, owner: str, fingerprints: Collection[str]
+    ) -> tuple[Entry, bytes] | Entry | Ending | None:
+        """Takes a session's lease, whoever held it: its epoch rises.
+
+        Args:
+            session_id: its id.
+            owner: who takes it.
+            fingerprints: of the models that the taker has; of others nothing is taken.
+
+        Returns:
+            The entry, with the new epoch and the *previous* owner, and the snapshot; or only
+            the entry, unchanged, of a session that is of another model, or is past its
+            `expires_at`; or how the session ended; or None.
+        """
         ...
 
-    async def find(self, session_id: str) -> SessionRecord | Ending | None:
-        """What is known of an id."""
+    async def find(self, session_id: str) -> Entry | Ending | None:
+        """What is known of an id. It takes nothing."""
+        ...
+
+    async def save(self, saves: Sequence[Save]) -> list[Saved]:
+        """Saves sessions together, each if its epoch is still the newest.
+
+        Returns:
+            What became of each, in order.
+        """
+        ...
+
+    async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
+        """Forgets a session, if the epoch is still the newest, and remembers how it ended.
+
+        Returns:
+            Whether it was so.
+        """
+        ...
+
+    async def overdue(self, before: float, limit: int) -> list[Entry]:
+        """Up to `limit` open sessions with `expires_at` before a time."""
+        ...
+
+    async def page(self, token: str, size: int, models: Collection[str]) -> tuple[list[Entry], str]:
+        """Some of the open sessions of models "name/version".
+
+        A session that is open during the whole listing is in exactly one page.
+
+        Args:
+            token: empty for the first page, then what the page before returned.
+            size: the most entries wanted.
+            models: of these only.
+
+        Returns:
+            The entries, and the token of the next page; empty: there is none.
+
+        Raises:
+            InvalidField: page_token is not a token of this store.
+        """
+        ...
+
+    async def count(self) -> Mapping[str, int]:
+        """Open sessions by model "name/version"; those that are past their time may be in it."""
         ...
 
     async def close(self) -> None:
-        """Lets go of files and connections."""
+        """Lets go of files and connections; further calls are harmless."""
         ...

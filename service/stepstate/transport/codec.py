@@ -12,7 +12,8 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from stepstate.errors import InvalidField, NonFiniteInput
 from stepstate.models import Model
-from stepstate.sessions import Opening, ReplyTo, Session, Sessions, Step
+from stepstate.sessions import Copying, Opening, ReplyTo, Session, Standing, Step, new_id
+from stepstate.stores import Durability
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
 
@@ -21,6 +22,12 @@ REPLY_BYTES = 4_000_000
 REQUEST_ROWS = 100_000
 """About ten weeks of minutes in one request; more history goes in several."""
 
+_DURABILITY_NUMBERS = {
+    Durability.NONE: pb.DURABILITY_NONE,
+    Durability.ASYNC: pb.DURABILITY_ASYNC,
+    Durability.SYNC: pb.DURABILITY_SYNC,
+}
+_DURABILITIES = {number: durability for durability, number in _DURABILITY_NUMBERS.items()}
 _Y = pb.StepResponse.Y_FIELD_NUMBER
 _LAYER_FIELDS = {field.name: field.number for field in pb.LayerTrace.DESCRIPTOR.fields}
 
@@ -57,7 +64,9 @@ def decode_step(request: pb.StepRequest, session: Session, reply_to: ReplyTo) ->
 
 def encode_step(step: Step) -> pb.StepResponse:
     """The reply to an applied or replayed step."""
-    response = pb.StepResponse(session_id=step.session.session_id, t=step.t_after)
+    response = pb.StepResponse(
+        session_id=step.session.session_id, t=step.t_after, durable_t=step.durable_t
+    )
     if step.replayed:
         response.replayed = True
     put_floats(response, _Y, step.y)
@@ -70,33 +79,46 @@ def encode_step(step: Step) -> pb.StepResponse:
 
 def decode_opening(request: pb.OpenSessionRequest) -> Opening:
     """What a client asks for when it opens a session."""
-    idle = request.idle_timeout  # as a float it can be beyond every timedelta, and then be refused
     return Opening(
         session_id=request.session_id,
         model=request.model,
         version=request.version,
-        idle_timeout_seconds=(
-            idle.seconds + idle.nanos / 1e9 if request.HasField("idle_timeout") else None
-        ),
+        idle_timeout_seconds=_idle_timeout(request),
         start_time=_moment(request) if request.HasField("start_time") else None,
+        durability=_durability(request.durability),
     )
 
 
-def encode_session(sessions: Sessions, session: Session) -> pb.Session:
+def decode_fork(request: pb.ForkSessionRequest) -> Copying:
+    """What a client asks for when it forks a session."""
+    session_id = request.new_session_id or new_id()
+    return Copying(session_id, _idle_timeout(request), _durability(request.durability))
+
+
+def decode_import(request: pb.ImportSessionRequest) -> Copying:
+    """What a client asks for when it imports a session, beside the snapshot."""
+    return Copying(request.session_id, _idle_timeout(request), _durability(request.durability))
+
+
+def encode_session(standing: Standing) -> pb.Session:
     """Where an open session stands."""
-    record = session.record
-    left = sessions.seconds_left(session)
+    record = standing.record
     return pb.Session(
         session_id=record.session_id,
         model=record.model,
         version=record.version,
         fingerprint=record.fingerprint,
-        t=sessions.t(session),
+        t=standing.t,
         idle_timeout=_duration(record.idle_timeout_seconds),
         start_time=None if record.start_time is None else _timestamp(record.start_time),
         open_time=_timestamp(record.open_time),
-        expire_time=_timestamp(datetime.now(UTC) + timedelta(seconds=left)),
-        queued_requests=session.queued_requests,
+        expire_time=_timestamp(datetime.now(UTC) + timedelta(seconds=standing.seconds_left)),
+        queued_requests=standing.queued_requests,
+        durable_t=standing.durable_t,
+        durability=_DURABILITY_NUMBERS[record.durability],
+        residency=pb.RESIDENCY_RESIDENT if standing.resident else pb.RESIDENCY_SPILLED,
+        owner=standing.owner,
+        epoch=standing.epoch,
     )
 
 
@@ -167,6 +189,23 @@ def _check_reply(model: Model, rows: int, rows_back: int, *, inspect: bool) -> i
             "a request",
         )
     return reply_bytes
+
+
+def _idle_timeout(
+    request: pb.OpenSessionRequest | pb.ForkSessionRequest | pb.ImportSessionRequest,
+) -> float | None:
+    if not request.HasField("idle_timeout"):
+        return None
+    idle = request.idle_timeout  # as a float it can be beyond every timedelta, and then be refused
+    return idle.seconds + idle.nanos / 1e9
+
+
+def _durability(number: int) -> Durability | None:
+    if number == pb.DURABILITY_UNSPECIFIED:
+        return None
+    if number not in _DURABILITIES:
+        raise InvalidField("durability", f"is {number}, which means nothing to this server")
+    return _DURABILITIES[number]
 
 
 def _moment(request: pb.OpenSessionRequest) -> datetime:

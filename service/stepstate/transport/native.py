@@ -11,6 +11,8 @@ from stepstate.errors import Draining, InvalidField
 from stepstate.metrics import Metrics
 from stepstate.sessions import Session, Sessions, Step
 from stepstate.transport.codec import (
+    decode_fork,
+    decode_import,
     decode_opening,
     decode_step,
     encode_model,
@@ -66,13 +68,13 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         self, request: pb.OpenSessionRequest, context: Context
     ) -> pb.OpenSessionResponse:
         session = await self._sessions.open(decode_opening(request))
-        return pb.OpenSessionResponse(session=self._encoded(session))
+        return pb.OpenSessionResponse(session=self._resident(session))
 
     async def GetSession(
         self, request: pb.GetSessionRequest, context: Context
     ) -> pb.GetSessionResponse:
-        session = await self._sessions.get(request.session_id)
-        return pb.GetSessionResponse(session=self._encoded(session))
+        standing = await self._sessions.look(request.session_id)
+        return pb.GetSessionResponse(session=encode_session(standing))
 
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
@@ -80,19 +82,36 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         size = request.page_size or PAGE_SIZE
         if size > MOST_PAGE_SIZE:
             raise InvalidField("page_size", f"is {size}, expected at most {MOST_PAGE_SIZE}")
-        found, following = self._sessions.page(_page_start(request), size, request.model)
+        found, following = await self._sessions.page(request.page_token, size, request.model)
         return pb.ListSessionsResponse(
-            sessions=map(self._encoded, found),
-            next_page_token="" if following is None else str(following),
+            sessions=map(encode_session, found), next_page_token=following
         )
 
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context
     ) -> pb.CloseSessionResponse:
-        before = self._encoded(await self._sessions.get(request.session_id))
+        before = self._resident(await self._sessions.get(request.session_id))
         before.t = await self._sessions.close(request.session_id)
         before.queued_requests = 0
         return pb.CloseSessionResponse(session=before)
+
+    async def ForkSession(
+        self, request: pb.ForkSessionRequest, context: Context
+    ) -> pb.ForkSessionResponse:
+        session = await self._sessions.fork(request.session_id, decode_fork(request))
+        return pb.ForkSessionResponse(session=self._resident(session))
+
+    async def ExportSession(
+        self, request: pb.ExportSessionRequest, context: Context
+    ) -> pb.ExportSessionResponse:
+        snapshot, standing = await self._sessions.export(request.session_id)
+        return pb.ExportSessionResponse(snapshot=snapshot, session=encode_session(standing))
+
+    async def ImportSession(
+        self, request: pb.ImportSessionRequest, context: Context
+    ) -> pb.ImportSessionResponse:
+        session = await self._sessions.restore(request.snapshot, decode_import(request))
+        return pb.ImportSessionResponse(session=self._resident(session))
 
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
         call = WaitingCall()
@@ -146,12 +165,5 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         if self._streams:
             await self._all_ended.wait()
 
-    def _encoded(self, session: Session) -> pb.Session:
-        return encode_session(self._sessions, session)
-
-
-def _page_start(request: pb.ListSessionsRequest) -> int:
-    token = request.page_token or "0"
-    if not token.isdecimal() or len(token) > 9:
-        raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
-    return int(token)
+    def _resident(self, session: Session) -> pb.Session:
+        return encode_session(self._sessions.standing(session))

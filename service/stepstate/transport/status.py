@@ -17,6 +17,7 @@ from stepstate import errors
 from stepstate.v1.google_rpc import (
     BadRequest,
     ErrorInfo,
+    PreconditionFailure,
     QuotaFailure,
     RetryInfo,
     Status,
@@ -31,7 +32,11 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.SessionExists: StatusCode.ALREADY_EXISTS,
     errors.InvalidRequest: StatusCode.INVALID_ARGUMENT,
     errors.StepAhead: StatusCode.ABORTED,
+    errors.StepUnplaced: StatusCode.ABORTED,
+    errors.StaleOwner: StatusCode.ABORTED,
     errors.StepTooOld: StatusCode.OUT_OF_RANGE,
+    errors.SnapshotForeign: StatusCode.FAILED_PRECONDITION,
+    errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
@@ -69,7 +74,12 @@ def _details(error: errors.StepstateError) -> Iterator[Message]:
     if isinstance(error, errors.SessionLimit):
         quota = QuotaFailure.Violation(subject="server:sessions", description=str(error))
         yield QuotaFailure(violations=[quota])
-    if isinstance(error, errors.QueueFull | errors.Draining):
+    if isinstance(error, errors.SnapshotForeign):
+        broken = PreconditionFailure.Violation(
+            type="MODEL", subject=_cut(error.model), description=_cut(str(error))
+        )
+        yield PreconditionFailure(violations=[broken])
+    if isinstance(error, errors.QueueFull | errors.Draining | errors.StoreUnavailable):
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
         yield RetryInfo(retry_delay=delay)

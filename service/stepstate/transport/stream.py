@@ -4,24 +4,30 @@ Rule 1: replies of one session leave in the order of its requests, errors too.
 Rule 2: at most `MOST_UNANSWERED` requests of a stream are accepted and unanswered, and
         replies of at most about `MOST_BYTES`; beyond that the stream is not read, and
         HTTP/2 holds the client back.
-Rule 3: when the call ends, what it has waiting and not yet taken did not happen.
+Rule 3: a session that has to be loaded first holds up nobody else: its requests wait for it
+        in their order, and the stream is read on.
+Rule 4: when the call ends, what it has waiting and not yet taken did not happen.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
+import secrets
 from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import grpc
 
-from stepstate.errors import Draining, StepstateError
-from stepstate.sessions import ID_LENGTH, Sessions, Step
+from stepstate.errors import Draining, Internal, StepstateError
+from stepstate.sessions import ID_LENGTH, Session, Sessions, Step
 from stepstate.transport.codec import decode_step, encode_step
 from stepstate.transport.outgoing import Outgoing
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
+
+log = logging.getLogger(__name__)
 
 MOST_UNANSWERED = 1024
 """Enough to fill a forward from one stream."""
@@ -71,6 +77,8 @@ class StepStream:
         self._writer_waits: asyncio.Future[None] | None = None
         self._reader_waits: asyncio.Future[None] | None = None
         self._draining = False
+        self._away: dict[str, deque[pb.StepRequest]] = {}
+        self._fetches: set[asyncio.Task[None]] = set()
 
     async def run(self) -> None:
         """Serves the call until its client has sent all and been answered.
@@ -85,6 +93,8 @@ class StepStream:
         finally:
             self.cancelled = True
             self._reader.cancel()
+            for fetch in self._fetches:
+                fetch.cancel()
             # An exception's traceback leads here in a circle: let no reply hang on it.
             self._ready.clear()
             self._outgoing.release(self._unanswered_bytes)
@@ -111,14 +121,25 @@ class StepStream:
                 await self._reader_waits
 
     async def _read_one(self) -> bool:
-        """Accepts or refuses one request; False if there are no more."""
-        session_id = ""
+        """Accepts or refuses one request, or lets it wait; False if there are no more."""
         try:
             request = await self._messages.read()
+        except StepstateError as error:  # it can't be decoded
+            self._refuse("", error)
+        else:
             if request is grpc.aio.EOF:
                 return False
             session_id = request.session_id
-            session = await self._sessions.get(session_id)
+            session = None if session_id in self._away else self._sessions.find(session_id)
+            if session is None:
+                self._wait(request)
+            else:
+                self._accept(request, session)
+        self._unanswered += 1
+        return True
+
+    def _accept(self, request: pb.StepRequest, session: Session) -> None:
+        try:
             step = decode_step(request, session, self)
             self._outgoing.reserve(step.reply_bytes)
             try:
@@ -128,9 +149,37 @@ class StepStream:
                 raise
             self._unanswered_bytes += step.reply_bytes
         except StepstateError as error:
-            self._refuse(session_id[:ID_LENGTH], error)
-        self._unanswered += 1
-        return True
+            self._refuse(request.session_id, error)
+
+    def _wait(self, request: pb.StepRequest) -> None:
+        """Lets a request wait until its session is resident, or known not to exist."""
+        session_id = request.session_id
+        self._unanswered_bytes += _held_bytes(request)
+        if session_id in self._away:
+            self._away[session_id].append(request)
+            return
+        self._away[session_id] = deque((request,))
+        fetch = asyncio.create_task(self._fetch(session_id))
+        self._fetches.add(fetch)
+        fetch.add_done_callback(self._fetches.discard)
+
+    async def _fetch(self, session_id: str) -> None:
+        """Makes a session resident, and takes up the requests that waited for it."""
+        found: Session | StepstateError
+        try:
+            found = await self._sessions.get(session_id)
+        except StepstateError as error:
+            found = error
+        except Exception:
+            found = Internal(secrets.token_hex(8))
+            log.exception("a load failed", extra={"error_id": found.error_id})
+        for request in self._away.pop(session_id):
+            self._unanswered_bytes -= _held_bytes(request)
+            if isinstance(found, StepstateError):
+                self._refuse(session_id, found)
+            else:
+                self._accept(request, found)
+        _wake(self._reader_waits)
 
     async def _write(self, reader: asyncio.Task[None]) -> None:
         ready = self._ready
@@ -160,12 +209,16 @@ class StepStream:
 
     def _refuse(self, session_id: str, error: StepstateError) -> None:
         if not self._sessions.refuse(session_id, error, self):
-            self._ready.append(self._error(session_id, error))
+            self._ready.append(self._error(session_id[:ID_LENGTH], error))
             _wake(self._writer_waits)
 
     def _error(self, session_id: str, error: StepstateError) -> pb.StepResponse:
         self._refused(error.reason)
         return pb.StepResponse(session_id=session_id, error=status_of(error))
+
+
+def _held_bytes(request: pb.StepRequest) -> int:
+    return 4 * len(request.x)
 
 
 def _wake(waiter: asyncio.Future[None] | None) -> None:

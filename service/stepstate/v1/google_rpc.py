@@ -17,8 +17,17 @@ else:
 
 BadRequest = error_details_pb2.BadRequest
 ErrorInfo = error_details_pb2.ErrorInfo
+PreconditionFailure = error_details_pb2.PreconditionFailure
 QuotaFailure = error_details_pb2.QuotaFailure
 RetryInfo = error_details_pb2.RetryInfo
 Status = status_pb2.Status
 
-__all__ = ["BadRequest", "ErrorInfo", "QuotaFailure", "RetryInfo", "Status", "status_pb2"]
+__all__ = [
+    "BadRequest",
+    "ErrorInfo",
+    "PreconditionFailure",
+    "QuotaFailure",
+    "RetryInfo",
+    "Status",
+    "status_pb2",
+]

@@ -27,53 +27,69 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from stepstate.v1.google_rpc import status_pb2 as google_dot_rpc_dot_status__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cstepstate/v1/stepstate.proto\x12\x0cstepstate.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xa9\x01\n\x12OpenSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12/\n\x0cidle_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"=\n\x13OpenSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.stepstate.v1.Session\"\xbd\x02\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\t\n\x01t\x18\x05 \x01(\x04\x12/\n\x0cidle_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\topen_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fqueued_requests\x18\n \x01(\rJ\x04\x08\x0b\x10\x14\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"<\n\x12GetSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.stepstate.v1.Session\"K\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\"X\n\x14ListSessionsResponse\x12\'\n\x08sessions\x18\x01 \x03(\x0b\x32\x15.stepstate.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\">\n\x14\x43loseSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.stepstate.v1.Session\"l\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x01t\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\t\n\x01x\x18\x03 \x03(\x02\x12\x0f\n\x07inspect\x18\x04 \x01(\x08\x12\x11\n\tlast_only\x18\x05 \x01(\x08\x42\x04\n\x02_tJ\x04\x08\x06\x10\x10\"\x9d\x01\n\x0cStepResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\t\n\x01t\x18\x02 \x01(\x04\x12\t\n\x01y\x18\x03 \x03(\x02\x12\x10\n\x08replayed\x18\x04 \x01(\x08\x12(\n\x06layers\x18\x05 \x03(\x0b\x32\x18.stepstate.v1.LayerTrace\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.StatusJ\x04\x08\x07\x10\x10\"z\n\nLayerTrace\x12\t\n\x01i\x18\x01 \x03(\x02\x12\t\n\x01\x66\x18\x02 \x03(\x02\x12\t\n\x01g\x18\x03 \x03(\x02\x12\t\n\x01o\x18\x04 \x03(\x02\x12\t\n\x01\x63\x18\x05 \x03(\x02\x12\t\n\x01m\x18\x06 \x03(\x02\x12\t\n\x01h\x18\x07 \x03(\x02\x12\t\n\x01r\x18\x08 \x03(\x02\x12\t\n\x01z\x18\t \x03(\x02\x12\t\n\x01n\x18\n \x03(\x02\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.stepstate.v1.Model\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.stepstate.v1.Model\"\x8a\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12 \n\x04\x63\x65ll\x18\x05 \x01(\x0b\x32\x12.stepstate.v1.Cell\x12#\n\x06inputs\x18\x06 \x03(\x0b\x32\x13.stepstate.v1.Input\x12%\n\x07outputs\x18\x07 \x03(\x0b\x32\x14.stepstate.v1.Output\x12\x30\n\rstep_interval\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10needs_start_time\x18\t \x01(\x08\"P\n\x04\x43\x65ll\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x11\n\tproj_size\x18\x04 \x01(\r\"#\n\x05Input\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\"6\n\x06Output\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\x12\x10\n\x08horizons\x18\x03 \x03(\r2\x8a\x05\n\x10StepstateService\x12R\n\x0bOpenSession\x12 .stepstate.v1.OpenSessionRequest\x1a!.stepstate.v1.OpenSessionResponse\x12O\n\nGetSession\x12\x1f.stepstate.v1.GetSessionRequest\x1a .stepstate.v1.GetSessionResponse\x12U\n\x0cListSessions\x12!.stepstate.v1.ListSessionsRequest\x1a\".stepstate.v1.ListSessionsResponse\x12U\n\x0c\x43loseSession\x12!.stepstate.v1.CloseSessionRequest\x1a\".stepstate.v1.CloseSessionResponse\x12=\n\x04Step\x12\x19.stepstate.v1.StepRequest\x1a\x1a.stepstate.v1.StepResponse\x12H\n\x0bStreamSteps\x12\x19.stepstate.v1.StepRequest\x1a\x1a.stepstate.v1.StepResponse(\x01\x30\x01\x12O\n\nListModels\x12\x1f.stepstate.v1.ListModelsRequest\x1a .stepstate.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.stepstate.v1.GetModelRequest\x1a\x1e.stepstate.v1.GetModelResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1cstepstate/v1/stepstate.proto\x12\x0cstepstate.v1\x1a\x1egoogle/protobuf/duration.proto\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\x17google/rpc/status.proto\"\xd7\x01\n\x12OpenSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12/\n\x0cidle_timeout\x18\x04 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\nstart_time\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12,\n\ndurability\x18\x06 \x01(\x0e\x32\x18.stepstate.v1.Durability\"=\n\x13OpenSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.stepstate.v1.Session\"\xc8\x03\n\x07Session\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0f\n\x07version\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12\t\n\x01t\x18\x05 \x01(\x04\x12/\n\x0cidle_timeout\x18\x06 \x01(\x0b\x32\x19.google.protobuf.Duration\x12.\n\nstart_time\x18\x07 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12-\n\topen_time\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x65xpire_time\x18\t \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x17\n\x0fqueued_requests\x18\n \x01(\r\x12\x11\n\tdurable_t\x18\x0b \x01(\x04\x12,\n\ndurability\x18\x0c \x01(\x0e\x32\x18.stepstate.v1.Durability\x12*\n\tresidency\x18\r \x01(\x0e\x32\x17.stepstate.v1.Residency\x12\r\n\x05owner\x18\x0e \x01(\t\x12\r\n\x05\x65poch\x18\x0f \x01(\x04J\x04\x08\x10\x10\x14\"\'\n\x11GetSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"<\n\x12GetSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.stepstate.v1.Session\"K\n\x13ListSessionsRequest\x12\x11\n\tpage_size\x18\x01 \x01(\r\x12\x12\n\npage_token\x18\x02 \x01(\t\x12\r\n\x05model\x18\x03 \x01(\t\"X\n\x14ListSessionsResponse\x12\'\n\x08sessions\x18\x01 \x03(\x0b\x32\x15.stepstate.v1.Session\x12\x17\n\x0fnext_page_token\x18\x02 \x01(\t\")\n\x13\x43loseSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\">\n\x14\x43loseSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.stepstate.v1.Session\"\x9f\x01\n\x12\x46orkSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x16\n\x0enew_session_id\x18\x02 \x01(\t\x12/\n\x0cidle_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\ndurability\x18\x04 \x01(\x0e\x32\x18.stepstate.v1.Durability\"=\n\x13\x46orkSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.stepstate.v1.Session\"*\n\x14\x45xportSessionRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\"Q\n\x15\x45xportSessionResponse\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\x12&\n\x07session\x18\x02 \x01(\x0b\x32\x15.stepstate.v1.Session\"\x9b\x01\n\x14ImportSessionRequest\x12\x10\n\x08snapshot\x18\x01 \x01(\x0c\x12\x12\n\nsession_id\x18\x02 \x01(\t\x12/\n\x0cidle_timeout\x18\x03 \x01(\x0b\x32\x19.google.protobuf.Duration\x12,\n\ndurability\x18\x04 \x01(\x0e\x32\x18.stepstate.v1.Durability\"?\n\x15ImportSessionResponse\x12&\n\x07session\x18\x01 \x01(\x0b\x32\x15.stepstate.v1.Session\"l\n\x0bStepRequest\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\x0e\n\x01t\x18\x02 \x01(\x04H\x00\x88\x01\x01\x12\t\n\x01x\x18\x03 \x03(\x02\x12\x0f\n\x07inspect\x18\x04 \x01(\x08\x12\x11\n\tlast_only\x18\x05 \x01(\x08\x42\x04\n\x02_tJ\x04\x08\x06\x10\x10\"\xb0\x01\n\x0cStepResponse\x12\x12\n\nsession_id\x18\x01 \x01(\t\x12\t\n\x01t\x18\x02 \x01(\x04\x12\t\n\x01y\x18\x03 \x03(\x02\x12\x10\n\x08replayed\x18\x04 \x01(\x08\x12(\n\x06layers\x18\x05 \x03(\x0b\x32\x18.stepstate.v1.LayerTrace\x12!\n\x05\x65rror\x18\x06 \x01(\x0b\x32\x12.google.rpc.Status\x12\x11\n\tdurable_t\x18\x07 \x01(\x04J\x04\x08\x08\x10\x10\"z\n\nLayerTrace\x12\t\n\x01i\x18\x01 \x03(\x02\x12\t\n\x01\x66\x18\x02 \x03(\x02\x12\t\n\x01g\x18\x03 \x03(\x02\x12\t\n\x01o\x18\x04 \x03(\x02\x12\t\n\x01\x63\x18\x05 \x03(\x02\x12\t\n\x01m\x18\x06 \x03(\x02\x12\t\n\x01h\x18\x07 \x03(\x02\x12\t\n\x01r\x18\x08 \x03(\x02\x12\t\n\x01z\x18\t \x03(\x02\x12\t\n\x01n\x18\n \x03(\x02\"\x13\n\x11ListModelsRequest\"9\n\x12ListModelsResponse\x12#\n\x06models\x18\x01 \x03(\x0b\x32\x13.stepstate.v1.Model\"1\n\x0fGetModelRequest\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\"6\n\x10GetModelResponse\x12\"\n\x05model\x18\x01 \x01(\x0b\x32\x13.stepstate.v1.Model\"\x8a\x02\n\x05Model\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\t\x12\x13\n\x0b\x64\x65scription\x18\x03 \x01(\t\x12\x13\n\x0b\x66ingerprint\x18\x04 \x01(\t\x12 \n\x04\x63\x65ll\x18\x05 \x01(\x0b\x32\x12.stepstate.v1.Cell\x12#\n\x06inputs\x18\x06 \x03(\x0b\x32\x13.stepstate.v1.Input\x12%\n\x07outputs\x18\x07 \x03(\x0b\x32\x14.stepstate.v1.Output\x12\x30\n\rstep_interval\x18\x08 \x01(\x0b\x32\x19.google.protobuf.Duration\x12\x18\n\x10needs_start_time\x18\t \x01(\x08\"P\n\x04\x43\x65ll\x12\x0c\n\x04kind\x18\x01 \x01(\t\x12\x13\n\x0bhidden_size\x18\x02 \x01(\r\x12\x12\n\nnum_layers\x18\x03 \x01(\r\x12\x11\n\tproj_size\x18\x04 \x01(\r\"#\n\x05Input\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\"6\n\x06Output\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04unit\x18\x02 \x01(\t\x12\x10\n\x08horizons\x18\x03 \x03(\r*h\n\nDurability\x12\x1a\n\x16\x44URABILITY_UNSPECIFIED\x10\x00\x12\x13\n\x0f\x44URABILITY_NONE\x10\x01\x12\x14\n\x10\x44URABILITY_ASYNC\x10\x02\x12\x13\n\x0f\x44URABILITY_SYNC\x10\x03*U\n\tResidency\x12\x19\n\x15RESIDENCY_UNSPECIFIED\x10\x00\x12\x16\n\x12RESIDENCY_RESIDENT\x10\x01\x12\x15\n\x11RESIDENCY_SPILLED\x10\x02\x32\x92\x07\n\x10StepstateService\x12R\n\x0bOpenSession\x12 .stepstate.v1.OpenSessionRequest\x1a!.stepstate.v1.OpenSessionResponse\x12O\n\nGetSession\x12\x1f.stepstate.v1.GetSessionRequest\x1a .stepstate.v1.GetSessionResponse\x12U\n\x0cListSessions\x12!.stepstate.v1.ListSessionsRequest\x1a\".stepstate.v1.ListSessionsResponse\x12U\n\x0c\x43loseSession\x12!.stepstate.v1.CloseSessionRequest\x1a\".stepstate.v1.CloseSessionResponse\x12=\n\x04Step\x12\x19.stepstate.v1.StepRequest\x1a\x1a.stepstate.v1.StepResponse\x12H\n\x0bStreamSteps\x12\x19.stepstate.v1.StepRequest\x1a\x1a.stepstate.v1.StepResponse(\x01\x30\x01\x12R\n\x0b\x46orkSession\x12 .stepstate.v1.ForkSessionRequest\x1a!.stepstate.v1.ForkSessionResponse\x12X\n\rExportSession\x12\".stepstate.v1.ExportSessionRequest\x1a#.stepstate.v1.ExportSessionResponse\x12X\n\rImportSession\x12\".stepstate.v1.ImportSessionRequest\x1a#.stepstate.v1.ImportSessionResponse\x12O\n\nListModels\x12\x1f.stepstate.v1.ListModelsRequest\x1a .stepstate.v1.ListModelsResponse\x12I\n\x08GetModel\x12\x1d.stepstate.v1.GetModelRequest\x1a\x1e.stepstate.v1.GetModelResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'stepstate.v1.stepstate_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
+  _globals['_DURABILITY']._serialized_start=2872
+  _globals['_DURABILITY']._serialized_end=2976
+  _globals['_RESIDENCY']._serialized_start=2978
+  _globals['_RESIDENCY']._serialized_end=3063
   _globals['_OPENSESSIONREQUEST']._serialized_start=137
-  _globals['_OPENSESSIONREQUEST']._serialized_end=306
-  _globals['_OPENSESSIONRESPONSE']._serialized_start=308
-  _globals['_OPENSESSIONRESPONSE']._serialized_end=369
-  _globals['_SESSION']._serialized_start=372
-  _globals['_SESSION']._serialized_end=689
-  _globals['_GETSESSIONREQUEST']._serialized_start=691
-  _globals['_GETSESSIONREQUEST']._serialized_end=730
-  _globals['_GETSESSIONRESPONSE']._serialized_start=732
-  _globals['_GETSESSIONRESPONSE']._serialized_end=792
-  _globals['_LISTSESSIONSREQUEST']._serialized_start=794
-  _globals['_LISTSESSIONSREQUEST']._serialized_end=869
-  _globals['_LISTSESSIONSRESPONSE']._serialized_start=871
-  _globals['_LISTSESSIONSRESPONSE']._serialized_end=959
-  _globals['_CLOSESESSIONREQUEST']._serialized_start=961
-  _globals['_CLOSESESSIONREQUEST']._serialized_end=1002
-  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1004
-  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1066
-  _globals['_STEPREQUEST']._serialized_start=1068
-  _globals['_STEPREQUEST']._serialized_end=1176
-  _globals['_STEPRESPONSE']._serialized_start=1179
-  _globals['_STEPRESPONSE']._serialized_end=1336
-  _globals['_LAYERTRACE']._serialized_start=1338
-  _globals['_LAYERTRACE']._serialized_end=1460
-  _globals['_LISTMODELSREQUEST']._serialized_start=1462
-  _globals['_LISTMODELSREQUEST']._serialized_end=1481
-  _globals['_LISTMODELSRESPONSE']._serialized_start=1483
-  _globals['_LISTMODELSRESPONSE']._serialized_end=1540
-  _globals['_GETMODELREQUEST']._serialized_start=1542
-  _globals['_GETMODELREQUEST']._serialized_end=1591
-  _globals['_GETMODELRESPONSE']._serialized_start=1593
-  _globals['_GETMODELRESPONSE']._serialized_end=1647
-  _globals['_MODEL']._serialized_start=1650
-  _globals['_MODEL']._serialized_end=1916
-  _globals['_CELL']._serialized_start=1918
-  _globals['_CELL']._serialized_end=1998
-  _globals['_INPUT']._serialized_start=2000
-  _globals['_INPUT']._serialized_end=2035
-  _globals['_OUTPUT']._serialized_start=2037
-  _globals['_OUTPUT']._serialized_end=2091
-  _globals['_STEPSTATESERVICE']._serialized_start=2094
-  _globals['_STEPSTATESERVICE']._serialized_end=2744
+  _globals['_OPENSESSIONREQUEST']._serialized_end=352
+  _globals['_OPENSESSIONRESPONSE']._serialized_start=354
+  _globals['_OPENSESSIONRESPONSE']._serialized_end=415
+  _globals['_SESSION']._serialized_start=418
+  _globals['_SESSION']._serialized_end=874
+  _globals['_GETSESSIONREQUEST']._serialized_start=876
+  _globals['_GETSESSIONREQUEST']._serialized_end=915
+  _globals['_GETSESSIONRESPONSE']._serialized_start=917
+  _globals['_GETSESSIONRESPONSE']._serialized_end=977
+  _globals['_LISTSESSIONSREQUEST']._serialized_start=979
+  _globals['_LISTSESSIONSREQUEST']._serialized_end=1054
+  _globals['_LISTSESSIONSRESPONSE']._serialized_start=1056
+  _globals['_LISTSESSIONSRESPONSE']._serialized_end=1144
+  _globals['_CLOSESESSIONREQUEST']._serialized_start=1146
+  _globals['_CLOSESESSIONREQUEST']._serialized_end=1187
+  _globals['_CLOSESESSIONRESPONSE']._serialized_start=1189
+  _globals['_CLOSESESSIONRESPONSE']._serialized_end=1251
+  _globals['_FORKSESSIONREQUEST']._serialized_start=1254
+  _globals['_FORKSESSIONREQUEST']._serialized_end=1413
+  _globals['_FORKSESSIONRESPONSE']._serialized_start=1415
+  _globals['_FORKSESSIONRESPONSE']._serialized_end=1476
+  _globals['_EXPORTSESSIONREQUEST']._serialized_start=1478
+  _globals['_EXPORTSESSIONREQUEST']._serialized_end=1520
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_start=1522
+  _globals['_EXPORTSESSIONRESPONSE']._serialized_end=1603
+  _globals['_IMPORTSESSIONREQUEST']._serialized_start=1606
+  _globals['_IMPORTSESSIONREQUEST']._serialized_end=1761
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_start=1763
+  _globals['_IMPORTSESSIONRESPONSE']._serialized_end=1826
+  _globals['_STEPREQUEST']._serialized_start=1828
+  _globals['_STEPREQUEST']._serialized_end=1936
+  _globals['_STEPRESPONSE']._serialized_start=1939
+  _globals['_STEPRESPONSE']._serialized_end=2115
+  _globals['_LAYERTRACE']._serialized_start=2117
+  _globals['_LAYERTRACE']._serialized_end=2239
+  _globals['_LISTMODELSREQUEST']._serialized_start=2241
+  _globals['_LISTMODELSREQUEST']._serialized_end=2260
+  _globals['_LISTMODELSRESPONSE']._serialized_start=2262
+  _globals['_LISTMODELSRESPONSE']._serialized_end=2319
+  _globals['_GETMODELREQUEST']._serialized_start=2321
+  _globals['_GETMODELREQUEST']._serialized_end=2370
+  _globals['_GETMODELRESPONSE']._serialized_start=2372
+  _globals['_GETMODELRESPONSE']._serialized_end=2426
+  _globals['_MODEL']._serialized_start=2429
+  _globals['_MODEL']._serialized_end=2695
+  _globals['_CELL']._serialized_start=2697
+  _globals['_CELL']._serialized_end=2777
+  _globals['_INPUT']._serialized_start=2779
+  _globals['_INPUT']._serialized_end=2814
+  _globals['_OUTPUT']._serialized_start=2816
+  _globals['_OUTPUT']._serialized_end=2870
+  _globals['_STEPSTATESERVICE']._serialized_start=3066
+  _globals['_STEPSTATESERVICE']._serialized_end=3980
 # @@protoc_insertion_point(module_scope)

@@ -4,6 +4,7 @@ from google.protobuf import duration_pb2 as _duration_pb2
 from google.protobuf import timestamp_pb2 as _timestamp_pb2
 from stepstate.v1.google_rpc import status_pb2 as _status_pb2
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from collections.abc import Iterable as _Iterable, Mapping as _Mapping
@@ -11,19 +12,41 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class Durability(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    DURABILITY_UNSPECIFIED: _ClassVar[Durability]
+    DURABILITY_NONE: _ClassVar[Durability]
+    DURABILITY_ASYNC: _ClassVar[Durability]
+    DURABILITY_SYNC: _ClassVar[Durability]
+
+class Residency(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    RESIDENCY_UNSPECIFIED: _ClassVar[Residency]
+    RESIDENCY_RESIDENT: _ClassVar[Residency]
+    RESIDENCY_SPILLED: _ClassVar[Residency]
+DURABILITY_UNSPECIFIED: Durability
+DURABILITY_NONE: Durability
+DURABILITY_ASYNC: Durability
+DURABILITY_SYNC: Durability
+RESIDENCY_UNSPECIFIED: Residency
+RESIDENCY_RESIDENT: Residency
+RESIDENCY_SPILLED: Residency
+
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("session_id", "model", "version", "idle_timeout", "start_time")
+    __slots__ = ("session_id", "model", "version", "idle_timeout", "start_time", "durability")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     START_TIME_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model: str
     version: str
     idle_timeout: _duration_pb2.Duration
     start_time: _timestamp_pb2.Timestamp
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    durability: Durability
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
     __slots__ = ("session",)
@@ -32,7 +55,7 @@ class OpenSessionResponse(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "model", "version", "fingerprint", "t", "idle_timeout", "start_time", "open_time", "expire_time", "queued_requests")
+    __slots__ = ("session_id", "model", "version", "fingerprint", "t", "idle_timeout", "start_time", "open_time", "expire_time", "queued_requests", "durable_t", "durability", "residency", "owner", "epoch")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -43,6 +66,11 @@ class Session(_message.Message):
     OPEN_TIME_FIELD_NUMBER: _ClassVar[int]
     EXPIRE_TIME_FIELD_NUMBER: _ClassVar[int]
     QUEUED_REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_T_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    RESIDENCY_FIELD_NUMBER: _ClassVar[int]
+    OWNER_FIELD_NUMBER: _ClassVar[int]
+    EPOCH_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model: str
     version: str
@@ -53,7 +81,12 @@ class Session(_message.Message):
     open_time: _timestamp_pb2.Timestamp
     expire_time: _timestamp_pb2.Timestamp
     queued_requests: int
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., t: _Optional[int] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., open_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queued_requests: _Optional[int] = ...) -> None: ...
+    durable_t: int
+    durability: Durability
+    residency: Residency
+    owner: str
+    epoch: int
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., t: _Optional[int] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., open_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queued_requests: _Optional[int] = ..., durable_t: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id",)
@@ -97,6 +130,56 @@ class CloseSessionResponse(_message.Message):
     session: Session
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
+class ForkSessionRequest(_message.Message):
+    __slots__ = ("session_id", "new_session_id", "idle_timeout", "durability")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    NEW_SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    IDLE_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    new_session_id: str
+    idle_timeout: _duration_pb2.Duration
+    durability: Durability
+    def __init__(self, session_id: _Optional[str] = ..., new_session_id: _Optional[str] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ...) -> None: ...
+
+class ForkSessionResponse(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
+
+class ExportSessionRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class ExportSessionResponse(_message.Message):
+    __slots__ = ("snapshot", "session")
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    snapshot: bytes
+    session: Session
+    def __init__(self, snapshot: _Optional[bytes] = ..., session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
+
+class ImportSessionRequest(_message.Message):
+    __slots__ = ("snapshot", "session_id", "idle_timeout", "durability")
+    SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    IDLE_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
+    DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    snapshot: bytes
+    session_id: str
+    idle_timeout: _duration_pb2.Duration
+    durability: Durability
+    def __init__(self, snapshot: _Optional[bytes] = ..., session_id: _Optional[str] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ...) -> None: ...
+
+class ImportSessionResponse(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
+
 class StepRequest(_message.Message):
     __slots__ = ("session_id", "t", "x", "inspect", "last_only")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
@@ -112,20 +195,22 @@ class StepRequest(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., t: _Optional[int] = ..., x: _Optional[_Iterable[float]] = ..., inspect: bool = ..., last_only: bool = ...) -> None: ...
 
 class StepResponse(_message.Message):
-    __slots__ = ("session_id", "t", "y", "replayed", "layers", "error")
+    __slots__ = ("session_id", "t", "y", "replayed", "layers", "error", "durable_t")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     T_FIELD_NUMBER: _ClassVar[int]
     Y_FIELD_NUMBER: _ClassVar[int]
     REPLAYED_FIELD_NUMBER: _ClassVar[int]
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_T_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     t: int
     y: _containers.RepeatedScalarFieldContainer[float]
     replayed: bool
     layers: _containers.RepeatedCompositeFieldContainer[LayerTrace]
     error: _status_pb2.Status
-    def __init__(self, session_id: _Optional[str] = ..., t: _Optional[int] = ..., y: _Optional[_Iterable[float]] = ..., replayed: bool = ..., layers: _Optional[_Iterable[_Union[LayerTrace, _Mapping]]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+    durable_t: int
+    def __init__(self, session_id: _Optional[str] = ..., t: _Optional[int] = ..., y: _Optional[_Iterable[float]] = ..., replayed: bool = ..., layers: _Optional[_Iterable[_Union[LayerTrace, _Mapping]]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., durable_t: _Optional[int] = ...) -> None: ...
 
 class LayerTrace(_message.Message):
     __slots__ = ("i", "f", "g", "o", "c", "m", "h", "r", "z", "n")

@@ -65,6 +65,21 @@ class StepstateServiceStub(object):
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.StepRequest.SerializeToString,
                 response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.StepResponse.FromString,
                 _registered_method=True)
+        self.ForkSession = channel.unary_unary(
+                '/stepstate.v1.StepstateService/ForkSession',
+                request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ForkSessionRequest.SerializeToString,
+                response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ForkSessionResponse.FromString,
+                _registered_method=True)
+        self.ExportSession = channel.unary_unary(
+                '/stepstate.v1.StepstateService/ExportSession',
+                request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ExportSessionRequest.SerializeToString,
+                response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ExportSessionResponse.FromString,
+                _registered_method=True)
+        self.ImportSession = channel.unary_unary(
+                '/stepstate.v1.StepstateService/ImportSession',
+                request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionRequest.SerializeToString,
+                response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/stepstate.v1.StepstateService/ListModels',
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ListModelsRequest.SerializeToString,
@@ -85,24 +100,27 @@ class StepstateServiceServicer(object):
         """Opens a session with zero state at t = 0.
         Errors: ALREADY_EXISTS SESSION_EXISTS; NOT_FOUND MODEL_UNKNOWN;
         INVALID_ARGUMENT INVALID_FIELD; RESOURCE_EXHAUSTED SESSION_LIMIT;
-        UNAVAILABLE DRAINING.
+        UNAVAILABLE DRAINING, STORE_UNAVAILABLE, QUEUE_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def GetSession(self, request, context):
-        """Tells where a session stands. It does not count as use.
-        Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED.
+        """Tells where a session stands. It does not count as use, and takes nothing
+        over: of a session that another server holds it tells what is saved.
+        Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
+        SESSION_LOST; UNAVAILABLE STORE_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists open sessions, a page at a time, in no promised order. A session
-        that is open during the whole listing appears in it exactly once.
-        Errors: INVALID_ARGUMENT INVALID_FIELD.
+        """Lists the open sessions of the loaded models, spilled ones too, a page at
+        a time, in no promised order. A session that is open during the whole
+        listing appears in it exactly once.
+        Errors: INVALID_ARGUMENT INVALID_FIELD; UNAVAILABLE STORE_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -111,7 +129,8 @@ class StepstateServiceServicer(object):
     def CloseSession(self, request, context):
         """Closes a session. Steps accepted before it are finished first. The server
         remembers for a while that the session was closed.
-        Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED.
+        Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
+        SESSION_LOST; ABORTED STALE_OWNER; UNAVAILABLE STORE_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -119,11 +138,14 @@ class StepstateServiceServicer(object):
 
     def Step(self, request, context):
         """Applies one or more rows to a session, all or none of them. A request sent
-        twice with the same t and payload is applied once and answered twice.
-        Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED;
-        INVALID_ARGUMENT INVALID_FIELD, NON_FINITE_INPUT, NON_FINITE_RESULT,
-        STEP_MISMATCH; ABORTED STEP_AHEAD; OUT_OF_RANGE STEP_TOO_OLD;
-        UNAVAILABLE QUEUE_FULL, DRAINING.
+        twice with the same t and payload is applied once and answered twice, also
+        when the server was restarted, or another one took over, in between.
+        Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
+        SESSION_LOST; INVALID_ARGUMENT INVALID_FIELD, NON_FINITE_INPUT,
+        NON_FINITE_RESULT, STEP_MISMATCH; ABORTED STEP_AHEAD, STALE_OWNER,
+        STEP_UNPLACED; OUT_OF_RANGE STEP_TOO_OLD; FAILED_PRECONDITION
+        SNAPSHOT_FOREIGN; DATA_LOSS SNAPSHOT_CORRUPT; UNAVAILABLE QUEUE_FULL,
+        DRAINING, STORE_UNAVAILABLE.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -140,6 +162,35 @@ class StepstateServiceServicer(object):
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ForkSession(self, request, context):
+        """Opens a new session that starts from a copy of another: its state, its t
+        and its replay window. The two then go on apart. Steps accepted before it
+        are in the copy.
+        Errors: those of GetSession for the source; those of OpenSession for the
+        new session.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ExportSession(self, request, context):
+        """Returns a session as a snapshot: all that is needed to go on with it on
+        another server that has the same model. The session stays open.
+        Errors: those of GetSession; UNAVAILABLE STORE_UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ImportSession(self, request, context):
+        """Opens a session from a snapshot. Its idle time begins anew.
+        Errors: DATA_LOSS SNAPSHOT_CORRUPT; FAILED_PRECONDITION SNAPSHOT_FOREIGN;
+        those of OpenSession.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -192,6 +243,21 @@ def add_StepstateServiceServicer_to_server(servicer, server):
                     servicer.StreamSteps,
                     request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.StepRequest.FromString,
                     response_serializer=stepstate_dot_v1_dot_stepstate__pb2.StepResponse.SerializeToString,
+            ),
+            'ForkSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ForkSession,
+                    request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ForkSessionRequest.FromString,
+                    response_serializer=stepstate_dot_v1_dot_stepstate__pb2.ForkSessionResponse.SerializeToString,
+            ),
+            'ExportSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExportSession,
+                    request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ExportSessionRequest.FromString,
+                    response_serializer=stepstate_dot_v1_dot_stepstate__pb2.ExportSessionResponse.SerializeToString,
+            ),
+            'ImportSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ImportSession,
+                    request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionRequest.FromString,
+                    response_serializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -367,6 +433,87 @@ class StepstateService(object):
             '/stepstate.v1.StepstateService/StreamSteps',
             stepstate_dot_v1_dot_stepstate__pb2.StepRequest.SerializeToString,
             stepstate_dot_v1_dot_stepstate__pb2.StepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ForkSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepstate.v1.StepstateService/ForkSession',
+            stepstate_dot_v1_dot_stepstate__pb2.ForkSessionRequest.SerializeToString,
+            stepstate_dot_v1_dot_stepstate__pb2.ForkSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepstate.v1.StepstateService/ExportSession',
+            stepstate_dot_v1_dot_stepstate__pb2.ExportSessionRequest.SerializeToString,
+            stepstate_dot_v1_dot_stepstate__pb2.ExportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ImportSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepstate.v1.StepstateService/ImportSession',
+            stepstate_dot_v1_dot_stepstate__pb2.ImportSessionRequest.SerializeToString,
+            stepstate_dot_v1_dot_stepstate__pb2.ImportSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

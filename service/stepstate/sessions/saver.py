@@ -1,0 +1,234 @@
+"""Writes snapshots: of async sessions in the background, of sync ones before their replies.
+
+Rule 1: a snapshot is taken between two turns of the engine, so it is whole.
+Rule 2: durable_t advances only when the store has said that the snapshot is kept.
+Rule 3: when the store refuses an epoch, or it is unknown whether a sync step was
+        committed, the copy here is worth nothing: it is forgotten, and the store decides.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import groupby
+from typing import Protocol
+
+import numpy as np
+
+from stepstate.errors import Internal, StaleOwner, StepstateError, StoreUnavailable
+from stepstate.sessions.link import StoreLink
+from stepstate.sessions.session import Session, Step
+from stepstate.sessions.snapshot import Snapshot, encode
+from stepstate.sessions.table import Table
+from stepstate.stores import Durability, Entry, Save, Saved
+
+log = logging.getLogger(__name__)
+
+SAVED_AT_ONCE = 128
+"""A few milliseconds of work between two turns of the loop."""
+IDLE_SHARE = 4
+"""The background takes at most a fifth of the loop: it rests this much longer than it worked."""
+
+
+class SaverObserver(Protocol):
+    """Is told of snapshots."""
+
+    def saved(self, count: int, size: int, seconds: float) -> None:
+        """Snapshots of so many sessions, of so many bytes, were written together."""
+        ...
+
+    def not_saved(self, reason: str, count: int) -> None:
+        """Snapshots were refused (fenced), or could not be written (failed)."""
+        ...
+
+
+class Saver:
+    """Saves resident sessions.
+
+    Args:
+        link: the store.
+        table: the resident sessions.
+        owner: the name under which this server holds leases.
+        clock: monotonic seconds.
+        wall: Unix seconds.
+        observer: told of snapshots.
+        forget: called with a session whose copy here is worth nothing any more, and why.
+    """
+
+    def __init__(
+        self,
+        link: StoreLink,
+        table: Table,
+        *,
+        owner: str,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        observer: SaverObserver,
+        forget: Callable[[Session, StepstateError], None],
+    ) -> None:
+        self._link = link
+        self._table = table
+        self._owner = owner
+        self._clock = clock
+        self._wall = wall
+        self._observer = observer
+        self._forget = forget
+        self._commits: set[asyncio.Task[None]] = set()
+        self._urged = asyncio.Event()
+
+    def expires_at(self, session: Session) -> float:
+        """When a session expires, in Unix seconds."""
+        return self._wall() + self._table.expires_at[session.handle] - self._clock()
+
+    def snapshot(self, session: Session) -> bytes:
+        """A session's snapshot as it stands."""
+        return next(self._snapshots([session]))[1]
+
+    async def save(self, sessions: Iterable[Session], *, release: bool = False) -> None:
+        """Saves sessions together; with `release` their leases are given up.
+
+        Sessions that another server has taken over are forgotten.
+
+        Raises:
+            StoreUnavailable: whether they were saved is not known.
+        """
+        saves = [self._save(*pair, release=release) for pair in self._snapshots(sessions)]
+        if not saves:
+            return
+        started = time.perf_counter()
+        try:
+            verdicts = await self._link.ask(self._link.store.save([save for _, save in saves]))
+        except StoreUnavailable:
+            self._observer.not_saved("failed", len(saves))
+            raise
+        size = sum(len(save.snapshot or b"") for _, save in saves)
+        self._observer.saved(len(saves), size, time.perf_counter() - started)
+        settled = list(zip(saves, verdicts, strict=True))
+        for (session, save), verdict in settled:
+            if verdict is Saved.DONE:
+                self._now_durable(session, save.t)
+        for (session, save), verdict in settled:
+            if verdict is not Saved.DONE and self._here(session):
+                await self._not_kept(session, save, verdict)
+
+    def commit(self, steps: Sequence[Step]) -> None:
+        """Saves the sessions of steps that were just applied, and then lets them be answered."""
+        task = asyncio.create_task(self._commit(steps))
+        self._commits.add(task)
+        task.add_done_callback(self._commits.discard)
+
+    def urge(self) -> None:
+        """Begins the next round in the background at once."""
+        self._urged.set()
+
+    async def run(self, interval_seconds: float) -> None:
+        """Saves in the background, for ever, what is not durable."""
+        while True:
+            try:
+                async with asyncio.timeout(interval_seconds):
+                    await self._urged.wait()
+            except TimeoutError:
+                pass
+            self._urged.clear()
+            try:
+                await self.save_round()
+            except StoreUnavailable:
+                await asyncio.sleep(interval_seconds)  # the link has noted it
+            except Exception:
+                log.exception("a round of snapshots failed; the next one tries again")
+
+    async def save_round(self) -> None:
+        """Saves every async session that has rows to save, and the due ones of durability none.
+
+        Raises:
+            StoreUnavailable.
+        """
+        due = self._table.undurable() + self._table.untouched(self._clock())
+        for first in range(0, len(due), SAVED_AT_ONCE):
+            began = time.perf_counter()
+            some = [
+                session for session in due[first : first + SAVED_AT_ONCE] if self._here(session)
+            ]
+            await self.save(some)
+            if len(due) > SAVED_AT_ONCE:
+                await asyncio.sleep(IDLE_SHARE * (time.perf_counter() - began))
+
+    async def _commit(self, steps: Sequence[Step]) -> None:
+        failure: StepstateError | None = None
+        try:
+            await self.save([step.session for step in steps])
+        except StoreUnavailable as error:
+            failure = error
+        except Exception:
+            failure = Internal(secrets.token_hex(8))
+            log.exception("a commit failed", extra={"error_id": failure.error_id})
+        for step in steps:
+            if failure is not None:
+                self._forget(step.session, failure)
+            step.session.lane.committed(step)
+
+    def _snapshots(self, sessions: Iterable[Session]) -> Iterator[tuple[Session, bytes]]:
+        """Each session with its snapshot; states are copied out of a lane together."""
+        offset = self._wall() - self._clock()
+        table = self._table
+        for lane, group in groupby(sessions, key=lambda session: session.lane):
+            some = list(group)
+            states = lane.engine.read_states(np.array([session.slot for session in some]))
+            for session, state in zip(some, states, strict=True):
+                handle = session.handle
+                used_at = table.expires_at[handle] - session.record.idle_timeout_seconds + offset
+                window = lane.window.read(session.slot)
+                snapshot = Snapshot(
+                    session.record, table.t[handle], used_at, state, window, epoch=session.epoch
+                )
+                yield session, encode(snapshot, session.identity)
+
+    def _save(self, session: Session, snapshot: bytes, *, release: bool) -> tuple[Session, Save]:
+        owner = "" if release else self._owner
+        t = self._table.t[session.handle]
+        expires_at = self.expires_at(session)
+        self._touch_later(session)
+        return session, Save(session.session_id, session.epoch, owner, t, expires_at, snapshot)
+
+    def _touch_later(self, session: Session) -> None:
+        """A session that is not saved for its rows is saved now and then for its expiry."""
+        if session.record.durability is Durability.NONE:
+            at = self._clock() + session.record.idle_timeout_seconds / 2
+            self._table.touch(session, at)
+
+    def _now_durable(self, session: Session, t: int) -> None:
+        durable = session.record.durability is not Durability.NONE
+        if durable and self._here(session) and t > self._table.durable_t[session.handle]:
+            self._table.durable_t[session.handle] = t
+
+    async def _not_kept(self, session: Session, save: Save, verdict: Saved) -> None:
+        if verdict is Saved.MISSING and await self._keep_again(session, save):
+            return
+        self._observer.not_saved("fenced", 1)
+        found = await self._link.ask(self._link.store.find(session.session_id))
+        self._forget(session, StaleOwner(session.session_id, found.t if found is not None else 0))
+
+    async def _keep_again(self, session: Session, save: Save) -> bool:
+        """Gives a store that lost a session what it should have; False if somebody else has it."""
+        assert save.snapshot is not None
+        log.warning("the store had lost a session", extra={"session_id": session.session_id})
+        kept = await self._link.ask(
+            self._link.store.create(
+                session.record,
+                owner=save.owner,
+                t=save.t,
+                expires_at=save.expires_at,
+                snapshot=save.snapshot,
+            )
+        )
+        if isinstance(kept, Entry):
+            return False
+        session.epoch = kept
+        self._now_durable(session, save.t)
+        return True
+
+    def _here(self, session: Session) -> bool:
+        return self._table.get(session.session_id) is session

@@ -1,0 +1,45 @@
+"""A store by its URL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from stepstate.stores.base import SessionStore
+from stepstate.stores.failures import CannotOpenStore
+from stepstate.stores.memory import MemoryStore
+from stepstate.stores.sqlite import SqliteStore
+
+KINDS = "sqlite:PATH, redis://HOST:PORT/DB, rediss://, redis+cluster://HOST:PORT or memory:"
+
+
+async def open_store(url: str, *, clock: Callable[[], float], fsync: bool = False) -> SessionStore:
+    """Opens the store that a URL names.
+
+    Args:
+        url: `sqlite:PATH`, `redis://[USER:PASSWORD@]HOST:PORT/DB` (`rediss://` with TLS),
+            `redis+cluster://HOST:PORT` (`rediss+cluster://`) or `memory:`.
+        clock: Unix seconds; may be called from a thread.
+        fsync: whether a commit of sqlite waits for the disk. Redis is configured by itself.
+
+    Raises:
+        CannotOpenStore: there is no such store.
+    """
+    scheme, colon, rest = url.partition(":")
+    if colon and scheme == "memory" and not rest:
+        return MemoryStore(clock)
+    if colon and scheme == "sqlite":
+        return await SqliteStore.open(_path(url, rest), clock=clock, fsync=fsync)
+    raise CannotOpenStore(repr(scheme), f"no such kind of store, expected {KINDS}")
+
+
+def _path(url: str, rest: str) -> Path:
+    """The path of `sqlite:PATH`; `sqlite:///PATH` is an absolute one, as others write it."""
+    if rest in {"", ":memory:"}:
+        raise CannotOpenStore(repr(url), "no file is named: write sqlite:PATH, or memory:")
+    if rest.startswith("//") and not rest.startswith("///"):
+        path = rest.lstrip("/")
+        raise CannotOpenStore(
+            repr(url), f"write sqlite:{path} or, if it is absolute, sqlite:/{path}"
+        )
+    return Path(rest)

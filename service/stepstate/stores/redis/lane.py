@@ -1,0 +1,118 @@
+"""Sends what was asked for together in one pipeline.
+
+Rule 1: one pipeline of a lane is on its way at a time, so commands arrive in order; all that
+        came meanwhile goes into the next.
+Rule 2: whatever goes wrong is `StoreUnavailable`, after 2 s at the latest: when Redis does not
+        answer, those who wait behind are not made to wait again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from redis.exceptions import ResponseError
+
+from stepstate.errors import StoreUnavailable
+from stepstate.stores.redis.link import AWAY, Command, Link, Reply, ask
+
+log = logging.getLogger(__name__)
+
+MOST_COMMANDS = 256
+"""Of one pipeline: Redis runs a pipeline through before it reads from another connection."""
+MOST_BYTES = 8 * 2**20
+"""Of one pipeline, so that a slow network takes less than the timeout for it."""
+WHOLE_SECONDS = 10.0
+"""For a pipeline that moves; one that stands is given up after the socket's timeout."""
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    command: Command
+    reply: asyncio.Future[Reply] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+
+class Lane:
+    """The commands for one node.
+
+    Args:
+        link: the way to it.
+    """
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self._waiting: deque[_Asked] = deque()
+        self._task: asyncio.Task[None] | None = None
+
+    async def do(self, command: Command) -> Reply:
+        """The reply to a command.
+
+        Raises:
+            StoreUnavailable.
+        """
+        asked = _Asked(command)
+        self._waiting.append(asked)
+        if self._task is None:
+            self._task = asyncio.create_task(self._run())
+        return await asked.reply
+
+    async def close(self) -> None:
+        """Waits for what is on its way."""
+        if self._task is not None:
+            await self._task
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                some = self._take()
+                if some:
+                    await self._ask(some)
+        finally:
+            self._task = None
+
+    def _take(self) -> list[_Asked]:
+        some: list[_Asked] = []
+        size = 0
+        while self._waiting and len(some) < MOST_COMMANDS:
+            asked = self._waiting[0]
+            size += asked.command.size
+            if some and size > MOST_BYTES:
+                break
+            self._waiting.popleft()
+            if not asked.reply.done():  # its caller is still there
+                some.append(asked)
+        return some
+
+    async def _ask(self, some: Sequence[_Asked]) -> None:
+        try:
+            async with asyncio.timeout(WHOLE_SECONDS):
+                replies = await ask(self._link, [asked.command for asked in some])
+        except AWAY as error:
+            self._fail([*some, *self._waiting], self._told(error))
+            self._waiting.clear()
+        except Exception as error:
+            log.exception("redis-py failed in a way of its own")
+            self._fail(some, self._told(error))
+        else:
+            for asked, reply in zip(some, replies, strict=True):
+                self._answer(asked, reply)
+
+    def _answer(self, asked: _Asked, reply: Reply) -> None:
+        if isinstance(reply, Exception):
+            self._fail([asked], self._told(reply))
+        elif not asked.reply.done():
+            asked.reply.set_result(reply)
+
+    def _fail(self, some: Sequence[_Asked], problem: str) -> None:
+        for asked in some:
+            if not asked.reply.done():
+                asked.reply.set_exception(StoreUnavailable(problem))
+
+    def _told(self, error: Exception) -> str:
+        kind = "" if isinstance(error, ResponseError) else f"{type(error).__name__}: "
+        return f"redis at {self._link.place}: {kind}{error}"

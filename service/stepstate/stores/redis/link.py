@@ -1,0 +1,205 @@
+"""One Redis, or a cluster, by way of redis-py.
+
+redis-py is told not to try anything again: what is safe to send twice is known here only.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from redis.asyncio import Redis
+from redis.asyncio.cluster import RedisCluster
+from redis.exceptions import (
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ClusterDownError,
+    ConnectionError as Disconnected,
+    MaxConnectionsError,
+    NoScriptError,
+    RedisClusterException,
+    RedisError,
+    SlotNotCoveredError,
+)
+
+from stepstate.stores.redis.scripts import Script
+
+log = logging.getLogger(__name__)
+
+Argument = str | bytes | int
+Reply = Any
+"""What a script returns: bytes, int, lists of them, or an exception."""
+
+AWAY = (RedisError, RedisClusterException, OSError, TimeoutError)
+"""All that redis-py raises for a Redis that does not answer as it should."""
+
+_ANSWERED = (BusyLoadingError, AuthenticationError, AuthorizationError, MaxConnectionsError)
+"""Derived from ConnectionError, and yet answers: another try would get the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A script with its keys, which are in one slot on a cluster, and its arguments."""
+
+    script: Script
+    keys: Sequence[str]
+    arguments: Sequence[Argument]
+
+    @property
+    def size(self) -> int:
+        """About its bytes."""
+        return sum(len(a) for a in self.arguments if not isinstance(a, int))
+
+    def words(self, *, whole: bool) -> tuple[Argument, ...]:
+        """As it is sent: by the script's name, or with its whole text."""
+        how = ("EVAL", self.script.text) if whole else ("EVALSHA", self.script.sha)
+        return (*how, len(self.keys), *self.keys, *self.arguments)
+
+
+class Link(Protocol):
+    """A way to Redis."""
+
+    place: str
+    """For errors; without passwords."""
+    one_slot: bool
+    """Whether the keys of a command must be of one bucket."""
+
+    def node(self, key: str) -> str:
+        """The node that has a key, or most probably has it."""
+        ...
+
+    async def send(self, commands: Sequence[Command], *, whole: bool) -> list[Reply]:
+        """Sends commands in one pipeline; errors are among the replies.
+
+        Raises:
+            one of AWAY.
+        """
+        ...
+
+    async def reconnect(self) -> None:
+        """Lets go of what may be out of date after a connection broke."""
+        ...
+
+    async def close(self) -> None:
+        """Closes all connections."""
+        ...
+
+
+class SingleLink:
+    """One Redis.
+
+    Args:
+        client: redis-py's client.
+        place: host and port.
+    """
+
+    one_slot = False
+
+    def __init__(self, client: Redis, place: str) -> None:
+        self.client = client
+        self.place = place
+
+    def node(self, key: str) -> str:
+        """See `Link.node`."""
+        del key
+        return ""
+
+    async def send(self, commands: Sequence[Command], *, whole: bool) -> list[Reply]:
+        """See `Link.send`."""
+        async with self.client.pipeline(transaction=False) as pipeline:
+            for command in commands:
+                pipeline.execute_command(*command.words(whole=whole))
+            replies: list[Reply] = await pipeline.execute(raise_on_error=False)
+        return replies
+
+    async def reconnect(self) -> None:
+        """See `Link.reconnect`; the pool looks at a connection before it lends it."""
+
+    async def close(self) -> None:
+        """See `Link.close`."""
+        await self.client.aclose()
+
+
+class ClusterLink:
+    """A cluster.
+
+    Args:
+        client: redis-py's client.
+        place: host and port where it was first asked.
+    """
+
+    one_slot = True
+
+    def __init__(self, client: RedisCluster, place: str) -> None:
+        self.client = client
+        self.place = place
+
+    def node(self, key: str) -> str:
+        """See `Link.node`."""
+        try:
+            node = self.client.get_node_from_key(key)
+        except RedisClusterException:
+            return ""  # not connected yet
+        return "" if node is None else str(node.name)
+
+    async def send(self, commands: Sequence[Command], *, whole: bool) -> list[Reply]:
+        """See `Link.send`."""
+        pipeline = self.client.pipeline()
+        for command in commands:
+            pipeline.execute_command(*command.words(whole=whole))
+        replies: list[Reply] = await pipeline.execute(raise_on_error=False)
+        return replies
+
+    async def reconnect(self) -> None:
+        """See `Link.reconnect`: the next command asks which node has what."""
+        await self.client.aclose()
+
+    async def close(self) -> None:
+        """See `Link.close`."""
+        await self.client.aclose()
+
+
+async def ask(link: Link, commands: Sequence[Command]) -> list[Reply]:
+    """Sends commands and, once more, those that were lost with a connection.
+
+    Scripts that Redis does not know (any more) are sent whole. The scripts bear that they are
+    sent twice. Errors that remain are among the replies.
+
+    Raises:
+        one of AWAY.
+    """
+    replies = await _send(link, commands, whole=False)
+    if any(_is_lost(reply) for reply in replies):
+        await link.reconnect()
+        replies = await _again(link, commands, replies, whole=False)
+    if any(isinstance(reply, NoScriptError) for reply in replies):
+        replies = await _again(link, commands, replies, whole=True)
+    return replies
+
+
+async def _send(link: Link, commands: Sequence[Command], *, whole: bool) -> list[Reply]:
+    try:
+        return await link.send(commands, whole=whole)
+    except AWAY as error:
+        if not _is_lost(error):
+            raise
+        return [error] * len(commands)
+
+
+async def _again(
+    link: Link, commands: Sequence[Command], replies: list[Reply], *, whole: bool
+) -> list[Reply]:
+    failed = [i for i, r in enumerate(replies) if _is_lost(r) or isinstance(r, NoScriptError)]
+    answers = await link.send([commands[i] for i in failed], whole=whole)
+    for i, answer in zip(failed, answers, strict=True):
+        replies[i] = answer
+    return replies
+
+
+def _is_lost(reply: object) -> bool:
+    """Whether the connection broke, so that nobody knows whether the command was run."""
+    lost = isinstance(reply, Disconnected | ClusterDownError | SlotNotCoveredError)
+    return lost and not isinstance(reply, _ANSWERED)

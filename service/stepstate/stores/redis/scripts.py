@@ -1,0 +1,188 @@
+"""The scripts: what has to be one step in Redis.
+
+A session's hash: `r` record, `i` id, `m` model, `f` fingerprint, `o` owner, `p` previous owner,
+`e` epoch, `t` rows, `x` expiry, `s` snapshot, `q` and `w`: number and store of the last
+operation. An ending's: `e`, `r` reason, `t`, `i` idle timeout, `x` when to forget it, `q`, `w`.
+Times are microseconds since 1970: whole numbers below 2^53, which is what Lua can count to.
+
+Rule 1: a script sent twice does what it does once, because `q` and `w` tell it: so a command
+        whose answer was lost with its connection can be sent again.
+Rule 2: a save does not undo a later one of its store: one that timed out may still wait in
+        Redis when its server has long gone on.
+Rule 3: keys that a script touches are its KEYS, in one slot, so that a cluster runs it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    """A Lua script."""
+
+    text: str
+    sha: str = field(init=False)
+    """By which Redis knows it once it has seen it."""
+
+    def __post_init__(self) -> None:
+        sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
+        object.__setattr__(self, "sha", sha)
+
+
+_COMMON = """
+local function number(n) return string.format('%.0f', n) end
+local function entry(key) return redis.call('HMGET', key, 'r', 't', 'x', 'e', 'o') end
+local function ending(key) return redis.call('HMGET', key, 'r', 't', 'i', 'x') end
+local function raised(epoch, now)
+    return number(math.max(tonumber(epoch or 0) + 1, tonumber(now)))
+end
+local function leave(key, due, counts)
+    local name = redis.call('HMGET', key, 'i', 'm')
+    redis.call('DEL', key)
+    if redis.call('ZREM', due, name[1] .. ' ' .. name[2]) == 1 then
+        redis.call('HINCRBY', counts, name[2], -1)
+    end
+end
+local function keep(key, expires, grace)
+    redis.call('PEXPIREAT', key, number(math.floor(tonumber(expires) / 1000) + tonumber(grace)))
+end
+"""
+
+CREATE = Script(
+    _COMMON
+    + """
+local key, gone, due, counts = unpack(KEYS)
+local id, model, fingerprint, record, owner, t, expires, snapshot, now, grace, q, w = unpack(ARGV)
+local old = redis.call('HMGET', key, 'e', 'x', 'q', 'w')
+if old[1] then
+    if old[3] == q and old[4] == w then return {1, old[1]} end
+    if tonumber(old[2]) > tonumber(now) then return {0, entry(key)} end
+end
+local epoch = raised(old[1] or redis.call('HGET', gone, 'e'), now)
+if old[1] then leave(key, due, counts) end
+redis.call('HSET', key, 'i', id, 'm', model, 'f', fingerprint, 'r', record, 'o', owner, 'p', '',
+    'e', epoch, 't', t, 'x', expires, 's', snapshot, 'q', q, 'w', w)
+keep(key, expires, grace)
+if redis.call('ZADD', due, expires, id .. ' ' .. model) == 1 then
+    redis.call('HINCRBY', counts, model, 1)
+end
+redis.call('DEL', gone)
+return {1, epoch}
+"""
+)
+""" {1, epoch}, or {0, entry} of the one that is open. """
+
+ACQUIRE = Script(
+    _COMMON
+    + """
+local key, gone = unpack(KEYS)
+local owner, now, q, w = unpack(ARGV)
+local old = redis.call('HMGET', key, 'e', 'x', 'q', 'w', 'f', 'o', 'p')
+if not old[1] then return {0, ending(gone)} end
+local mine = old[3] == q and old[4] == w
+local wanted = false
+for i = 5, #ARGV do wanted = wanted or ARGV[i] == old[5] end
+if not mine then
+    if not wanted or tonumber(old[2]) <= tonumber(now) then return {1, entry(key)} end
+    local epoch = raised(old[1], now)
+    redis.call('HSET', key, 'e', epoch, 'o', owner, 'p', old[6], 'q', q, 'w', w)
+    old[7] = old[6]
+end
+local taken = entry(key)
+taken[5] = old[7]
+return {2, taken, redis.call('HGET', key, 's')}
+"""
+)
+""" {0, ending}, {1, entry} of one that was not taken, or {2, entry, snapshot}. With no
+fingerprints it takes nothing: `find`. """
+
+SAVE = Script(
+    _COMMON
+    + """
+local grace, verdicts = ARGV[1], {}
+for i = 0, #KEYS / 3 - 1 do
+    local key, gone, due = KEYS[3 * i + 1], KEYS[3 * i + 2], KEYS[3 * i + 3]
+    local a = 7 * i + 1
+    local epoch, q = ARGV[a + 1], ARGV[a + 2]
+    local old = redis.call('HMGET', key, 'e', 'q', 'i', 'm')
+    if not old[1] then
+        verdicts[i + 1] = redis.call('EXISTS', gone) == 1 and 'fenced' or 'missing'
+    elseif old[1] ~= epoch then
+        verdicts[i + 1] = 'fenced'
+    else
+        if tonumber(q) >= tonumber(old[2]) then
+            local expires, snapshot = ARGV[a + 5], ARGV[a + 7]
+            if ARGV[a + 6] == '1' then redis.call('HSET', key, 's', snapshot) end
+            redis.call('HSET', key, 'q', q, 'o', ARGV[a + 3], 't', ARGV[a + 4], 'x', expires)
+            keep(key, expires, grace)
+            redis.call('ZADD', due, expires, old[3] .. ' ' .. old[4])
+        end
+        verdicts[i + 1] = 'done'
+    end
+end
+return verdicts
+"""
+)
+""" The verdict of each: three keys, and epoch, q, owner, t, expiry, 1 or 0, snapshot. """
+
+END = Script(
+    _COMMON
+    + """
+local key, gone, due, counts = unpack(KEYS)
+local epoch, reason, t, idle, forget, keep_ms, q, w = unpack(ARGV)
+if redis.call('HGET', key, 'e') ~= epoch then
+    local done = redis.call('HMGET', gone, 'q', 'w')
+    return (done[1] == q and done[2] == w) and 1 or 0
+end
+leave(key, due, counts)
+redis.call('HSET', gone, 'e', epoch, 'r', reason, 't', t, 'i', idle, 'x', forget, 'q', q, 'w', w)
+redis.call('PEXPIRE', gone, keep_ms)
+return 1
+"""
+)
+""" 1 if it was ended. """
+
+ENTRIES = Script(
+    _COMMON
+    + """
+local entries = {}
+for i, key in ipairs(KEYS) do entries[i] = entry(key) end
+return entries
+"""
+)
+
+MEMBERS = Script(
+    """
+local members = {}
+for i, key in ipairs(KEYS) do
+    local found = redis.call('ZRANGEBYSCORE', key, '-inf', ARGV[1], 'LIMIT', 0, ARGV[2])
+    for _, member in ipairs(found) do members[#members + 1] = member end
+end
+return members
+"""
+)
+""" Members of some buckets up to a score, at most so many of each. """
+
+COUNTS = Script(
+    """
+local counts = {}
+for i, key in ipairs(KEYS) do
+    for _, value in ipairs(redis.call('HGETALL', key)) do counts[#counts + 1] = value end
+end
+return counts
+"""
+)
+
+TIDY = Script(
+    """
+local key, due, counts = unpack(KEYS)
+local member, model = unpack(ARGV)
+if redis.call('HGET', key, 'm') == model then return 0 end
+if redis.call('ZREM', due, member) == 0 then return 0 end
+redis.call('HINCRBY', counts, model, -1)
+return 1
+"""
+)
+""" Forgets a member whose session went by itself, long after its expiry. """

@@ -1,0 +1,171 @@
+"""The thread that works on the file.
+
+Rule 1: only this thread touches the connection.
+Rule 2: whatever came while it worked is written together, in one transaction.
+Rule 3: jobs are written in the order in which they came.
+
+With a busy event loop a thread waits up to 5 ms (sys.getswitchinterval) for the
+interpreter's lock after each statement, so few statements matter more than fast ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+from stepstate.errors import StoreUnavailable
+from stepstate.stores.sqlite.file import SessionFile
+from stepstate.stores.sqlite.writes import Part, write
+
+log = logging.getLogger(__name__)
+
+ANSWER_SECONDS = 10.0
+"""For a disk that hangs. A transaction waits 2 s for another process at the most."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """What one call asks for: parts to write, or something to read."""
+
+    parts: Sequence[Part] = ()
+    read: Callable[[sqlite3.Connection], None] | None = None
+    error: Exception | None = None
+    done: asyncio.Future[None] = field(
+        default_factory=lambda: asyncio.get_running_loop().create_future()
+    )
+
+    def finish(self) -> None:
+        """Lets its caller go on."""
+        if self.done.done():  # its caller is gone
+            return
+        if self.error is None:
+            self.done.set_result(None)
+        else:
+            self.done.set_exception(self.error)
+
+
+class Worker:
+    """Takes jobs from the event loop, and hands them back done.
+
+    Args:
+        file: the open file.
+        clock: Unix seconds.
+    """
+
+    def __init__(self, file: SessionFile, clock: Callable[[], float]) -> None:
+        self._file = file
+        self._clock = clock
+        self._loop = asyncio.get_running_loop()
+        self._jobs: SimpleQueue[Job | None] = SimpleQueue()
+        self._closed = False
+        self._thread = Thread(target=self._run, name="stepstate-sqlite", daemon=True)
+        self._thread.start()
+
+    async def do(self, job: Job) -> None:
+        """Returns when the job is done; its parts then hold their answers.
+
+        Raises:
+            StoreUnavailable: it is not, or it is not known.
+        """
+        if self._closed:
+            raise StoreUnavailable(f"{self._file.path} was closed")
+        self._jobs.put(job)
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await job.done
+        except TimeoutError:
+            raise StoreUnavailable(
+                f"{self._file.path}: no answer for {ANSWER_SECONDS:g} s; does its disk hang?"
+            ) from None
+
+    async def close(self) -> None:
+        """Finishes what was asked for and closes the file."""
+        if not self._closed:
+            self._closed = True
+            self._jobs.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _run(self) -> None:
+        going = True
+        while going:
+            jobs = self._take()
+            going = None not in jobs
+            wanted = [job for job in jobs if job is not None and not job.done.done()]
+            # A failing write must not fail a read, and a long read should not delay writes.
+            self._write([job for job in wanted if job.read is None])
+            self._read([job for job in wanted if job.read is not None])
+        self._close()
+
+    def _take(self) -> list[Job | None]:
+        jobs = [self._jobs.get()]
+        try:
+            while True:
+                jobs.append(self._jobs.get_nowait())
+        except Empty:
+            return jobs
+
+    def _write(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        error = self._try_to_write(jobs)
+        if error is not None and len(jobs) > 1 and not _is_the_files(error):
+            for job in jobs:  # one of them has a value that can't be written: let the others go on
+                self._fail([job], self._try_to_write([job]))
+        else:
+            self._fail(jobs, error)
+        self._hand_back(jobs)
+
+    def _try_to_write(self, jobs: list[Job]) -> Exception | None:
+        try:
+            connection = self._file.connection()
+            write(connection, [part for job in jobs for part in job.parts], self._clock())
+        except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
+            self._file.failed(error)
+            return error
+        return None
+
+    def _read(self, jobs: list[Job]) -> None:
+        for job in jobs:
+            assert job.read is not None
+            try:
+                job.read(self._file.connection())
+            except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
+                self._file.failed(error)
+                self._fail([job], error)
+        if jobs:
+            self._hand_back(jobs)
+
+    def _fail(self, jobs: list[Job], error: Exception | None) -> None:
+        for job in jobs:
+            if error is not None and _is_the_files(error):
+                job.error = StoreUnavailable(f"{self._file.path}: {error}")
+            else:
+                job.error = error  # a surprise is told as it is
+
+    def _hand_back(self, jobs: list[Job]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(_finish, jobs)
+        except RuntimeError:
+            log.warning("the event loop ended before its store was closed")
+
+    def _close(self) -> None:
+        try:
+            self._file.close()
+        except sqlite3.Error:
+            log.exception("closing failed", extra={"path": str(self._file.path)})
+
+
+def _finish(jobs: list[Job]) -> None:
+    for job in jobs:
+        job.finish()
+
+
+def _is_the_files(error: Exception) -> bool:
+    """Whether the file is to blame, and not a value."""
+    values = sqlite3.DataError | sqlite3.ProgrammingError | sqlite3.InterfaceError
+    return isinstance(error, sqlite3.Error | OSError) and not isinstance(error, values)

@@ -1,0 +1,258 @@
+"""Creates, acquires, saves and ends: whatever came together goes into one transaction.
+
+A transaction goes in rounds. No id is twice in a round, so its parts may be written in any
+order: those of a kind together, in one statement. Between looking at a session and writing
+it nobody else writes, so epochs are compared here.
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from stepstate.stores.base import ENDING_SECONDS, Ending, Entry, Save, Saved, SessionRecord
+from stepstate.stores.epochs import next_epoch
+from stepstate.stores.sqlite.reads import Known, Row, look
+from stepstate.stores.sqlite.schema import microseconds
+
+ROWS_AT_ONCE = 256
+"""Of one statement; a statement of fewer is filled up, so that few have to be prepared."""
+READ_BYTES = 16 * 2**20
+"""Snapshots that are read together."""
+
+T = TypeVar("T")
+Values = tuple[Any, ...]
+
+_SAVE = """
+UPDATE sessions SET owner = v.column3, t = v.column4, expires = v.column5,
+    snapshot = coalesce(v.column6, snapshot)
+FROM (VALUES {}) AS v WHERE session_id = v.column1 AND epoch = v.column2
+"""
+_CREATE = """
+INSERT OR REPLACE INTO sessions
+    (session_id, model, record, epoch, owner, t, expires, snapshot, due)
+SELECT *, column7 FROM (VALUES {}) WHERE column1 IS NOT NULL
+"""
+_TAKE = """
+UPDATE sessions SET epoch = v.column2, owner = v.column3
+FROM (VALUES {}) AS v WHERE session_id = v.column1
+"""
+_SNAPSHOTS = """
+SELECT json_group_array(json_array(session_id, length(snapshot))),
+    CAST(group_concat(CAST(snapshot AS TEXT), '') AS BLOB)
+FROM sessions WHERE session_id IN (SELECT value FROM json_each(?1))
+"""
+_FORGET_SESSIONS = "DELETE FROM sessions WHERE session_id IN (SELECT value FROM json_each(?1))"
+_FORGET_ENDINGS = "DELETE FROM endings WHERE session_id IN (SELECT value FROM json_each(?1))"
+_FORGET_OLD = "DELETE FROM endings WHERE forget <= ?1"
+_ENDED = """
+INSERT OR REPLACE INTO endings (session_id, epoch, reason, t, idle_timeout_seconds, forget)
+SELECT * FROM (VALUES {}) WHERE column1 IS NOT NULL
+"""
+
+
+@dataclass(slots=True, eq=False)
+class Create:
+    """See `SessionStore.create`."""
+
+    record: SessionRecord
+    owner: str
+    t: int
+    expires_at: float
+    snapshot: bytes
+    answer: int | Entry = 0
+
+    @property
+    def session_id(self) -> str:
+        """Its id."""
+        return self.record.session_id
+
+
+@dataclass(slots=True, eq=False)
+class Acquire:
+    """See `SessionStore.acquire`."""
+
+    session_id: str
+    owner: str
+    fingerprints: Collection[str]
+    answer: tuple[Entry, bytes] | Entry | Ending | None = None
+
+
+@dataclass(slots=True, eq=False)
+class SaveOne:
+    """One of the saves of `SessionStore.save`."""
+
+    session_id: str
+    save: Save
+    answer: Saved = Saved.MISSING
+
+
+@dataclass(slots=True, eq=False)
+class End:
+    """See `SessionStore.end`."""
+
+    session_id: str
+    epoch: int
+    ending: Ending
+    answer: bool = False
+
+
+Part = Create | Acquire | SaveOne | End
+
+
+def write(connection: sqlite3.Connection, parts: Sequence[Part], now: float) -> None:
+    """Writes all parts, or none, and gives each its answer.
+
+    Raises:
+        sqlite3.Error: nothing was written, or it is not known; the transaction may be open.
+    """
+    rounds = _rounds(parts)
+    if len(rounds) == 1 and len(saves := _of(SaveOne, parts)) == len(parts) <= ROWS_AT_ONCE:
+        _save(connection, saves, now)  # one statement is its own transaction
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    for some in rounds:
+        _save(connection, _of(SaveOne, some), now)
+        _change(connection, [part for part in some if not isinstance(part, SaveOne)], now)
+    connection.execute("COMMIT")
+
+
+def _rounds(parts: Iterable[Part]) -> list[list[Part]]:
+    rounds: list[list[Part]] = []
+    met: dict[str, int] = {}
+    for part in parts:
+        before = met.get(part.session_id, 0)
+        met[part.session_id] = before + 1
+        if before == len(rounds):
+            rounds.append([])
+        rounds[before].append(part)
+    return rounds
+
+
+def _of(kind: type[T], parts: Iterable[Part]) -> list[T]:
+    return [part for part in parts if isinstance(part, kind)]
+
+
+def _save(connection: sqlite3.Connection, parts: list[SaveOne], now: float) -> None:
+    if not parts:
+        return
+    done = _execute_many(connection, _SAVE, [_saved(part.save) for part in parts])
+    for part in parts:
+        part.answer = Saved.DONE
+    if done < len(parts):
+        _tell_apart(look(connection, [part.session_id for part in parts], now), parts)
+
+
+def _saved(save: Save) -> Values:
+    expires = microseconds(save.expires_at)
+    return (save.session_id, save.epoch, save.owner, save.t, expires, save.snapshot)
+
+
+def _tell_apart(known: Known, parts: list[SaveOne]) -> None:
+    for part in parts:
+        if part.session_id in known.rows:
+            fenced = known.epoch(part.session_id) != part.save.epoch
+            part.answer = Saved.FENCED if fenced else Saved.DONE
+        else:
+            part.answer = Saved.FENCED if part.session_id in known.endings else Saved.MISSING
+
+
+def _change(connection: sqlite3.Connection, parts: list[Part], now: float) -> None:
+    if not parts:
+        return
+    known = look(connection, [part.session_id for part in parts], now)
+    _create(connection, known, _of(Create, parts), now)
+    _acquire(connection, known, _of(Acquire, parts), now)
+    _end(connection, known, _of(End, parts), now)
+
+
+def _create(connection: sqlite3.Connection, known: Known, parts: list[Create], now: float) -> None:
+    new: list[Values] = []
+    for part in parts:
+        row = known.rows.get(part.session_id)
+        if row is not None and row.entry.expires_at > now:
+            part.answer = row.entry
+            continue
+        part.answer = next_epoch(known.epoch(part.session_id), now)
+        record, expires = part.record, microseconds(part.expires_at)
+        what = (record.session_id, record.model_key, record.to_json(), part.answer)
+        new.append((*what, part.owner, part.t, expires, part.snapshot))
+    _execute_many(connection, _CREATE, new)
+    ended = [part.session_id for part in parts if part.session_id in known.endings]
+    if ended:
+        connection.execute(_FORGET_ENDINGS, (json.dumps(ended),))
+
+
+def _acquire(
+    connection: sqlite3.Connection, known: Known, parts: list[Acquire], now: float
+) -> None:
+    taken: dict[str, tuple[Acquire, Row]] = {}
+    for part in parts:
+        row = known.rows.get(part.session_id)
+        part.answer = known.of(part.session_id)
+        if row is None or row.entry.expires_at <= now:
+            continue
+        if row.entry.record.fingerprint in part.fingerprints:
+            entry = replace(row.entry, epoch=next_epoch(row.entry.epoch, now))
+            taken[part.session_id] = part, replace(row, entry=entry)
+    owners = [(name, row.entry.epoch, part.owner) for name, (part, row) in taken.items()]
+    _execute_many(connection, _TAKE, owners)
+    for session_id, snapshot in _snapshots(connection, [row for _, row in taken.values()]):
+        part, row = taken[session_id]
+        part.answer = row.entry, snapshot
+
+
+def _snapshots(connection: sqlite3.Connection, rows: Sequence[Row]) -> Iterator[tuple[str, bytes]]:
+    for some in _chunks_of_bytes(rows):
+        ids = json.dumps([row.entry.record.session_id for row in some])
+        sizes, joined = connection.execute(_SNAPSHOTS, (ids,)).fetchone()
+        start = 0
+        for session_id, size in json.loads(sizes):
+            yield session_id, joined[start : start + size]
+            start += size
+
+
+def _chunks_of_bytes(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    chunk: list[Row] = []
+    size = 0
+    for row in rows:
+        if chunk and size + row.snapshot_bytes > READ_BYTES:
+            yield chunk
+            chunk, size = [], 0
+        chunk.append(row)
+        size += row.snapshot_bytes
+    if chunk:
+        yield chunk
+
+
+def _end(connection: sqlite3.Connection, known: Known, parts: list[End], now: float) -> None:
+    forget = microseconds(now + ENDING_SECONDS)
+    rows: list[Values] = []
+    for part in parts:
+        row = known.rows.get(part.session_id)
+        part.answer = row is not None and row.entry.epoch == part.epoch
+        if part.answer:
+            ending, idle = part.ending, repr(part.ending.idle_timeout_seconds)
+            how = (ending.reason.value, ending.t, idle, forget)
+            rows.append((part.session_id, part.epoch, *how))
+    if rows:
+        connection.execute(_FORGET_SESSIONS, (json.dumps([row[0] for row in rows]),))
+        connection.execute(_FORGET_OLD, (microseconds(now),))
+        _execute_many(connection, _ENDED, rows)
+
+
+def _execute_many(connection: sqlite3.Connection, statement: str, rows: list[Values]) -> int:
+    """Executes a statement with all rows in its VALUES; returns how many it changed."""
+    changed = 0
+    for first in range(0, len(rows), ROWS_AT_ONCE):
+        some = rows[first : first + ROWS_AT_ONCE]
+        length = 1 << (len(some) - 1).bit_length()
+        width = len(some[0])
+        values = [value for row in some for value in row]
+        values += [None] * (width * (length - len(some)))  # an id of NULL is nobody's
+        marks = ",".join(["(" + ",".join("?" * width) + ")"] * length)
+        changed += connection.execute(statement.format(marks), values).rowcount
+    return changed

@@ -1,0 +1,141 @@
+"""Snapshots: the same session comes back, bit for bit, and nothing else is taken for one."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from stepstate.errors import SnapshotCorrupt
+from stepstate.sessions.snapshot import Snapshot, decode, encode
+from stepstate.sessions.window import Remains, Remembered
+from stepstate.stores import Durability, SessionRecord
+
+SAVED = Path(__file__).parent / "data" / "snapshot-v1.bin"
+RECORD = SessionRecord(
+    session_id="meter-7",
+    model="electricity",
+    version="1",
+    fingerprint="sha256:" + "ab" * 32,
+    idle_timeout_seconds=86_400.5,
+    start_time=datetime(2013, 6, 2, 0, 30, tzinfo=UTC),
+    open_time=datetime(2026, 11, 23, 21, 0, 0, 123_456, tzinfo=UTC),
+    durability=Durability.SYNC,
+)
+
+
+def make() -> Snapshot:
+    """A session of everything: state, rows, replies with and without layers."""
+    rng = np.random.default_rng(3)
+
+    def floats(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    layers = [{"i": floats(2, 5), "h": floats(2, 5)}, {"i": floats(2, 5), "h": floats(2, 3)}]
+    replies = (
+        Remembered(0, 90, floats(90, 2).tobytes(), None, b"d" * 16),
+        Remembered(90, 2, floats(2, 2).tobytes(), layers, b"e" * 16),
+    )
+    stamps = np.array([97, 94, 95, 96], np.int64)
+    window = Remains(stamps, floats(4, 5), replies)
+    return Snapshot(RECORD, 97, 1_763_900_000.25, floats(20), window, "host:50051#00", 7)
+
+
+def resealed(data: bytes) -> bytes:
+    """Changed bytes under a checksum that fits them."""
+    return data[:-4] + struct.pack("<I", zlib.crc32(data[:-4]))
+
+
+def same(one: Snapshot, other: Snapshot) -> bool:
+    """Bit for bit."""
+    return encode(one) == encode(other)
+
+
+def test_a_snapshot_comes_back_bit_for_bit():
+    snapshot = make()
+    back = decode(encode(snapshot))
+    assert back.record == snapshot.record
+    assert (back.t, back.stepped_at) == (snapshot.t, snapshot.stepped_at)
+    assert (back.owner, back.epoch) == (snapshot.owner, snapshot.epoch)
+    assert back.state.tobytes() == snapshot.state.tobytes()
+    assert back.window.stamps.tolist() == snapshot.window.stamps.tolist()
+    assert back.window.ring.tobytes() == snapshot.window.ring.tobytes()
+    for got, want in zip(back.window.replies, snapshot.window.replies, strict=True):
+        assert (got.t, got.rows, got.y, got.digest) == (want.t, want.rows, want.y, want.digest)
+        assert repr(got.layers) == repr(want.layers)
+    assert same(back, snapshot)
+
+
+def test_a_session_without_rows_and_start_time_comes_back():
+    window = Remains(np.zeros(0, np.int64), np.zeros((0, 5), np.float32), ())
+    blank = replace(make(), window=window, t=0, record=replace(RECORD, start_time=None))
+    assert same(decode(encode(blank)), blank)
+
+
+@pytest.mark.parametrize("place", ["magic", "identity", "state", "ring", "reply", "checksum"])
+def test_any_changed_bit_is_noticed(place):
+    data = bytearray(encode(make()))
+    places = {"magic": 3, "identity": 100, "state": 600, "ring": 700, "reply": -300, "checksum": -1}
+    data[places[place]] ^= 1
+    with pytest.raises(SnapshotCorrupt):
+        decode(bytes(data))
+
+
+def test_any_cut_is_noticed():
+    data = encode(make())
+    for length in range(0, len(data), 7):
+        with pytest.raises(SnapshotCorrupt):
+            decode(data[:length])
+
+
+def test_bytes_of_something_else_are_told_apart():
+    with pytest.raises(SnapshotCorrupt, match="do not begin"):
+        decode(b"PK\x03\x04" + b"\0" * 1000)
+
+
+def test_a_later_version_is_refused_by_its_number():
+    data = bytearray(encode(make()))
+    data[8:10] = struct.pack("<H", 2)
+    with pytest.raises(SnapshotCorrupt, match=r"version 2 .* reads up to 1"):
+        decode(resealed(bytes(data)))
+
+
+@pytest.mark.parametrize("field", range(5))
+def test_counts_that_do_not_fit_the_bytes_are_refused(field):
+    """Whoever can make a checksum still can't make the server allocate what is not there."""
+    for count in (0, 2**31, 2**32 - 1):
+        data = bytearray(encode(make()))
+        data[12 + 4 * field : 16 + 4 * field] = struct.pack("<I", count)
+        with pytest.raises(SnapshotCorrupt):
+            decode(resealed(bytes(data)))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_state_that_is_not_finite_is_refused(value):
+    snapshot = make()
+    state = snapshot.state.copy()
+    state[3] = value
+    with pytest.raises(SnapshotCorrupt, match="not finite"):
+        decode(encode(replace(snapshot, state=state)))
+
+
+def test_rows_that_were_never_applied_are_refused():
+    with pytest.raises(SnapshotCorrupt, match="can't have applied"):
+        decode(encode(replace(make(), t=96)))
+
+
+@pytest.mark.parametrize("record", ["[]", "{}", '{"session_id":1}', "not json"])
+def test_an_identity_that_is_none_is_refused(record):
+    identity = b'["' + record.replace('"', '\\"').encode() + b'",""]'
+    with pytest.raises(SnapshotCorrupt, match="do not fit"):
+        decode(encode(make(), identity))
+
+
+def test_a_snapshot_of_version_1_stays_readable():
+    """The file was written once, by the first server that had snapshots; it must never change."""
+    assert same(decode(SAVED.read_bytes()), make())

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, NoReturn
 
 import numpy as np
@@ -63,6 +64,11 @@ def running_server() -> Iterator[RunningServer]:
     command = [sys.executable, "-m", "stepstate.cli", "serve", "--models", str(MODELS)]
     command += ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
     command += ["--log-level", "WARNING"]
+    with TemporaryDirectory() as folder:
+        yield from _run([*command, "--store", f"sqlite:{folder}/stepstate.db"])
+
+
+def _run(command: list[str]) -> Iterator[RunningServer]:
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         line = process.stdout.readline() if process.stdout else ""

@@ -460,6 +460,50 @@ async def test_a_step_that_comes_during_a_spill_is_not_lost(start, store, clock,
     assert np.abs(await stepping - network.offline(x[:5])[3:]).max() <= CLOSE
 
 
+async def test_a_round_of_snapshots_does_not_take_back_the_lease_of_a_session_that_leaves(
+    start, store, clock, x
+):
+    rig = start(max_sessions=1)
+    await rig.open("a")
+    await play(rig, "a", x[:3], 0)
+    gate = asyncio.Event()
+    save = store.save
+
+    async def slow(saves):
+        await gate.wait()
+        return await save(saves)
+
+    store.save = slow
+    opening = asyncio.create_task(rig.open("b"))
+    await rounds(3)
+    saving = asyncio.create_task(rig.sessions.saver.save_round())
+    await rounds(3)
+    gate.set()
+    await asyncio.gather(opening, saving)
+    assert (await store.find("a")).owner == ""
+
+
+async def test_a_round_of_snapshots_does_not_take_leases_back_from_a_drain(start, store, x):
+    rig = start()
+    await rig.open("a")
+    await play(rig, "a", x[:3], 0)
+    gate = asyncio.Event()
+    save = store.save
+
+    async def slow(saves):
+        await gate.wait()
+        return await save(saves)
+
+    store.save = slow
+    draining = asyncio.create_task(rig.sessions.drain())
+    await rounds(3)
+    saving = asyncio.create_task(rig.sessions.saver.save_round())
+    await rounds(3)
+    gate.set()
+    await asyncio.gather(draining, saving)
+    assert (await store.find("a")).owner == ""
+
+
 async def test_a_spill_that_the_store_refuses_leaves_all_as_it_was(start, store, x, network):
     rig = start(max_sessions=1)
     await rig.open("a")

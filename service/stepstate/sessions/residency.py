@@ -30,6 +30,7 @@ from stepstate.sessions.link import StoreLink
 from stepstate.sessions.saver import Saver, SaverObserver
 from stepstate.sessions.session import Session
 from stepstate.sessions.snapshot import Snapshot, decode, identity_of
+from stepstate.sessions.standing import Standings
 from stepstate.sessions.table import Table
 from stepstate.stores import Durability, Ending, EndReason, Entry
 
@@ -69,6 +70,7 @@ class Residency:
         link: the store.
         table: the resident sessions.
         lanes: by model "name/version".
+        standings: tell what the store's entries mean.
         owner: the name under which this process, and no other, holds leases.
         clock: monotonic seconds.
         wall: Unix seconds.
@@ -80,6 +82,7 @@ class Residency:
         link: StoreLink,
         table: Table,
         lanes: Mapping[str, Lane],
+        standings: Standings,
         *,
         owner: str,
         clock: Callable[[], float],
@@ -100,6 +103,7 @@ class Residency:
         self._link = link
         self._table = table
         self._lanes = lanes
+        self._standings = standings
         self._owner = owner
         self._clock = clock
         self._wall = wall
@@ -201,7 +205,7 @@ class Residency:
         if isinstance(found, Ending):
             return told(session_id, found)
         record = found.record
-        if found.expires_at <= self._wall():
+        if self._standings.past(found):
             return await self._end_in_store(found, EndReason.EXPIRED)
         return SnapshotForeign(
             session_id, record.model_key, record.fingerprint, self.loaded(record.model_key)
@@ -212,11 +216,6 @@ class Residency:
         lane = self._lanes.get(model_key)
         return lane.model.manifest.fingerprint if lane is not None else ""
 
-    def lost_elsewhere(self, entry: Entry) -> bool:
-        """Whether a session was in the memory of another server, or an earlier one, only."""
-        kept = entry.record.durability is not Durability.NONE
-        return not kept and entry.owner not in ("", self._owner)
-
     async def _take(self, session_id: str) -> tuple[Entry, Snapshot]:
         fingerprints = [lane.model.manifest.fingerprint for lane in self._lanes.values()]
         found = await self._link.ask(
@@ -225,7 +224,7 @@ class Residency:
         if not isinstance(found, tuple):
             raise await self.untaken(found, session_id)
         entry, data = found
-        if self.lost_elsewhere(entry):
+        if self._standings.lost(entry):
             raise await self._end_in_store(entry, EndReason.LOST)
         snapshot = decode(data)
         self.check_fit(snapshot)

@@ -78,6 +78,7 @@ class Saver:
         self._forget = forget
         self._commits: set[asyncio.Task[None]] = set()
         self._urged = asyncio.Event()
+        self._stopped = False
 
     def expires_at(self, session: Session) -> float:
         """When a session expires, in Unix seconds."""
@@ -95,7 +96,9 @@ class Saver:
         Raises:
             StoreUnavailable: whether they were saved is not known.
         """
-        saves = [self._save(*pair, release=release) for pair in self._snapshots(sessions)]
+        whole, clean = _divided(sessions, lambda session: release and self._is_clean(session))
+        saves = [self._save(*pair, release=release) for pair in self._snapshots(whole)]
+        saves += [self._save(session, None, release=release) for session in clean]
         if not saves:
             return
         started = time.perf_counter()
@@ -119,6 +122,10 @@ class Saver:
         task = asyncio.create_task(self._commit(steps))
         self._commits.add(task)
         task.add_done_callback(self._commits.discard)
+
+    def stop(self) -> None:
+        """Begins no more rounds: whoever drains saves for the last time, and gives leases up."""
+        self._stopped = True
 
     def urge(self) -> None:
         """Begins the next round in the background at once."""
@@ -149,10 +156,7 @@ class Saver:
         due = self._table.undurable() + self._table.untouched(self._clock())
         for first in range(0, len(due), SAVED_AT_ONCE):
             began = time.perf_counter()
-            some = [
-                session for session in due[first : first + SAVED_AT_ONCE] if self._here(session)
-            ]
-            await self.save(some)
+            await self.save(filter(self._stays, due[first : first + SAVED_AT_ONCE]))
             if len(due) > SAVED_AT_ONCE:
                 await asyncio.sleep(IDLE_SHARE * (time.perf_counter() - began))
 
@@ -186,7 +190,14 @@ class Saver:
                 )
                 yield session, encode(snapshot, session.identity)
 
-    def _save(self, session: Session, snapshot: bytes, *, release: bool) -> tuple[Session, Save]:
+    def _is_clean(self, session: Session) -> bool:
+        """Whether the store has all of it."""
+        kept = session.record.durability is not Durability.NONE
+        return kept and self._table.durable_t[session.handle] == self._table.t[session.handle]
+
+    def _save(
+        self, session: Session, snapshot: bytes | None, *, release: bool
+    ) -> tuple[Session, Save]:
         owner = "" if release else self._owner
         t = self._table.t[session.handle]
         expires_at = self.expires_at(session)
@@ -213,7 +224,6 @@ class Saver:
 
     async def _keep_again(self, session: Session, save: Save) -> bool:
         """Gives a store that lost a session what it should have; False if somebody else has it."""
-        assert save.snapshot is not None
         log.warning("the store had lost a session", extra={"session_id": session.session_id})
         kept = await self._link.ask(
             self._link.store.create(
@@ -221,7 +231,7 @@ class Saver:
                 owner=save.owner,
                 t=save.t,
                 expires_at=save.expires_at,
-                snapshot=save.snapshot,
+                snapshot=save.snapshot or self.snapshot(session),
             )
         )
         if isinstance(kept, Entry):
@@ -232,3 +242,17 @@ class Saver:
 
     def _here(self, session: Session) -> bool:
         return self._table.get(session.session_id) is session
+
+    def _stays(self, session: Session) -> bool:
+        """Whether a round saves it: the last save of one that leaves gives up its lease."""
+        return self._here(session) and not session.barred and not self._stopped
+
+
+def _divided(
+    sessions: Iterable[Session], test: Callable[[Session], bool]
+) -> tuple[list[Session], list[Session]]:
+    """Those that fail a test, and those that pass it."""
+    parts: tuple[list[Session], list[Session]] = ([], [])
+    for session in sessions:
+        parts[test(session)].append(session)
+    return parts

@@ -39,10 +39,10 @@ from stepstate.sessions.opening import (
 from stepstate.sessions.residency import Residency, ResidencyObserver, told, when_idle
 from stepstate.sessions.session import ReplyTo, Session, Step
 from stepstate.sessions.snapshot import Snapshot, decode, encode
-from stepstate.sessions.standing import Standing
+from stepstate.sessions.standing import Standing, Standings
 from stepstate.sessions.table import Table
 from stepstate.sessions.turn import Turn
-from stepstate.stores import Durability, Ending, EndReason, Entry, SessionStore
+from stepstate.stores import Ending, EndReason, Entry, SessionStore
 
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,16 @@ class Sessions:
         self._clock = clock
         self._wall = wall
         self._observer = observer
+        self._standings = Standings(table, owner=owner, clock=clock, wall=wall)
         self._residency = Residency(
-            self.link, table, self.lanes, owner=owner, clock=clock, wall=wall, observer=observer
+            self.link,
+            table,
+            self.lanes,
+            self._standings,
+            owner=owner,
+            clock=clock,
+            wall=wall,
+            observer=observer,
         )
         self.saver = self._residency.saver
         self._draining = False
@@ -196,6 +204,8 @@ class Sessions:
         """
         while (session := self.find(session_id)) is None:
             check_id(session_id)
+            if self._draining:
+                raise Draining
             await self._settle_resident(session_id)
             if session_id in self._opening:
                 await asyncio.shield(self._opening[session_id])
@@ -220,10 +230,10 @@ class Sessions:
         if session is not None:
             return self.standing(session)
         found = await self.link.ask(self._store.find(session_id))
-        if isinstance(found, Entry) and found.expires_at > self._wall():
-            if self._residency.lost_elsewhere(found):
+        if isinstance(found, Entry) and not self._standings.past(found):
+            if self._standings.lost(found):
                 raise SessionLost(session_id)
-            return self._standing_of(found)
+            return self._standings.stored(found)
         raise await self._residency.untaken(found, session_id)
 
     async def page(self, token: str, size: int, model: str) -> tuple[list[Standing], str]:
@@ -242,7 +252,7 @@ class Sessions:
             if session is not None:
                 told_of.append(self.standing(session))
             elif self._open_elsewhere(entry):
-                told_of.append(self._standing_of(entry))
+                told_of.append(self._standings.stored(entry))
         return told_of, following
 
     def submit(self, step: Step) -> None:
@@ -311,6 +321,10 @@ class Sessions:
         """Rows applied to a resident session."""
         return self._table.t[session.handle]
 
+    def standing(self, session: Session) -> Standing:
+        """Where a resident session stands."""
+        return self._standings.resident(session)
+
     async def sweep(self) -> int:
         """Ends every session whose time is up, a few at a time; returns how many.
 
@@ -337,6 +351,7 @@ class Sessions:
             await self._release_all()
 
     async def _release_all(self) -> None:
+        self.saver.stop()
         sessions = [session for session in self._table if not session.barred]
         try:
             for first in range(0, len(sessions), _AT_ONCE):
@@ -408,8 +423,6 @@ class Sessions:
 
     async def _load(self, session_id: str) -> Session:
         """Loads a session once for all who want it."""
-        if self._draining:
-            raise Draining
         loading = self._loading.get(session_id)
         if loading is None:
             loading = asyncio.ensure_future(self._residency.load(session_id))
@@ -457,36 +470,7 @@ class Sessions:
     def _open_elsewhere(self, entry: Entry) -> bool:
         session = self._table.get(entry.record.session_id)
         ending_here = session is not None and session.ending is not None
-        past = entry.expires_at <= self._wall()
-        return not (ending_here or past or self._residency.lost_elsewhere(entry))
+        return not (ending_here or self._standings.past(entry) or self._standings.lost(entry))
 
     def _overdue(self, session: Session) -> bool:
         return self._table.expires_at[session.handle] <= self._clock() and session.current is None
-
-    def standing(self, session: Session) -> Standing:
-        """Where a resident session stands."""
-        handle = session.handle
-        durable_t = self._table.durable_t[handle]
-        return Standing(
-            session.record,
-            t=durable_t if session.sync else self._table.t[handle],
-            durable_t=durable_t,
-            seconds_left=self._table.expires_at[handle] - self._clock(),
-            queued_requests=session.queued_requests,
-            resident=True,
-            owner=self._owner,
-            epoch=session.epoch,
-        )
-
-    def _standing_of(self, entry: Entry) -> Standing:
-        kept = entry.record.durability is not Durability.NONE
-        return Standing(
-            entry.record,
-            t=entry.t,
-            durable_t=entry.t if kept else 0,
-            seconds_left=entry.expires_at - self._wall(),
-            queued_requests=0,
-            resident=False,
-            owner=entry.owner,
-            epoch=entry.epoch,
-        )

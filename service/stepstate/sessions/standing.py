@@ -1,10 +1,13 @@
-"""Where a session stands, wherever its state is."""
+"""Where sessions stand, wherever their state is."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from stepstate.stores import SessionRecord
+from stepstate.sessions.session import Session
+from stepstate.sessions.table import Table
+from stepstate.stores import Durability, Entry, SessionRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,3 +24,65 @@ class Standing:
     owner: str
     """The server that holds its lease; empty: none."""
     epoch: int
+
+
+class Standings:
+    """Tells where sessions stand.
+
+    Args:
+        table: the resident sessions.
+        owner: the name under which this server holds leases.
+        clock: monotonic seconds.
+        wall: Unix seconds.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        *,
+        owner: str,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+    ) -> None:
+        self._table = table
+        self._owner = owner
+        self._clock = clock
+        self._wall = wall
+
+    def resident(self, session: Session) -> Standing:
+        """Of a resident session; a sync step counts when it is committed."""
+        handle = session.handle
+        durable_t = self._table.durable_t[handle]
+        return Standing(
+            session.record,
+            t=durable_t if session.sync else self._table.t[handle],
+            durable_t=durable_t,
+            seconds_left=self._table.expires_at[handle] - self._clock(),
+            queued_requests=session.queued_requests,
+            resident=True,
+            owner=self._owner,
+            epoch=session.epoch,
+        )
+
+    def stored(self, entry: Entry) -> Standing:
+        """Of one that is in the store."""
+        kept = entry.record.durability is not Durability.NONE
+        return Standing(
+            entry.record,
+            t=entry.t,
+            durable_t=entry.t if kept else 0,
+            seconds_left=entry.expires_at - self._wall(),
+            queued_requests=0,
+            resident=False,
+            owner=entry.owner,
+            epoch=entry.epoch,
+        )
+
+    def past(self, entry: Entry) -> bool:
+        """Whether the time of one in the store is up."""
+        return entry.expires_at <= self._wall()
+
+    def lost(self, entry: Entry) -> bool:
+        """Whether it was in the memory of another server, or of an earlier one, only."""
+        kept = entry.record.durability is not Durability.NONE
+        return not kept and entry.owner not in ("", self._owner)

@@ -27,7 +27,9 @@ _DURABILITY_NUMBERS = {
     Durability.ASYNC: pb.DURABILITY_ASYNC,
     Durability.SYNC: pb.DURABILITY_SYNC,
 }
-_DURABILITIES = {number: durability for durability, number in _DURABILITY_NUMBERS.items()}
+_DURABILITIES: dict[int, Durability] = {
+    number: durability for durability, number in _DURABILITY_NUMBERS.items()
+}
 _Y = pb.StepResponse.Y_FIELD_NUMBER
 _LAYER_FIELDS = {field.name: field.number for field in pb.LayerTrace.DESCRIPTOR.fields}
 

@@ -219,6 +219,7 @@ class Server:
                 settled=sessions.settled,
                 commit=sessions.saver.commit,
                 urge=sessions.saver.urge,
+                doubt=sessions.saver.doubt if self._store.durable else None,
                 backlog_rows=config.backlog_rows,
                 capacity=self._slots,
                 batch_rows=config.batch_rows,

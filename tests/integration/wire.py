@@ -22,6 +22,7 @@ STREAM = "/stepstate.v1.StepstateService/StreamSteps"
 GARBAGE = b"\xff\xff\xff\xff"
 """No message of any type."""
 TOLERANCE = 1e-5
+KINDS = ("ErrorInfo", "BadRequest", "PreconditionFailure", "QuotaFailure", "RetryInfo")
 HANG = 60.0
 """Seconds after which a wait counts as a hang."""
 
@@ -52,13 +53,14 @@ class Refusal:
     metadata: Mapping[str, str]
     field: str | None
     quota: str | None
+    precondition: str | None
     retry_seconds: float | None
 
 
 def _refusal(status: status_pb2.Status) -> Refusal:
     found = {}
     for detail in status.details:
-        for kind in ("ErrorInfo", "BadRequest", "QuotaFailure", "RetryInfo"):
+        for kind in KINDS:
             message = getattr(error_details_pb2, kind)()
             if detail.Unpack(message):
                 found[kind] = message
@@ -66,7 +68,7 @@ def _refusal(status: status_pb2.Status) -> Refusal:
     info = found["ErrorInfo"]
     assert info.domain == "stepstate"
     code = next(code for code in grpc.StatusCode if code.value[0] == status.code)
-    bad, quota, retry = (found.get(kind) for kind in ("BadRequest", "QuotaFailure", "RetryInfo"))
+    _, bad, broken, quota, retry = map(found.get, KINDS)
     return Refusal(
         code,
         status.message,
@@ -74,6 +76,7 @@ def _refusal(status: status_pb2.Status) -> Refusal:
         dict(info.metadata),
         bad and bad.field_violations[0].field,
         quota and quota.violations[0].subject,
+        broken and broken.violations[0].subject,
         retry and retry.retry_delay.ToNanoseconds() / 1e9,
     )
 

@@ -117,6 +117,7 @@ class Rig:
                 settled=self.sessions.settled,
                 commit=self.sessions.saver.commit,
                 urge=self.sessions.saver.urge,
+                doubt=self.sessions.saver.doubt if durable else None,
                 backlog_rows=backlog_rows,
                 capacity=max_sessions,
                 batch_rows=batch_rows,

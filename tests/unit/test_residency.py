@@ -27,6 +27,7 @@ from stepstate.errors import (
     StoreUnavailable,
 )
 from stepstate.models import Model
+from stepstate.sessions import residency
 from stepstate.sessions.opening import Copying
 from stepstate.sessions.snapshot import decode, encode
 from stepstate.stores import Durability
@@ -364,6 +365,30 @@ async def test_the_loser_of_an_async_session_notices_with_its_next_snapshot(star
     assert two.sessions.undurable_rows == 0
 
 
+async def test_a_client_that_is_ahead_of_a_stale_copy_is_told_of_the_takeover(start, x):
+    one, two = start(), start()
+    session = await one.open("a", durability=Durability.SYNC)
+    await play(one, "a", x[:2], 0)
+    await play(two, "a", x[2:5], 2)
+    callers = [one.send(session, x[t], t) for t in (5, 6)]
+    for caller in callers:
+        error = await caller.error()
+        assert isinstance(error, StaleOwner)
+        assert error.expected_t == 5
+    await rounds(3)
+    await play(one, "a", x[5:7], 5)
+
+
+async def test_a_client_that_is_ahead_of_its_session_is_told_so(rig, store, x):
+    session = await rig.open("a")
+    for away in (False, True):
+        store.away = away
+        callers = [rig.send(session, x[0], t) for t in (3, 4, 0)]
+        for caller in callers[:2]:
+            assert isinstance(await caller.error(), StepAhead)
+        assert (await callers[2].outcome()).t_after == 1
+
+
 async def test_closing_a_session_that_another_server_took_is_refused(start, x):
     one, two = start(), start()
     await one.open("a")
@@ -517,7 +542,9 @@ async def test_a_spill_that_the_store_refuses_leaves_all_as_it_was(start, store,
     await rig.open("b")
 
 
-async def test_when_every_resident_session_is_busy_a_load_is_refused_for_now(start, store, x):
+async def test_when_every_resident_session_is_busy_a_load_is_refused_for_now(
+    start, store, x, monkeypatch
+):
     rig = start(max_sessions=1)
     session = await rig.open("a", durability=Durability.SYNC)
     gate = asyncio.Event()
@@ -529,8 +556,10 @@ async def test_when_every_resident_session_is_busy_a_load_is_refused_for_now(sta
 
     store.save = slow
     caller = rig.send(session, x[0], 0)
+    monkeypatch.setattr(residency, "ROOM_SECONDS", 0.05)
     with pytest.raises(QueueFull, match="all of them busy"):
         await rig.open("b")
+    monkeypatch.undo()
     gate.set()
     await caller.outcome()
     await rig.open("b")

@@ -66,6 +66,8 @@ class Lane:
         settled: called for each step that has its outcome, before its delivery.
         commit: called with steps of sync sessions that were applied; calls `committed` for each.
         urge: called when much waits to be saved.
+        doubt: called with a step that is ahead of its session, as another server may have taken
+            the session over; calls `doubted`. None: there is no other server.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class Lane:
         settled: Callable[[Step], None],
         commit: Callable[[Sequence[Step]], None],
         urge: Callable[[], None],
+        doubt: Callable[[Step], None] | None,
     ) -> None:
         self.model = model
         self.timeline = build_timeline(model)
@@ -109,6 +112,7 @@ class Lane:
         self._settled = settled
         self._commit = commit
         self._urge = urge
+        self._doubt = doubt
         self._backlog_rows = backlog_rows
         self._output_bytes = 4 * model.manifest.output_width
         self.queued_rows = 0
@@ -236,6 +240,11 @@ class Lane:
         self._observer.ended("failed")
         self._finish(work)
 
+    def doubted(self, step: Step) -> None:
+        """It is known whether the session of a step that is ahead is still held here."""
+        self._observer.ended("refused")
+        self._finish(step)
+
     def _start(self, step: Step) -> None:
         session = step.session
         t = self._table.t[session.handle]
@@ -275,6 +284,10 @@ class Lane:
         remembered = self.window.find(step, sent_t) if sent_t < t else None
         if remembered is None:
             step.error = self._refusal(step, sent_t, t)
+            if sent_t > t and self._doubt is not None:
+                step.session.current = step
+                self._doubt(step)
+                return
             self._observer.ended("refused")
         else:
             self._repeat(step, remembered)

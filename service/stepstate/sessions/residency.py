@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import deque
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Protocol
 
 from stepstate.errors import (
@@ -38,9 +40,11 @@ log = logging.getLogger(__name__)
 
 SPILLED_AT_ONCE = 128
 """Enough for a burst of loads, few enough that the longest idle are meant."""
-ROOM_TRIES = 20
-ROOM_PAUSE_SECONDS = 0.05
-"""A second in all: if every resident session is busy for that long, the server is too small."""
+ROOM_SECONDS = 5.0
+"""If every resident session is busy for that long, the server has too few slots."""
+ROOM_PAUSE_SECONDS = 0.01
+WANTED_SECONDS = 1.0
+"""A session that was just loaded stays at least until whoever wanted it has come."""
 
 
 class ResidencyObserver(SaverObserver, Protocol):
@@ -98,8 +102,8 @@ class Residency:
             observer=observer,
             forget=self.forget,
         )
-        self.reserved = 0
-        """Places in the table that are promised."""
+        self._reserved = 0  # places in the table that are promised
+        self._waiters: deque[asyncio.Future[None]] = deque()
         self._link = link
         self._table = table
         self._lanes = lanes
@@ -118,22 +122,29 @@ class Residency:
             QueueFull: all resident sessions are busy.
             StoreUnavailable.
         """
-        for _ in range(ROOM_TRIES):
-            if self._table.free > self.reserved:
-                self.reserved += 1
-                return
-            if not self._link.store.durable:
-                raise SessionLimit(self._table.limit)
-            if self._spilling is None:
-                self._spilling = asyncio.ensure_future(self._spill())
-                self._spilling.add_done_callback(self._spilled)
-            if not await asyncio.shield(self._spilling):
-                await asyncio.sleep(ROOM_PAUSE_SECONDS)
-        raise QueueFull("resident sessions, all of them busy,", self._table.limit, 0.5)
+        if not self._waiters and self._table.free > self._reserved:
+            self._reserved += 1
+            return
+        if not self._link.store.durable:
+            raise SessionLimit(self._table.limit)
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._make_room()
+        try:
+            async with asyncio.timeout(ROOM_SECONDS):
+                await waiter
+        except BaseException as error:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
+                self.release()  # it was promised, and nobody takes it up
+            if isinstance(error, TimeoutError):
+                limit = self._table.limit
+                raise QueueFull("resident sessions, all of them busy,", limit, 0.5) from None
+            raise
 
     def release(self) -> None:
         """Takes a promised place back."""
-        self.reserved -= 1
+        self._reserved -= 1
+        self._grant()
 
     def place(self, snapshot: Snapshot, epoch: int, *, expires_at: float) -> Session:
         """Makes a session resident, in a place that was reserved; `expires_at` is Unix time."""
@@ -145,6 +156,7 @@ class Residency:
         phase = 0 if record.start_time is None else lane.timeline.phase(record.start_time)
         session = Session(record, lane, slot, phase)
         session.epoch = epoch
+        session.placed_at = self._clock()
         session.identity = identity_of(record, self._owner)
         self._table.add(
             session,
@@ -155,7 +167,7 @@ class Residency:
         )
         if record.durability is Durability.NONE:
             self._table.touch(session, self._clock() + record.idle_timeout_seconds / 2)
-        self.reserved -= 1
+        self._reserved -= 1
         return session
 
     async def load(self, session_id: str) -> Session:
@@ -175,6 +187,7 @@ class Residency:
             raise
         session = self.place(snapshot, entry.epoch, expires_at=entry.expires_at)
         left_behind = entry.owner not in ("", self._owner)
+        session.wanted = True
         session.unplaced = left_behind and session.bounded
         record = entry.record
         self._observer.restored(record.model, record.version, taken_over=left_behind)
@@ -185,6 +198,7 @@ class Residency:
         self._table.remove(session)
         session.lane.release(session.slot)
         _resolve(session.leaving)
+        self._grant()
 
     def forget(self, session: Session, error: StepstateError) -> None:
         """Drops a session whose copy is worth nothing; what it still has is answered so."""
@@ -255,9 +269,35 @@ class Residency:
         if self._table.get(session.session_id) is session:
             self.remove(session)
 
+    def _grant(self) -> None:
+        """Promises the places that are free to those who have waited the longest."""
+        while self._waiters and self._table.free > self._reserved:
+            waiter = self._waiters.popleft()
+            if not waiter.done():
+                self._reserved += 1
+                waiter.set_result(None)
+
+    def _make_room(self) -> None:
+        if self._waiters and self._spilling is None:
+            self._spilling = asyncio.ensure_future(self._spill())
+            self._spilling.add_done_callback(self._spilled)
+
+    def _spilled(self, task: asyncio.Task[int]) -> None:
+        self._spilling = None
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            for waiter in self._waiters:
+                if not waiter.done():
+                    waiter.set_exception(error)
+            self._waiters.clear()
+        elif self._waiters:
+            pause = 0.0 if task.result() else ROOM_PAUSE_SECONDS
+            asyncio.get_running_loop().call_later(pause, self._make_room)
+
     async def _spill(self) -> int:
         """Sends the longest idle sessions to the store; returns how many went."""
-        chosen = [s for s in self._table.longest_idle(SPILLED_AT_ONCE) if _can_leave(s)]
+        count = max(1, len(self._waiters), min(SPILLED_AT_ONCE, self._table.limit // 4))
+        chosen = list(islice(filter(self._can_leave, self._table.longest_idle(2 * count)), count))
         loop = asyncio.get_running_loop()
         for session in chosen:
             session.barred = True
@@ -274,10 +314,9 @@ class Residency:
                 self._observer.spilled(session.record.model, session.record.version)
         return len(chosen)
 
-    def _spilled(self, task: asyncio.Task[int]) -> None:
-        self._spilling = None
-        if not task.cancelled():
-            task.exception()  # whoever waits raises it
+    def _can_leave(self, session: Session) -> bool:
+        fresh = session.wanted and self._clock() < session.placed_at + WANTED_SECONDS
+        return session.current is None and not session.barred and not fresh
 
 
 def told(session_id: str, ending: Ending) -> StepstateError:
@@ -294,10 +333,6 @@ def when_idle(session: Session) -> asyncio.Future[None]:
     if session.idle is None or session.idle.done():
         session.idle = asyncio.get_running_loop().create_future()
     return session.idle
-
-
-def _can_leave(session: Session) -> bool:
-    return session.current is None and not session.barred
 
 
 def _stay(session: Session) -> None:

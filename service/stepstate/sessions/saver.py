@@ -29,6 +29,8 @@ log = logging.getLogger(__name__)
 
 SAVED_AT_ONCE = 128
 """A few milliseconds of work between two turns of the loop."""
+CLOCKS_APART_SECONDS = 0.01
+"""Within it the two clocks count as one, so that saving twice gives the same bytes."""
 IDLE_SHARE = 4
 """The background takes at most a fifth of the loop: it rests this much longer than it worked."""
 
@@ -76,13 +78,14 @@ class Saver:
         self._wall = wall
         self._observer = observer
         self._forget = forget
-        self._commits: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._urged = asyncio.Event()
         self._stopped = False
+        self._offset = wall() - clock()
 
     def expires_at(self, session: Session) -> float:
         """When a session expires, in Unix seconds."""
-        return self._wall() + self._table.expires_at[session.handle] - self._clock()
+        return self._table.expires_at[session.handle] + self._to_wall()
 
     def snapshot(self, session: Session) -> bytes:
         """A session's snapshot as it stands."""
@@ -120,8 +123,14 @@ class Saver:
     def commit(self, steps: Sequence[Step]) -> None:
         """Saves the sessions of steps that were just applied, and then lets them be answered."""
         task = asyncio.create_task(self._commit(steps))
-        self._commits.add(task)
-        task.add_done_callback(self._commits.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def doubt(self, step: Step) -> None:
+        """Finds out whether a session is still held here that a client believes to be further."""
+        task = asyncio.create_task(self._doubt(step))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def stop(self) -> None:
         """Begins no more rounds: whoever drains saves for the last time, and gives leases up."""
@@ -174,9 +183,26 @@ class Saver:
                 self._forget(step.session, failure)
             step.session.lane.committed(step)
 
+    async def _doubt(self, step: Step) -> None:
+        session = step.session
+        try:
+            found = await self._link.ask(self._link.store.find(session.session_id))
+        except StoreUnavailable:
+            found = None
+        if isinstance(found, Entry) and found.epoch > session.epoch:
+            self._forget(session, StaleOwner(session.session_id, found.t))
+        session.lane.doubted(step)
+
+    def _to_wall(self) -> float:
+        """What to add to this server's clock to have Unix seconds."""
+        offset = self._wall() - self._clock()
+        if abs(offset - self._offset) > CLOCKS_APART_SECONDS:
+            self._offset = offset
+        return self._offset
+
     def _snapshots(self, sessions: Iterable[Session]) -> Iterator[tuple[Session, bytes]]:
         """Each session with its snapshot; states are copied out of a lane together."""
-        offset = self._wall() - self._clock()
+        offset = self._to_wall()
         table = self._table
         for lane, group in groupby(sessions, key=lambda session: session.lane):
             some = list(group)

@@ -211,6 +211,7 @@ class Sessions:
                 await asyncio.shield(self._opening[session_id])
             elif self._table.get(session_id) is None:
                 session = await self._load(session_id)
+                session.wanted = False
                 if not session.barred:
                     return session
         return session
@@ -225,6 +226,8 @@ class Sessions:
         check_id(session_id)
         session = self.find(session_id)
         if session is None:
+            if session_id in self._loading:
+                await asyncio.wait([self._loading[session_id]])
             await self._settle_resident(session_id)
             session = self.find(session_id)
         if session is not None:

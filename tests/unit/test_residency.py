@@ -27,7 +27,7 @@ from stepstate.errors import (
     StoreUnavailable,
 )
 from stepstate.models import Model
-from stepstate.sessions import residency
+from stepstate.sessions import room
 from stepstate.sessions.opening import Copying
 from stepstate.sessions.snapshot import decode, encode
 from stepstate.stores import Durability
@@ -556,7 +556,7 @@ async def test_when_every_resident_session_is_busy_a_load_is_refused_for_now(
 
     store.save = slow
     caller = rig.send(session, x[0], 0)
-    monkeypatch.setattr(residency, "ROOM_SECONDS", 0.05)
+    monkeypatch.setattr(room, "ROOM_SECONDS", 0.05)
     with pytest.raises(QueueFull, match="all of them busy"):
         await rig.open("b")
     monkeypatch.undo()

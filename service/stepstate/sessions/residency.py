@@ -11,24 +11,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import deque
 from collections.abc import Callable, Mapping
-from itertools import islice
 from typing import Protocol
 
 from stepstate.errors import (
-    QueueFull,
     SessionClosed,
     SessionExpired,
-    SessionLimit,
     SessionLost,
     SessionUnknown,
     SnapshotForeign,
     StepstateError,
-    StoreUnavailable,
 )
 from stepstate.sessions.lane import Lane
 from stepstate.sessions.link import StoreLink
+from stepstate.sessions.room import Room, SpillObserver, resolve
 from stepstate.sessions.saver import Saver, SaverObserver
 from stepstate.sessions.session import Session
 from stepstate.sessions.snapshot import Snapshot, decode, identity_of
@@ -38,16 +34,8 @@ from stepstate.stores import Durability, Ending, EndReason, Entry
 
 log = logging.getLogger(__name__)
 
-SPILLED_AT_ONCE = 128
-"""Enough for a burst of loads, few enough that the longest idle are meant."""
-ROOM_SECONDS = 5.0
-"""If every resident session is busy for that long, the server has too few slots."""
-ROOM_PAUSE_SECONDS = 0.01
-WANTED_SECONDS = 1.0
-"""A session that was just loaded stays at least until whoever wanted it has come."""
 
-
-class ResidencyObserver(SaverObserver, Protocol):
+class ResidencyObserver(SaverObserver, SpillObserver, Protocol):
     """Is told of sessions that come and go."""
 
     def opened(self, model: str, version: str) -> None:
@@ -60,10 +48,6 @@ class ResidencyObserver(SaverObserver, Protocol):
 
     def restored(self, model: str, version: str, *, taken_over: bool) -> None:
         """A session came from the store; perhaps from another server."""
-        ...
-
-    def spilled(self, model: str, version: str) -> None:
-        """A session left the arena for the store."""
         ...
 
 
@@ -102,8 +86,13 @@ class Residency:
             observer=observer,
             forget=self.forget,
         )
-        self._reserved = 0  # places in the table that are promised
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self.room = Room(
+            table,
+            self.saver if link.store.durable else None,
+            clock=clock,
+            observer=observer,
+            remove=self.remove,
+        )
         self._link = link
         self._table = table
         self._lanes = lanes
@@ -112,39 +101,6 @@ class Residency:
         self._clock = clock
         self._wall = wall
         self._observer = observer
-        self._spilling: asyncio.Task[int] | None = None
-
-    async def reserve(self) -> None:
-        """Promises a place in the table, spilling others if there is none; `place` takes it up.
-
-        Raises:
-            SessionLimit: the store can't take any.
-            QueueFull: all resident sessions are busy.
-            StoreUnavailable.
-        """
-        if not self._waiters and self._table.free > self._reserved:
-            self._reserved += 1
-            return
-        if not self._link.store.durable:
-            raise SessionLimit(self._table.limit)
-        waiter = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
-        self._make_room()
-        try:
-            async with asyncio.timeout(ROOM_SECONDS):
-                await waiter
-        except BaseException as error:
-            if waiter.done() and not waiter.cancelled() and waiter.exception() is None:
-                self.release()  # it was promised, and nobody takes it up
-            if isinstance(error, TimeoutError):
-                limit = self._table.limit
-                raise QueueFull("resident sessions, all of them busy,", limit, 0.5) from None
-            raise
-
-    def release(self) -> None:
-        """Takes a promised place back."""
-        self._reserved -= 1
-        self._grant()
 
     def place(self, snapshot: Snapshot, epoch: int, *, expires_at: float) -> Session:
         """Makes a session resident, in a place that was reserved; `expires_at` is Unix time."""
@@ -167,7 +123,7 @@ class Residency:
         )
         if record.durability is Durability.NONE:
             self._table.touch(session, self._clock() + record.idle_timeout_seconds / 2)
-        self._reserved -= 1
+        self.room.take_up()
         return session
 
     async def load(self, session_id: str) -> Session:
@@ -179,11 +135,11 @@ class Residency:
         """
         if not self._link.store.durable:  # what is not here already is not there either
             raise await self.untaken(await self._link.store.find(session_id), session_id)
-        await self.reserve()
+        await self.room.reserve()
         try:
             entry, snapshot = await self._take(session_id)
         except BaseException:
-            self.release()
+            self.room.release()
             raise
         session = self.place(snapshot, entry.epoch, expires_at=entry.expires_at)
         left_behind = entry.owner not in ("", self._owner)
@@ -197,8 +153,8 @@ class Residency:
         """Takes a session without steps out of the arena."""
         self._table.remove(session)
         session.lane.release(session.slot)
-        _resolve(session.leaving)
-        self._grant()
+        resolve(session.leaving)
+        self.room.grant()
 
     def forget(self, session: Session, error: StepstateError) -> None:
         """Drops a session whose copy is worth nothing; what it still has is answered so."""
@@ -269,55 +225,6 @@ class Residency:
         if self._table.get(session.session_id) is session:
             self.remove(session)
 
-    def _grant(self) -> None:
-        """Promises the places that are free to those who have waited the longest."""
-        while self._waiters and self._table.free > self._reserved:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
-                self._reserved += 1
-                waiter.set_result(None)
-
-    def _make_room(self) -> None:
-        if self._waiters and self._spilling is None:
-            self._spilling = asyncio.ensure_future(self._spill())
-            self._spilling.add_done_callback(self._spilled)
-
-    def _spilled(self, task: asyncio.Task[int]) -> None:
-        self._spilling = None
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            for waiter in self._waiters:
-                if not waiter.done():
-                    waiter.set_exception(error)
-            self._waiters.clear()
-        elif self._waiters:
-            pause = 0.0 if task.result() else ROOM_PAUSE_SECONDS
-            asyncio.get_running_loop().call_later(pause, self._make_room)
-
-    async def _spill(self) -> int:
-        """Sends the longest idle sessions to the store; returns how many went."""
-        count = max(1, len(self._waiters), min(SPILLED_AT_ONCE, self._table.limit // 4))
-        chosen = list(islice(filter(self._can_leave, self._table.longest_idle(2 * count)), count))
-        loop = asyncio.get_running_loop()
-        for session in chosen:
-            session.barred = True
-            session.leaving = loop.create_future()
-        try:
-            await self.saver.save(chosen, release=True)
-        except StoreUnavailable:
-            for session in chosen:
-                _stay(session)
-            raise
-        for session in chosen:
-            if session.lost is None:
-                self.remove(session)
-                self._observer.spilled(session.record.model, session.record.version)
-        return len(chosen)
-
-    def _can_leave(self, session: Session) -> bool:
-        fresh = session.wanted and self._clock() < session.placed_at + WANTED_SECONDS
-        return session.current is None and not session.barred and not fresh
-
 
 def told(session_id: str, ending: Ending) -> StepstateError:
     """How a session ended, as an error."""
@@ -333,15 +240,3 @@ def when_idle(session: Session) -> asyncio.Future[None]:
     if session.idle is None or session.idle.done():
         session.idle = asyncio.get_running_loop().create_future()
     return session.idle
-
-
-def _stay(session: Session) -> None:
-    if session.lost is None:
-        session.barred = False
-        _resolve(session.leaving)
-        session.leaving = None
-
-
-def _resolve(leaving: asyncio.Future[None] | None) -> None:
-    if leaving is not None and not leaving.done():
-        leaving.set_result(None)

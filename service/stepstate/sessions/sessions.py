@@ -380,11 +380,11 @@ class Sessions:
         opening = asyncio.get_running_loop().create_future()
         self._opening[record.session_id] = opening
         try:
-            await self._residency.reserve()
+            await self._residency.room.reserve()
             try:
                 session = await self._create(snapshot)
             except BaseException:
-                self._residency.release()
+                self._residency.room.release()
                 raise
         finally:
             del self._opening[record.session_id]

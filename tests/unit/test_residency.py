@@ -565,6 +565,36 @@ async def test_when_every_resident_session_is_busy_a_load_is_refused_for_now(
     await rig.open("b")
 
 
+async def test_waiting_for_room_in_vain_leaves_nothing_behind(start, store, x, monkeypatch):
+    rig = start(max_sessions=2)
+    busy = [await rig.open(name, durability=Durability.SYNC) for name in "ab"]
+    gate = asyncio.Event()
+    save = store.save
+
+    async def slow(saves):
+        await gate.wait()
+        return await save(saves)
+
+    store.save = slow
+    callers = [rig.send(session, x[0], 0) for session in busy]
+    monkeypatch.setattr(room, "ROOM_SECONDS", 0.05)
+    given_up = asyncio.create_task(rig.open("c"))
+    await rounds(3)
+    given_up.cancel()
+    with pytest.raises(QueueFull):
+        await rig.open("d")
+    monkeypatch.undo()
+    gate.set()
+    for caller in callers:
+        await caller.outcome()
+    for name in "efgh":
+        await rig.open(name)
+    for name in "ab":
+        await rig.sessions.close(name)
+    await asyncio.gather(*(rig.sessions.get(name) for name in "efgh"))
+    assert len(rig.sessions) <= 2
+
+
 async def test_open_sessions_are_bounded_wherever_they_are(start):
     rig = start(max_sessions=2, most_sessions=3)
     for name in "abc":

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import islice
 from typing import Protocol
 
-from stepstate.errors import QueueFull, SessionLimit, StoreUnavailable
+from stepstate.errors import QueueFull, SessionLimit
 from stepstate.sessions.saver import Saver
 from stepstate.sessions.session import Session
 from stepstate.sessions.table import Table
@@ -78,6 +78,7 @@ class Room:
             raise SessionLimit(self._table.limit)
         waiter = asyncio.get_running_loop().create_future()
         self._waiters.append(waiter)
+        self.grant()
         self._spill_soon()
         try:
             async with asyncio.timeout(ROOM_SECONDS):
@@ -136,7 +137,7 @@ class Room:
             session.leaving = loop.create_future()
         try:
             await saver.save(chosen, release=True)
-        except StoreUnavailable:
+        except BaseException:
             for session in chosen:
                 _stay(session)
             raise

@@ -1,5 +1,6 @@
 # The server of Stepstate, with the models of models/. `docker compose up` starts it with
-# Prometheus and Grafana; `docker run --rm -p 127.0.0.1:50051:50051 stepstate` alone.
+# Prometheus and Grafana;
+# `docker run --rm -p 127.0.0.1:50051:50051 -v stepstate:/var/lib/stepstate stepstate` alone.
 ARG PYTHON_IMAGE=python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS build
@@ -27,18 +28,25 @@ LABEL org.opencontainers.image.title="stepstate" \
 # By number below, so that Kubernetes can see that it is not root (runAsNonRoot).
 RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /app \
         --shell /usr/sbin/nologin stepstate
+# Where sessions are kept. An empty volume mounted here takes this owner; a folder of the host's
+# has to belong to 10001 already (Kubernetes: fsGroup: 10001).
+RUN install --directory --owner=10001 --group=10001 --mode=700 /var/lib/stepstate
 COPY --from=build /opt/stepstate /opt/stepstate
 COPY --from=build /app /app
 # Inside a container the address must not be loopback; publish the ports with care.
 ENV PATH=/opt/stepstate/bin:$PATH \
     STEPSTATE_LISTEN=0.0.0.0:50051 \
     STEPSTATE_METRICS_LISTEN=0.0.0.0:9464 \
-    STEPSTATE_MODELS=/app/models
+    STEPSTATE_MODELS=/app/models \
+    STEPSTATE_STORE=sqlite:/var/lib/stepstate/sessions.db
 WORKDIR /app
 USER 10001:10001
+# The only place that it writes to: the rest may be read-only. Name the volume, and sessions outlive
+# the container.
+VOLUME /var/lib/stepstate
 EXPOSE 50051 9464
-# The first signal drains, within STEPSTATE_DRAIN_SECONDS (30): grant more before SIGKILL
-# (`docker stop -t 40`, stop_grace_period, terminationGracePeriodSeconds).
+# The first signal drains and saves every session, within STEPSTATE_DRAIN_SECONDS (30): grant more
+# before SIGKILL (`docker stop -t 40`, stop_grace_period, terminationGracePeriodSeconds).
 STOPSIGNAL SIGTERM
 # Asks grpc.health.v1 at STEPSTATE_SERVER, by default 127.0.0.1:50051.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \

@@ -1,84 +1,262 @@
-"""What every `SessionStore` promises. Another store is one more entry of STORES."""
+"""What every `SessionStore` promises. Another store is one more of KINDS in conftest.py."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from datetime import UTC, datetime
+import asyncio
+from contextlib import suppress
+from dataclasses import replace
 
 import pytest
 
-from stepstate.stores import Ending, EndReason, MemoryStore, SessionRecord, SessionStore
-from tests.unit.rig import Clock
-
-STORES = {"memory": lambda: MemoryStore(Clock())}
-
-
-@pytest.fixture(params=STORES)
-async def store(request) -> AsyncIterator[SessionStore]:
-    made = STORES[request.param]()
-    yield made
-    await made.close()
-
-
-def record(session_id: str, idle: float = 60.0) -> SessionRecord:
-    start, opened = datetime(1969, 7, 20, tzinfo=UTC), datetime(2026, 1, 2, tzinfo=UTC)
-    return SessionRecord(session_id, "lstm", "1", "sha256:00", idle, start, opened)
-
-
-CLOSED = Ending(EndReason.CLOSED, 12, 60.0)
-EXPIRED = Ending(EndReason.EXPIRED, 2**40, 0.5)
+from stepstate.errors import InvalidField
+from stepstate.stores import Entry, Save, Saved
+from stepstate.stores.base import ENDING_SECONDS
+from tests.stores import (
+    CLOSED,
+    EXPIRED,
+    FINGERPRINT,
+    SNAPSHOT,
+    STARTED,
+    acquire,
+    create,
+    record,
+    saving,
+)
 
 
 async def test_an_id_that_was_never_created_is_not_known(store):
     assert await store.find("a") is None
+    assert await store.acquire("a", owner="B", fingerprints={FINGERPRINT}) is None
 
 
-async def test_a_created_session_is_found_with_all_that_was_told_of_it(store):
-    await store.create(record("a"))
-    assert await store.find("a") == record("a")
+@pytest.mark.parametrize("start", [STARTED, None])
+async def test_a_created_session_is_found_with_all_that_was_told_of_it(home, store, start):
+    told, expires_at = record("a", start=start), home.clock() + 60
+    epoch = await store.create(told, owner="A", t=7, expires_at=expires_at, snapshot=SNAPSHOT)
+    assert await store.find("a") == Entry(told, 7, expires_at, epoch, "A")
 
 
-async def test_a_record_without_a_start_time_comes_back_without_one(store):
-    told = SessionRecord("a", "m", "1", "", 1.0, None, datetime(2026, 1, 2, tzinfo=UTC))
-    await store.create(told)
-    assert await store.find("a") == told
+async def test_finding_takes_nothing(home, store):
+    await create(home, store, "a")
+    assert await store.find("a") == await store.find("a")
+
+
+async def test_an_id_that_is_open_is_not_created_again(home, store):
+    await create(home, store, "a")
+    before = await store.find("a")
+    other = replace(record("a"), model="gru")
+    held = await store.create(other, owner="B", t=9, expires_at=home.clock() + 9, snapshot=b"")
+    assert held == await store.find("a") == before
+    assert await store.count() == {"lstm/1": 1}
+
+
+async def test_a_session_past_its_time_is_replaced_with_a_higher_epoch(home, store):
+    first = await create(home, store, "a")
+    home.clock.advance(60)
+    second = await create(home, store, "a", model="gru", owner="B")
+    assert second > first
+    found = await store.find("a")
+    assert (found.record.model, found.owner, found.t) == ("gru", "B", 0)
+    assert await store.count() == {"gru/1": 1}
+    assert await store.save([saving(home, "a", first)]) == [Saved.FENCED]
+
+
+async def test_taking_a_session_raises_its_epoch_and_tells_who_had_it(home, store):
+    first = await create(home, store, "a")
+    entry, snapshot = await acquire(store, "a", owner="B")
+    assert (entry.owner, entry.t, snapshot) == ("A", 0, SNAPSHOT)
+    assert entry.epoch > first
+    assert await store.find("a") == replace(entry, owner="B")
+    again, _ = await acquire(store, "a", owner="C")
+    assert (again.owner, again.epoch > entry.epoch) == ("B", True)
+
+
+async def test_a_session_of_another_model_is_shown_and_not_taken(home, store):
+    await create(home, store, "a")
+    before = await store.find("a")
+    assert await store.acquire("a", owner="B", fingerprints={"sha256:ff"}) == before
+    assert await store.acquire("a", owner="B", fingerprints=[]) == before
+    assert await store.find("a") == before
+
+
+async def test_a_session_past_its_time_is_shown_and_not_taken(home, store):
+    await create(home, store, "a")
+    before = await store.find("a")
+    home.clock.advance(60)
+    assert await store.acquire("a", owner="B", fingerprints={FINGERPRINT}) == before
+    assert await store.find("a") == before
+
+
+async def test_a_save_is_what_the_next_taker_gets(home, store):
+    epoch = await create(home, store, "a")
+    assert await store.save([Save("a", epoch, "A", 2**50, home.clock() + 99, b"\x01")]) == [
+        Saved.DONE
+    ]
+    entry, snapshot = await acquire(store, "a")
+    assert (entry.t, entry.expires_at, entry.owner) == (2**50, home.clock() + 99, "A")
+    assert snapshot == b"\x01"
+
+
+async def test_a_save_without_a_snapshot_keeps_the_one_that_is_stored(home, store):
+    epoch = await create(home, store, "a")
+    await store.save([Save("a", epoch, "", 0, home.clock() + 99, None)])
+    entry, snapshot = await acquire(store, "a")
+    assert (entry.owner, entry.expires_at, snapshot) == ("", home.clock() + 99, SNAPSHOT)
+
+
+async def test_an_empty_snapshot_is_one(home, store):
+    epoch = await create(home, store, "a")
+    await store.save([saving(home, "a", epoch, snapshot=b"")])
+    assert (await acquire(store, "a"))[1] == b""
+
+
+async def test_each_save_of_a_group_has_its_own_verdict_in_order(home, store):
+    epochs = {name: await create(home, store, name) for name in "abcd"}
+    await acquire(store, "b")
+    assert await store.end("c", epochs["c"], CLOSED)
+    names = ["z", "a", "c", "b", "d"]
+    verdicts = await store.save([saving(home, n, epochs.get(n, 1), t=5) for n in names])
+    done, fenced, missing = Saved.DONE, Saved.FENCED, Saved.MISSING
+    assert verdicts == [missing, done, fenced, fenced, done]
+    ts = {name: (await store.find(name)).t for name in "abd"}
+    assert ts == {"a": 5, "b": 0, "d": 5}
+    assert await store.save([]) == []
+
+
+async def test_of_two_saves_of_a_session_the_later_counts(home, store):
+    epoch = await create(home, store, "a")
+    both = [saving(home, "a", epoch, t, snapshot=bytes([t])) for t in (1, 2)]
+    assert await store.save(both) == [Saved.DONE] * 2
+    assert (await acquire(store, "a"))[1] == b"\x02"
+    epoch = (await store.find("a")).epoch
+    await asyncio.gather(*(store.save([saving(home, "a", epoch, t)]) for t in range(3, 40)))
+    assert (await store.find("a")).t == 39
 
 
 @pytest.mark.parametrize("ending", [CLOSED, EXPIRED])
-async def test_a_session_that_ended_is_found_by_its_ending(store, ending):
-    await store.create(record("a"))
-    await store.end("a", ending)
+async def test_a_session_that_ended_is_found_by_its_ending(home, store, ending):
+    epoch = await create(home, store, "a")
+    assert await store.end("a", epoch, ending)
     assert await store.find("a") == ending
+    assert await store.acquire("a", owner="B", fingerprints={FINGERPRINT}) == ending
+    assert await store.count() == {}
 
 
-async def test_creating_an_id_again_forgets_its_ending(store):
-    await store.create(record("a"))
-    await store.end("a", CLOSED)
-    await store.create(record("a", idle=5.0))
-    assert await store.find("a") == record("a", idle=5.0)
-
-
-async def test_the_last_ending_counts(store):
-    for ending in (CLOSED, EXPIRED):
-        await store.create(record("a"))
-        await store.end("a", ending)
-    assert await store.find("a") == EXPIRED
-
-
-async def test_sessions_do_not_touch_each_other(store):
-    await store.create(record("a"))
-    await store.create(record("b"))
-    await store.end("a", CLOSED)
-    assert await store.find("b") == record("b")
+async def test_an_older_epoch_ends_nothing(home, store):
+    epoch = await create(home, store, "a")
+    entry, _ = await acquire(store, "a")
+    assert not await store.end("a", epoch, CLOSED)
+    assert isinstance(await store.find("a"), Entry)
+    assert await store.end("a", entry.epoch, CLOSED)
+    assert not await store.end("a", entry.epoch, EXPIRED)
     assert await store.find("a") == CLOSED
 
 
-async def test_finding_changes_nothing(store):
-    await store.create(record("a"))
-    await store.end("a", CLOSED)
-    assert [await store.find("a") for _ in range(3)] == [CLOSED] * 3
+async def test_an_ending_is_forgotten_after_its_time(home, store):
+    assert await store.end("a", await create(home, store, "a"), CLOSED)
+    home.clock.advance(ENDING_SECONDS - 1)
+    assert await store.find("a") == CLOSED
+    home.clock.advance(1)
+    assert await store.find("a") is None
+
+
+async def test_creating_an_id_again_forgets_its_ending_and_raises_its_epoch(home, store):
+    first = await create(home, store, "a")
+    assert await store.end("a", first, CLOSED)
+    home.clock.advance(-30)  # a wall clock may go back
+    second = await create(home, store, "a")
+    assert second > first
+    assert isinstance(await store.find("a"), Entry)
+    assert await store.end("a", second, EXPIRED)
+    assert await store.find("a") == EXPIRED
+
+
+async def test_overdue_are_those_that_were_not_used_in_time(home, store):
+    epochs = {name: await create(home, store, name) for name in "abcd"}
+    now = home.clock()
+    await store.save([Save("b", epochs["b"], "A", 1, now + 200, b"")])
+    await store.save([Save("c", epochs["c"], "A", 1, now + 10, b"")])
+    assert await overdue(store, now + 10) == set()
+    assert await overdue(store, now + 11) == {"c"}
+    assert await overdue(store, now + 61) == {"a", "c", "d"}
+    assert await overdue(store, now + 61) == {"a", "c", "d"}
+    assert len(await store.overdue(now + 201, 3)) == 3
+    assert await overdue(store, now + 201) == set("abcd")
+    assert await store.end("b", epochs["b"], EXPIRED)
+    assert await overdue(store, now + 201) == set("acd")
+
+
+async def test_a_session_that_was_lengthened_and_shortened_is_overdue_by_its_last_word(home, store):
+    epoch, now = await create(home, store, "a"), home.clock()
+    for later in (500, 100, 300):
+        await store.save([Save("a", epoch, "A", 1, now + later, b"")])
+        assert await overdue(store, now + later) == set()
+        assert await overdue(store, now + later + 1) == {"a"}
+
+
+async def test_open_sessions_are_counted_by_model(home, store):
+    for name, model in (("a", "lstm"), ("b", "gru"), ("c", "lstm")):
+        epoch = await create(home, store, name, model)
+    assert await store.count() == {"lstm/1": 2, "gru/1": 1}
+    assert await store.end("c", epoch, CLOSED)
+    assert await store.count() == {"lstm/1": 1, "gru/1": 1}
+
+
+@pytest.mark.parametrize("size", [1, 4, 1000])
+async def test_a_listing_has_every_session_of_its_models_in_one_page(home, store, size):
+    wanted = [f"{'lstm' if i % 2 else 'gru'}.{i}" for i in range(30)]
+    names = [*wanted, *(f"rnn.{i}" for i in range(10))]
+    await asyncio.gather(*(create(home, store, name, name.partition(".")[0]) for name in names))
+    listed, token, pages = [], "", 0
+    while pages == 0 or token:
+        entries, token = await store.page(token, size, ["lstm/1", "gru/1", "none/1"])
+        assert len(entries) <= size
+        listed += [entry.record.session_id for entry in entries]
+        pages += 1
+    assert sorted(listed) == sorted(wanted)
+    assert pages == -(-30 // size)
+
+
+async def test_a_listing_of_nothing_is_one_empty_page(home, store):
+    await create(home, store, "a")
+    assert await store.page("", 10, ["gru/1"]) == ([], "")
+    assert await store.page("", 10, []) == ([], "")
+
+
+async def test_a_session_that_stays_is_listed_once_whatever_else_happens(home, store):
+    stay = [f"stay.{i}" for i in range(40)]
+    epochs = {n: await create(home, store, n) for n in [*stay, *(f"go.{i}" for i in range(40))]}
+    listed, token, turn = [], "", 0
+    while turn == 0 or token:
+        entries, token = await store.page(token, 7, {"lstm/1"})
+        listed += [entry.record.session_id for entry in entries]
+        await create(home, store, f"come.{turn}")
+        await store.end(f"go.{turn}", epochs[f"go.{turn}"], CLOSED)
+        home.clock.advance(1)
+        await store.save([saving(home, n, epochs[n]) for n in stay[turn % 3 :: 3]])
+        turn += 1
+    assert sorted(name for name in listed if name in stay) == sorted(stay)
+    assert len(set(listed)) == len(listed)
+
+
+async def test_what_is_no_token_is_refused_or_is_only_a_place_in_the_order(home, store):
+    await create(home, store, "a")
+    with suppress(InvalidField):
+        entries, token = await store.page("\x00 no token", 10, {"lstm/1"})
+        assert (len(entries), token) == (1, "")
+
+
+async def test_a_large_snapshot_comes_back_whole(home, store):
+    large = bytes(range(256)) * 32_768  # 8 MiB
+    epoch = await create(home, store, "a")
+    assert await store.save([saving(home, "a", epoch, snapshot=large)]) == [Saved.DONE]
+    assert (await acquire(store, "a"))[1] == large
 
 
 async def test_closing_twice_is_harmless(store):
     await store.close()
     await store.close()
+
+
+async def overdue(store, before: float) -> set[str]:
+    return {entry.record.session_id for entry in await store.overdue(before, 100)}

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -15,8 +16,10 @@ from stepstate.client import (
     AsyncClient,
     AsyncSession,
     Client,
+    Durability,
     Inspection,
     ModelInfo,
+    Result,
     Session,
     SessionInfo,
 )
@@ -34,6 +37,18 @@ class InThreadSession:
     def t(self) -> int:
         return self.real.t
 
+    @t.setter
+    def t(self, t: int) -> None:
+        self.real.t = t
+
+    @property
+    def durable_t(self) -> int:
+        return self.real.durable_t
+
+    @property
+    def info(self) -> SessionInfo:
+        return self.real.info
+
     async def step(self, x: ArrayLike, **options: float) -> np.ndarray:
         return await asyncio.to_thread(self.real.step, x, **options)
 
@@ -45,6 +60,9 @@ class InThreadSession:
 
     async def close(self) -> SessionInfo:
         return await asyncio.to_thread(self.real.close)
+
+    async def fork(self, new_id: str | None = None, **options: Any) -> InThreadSession:
+        return InThreadSession(await asyncio.to_thread(self.real.fork, new_id, **options))
 
     async def stream(self, xs: Iterable[ArrayLike]) -> AsyncIterator[np.ndarray]:
         ys = self.real.stream(xs)
@@ -68,6 +86,7 @@ class InThreadClient:
         session_id: str | None = None,
         start_time: datetime | None = None,
         idle_timeout: timedelta | None = None,
+        durability: Durability | None = None,
     ) -> InThreadSession:
         session = await asyncio.to_thread(
             self.real.open,
@@ -75,11 +94,41 @@ class InThreadClient:
             session_id=session_id,
             start_time=start_time,
             idle_timeout=idle_timeout,
+            durability=durability,
         )
         return InThreadSession(session)
 
-    async def session(self, session_id: str) -> InThreadSession:
-        return InThreadSession(await asyncio.to_thread(self.real.session, session_id))
+    async def session(self, session_id: str, t: int | None = None) -> InThreadSession:
+        return InThreadSession(await asyncio.to_thread(self.real.session, session_id, t))
+
+    async def fork(
+        self, session: InThreadSession | str, new_id: str | None = None, **options: Any
+    ) -> InThreadSession:
+        source = session if isinstance(session, str) else session.real
+        return InThreadSession(await asyncio.to_thread(self.real.fork, source, new_id, **options))
+
+    async def export(self, session_id: str) -> bytes:
+        return await asyncio.to_thread(self.real.export, session_id)
+
+    async def restore(self, snapshot: bytes, **options: Any) -> InThreadSession:
+        return InThreadSession(await asyncio.to_thread(self.real.restore, snapshot, **options))
+
+    async def stream(
+        self, items: Iterable[tuple[InThreadSession, ArrayLike]]
+    ) -> AsyncIterator[Result[InThreadSession]]:
+        known: dict[str, InThreadSession] = {}
+
+        def real() -> Iterator[tuple[Session, ArrayLike]]:
+            for session, x in items:
+                known[session.session_id] = session
+                yield session.real, x
+
+        results = self.real.stream(real())
+        try:
+            while (result := await asyncio.to_thread(next, results, None)) is not None:
+                yield replace(result, session=known[result.session.session_id])
+        finally:
+            await asyncio.to_thread(results.close)
 
     async def info(self, session_id: str) -> SessionInfo:
         return await asyncio.to_thread(self.real.info, session_id)
@@ -99,9 +148,14 @@ class InThreadClient:
 
 
 @asynccontextmanager
-async def in_thread(target: str, *, timeout: float = 10.0) -> AsyncIterator[InThreadClient]:  # noqa: ASYNC109
+async def in_thread(
+    target: str,
+    *,
+    timeout: float = 10.0,  # noqa: ASYNC109
+    resume_rows: int = 200_000,
+) -> AsyncIterator[InThreadClient]:
     """A synchronous client."""
-    with Client(target, timeout=timeout) as client:
+    with Client(target, timeout=timeout, resume_rows=resume_rows) as client:
         yield InThreadClient(client)
 
 
@@ -113,7 +167,7 @@ class Connect(Protocol):
     """Makes a client of a server."""
 
     def __call__(
-        self, target: str, *, timeout: float = 10.0
+        self, target: str, *, timeout: float = 10.0, resume_rows: int = 200_000
     ) -> AbstractAsyncContextManager[AnyClient]: ...
 
 

@@ -175,11 +175,26 @@ def test_dashboard_and_data_source_agree() -> None:
     assert f"uid: {variable['current']['value']}\n" in source
 
 
-def test_alert_thresholds_follow_the_defaults_of_the_server() -> None:
-    text, config = "\n".join(_alert_expressions()), ServerConfig()
-    queue, sessions = config.queue_requests * 8 // 10, config.max_sessions * 9 // 10
-    assert re.search(rf"stepstate_queue_rows.* > {queue}$", text, re.MULTILINE)
-    assert re.search(rf"stepstate_sessions.* > {sessions}$", text, re.MULTILINE)
+def test_alerts_near_a_limit_compare_with_the_one_that_the_server_tells(exposed: str) -> None:
+    told = set(re.findall(r'^stepstate_limit\{of="(\w+)"\}', exposed, re.MULTILINE))
+    asked = set(re.findall(r'stepstate_limit\{[^}]*of="(\w+)"', "\n".join(_alert_expressions())))
+    assert asked == {"sessions", "queue_requests", "queue_rows", "backlog_rows"}
+    assert asked <= told
+
+
+def test_every_alert_is_tried() -> None:
+    alerts = re.findall(r"^ +- alert: (\w+)$", (DEPLOY / "alerts.yml").read_text(), re.MULTILINE)
+    tests = (DEPLOY / "alerts_test.yml").read_text()
+    assert len(alerts) >= 10
+    assert [name for name in alerts if name not in tests] == []
+
+
+def test_every_series_of_the_server_is_on_the_dashboard(exposed: str) -> None:
+    """By family: what is never looked at need not be exposed."""
+    families = set(re.findall(r"^# TYPE (stepstate_\w+) ", exposed, re.MULTILINE))
+    shown = {name for expression in _dashboard_expressions() for name in metrics_of(expression)}
+    unseen = {family for family in families if not any(name.startswith(family) for name in shown)}
+    assert unseen == {"stepstate_limit"}  # for alerts
 
 
 def test_compose_publishes_on_loopback_only_and_outlives_a_drain() -> None:

@@ -2,16 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from urllib.error import URLError
-from urllib.parse import urlencode
 from urllib.request import urlopen
 
 import grpc
@@ -21,6 +14,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
+from tests.integration.prometheus import Labels, Prometheus, eventually, running_prometheus
 from tests.processes import server_process
 
 SERVICE = "stepstate.v1.StepstateService"
@@ -31,94 +25,6 @@ UNARY_STEPS, STREAMED_STEPS, PRIMED_ROWS = 5, 7, 10
 LSTM_SINGLES = UNARY_STEPS + 2 * STREAMED_STEPS
 X = [0.1, -0.2, 0.3]
 """A row; the networks of the tests have three inputs."""
-
-CONFIG = """
-global: {{scrape_interval: 1s, evaluation_interval: 1s}}
-rule_files: [{rules}]
-scrape_configs:
-  - job_name: stepstate
-    static_configs: [{{targets: ["{target}"]}}]
-"""
-
-Labels = frozenset[tuple[str, str]]
-
-
-@dataclass(frozen=True, slots=True)
-class Prometheus:
-    """The HTTP API of a running Prometheus."""
-
-    url: str
-
-    def get(self, path: str, **parameters: str) -> dict:
-        """The `data` of an answer."""
-        with urlopen(f"{self.url}/api/v1/{path}?{urlencode(parameters)}") as answer:
-            return json.load(answer)["data"]
-
-    def samples(self, expression: str) -> dict[Labels, float]:
-        """What an expression gives now, by labels."""
-        result = self.get("query", query=expression)["result"]
-        return {frozenset(each["metric"].items()): float(each["value"][1]) for each in result}
-
-    def value(self, expression: str) -> float | None:
-        """What it gives, where that is one sample or none."""
-        samples = list(self.samples(expression).values())
-        assert len(samples) <= 1, f"{expression}: {len(samples)} samples"
-        return samples[0] if samples else None
-
-    def by(self, label: str, expression: str) -> dict[str, float]:
-        """What it gives, by the one label."""
-        return {dict(labels)[label]: value for labels, value in self.samples(expression).items()}
-
-    def scraped_after(self, moment: float) -> bool:
-        """Whether the server was scraped later than a time since the epoch."""
-        return (self.value('timestamp(up{job="stepstate"} == 1)') or 0.0) > moment
-
-
-def eventually(condition: Callable[[], object], *, seconds: float = 20.0) -> None:
-    """Waits until something holds."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come true in time"
-        time.sleep(0.1)
-
-
-@contextmanager
-def running_prometheus(target: str, folder: Path) -> Iterator[Prometheus]:
-    """Scrapes host:port every second until the block ends, with the rules of deploy/."""
-    program = shutil.which("prometheus")
-    if program is None:
-        pytest.skip("MISSING PROGRAM: prometheus; .ci/run installs it, or apt-get install it")
-    rules = Path(__file__).parents[2] / "deploy" / "alerts.yml"
-    config, log = folder / "prometheus.yml", folder / "log"
-    config.write_text(CONFIG.format(target=target, rules=rules))
-    command = [program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
-    command += ["--web.listen-address=127.0.0.1:0"]
-    with log.open("w") as sink:
-        process = subprocess.Popen(command, stdout=sink, stderr=sink)
-    try:
-        eventually(lambda: _port(log) is not None or process.poll() is not None)
-        prometheus = Prometheus(f"http://127.0.0.1:{_port(log)}")
-        eventually(lambda: _is_ready(prometheus))
-        yield prometheus
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
-
-
-def _port(log: Path) -> str | None:
-    """The port it took, by its log: `msg="Listening on" address=127.0.0.1:34567`."""
-    for line in log.read_text().splitlines():
-        if "Listening on" in line:
-            return line.rpartition(":")[2].strip()
-    return None
-
-
-def _is_ready(prometheus: Prometheus) -> bool:
-    try:
-        with urlopen(f"{prometheus.url}/-/ready") as answer:
-            return answer.status == 200
-    except URLError:
-        return False
 
 
 def _refused(code: grpc.StatusCode, call: Callable[..., object], request: object) -> None:
@@ -184,13 +90,14 @@ def _let_one_expire(stub: StepstateServiceStub) -> None:
 @pytest.fixture(scope="module")
 def seen(model_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Prometheus]:
     """A Prometheus that scraped the server after all of `use`."""
-    with server_process("--models", str(model_root)) as server:
-        target = server.metrics_url.removeprefix("http://").removesuffix("/metrics")
-        with running_prometheus(target, tmp_path_factory.mktemp("prometheus")) as prometheus:
-            use(server.address)
-            done = time.time()
-            eventually(lambda: prometheus.scraped_after(done))
-            yield prometheus
+    folder = tmp_path_factory.mktemp("prometheus")
+    with (
+        server_process("--models", str(model_root)) as server,
+        running_prometheus(folder, server) as prometheus,
+    ):
+        use(server.address)
+        prometheus.scrape()
+        yield prometheus
 
 
 def test_the_server_is_a_healthy_target(seen: Prometheus) -> None:

@@ -1,15 +1,19 @@
-"""The two servers under load, each a process of its own: the bare echo and `stepstate serve`."""
+"""What is under load, each a process of its own: a bare echo, `stepstate serve`, a Redis."""
 
 from __future__ import annotations
 
 import os
 import re
 import select
+import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -26,7 +30,10 @@ STOP_SECONDS = 40.0
 TOLD_CHARACTERS = 4_000
 """How much of a server's log an error shows: the end of it."""
 
-_ADDRESS = re.compile(r" on (?P<address>[^\s,]+:\d+)")
+REDIS_OPTIONS = ("--appendonly", "yes", "--appendfsync", "everysec", "--save", "")
+"""As README.md advises: kill -9 of Redis loses nothing, a loss of power the last second."""
+
+_ADDRESS = re.compile(r" on (?P<address>[^\s,]+:\d+)(?:, metrics on (?P<metrics>\S+))?")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,42 +42,84 @@ class Launched:
 
     pid: int
     address: str
+    metrics_url: str = ""
+
+    def kill(self) -> None:
+        """Ends it by kill -9."""
+        os.kill(self.pid, signal.SIGKILL)
+
+
+_Process = subprocess.Popen[str]
+
+
+@contextmanager
+def bench_folder() -> Iterator[Path]:
+    """A folder for models and files of servers; it goes with the block."""
+    with tempfile.TemporaryDirectory(prefix="stepstate-bench-") as name:
+        write_bench_model(_models(Path(name)))
+        yield Path(name)
 
 
 @contextmanager
 def running_echo() -> Iterator[Launched]:
     """A bare echo that serves inside the block."""
-    with _running("stepstate.bench.echo") as launched:
+    with _running(_python("stepstate.bench.echo"), _announced) as launched:
         yield launched
 
 
 @contextmanager
-def running_stepstate() -> Iterator[Launched]:
-    """A `stepstate serve` of the benchmark's model, with default settings."""
-    with tempfile.TemporaryDirectory(prefix="stepstate-bench-") as root:
-        write_bench_model(Path(root))
-        options = ["--models", root, "--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
-        options += ["--store", f"sqlite:{root}/stepstate.db"]
-        with _running("stepstate.cli", "serve", *options, "--log-level", "WARNING") as launched:
-            yield launched
+def running_stepstate(folder: Path, store: str, *options: str) -> Iterator[Launched]:
+    """A `stepstate serve` of the benchmark's model, with default settings otherwise.
+
+    Args:
+        folder: a `bench_folder`.
+        store: its URL.
+        options: more of the command's.
+    """
+    where = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
+    what = ["--models", str(_models(folder)), "--store", store, "--log-level", "WARNING"]
+    with _running(_python("stepstate.cli", "serve", *where, *what, *options), _announced) as it:
+        yield it
 
 
 @contextmanager
-def _running(*arguments: str) -> Iterator[Launched]:
-    """Runs a module until the block ends; an error in the block is told with the module's log."""
+def running_redis(folder: Path) -> Iterator[Launched]:
+    """A `redis-server` with an append-only file in a folder."""
+    program = shutil.which("redis-server")
+    if program is None:
+        raise BenchError("redis-server is not installed: install it, or leave redis out")
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [program, "--bind", "127.0.0.1", "--port", str(port), "--dir", str(folder)]
+    command += ["--loglevel", "warning", *REDIS_OPTIONS]
+    with _running(command, lambda process: _answering_redis(process, port)) as launched:
+        yield launched
+
+
+def _models(folder: Path) -> Path:
+    return folder / "models"
+
+
+def _python(module: str, *arguments: str) -> list[str]:
+    return [sys.executable, "-m", module, *arguments]
+
+
+@contextmanager
+def _running(command: Sequence[str], ready: Callable[[_Process], Launched]) -> Iterator[Launched]:
+    """Runs a command until the block ends; an error in the block is told with its log."""
     with tempfile.TemporaryFile("w+") as log:
-        process = _start(arguments, log)
+        process = _start(command, log)
         try:
-            yield Launched(process.pid, _announced(process))
+            yield ready(process)
         except Exception as error:
-            raise _explained(error, arguments, process, log) from error
+            raise _explained(error, command, process, log) from error
         finally:
             _stop(process)
 
 
-def _start(arguments: Sequence[str], log: IO[str]) -> subprocess.Popen[str]:
+def _start(command: Sequence[str], log: IO[str]) -> _Process:
     return subprocess.Popen(
-        [sys.executable, "-m", *arguments],
+        command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=log,
@@ -82,8 +131,8 @@ def _start(arguments: Sequence[str], log: IO[str]) -> subprocess.Popen[str]:
     )
 
 
-def _announced(process: subprocess.Popen[str]) -> str:
-    """The address on the line that the process prints when it listens."""
+def _announced(process: _Process) -> Launched:
+    """By the line that the process prints when it listens."""
     assert process.stdout is not None
     if not select.select([process.stdout], [], [], START_SECONDS)[0]:
         raise BenchError(f"it did not start within {START_SECONDS:g} s")
@@ -91,11 +140,22 @@ def _announced(process: subprocess.Popen[str]) -> str:
     match = _ADDRESS.search(line)
     if match is None:
         raise BenchError(f"it did not start; it printed {line!r}")
-    return match["address"]
+    return Launched(process.pid, match["address"], match["metrics"] or "")
+
+
+def _answering_redis(process: _Process, port: int) -> Launched:
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0) as connection:
+            connection.sendall(b"PING\r\n")
+            if connection.recv(16).startswith(b"+PONG"):
+                return Launched(process.pid, f"127.0.0.1:{port}")
+        time.sleep(0.02)
+    raise BenchError("it did not start")
 
 
 def _explained(
-    error: Exception, arguments: Sequence[str], process: subprocess.Popen[str], log: IO[str]
+    error: Exception, command: Sequence[str], process: _Process, log: IO[str]
 ) -> Exception:
     try:
         ended = f"ended with status {process.wait(timeout=0.5)}"
@@ -105,10 +165,10 @@ def _explained(
     told = log.read().strip()[-TOLD_CHARACTERS:]
     if not told and process.returncode is None:
         return error
-    return BenchError(f"{error}\n`python -m {' '.join(arguments)}` {ended}; its log:\n{told}")
+    return BenchError(f"{error}\n`{' '.join(command)}` {ended}; its log:\n{told}")
 
 
-def _stop(process: subprocess.Popen[str]) -> None:
+def _stop(process: _Process) -> None:
     process.terminate()
     try:
         process.wait(STOP_SECONDS)

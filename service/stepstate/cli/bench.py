@@ -1,21 +1,26 @@
-"""`stepstate bench`: what a step costs here, beside a bare echo of the same messages."""
+"""`stepstate bench`: what a step costs here, what keeping sessions costs, and what it gives."""
 
 from __future__ import annotations
 
 import signal
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import click
 
+from stepstate.bench.comparisons import Choice, beside_echo, beside_memory
 from stepstate.bench.errors import BenchError
 from stepstate.bench.figures import Plan
-from stepstate.bench.report import Report, as_json, as_text, this_machine
-from stepstate.bench.rounds import run
-from stepstate.cli.options import option
+from stepstate.bench.machine import this_machine
+from stepstate.bench.report import Report, as_json, as_text
+from stepstate.bench.residency import ResidencyPlan, residency
+from stepstate.bench.restart import RestartPlan, restart
+from stepstate.bench.stores import DURABILITIES, DURABLE
+from stepstate.cli.options import Command, option
 
 MOST_SESSIONS = 10_000
-"""What a server with default settings holds."""
+"""What a server with default settings keeps in memory."""
 
 
 def counts(value: str) -> tuple[int, ...]:
@@ -32,32 +37,137 @@ def counts(value: str) -> tuple[int, ...]:
     return found
 
 
-@click.command("bench")
-@option("--sessions", "1,16,64,256", counts, "How many sessions step at once, in turn.")
-@option("--seconds", 3.0, click.FloatRange(0.1, 3600.0), "Length of what is counted of a round.")
-@option("--rounds", 3, click.IntRange(1, 100), "Rounds of each; the median one is printed.")
-@option("--processes", 1, click.IntRange(1, 64), "Client processes that share the sessions.")
-@option("--json", "", click.Path(dir_okay=False), "Also writes every round to this file.")
-def bench_command(
-    sessions: tuple[int, ...], seconds: float, rounds: int, processes: int, json: str
-) -> None:
-    """Measures one-message steps in a closed loop, beside a bare gRPC echo of the same bytes.
+def some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
+    """A type for names of a few, separated by commas."""
 
-    It starts both servers itself, on free loopback ports. Machines differ and
+    def names(value: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(value.split(",")))
+        if not set(found) <= set(known):
+            raise click.BadParameter(f"{value!r}: expected some of {','.join(known)}")
+        return found
+
+    return names
+
+
+class _WithDefault(click.Group):
+    """A group whose first command is meant when none is named."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
+            args = [next(iter(self.commands)), *args]
+        return super().parse_args(ctx, args)
+
+
+def _plan(sessions: str) -> Callable[[Command], Command]:
+    """The options of a `Plan`."""
+    return _together(
+        option("--sessions", sessions, counts, "How many sessions step at once, in turn."),
+        option("--seconds", 3.0, click.FloatRange(0.1, 3600.0), "What is counted of a round."),
+        option("--rounds", 3, click.IntRange(1, 100), "Rounds of each; the median is printed."),
+        option("--processes", 1, click.IntRange(1, 64), "Client processes, sharing the sessions."),
+    )
+
+
+def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Command]:
+    def decorated(command: Command) -> Command:
+        for each in reversed(options):
+            command = each(command)
+        return command
+
+    return decorated
+
+
+_json = option("--json", "", click.Path(dir_okay=False), "Also writes every figure to this file.")
+
+
+@click.group("bench", cls=_WithDefault)
+def bench_command() -> None:
+    """Measures a server in one of several ways; without COMMAND: `echo`.
+
+    It starts all servers itself, on free loopback ports. Machines differ and
     are shared: compare the ratios of one run, not the figures of two.
     """
+
+
+@bench_command.command("echo")
+@_plan("1,16,64,256")
+@_json
+def echo_command(
+    sessions: tuple[int, ...], seconds: float, rounds: int, processes: int, json: str
+) -> None:
+    """One-message steps in a closed loop, beside a bare gRPC echo of the same bytes."""
+    plan = Plan(sessions, seconds, rounds, processes)
+    _publish(json, lambda: beside_echo(plan, _tell))
+
+
+@bench_command.command("durability")
+@_plan("64")
+@option("--stores", "sqlite,redis", some_of(DURABLE), "Which stores to compare.")
+@option("--durabilities", "none,async,sync", some_of(DURABILITIES), "Which durabilities.")
+@option("--redis-url", "", str, "A Redis that is there; empty: a redis-server is started.")
+@_json
+def durability_command(
+    sessions: tuple[int, ...],
+    seconds: float,
+    rounds: int,
+    processes: int,
+    stores: tuple[str, ...],
+    durabilities: tuple[str, ...],
+    redis_url: str,
+    json: str,
+) -> None:
+    """The same steps with each store and durability, beside those with the store `memory:`.
+
+    Files are below TMPDIR: set it to compare disks.
+    """
+    plan = Plan(sessions, seconds, rounds, processes)
+    choice = Choice(stores, durabilities, redis_url)
+    _publish(json, lambda: beside_memory(plan, choice, _tell))
+
+
+@bench_command.command("restart")
+@option("--store", "sqlite", click.Choice(DURABLE), "Where the sessions are stored.")
+@option("--stored", 10_000, click.IntRange(2, 1_000_000), "Sessions that are stored.")
+@option("--rows", 32, click.IntRange(1, 10_000), "Rows of each: so many are remembered too.")
+@option("--rounds", 3, click.IntRange(1, 100), "Starts of each kind.")
+@_json
+def restart_command(store: str, stored: int, rows: int, rounds: int, json: str) -> None:
+    """From kill -9 to the first step of a stored session, beside a bare start."""
+    _publish(json, lambda: restart(RestartPlan(store, stored, rows, rounds), _tell))
+
+
+@bench_command.command("residency")
+@option("--store", "sqlite", click.Choice(DURABLE), "Where spilled sessions are.")
+@option("--sessions", 200_000, click.IntRange(1, 10_000_000), "Sessions that are open.")
+@option("--slots", 10_000, click.IntRange(1, 10_000_000), "How many of them fit in memory.")
+@option("--durability", "async", click.Choice(DURABILITIES), "Of all of them.")
+@option("--rounds", 2, click.IntRange(1, 100), "How often each is stepped.")
+@_json
+def residency_command(
+    store: str, sessions: int, slots: int, durability: str, rounds: int, json: str
+) -> None:
+    """More open sessions than slots, opened at once and stepped in random order."""
+    plan = ResidencyPlan(store, sessions, slots, durability, rounds)
+    _publish(json, lambda: residency(plan, _tell))
+
+
+def _publish(json: str, measure: Callable[[], Report]) -> None:
+    """Measures, prints, and writes the file if one is wanted."""
     if json and not Path(json).absolute().parent.is_dir():
         raise click.BadParameter(f"the folder of {json!r} does not exist", param_hint="--json")
     _end_cleanly()
-    plan = Plan(sessions, seconds, rounds, processes)
     machine = this_machine()
     try:
-        report = Report(machine, plan, run(plan, lambda line: click.echo(line, err=True)))
+        report = measure()
     except BenchError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(as_text(report))
+    click.echo(as_text(machine, report))
     if json:
-        Path(json).write_text(as_json(report))
+        Path(json).write_text(as_json(machine, report))
+
+
+def _tell(line: str) -> None:
+    click.echo(line, err=True)
 
 
 def _end_cleanly() -> None:

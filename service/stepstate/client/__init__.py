@@ -5,17 +5,28 @@
 >>> client.disconnect()
 """
 
-from stepstate.client.aio import AsyncClient, AsyncSession
-from stepstate.client.sync import Client, Session
-from stepstate.client.values import Inspection, ModelInfo, Output, SessionInfo
+from stepstate.client.aio import AsyncClient
+from stepstate.client.aio_session import AsyncSession
+from stepstate.client.sync import Client
+from stepstate.client.sync_session import Session
+from stepstate.client.values import (
+    Durability,
+    Inspection,
+    ModelInfo,
+    Output,
+    Result,
+    SessionInfo,
+)
 
 __all__ = [
     "AsyncClient",
     "AsyncSession",
     "Client",
+    "Durability",
     "Inspection",
     "ModelInfo",
     "Output",
+    "Result",
     "Session",
     "SessionInfo",
 ]

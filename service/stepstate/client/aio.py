@@ -3,50 +3,51 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
-from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable
-from dataclasses import replace
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, TypeVar
+from typing import Self, TypeVar
 
 import grpc
-from numpy.typing import ArrayLike
 
 from stepstate.client import wire
-from stepstate.client.values import Floats, Inspection, ModelInfo, SessionInfo
-from stepstate.errors import (
-    ServerUnreachable,
-    SessionClosed,
-    SessionExists,
-    StepstateError,
-    Unavailable,
-)
+from stepstate.client.aio_session import AsyncSession
+from stepstate.client.backlog import RESUME_ROWS
+from stepstate.client.backoff import Backoff
+from stepstate.client.pipeline import MOST_ITEMS, Items, Pipeline
+from stepstate.client.track import WINDOW
+from stepstate.client.values import Durability, ModelInfo, Result, SessionInfo
+from stepstate.errors import SessionExists
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
-R = TypeVar("R")
+__all__ = ["TIMEOUT", "WINDOW", "AsyncClient"]
 
-if TYPE_CHECKING:
-    Call = grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]
+R = TypeVar("R")
 
 TIMEOUT = 10.0
 """Seconds a call may take with all its retries."""
-WINDOW = 16
-"""Rows of a stream in flight: half of what a server remembers for retries by default."""
 
 
 class AsyncClient:
     """A connection to a server.
 
+    Its sessions survive the end of the server: see `AsyncSession`.
+
     Args:
         target: host:port.
-        timeout: seconds that a call may take with all its retries.
+        timeout: seconds that a call may take with all its retries, and that a
+            stream goes on without an answer.
+        resume_rows: most rows that each session keeps, to send them again to a
+            server that was set back. What a server has saved is not kept.
     """
 
-    def __init__(self, target: str, *, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self, target: str, *, timeout: float = TIMEOUT, resume_rows: int = RESUME_ROWS
+    ) -> None:
         self.target = target
         self.timeout = timeout
+        self.resume_rows = resume_rows
         self._channel = grpc.aio.insecure_channel(target, options=list(wire.CHANNEL_OPTIONS))
         self.stub = StepstateServiceStub(self._channel)
         self._models: dict[tuple[str, str], ModelInfo] = {}
@@ -74,6 +75,7 @@ class AsyncClient:
         session_id: str | None = None,
         start_time: datetime | None = None,
         idle_timeout: timedelta | None = None,
+        durability: Durability | None = None,
     ) -> AsyncSession:
         """Opens a session with zero state.
 
@@ -83,28 +85,46 @@ class AsyncClient:
             session_id: 1 to 128 of A-Z a-z 0-9 . _ : -; left out, one is made.
             start_time: time of the first row; without a zone it is read as UTC.
             idle_timeout: the session expires when no step came for this long.
+            durability: "async": steps are answered at once and saved a little
+                later, and the session sends again what a server lost. "sync":
+                a step is answered when it is saved. "none": the session is
+                lost when its server ends unexpectedly. Left out: the server's
+                own choice, async if it has a store that lasts.
 
         Raises:
             SessionExists, ModelUnknown, InvalidField, SessionLimit, Unavailable.
         """
-        request = wire.opening(model, version, session_id, start_time, idle_timeout)
+        request = wire.opening(
+            model,
+            version,
+            session_id,
+            start_time=start_time,
+            idle_timeout=idle_timeout,
+            durability=durability,
+        )
         try:
-            reply = await self.call(self.stub.OpenSession, request)
-            info = wire.session_info(reply.session)
+            info = wire.session_info((await self.call(self.stub.OpenSession, request)).session)
         except SessionExists:
             if session_id is not None:
                 raise
             info = await self.info(request.session_id)  # ours: a first try's reply was lost
-        return AsyncSession(self, await self.model(info.model, info.version), info)
+        return await self._session(info)
 
-    async def session(self, session_id: str) -> AsyncSession:
-        """An open session, to go on from where it stands.
+    async def session(self, session_id: str, t: int | None = None) -> AsyncSession:
+        """An open session, to go on from where it stands, or from the application's own t.
+
+        An application that was stopped and knows from its records that it has
+        the outputs of t rows says so, and goes on with row t: of rows that
+        were applied without its knowing it is given the same outputs again, as
+        far as the server remembers them (by default the last 32 requests). If
+        the server stands before t, a step raises `RowsMissing`, which names
+        the rows it needs: this object never had them.
 
         Raises:
-            SessionUnknown, SessionExpired, SessionClosed, InvalidField, Unavailable.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost,
+            InvalidField, Unavailable.
         """
-        info = await self.info(session_id)
-        return AsyncSession(self, await self.model(info.model, info.version), info)
+        return await self._session(await self.info(session_id), t)
 
     async def info(self, session_id: str) -> SessionInfo:
         """Where a session stands. Raises as `session`."""
@@ -126,6 +146,129 @@ class AsyncClient:
         """Closes a session and returns how it stood. Raises as `session`."""
         request = pb.CloseSessionRequest(session_id=session_id)
         return wire.session_info((await self.call(self.stub.CloseSession, request)).session)
+
+    async def fork(
+        self,
+        session: AsyncSession | str,
+        new_id: str | None = None,
+        *,
+        idle_timeout: timedelta | None = None,
+        durability: Durability | None = None,
+    ) -> AsyncSession:
+        """Opens a session that starts from a copy of another, and goes on apart from it.
+
+        Args:
+            session: what to copy, or its id. The fork of an `AsyncSession`
+                stands at its t, and keeps the same rows to send them again.
+            new_id: as `session_id` in `open`.
+            idle_timeout, durability: as in `open`; left out: those of the source.
+
+        Raises:
+            As `session` for the source, as `open` for the new session.
+        """
+        source_id = session if isinstance(session, str) else session.session_id
+        request = wire.forking(source_id, new_id, idle_timeout, durability)
+        try:
+            info = wire.session_info((await self.call(self.stub.ForkSession, request)).session)
+        except SessionExists:
+            if new_id is not None:
+                raise
+            info = await self.info(request.new_session_id)  # a first try's reply was lost
+        forked = await self._session(info)
+        if not isinstance(session, str):
+            forked.follow(session, resume_rows=self.resume_rows)
+        return forked
+
+    async def export(self, session_id: str) -> bytes:
+        """A session's snapshot: all that a server with the same model needs to go on with it.
+
+        The session stays open. Raises as `session`.
+        """
+        request = pb.ExportSessionRequest(session_id=session_id)
+        snapshot: bytes = (await self.call(self.stub.ExportSession, request)).snapshot
+        return snapshot
+
+    async def restore(
+        self,
+        snapshot: bytes,
+        *,
+        session_id: str | None = None,
+        idle_timeout: timedelta | None = None,
+        durability: Durability | None = None,
+    ) -> AsyncSession:
+        """Opens a session from a snapshot that `export` made, here or elsewhere.
+
+        Args:
+            snapshot: its bytes.
+            session_id: as in `open`; left out: that of the exported session.
+            idle_timeout, durability: as in `open`; left out: as exported.
+
+        Raises:
+            SnapshotCorrupt, SnapshotForeign: it is damaged, or of another model.
+            SessionExists: the id is open. If a first reply was lost it may be
+                this very snapshot that opened it: `session` tells its t.
+            As `open`.
+        """
+        request = wire.importing(snapshot, session_id, idle_timeout, durability)
+        reply = await self.call(self.stub.ImportSession, request)
+        return await self._session(wire.session_info(reply.session))
+
+    async def stream(
+        self,
+        items: Items[AsyncSession],
+        *,
+        most_items: int = MOST_ITEMS,
+    ) -> AsyncIterator[Result[AsyncSession]]:
+        """Steps many sessions on one connection, and yields a result for every item.
+
+        >>> async def steps(client, readings):  # readings yields (session, x)
+        ...     async for result in client.stream(readings):
+        ...         print(result.session.session_id, result.session.t, result.y)
+
+        Results of one session come in the order of its items, those of
+        different sessions as they are ready. A session's t is that of its
+        last result. An item may be many rows [T, D]; its result is that of the
+        last one.
+
+        Up to `WINDOW` items of a session are in flight. Beyond that its items
+        wait in a queue of its own, and so do those of a session that is sent
+        rows again, refused for now or slow: none holds up the others. When
+        `most_items` of all sessions were taken and their results were not, or
+        64 MiB of rows are waiting, no more is taken from the source until some
+        results are.
+
+        When the connection breaks it is made again, and what was not answered
+        is sent again with the same t; a session that the server was set back
+        in is brought up as in `AsyncSession.step`. Each output is given once.
+
+        An error that ends a session (a row that can't be applied, a session
+        that is closed, `RowsMissing`) is the result of the item it came for,
+        and of all later items of that session, none of which is applied; the
+        others go on. `session.t` says how far it got: go on with it in another
+        stream. After leaving the loop early go on from each session's t with
+        the same rows, or call `refresh` first.
+
+        Args:
+            items: pairs (session, x), from an iterable or an async iterable.
+            most_items: bound for items that wait.
+
+        Raises:
+            Unavailable: no connection for `timeout` seconds.
+            InvalidField: two objects were given for one session.
+            Exception: what `items` raised, after the results of the items before.
+        """
+        pipeline = Pipeline(
+            items,
+            self.stub.StreamSteps,
+            target=self.target,
+            timeout=self.timeout,
+            most=most_items,
+        )
+        try:
+            while (result := await pipeline.next()) is not None:
+                yield result
+        finally:
+            await pipeline.end()
 
     async def models(self) -> list[ModelInfo]:
         """The loaded models."""
@@ -154,227 +297,15 @@ class AsyncClient:
         Raises:
             StepstateError: as the server answered.
         """
-        backoff = wire.Backoff(self.timeout if timeout is None else timeout)
+        backoff = Backoff(self.timeout if timeout is None else timeout)
         while True:
             try:
                 return await rpc(request, timeout=max(backoff.left, 0.001))
             except grpc.aio.AioRpcError as failure:
                 error = wire.from_rpc(failure, self.target)
-            if not isinstance(error, Unavailable):
+            if not wire.passing(error):
                 raise error
             await asyncio.sleep(backoff.wait(error))
 
-
-class AsyncSession:
-    """A session: applies rows and returns outputs, each row exactly once.
-
-    `t` counts the rows applied. One task at a time may step a session.
-    """
-
-    def __init__(self, client: AsyncClient, model: ModelInfo, info: SessionInfo) -> None:
-        self.session_id = info.session_id
-        self.model = model
-        self.t = info.t
-        self.client = client
-        self._info = info
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        await self.close()
-
-    async def step(
-        self, x: ArrayLike, *, last_only: bool = False, timeout: float | None = None
-    ) -> Floats:
-        """Applies one row or many, all or none of them, and returns their outputs.
-
-        A lost reply is asked for again with the same t, which applies nothing
-        twice. If the task is cancelled meanwhile, call again with the same x.
-
-        Args:
-            x: one row [D], or many [T, D], in raw units; finite.
-            last_only: return the outputs of the last row only.
-            timeout: seconds for all tries.
-
-        Returns:
-            y [O] for one row or with last_only, else [T, O], in raw units.
-
-        Raises:
-            InvalidField, NonFiniteInput, NonFiniteResult: x can't be applied.
-            SessionUnknown, SessionExpired, SessionClosed: the session is gone.
-            StepAhead, StepMismatch, StepTooOld: someone else steps it too.
-            Unavailable: no answer in time.
-        """
-        rows, alone = self.model.rows(x)
-        request = wire.step_request(self.session_id, self.t, rows, last_only=last_only)
-        response = await self.client.call(self.client.stub.Step, request, timeout)
-        y = wire.outputs(response, self.model)
-        self.t = response.t
-        return y[0] if alone or last_only else y
-
-    async def inspect(self, x: ArrayLike, *, timeout: float | None = None) -> Inspection:
-        """Applies rows like `step`, and also returns the gates and states of every layer."""
-        rows, _ = self.model.rows(x)
-        request = wire.step_request(self.session_id, self.t, rows, inspect=True)
-        response = await self.client.call(self.client.stub.Step, request, timeout)
-        found = wire.inspection(response, self.model)
-        self.t = response.t
-        return found
-
-    async def stream(
-        self, xs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]
-    ) -> AsyncIterator[Floats]:
-        """Applies rows as they come and yields the outputs [O] of each, in order.
-
-        Up to `WINDOW` items are in flight; an item may also be many rows [T, D],
-        whose last outputs are then yielded. When the connection breaks it is made
-        again, and what was not answered is sent again with the same t. Ends
-        with the error if a row can't be applied; `t` says how far it got. After
-        leaving the loop early, call `refresh` before the next step: rows in
-        flight may have been applied.
-
-        Args:
-            xs: rows [D], from an iterable or an async iterable.
-
-        Raises:
-            As `step`.
-        """
-        pipeline = _Pipeline(self, xs)
-        feeding = asyncio.create_task(pipeline.feed())
-        try:
-            async for response in pipeline.replies():
-                y = wire.outputs(response, self.model)
-                self.t = response.t
-                yield y[0]
-        finally:
-            feeding.cancel()
-            await asyncio.gather(feeding, return_exceptions=True)
-
-    async def refresh(self) -> SessionInfo:
-        """Asks the server where the session stands, and takes its t."""
-        info = await self.client.info(self.session_id)
-        self.t = info.t
-        return info
-
-    async def close(self) -> SessionInfo:
-        """Closes the session on the server; that it is closed already is no error."""
-        try:
-            return await self.client.close(self.session_id)
-        except SessionClosed as closed:  # perhaps by a first try, whose reply was lost
-            return replace(self._info, t=closed.t)
-
-
-class _Pipeline:
-    """Rows on their way over StreamSteps, and the requests that are not answered yet."""
-
-    def __init__(
-        self, session: AsyncSession, xs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]
-    ) -> None:
-        self._session = session
-        self._xs = xs
-        self._unanswered: deque[pb.StepRequest] = deque()
-        self._room = asyncio.Semaphore(WINDOW)
-        self._writing = asyncio.Lock()
-        self._call: Call | None = None
-        self._fed = False
-        self._failure: Exception | None = None
-
-    async def feed(self) -> None:
-        """Sends the rows as they come; an error of theirs is raised when all sent is answered."""
-        try:
-            await self._feed_rows()
-        except Exception as error:  # noqa: BLE001 - whatever the application's iterator raises
-            self._failure = error
-        async with self._writing:
-            self._fed = True
-            await self._send(None)
-
-    async def _feed_rows(self) -> None:
-        t = self._session.t
-        async for x in _each(self._xs):
-            rows, _ = self._session.model.rows(x)
-            request = wire.step_request(self._session.session_id, t, rows, last_only=True)
-            t += len(rows)
-            await self._room.acquire()
-            async with self._writing:
-                self._unanswered.append(request)
-                await self._send(request)
-
-    async def replies(self) -> AsyncIterator[pb.StepResponse]:
-        """The replies in order, over as many connections as it takes."""
-        client = self._session.client
-        backoff: wire.Backoff | None = None
-        while not (self._fed and not self._unanswered):
-            try:
-                await self._connect()
-                async for response in self._read():
-                    backoff = None
-                    yield response
-                continue
-            except grpc.aio.AioRpcError as failure:
-                error = wire.from_rpc(failure, client.target)
-            except StepstateError as refused:
-                error = refused
-            if not isinstance(error, Unavailable):
-                raise error
-            backoff = backoff or wire.Backoff(client.timeout)  # from the first failure in a row on
-            await asyncio.sleep(backoff.wait(error))
-        if self._failure is not None:
-            raise self._failure
-
-    async def _connect(self) -> None:
-        """Opens a stream and sends on it what is not answered."""
-        async with self._writing:
-            self._call = self._session.client.stub.StreamSteps()
-            for request in list(self._unanswered):
-                await self._send(request)
-            if self._fed:
-                await self._send(None)
-
-    async def _read(self) -> AsyncIterator[pb.StepResponse]:
-        """The replies of one stream; a refusal ends it and is raised."""
-        call = self._call
-        assert call is not None
-        try:
-            async for response in call:
-                if response.HasField("error"):
-                    raise wire.from_status(response.error)
-                self._unanswered.popleft()
-                self._room.release()
-                yield response
-            if self._unanswered:
-                raise ServerUnreachable(self._session.client.target, "the stream ended early")
-        finally:
-            call.cancel()
-            self._call = None
-
-    async def _send(self, request: pb.StepRequest | None) -> None:
-        """Writes a request, or the end; a broken stream is the reader's to notice."""
-        if self._call is None:
-            return
-        try:
-            if request is None:
-                await self._call.done_writing()
-            else:
-                await self._call.write(request)
-        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
-            pass
-        except asyncio.CancelledError:  # of the call, by the reader, or else of this task
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise
-
-
-async def _each(xs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]) -> AsyncIterator[ArrayLike]:
-    if isinstance(xs, AsyncIterable):
-        async for x in xs:
-            yield x
-    else:
-        for x in xs:
-            yield x
+    async def _session(self, info: SessionInfo, t: int | None = None) -> AsyncSession:
+        return AsyncSession(self, await self.model(info.model, info.version), info, t=t)

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Self, TypeVar
 
 import grpc
 from numpy.typing import ArrayLike
 
 from stepstate.client import wire
 from stepstate.client.aio import TIMEOUT
-from stepstate.client.values import Floats, Inspection, ModelInfo, SessionInfo
-from stepstate.errors import ServerUnreachable, SessionClosed, SessionExists, Unavailable
+from stepstate.client.backlog import RESUME_ROWS
+from stepstate.client.backoff import Backoff
+from stepstate.client.sync_session import Session
+from stepstate.client.turns import Turns
+from stepstate.client.values import Durability, Floats, ModelInfo, Result, SessionInfo
+from stepstate.errors import (
+    Draining,
+    ServerUnreachable,
+    SessionExists,
+    StepstateError,
+)
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
@@ -26,9 +33,12 @@ R = TypeVar("R")
 class Client:
     """A connection to a server; threads may share it. See `AsyncClient`."""
 
-    def __init__(self, target: str, *, timeout: float = TIMEOUT) -> None:
+    def __init__(
+        self, target: str, *, timeout: float = TIMEOUT, resume_rows: int = RESUME_ROWS
+    ) -> None:
         self.target = target
         self.timeout = timeout
+        self.resume_rows = resume_rows
         self._channel = grpc.insecure_channel(target, options=list(wire.CHANNEL_OPTIONS))
         self.stub = StepstateServiceStub(self._channel)
         self._models: dict[tuple[str, str], ModelInfo] = {}
@@ -56,21 +66,28 @@ class Client:
         session_id: str | None = None,
         start_time: datetime | None = None,
         idle_timeout: timedelta | None = None,
+        durability: Durability | None = None,
     ) -> Session:
         """Opens a session with zero state. See `AsyncClient.open`."""
-        request = wire.opening(model, version, session_id, start_time, idle_timeout)
+        request = wire.opening(
+            model,
+            version,
+            session_id,
+            start_time=start_time,
+            idle_timeout=idle_timeout,
+            durability=durability,
+        )
         try:
             info = wire.session_info(self.call(self.stub.OpenSession, request).session)
         except SessionExists:
             if session_id is not None:
                 raise
             info = self.info(request.session_id)  # ours: a first try's reply was lost
-        return Session(self, self.model(info.model, info.version), info)
+        return self._session(info)
 
-    def session(self, session_id: str) -> Session:
-        """An open session, to go on from where it stands. See `AsyncClient.session`."""
-        info = self.info(session_id)
-        return Session(self, self.model(info.model, info.version), info)
+    def session(self, session_id: str, t: int | None = None) -> Session:
+        """An open session, to go on from its t, or from one's own. See `AsyncClient.session`."""
+        return self._session(self.info(session_id), t)
 
     def info(self, session_id: str) -> SessionInfo:
         """Where a session stands."""
@@ -92,6 +109,73 @@ class Client:
         request = pb.CloseSessionRequest(session_id=session_id)
         return wire.session_info(self.call(self.stub.CloseSession, request).session)
 
+    def fork(
+        self,
+        session: Session | str,
+        new_id: str | None = None,
+        *,
+        idle_timeout: timedelta | None = None,
+        durability: Durability | None = None,
+    ) -> Session:
+        """Opens a session that starts from a copy of another. See `AsyncClient.fork`."""
+        source_id = session if isinstance(session, str) else session.session_id
+        request = wire.forking(source_id, new_id, idle_timeout, durability)
+        try:
+            info = wire.session_info(self.call(self.stub.ForkSession, request).session)
+        except SessionExists:
+            if new_id is not None:
+                raise
+            info = self.info(request.new_session_id)  # ours: a first try's reply was lost
+        forked = self._session(info)
+        if not isinstance(session, str):
+            forked.follow(session, resume_rows=self.resume_rows)
+        return forked
+
+    def export(self, session_id: str) -> bytes:
+        """A session's snapshot. See `AsyncClient.export`."""
+        request = pb.ExportSessionRequest(session_id=session_id)
+        snapshot: bytes = self.call(self.stub.ExportSession, request).snapshot
+        return snapshot
+
+    def restore(
+        self,
+        snapshot: bytes,
+        *,
+        session_id: str | None = None,
+        idle_timeout: timedelta | None = None,
+        durability: Durability | None = None,
+    ) -> Session:
+        """Opens a session from a snapshot. See `AsyncClient.restore`."""
+        request = wire.importing(snapshot, session_id, idle_timeout, durability)
+        return self._session(wire.session_info(self.call(self.stub.ImportSession, request).session))
+
+    def stream(self, items: Iterable[tuple[Session, ArrayLike]]) -> Iterator[Result[Session]]:
+        """Steps many sessions on one connection, and yields a result for every item.
+
+        Results come in the order of the items: one is in flight at a time, so
+        that each output is there before the next item is asked for. An error
+        that ends a session is the result of the item it came for, and of all
+        later items of that session, none of which is applied; the others go on.
+        `AsyncClient.stream` has many items in flight.
+
+        Raises:
+            ServerUnreachable, Draining: no connection for `timeout` seconds.
+        """
+        turns, ended = Turns(self.stub.StreamSteps, self.target), dict[str, StepstateError]()
+        try:
+            for session, x in items:
+                y: Floats | None = None
+                if session.session_id not in ended:
+                    try:
+                        y = turns.step(session, x, self.timeout)
+                    except (ServerUnreachable, Draining):
+                        raise
+                    except StepstateError as error:
+                        ended[session.session_id] = error
+                yield Result(session, y, ended.get(session.session_id))
+        finally:
+            turns.end()
+
     def models(self) -> list[ModelInfo]:
         """The loaded models."""
         reply = self.call(self.stub.ListModels, pb.ListModelsRequest())
@@ -109,132 +193,15 @@ class Client:
 
     def call(self, rpc: Callable[..., R], request: object, timeout: float | None = None) -> R:
         """Makes a unary call that may be repeated, until it is answered or time is up."""
-        backoff = wire.Backoff(self.timeout if timeout is None else timeout)
+        backoff = Backoff(self.timeout if timeout is None else timeout)
         while True:
             try:
                 return rpc(request, timeout=max(backoff.left, 0.001))
             except grpc.RpcError as failure:
                 error = wire.from_rpc(failure, self.target)
-            if not isinstance(error, Unavailable):
+            if not wire.passing(error):
                 raise error
             time.sleep(backoff.wait(error))
 
-
-class Session:
-    """A session: applies rows and returns outputs, each row exactly once.
-
-    `t` counts the rows applied. One thread at a time may step a session. Every
-    method raises what the same one of `AsyncSession` does.
-    """
-
-    def __init__(self, client: Client, model: ModelInfo, info: SessionInfo) -> None:
-        self.session_id = info.session_id
-        self.model = model
-        self.t = info.t
-        self.client = client
-        self._info = info
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def step(
-        self, x: ArrayLike, *, last_only: bool = False, timeout: float | None = None
-    ) -> Floats:
-        """Applies one row or many, and returns their outputs. See `AsyncSession.step`."""
-        rows, alone = self.model.rows(x)
-        request = wire.step_request(self.session_id, self.t, rows, last_only=last_only)
-        response = self.client.call(self.client.stub.Step, request, timeout)
-        y = wire.outputs(response, self.model)
-        self.t = response.t
-        return y[0] if alone or last_only else y
-
-    def inspect(self, x: ArrayLike, *, timeout: float | None = None) -> Inspection:
-        """Applies rows like `step`, and also returns the gates and states of every layer."""
-        rows, _ = self.model.rows(x)
-        request = wire.step_request(self.session_id, self.t, rows, inspect=True)
-        response = self.client.call(self.client.stub.Step, request, timeout)
-        found = wire.inspection(response, self.model)
-        self.t = response.t
-        return found
-
-    def stream(self, xs: Iterable[ArrayLike]) -> Iterator[Floats]:
-        """Applies rows as they come and yields the outputs [O] of each.
-
-        One row is in flight at a time, so that each output is there before the
-        next row is asked for. For speed over many rows that are known already,
-        give them to `step` at once, or use `AsyncSession.stream`.
-        """
-        turns = _Turns(self.client)
-        try:
-            for x in xs:
-                rows, _ = self.model.rows(x)
-                request = wire.step_request(self.session_id, self.t, rows, last_only=True)
-                response = turns.ask(request)
-                y = wire.outputs(response, self.model)
-                self.t = response.t
-                yield y[0]
-        finally:
-            turns.end()
-
-    def refresh(self) -> SessionInfo:
-        """Asks the server where the session stands, and takes its t."""
-        info = self.client.info(self.session_id)
-        self.t = info.t
-        return info
-
-    def close(self) -> SessionInfo:
-        """Closes the session on the server; that it is closed already is no error."""
-        try:
-            return self.client.close(self.session_id)
-        except SessionClosed as closed:  # perhaps by a first try, whose reply was lost
-            return replace(self._info, t=closed.t)
-
-
-class _Turns:
-    """Requests and replies in turn over StreamSteps, on a new stream when one breaks."""
-
-    def __init__(self, client: Client) -> None:
-        self._client = client
-        self._requests: queue.SimpleQueue[pb.StepRequest | None] = queue.SimpleQueue()
-        self._replies: Any = None  # what grpc gives for a call has no name
-
-    def ask(self, request: pb.StepRequest) -> pb.StepResponse:
-        backoff = wire.Backoff(self._client.timeout)
-        while True:
-            try:
-                return self._try(request)
-            except grpc.RpcError as failure:
-                error = wire.from_rpc(failure, self._client.target)
-            except Unavailable as refused:
-                error = refused
-            self.end()
-            if not isinstance(error, Unavailable):
-                raise error
-            time.sleep(backoff.wait(error))
-
-    def end(self) -> None:
-        """Ends the stream, if there is one."""
-        if self._replies is not None:
-            self._requests.put(None)
-            self._replies.cancel()
-            self._replies = None
-
-    def _try(self, request: pb.StepRequest) -> pb.StepResponse:
-        if self._replies is None:
-            self._requests = queue.SimpleQueue()
-            self._replies = self._client.stub.StreamSteps(iter(self._requests.get, None))
-        self._requests.put(request)
-        response: pb.StepResponse | None = next(self._replies, None)
-        if response is None:
-            raise ServerUnreachable(self._client.target, "the stream ended early")
-        if response.HasField("error"):
-            raise wire.from_status(response.error)
-        return response
+    def _session(self, info: SessionInfo, t: int | None = None) -> Session:
+        return Session(self, self.model(info.model, info.version), info, t=t)

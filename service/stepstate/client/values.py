@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepstate.errors import InvalidField
+from stepstate.errors import InvalidField, StepstateError
+
+S = TypeVar("S")
 
 Floats = NDArray[np.float32]
+Durability = Literal["none", "async", "sync"]
+"""What of a session survives the end of its server: see `AsyncClient.open`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,14 @@ class ModelInfo:
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """Where a session stands, by the server's word."""
+    """Where a session stands, by the server's word.
+
+    `durable_t`: rows that survive the end of the server, 0 with durability none.
+    `residency`: "resident" in the memory of the server that answered, or
+    "spilled": its state is in the store, or with another server; t is what is
+    saved then. `owner`: the server that holds its lease, empty where none does.
+    `epoch`: how often a server has taken it.
+    """
 
     session_id: str
     model: str
@@ -108,6 +119,16 @@ class SessionInfo:
     start_time: datetime | None
     open_time: datetime
     expire_time: datetime
+    durable_t: int = 0
+    durability: str = ""
+    residency: str = ""
+    owner: str = ""
+    epoch: int = 0
+
+    @property
+    def resumable(self) -> bool:
+        """Whether a server can be set back in it, and go on if it is sent the rows again."""
+        return self.durability in ("async", "sync")
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,3 +142,27 @@ class Inspection:
 
     y: Floats
     layers: tuple[Mapping[str, Floats], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result(Generic[S]):
+    """What became of one item of a stream of many sessions.
+
+    `outputs` [O] of the item's last row, or None and the `error` that ended its
+    session's part of the stream.
+    """
+
+    session: S
+    outputs: Floats | None
+    error: StepstateError | None
+
+    @property
+    def y(self) -> Floats:
+        """The outputs [O].
+
+        Raises:
+            StepstateError: the item's error, if it has one.
+        """
+        if self.outputs is None:
+            raise self.error or StepstateError()
+        return self.outputs

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-import time
 import uuid
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -13,10 +11,13 @@ import grpc
 import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 
+from stepstate.client.backlog import Sent
 from stepstate.client.values import Floats, Inspection, ModelInfo, Output, SessionInfo
 from stepstate.errors import (
     Cancelled,
+    InvalidField,
     ServerUnreachable,
+    StaleOwner,
     StepstateError,
     Unavailable,
     UnexpectedStatus,
@@ -31,12 +32,21 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # The server's own limit for what it takes; its replies stay below 4 MiB.
+    # The server's own limit for what it takes.
     ("grpc.max_send_message_length", 16 * 2**20),
+    # Snapshots of wide models; other replies stay below 4 MiB.
+    ("grpc.max_receive_message_length", 64 * 2**20),
     # Reconnect as fast as Backoff asks for, not by gRPC's own minute.
     ("grpc.initial_reconnect_backoff_ms", 50),
     ("grpc.max_reconnect_backoff_ms", 1_000),
 )
+_DURABILITY_NUMBERS = {
+    "none": pb.DURABILITY_NONE,
+    "async": pb.DURABILITY_ASYNC,
+    "sync": pb.DURABILITY_SYNC,
+}
+_DURABILITIES = {number: name for name, number in _DURABILITY_NUMBERS.items()}
+_RESIDENCIES = {pb.RESIDENCY_RESIDENT: "resident", pb.RESIDENCY_SPILLED: "spilled"}
 _DETAILS_KEY = "grpc-status-details-bin"
 # What gRPC itself says of a connection that broke, beside UNAVAILABLE; Stepstate's own errors,
 # INTERNAL too, carry details.
@@ -48,64 +58,70 @@ _NO_ANSWER = (
 )
 
 
-class Backoff:
-    """How long to wait before the next try, and when to give up.
-
-    Args:
-        timeout: seconds after which `wait` raises instead.
-    """
-
-    def __init__(self, timeout: float) -> None:
-        self._deadline = time.monotonic() + timeout
-        self._delay = 0.02
-
-    @property
-    def left(self) -> float:
-        """Seconds until the deadline."""
-        return self._deadline - time.monotonic()
-
-    def wait(self, error: Unavailable) -> float:
-        """Seconds to wait after this error: doubling up to 1 s, with jitter, or as it asks.
-
-        Raises:
-            Unavailable: the error, if the deadline would pass meanwhile.
-        """
-        delay = max(
-            self._delay * random.uniform(0.5, 1.0),  # noqa: S311 - jitter
-            getattr(error, "retry_after_seconds", 0.0),
-        )
-        self._delay = min(2 * self._delay, 1.0)
-        if delay >= self.left:
-            raise error
-        return float(delay)
-
-
 def opening(
     model: str,
     version: str,
     session_id: str | None,
+    *,
     start_time: datetime | None,
     idle_timeout: timedelta | None,
+    durability: str | None,
 ) -> pb.OpenSessionRequest:
     """A request for a session. The client makes the id, so that the request can be repeated."""
-    request = pb.OpenSessionRequest(
-        session_id=session_id or f"c-{uuid.uuid4().hex}", model=model, version=version
-    )
+    request = pb.OpenSessionRequest(session_id=session_id or new_id(), model=model, version=version)
     if start_time is not None:
         aware = start_time if start_time.tzinfo else start_time.replace(tzinfo=UTC)
         request.start_time.FromDatetime(aware.astimezone(UTC))
-    if idle_timeout is not None:
-        request.idle_timeout.FromTimedelta(idle_timeout)
+    _put_wishes(request, idle_timeout, durability)
     return request
 
 
-def step_request(
-    session_id: str, t: int, rows: Floats, *, inspect: bool = False, last_only: bool = False
-) -> pb.StepRequest:
-    """A request to apply rows [T, D] at t."""
-    request = pb.StepRequest(session_id=session_id, t=t, inspect=inspect, last_only=last_only)
-    data = np.ascontiguousarray(rows, "<f4").tobytes()
-    put_floats(request, pb.StepRequest.X_FIELD_NUMBER, data)
+def forking(
+    session_id: str, new_id_: str | None, idle_timeout: timedelta | None, durability: str | None
+) -> pb.ForkSessionRequest:
+    """A request for a copy of a session; its id is made here too."""
+    request = pb.ForkSessionRequest(session_id=session_id, new_session_id=new_id_ or new_id())
+    _put_wishes(request, idle_timeout, durability)
+    return request
+
+
+def importing(
+    snapshot: bytes,
+    session_id: str | None,
+    idle_timeout: timedelta | None,
+    durability: str | None,
+) -> pb.ImportSessionRequest:
+    """A request for a session from a snapshot; without an id it keeps its own."""
+    request = pb.ImportSessionRequest(snapshot=snapshot, session_id=session_id or "")
+    _put_wishes(request, idle_timeout, durability)
+    return request
+
+
+def new_id() -> str:
+    """An id for a session of this client."""
+    return f"c-{uuid.uuid4().hex}"
+
+
+def _put_wishes(
+    request: pb.OpenSessionRequest | pb.ForkSessionRequest | pb.ImportSessionRequest,
+    idle_timeout: timedelta | None,
+    durability: str | None,
+) -> None:
+    if idle_timeout is not None:
+        request.idle_timeout.FromTimedelta(idle_timeout)
+    if durability is not None:
+        if durability not in _DURABILITY_NUMBERS:
+            known = ", ".join(_DURABILITY_NUMBERS)
+            raise InvalidField("durability", f"is {durability!r}, expected one of {known}")
+        request.durability = _DURABILITY_NUMBERS[durability]
+
+
+def step_request(session_id: str, sent: Sent) -> pb.StepRequest:
+    """A request to apply rows."""
+    request = pb.StepRequest(
+        session_id=session_id, t=sent.t, inspect=sent.inspect, last_only=sent.last_only
+    )
+    put_floats(request, pb.StepRequest.X_FIELD_NUMBER, sent.data)
     return request
 
 
@@ -146,6 +162,11 @@ def session_info(session: pb.Session) -> SessionInfo:
         start_time=started,
         open_time=session.open_time.ToDatetime(tzinfo=UTC),
         expire_time=session.expire_time.ToDatetime(tzinfo=UTC),
+        durable_t=session.durable_t,
+        durability=_DURABILITIES.get(session.durability, ""),
+        residency=_RESIDENCIES.get(session.residency, ""),
+        owner=session.owner,
+        epoch=session.epoch,
     )
 
 
@@ -179,6 +200,11 @@ def from_rpc(error: Any, target: str) -> StepstateError:
     if code is grpc.StatusCode.CANCELLED:
         return Cancelled(detail or "cancelled")
     return UnexpectedStatus(code.name, detail)
+
+
+def passing(error: StepstateError) -> bool:
+    """Whether the same request may succeed a little later."""
+    return isinstance(error, Unavailable | StaleOwner)
 
 
 def from_status(status: Status) -> StepstateError:

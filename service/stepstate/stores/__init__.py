@@ -13,6 +13,7 @@ from stepstate.stores.base import (
 from stepstate.stores.failures import CannotOpenStore
 from stepstate.stores.memory import MemoryStore
 from stepstate.stores.opening import open_store
+from stepstate.stores.redis import RedisStore
 from stepstate.stores.sqlite import SqliteStore
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Ending",
     "Entry",
     "MemoryStore",
+    "RedisStore",
     "Save",
     "Saved",
     "SessionRecord",

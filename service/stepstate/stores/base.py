@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from datetime import datetime
 from typing import Protocol
 
@@ -60,10 +60,16 @@ class SessionRecord:
 
     def to_json(self) -> str:
         """The record as text; `from_json` reads it."""
-        values = asdict(self)
-        values["open_time"] = self.open_time.isoformat()
-        values["start_time"] = self.start_time.isoformat() if self.start_time else None
-        values["durability"] = self.durability.value
+        values = {
+            "session_id": self.session_id,
+            "model": self.model,
+            "version": self.version,
+            "fingerprint": self.fingerprint,
+            "idle_timeout_seconds": self.idle_timeout_seconds,
+            "start_time": self.start_time.isoformat() if self.start_time else None,
+            "open_time": self.open_time.isoformat(),
+            "durability": self.durability.value,
+        }
         return json.dumps(values, separators=(",", ":"))
 
     @classmethod

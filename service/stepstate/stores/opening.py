@@ -8,8 +8,10 @@ from pathlib import Path
 from stepstate.stores.base import SessionStore
 from stepstate.stores.failures import CannotOpenStore
 from stepstate.stores.memory import MemoryStore
+from stepstate.stores.redis import open_redis
 from stepstate.stores.sqlite import SqliteStore
 
+REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster")
 KINDS = "sqlite:PATH, redis://HOST:PORT/DB, rediss://, redis+cluster://HOST:PORT or memory:"
 
 
@@ -30,6 +32,8 @@ async def open_store(url: str, *, clock: Callable[[], float], fsync: bool = Fals
         return MemoryStore(clock)
     if colon and scheme == "sqlite":
         return await SqliteStore.open(_path(url, rest), clock=clock, fsync=fsync)
+    if scheme in REDIS and rest.startswith("//"):
+        return await open_redis(url, clock=clock)
     raise CannotOpenStore(repr(scheme), f"no such kind of store, expected {KINDS}")
 
 

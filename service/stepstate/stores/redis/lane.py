@@ -24,9 +24,7 @@ log = logging.getLogger(__name__)
 MOST_COMMANDS = 256
 """Of one pipeline: Redis runs a pipeline through before it reads from another connection."""
 MOST_BYTES = 8 * 2**20
-"""Of one pipeline, so that a slow network takes less than the timeout for it."""
-WHOLE_SECONDS = 10.0
-"""For a pipeline that moves; one that stands is given up after the socket's timeout."""
+"""Of one pipeline: on a slow network it takes two seconds."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,17 +47,13 @@ class Lane:
         self._waiting: deque[_Asked] = deque()
         self._task: asyncio.Task[None] | None = None
 
-    async def do(self, command: Command) -> Reply:
-        """The reply to a command.
-
-        Raises:
-            StoreUnavailable.
-        """
+    def ask(self, command: Command) -> asyncio.Future[Reply]:
+        """The reply to a command, as it will be; its only exception is `StoreUnavailable`."""
         asked = _Asked(command)
         self._waiting.append(asked)
         if self._task is None:
             self._task = asyncio.create_task(self._run())
-        return await asked.reply
+        return asked.reply
 
     async def close(self) -> None:
         """Waits for what is on its way."""
@@ -90,8 +84,7 @@ class Lane:
 
     async def _ask(self, some: Sequence[_Asked]) -> None:
         try:
-            async with asyncio.timeout(WHOLE_SECONDS):
-                replies = await ask(self._link, [asked.command for asked in some])
+            replies = await ask(self._link, [asked.command for asked in some])
         except AWAY as error:
             self._fail([*some, *self._waiting], self._told(error))
             self._waiting.clear()

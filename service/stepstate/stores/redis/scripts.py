@@ -102,30 +102,34 @@ SAVE = Script(
     _COMMON
     + """
 local grace, verdicts = ARGV[1], {}
-for i = 0, #KEYS / 3 - 1 do
-    local key, gone, due = KEYS[3 * i + 1], KEYS[3 * i + 2], KEYS[3 * i + 3]
-    local a = 7 * i + 1
-    local epoch, q = ARGV[a + 1], ARGV[a + 2]
+local numbers = '^(%d+) (%d+) (%d+) (%d+) (%d) (.*)$'
+for i = 1, #KEYS / 3 do
+    local key, gone, due = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
+    local epoch, q, t, expires, has_snapshot, owner = string.match(ARGV[2 * i], numbers)
     local old = redis.call('HMGET', key, 'e', 'q', 'i', 'm')
     if not old[1] then
-        verdicts[i + 1] = redis.call('EXISTS', gone) == 1 and 'fenced' or 'missing'
+        verdicts[i] = redis.call('EXISTS', gone) == 1 and 'fenced' or 'missing'
     elseif old[1] ~= epoch then
-        verdicts[i + 1] = 'fenced'
+        verdicts[i] = 'fenced'
     else
+        verdicts[i] = 'done'
         if tonumber(q) >= tonumber(old[2]) then
-            local expires, snapshot = ARGV[a + 5], ARGV[a + 7]
-            if ARGV[a + 6] == '1' then redis.call('HSET', key, 's', snapshot) end
-            redis.call('HSET', key, 'q', q, 'o', ARGV[a + 3], 't', ARGV[a + 4], 'x', expires)
+            if has_snapshot == '1' then
+                redis.call('HSET', key, 's', ARGV[2 * i + 1], 'q', q, 't', t, 'x', expires,
+                    'o', owner)
+            else
+                redis.call('HSET', key, 'q', q, 't', t, 'x', expires, 'o', owner)
+            end
             keep(key, expires, grace)
             redis.call('ZADD', due, expires, old[3] .. ' ' .. old[4])
         end
-        verdicts[i + 1] = 'done'
     end
 end
 return verdicts
 """
 )
-""" The verdict of each: three keys, and epoch, q, owner, t, expiry, 1 or 0, snapshot. """
+""" The verdict of each: three keys, "epoch q t expiry has_snapshot owner", and the snapshot.
+Few arguments, because redis-py takes most of its time for each. """
 
 END = Script(
     _COMMON
@@ -155,15 +159,17 @@ return entries
 
 MEMBERS = Script(
     """
-local members = {}
-for i, key in ipairs(KEYS) do
-    local found = redis.call('ZRANGEBYSCORE', key, '-inf', ARGV[1], 'LIMIT', 0, ARGV[2])
+local members, most = {}, tonumber(ARGV[2])
+for _, key in ipairs(KEYS) do
+    if #members >= most then break end
+    local limit = most - #members
+    local found = redis.call('ZRANGEBYSCORE', key, '-inf', ARGV[1], 'LIMIT', 0, limit)
     for _, member in ipairs(found) do members[#members + 1] = member end
 end
 return members
 """
 )
-""" Members of some buckets up to a score, at most so many of each. """
+""" Members of some buckets up to a score, at most so many. """
 
 COUNTS = Script(
     """

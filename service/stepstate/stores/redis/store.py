@@ -3,22 +3,225 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
-from stepstate.errors import InvalidField, StoreUnavailable
-from stepstate.stores.base import (
-    ENDING_SECONDS,
-    Ending,
-    EndReason,
-    Entry,
-    Save,
-    Saved,
-    SessionRecord,
-)
+from stepstate.errors import StoreUnavailable
+from stepstate.stores.base import ENDING_SECONDS, Ending, Entry, Save, Saved, SessionRecord
 from stepstate.stores.redis import keys, scripts
 from stepstate.stores.redis.lane import Lane
 from stepstate.stores.redis.link import Argument, Command, Link, Reply
+from stepstate.stores.redis.members import id_of, model_of, place_after, place_of, token_of
+from stepstate.stores.redis.replies import ending_of, entry_of, micros
 from stepstate.stores.redis.scripts import Script
+
+GRACE_SECONDS = 3600.0
+"""A session that no server ends goes by itself this long after its expiry."""
+SAVES_AT_ONCE = 64
+"""Of one script: some hundred microseconds in which Redis does nothing else."""
+BUCKETS_AT_ONCE = 32
+"""Of a cluster that are asked together for what is overdue."""
+
+_GRACE = round(GRACE_SECONDS * 1e3)
+_ALL = 2**53
+"""More members than there are."""
+
+
+class RedisStore:
+    """Keeps sessions in Redis, for servers of any number of machines.
+
+    What a call has returned is as durable as Redis is told to be. Its defaults lose what came
+    since the last dump, minutes: set `appendonly yes`; then a crash of Redis loses up to a
+    second, and with `appendfsync always` nothing. Replication is asynchronous: a failover may
+    lose what was just acknowledged. `maxmemory-policy` should be noeviction.
+
+    Args:
+        link: the way to Redis.
+        clock: Unix seconds.
+    """
+
+    durable = True
+
+    def __init__(self, link: Link, *, clock: Callable[[], float]) -> None:
+        self._link = link
+        self._clock = clock
+        self._lanes: dict[str, Lane] = {}
+        self._name = secrets.token_hex(8)
+        self._number = 0
+        self._closed = False
+
+    async def create(
+        self, record: SessionRecord, *, owner: str, t: int, expires_at: float, snapshot: bytes
+    ) -> int | Entry:
+        """See `SessionStore.create`."""
+        what = (record.session_id, record.model_key, record.fingerprint, record.to_json())
+        arguments: list[Argument] = [*what, owner, t, micros(expires_at), snapshot]
+        arguments += (self._now(), _GRACE, *self._mark())
+        command = Command(scripts.CREATE, _all_keys(record.session_id), arguments)
+        taken, reply = await self._ask(command)
+        return int(reply) if taken else entry_of(reply)
+
+    async def acquire(
+        self, session_id: str, *, owner: str, fingerprints: Collection[str]
+    ) -> tuple[Entry, bytes] | Entry | Ending | None:
+        """See `SessionStore.acquire`."""
+        where = (keys.session(session_id), keys.ending(session_id))
+        arguments: list[Argument] = [owner, self._now(), *self._mark(), *fingerprints]
+        found, *reply = await self._ask(Command(scripts.ACQUIRE, where, arguments))
+        if found == 0:
+            return ending_of(reply[0], self._clock())
+        if found == 1:
+            return entry_of(reply[0])
+        return entry_of(reply[0]), bytes(reply[1])
+
+    async def find(self, session_id: str) -> Entry | Ending | None:
+        """See `SessionStore.find`."""
+        found = await self.acquire(session_id, owner="", fingerprints=())
+        assert not isinstance(found, tuple)  # of no model it takes none
+        return found
+
+    async def save(self, saves: Sequence[Save]) -> list[Saved]:
+        """See `SessionStore.save`."""
+        groups = list(self._groups(saves))
+        commands = [self._save_command([saves[i] for i in group]) for group in groups]
+        verdicts = [Saved.MISSING] * len(saves)
+        for group, reply in zip(groups, await self._ask_all(commands), strict=True):
+            for i, verdict in zip(group, reply, strict=True):
+                verdicts[i] = Saved(verdict.decode())
+        return verdicts
+
+    async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
+        """See `SessionStore.end`."""
+        how = (ending.reason.value, ending.t, repr(ending.idle_timeout_seconds))
+        forget = self._now() + micros(ENDING_SECONDS)
+        arguments = (epoch, *how, forget, round(ENDING_SECONDS * 1e3), *self._mark())
+        command = Command(scripts.END, _all_keys(session_id), arguments)
+        return bool(await self._ask(command))
+
+    async def overdue(self, before: float, limit: int) -> list[Entry]:
+        """See `SessionStore.overdue`."""
+        entries: list[Entry] = []
+        step = BUCKETS_AT_ONCE if self._link.one_slot else keys.BUCKETS
+        for first in range(0, keys.BUCKETS, step):
+            buckets = range(first, first + step)
+            score = f"({micros(before)}"
+            members = await self._members(buckets, score, limit - len(entries))
+            entries += await self._entries(members[: limit - len(entries)])
+            if len(members) >= limit:
+                break
+        return entries
+
+    async def page(self, token: str, size: int, models: Collection[str]) -> tuple[list[Entry], str]:
+        """See `SessionStore.page`: in the order of buckets, and of ids in each.
+
+        Raises:
+            InvalidField: page_token.
+        """
+        last = place_after(token)
+        members: list[str] = []
+        first, step = last[0], 1
+        while first < keys.BUCKETS and len(members) <= size:
+            buckets = range(first, min(first + step, keys.BUCKETS))
+            found = await self._members(buckets, "+inf", _ALL)
+            later = (m for m in found if model_of(m) in models and place_of(m) > last)
+            members += sorted(later, key=place_of)
+            first, step = first + step, step * 4
+        entries = await self._entries(members[:size])
+        return entries, token_of(place_of(members[size - 1])) if len(members) > size else ""
+
+    async def count(self) -> Mapping[str, int]:
+        """See `SessionStore.count`."""
+        where = [keys.counts(number) for number in range(keys.BUCKETS)]
+        values = await self._each(scripts.COUNTS, where)
+        counts: Counter[str] = Counter()
+        for model, sessions in zip(values[::2], values[1::2], strict=True):
+            counts[model.decode()] += int(sessions)
+        return +counts  # only those above 0
+
+    async def close(self) -> None:
+        """See `SessionStore.close`."""
+        self._closed = True
+        for lane in self._lanes.values():
+            await lane.close()
+        await self._link.close()
+
+    def _groups(self, saves: Sequence[Save]) -> Iterable[list[int]]:
+        """Which saves one script may take, by their numbers."""
+        groups: dict[int, list[int]] = {}
+        for i, save in enumerate(saves):
+            slot = keys.bucket(save.session_id) if self._link.one_slot else 0
+            groups.setdefault(slot, []).append(i)
+        for group in groups.values():
+            for first in range(0, len(group), SAVES_AT_ONCE):
+                yield group[first : first + SAVES_AT_ONCE]
+
+    def _save_command(self, saves: Sequence[Save]) -> Command:
+        where: list[str] = []
+        arguments: list[Argument] = [_GRACE]
+        for save in saves:
+            number = keys.bucket(save.session_id)
+            where += (keys.session(save.session_id), keys.ending(save.session_id), keys.due(number))
+            kept = save.snapshot is None
+            numbers = (save.epoch, self._mark()[0], save.t, micros(save.expires_at), int(not kept))
+            arguments += (" ".join(map(str, numbers)) + f" {save.owner}", save.snapshot or b"")
+        return Command(scripts.SAVE, where, arguments)
+
+    async def _members(self, buckets: Iterable[int], score: str, most: int) -> list[str]:
+        """Sessions in some buckets, up to a score, as "ID MODEL/VERSION"."""
+        where = [keys.due(number) for number in buckets]
+        members = await self._each(scripts.MEMBERS, where, score, most)
+        return [member.decode() for member in members]
+
+    async def _entries(self, members: Sequence[str]) -> list[Entry]:
+        """Those of the members that are there; those that went by themselves are forgotten."""
+        where = [keys.session(id_of(member)) for member in members]
+        replies = await self._each(scripts.ENTRIES, where)
+        entries = [None if reply[0] is None else entry_of(reply) for reply in replies]
+        pairs = list(zip(members, entries, strict=True))
+        gone = [m for m, e in pairs if e is None or e.record.model_key != model_of(m)]
+        await self._ask_all([_tidy(member) for member in gone])
+        return [entry for m, entry in pairs if entry is not None and m not in gone]
+
+    async def _each(
+        self, script: Script, where: Sequence[str], *arguments: str | int
+    ) -> list[Reply]:
+        """What a script gives for each of some keys, in order."""
+        if not self._link.one_slot:
+            return list(await self._ask(Command(script, where, arguments))) if where else []
+        replies = await self._ask_all([Command(script, [key], arguments) for key in where])
+        return [value for reply in replies for value in reply]
+
+    async def _ask(self, command: Command) -> Reply:
+        return await self._lane(command).ask(command)
+
+    async def _ask_all(self, commands: Sequence[Command]) -> list[Reply]:
+        if len(commands) == 1:
+            return [await self._ask(commands[0])]  # gather would take another turn of the loop
+        return await asyncio.gather(*(self._lane(command).ask(command) for command in commands))
+
+    def _lane(self, command: Command) -> Lane:
+        if self._closed:
+            raise StoreUnavailable(f"the store on redis at {self._link.place} was closed")
+        node = self._link.node(command.keys[0])
+        if node not in self._lanes:
+            self._lanes[node] = Lane(self._link)
+        return self._lanes[node]
+
+    def _now(self) -> int:
+        return micros(self._clock())
+
+    def _mark(self) -> tuple[int, str]:
+        """Tells this operation from all others, and an earlier one of this store from a later."""
+        self._number = max(self._number + 1, self._now())
+        return self._number, self._name
+
+
+def _all_keys(session_id: str) -> tuple[str, str, str, str]:
+    number = keys.bucket(session_id)
+    return keys.session(session_id), keys.ending(session_id), keys.due(number), keys.counts(number)
+
+
+def _tidy(member: str) -> Command:
+    session, _, due, counts = _all_keys(id_of(member))
+    return Command(scripts.TIDY, (session, due, counts), (member, model_of(member)))

@@ -163,6 +163,8 @@ def _use_wal(connection: sqlite3.Connection) -> None:
 def _problem(error: Exception) -> str:
     """What SQLite said, and what to do about it."""
     name = getattr(error, "sqlite_errorname", "")
+    if isinstance(error, PermissionError):
+        return f"{error.strerror}: see that the server may write there, or give another path"
     if isinstance(error, ForeignFile | sqlite3.NotSupportedError) or not name:
         return str(error)
     for start, advice in _ADVICE.items():

@@ -1,0 +1,191 @@
+"""A session of the asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from dataclasses import replace
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import grpc
+from numpy.typing import ArrayLike
+
+from stepstate.client import wire
+from stepstate.client.footing import Footing
+from stepstate.client.pipeline import Pipeline
+from stepstate.client.track import WINDOW, Track
+from stepstate.client.values import Durability, Floats, Inspection, ModelInfo, SessionInfo
+from stepstate.errors import SessionClosed
+from stepstate.v1 import stepstate_pb2 as pb
+
+if TYPE_CHECKING:
+    from stepstate.client.aio import AsyncClient
+
+
+class AsyncSession(Footing):
+    """A session: applies rows and returns outputs, each row exactly once.
+
+    `t` counts the rows whose outputs were returned; `durable_t` those of them
+    that survive the end of the server. One task at a time may step a session.
+
+    With durability async or sync a session survives the end of its server. The
+    session keeps the rows after `durable_t`, up to the client's `resume_rows`.
+    When the server comes back, or another one takes over, with an older state,
+    the next step sends it what it lacks, exactly once and in order, before it
+    is applied itself. The outputs of rows that are sent again are dropped: the
+    application has had them. All this may take as long as it brings the
+    session on; `timeout` counts from the last answer that did.
+    """
+
+    def __init__(
+        self, client: AsyncClient, model: ModelInfo, info: SessionInfo, *, t: int | None = None
+    ) -> None:
+        super().__init__(model, info, t=t, resume_rows=client.resume_rows)
+        self.client = client
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def step(
+        self, x: ArrayLike, *, last_only: bool = False, timeout: float | None = None
+    ) -> Floats:
+        """Applies one row or many, all or none of them, and returns their outputs.
+
+        A lost reply is asked for again with the same t, which applies nothing
+        twice. If the task is cancelled meanwhile, call again with the same x,
+        also when the server was restarted in between.
+
+        Args:
+            x: one row [D], or many [T, D], in raw units; finite.
+            last_only: return the outputs of the last row only.
+            timeout: seconds for all tries that do not bring the session on.
+
+        Returns:
+            y [O] for one row or with last_only, else [T, O], in raw units.
+
+        Raises:
+            InvalidField, NonFiniteInput, NonFiniteResult: x can't be applied.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the
+                session is gone.
+            StepMismatch, StepTooOld: someone else steps it too.
+            RowsMissing: the server lacks the rows `first` to `last`, and they
+                are not kept here (any more). Set `t` to `first` and go on from
+                there with rows of your own records; their outputs, too, come
+                again.
+            Unavailable, StaleOwner: no answer in time.
+        """
+        rows, alone = self.model.rows(x)
+        response = await self._apply(rows, last_only=last_only, timeout=timeout)
+        y = wire.outputs(response, self.model)
+        self.t = response.t
+        return y[0] if alone or last_only else y
+
+    async def inspect(self, x: ArrayLike, *, timeout: float | None = None) -> Inspection:
+        """Applies rows like `step`, and also returns the gates and states of every layer."""
+        rows, _ = self.model.rows(x)
+        response = await self._apply(rows, inspect=True, timeout=timeout)
+        found = wire.inspection(response, self.model)
+        self.t = response.t
+        return found
+
+    async def stream(
+        self, xs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]
+    ) -> AsyncIterator[Floats]:
+        """Applies rows as they come and yields the outputs [O] of each, in order.
+
+        Up to `WINDOW` items are in flight; an item may also be many rows [T, D],
+        whose last outputs are then yielded. When the connection breaks it is made
+        again, and what was not answered is sent again with the same t; a server
+        that was set back is brought up as in `step`. Ends with the error if a
+        row can't be applied; `t` says how far it got. After leaving the loop
+        early, go on from `t` with the same rows, or call `refresh` first: rows
+        in flight may have been applied.
+
+        Args:
+            xs: rows [D], from an iterable or an async iterable.
+
+        Raises:
+            As `step`, and what `xs` raised, after the outputs of the rows before.
+        """
+        pipeline = Pipeline(
+            self._items(xs),
+            self.client.stub.StreamSteps,
+            target=self.client.target,
+            timeout=self.client.timeout,
+            most=WINDOW,
+        )
+        try:
+            while (result := await pipeline.next()) is not None:
+                yield result.y
+        finally:
+            await pipeline.end()
+
+    async def refresh(self) -> SessionInfo:
+        """Asks the server where the session stands, and takes its t.
+
+        Where the server was set back and all the rows it lacks are kept here, t
+        stays: the next step sends them.
+        """
+        info = await self.client.info(self.session_id)
+        self.placed(info)
+        return info
+
+    async def fork(
+        self,
+        new_id: str | None = None,
+        *,
+        idle_timeout: timedelta | None = None,
+        durability: Durability | None = None,
+    ) -> AsyncSession:
+        """Opens a session that starts from a copy of this one. See `AsyncClient.fork`."""
+        return await self.client.fork(
+            self, new_id, idle_timeout=idle_timeout, durability=durability
+        )
+
+    async def close(self) -> SessionInfo:
+        """Closes the session on the server; that it is closed already is no error."""
+        try:
+            return await self.client.close(self.session_id)
+        except SessionClosed as closed:  # perhaps by a first try, whose reply was lost
+            return replace(self.info, t=closed.t)
+
+    async def _apply(
+        self,
+        rows: Floats,
+        *,
+        inspect: bool = False,
+        last_only: bool = False,
+        timeout: float | None,
+    ) -> pb.StepResponse:
+        track = Track(self, timeout=self.client.timeout if timeout is None else timeout)
+        track.add(rows, inspect=inspect, last_only=last_only)
+        while True:
+            request = wire.step_request(self.session_id, track.next())
+            try:
+                response: pb.StepResponse = await self.client.stub.Step(request, timeout=track.left)
+            except grpc.aio.AioRpcError as failure:
+                track.refused(wire.from_rpc(failure, self.client.target))
+                await asyncio.sleep(track.rest())
+            else:
+                if track.answered(response.durable_t) is not None:
+                    return response
+
+    async def _items(
+        self, xs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]
+    ) -> AsyncIterator[tuple[Self, ArrayLike]]:
+        if isinstance(xs, AsyncIterable):
+            async for x in xs:
+                yield self, x
+        else:
+            for x in xs:
+                yield self, x

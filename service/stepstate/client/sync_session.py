@@ -1,0 +1,119 @@
+"""A session of the synchronous client."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import timedelta
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from numpy.typing import ArrayLike
+
+from stepstate.client import wire
+from stepstate.client.footing import Footing
+from stepstate.client.track import Track
+from stepstate.client.turns import Turns, bring
+from stepstate.client.values import Durability, Floats, Inspection, ModelInfo, SessionInfo
+from stepstate.errors import SessionClosed
+from stepstate.v1 import stepstate_pb2 as pb
+
+if TYPE_CHECKING:
+    from stepstate.client.sync import Client
+
+
+class Session(Footing):
+    """A session: applies rows and returns outputs, each row exactly once.
+
+    `t` counts the rows whose outputs were returned; `durable_t` those of them
+    that survive the end of the server. One thread at a time may step a session.
+    It survives the end of its server as an `AsyncSession` does, and every method
+    raises what the same one there does.
+    """
+
+    def __init__(
+        self, client: Client, model: ModelInfo, info: SessionInfo, *, t: int | None = None
+    ) -> None:
+        super().__init__(model, info, t=t, resume_rows=client.resume_rows)
+        self.client = client
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def step(
+        self, x: ArrayLike, *, last_only: bool = False, timeout: float | None = None
+    ) -> Floats:
+        """Applies one row or many, and returns their outputs. See `AsyncSession.step`."""
+        rows, alone = self.model.rows(x)
+        response = self._apply(rows, last_only=last_only, timeout=timeout)
+        y = wire.outputs(response, self.model)
+        self.t = response.t
+        return y[0] if alone or last_only else y
+
+    def inspect(self, x: ArrayLike, *, timeout: float | None = None) -> Inspection:
+        """Applies rows like `step`, and also returns the gates and states of every layer."""
+        rows, _ = self.model.rows(x)
+        response = self._apply(rows, inspect=True, timeout=timeout)
+        found = wire.inspection(response, self.model)
+        self.t = response.t
+        return found
+
+    def stream(self, xs: Iterable[ArrayLike]) -> Iterator[Floats]:
+        """Applies rows as they come and yields the outputs [O] of each.
+
+        One row is in flight at a time, so that each output is there before the
+        next row is asked for. For speed over many rows that are known already,
+        give them to `step` at once, or use `AsyncSession.stream`.
+        """
+        turns = Turns(self.client.stub.StreamSteps, self.client.target)
+        try:
+            for x in xs:
+                yield turns.step(self, x, self.client.timeout)
+        finally:
+            turns.end()
+
+    def refresh(self) -> SessionInfo:
+        """Asks the server where the session stands. See `AsyncSession.refresh`."""
+        info = self.client.info(self.session_id)
+        self.placed(info)
+        return info
+
+    def fork(
+        self,
+        new_id: str | None = None,
+        *,
+        idle_timeout: timedelta | None = None,
+        durability: Durability | None = None,
+    ) -> Session:
+        """Opens a session that starts from a copy of this one. See `AsyncClient.fork`."""
+        return self.client.fork(self, new_id, idle_timeout=idle_timeout, durability=durability)
+
+    def close(self) -> SessionInfo:
+        """Closes the session on the server; that it is closed already is no error."""
+        try:
+            return self.client.close(self.session_id)
+        except SessionClosed as closed:  # perhaps by a first try, whose reply was lost
+            return replace(self.info, t=closed.t)
+
+    def _apply(
+        self,
+        rows: Floats,
+        *,
+        inspect: bool = False,
+        last_only: bool = False,
+        timeout: float | None,
+    ) -> pb.StepResponse:
+        track = Track(self, timeout=self.client.timeout if timeout is None else timeout)
+        track.add(rows, inspect=inspect, last_only=last_only)
+        ask: Callable[..., pb.StepResponse] = self.client.stub.Step
+        return bring(
+            track, lambda request: ask(request, timeout=track.left), target=self.client.target
+        )

@@ -1,0 +1,96 @@
+"""Steps one at a time, for the synchronous client."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Callable
+from typing import Any
+
+import grpc
+from numpy.typing import ArrayLike
+
+from stepstate.client import wire
+from stepstate.client.footing import Footing
+from stepstate.client.track import Track
+from stepstate.client.values import Floats
+from stepstate.errors import ServerUnreachable, StepstateError
+from stepstate.v1 import stepstate_pb2 as pb
+
+
+def bring(
+    track: Track, ask: Callable[[pb.StepRequest], pb.StepResponse], *, target: str
+) -> pb.StepResponse:
+    """Brings a track with one request to its answer.
+
+    Raises:
+        StepstateError: there will be none.
+    """
+    while True:
+        request = wire.step_request(track.footing.session_id, track.next())
+        error: StepstateError
+        try:
+            response = ask(request)
+        except grpc.RpcError as failure:
+            error = wire.from_rpc(failure, target)
+        except StepstateError as refused:
+            error = refused
+        else:
+            if track.answered(response.durable_t) is not None:
+                return response
+            continue
+        track.refused(error)
+        time.sleep(track.rest())
+
+
+class Turns:
+    """Requests and replies in turn over StreamSteps, on a new stream when one breaks.
+
+    Args:
+        connect: opens a stream.
+        target: the server, for errors.
+    """
+
+    def __init__(self, connect: Callable[..., Any], target: str) -> None:
+        self._connect = connect
+        self._target = target
+        self._requests: queue.SimpleQueue[pb.StepRequest | None] = queue.SimpleQueue()
+        self._replies: Any = None  # what grpc gives for a call has no name
+
+    def step(self, session: Footing, x: ArrayLike, timeout: float) -> Floats:
+        """Applies an item to a session and returns the outputs [O] of its last row.
+
+        Raises:
+            StepstateError: as `AsyncSession.step`.
+        """
+        rows, _ = session.model.rows(x)
+        track = Track(session, timeout=timeout)
+        track.add(rows, last_only=True)
+        response = bring(track, self._ask, target=self._target)
+        y: Floats = wire.outputs(response, session.model)[0]
+        session.t = response.t
+        return y
+
+    def end(self) -> None:
+        """Ends the stream, if there is one."""
+        if self._replies is not None:
+            self._requests.put(None)
+            self._replies.cancel()
+            self._replies = None
+
+    def _ask(self, request: pb.StepRequest) -> pb.StepResponse:
+        if self._replies is None:
+            self._requests = queue.SimpleQueue()
+            self._replies = self._connect(iter(self._requests.get, None))
+        self._requests.put(request)
+        try:
+            response: pb.StepResponse | None = next(self._replies, None)
+        except grpc.RpcError:
+            self.end()
+            raise
+        if response is None:
+            self.end()
+            raise ServerUnreachable(self._target, "the stream ended early")
+        if response.HasField("error"):
+            raise wire.from_status(response.error)
+        return response

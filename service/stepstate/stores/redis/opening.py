@@ -1,0 +1,133 @@
+"""A store by its URL, and what is worth a warning about its Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis.asyncio import Redis
+from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError, ResponseError
+
+from stepstate.stores.failures import CannotOpenStore
+from stepstate.stores.redis.link import AWAY, TIMEOUT_SECONDS, ClusterLink, Link, SingleLink
+from stepstate.stores.redis.store import RedisStore
+
+log = logging.getLogger(__name__)
+
+PORT = 6379
+
+_OPTIONS: Mapping[str, Any] = {
+    "socket_timeout": None,  # `link` has one for whole pipelines
+    "socket_connect_timeout": TIMEOUT_SECONDS,
+    "protocol": 2,  # scripts need no more, and every Redis has it
+}
+
+
+async def open_redis(url: str, *, clock: Callable[[], float]) -> RedisStore:
+    """A store on the Redis, or the cluster, that a URL names.
+
+    One that is away is no error here: the store's methods say so until it is back.
+
+    Args:
+        url: `redis://[USER:PASSWORD@]HOST:PORT/DB`, `rediss://` with TLS; for a cluster
+            `redis+cluster://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]` or `rediss+cluster://`.
+        clock: Unix seconds.
+
+    Raises:
+        CannotOpenStore: the URL can't be read, or Redis refuses what it says.
+    """
+    link = _link(url)
+    name = f"{url.partition(':')[0]}://{link.place}"
+    try:
+        problem = _look(name, await _info(link), clustered=link.one_slot)
+    except AWAY as error:
+        problem = _refusal(error)
+        if not problem:
+            log.warning("redis is away", extra={"store": name, "problem": str(error)})
+    except TypeError:  # from a constructor of redis-py
+        problem = "an option after the ? of its URL is not one of redis-py's"
+    except BaseException:
+        await link.close()
+        raise
+    if problem:
+        await link.close()
+        raise CannotOpenStore(name, problem)
+    return RedisStore(link, clock=clock)
+
+
+def _link(url: str) -> Link:
+    scheme, _, rest = url.partition("://")
+    try:
+        first, *others = _urls(scheme, rest)
+        options = dict(_OPTIONS)
+        place = ",".join(f"{host}:{port}" for host, port in map(_address, (first, *others)))
+        if scheme.endswith("+cluster"):
+            nodes = [ClusterNode(*_address(node), **options) for node in others]
+            options |= {"startup_nodes": nodes, "require_full_coverage": False}
+            options |= {"retry": Retry(NoBackoff(), 0)}
+            return ClusterLink(RedisCluster.from_url(first, **options), place)
+        return SingleLink(Redis.from_url(first, retry=Retry(NoBackoff(), 0), **options), place)
+    except (ValueError, TypeError, *AWAY):
+        # Not with its text: that may hold a part of the password.
+        raise CannotOpenStore(
+            f"{scheme}://...",
+            f"can't be read, expected {scheme}://[USER:PASSWORD@]HOST:PORT; "
+            "special characters of a password are written as %XX",
+        ) from None
+
+
+def _urls(scheme: str, rest: str) -> list[str]:
+    """A URL, as redis-py reads it, for each of the hosts, with the same credentials and options."""
+    hosts, slash, tail = rest.partition("/")
+    credentials, at, hosts = hosts.rpartition("@")
+    plain, _, cluster = scheme.partition("+")
+    if "," in hosts and not cluster:
+        raise ValueError(hosts)
+    return [f"{plain}://{credentials}{at}{host}{slash}{tail}" for host in hosts.split(",")]
+
+
+def _address(url: str) -> tuple[str, int]:
+    parts = urlsplit(url)
+    if not parts.hostname or parts.fragment:
+        raise ValueError(parts.netloc)
+    return parts.hostname, parts.port or PORT
+
+
+async def _info(link: Link) -> Mapping[str, Any]:
+    """What INFO tells; of a cluster, what one of its nodes does."""
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        if isinstance(link, ClusterLink):
+            await link.client.initialize()
+            return dict(await link.client.info(target_nodes=link.client.get_random_node()))
+        assert isinstance(link, SingleLink)
+        return dict(await link.client.info())
+
+
+def _look(name: str, info: Mapping[str, Any], *, clustered: bool) -> str:
+    """Warns of what may lose sessions; returns why Redis can't be used, or nothing."""
+    where = {"store": name}
+    if not info.get("aof_enabled"):
+        log.warning(
+            "this Redis forgets what its last dump has not: set appendonly yes", extra=where
+        )
+    if info.get("maxmemory_policy", "noeviction") != "noeviction":
+        log.warning("this Redis may evict sessions: set maxmemory-policy noeviction", extra=where)
+    if info.get("cluster_enabled") and not clustered:
+        return "it is a node of a cluster: write redis+cluster://"
+    return ""
+
+
+def _refusal(error: BaseException) -> str:
+    """What to tell of an error that stays until a person does something; empty: it may pass."""
+    cause = error.__cause__ or error
+    if isinstance(cause, AuthenticationError | AuthorizationError):
+        return f"{cause}: see the user and password of its URL"
+    if "Cluster mode is not enabled" in str(error):
+        return "it is no cluster: write redis://"
+    return str(error) if type(error) is ResponseError else ""

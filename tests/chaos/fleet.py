@@ -1,0 +1,254 @@
+"""Hundreds of raw clients at once, of every kind, and the verdict over what they were given."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import operator
+import random
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+
+import grpc
+
+from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
+from tests.chaos.clients import (
+    CALL_SECONDS,
+    CHANNEL,
+    PAUSE_SECONDS,
+    Asking,
+    Carrier,
+    RawClient,
+    Refused,
+    Streaming,
+    by_call,
+    told,
+)
+from tests.chaos.judge import judge, total
+from tests.chaos.ledger import Complaint, Ledger, Tally
+from tests.chaos.rivals import History
+from tests.integration.wire import HANG
+from tests.networks import Network
+
+DURABILITIES = {
+    "none": pb.DURABILITY_NONE,
+    "async": pb.DURABILITY_ASYNC,
+    "sync": pb.DURABILITY_SYNC,
+}
+CONNECTIONS = 4
+CARRIED = 25
+"""Sessions on one shared stream."""
+THINK_SECONDS = 0.1
+"""With 200 sessions some 1,500 rows/s, which leaves two cores room for what else they do."""
+
+Stubs = Sequence[StepstateServiceStub]
+Kind = Callable[[Ledger, "Fleet"], RawClient]
+
+
+def calling(ledger: Ledger, fleet: Fleet) -> RawClient:
+    """One call after the other, of up to three rows."""
+    ask = by_call(*fleet.any_connection())
+    return Asking(ledger, ask, most_rows=3, think_seconds=fleet.think_seconds)
+
+
+def impatient(ledger: Ledger, fleet: Fleet) -> RawClient:
+    """Calls, half of which are cancelled, and then made again."""
+    ask = by_call(*fleet.any_connection(), patience=0.01)
+    return Asking(ledger, ask, most_rows=3, think_seconds=fleet.think_seconds)
+
+
+def streaming(ledger: Ledger, fleet: Fleet) -> RawClient:
+    """A stream of its own with some requests in flight."""
+    stub = random.choice(fleet.any_connection())
+    return Streaming(ledger, stub, most_rows=2, think_seconds=fleet.think_seconds)
+
+
+def carried(ledger: Ledger, fleet: Fleet) -> RawClient:
+    """A stream that it shares with others."""
+    return Asking(ledger, fleet.carrier().ask, most_rows=1, think_seconds=fleet.think_seconds)
+
+
+EVERY_KIND: tuple[Kind, ...] = (calling, streaming, carried)
+
+
+class Fleet:
+    """Clients, each with its ledger.
+
+    Args:
+        servers: stubs of each server, several connections to each.
+        think_seconds: of each client between two requests.
+    """
+
+    def __init__(self, servers: Sequence[Stubs], think_seconds: float) -> None:
+        self.think_seconds = think_seconds
+        self.clients: list[RawClient] = []
+        self.kinds: defaultdict[Kind, list[Ledger]] = defaultdict(list)
+        self._servers = servers
+        self._tasks: list[asyncio.Task[None]] = []
+        self._carriers: list[Carrier] = []
+        self._carried = itertools.count()
+
+    @property
+    def ledgers(self) -> list[Ledger]:
+        """Of all clients."""
+        return [client.ledger for client in self.clients]
+
+    def any_connection(self) -> list[StepstateServiceStub]:
+        """One stub of each server."""
+        return [random.choice(stubs) for stubs in self._servers]
+
+    def carrier(self) -> Carrier:
+        """A shared stream that is not full."""
+        if next(self._carried) % CARRIED == 0:
+            self._carriers.append(Carrier(random.choice(self.any_connection())))
+        return self._carriers[-1]
+
+    async def launch(
+        self,
+        count: int,
+        durabilities: Sequence[str],
+        *,
+        kinds: Sequence[Kind] = EVERY_KIND,
+        model: str = "lstm",
+    ) -> None:
+        """Opens sessions, and starts a client for each."""
+        ledgers = [
+            Ledger(f"s{place}", seed=place, durability=durabilities[place % len(durabilities)])
+            for place in range(count)
+        ]
+        await asyncio.gather(*(self.open(ledger, model) for ledger in ledgers))
+        for place, ledger in enumerate(ledgers):
+            kind = kinds[place // len(durabilities) % len(kinds)]
+            self.kinds[kind].append(ledger)
+            self.clients.append(kind(ledger, self))
+        self._tasks = [asyncio.create_task(client.run()) for client in self.clients]
+
+    async def open(self, ledger: Ledger | History, model: str = "lstm") -> None:
+        """Opens a session, however often that takes."""
+        request = pb.OpenSessionRequest(
+            session_id=ledger.session_id,
+            model=model,
+            durability=DURABILITIES[ledger.durability],
+        )
+        again = False
+        while True:
+            try:
+                call = self.any_connection()[0].OpenSession
+                await call(request, timeout=CALL_SECONDS, wait_for_ready=True)
+            except grpc.aio.AioRpcError as error:
+                why = told(error)
+                if isinstance(why, Refused) and why.refusal.reason == "SESSION_EXISTS" and again:
+                    return
+                if isinstance(why, Refused) and why.refusal.retry_seconds is None:
+                    raise Complaint(f"opening: {why.refusal}") from error
+                again = True
+                await asyncio.sleep(PAUSE_SECONDS)
+            else:
+                return
+
+    async def progress(self, rows: int, *, share: float = 1.0, of: str = "") -> None:
+        """Waits until sessions, or a share of them, were answered so many more rows.
+
+        Args:
+            rows: how many more.
+            share: of the sessions.
+            of: the durability of those that are meant; empty: all.
+
+        Raises:
+            Complaint: a client has one.
+        """
+        meant = [ledger for ledger in self.ledgers if of in ("", ledger.durability)]
+        goals = [ledger.t + rows for ledger in meant]
+        wanted = int(share * len(goals))
+        async with asyncio.timeout(2 * HANG):
+            while sum(map(operator.ge, [one.t for one in meant], goals)) < wanted:
+                self._listen()
+                await asyncio.sleep(0.01)
+
+    def rows(self, of: str) -> int:
+        """Rows acknowledged to the sessions of a durability."""
+        return sum(ledger.t for ledger in self.ledgers if ledger.durability == of)
+
+    async def standstill(self, of: str) -> None:
+        """Waits until the sessions of a durability get no answers any more."""
+        async with asyncio.timeout(HANG):
+            before = -1
+            while before != self.rows(of):
+                before = self.rows(of)
+                await self.last(0.4)
+
+    def keep_to(self, server: int) -> None:
+        """From now on nothing is asked of the others."""
+        self._servers = [self._servers[server]]
+
+    async def last(self, seconds: float) -> None:
+        """Lets the load go on for a while."""
+        await asyncio.sleep(seconds)
+        self._listen()
+
+    async def finish(self, network: Network) -> Tally:
+        """Stops all clients, and judges."""
+        await self.settle()
+        return await self.judge(self.ledgers, network)
+
+    async def settle(self) -> None:
+        """Stops all clients when everything they sent is answered."""
+        for client in self.clients:
+            client.stopping = True
+        async with asyncio.timeout(2 * HANG):
+            await asyncio.gather(*self._tasks)
+
+    async def judge(self, ledgers: Sequence[Ledger], network: Network) -> Tally:
+        """Compares sessions with their ledgers, and with the offline run.
+
+        Each is sent one row more before: its output tells what the state is by then.
+        """
+        await asyncio.gather(*(self._one_more(ledger) for ledger in ledgers))
+        ts = await asyncio.gather(*(self.where(ledger.session_id) for ledger in ledgers))
+        return total(judge(ledger, network, t) for ledger, t in zip(ledgers, ts, strict=True))
+
+    async def where(self, session_id: str) -> int:
+        """The rows that a session has, as a server says."""
+        request = pb.GetSessionRequest(session_id=session_id)
+        call = self.any_connection()[0].GetSession
+        reply = await call(request, timeout=CALL_SECONDS, wait_for_ready=True)
+        return reply.session.t
+
+    async def end(self) -> None:
+        """Gives all clients up."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for carrier in self._carriers:
+            await carrier.close()
+
+    async def _one_more(self, ledger: Ledger) -> None:
+        ask = by_call(*self.any_connection())
+        client = Asking(ledger, ask, most_rows=1, think_seconds=0.0)
+        ledger.request(ledger.t, 1)
+        client.stopping = True
+        await asyncio.wait_for(client.run(), HANG)
+
+    def _listen(self) -> None:
+        for task in self._tasks:
+            if task.done():
+                task.result()
+
+
+@asynccontextmanager
+async def fleet(*addresses: str, think_seconds: float = THINK_SECONDS) -> AsyncIterator[Fleet]:
+    """Clients of one server, or of several that share a store."""
+    async with AsyncExitStack() as stack:
+
+        async def connected(address: str) -> StepstateServiceStub:
+            channel = grpc.aio.insecure_channel(address, options=list(CHANNEL))
+            return StepstateServiceStub(await stack.enter_async_context(channel))
+
+        servers = [[await connected(one) for _ in range(CONNECTIONS)] for one in addresses]
+        made = Fleet(servers, think_seconds)
+        try:
+            yield made
+        finally:
+            await made.end()

@@ -1,0 +1,50 @@
+"""Fixtures: each kind of store, empty."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from stepstate.stores import SessionStore
+from tests.redis_process import RedisProcess, redis_cluster, redis_process
+from tests.stores import FileHome, Home, RedisHome
+
+KINDS = ("memory", "sqlite", "redis", "cluster")
+
+
+@pytest.fixture(scope="session")
+def one_redis(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RedisProcess]:
+    """A Redis for all tests of this process that do it no harm."""
+    with redis_process(tmp_path_factory.mktemp("redis"), "--appendonly", "yes") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[RedisProcess]]:
+    """The same of three nodes."""
+    with redis_cluster(tmp_path_factory.mktemp("cluster")) as servers:
+        yield servers
+
+
+@pytest.fixture(params=KINDS)
+async def home(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Home]:
+    """An empty place of each kind."""
+    made = _HOMES[request.param](request, tmp_path)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def store(home: Home) -> SessionStore:
+    """A store in it."""
+    return await home.open()
+
+
+_HOMES: dict[str, Callable[[pytest.FixtureRequest, Path], Home]] = {
+    "memory": lambda _request, _path: Home("memory:"),
+    "sqlite": lambda _request, path: FileHome(path / "sessions.db"),
+    "redis": lambda request, _path: RedisHome(request.getfixturevalue("one_redis")),
+    "cluster": lambda request, _path: RedisHome(*request.getfixturevalue("one_cluster")),
+}

@@ -1,0 +1,269 @@
+"""What happens to Redis: kill -9, a pause, a restart, a failover, no memory, a moved slot."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import pytest
+from redis.crc import key_slot
+
+from stepstate.errors import StoreUnavailable
+from stepstate.stores import CannotOpenStore, Saved, open_store
+from stepstate.stores.redis import keys, link
+from tests.contract.proxy import proxy
+from tests.redis_process import free_port, redis_process
+from tests.stores import CLOSED, SNAPSHOT, RedisHome, acquire, create, saving
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A Redis of the test's own, that loses nothing it has acknowledged."""
+    options = ("--appendonly", "yes", "--appendfsync", "always")
+    with redis_process(tmp_path / "redis", *options) as started:
+        yield started
+
+
+@pytest.fixture
+async def home(server):
+    made = RedisHome(server)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def cluster_home(one_cluster):
+    made = RedisHome(*one_cluster)
+    yield made
+    await made.close()
+
+
+async def test_what_was_acknowledged_survives_kill_9_of_redis(home, server):
+    store = await home.open()
+    epochs = {f"s{i}": await create(home, store, f"s{i}") for i in range(20)}
+    saves = [saving(home, name, epoch, t=5) for name, epoch in epochs.items()]
+    assert await store.save(saves) == [Saved.DONE] * 20
+    server.restart()
+    for name in epochs:
+        entry, snapshot = await acquire(store, name)
+        assert (entry.t, snapshot) == (5, b"later")
+
+
+async def test_a_restart_of_redis_fails_no_call_that_comes_after_it(home, server):
+    """Neither connections that broke meanwhile nor scripts that it forgot are noticed."""
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    calls = (
+        lambda: store.save([saving(home, "a", epoch)]),
+        lambda: create(home, store, "b"),
+        lambda: acquire(store, "b"),
+        lambda: store.find("a"),
+        lambda: store.end("a", epoch, CLOSED),
+        store.count,
+    )
+    for call in calls:
+        server.restart()
+        assert await call()
+    assert await store.count() == {"lstm/1": 1}
+
+
+async def test_without_redis_each_call_says_so_at_once_until_it_is_back(home, server):
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    server.kill()
+    for _ in range(3):
+        started = time.monotonic()
+        with pytest.raises(StoreUnavailable, match=f"127.0.0.1:{server.port}"):
+            await store.save([saving(home, "a", epoch)])
+        assert time.monotonic() - started < 1.0
+    server.start()
+    assert await store.save([saving(home, "a", epoch)]) == [Saved.DONE]
+
+
+async def test_a_redis_that_does_not_answer_is_given_up_after_two_seconds(home, server):
+    """All who wait are told together."""
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    with server.paused():
+        started = time.monotonic()
+        calls = [store.save([saving(home, "a", epoch, t)]) for t in range(1, 6)]
+        calls += [store.find("a"), store.count()]
+        first = asyncio.create_task(calls[0])
+        await asyncio.sleep(0.05)  # on its way: the others wait behind it
+        answers = await asyncio.gather(first, *calls[1:], return_exceptions=True)
+        assert all(isinstance(answer, StoreUnavailable) for answer in answers)
+        assert 1.9 < time.monotonic() - started < 2.5
+        newest = asyncio.create_task(store.save([saving(home, "a", epoch, t=9)]))
+        await asyncio.sleep(0.05)
+    assert await newest == [Saved.DONE]
+    assert (await store.find("a")).t == 9
+
+
+@pytest.fixture
+async def far_home(server):
+    """Behind a proxy."""
+    async with proxy(server.port) as between:
+        made = RedisHome(server)
+        made.url = f"redis://127.0.0.1:{between.port}/0"
+        yield made, between
+        await made.close()
+
+
+async def test_a_call_whose_answer_was_lost_is_sent_again_and_acts_once(far_home):
+    home, between = far_home
+    store = await home.open()
+    await use_every_script(home, store)
+
+    async def losing(call):
+        between.losing = True
+        answer = await call
+        assert not between.losing
+        return answer
+
+    first = await losing(create(home, store, "a"))
+    assert (await store.find("a")).epoch == first
+    entry, snapshot = await losing(acquire(store, "a", owner="B"))
+    assert (entry.owner, entry.epoch, snapshot) == ("A", first + 1, SNAPSHOT)
+    assert (await store.find("a")).epoch == first + 1
+    assert await losing(store.save([saving(home, "a", first + 1, t=3)])) == [Saved.DONE]
+    assert await losing(store.count()) == {"lstm/1": 1}
+    assert await losing(store.end("a", first + 1, CLOSED)) is True
+    assert await store.end("a", first + 1, CLOSED) is False
+    assert await store.count() == {}
+
+
+async def use_every_script(home, store) -> None:
+    """So that Redis knows them, and the reply that is lost is not that it does not."""
+    epoch = await create(home, store, "warm")
+    await acquire(store, "warm")
+    await store.save([saving(home, "warm", epoch)])
+    assert await store.end("warm", epoch + 1, CLOSED)
+
+
+async def test_a_save_that_arrives_late_undoes_no_newer_one(far_home, monkeypatch):
+    """Redis may find a save in its socket when the server that sent it has long gone on."""
+    monkeypatch.setattr(link, "TIMEOUT_SECONDS", 0.2)
+    home, between = far_home
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    between.holding = True
+    with pytest.raises(StoreUnavailable):
+        await store.save([saving(home, "a", epoch, t=1, snapshot=b"1")])
+    between.holding = False
+    assert await store.save([saving(home, "a", epoch, t=2, snapshot=b"2")]) == [Saved.DONE]
+    await between.let_go()
+    entry, snapshot = await acquire(store, "a")
+    assert (entry.t, snapshot) == (2, b"2")
+
+
+async def test_a_replica_that_may_not_write_says_so_until_it_leads_again(home, server):
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    server.command("REPLICAOF", "127.0.0.1", free_port())
+    with pytest.raises(StoreUnavailable, match="read only replica"):
+        await store.save([saving(home, "a", epoch)])
+    server.command("REPLICAOF", "NO", "ONE")
+    assert await store.save([saving(home, "a", epoch)]) == [Saved.DONE]
+
+
+async def test_a_redis_without_memory_says_so_and_still_ends_sessions(home, server):
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    server.command("CONFIG", "SET", "maxmemory", 1)
+    with pytest.raises(StoreUnavailable, match="maxmemory"):
+        await store.save([saving(home, "a", epoch)])
+    assert (await store.find("a")).t == 0
+    assert await store.end("a", epoch, CLOSED)
+    assert await store.find("a") == CLOSED
+    server.command("CONFIG", "SET", "maxmemory", 0)
+    assert await create(home, store, "a") > epoch
+
+
+async def test_one_that_fails_in_a_group_fails_alone(home, server):
+    store = await home.open()
+    await create(home, store, "a")
+    server.command("SET", keys.session("b"), "of another type")
+    answers = await asyncio.gather(
+        create(home, store, "b"), create(home, store, "c"), return_exceptions=True
+    )
+    assert isinstance(answers[0], StoreUnavailable)
+    assert isinstance(answers[1], int)
+
+
+async def test_sessions_that_no_server_ends_go_by_themselves_and_are_not_counted(home, server):
+    store = await home.open()
+    for name in "abc":
+        await create(home, store, name)
+    with server.client() as client:
+        assert 3600 < client.ttl(keys.session("a")) <= 3660
+        client.delete(keys.session("a"), keys.session("b"))
+    home.clock.advance(61)
+    assert [e.record.session_id for e in await store.overdue(home.clock(), 10)] == ["c"]
+    assert await store.count() == {"lstm/1": 1}
+    assert [e.record.session_id for e in (await store.page("", 10, {"lstm/1"}))[0]] == ["c"]
+
+
+async def test_a_session_that_went_by_itself_may_come_again_with_another_model(home, server):
+    store = await home.open()
+    await create(home, store, "a")
+    server.command("DEL", keys.session("a"))
+    await create(home, store, "a", model="gru")
+    both = {"lstm/1", "gru/1"}
+    assert [e.record.model for e in (await store.page("", 10, both))[0]] == ["gru"]
+    assert await store.count() == {"gru/1": 1}
+
+
+async def test_passwords_are_used_and_never_told(server, caplog):
+    server.command("CONFIG", "SET", "requirepass", "s3cret/+@")
+    place = f"127.0.0.1:{server.port}"
+    for wrong in ("", ":s3cret@", "somebody:s3cret@"):
+        with pytest.raises(CannotOpenStore, match=place) as refused:
+            await open_store(f"redis://{wrong}{place}", clock=time.time)
+        assert "s3cret" not in str(refused.value) + repr(refused.value)
+    store = await open_store(f"redis://:s3cret%2F%2B%40@{place}/3", clock=time.time)
+    server.kill()
+    with pytest.raises(StoreUnavailable) as away:
+        await store.count()
+    assert "s3cret" not in str(away.value) + caplog.text
+    await store.close()
+    server.start()
+
+
+async def test_a_redis_that_is_away_is_opened_and_used_when_it_is_back(server, caplog):
+    server.kill()
+    home = RedisHome.__new__(RedisHome)
+    super(RedisHome, home).__init__(server.url)
+    with caplog.at_level(logging.WARNING):
+        store = await home.open()
+    assert "away" in caplog.text
+    with pytest.raises(StoreUnavailable):
+        await create(home, store, "a")
+    server.start()
+    assert await create(home, store, "a")
+    await home.close()
+
+
+async def test_a_slot_that_moves_to_another_node_is_found_there(cluster_home, one_cluster):
+    store = await cluster_home.open()
+    await create(cluster_home, store, "a")
+    slot = key_slot(keys.session("a").encode())
+    owners = [s for s in one_cluster if s.command("CLUSTER", "COUNTKEYSINSLOT", slot)]
+    cluster_home.empty()
+    for taker in (next(s for s in one_cluster if s is not owners[0]), owners[0]):
+        name = taker.command("CLUSTER", "MYID")
+        for server in (taker, *one_cluster):
+            server.command("CLUSTER", "SETSLOT", slot, "NODE", name)
+        await create(cluster_home, store, f"{taker.port}")
+        cluster_home.clock.advance(61)
+        epoch = await create(cluster_home, store, "a")
+        assert await store.save([saving(cluster_home, "a", epoch)]) == [Saved.DONE]
+        assert taker.command("CLUSTER", "COUNTKEYSINSLOT", slot)
+        cluster_home.empty()
+
+
+async def test_one_node_of_a_cluster_is_opened_only_as_a_cluster(one_cluster, server):
+    with pytest.raises(CannotOpenStore, match=r"redis\+cluster"):
+        await open_store(one_cluster[0].url, clock=time.time)
+    with pytest.raises(CannotOpenStore, match="no cluster"):
+        await open_store(f"redis+cluster://127.0.0.1:{server.port}", clock=time.time)

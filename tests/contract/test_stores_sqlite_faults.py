@@ -1,0 +1,149 @@
+"""What happens to a file of sessions: kill -9, a full disk, a deleted file, another's lock."""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+import signal
+import sqlite3
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from stepstate.errors import StoreUnavailable
+from stepstate.stores import Saved
+from stepstate.stores.sqlite import file as session_file
+from tests.contract import store_writer
+from tests.stores import FileHome, acquire, create, saving
+
+
+@pytest.fixture
+async def home(tmp_path):
+    made = FileHome(tmp_path / "folder" / "sessions.db")
+    made.path.parent.mkdir()
+    yield made
+    await made.close()
+
+
+async def test_every_acknowledged_save_survives_kill_9(home):
+    """Three times on the same file, while the writer saves as fast as it can."""
+    for acknowledged in (1, 60, 200):
+        last = writes_until_killed(home.url, acknowledged)
+        store = await home.open()
+        for name in store_writer.SESSIONS:
+            entry, snapshot = await acquire(store, name)
+            assert entry.t >= last
+            assert snapshot == store_writer.snapshot(entry.t)
+        await store.close()
+
+
+def writes_until_killed(url: str, acknowledged: int) -> int:
+    """Kills a writer after so many acknowledgements; returns the last t of them."""
+    command = [sys.executable, "-m", store_writer.__name__, url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        for _ in range(acknowledged):
+            writer.stdout.readline()
+        writer.send_signal(signal.SIGKILL)
+        lines = [
+            line for line in writer.stdout.read().splitlines(keepends=True) if line[-1] == "\n"
+        ]
+        return int(lines[-1]) if lines else acknowledged
+
+
+@contextmanager
+def full_disk(largest: Path) -> Iterator[None]:
+    """No file may grow beyond this one: a write fails as on a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest.stat().st_size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+async def test_a_store_that_cant_grow_says_so_and_goes_on_when_it_can(home):
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    with full_disk(Path(f"{home.path}-wal")):
+        for _ in range(2):
+            with pytest.raises(StoreUnavailable, match=str(home.path)):
+                await store.save([saving(home, "a", epoch, snapshot=bytes(10**6))])
+    assert await store.save([saving(home, "a", epoch, t=3)]) == [Saved.DONE]
+    assert (await acquire(store, "a"))[1] == b"later"
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MiB, where mounting is permitted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+async def test_on_a_full_disk_what_is_there_is_read_and_it_goes_on_when_there_is_room(small_disk):
+    home = FileHome(small_disk / "sessions.db")
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="No space left"):
+        ballast.write_bytes(bytes(4 * 2**20))
+    with pytest.raises(StoreUnavailable, match="full"):
+        await store.save([saving(home, "a", epoch)])
+    assert (await store.find("a")).t == 0
+    with pytest.raises(StoreUnavailable, match="full"):
+        await create(home, store, "b")
+    ballast.unlink()
+    assert await store.save([saving(home, "a", epoch, t=3)]) == [Saved.DONE]
+    assert (await acquire(store, "a"))[1] == b"later"
+    await home.close()
+
+
+async def test_a_file_that_was_made_read_only_says_so_and_goes_on_when_it_is_not(home):
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    store._worker._file.connection().execute("PRAGMA query_only = ON")
+    with pytest.raises(StoreUnavailable, match="readonly"):
+        await store.save([saving(home, "a", epoch)])
+    assert await store.save([saving(home, "a", epoch)]) == [Saved.DONE]
+
+
+async def test_a_deleted_file_is_made_anew_and_its_sessions_are_missing(home, monkeypatch):
+    monkeypatch.setattr(session_file, "LOOK_SECONDS", 0.0)
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    for part in home.path.parent.iterdir():
+        part.unlink()
+    assert await store.save([saving(home, "a", epoch)]) == [Saved.MISSING]
+    assert await create(home, store, "a") > 0
+    home.path.unlink()
+    home.path.parent.joinpath("sessions.db-wal").unlink()
+    home.path.parent.joinpath("sessions.db-shm").unlink()
+    home.path.parent.rmdir()
+    with pytest.raises(StoreUnavailable, match="unable to open"):
+        await store.find("a")
+    home.path.parent.mkdir()
+    assert await store.find("a") is None
+
+
+async def test_a_lock_of_another_process_is_waited_for_and_then_told(home, monkeypatch):
+    monkeypatch.setattr(session_file, "BUSY_SECONDS", 0.3)
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    other = sqlite3.connect(home.path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    with pytest.raises(StoreUnavailable, match="locked"):
+        await store.save([saving(home, "a", epoch)])
+    assert (await store.find("a")).t == 0
+    waiting = asyncio.create_task(store.save([saving(home, "a", epoch)]))
+    await asyncio.sleep(0.1)
+    other.execute("ROLLBACK")
+    assert await waiting == [Saved.DONE]
+    other.close()

@@ -1,0 +1,208 @@
+"""How the store on SQLite works on its file; what it promises is in tests/contract."""
+
+from __future__ import annotations
+
+import asyncio
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from stepstate.errors import StoreUnavailable
+from stepstate.stores import Ending, EndReason, Saved
+from stepstate.stores.sqlite import file as session_file
+from stepstate.stores.sqlite import reads, worker, writes
+from tests.stores import FINGERPRINT, FileHome, acquire, create, saving
+
+
+@pytest.fixture
+async def home(tmp_path):
+    made = FileHome(tmp_path / "sessions.db")
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+async def store(home):
+    return await home.open()
+
+
+@pytest.fixture
+def groups(store, monkeypatch):
+    """How many parts were written together, each time."""
+    sizes: list[int] = []
+
+    def write(connection, parts, now):
+        sizes.append(len(parts))
+        time.sleep(0.02)  # while more come
+        return writes.write(connection, parts, now)
+
+    monkeypatch.setattr(worker, "write", write)
+    return sizes
+
+
+async def test_what_comes_while_a_transaction_runs_goes_together_into_the_next(home, store, groups):
+    first = asyncio.create_task(create(home, store, "first"))
+    await asyncio.sleep(0.005)
+    epochs = await asyncio.gather(*(create(home, store, f"s{i}") for i in range(20)))
+    assert groups == [1, 20]
+    saves = [saving(home, f"s{i}", epoch) for i, epoch in enumerate(epochs)]
+    together = (store.save(saves[:7]), store.save(saves[7:]), create(home, store, "one more"))
+    await asyncio.gather(*together, first)
+    assert sum(groups) == 1 + 20 + 21
+    assert len(groups) <= 4
+
+
+async def test_a_value_that_cant_be_written_fails_its_own_call_only(home, store):
+    epochs = {name: await create(home, store, name) for name in "abc"}
+    bad = {"b": 2**70}
+    saves = (store.save([saving(home, n, e, t=bad.get(n, 5))]) for n, e in epochs.items())
+    answers = await asyncio.gather(*saves, return_exceptions=True)
+    assert answers[0] == answers[2] == [Saved.DONE]
+    assert isinstance(answers[1], OverflowError)
+    assert [(await store.find(name)).t for name in "abc"] == [5, 0, 5]
+
+
+async def test_snapshots_that_are_read_together_are_told_apart(home, store, monkeypatch):
+    """Also when they take several reads."""
+    monkeypatch.setattr(writes, "READ_BYTES", 1000)
+    made = {f"s{i}": bytes([i]) * (i * 37) for i in range(40)}
+    epochs = {name: await create(home, store, name) for name in made}
+    await store.save([saving(home, n, epochs[n], snapshot=s) for n, s in made.items()])
+    taken = await asyncio.gather(*(acquire(store, name) for name in made))
+    assert [snapshot for _, snapshot in taken] == list(made.values())
+
+
+async def test_more_saves_than_a_statement_takes_are_all_written(home, store):
+    names = [f"s{i}" for i in range(2 * writes.ROWS_AT_ONCE + 3)]
+    epochs = await asyncio.gather(*(create(home, store, name) for name in names))
+    saves = [saving(home, *pair, t=4) for pair in zip(names, epochs, strict=True)]
+    assert await store.save(saves) == [Saved.DONE] * len(names)
+    assert {entry.t for entry in (await store.page("", 1000, {"lstm/1"}))[0]} == {4}
+
+
+async def test_the_file_does_not_grow_with_sessions_that_come_and_go(home, store):
+    sizes = []
+    for _ in range(3):
+        names = [f"{time.monotonic_ns()}" for _ in range(200)]
+        epochs = await asyncio.gather(*(create(home, store, name) for name in names))
+        ending = Ending(EndReason.CLOSED, 1, 60.0)
+        ends = (store.end(*pair, ending) for pair in zip(names, epochs, strict=True))
+        assert all(await asyncio.gather(*ends))
+        home.clock.advance(4000)
+        sizes.append(pages(home.path))
+    assert sizes[2] <= sizes[1] + 2
+
+
+async def test_endings_that_were_forgotten_leave_the_file(home, store):
+    for name in "abc":
+        await store.end(name, await create(home, store, name), Ending(EndReason.CLOSED, 1, 60.0))
+        home.clock.advance(4000)
+    assert ask(home.path, "SELECT count(*) FROM endings") == 1
+
+
+async def test_the_wal_stays_bounded(home, store):
+    connection = store._worker._file.connection()
+    connection.execute("PRAGMA wal_autocheckpoint = 100")
+    epoch = await create(home, store, "a")
+    for t in range(1, 60):
+        await store.save([saving(home, "a", epoch, t, bytes(50_000))])
+    assert size_of(f"{home.path}-wal") < 150 * 4096
+
+
+async def test_sessions_that_were_used_are_looked_at_again_later_and_not_again_now(home, store):
+    epoch = await create(home, store, "a")
+    now = home.clock()
+    home.clock.advance(50)
+    await store.save([saving(home, "a", epoch)])
+    assert ask(home.path, "SELECT due FROM sessions") == (now + 60) * 1e6
+    assert await store.overdue(now + 61, 10) == []
+    assert ask(home.path, "SELECT due FROM sessions") == (now + 110) * 1e6
+
+
+async def test_many_that_were_used_do_not_hide_one_that_was_not(home, store, monkeypatch):
+    monkeypatch.setattr(reads, "DUE_AT_ONCE", 2)
+    epochs = {name: await create(home, store, name) for name in "abcdefgh"}
+    home.clock.advance(50)
+    await store.save([saving(home, name, epochs[name]) for name in "abcdefg"])
+    home.clock.advance(11)
+    sweeps = [await store.overdue(home.clock(), 2) for _ in range(5)]
+    assert "h" in {entry.record.session_id for found in sweeps for entry in found}
+
+
+async def test_a_disk_that_hangs_is_told_of_and_what_was_given_up_is_not_written(
+    home, store, monkeypatch
+):
+    monkeypatch.setattr(worker, "ANSWER_SECONDS", 0.05)
+    epoch = await create(home, store, "a")
+    blocking = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    hang = worker.Job(read=lambda _: (loop.call_soon_threadsafe(blocking.set), time.sleep(0.3)))
+    hanging = asyncio.create_task(store._worker.do(hang))
+    await blocking.wait()
+    with pytest.raises(StoreUnavailable, match="hang"):
+        await store.save([saving(home, "a", epoch)])
+    with pytest.raises(StoreUnavailable):
+        await hanging
+    monkeypatch.undo()
+    assert (await store.find("a")).t == 0
+
+
+async def test_the_indexes_are_used(home, store):
+    for statement, index in (
+        (reads._IDS, "sessions_by_model"),
+        (reads._DUE, "sessions_by_due"),
+        (reads._COUNTS, "COVERING INDEX sessions_by_model"),
+        (reads._SESSIONS, "sqlite_autoindex_sessions_1"),
+        (writes._SAVE.format("(?,?,?,?,?,?)"), "sqlite_autoindex_sessions_1"),
+    ):
+        assert index in plan(home.path, statement), statement
+
+
+async def test_two_servers_that_make_the_file_together_both_open_it(home):
+    stores = await asyncio.gather(*(home.open() for _ in range(4)))
+    assert await create(home, stores[0], "a")
+    found = await stores[3].acquire("a", owner="B", fingerprints=[FINGERPRINT])
+    assert isinstance(found, tuple)
+
+
+async def test_a_commit_waits_for_the_disk_if_it_is_told_to(tmp_path):
+    for fsync, synchronous in ((False, 1), (True, 2)):
+        opened = session_file.SessionFile(tmp_path / f"{fsync}.db", fsync=fsync)
+        opened.open()
+        connection = opened.connection()
+        assert connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
+        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        opened.close()
+
+
+def ask(path, question):
+    connection = sqlite3.connect(path)
+    try:
+        return connection.execute(question).fetchone()[0]
+    finally:
+        connection.close()
+
+
+def size_of(path) -> int:
+    return Path(path).stat().st_size
+
+
+def pages(path) -> int:
+    return ask(path, "PRAGMA page_count")
+
+
+def plan(path, statement) -> str:
+    connection = sqlite3.connect(path)
+    try:
+        values = (None,) * max(statement.count("?"), 1)
+        rows = connection.execute(f"EXPLAIN QUERY PLAN {statement}", values[: marks(statement)])
+        return " ".join(str(row[3]) for row in rows)
+    finally:
+        connection.close()
+
+
+def marks(statement) -> int:
+    numbered = max((i for i in range(1, 9) if f"?{i}" in statement), default=0)
+    return numbered or statement.count("?")

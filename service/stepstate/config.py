@@ -49,7 +49,8 @@ class ServerConfig:
     )
     # kill -9 loses nothing without it; it costs a disk write for each group of steps.
     store_fsync: bool = _setting(
-        False, "Make sqlite wait for the disk, so that sync steps survive a loss of power too."
+        default=False,
+        text="Make sqlite wait for the disk, so that sync steps survive a loss of power too.",
     )
     # Where a host runs one server, the host's name says which it is.
     server_name: str = _setting("", "Holds leases under this name; empty: host and port.")

@@ -11,17 +11,20 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+
+from tests.redis_process import redis_process
 
 COMMAND = [sys.executable, "-m", "stepstate.cli", "bench"]
 SHORT = ["--seconds", "0.5", "--rounds", "1"]
 
 
-def run(*options: str) -> subprocess.CompletedProcess[str]:
+def run(*options: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*COMMAND, *options], capture_output=True, text=True, timeout=240, check=False
+        [*COMMAND, *options], capture_output=True, text=True, timeout=240, check=False, env=env
     )
 
 
@@ -32,27 +35,145 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
         time.sleep(0.05)
 
 
-def test_measures_echo_and_steps_for_each_number_of_sessions(tmp_path: Path):
-    found = run("--sessions", "1,4", *SHORT, "--processes", "2", "--json", str(tmp_path / "out"))
+def figures(json_path: Path, found: subprocess.CompletedProcess[str]) -> Any:
+    """The results, when the report says what it must."""
     assert found.returncode == 0, found.stderr
-
-    report = json.loads((tmp_path / "out").read_text())
-    assert [result["sessions"] for result in report["results"]] == [1, 4]
-    for result in report["results"]:
-        for kind in ("echo", "step"):
-            (measured,) = result[kind]["rounds"]
-            assert measured == result[kind]["median_round"]
-            assert measured["messages"] > 0
-            assert measured["messages_per_second"] > 0
-            assert 0 < measured["p50_ms"] <= measured["p99_ms"]
-            assert measured["cpu_us_per_message"] > 0
-        for ratio in (result["rate_ratio"], result["p50_ratio"]):
-            assert 0 < ratio["least"] <= ratio["median"] <= ratio["most"]
-
+    report = json.loads(json_path.read_text())
     assert report["machine"]["cores"] > 0
     assert set(report["machine"]["packages"]) >= {"torch", "grpcio"}
-    for told in (report["command"], report["workload"], "| sessions |"):
+    for told in (report["command"], report["workload"], report["machine"]["cpu"]):
         assert told in found.stdout
+    return report["results"]
+
+
+def assert_is_window(measured: dict[str, float]) -> None:
+    assert measured["messages"] > 0
+    assert measured["messages_per_second"] > 0
+    assert 0 < measured["p50_ms"] <= measured["p99_ms"]
+    assert measured["cpu_us_per_message"] > 0
+
+
+def assert_contest(contest: dict[str, Any]) -> None:
+    """A contender's rounds are sound, and its ratios are theirs."""
+    (before,), (measured,) = contest["baseline"], contest["measured"]
+    assert measured == contest["median_round"]
+    for window in (before, measured):
+        assert_is_window(window)
+    figures = ("messages_per_second", "p50_ms", "cpu_us_per_message")
+    for name, figure in zip(("rate_ratio", "p50_ratio", "cpu_ratio"), figures, strict=True):
+        ratio = contest[name]
+        assert ratio["least"] == ratio["median"] == ratio["most"]
+        assert ratio["median"] == pytest.approx(measured[figure] / before[figure])
+
+
+def test_measures_echo_and_steps_for_each_number_of_sessions(tmp_path: Path):
+    out = tmp_path / "out"
+    found = run("--sessions", "1,4", *SHORT, "--processes", "2", "--json", str(out))
+    results = figures(out, found)
+    assert [result["sessions"] for result in results] == [1, 4]
+    for result in results:
+        assert result["baseline"]["name"] == "echo"
+        assert_is_window(result["baseline"]["median_round"])
+        (contest,) = result["contests"]
+        assert contest["name"] == "steps"
+        assert_contest(contest)
+    assert "| rate ÷ echo's |" in " ".join(found.stdout.split())
+
+
+def test_measures_each_store_and_durability_beside_memory(
+    tmp_path: Path, program: Callable[[str], str]
+):
+    program("redis-server")
+    out = tmp_path / "out"
+    chosen = ("--durabilities", "async,sync", "--stores", "sqlite,redis")
+    found = run("durability", "--sessions", "4", *SHORT, *chosen, "--json", str(out))
+    (result,) = figures(out, found)
+    assert (result["sessions"], result["baseline"]["name"]) == (4, "memory")
+    names = [contest["name"] for contest in result["contests"]]
+    assert names == ["sqlite async", "sqlite sync", "redis async", "redis sync"]
+    for contest in result["contests"]:
+        assert_contest(contest)
+        (measured,) = contest["measured"]
+        assert (measured["store_cpu_us_per_message"] > 0) == (contest["name"] == "redis sync")
+    assert "--appendonly yes --appendfsync everysec" in found.stdout
+
+
+def test_a_redis_that_is_there_keeps_nothing_of_a_benchmark(tmp_path: Path):
+    with redis_process(tmp_path) as redis:
+        chosen = ("--durabilities", "sync", "--stores", "redis", "--redis-url", redis.url)
+        found = run("durability", "--sessions", "2", *SHORT, *chosen)
+        assert found.returncode == 0, found.stderr
+        assert f"the redis at 127.0.0.1:{redis.port}/0" in found.stdout
+        assert redis.command("DBSIZE") > 0  # how the sessions ended
+        assert [key for key in redis.command("KEYS", "*bench-*") if "ending" not in key] == []
+
+
+@pytest.mark.parametrize("store", ["sqlite", "redis"])
+def test_measures_a_restart_after_kill_9_beside_a_bare_start(
+    tmp_path: Path, store: str, program: Callable[[str], str]
+):
+    if store == "redis":
+        program("redis-server")
+    out = tmp_path / "out"
+    few = ("--store", store, "--stored", "20", "--rows", "3", "--rounds", "2")
+    found = run("restart", *few, "--json", str(out))
+    results = figures(out, found)
+    assert len(results["rounds"]) == 2
+    for each in results["rounds"]:
+        assert 0 < each["others"] < each["bare_start"]
+        assert each["restart"] > 0
+    for name in ("bare_start", "restart", "more", "others"):
+        assert results[name]["least"] <= results[name]["median"] <= results[name]["most"]
+    assert results["stored_bytes"] > 20 * 1_000
+    assert "20 sessions are stored" in found.stderr
+
+
+def test_measures_more_sessions_than_slots(tmp_path: Path):
+    out = tmp_path / "out"
+    found = run("residency", "--sessions", "50", "--slots", "10", "--json", str(out))
+    results = figures(out, found)
+    opened, *stepped = results["phases"]
+    assert len(stepped) == 2
+    assert opened["spills"] >= 40
+    assert opened["restores"] == 0
+    for phase in stepped:
+        assert 30 <= phase["restores"] <= 50
+        assert phase["spills"] >= phase["restores"] - 10
+        assert phase["sessions_per_second"] == pytest.approx(50 / phase["seconds"])
+        assert 0 < phase["p50_ms"] <= phase["p99_ms"] <= phase["most_ms"]
+        assert phase["resident_bytes"] > 50 * 2**20
+        assert phase["file_bytes"] > 50 * 1_000
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (["durability", "--stores", "sqlite,paper"], "expected some of sqlite,redis"),
+        (["durability", "--durabilities", ""], "expected some of none,async,sync"),
+        (["restart", "--stored", "1"], "Invalid value for '--stored'"),
+        (["residency", "--durability", "maybe"], "Invalid value for '--durability'"),
+        (["speed"], "unexpected extra argument (speed)"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_refuses_what_it_does_not_know(options: list[str], told: str):
+    found = run(*options)
+    assert found.returncode == 2
+    assert told in " ".join(found.stderr.split())
+
+
+def test_says_what_it_can_measure():
+    found = run("--help")
+    assert found.returncode == 0
+    for command in ("echo", "durability", "restart", "residency"):
+        assert f"  {command} " in found.stdout
+
+
+def test_without_a_redis_server_it_says_what_to_do(tmp_path: Path):
+    found = run("durability", "--stores", "redis", *SHORT, env={"PATH": str(tmp_path)})
+    assert found.returncode == 1
+    assert "redis-server is not installed" in found.stderr
+    assert "Traceback" not in found.stderr
 
 
 @pytest.mark.parametrize("sessions", ["1,many", "0", "", "1,,2", "10001"])

@@ -123,7 +123,6 @@ async def test_step_and_inspect_go_on_after_a_kill(
         found = await session.inspect(x[150:160])
         assert len(found.layers) == 2
         got += list(found.y)
-        await server.again()
         last = await session.step(x[160:], last_only=True)
         assert session.t == (await client.info("a")).t == 200
         await session.close()
@@ -311,8 +310,8 @@ async def test_a_server_behind_the_clients_own_t_names_the_rows(
                 await step
             assert (missing.value.first, missing.value.last) == (first, 39)
         assert session.t == 40
-        session.t = missing.value.first
-        got[session.t :] = [await session.step(row) for row in x[session.t :]]
+        session.t = first
+        got = got[:first] + [await session.step(row) for row in x[first:]]
     assert difference(got, networks["lstm"], x) <= TOLERANCE
 
 
@@ -335,7 +334,7 @@ async def test_rows_beyond_the_buffer_are_missing_by_name(
         assert (missing.value.first, missing.value.last) == (first, 35)
         await session.refresh()
         assert session.t == first
-        got[session.t :] = [await session.step(row) for row in x[session.t :]]
+        got = got[:first] + [await session.step(row) for row in x[first:]]
     assert difference(got, networks["lstm"], x) <= TOLERANCE
 
 
@@ -398,7 +397,7 @@ async def test_many_sessions_go_on_after_kills(
                 if chance.random() < 0.02:
                     await asyncio.sleep(0.005)
 
-        killing = asyncio.create_task(kill_some(server, 3))
+        killing = asyncio.create_task(kill_some(server, 2))
         got: dict[str, list] = {session.session_id: [] for session in sessions}
         async for result in client.stream(items()):
             got[result.session.session_id].append(result.y)

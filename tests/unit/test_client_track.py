@@ -451,51 +451,69 @@ def test_a_fork_keeps_the_same_rows_apart():
 # All ways at once.
 
 
-@pytest.mark.parametrize("seed", range(200))
-def test_whatever_happens_each_row_is_applied_once_and_answered_once(seed: int):
-    """Also when the application leaves, and goes on from its t with the same rows."""
-    chance, server, kept = random.Random(seed), FakeServer(), footing()
-    items = [row(float(n), chance.choice([1, 1, 1, 1, 2, 40])) for n in range(200)]
-    starts = np.cumsum([0] + [len(item) for item in items]).tolist()
-    line, given, got = Line(kept, server, window=chance.choice([1, 4, WINDOW])), 0, []
-    passing = [FULL, STALE, errors.StoreUnavailable("away"), errors.Draining()]
+class Trouble:
+    """An application with rows to apply, and everything that can happen meanwhile."""
 
-    def leave() -> None:
-        nonlocal line, given
-        while chance.random() < 0.5 and line.serve():  # some of it happens all the same
-            pass
-        line, given = Line(kept, server, window=line.track._window), starts.index(kept.t)
+    def __init__(self, seed: int) -> None:
+        self.chance = chance = random.Random(seed)
+        self.items = [row(float(n), chance.choice([1, 1, 1, 1, 2, 40])) for n in range(200)]
+        self.starts = np.cumsum([0] + [len(item) for item in self.items]).tolist()
+        self.server = FakeServer()
+        self.line = Line(footing(), self.server, window=chance.choice([1, 4, WINDOW]))
+        self.given = 0
+        self.got: list[Sent] = []
 
-    while kept.t < starts[-1]:
+    @property
+    def done(self) -> bool:
+        return self.line.track.footing.t == self.starts[-1]
+
+    def happen(self) -> None:
+        """One thing."""
+        before = len(self.line.got)
+        line = self.line
+        chances = {
+            self.add: 4,
+            line.send: 6,
+            line.serve: 6,
+            line.receive: 6,
+            self.refuse: 0.3,
+            self.server.save: 0.5,
+            self.crash: 0.15,
+            line.break_: 0.2,
+            self.leave: 0.05,
+        }
+        self.chance.choices(list(chances), list(chances.values()))[0]()
         assert line.track.error is None, line.track.error
-        before = len(line.got)
-        match chance.choices(
-            ["add", "send", "serve", "receive", "refuse", "save", "crash", "break", "leave"],
-            [4, 6, 6, 6, 0.3, 0.5, 0.15, 0.2, 0.05],
-        )[0]:
-            case "add" if given < len(items) and not line.track.ending:
-                line.track.add(items[given], last_only=True)
-                given += 1
-            case "send":
-                line.send()
-            case "serve":
-                line.serve()
-            case "receive":
-                line.receive()
-            case "refuse":
-                line.serve(chance.choice(passing))
-            case "save":
-                server.save()
-            case "crash":
-                server.crash()
-                line.break_()
-            case "break":
-                line.break_()
-            case "leave":
-                leave()
         if line.track.pause:
             line.track.resume()
-        got += line.got[before:]
-    assert [sent.t for sent in got] == starts[:-1]
-    assert server.rows[: starts[-1]] == np.concatenate(items)[:, 0].tolist()
-    assert len(server.rows) == starts[-1]
+        self.got += line.got[before:]
+
+    def add(self) -> None:
+        if self.given < len(self.items):
+            self.line.track.add(self.items[self.given], last_only=True)
+            self.given += 1
+
+    def refuse(self) -> None:
+        passing = [FULL, STALE, errors.StoreUnavailable("away"), errors.Draining()]
+        self.line.serve(self.chance.choice(passing))
+
+    def crash(self) -> None:
+        self.server.crash()
+        self.line.break_()
+
+    def leave(self) -> None:
+        """The application goes on from its t; some of what was in flight happens all the same."""
+        while self.chance.random() < 0.5 and self.line.serve():
+            pass
+        kept = self.line.track.footing
+        self.line = Line(kept, self.server, window=self.line.track._window)
+        self.given = self.starts.index(kept.t)
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_whatever_happens_each_row_is_applied_once_and_answered_once(seed: int):
+    trouble = Trouble(seed)
+    while not trouble.done:
+        trouble.happen()
+    assert [sent.t for sent in trouble.got] == trouble.starts[:-1]
+    assert trouble.server.rows == np.concatenate(trouble.items)[:, 0].tolist()

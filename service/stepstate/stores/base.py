@@ -55,7 +55,7 @@ class SessionRecord:
 
     @property
     def model_key(self) -> str:
-        """ "name/version" of its model."""
+        """Its model, "name/version"."""
         return f"{self.model}/{self.version}"
 
     def to_json(self) -> str:

@@ -113,6 +113,9 @@ class SessionFile:
         connection.execute(f"PRAGMA synchronous = {'FULL' if self._fsync else 'NORMAL'}")
         connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
         connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+        # A statement of many rows has a journal of its own, which goes to a temporary file
+        # beyond 64 KiB; a container may have no folder for that.
+        connection.execute("PRAGMA temp_store = MEMORY")
 
     def _check_place(self) -> None:
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:

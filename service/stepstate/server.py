@@ -129,7 +129,6 @@ class Server:
 
         Raises:
             CannotListen: an address is taken, or not ours.
-            StoreUnavailable: the store does not answer.
         """
         add_StepstateServiceServicer_to_server(self._native, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)

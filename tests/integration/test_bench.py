@@ -100,10 +100,12 @@ def test_measures_each_store_and_durability_beside_memory(
 
 def test_a_redis_that_is_there_keeps_nothing_of_a_benchmark(tmp_path: Path):
     with redis_process(tmp_path) as redis:
-        chosen = ("--durabilities", "sync", "--stores", "redis", "--redis-url", redis.url)
+        url = redis.url.replace("//", "//default:secret@")
+        chosen = ("--durabilities", "sync", "--stores", "redis", "--redis-url", url)
         found = run("durability", "--sessions", "2", *SHORT, *chosen)
         assert found.returncode == 0, found.stderr
-        assert f"the redis at 127.0.0.1:{redis.port}/0" in found.stdout
+        assert f"the redis at redis://127.0.0.1:{redis.port}/0" in found.stdout
+        assert "secret" not in found.stdout
         assert redis.command("DBSIZE") > 0  # how the sessions ended
         assert [key for key in redis.command("KEYS", "*bench-*") if "ending" not in key] == []
 

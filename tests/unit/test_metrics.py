@@ -7,8 +7,9 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.parser import text_string_to_metric_families
 
+from stepstate.errors import StoreUnavailable
 from stepstate.metrics import ROWS, SECONDS, Histogram, Metrics
-from tests.unit.rig import rows_of
+from tests.unit.rig import Lasting, rows_of
 
 LABELS = {
     "version",
@@ -146,6 +147,119 @@ async def test_the_gauges_are_those_of_the_lane(rig, network):
     assert found["stepstate_queue_rows", *key] == 0
     assert found["stepstate_queue_requests", *key] == 0
     assert found["stepstate_steps_total", "model=lstm", "result=applied", "version=1"] == 3
+
+
+def test_snapshots_are_counted_by_group_and_by_session(metrics, registry):
+    metrics.saved(64, 200_000, 0.004)
+    metrics.saved(1, 3_000, 0.3)
+    found = exposed(registry)
+    assert found["stepstate_snapshots_total",] == 65
+    assert found["stepstate_snapshot_bytes_total",] == 203_000
+    assert found["stepstate_snapshot_seconds_count",] == 2
+    assert found["stepstate_snapshot_seconds_sum",] == pytest.approx(0.304)
+    assert found["stepstate_snapshot_seconds_bucket", "le=0.005"] == 1
+
+
+def test_snapshots_that_were_not_written_are_counted_by_reason(metrics, registry):
+    metrics.not_saved("failed", 128)
+    metrics.not_saved("fenced", 1)
+    metrics.not_saved("fenced", 1)
+    found = exposed(registry)
+    assert found["stepstate_snapshot_failures_total", "reason=failed"] == 128
+    assert found["stepstate_snapshot_failures_total", "reason=fenced"] == 2
+
+
+def test_sessions_that_come_from_the_store_and_go_there_are_counted_by_model(metrics, registry):
+    metrics.spilled("m", "1")
+    metrics.restored("m", "1", taken_over=False)
+    metrics.restored("m", "1", taken_over=True)
+    metrics.restored("m", "2", taken_over=True)
+    found = exposed(registry)
+    assert found["stepstate_session_spills_total", "model=m", "version=1"] == 1
+    assert found["stepstate_session_restores_total", "model=m", "version=1"] == 2
+    assert found["stepstate_session_takeovers_total", "model=m", "version=1"] == 1
+    assert found["stepstate_session_takeovers_total", "model=m", "version=2"] == 1
+
+
+def test_series_of_the_store_are_there_at_0_before_anything_happens(metrics, registry):
+    metrics.model("m", "1")
+    found = exposed(registry)
+    for name in ("spills", "restores", "takeovers"):
+        assert found[f"stepstate_session_{name}_total", "model=m", "version=1"] == 0
+    for reason in ("failed", "fenced"):
+        assert found["stepstate_snapshot_failures_total", f"reason={reason}"] == 0
+    for name in ("snapshots_total", "snapshot_bytes_total", "snapshot_seconds_count"):
+        assert found[f"stepstate_{name}",] == 0
+
+
+class Away(Lasting):
+    """A store that saves nothing when a test says so."""
+
+    away = False
+
+    async def save(self, saves):
+        if self.away:
+            raise StoreUnavailable("it is away")
+        return await super().save(saves)
+
+
+async def test_the_gauges_are_those_of_the_store(make_rig, network, clock):
+    store = Away(clock)
+    rig = make_rig(store=store, clock=clock)
+    await rig.step(await rig.open(), rows_of(network, 3))
+    assert exposed(rig.registry)["stepstate_snapshot_backlog_rows",] == 3
+    assert exposed(rig.registry)["stepstate_store_up",] == 1
+
+    store.away = True
+    with pytest.raises(StoreUnavailable):
+        await rig.sessions.saver.save_round()
+    found = exposed(rig.registry)
+    assert found["stepstate_snapshot_backlog_rows",] == 3
+    assert found["stepstate_store_up",] == 0
+    assert found["stepstate_snapshot_failures_total", "reason=failed"] == 1
+    assert found["stepstate_snapshots_total",] == 0
+
+    store.away = False
+    await rig.sessions.saver.save_round()
+    found = exposed(rig.registry)
+    assert found["stepstate_snapshot_backlog_rows",] == 0
+    assert found["stepstate_store_up",] == 1
+    assert found["stepstate_snapshots_total",] == 1
+    assert found["stepstate_snapshot_bytes_total",] > 4 * 64  # the state and what is around it
+
+
+async def test_sessions_are_counted_where_they_are(make_rig, network, clock):
+    rig = make_rig(store=Lasting(clock), clock=clock, max_sessions=2)
+    for name in "abcde":
+        await rig.open(name)
+    key = ("model=lstm", "version=1")
+
+    def counted() -> list[float]:
+        found = exposed(rig.registry)
+        return [
+            found["stepstate_sessions", key[0], f"residency={residency}", key[1]]
+            for residency in ("resident", "spilled")
+        ]
+
+    resident, spilled = counted()
+    assert 1 <= resident <= 2
+    assert resident + spilled == 5
+    assert exposed(rig.registry)["stepstate_session_spills_total", *key] == spilled
+
+    await rig.sessions.get("a")
+    assert sum(counted()) == 5
+    assert exposed(rig.registry)["stepstate_session_restores_total", *key] == 1
+    assert exposed(rig.registry)["stepstate_session_takeovers_total", *key] == 0
+
+    await rig.sessions.close("a")
+    assert sum(counted()) == 4
+
+
+async def test_a_memory_store_is_up_and_spills_nothing(rig, network):
+    await rig.step(await rig.open(), rows_of(network, 1))
+    found = exposed(rig.registry)
+    assert found["stepstate_store_up",] == 1
+    assert found["stepstate_sessions", "model=lstm", "residency=spilled", "version=1"] == 0
 
 
 async def test_more_sessions_make_no_more_series(rig, network):

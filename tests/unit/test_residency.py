@@ -65,9 +65,12 @@ class Flaky(Lasting):
         return verdicts
 
     async def acquire(self, session_id, **options):
-        if self.away:
+        if self.away and not self.late:
             raise StoreUnavailable("it is away")
-        return await super().acquire(session_id, **options)
+        found = await super().acquire(session_id, **options)
+        if self.away:
+            raise StoreUnavailable("no answer in time")
+        return found
 
 
 @pytest.fixture
@@ -327,6 +330,27 @@ async def test_a_store_that_lost_its_sessions_gets_them_again_from_the_arena(
     second = start()
     y = await play(second, "a", x[4:6], 4)
     assert np.abs(y - network.offline(x[:6])[4:]).max() <= CLOSE
+
+
+@pytest.mark.parametrize("durability", Durability)
+async def test_an_acquire_without_an_answer_does_not_make_an_old_snapshot_good(
+    start, store, x, durability
+):
+    one, two = start(), start()
+    await one.open("a", durability=durability)
+    await play(one, "a", x[:3], 0)
+    store.away = store.late = True
+    with pytest.raises(StoreUnavailable):
+        await two.sessions.get("a")
+    store.away = False
+    if durability is Durability.NONE:
+        with pytest.raises(SessionLost):
+            await two.sessions.get("a")
+    elif durability is Durability.ASYNC:
+        with pytest.raises(StepUnplaced):
+            await two.step(await two.sessions.get("a"), x[3])
+    else:
+        assert two.sessions.t(await two.sessions.get("a")) == 3
 
 
 # One writer.

@@ -28,10 +28,16 @@ class Choice:
     """Empty: a Redis of its own."""
 
     @property
+    def redis_place(self) -> str:
+        """Its URL without the password."""
+        scheme, _, rest = self.redis_url.partition("://")
+        return f"{scheme}://{rest.rpartition('@')[2]}"
+
+    @property
     def options(self) -> str:
         """It, as options of the command."""
         stores, durabilities = ",".join(self.stores), ",".join(self.durabilities)
-        url = f" --redis-url {self.redis_url}" if self.redis_url else ""
+        url = f" --redis-url {self.redis_place}" if self.redis_url else ""
         return f"--stores {stores} --durabilities {durabilities}{url}"
 
 
@@ -62,7 +68,7 @@ def beside_memory(plan: Plan, choice: Choice, tell: Tell) -> Report:
         contenders: list[Target] = []
         what = workload(plan, "memory and each other")
         for kind in choice.stores:
-            store = stack.enter_context(_store(kind, choice.redis_url, folder))
+            store = stack.enter_context(_store(kind, choice, folder))
             server = stack.enter_context(running_stepstate(folder, store.url))
             what += f"; {store.told}"
             contenders += (
@@ -74,9 +80,9 @@ def beside_memory(plan: Plan, choice: Choice, tell: Tell) -> Report:
 
 
 @contextmanager
-def _store(kind: str, redis_url: str, folder: Path) -> Iterator[Store]:
-    if kind == "redis" and redis_url:
-        yield Store(kind, redis_url, f"the redis at {redis_url.rpartition('@')[2]}")
+def _store(kind: str, choice: Choice, folder: Path) -> Iterator[Store]:
+    if kind == "redis" and choice.redis_url:
+        yield Store(kind, choice.redis_url, f"the redis at {choice.redis_place}")
     else:
         with fresh_store(kind, folder) as store:
             yield store
@@ -95,7 +101,7 @@ def _report(comparisons: Sequence[Comparison], what: str, command: str) -> Repor
         notes=(
             "CPU is the server's, for one message; the store's, where a process of its own was",
             "started for it. Figures are those of the median round by rate; a ratio is the median",
-            f"(least–most) of the rounds, each over the {baseline} just before it.",
+            f"(least–most) of the rounds, each over the window of {baseline} just before it.",
         ),
         results=[_result(compared) for compared in comparisons],
     )

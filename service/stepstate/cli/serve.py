@@ -12,7 +12,7 @@ import uvloop
 
 from stepstate.cli.options import option
 from stepstate.config import ConfigError, ServerConfig
-from stepstate.errors import ModelInvalid, StoreUnavailable
+from stepstate.errors import ModelInvalid
 from stepstate.logs import configure_logs
 from stepstate.server import CannotListen, Server, serve
 from stepstate.stores import CannotOpenStore
@@ -37,7 +37,7 @@ def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
     try:
         config = ServerConfig(**settings)
         drained = uvloop.run(serve(config, _announce))
-    except (ConfigError, ModelInvalid, CannotListen, CannotOpenStore, StoreUnavailable) as error:
+    except (ConfigError, ModelInvalid, CannotListen, CannotOpenStore) as error:
         raise click.ClickException(str(error)) from error
     except MemoryError as error:
         raise click.ClickException(

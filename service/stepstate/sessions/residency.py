@@ -142,11 +142,11 @@ class Residency:
             self.room.release()
             raise
         session = self.place(snapshot, entry.epoch, expires_at=entry.expires_at)
-        left_behind = entry.owner not in ("", self._owner)
         session.wanted = True
-        session.unplaced = left_behind and session.bounded
+        session.unplaced = entry.owner != "" and session.bounded
         record = entry.record
-        self._observer.restored(record.model, record.version, taken_over=left_behind)
+        taken_over = entry.owner not in ("", self._owner)
+        self._observer.restored(record.model, record.version, taken_over=taken_over)
         return session
 
     def remove(self, session: Session) -> None:
@@ -194,7 +194,9 @@ class Residency:
         if not isinstance(found, tuple):
             raise await self.untaken(found, session_id)
         entry, data = found
-        if self._standings.lost(entry):
+        if entry.owner and entry.record.durability is Durability.NONE:
+            # Its lease was not given up: what is stored may be old. A lease in this process' own
+            # name is no better, it may come from an acquire whose answer was lost.
             raise await self._end_in_store(entry, EndReason.LOST)
         snapshot = decode(data)
         self.check_fit(snapshot)

@@ -11,6 +11,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 
 from stepstate.errors import (
@@ -131,12 +132,9 @@ class Sessions:
         return max(0, self._census[model_key] - self.lanes[model_key].open_sessions)
 
     async def start(self) -> None:
-        """Asks the store how many sessions it has.
-
-        Raises:
-            StoreUnavailable.
-        """
-        await self._census.count()
+        """Asks the store how many sessions it has; one that is away may come back later."""
+        with suppress(StoreUnavailable):
+            await self._census.count()
 
     async def open(self, opening: Opening) -> Session:
         """Opens a session with zero state at t = 0.
@@ -226,8 +224,9 @@ class Sessions:
         check_id(session_id)
         session = self.find(session_id)
         if session is None:
-            if session_id in self._loading:
-                await asyncio.wait([self._loading[session_id]])
+            coming = self._loading.get(session_id) or self._opening.get(session_id)
+            if coming is not None:
+                await asyncio.wait([coming])
             await self._settle_resident(session_id)
             session = self.find(session_id)
         if session is not None:

@@ -70,6 +70,7 @@ def all_runs() -> list[Run]:
             Run("server_killed", kind, durability, slots=50, **on),
             Run("calls_cancelled", kind, durability, **on),
             Run("client_killed", kind, durability, **on),
+            Run("library_resumes", kind, durability, **on),
         ]
     runs += [Run("server_terminated", kind, "all", kind=kind) for kind in ("sqlite", "redis")]
     for durability in BOTH:

@@ -13,9 +13,10 @@ from pathlib import Path
 
 from tests.chaos import journal, store_faults
 from tests.chaos.clients import by_call
-from tests.chaos.fleet import EVERY_KIND, Fleet, Kind, calling, fleet, impatient
+from tests.chaos.fleet import EVERY_KIND, THINK_SECONDS, Fleet, Kind, calling, fleet, impatient
 from tests.chaos.judge import total
 from tests.chaos.ledger import Tally
+from tests.chaos.library import library
 from tests.chaos.rivals import History, Rival
 from tests.chaos.station import Program, Station, redis_station, station
 from tests.integration.wire import HANG, sample, scrape
@@ -180,6 +181,25 @@ async def client_killed(ground: Ground, *, kind: str, durability: str) -> Outcom
             journal.read(ledger, journals / f"{place}.journal")
         tally.add(await clients.judge(ledgers, ground.network))
         return Outcome(ground.faults, tally)
+
+
+async def library_resumes(ground: Ground, *, kind: str, durability: str) -> Outcome:
+    """The project's own client gives each output once, in order, through kill -9 of the server."""
+    async with (
+        store(ground, kind) as url,
+        ground.serve(url) as server,
+        fleet(server.address) as judges,
+        library(server.address, THINK_SECONDS) as clients,
+    ):
+        await clients.launch(ground.sessions, durability)
+        for _ in range(ground.faults):
+            await clients.progress(1)
+            await asyncio.sleep(random.uniform(0, LONGEST_WAIT))
+            server.kill()
+            await server.start()
+        await clients.progress(2)
+        await clients.settle()
+        return Outcome(ground.faults, await judges.judge(clients.ledgers, ground.network))
 
 
 async def grows(folder: Path) -> None:

@@ -26,6 +26,8 @@ SHORT = (
     "server terminated, sqlite, all",
     "calls cancelled, sqlite, sync",
     "client killed, sqlite, async",
+    "library resumes, sqlite, async",
+    "library resumes, redis, sync",
     "redis killed, redis, async",
     "redis killed, redis, sync",
     "servers swapped, redis, async",

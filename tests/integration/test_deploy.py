@@ -197,18 +197,65 @@ def test_every_series_of_the_server_is_on_the_dashboard(exposed: str) -> None:
     assert unseen == {"stepstate_limit"}  # for alerts
 
 
-def test_compose_publishes_on_loopback_only_and_outlives_a_drain() -> None:
-    text = (ROOT / "docker-compose.yml").read_text()
-    published = re.findall(r'^ +- "([^"]*:\d+)"$', text, re.MULTILINE)
-    assert len(published) >= 4
+COMPOSE = ("docker-compose.yml", "docker-compose.redis.yml")
+
+
+def _services(name: str) -> dict[str, str]:
+    """The lines of each service of a compose file, by its name."""
+    text = (ROOT / name).read_text()
+    services = re.search(r"^services:\n(.*?)(?=^\S)", text, re.MULTILINE | re.DOTALL)
+    assert services is not None
+    parts = re.split(r"^  (\S+):\n", services[1], flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+@pytest.mark.parametrize(("name", "least"), [(COMPOSE[0], 4), (COMPOSE[1], 2)])
+def test_compose_publishes_on_loopback_only(name: str, least: int) -> None:
+    published = re.findall(r'^ +- "([^"]*:\d+)"$', (ROOT / name).read_text(), re.MULTILINE)
+    assert len(published) >= least
     assert all(port.startswith("127.0.0.1:") for port in published)
-    (grace,) = re.findall(r"stop_grace_period: (\d+)s", text)
-    assert int(grace) > ServerConfig().drain_seconds
 
 
-def test_images_are_pinned() -> None:
+def test_every_server_of_compose_outlives_a_drain_and_writes_to_its_store_only() -> None:
+    servers = {**_services(COMPOSE[1]), **_services(COMPOSE[0])}
+    for server in (servers["stepstate"], servers["stepstate-2"]):
+        (grace,) = re.findall(r"stop_grace_period: (\d+)s", server)
+        assert int(grace) > ServerConfig().drain_seconds
+        for line in ("read_only: true", "cap_drop: [ALL]", "restart: unless-stopped"):
+            assert line in server
+
+
+def test_sessions_are_in_a_volume_that_the_image_lets_its_user_write_to() -> None:
+    image = (ROOT / "Dockerfile").read_text()
+    (folder,) = re.findall(r"STEPSTATE_STORE=sqlite:(\S+)/sessions\.db", image)
+    (user,) = re.findall(r"^USER (\d+):", image, re.MULTILINE)
+    assert f"--owner={user} " in image
+    assert image.index(f"--mode=700 {folder}\n") < image.index(f"VOLUME {folder}\n")
+    assert f"- sessions:{folder}\n" in _services(COMPOSE[0])["stepstate"]
+
+
+def test_both_servers_of_one_redis_are_scraped() -> None:
+    servers = _services(COMPOSE[1])
+    assert "STEPSTATE_STORE: redis://redis:6379/0" in servers["stepstate"]
+    for line in ("environment: *store", "depends_on: *redis"):
+        assert line in servers["stepstate-2"]
+    targets = re.findall(r'"([^"]+)"', (DEPLOY / "servers-redis.yml").read_text())
+    assert targets == ["stepstate:9464", "stepstate-2:9464"]
+    assert "./deploy/servers-redis.yml:/etc/prometheus/servers.yml:ro" in servers["prometheus"]
+
+
+def test_the_redis_of_compose_keeps_what_it_has_acknowledged() -> None:
+    redis = _services(COMPOSE[1])["redis"]
+    words = re.findall(r'^      - "?([^"\n]+)"?$', redis, re.MULTILINE)
+    assert words[words.index("--appendonly") + 1] == "yes"
+    assert words[words.index("--maxmemory-policy") + 1] == "noeviction"
+    assert "redis:/data" in words
+
+
+@pytest.mark.parametrize(("name", "least"), [(COMPOSE[0], 2), (COMPOSE[1], 1)])
+def test_images_are_pinned(name: str, least: int) -> None:
     """Those from elsewhere, by a full version."""
-    text = (ROOT / "docker-compose.yml").read_text()
-    images = re.findall(r"^ +image: (\S+/\S+)$", text, re.MULTILINE)
-    assert len(images) >= 2
-    assert all(re.fullmatch(r"[^:]+:v?\d+\.\d+\.\d+", image) for image in images)
+    images = re.findall(r"^ +image: (\S+)$", (ROOT / name).read_text(), re.MULTILINE)
+    foreign = [image for image in images if image != "stepstate"]
+    assert len(foreign) >= least
+    assert all(re.fullmatch(r"[^:]+:v?\d+\.\d+\.\d+", image) for image in foreign)

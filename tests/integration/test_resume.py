@@ -7,19 +7,25 @@ the network run over the whole sequence: nothing missing, nothing twice.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import json
 import random
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner, Result
 
 from stepstate import errors
+from stepstate.cli import main
 from stepstate.client import AsyncClient, AsyncSession
-from stepstate.server import Server
+from stepstate.config import ServerConfig
+from stepstate.server import Server, running_server
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.chaos.faults import relay
+from tests.chaos.station import Station, redis_station, station
 from tests.integration.clients import KINDS, AnyClient, AnySession, Connect
 from tests.integration.wire import (
     HANG,
@@ -29,61 +35,34 @@ from tests.integration.wire import (
     largest_difference,
     queued,
     raw_stub,
+    sample,
+    scrape,
     where,
 )
 from tests.networks import Network
-from tests.processes import ServerProcess
 
-Start = Callable[..., AbstractContextManager[ServerProcess]]
+Mortal = Callable[..., Awaitable[Station]]
 SELDOM, OFTEN = "600", "0.1"
 """Seconds between snapshots: nothing but what is urged is saved, or nearly everything."""
 
 
-class Mortal:
-    """A server process that is killed, and started again in the same place with the same store."""
-
-    def __init__(self, start: Start, *options: str) -> None:
-        self.address = "127.0.0.1:0"
-        self._start = start
-        self._options = options
-        self._stack = ExitStack()
-        self._process: ServerProcess | None = None
-
-    def begin(self) -> None:
-        """Starts it."""
-        options = ("--listen", self.address, *self._options)
-        self._process = self._stack.enter_context(self._start(*options))
-        self.address = self._process.address
-
-    def kill(self) -> None:
-        """kill -9."""
-        assert self._process is not None
-        self._process.process.kill()
-        self._process.process.wait()
-
-    def end(self) -> None:
-        """Ends it, whatever it does."""
-        self._stack.close()
-
-    async def again(self) -> None:
-        """Dies and is born."""
-        self.kill()
-        await asyncio.to_thread(self.begin)
-
-
 @pytest.fixture
-def mortal(start_process: Start, tmp_path: Path) -> Iterator[Callable[..., Mortal]]:
-    made: list[Mortal] = []
+async def mortal(model_root: Path, tmp_path: Path) -> AsyncIterator[Mortal]:
+    """Starts a server with a file as its store, that can be killed and started again."""
+    async with AsyncExitStack() as stack:
 
-    def make(interval: str, *options: str) -> Mortal:
-        store = ("--store", f"sqlite:{tmp_path / f'{len(made)}.db'}")
-        made.append(Mortal(start_process, *store, "--snapshot-interval", interval, *options))
-        made[-1].begin()
-        return made[-1]
+        async def start(interval: str, *options: str) -> Station:
+            store = ("--store", f"sqlite:{tmp_path / 'mortal.db'}", "--snapshot-interval")
+            told = ("--models", str(model_root), *store, interval, *options)
+            return await stack.enter_async_context(station(tmp_path, *told))
 
-    yield make
-    for each in made:
-        each.end()
+        yield start
+
+
+async def reborn(server: Station) -> None:
+    """kill -9, and a start in the same place."""
+    server.kill()
+    await server.start()
 
 
 @pytest.fixture(params=KINDS)
@@ -106,20 +85,20 @@ async def saved(address: str, session_id: str, t: int) -> None:
 
 
 async def test_step_and_inspect_go_on_after_a_kill(
-    mortal: Callable[..., Mortal], connect: Connect, networks: dict[str, Network]
+    mortal: Mortal, connect: Connect, networks: dict[str, Network]
 ):
     x, network = draw(200), networks["lstm"]
-    server = mortal(SELDOM)
+    server = await mortal(SELDOM)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm", session_id="a")
         got = [await session.step(row) for row in x[:60]]
         got += list(await session.step(x[60:100]))
         assert session.durable_t < 100
-        await server.again()
+        await reborn(server)
         got.append(await session.step(x[100]))
         assert session.t == 101
         got += [await session.step(row) for row in x[101:150]]
-        await server.again()
+        await reborn(server)
         found = await session.inspect(x[150:160])
         assert len(found.layers) == 2
         got += list(found.y)
@@ -132,21 +111,20 @@ async def test_step_and_inspect_go_on_after_a_kill(
 
 @pytest.mark.parametrize("interval", [SELDOM, OFTEN])
 async def test_a_stream_goes_on_after_kills(
-    mortal: Callable[..., Mortal], connect: Connect, networks: dict[str, Network], interval: str
+    mortal: Mortal, connect: Connect, networks: dict[str, Network], interval: str
 ):
     x, moments = draw(600), random.Random(1)
-    server = mortal(interval)
+    server = await mortal(interval)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm")
-        got, reborn = [], []
+        got, kills = [], 0
         async for y in session.stream(slowly(x) if isinstance(client, AsyncClient) else iter(x)):
             got.append(y)
             if len(got) in {150, 400}:
-                delay = moments.uniform(0.0, 0.02)
-                reborn.append(asyncio.get_running_loop().call_later(delay, server.kill))
-                await asyncio.sleep(0.03)
-                await asyncio.to_thread(server.begin)
-        assert len(reborn) == 2
+                await asyncio.sleep(moments.uniform(0.0, 0.02))
+                await reborn(server)
+                kills += 1
+        assert kills == 2
         assert session.t == (await client.info(session.session_id)).t == 600
     assert difference(got, networks["lstm"], x) <= TOLERANCE
 
@@ -158,45 +136,43 @@ async def slowly(x: np.ndarray) -> AsyncIterator[np.ndarray]:
         yield row
 
 
-async def test_a_long_history_is_sent_again_in_parts(
-    mortal: Callable[..., Mortal], networks: dict[str, Network]
-):
-    x = draw(30_000)
-    server = mortal(SELDOM, "--backlog-rows", "100000")
+async def test_a_long_history_is_sent_again_in_parts(mortal: Mortal, networks: dict[str, Network]):
+    x = draw(14_000)
+    server = await mortal(SELDOM)
     async with AsyncClient(server.address, timeout=HANG) as client:
         session = await client.open("lstm")
-        got = [await session.step(part, last_only=True) for part in np.split(x[:20_000], 2)]
-        got += [y async for y in session.stream(np.split(x[20_000:29_900], 99))]
-        await server.again()
-        got.append(await session.step(x[29_900:], last_only=True))
-    ends = [10_000, 20_000, *range(20_100, 30_000, 100), 30_000]
+        got = [await session.step(part, last_only=True) for part in np.split(x[:10_000], 2)]
+        got += [y async for y in session.stream(np.split(x[10_000:13_900], 39))]
+        await reborn(server)
+        got.append(await session.step(x[13_900:], last_only=True))
+    ends = [5_000, 10_000, *range(10_100, 14_000, 100), 14_000]
     want = networks["lstm"].offline(x)[np.array(ends) - 1]
     assert largest_difference(np.array(got), want) <= TOLERANCE
 
 
 async def test_a_drain_is_gone_through(
-    mortal: Callable[..., Mortal], connect: Connect, networks: dict[str, Network]
+    mortal: Mortal, connect: Connect, networks: dict[str, Network]
 ):
     """SIGTERM saves all, so that nothing is sent again, of sessions with durability none too."""
     x = draw(300)
-    server = mortal(SELDOM)
+    server = await mortal(SELDOM)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm", durability="none")
         got = []
         async for y in session.stream(iter(x)):
             got.append(y)
             if len(got) == 100:
-                await asyncio.to_thread(server.end)
-                await asyncio.to_thread(server.begin)
+                await server.drained()
+                await server.start()
         assert session.t == 300
     assert difference(got, networks["lstm"], x) <= TOLERANCE
 
 
 async def test_what_is_saved_is_told_and_not_kept(
-    mortal: Callable[..., Mortal], connect: Connect, networks: dict[str, Network]
+    mortal: Mortal, connect: Connect, networks: dict[str, Network]
 ):
     x = draw(40)
-    server = mortal(OFTEN)
+    server = await mortal(OFTEN)
     async with connect(server.address, timeout=HANG) as client:
         late = await client.open("lstm", session_id="late")
         sync = await client.open("lstm", session_id="sync", durability="sync")
@@ -211,7 +187,7 @@ async def test_what_is_saved_is_told_and_not_kept(
         assert [len(getattr(s, "real", s).backlog) for s in (late, sync, none)] == [0, 0, 0]
         info = await client.info("late")
         assert (info.residency, bool(info.owner), info.epoch > 0) == ("resident", True, True)
-        await server.again()
+        await reborn(server)
         assert (await client.info("sync")).residency == "spilled"
         for session in (late, sync):
             rest = await session.step(x[20:])
@@ -222,36 +198,36 @@ async def test_what_is_saved_is_told_and_not_kept(
 
 
 async def test_cancelled_steps_are_repeated_across_kills(
-    mortal: Callable[..., Mortal], networks: dict[str, Network]
+    mortal: Mortal, networks: dict[str, Network]
 ):
     x, moments = draw(120), random.Random(3)
-    server = mortal(OFTEN)
+    server = await mortal(OFTEN)
     async with AsyncClient(server.address, timeout=HANG) as client:
         session = await client.open("lstm")
         got = []
         for place, row in enumerate(x):
-            reborn: asyncio.Future[None] | None = None
+            restart: asyncio.Future[None] | None = None
             for _ in range(3):
                 stepping = asyncio.create_task(session.step(row))
                 await asyncio.sleep(moments.uniform(0.0, 0.003))
-                if place % 50 == 30 and reborn is None:
-                    reborn = asyncio.ensure_future(server.again())
+                if place % 50 == 30 and restart is None:
+                    restart = asyncio.ensure_future(reborn(server))
                 stepping.cancel()
                 await asyncio.gather(stepping, return_exceptions=True)
                 if not stepping.cancelled():
                     break
             got.append(stepping.result() if not stepping.cancelled() else await session.step(row))
-            if reborn is not None:
-                await reborn
+            if restart is not None:
+                await restart
         assert session.t == 120
     assert difference(got, networks["lstm"], x) <= TOLERANCE
 
 
 async def test_leaving_a_stream_early_lets_the_same_rows_go_on_across_kills(
-    mortal: Callable[..., Mortal], networks: dict[str, Network]
+    mortal: Mortal, networks: dict[str, Network]
 ):
     x = draw(200)
-    server = mortal(SELDOM)
+    server = await mortal(SELDOM)
     async with AsyncClient(server.address, timeout=HANG) as client:
         session = await client.open("lstm")
         got: list[np.ndarray] = []
@@ -263,7 +239,7 @@ async def test_leaving_a_stream_early_lets_the_same_rows_go_on_across_kills(
                     break
             await stream.aclose()
             if len(got) % 70 == 0:
-                await server.again()
+                await reborn(server)
     assert difference(got, networks["lstm"], x) <= TOLERANCE
 
 
@@ -271,18 +247,18 @@ async def test_leaving_a_stream_early_lets_the_same_rows_go_on_across_kills(
 
 
 async def test_a_client_goes_on_from_its_own_t(
-    mortal: Callable[..., Mortal], connect: Connect, networks: dict[str, Network]
+    mortal: Mortal, connect: Connect, networks: dict[str, Network]
 ):
     """It has recorded fewer outputs than the server gave; both were killed meanwhile."""
     x, network = draw(120), networks["lstm"]
-    server = mortal(OFTEN)
+    server = await mortal(OFTEN)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm", session_id="a")
         got = [await session.step(row) for row in x[:60]]
-        await server.again()
+        await reborn(server)
         got += [await session.step(row) for row in x[60:80]]
     await saved(server.address, "a", 80)
-    await server.again()
+    await reborn(server)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.session("a", t=65)
         assert session.t == 65
@@ -294,14 +270,14 @@ async def test_a_client_goes_on_from_its_own_t(
 
 
 async def test_a_server_behind_the_clients_own_t_names_the_rows(
-    mortal: Callable[..., Mortal], connect: Connect, networks: dict[str, Network]
+    mortal: Mortal, connect: Connect, networks: dict[str, Network]
 ):
     x = draw(60)
-    server = mortal(SELDOM)
+    server = await mortal(SELDOM)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm", session_id="a")
         got = [await session.step(row) for row in x[:40]]
-        await server.again()
+        await reborn(server)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.session("a", t=40)
         first = (await client.info("a")).t
@@ -320,14 +296,14 @@ async def collect(session: AnySession, xs: np.ndarray) -> list[np.ndarray]:
 
 
 async def test_rows_beyond_the_buffer_are_missing_by_name(
-    mortal: Callable[..., Mortal], connect: Connect, networks: dict[str, Network]
+    mortal: Mortal, connect: Connect, networks: dict[str, Network]
 ):
     x = draw(80)
-    server = mortal(SELDOM)
+    server = await mortal(SELDOM)
     async with connect(server.address, timeout=HANG, resume_rows=25) as client:
         session = await client.open("lstm")
         got = [await session.step(row) for row in x[:60]]
-        await server.again()
+        await reborn(server)
         first = (await client.info(session.session_id)).t
         with pytest.raises(errors.RowsMissing) as missing:
             await session.step(x[60])
@@ -376,12 +352,12 @@ async def test_many_sessions_share_a_stream(
 
 @pytest.mark.parametrize("interval", [SELDOM, OFTEN])
 async def test_many_sessions_go_on_after_kills(
-    mortal: Callable[..., Mortal], networks: dict[str, Network], interval: str
+    mortal: Mortal, networks: dict[str, Network], interval: str
 ):
     """Each output once and in order, whatever the server had saved of which session."""
     count, rows = 40, 150
     xs = [draw(rows, seed=seed) for seed in range(count)]
-    server, chance = mortal(interval), random.Random(5)
+    server, chance = await mortal(interval), random.Random(5)
     async with AsyncClient(server.address, timeout=HANG) as client:
         sessions = [
             await client.open("lstm", durability="sync" if seed % 4 == 0 else "async")
@@ -408,10 +384,10 @@ async def test_many_sessions_go_on_after_kills(
         assert difference(got[session.session_id], networks["lstm"], x) <= TOLERANCE
 
 
-async def kill_some(server: Mortal, times: int) -> None:
+async def kill_some(server: Station, times: int) -> None:
     for _ in range(times):
         await asyncio.sleep(0.3)
-        await server.again()
+        await reborn(server)
 
 
 async def test_an_error_of_one_session_ends_no_other(
@@ -444,16 +420,16 @@ async def test_an_error_of_one_session_ends_no_other(
 
 
 async def test_rows_missing_of_one_session_end_no_other(
-    mortal: Callable[..., Mortal], networks: dict[str, Network]
+    mortal: Mortal, networks: dict[str, Network]
 ):
     x = draw(40)
-    server = mortal(SELDOM)
+    server = await mortal(SELDOM)
     async with AsyncClient(server.address, timeout=HANG) as client:
         kept = await client.open("lstm", session_id="kept")
         await client.open("lstm", session_id="own")
         other = await client.session("own", t=30)
         await kept.step(x[:30])
-        await server.again()
+        await reborn(server)
         items = ((session, row) for row in x[30:] for session in (kept, other))
         got = await results_of_late(client, items)
     want = networks["lstm"].offline(x)[30:]
@@ -547,12 +523,10 @@ async def test_one_session_is_one_object(client: AsyncClient):
             pass
 
 
-async def test_an_idle_stream_needs_no_server(
-    mortal: Callable[..., Mortal], networks: dict[str, Network]
-):
+async def test_an_idle_stream_needs_no_server(mortal: Mortal, networks: dict[str, Network]):
     """While nothing is unanswered, a server may be away for longer than the timeout."""
     x = draw(20)
-    server = mortal(SELDOM)
+    server = await mortal(SELDOM)
     async with AsyncClient(server.address, timeout=1.5) as client:
         session = await client.open("lstm")
 
@@ -563,7 +537,7 @@ async def test_an_idle_stream_needs_no_server(
                 await asyncio.sleep(0.01)
             server.kill()
             await asyncio.sleep(2.0)
-            await asyncio.to_thread(server.begin)
+            await server.start()
             for row in x[10:]:
                 yield session, row
 
@@ -573,8 +547,8 @@ async def test_an_idle_stream_needs_no_server(
     assert difference(got, networks["lstm"], x) <= TOLERANCE
 
 
-async def test_a_server_that_stays_away_ends_the_stream(mortal: Callable[..., Mortal]):
-    server = mortal(SELDOM)
+async def test_a_server_that_stays_away_ends_the_stream(mortal: Mortal):
+    server = await mortal(SELDOM)
     async with AsyncClient(server.address, timeout=1.0) as client:
         sessions = [await client.open("lstm") for _ in range(2)]
         server.kill()
@@ -608,15 +582,45 @@ async def test_many_sessions_over_a_connection_that_keeps_breaking_are_exactly_o
         assert difference(got[session.session_id], networks["lstm"], x) <= TOLERANCE
 
 
+async def test_sessions_go_to_and_fro_between_two_servers(
+    config: ServerConfig, connect: Connect, networks: dict[str, Network], tmp_path: Path
+):
+    """Both live and share a Redis; a proxy sends the client now to the one, now to the other."""
+    xs = [draw(60, seed=seed) for seed in range(8)]
+    async with redis_station(tmp_path) as redis, AsyncExitStack() as stack:
+        shared = dataclasses.replace(config, store=redis.url, snapshot_interval=0.3)
+        servers = [await stack.enter_async_context(running_server(shared)) for _ in range(2)]
+        way = await stack.enter_async_context(relay(servers[0].address))
+        client = await stack.enter_async_context(connect(way.address, timeout=HANG))
+        sessions = [await client.open("lstm") for _ in xs]
+        got: dict[str, list] = {session.session_id: [] for session in sessions}
+        count = 0
+        async for result in client.stream(
+            (session, x[place])
+            for place in range(60)
+            for session, x in zip(sessions, xs, strict=True)
+        ):
+            got[result.session.session_id].append(result.y)
+            count += 1
+            if count % 70 == 0:
+                way._target = servers[count // 70 % 2].address.rpartition(":")
+                way.cut()
+        refused = [await scrape(each.metrics_address) for each in servers]
+    for session, x in zip(sessions, xs, strict=True):
+        assert difference(got[session.session_id], networks["lstm"], x) <= TOLERANCE
+    series = 'stepstate_requests_refused_total{reason="STALE_OWNER"'
+    assert sum(sample(text, series) for text in refused) > 0
+
+
 # Copies.
 
 
 async def test_a_fork_goes_on_apart_and_is_resumed_too(
-    mortal: Callable[..., Mortal], connect: Connect, networks: dict[str, Network]
+    mortal: Mortal, connect: Connect, networks: dict[str, Network]
 ):
     x, network = draw(60), networks["lstm"]
     other = np.concatenate((x[:30], draw(30, seed=9)))
-    server = mortal(SELDOM)
+    server = await mortal(SELDOM)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm", session_id="a")
         await session.step(x[:30])
@@ -626,7 +630,7 @@ async def test_a_fork_goes_on_apart_and_is_resumed_too(
         assert fork.info.model == "lstm"
         head = await session.step(x[30:40]), await fork.step(other[30:40])
         await plain.step(other[30:40])
-        await server.again()
+        await reborn(server)
         tail = await session.step(x[40:]), await fork.step(other[40:])
         rest = await plain.step(other[40:])
         with pytest.raises(errors.SessionExists):
@@ -640,15 +644,15 @@ async def test_a_fork_goes_on_apart_and_is_resumed_too(
 
 
 async def test_a_fork_of_a_session_that_was_set_back_stands_where_the_application_does(
-    mortal: Callable[..., Mortal], connect: Connect, networks: dict[str, Network]
+    mortal: Mortal, connect: Connect, networks: dict[str, Network]
 ):
     x = draw(50)
-    server = mortal(SELDOM)
+    server = await mortal(SELDOM)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm")
         for row in x[:40]:
             await session.step(row)
-        await server.again()
+        await reborn(server)
         fork = await session.fork()
         assert fork.t == 40
         got = await fork.step(x[40:])
@@ -656,10 +660,10 @@ async def test_a_fork_of_a_session_that_was_set_back_stands_where_the_applicatio
 
 
 async def test_a_snapshot_moves_a_session_to_another_server(
-    mortal: Callable[..., Mortal], server: Server, connect: Connect, networks: dict[str, Network]
+    mortal: Mortal, server: Server, connect: Connect, networks: dict[str, Network]
 ):
     x, network = draw(60), networks["lstm"]
-    old = mortal(SELDOM)
+    old = await mortal(SELDOM)
     async with (
         connect(old.address, timeout=HANG) as source,
         connect(server.address, timeout=HANG) as target,
@@ -698,3 +702,73 @@ async def test_a_lost_reply_of_a_fork_does_not_fork_twice(server: Server, connec
         fork = await forking
         await fork.step(draw(1))
         assert sorted([info.t async for info in client.sessions()]) == [5, 6]
+
+
+# The commands.
+
+
+@pytest.fixture
+def command(server: Server) -> Callable[..., Awaitable[Result]]:
+    """Runs `stepstate` in this process, against the server."""
+
+    async def run(*arguments: str) -> Result:
+        told = [*arguments, "--server", server.address]
+        return await asyncio.to_thread(CliRunner().invoke, main, told)
+
+    return run
+
+
+async def test_the_commands_move_a_session(
+    command: Callable[..., Awaitable[Result]],
+    client: AsyncClient,
+    networks: dict[str, Network],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.chdir(tmp_path)
+    x, want = draw(30), networks["lstm"].offline(draw(30))
+    session = await client.open("lstm", session_id="a", durability="sync")
+    await session.step(x[:20])
+
+    exported = await command("sessions", "export", "a")
+    assert exported.exit_code == 0, exported.output
+    size = (tmp_path / "a.snapshot").stat().st_size
+    assert f"a.snapshot: {size} bytes" in exported.stderr
+    assert "a.snapshot exists: --force" in (await command("sessions", "export", "a")).stderr
+    assert (await command("sessions", "export", "a", "--force")).exit_code == 0
+    piped = await command("sessions", "export", "a", "--output", "-")
+    assert piped.stdout_bytes == (tmp_path / "a.snapshot").read_bytes()
+    nowhere = await command("sessions", "export", "a", "--output", "no/where")
+    assert "no/where: No such file" in nowhere.stderr
+
+    taken = await command("sessions", "import", "a.snapshot")
+    assert (taken.exit_code, "already open at t=20" in taken.stderr) == (1, True)
+    imported = await command("sessions", "import", "a.snapshot", "--session-id", "b")
+    assert (json.loads(imported.stdout)["t"], json.loads(imported.stdout)["session_id"]) == (
+        20,
+        "b",
+    )
+    forked = json.loads((await command("sessions", "fork", "a", "c")).stdout)
+    assert (forked["session_id"], forked["durable_t"]) == ("c", 20)
+    made = json.loads((await command("sessions", "fork", "a")).stdout)["session_id"]
+    (tmp_path / "broken").write_bytes((tmp_path / "a.snapshot").read_bytes()[:-1])
+    broken = await command("sessions", "import", "broken", "--session-id", "d")
+    assert "the snapshot can't be read" in broken.stderr
+    assert "unknown" in (await command("sessions", "export", "nope")).stderr
+
+    listed = (await command("sessions", "list")).stdout.splitlines()[1:]
+    rows = {line.split()[0]: line.split()[1:5] for line in listed}
+    assert rows == {name: ["lstm/1", "20", "20", "resident"] for name in ("a", "b", "c", made)}
+    for name in rows:
+        copy = await client.session(name)
+        assert largest_difference(await copy.step(x[20:]), want[20:]) <= TOLERANCE
+
+
+async def test_the_command_step_opens_with_a_durability(
+    command: Callable[..., Awaitable[Result]], client: AsyncClient
+):
+    options = ("--model", "lstm", "--session-id", "a", "--durability", "sync", "--keep")
+    assert (await command("step", *options)).exit_code == 0
+    assert (await client.info("a")).durability == "sync"
+    refused = await command("step", "--model", "lstm", "--durability", "disk")
+    assert "'disk' is not one of" in refused.stderr

@@ -203,9 +203,21 @@ class Away(Lasting):
         return await super().save(saves)
 
 
-async def test_the_gauges_are_those_of_the_store(make_rig, network, clock):
+@pytest.fixture
+def make_watched(make_rig, clock):
+    """Makes rigs whose metrics watch the store too, as the server's do."""
+
+    def make(**options):
+        rig = make_rig(clock=clock, **options)
+        rig.metrics.store = rig.sessions
+        return rig
+
+    return make
+
+
+async def test_the_gauges_are_those_of_the_store(make_watched, network, clock):
     store = Away(clock)
-    rig = make_rig(store=store, clock=clock)
+    rig = make_watched(store=store)
     await rig.step(await rig.open(), rows_of(network, 3))
     assert exposed(rig.registry)["stepstate_snapshot_backlog_rows",] == 3
     assert exposed(rig.registry)["stepstate_store_up",] == 1
@@ -228,8 +240,8 @@ async def test_the_gauges_are_those_of_the_store(make_rig, network, clock):
     assert found["stepstate_snapshot_bytes_total",] > 4 * 64  # the state and what is around it
 
 
-async def test_sessions_are_counted_where_they_are(make_rig, network, clock):
-    rig = make_rig(store=Lasting(clock), clock=clock, max_sessions=2)
+async def test_sessions_are_counted_where_they_are(make_watched, clock):
+    rig = make_watched(store=Lasting(clock), max_sessions=2)
     for name in "abcde":
         await rig.open(name)
     key = ("model=lstm", "version=1")
@@ -255,7 +267,8 @@ async def test_sessions_are_counted_where_they_are(make_rig, network, clock):
     assert sum(counted()) == 4
 
 
-async def test_a_memory_store_is_up_and_spills_nothing(rig, network):
+async def test_a_memory_store_is_up_and_spills_nothing(make_watched, network):
+    rig = make_watched()
     await rig.step(await rig.open(), rows_of(network, 1))
     found = exposed(rig.registry)
     assert found["stepstate_store_up",] == 1

@@ -72,6 +72,11 @@ class Flaky(Lasting):
             raise StoreUnavailable("no answer in time")
         return found
 
+    async def find(self, session_id):
+        if self.away:
+            raise StoreUnavailable("it is away")
+        return await super().find(session_id)
+
 
 @pytest.fixture
 def x(network):
@@ -403,14 +408,27 @@ async def test_a_client_that_is_ahead_of_a_stale_copy_is_told_of_the_takeover(st
     await play(one, "a", x[5:7], 5)
 
 
-async def test_a_client_that_is_ahead_of_its_session_is_told_so(rig, store, x):
+async def test_a_client_that_is_ahead_of_its_session_is_told_so(rig, x):
     session = await rig.open("a")
-    for away in (False, True):
-        store.away = away
-        callers = [rig.send(session, x[0], t) for t in (3, 4, 0)]
-        for caller in callers[:2]:
-            assert isinstance(await caller.error(), StepAhead)
-        assert (await callers[2].outcome()).t_after == 1
+    callers = [rig.send(session, x[0], t) for t in (3, 4, 0)]
+    for caller in callers[:2]:
+        assert isinstance(await caller.error(), StepAhead)
+    assert (await callers[2].outcome()).t_after == 1
+
+
+async def test_no_rows_are_asked_for_again_while_the_store_can_not_tell_who_has_them(
+    start, store, x
+):
+    one, two = start(), start()
+    session = await one.open("a", durability=Durability.SYNC)
+    await play(one, "a", x[:3], 0)
+    await play(two, "a", x[3:5], 3)
+    store.away = True
+    with pytest.raises(StoreUnavailable):
+        await one.step(session, x[5], 5)
+    store.away = False
+    with pytest.raises(StaleOwner):
+        await one.step(session, x[5], 5)
 
 
 async def test_closing_a_session_that_another_server_took_is_refused(start, x):
@@ -560,10 +578,39 @@ async def test_a_spill_that_the_store_refuses_leaves_all_as_it_was(start, store,
     store.away = True
     with pytest.raises(StoreUnavailable):
         await rig.open("b")
+    store.away = False
+    await rig.sessions.saver.save_round()
     y = await play(rig, "a", x[3:5], 3)
     assert np.abs(y - network.offline(x[:5])[3:]).max() <= CLOSE
-    store.away = False
     await rig.open("b")
+
+
+@pytest.mark.parametrize("durability", Durability)  # noqa: PLR0917 - fixtures
+async def test_a_spill_without_an_answer_renews_the_lease_before_the_next_step(
+    start, store, clock, x, network, durability
+):
+    first = start(max_sessions=1)
+    session = await first.open("a", durability=durability)
+    await play(first, "a", x[:3], 0)
+    clock.advance(2)
+    store.away = store.late = True
+    with pytest.raises(StoreUnavailable):
+        await first.open("b")
+    with pytest.raises(StoreUnavailable, match="lease"):
+        await first.step(session, x[3], 3)
+    store.away = False
+    await first.sessions.saver.save_round()
+    y = await play(first, "a", x[3:6], 3)
+    assert np.abs(y - network.offline(x[:6])[3:]).max() <= CLOSE
+    second = start()
+    if durability is Durability.NONE:
+        with pytest.raises(SessionLost):
+            await second.sessions.get("a")
+    elif durability is Durability.ASYNC:
+        with pytest.raises(StepUnplaced):
+            await second.step(await second.sessions.get("a"), x[6])
+    else:
+        assert second.sessions.t(await second.sessions.get("a")) == 6
 
 
 async def test_when_every_resident_session_is_busy_a_load_is_refused_for_now(

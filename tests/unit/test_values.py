@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stepstate.client import ModelInfo, Output
-from stepstate.errors import InvalidField
+from stepstate.client import ModelInfo, Output, Result
+from stepstate.errors import InvalidField, SessionClosed
 
 
 def model(*inputs: str) -> ModelInfo:
@@ -86,3 +86,14 @@ def test_another_shape_is_refused_with_both(known, x, shape):
 
 def test_the_widths_are_those_of_x_and_y():
     assert (THREE.input_width, THREE.output_width) == (3, 3)
+
+
+def test_a_result_is_outputs_or_an_error_that_is_raised_where_outputs_are_taken():
+    y = np.zeros(3, np.float32)
+    assert Result("session", y, None).y is y
+    closed = SessionClosed("a", 3)
+    failed = Result("session", None, closed)
+    assert failed.error is closed
+    with pytest.raises(SessionClosed) as raised:
+        _ = failed.y
+    assert raised.value is closed

@@ -1,19 +1,20 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta, timezone
-from types import SimpleNamespace
 
 import grpc
 import numpy as np
 import pytest
 
 from stepstate.client import wire
+from stepstate.client.backlog import Sent
 from stepstate.errors import (
     Cancelled,
     Draining,
     Internal,
-    QueueFull,
+    InvalidField,
     ServerUnreachable,
+    StaleOwner,
     StepAhead,
     UnexpectedStatus,
 )
@@ -23,15 +24,6 @@ from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import x_of
 from stepstate.v1.google_rpc import Status
 from tests.unit.rig import model_of, outputs, rows_of, timed_network
-
-LOST = ServerUnreachable("host:1", "gone")
-
-
-@pytest.fixture
-def ticking(clock, monkeypatch):
-    """The clock that `Backoff` reads."""
-    monkeypatch.setattr(wire, "time", SimpleNamespace(monotonic=clock))
-    return clock
 
 
 class Failure(grpc.RpcError):
@@ -53,33 +45,6 @@ class Failure(grpc.RpcError):
 def failure_of(error) -> Failure:
     trailing = {DETAILS_KEY: status_of(error).SerializeToString()}
     return Failure(grpc.StatusCode.UNKNOWN, "not looked at", **trailing)
-
-
-def test_waits_double_up_to_a_second_with_jitter(ticking):
-    backoff = wire.Backoff(1000.0)
-    nominal = [0.02 * 2**n for n in range(6)] + [1.0] * 4
-    for expected in nominal:
-        assert expected / 2 <= backoff.wait(LOST) <= expected
-
-
-def test_waits_differ_so_that_clients_do_not_come_back_together(ticking):
-    assert len({wire.Backoff(10.0).wait(LOST) for _ in range(10)}) > 1
-
-
-def test_a_wait_is_at_least_what_the_server_asks_for(ticking):
-    assert wire.Backoff(10.0).wait(Draining(3.0)) == 3.0
-    assert wire.Backoff(10.0).wait(QueueFull("rows", 1, 0.5)) == 0.5
-
-
-def test_it_gives_up_with_the_error_when_the_deadline_would_pass(ticking):
-    backoff = wire.Backoff(2.0)
-    error = Draining(1.0)
-    backoff.wait(error)
-    ticking.advance(1.5)
-    assert backoff.left == 0.5
-    with pytest.raises(Draining) as raised:
-        backoff.wait(error)
-    assert raised.value is error
 
 
 @pytest.mark.parametrize("error", [StepAhead("a", 5, 3), Draining(2.0), Internal("ab12")])
@@ -109,12 +74,54 @@ def test_any_other_answer_is_named_as_unexpected():
     assert isinstance(wire.from_status(status), UnexpectedStatus)
 
 
+def opening(session_id=None, *, start_time=None, idle_timeout=None, durability=None):
+    return wire.opening(
+        "m",
+        "1",
+        session_id,
+        start_time=start_time,
+        idle_timeout=idle_timeout,
+        durability=durability,
+    )
+
+
 def test_an_opening_without_an_id_gets_one_that_can_be_sent_again():
-    made = [wire.opening("m", "", None, None, None) for _ in range(2)]
+    made = [opening() for _ in range(2)]
     assert made[0].session_id
     assert made[0].session_id != made[1].session_id
     assert not made[0].HasField("start_time")
     assert not made[0].HasField("idle_timeout")
+    assert made[0].durability == pb.DURABILITY_UNSPECIFIED
+
+
+def test_a_fork_without_an_id_gets_one_that_can_be_sent_again():
+    made = [wire.forking("a", None, None, None) for _ in range(2)]
+    assert made[0].new_session_id
+    assert made[0].new_session_id != made[1].new_session_id
+    chosen = wire.forking("a", "b", timedelta(minutes=5), "sync")
+    assert (chosen.session_id, chosen.new_session_id) == ("a", "b")
+    assert chosen.idle_timeout.ToTimedelta() == timedelta(minutes=5)
+    assert chosen.durability == pb.DURABILITY_SYNC
+
+
+def test_an_import_without_an_id_keeps_that_of_the_snapshot():
+    request = wire.importing(b"bytes", None, None, "none")
+    assert (request.snapshot, request.session_id) == (b"bytes", "")
+    assert request.durability == pb.DURABILITY_NONE
+    assert not request.HasField("idle_timeout")
+
+
+@pytest.mark.parametrize("durability", ["", "disk", "SYNC"])
+def test_a_durability_that_does_not_exist_is_refused_with_those_that_do(durability):
+    with pytest.raises(InvalidField, match="none, async, sync"):
+        opening(durability=durability)
+
+
+def test_what_passes_is_worth_asking_again():
+    assert wire.passing(Draining(1.0))
+    assert wire.passing(StaleOwner("a", 3))
+    assert not wire.passing(StepAhead("a", 5, 3))
+    assert not wire.passing(Internal("ab"))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +133,7 @@ def test_an_opening_without_an_id_gets_one_that_can_be_sent_again():
     ],
 )
 def test_a_start_time_travels_in_utc(start):
-    request = wire.opening("m", "1", "a", start, timedelta(minutes=5))
+    request = opening("a", start_time=start, idle_timeout=timedelta(minutes=5))
     assert request.start_time.ToDatetime(tzinfo=UTC) == datetime(2026, 3, 1, 12, tzinfo=UTC)
     assert request.idle_timeout.ToTimedelta() == timedelta(minutes=5)
 
@@ -134,7 +141,7 @@ def test_a_start_time_travels_in_utc(start):
 @pytest.mark.parametrize("rows", [1, 100])
 def test_a_step_request_carries_rows_options_and_t(network, rows):
     x = rows_of(network, rows)
-    request = wire.step_request("a", 0, np.asfortranarray(x), last_only=True)
+    request = wire.step_request("a", Sent(0, rows, x.tobytes(), last_only=True))
     assert np.array_equal(x_of(request).reshape(-1, 3), x)
     assert (request.session_id, request.t, request.HasField("t")) == ("a", 0, True)
     assert (request.inspect, request.last_only) == (False, True)
@@ -167,6 +174,17 @@ def test_a_model_is_what_the_server_told():
 async def test_a_session_is_what_the_server_told(rig):
     start = datetime(1931, 2, 3, tzinfo=UTC)
     session = await rig.open("a", idle=50.0, start=start)
-    info = wire.session_info(encode_session(rig.sessions, session))
+    info = wire.session_info(encode_session(rig.sessions.standing(session)))
     assert (info.session_id, info.t, info.idle_timeout) == ("a", 0, timedelta(seconds=50))
     assert info.start_time == start
+    assert (info.durable_t, info.residency) == (0, "resident")
+    assert (info.durability, info.owner, info.epoch) == (
+        session.record.durability.value,
+        rig.sessions.standing(session).owner,
+        session.epoch,
+    )
+
+
+def test_what_a_newer_server_calls_otherwise_has_no_name():
+    info = wire.session_info(pb.Session(durability=9, residency=7))
+    assert (info.durability, info.residency, info.resumable) == ("", "", False)

@@ -1,9 +1,14 @@
-"""`stepstate sessions`: lists, shows and closes sessions."""
+"""`stepstate sessions`: lists, shows, closes, copies and moves sessions."""
 
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
+from typing import BinaryIO
 
 import click
 
@@ -14,24 +19,24 @@ from stepstate.errors import StepstateError
 
 @click.group("sessions")
 def sessions_group() -> None:
-    """Lists, shows and closes sessions."""
+    """Lists, shows, closes, copies and moves sessions."""
 
 
 @sessions_group.command("list")
 @server_option
 @option("--model", "", str, "Only sessions of this model.")
 def list_command(server: str, model: str) -> None:
-    """Prints a line for each open session."""
-    try:
-        with Client(server) as client:
-            click.echo(f"{'session':<40} {'model':<20} {'t':>10}  expires")
-            for info in client.sessions(model):
-                name = f"{info.model}/{info.version}"
-                click.echo(
-                    f"{info.session_id:<40} {name:<20} {info.t:>10}  {info.expire_time:%F %T}Z"
-                )
-    except StepstateError as error:
-        raise click.ClickException(str(error)) from error
+    """Prints a line for each open session: `durable` of its t rows survive the server's end."""
+    with _client(server) as client:
+        click.echo(
+            f"{'session':<40} {'model':<20} {'t':>10} {'durable':>10}  {'where':<8}  expires"
+        )
+        for info in client.sessions(model):
+            name = f"{info.model}/{info.version}"
+            click.echo(
+                f"{info.session_id:<40} {name:<20} {info.t:>10} {info.durable_t:>10}  "
+                f"{info.residency:<8}  {info.expire_time:%F %T}Z"
+            )
 
 
 @sessions_group.command("show")
@@ -39,11 +44,8 @@ def list_command(server: str, model: str) -> None:
 @click.argument("session_id")
 def show_command(server: str, session_id: str) -> None:
     """Prints where a session stands, as JSON."""
-    try:
-        with Client(server) as client:
-            _print(client.info(session_id))
-    except StepstateError as error:
-        raise click.ClickException(str(error)) from error
+    with _client(server) as client:
+        _print(client.info(session_id))
 
 
 @sessions_group.command("close")
@@ -51,11 +53,68 @@ def show_command(server: str, session_id: str) -> None:
 @click.argument("session_id")
 def close_command(server: str, session_id: str) -> None:
     """Closes a session and prints how it stood, as JSON."""
+    with _client(server) as client:
+        _print(client.close(session_id))
+
+
+@sessions_group.command("fork")
+@server_option
+@click.argument("session_id")
+@click.argument("new_id", required=False)
+def fork_command(server: str, session_id: str, new_id: str | None) -> None:
+    """Opens a copy of a session and prints where it stands, as JSON.
+
+    Without NEW_ID an id is made.
+    """
+    with _client(server) as client:
+        _print(client.fork(session_id, new_id).info)
+
+
+@sessions_group.command("export")
+@server_option
+@click.argument("session_id")
+@click.option("--output", type=click.Path(), help="The file; - is standard output.")
+@click.option("--force", is_flag=True, help="Overwrite the file.")
+def export_command(server: str, session_id: str, output: str | None, *, force: bool) -> None:
+    """Writes a session's snapshot to SESSION_ID.snapshot; the session stays open."""
+    with _client(server) as client:
+        snapshot = client.export(session_id)
+    if output == "-":
+        sys.stdout.buffer.write(snapshot)
+        return
+    file = Path(output or f"{session_id}.snapshot")
+    _write(file, snapshot, force=force)
+    click.echo(f"{file}: {len(snapshot)} bytes", err=True)
+
+
+@sessions_group.command("import")
+@server_option
+@click.argument("file", type=click.File("rb"))
+@click.option("--session-id", help="Its new id; left out: the one it had.")
+def import_command(server: str, file: BinaryIO, session_id: str | None) -> None:
+    """Opens a session from the snapshot in FILE, - for standard input, and prints it as JSON."""
+    with _client(server) as client:
+        _print(client.restore(file.read(), session_id=session_id).info)
+
+
+@contextmanager
+def _client(server: str) -> Iterator[Client]:
+    """A client whose errors end the command in one line."""
     try:
         with Client(server) as client:
-            _print(client.close(session_id))
+            yield client
     except StepstateError as error:
         raise click.ClickException(str(error)) from error
+
+
+def _write(file: Path, snapshot: bytes, *, force: bool) -> None:
+    try:
+        with file.open("wb" if force else "xb") as opened:
+            opened.write(snapshot)
+    except FileExistsError as error:
+        raise click.ClickException(f"{file} exists: --force overwrites it") from error
+    except OSError as error:
+        raise click.ClickException(f"{file}: {error.strerror}") from error
 
 
 def _print(info: SessionInfo) -> None:

@@ -11,8 +11,8 @@ from datetime import datetime
 import click
 
 from stepstate.cli.options import option, server_option
-from stepstate.client import Client, ModelInfo, Session
-from stepstate.errors import StepstateError
+from stepstate.client import Client, Durability, ModelInfo, Session
+from stepstate.errors import SessionUnknown, StepstateError
 
 
 @click.command("step")
@@ -21,6 +21,11 @@ from stepstate.errors import StepstateError
 @option("--version", "", str, "The model's version; left out: the newest.")
 @option("--session-id", "", str, "Opens this session, or goes on with it; left out: a new one.")
 @option("--start-time", "", str, "Time of the first row, for models that need it.")
+@click.option(
+    "--durability",
+    type=click.Choice(["none", "async", "sync"]),
+    help="What of a new session survives its server; left out: the server's own choice.",
+)
 @option("--output", "csv", click.Choice(["csv", "jsonl"]), "CSV with a header, or JSON lines.")
 @click.option("--keep", is_flag=True, help="Leave the session open at the end.")
 def step_command(
@@ -29,6 +34,7 @@ def step_command(
     version: str,
     session_id: str,
     start_time: str,
+    durability: Durability | None,
     output: str,
     *,
     keep: bool,
@@ -39,7 +45,13 @@ def step_command(
     """
     try:
         with Client(server) as client:
-            session = _session(client, model, version, session_id, start_time)
+            session = _old_session(client, session_id) or client.open(
+                model,
+                version=version,
+                session_id=session_id or None,
+                start_time=_moment(start_time),
+                durability=durability,
+            )
             _run(session, output)
             if not keep:
                 session.close()
@@ -48,21 +60,21 @@ def step_command(
 
 
 class _BadRow(ValueError):
-    """A line of the input can't be read."""
+    """Something that was given can't be read."""
 
 
-def _session(client: Client, model: str, version: str, session_id: str, start: str) -> Session:
-    if session_id:
-        try:
-            return client.session(session_id)
-        except StepstateError as error:
-            if error.reason != "SESSION_UNKNOWN":
-                raise
+def _old_session(client: Client, session_id: str) -> Session | None:
     try:
-        start_time = datetime.fromisoformat(start) if start else None
+        return client.session(session_id) if session_id else None
+    except SessionUnknown:
+        return None
+
+
+def _moment(text: str) -> datetime | None:
+    try:
+        return datetime.fromisoformat(text) if text else None
     except ValueError as error:
-        raise _BadRow(f"--start-time {start!r}: {error}") from error
-    return client.open(model, version=version, session_id=session_id or None, start_time=start_time)
+        raise _BadRow(f"--start-time {text!r}: {error}") from error
 
 
 def _run(session: Session, output: str) -> None:

@@ -269,6 +269,8 @@ class Lane:
     def _not_now(self, step: Step, t: int) -> StepUnplaced | StoreUnavailable | None:
         """Why a step that fits the session's t is refused all the same."""
         session = step.session
+        if session.lease_in_doubt:
+            return StoreUnavailable("the session's lease is being renewed")
         if session.unplaced:
             if step.t is None:
                 return StepUnplaced(session.session_id, t)

@@ -140,6 +140,7 @@ class Room:
         except BaseException:
             for session in chosen:
                 _stay(session)
+                saver.renew(session)
             raise
         for session in chosen:
             if session.lost is None:

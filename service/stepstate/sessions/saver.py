@@ -22,8 +22,8 @@ from stepstate.errors import Internal, StaleOwner, StepstateError, StoreUnavaila
 from stepstate.sessions.link import StoreLink
 from stepstate.sessions.session import Session, Step
 from stepstate.sessions.snapshot import Snapshot, encode
-from stepstate.sessions.table import Table
-from stepstate.stores import Durability, Entry, Save, Saved
+from stepstate.sessions.table import NEVER, Table
+from stepstate.stores import Durability, Ending, Entry, Save, Saved
 
 log = logging.getLogger(__name__)
 
@@ -116,9 +116,17 @@ class Saver:
         for (session, save), verdict in settled:
             if verdict is Saved.DONE:
                 self._now_durable(session, save.t)
+                session.lease_in_doubt = release
         for (session, save), verdict in settled:
             if verdict is not Saved.DONE and self._here(session):
                 await self._not_kept(session, save, verdict)
+
+    def renew(self, session: Session) -> None:
+        """Lets a session wait for its next save, as nobody knows whether its lease is given up."""
+        if self._here(session):
+            session.lease_in_doubt = True
+            self._table.touch(session, self._clock())
+            self.urge()
 
     def commit(self, steps: Sequence[Step]) -> None:
         """Saves the sessions of steps that were just applied, and then lets them be answered."""
@@ -185,10 +193,11 @@ class Saver:
 
     async def _doubt(self, step: Step) -> None:
         session = step.session
+        found: Entry | Ending | None = None
         try:
             found = await self._link.ask(self._link.store.find(session.session_id))
-        except StoreUnavailable:
-            found = None
+        except StoreUnavailable as error:
+            step.error = error  # to ask for rows that may be saved elsewhere would be wrong
         if isinstance(found, Entry) and found.epoch > session.epoch:
             self._forget(session, StaleOwner(session.session_id, found.t))
         session.lane.doubted(step)
@@ -232,9 +241,10 @@ class Saver:
 
     def _touch_later(self, session: Session) -> None:
         """A session that is not saved for its rows is saved now and then for its expiry."""
+        at = NEVER
         if session.record.durability is Durability.NONE:
             at = self._clock() + session.record.idle_timeout_seconds / 2
-            self._table.touch(session, at)
+        self._table.touch(session, at)
 
     def _now_durable(self, session: Session, t: int) -> None:
         durable = session.record.durability is not Durability.NONE

@@ -83,6 +83,8 @@ class Session:
     """It takes no new steps: it is ending, spilling, or lost to another server."""
     ending: Ending | None = field(init=False, default=None)
     """How it ends."""
+    lease_in_doubt: bool = field(init=False, default=False)
+    """Its lease was to be given up, and it is not known whether it was: it waits to be renewed."""
     lost: StepstateError | None = field(init=False, default=None)
     """Why its copy here is worth nothing any more: the answer to whatever it still has."""
     leaving: asyncio.Future[None] | None = field(init=False, default=None)

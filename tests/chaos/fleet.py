@@ -40,8 +40,8 @@ DURABILITIES = {
 CONNECTIONS = 4
 CARRIED = 25
 """Sessions on one shared stream."""
-THINK_SECONDS = 0.1
-"""With 200 sessions some 1,500 rows/s, which leaves two cores room for what else they do."""
+THINK_SECONDS = 0.15
+"""With 200 sessions some 1,000 rows/s, which leaves two cores room for what else they do."""
 
 Stubs = Sequence[StepstateServiceStub]
 Kind = Callable[[Ledger, "Fleet"], RawClient]

@@ -14,7 +14,7 @@ from stepstate import errors
 from stepstate.client import SessionInfo, backoff
 from stepstate.client.backlog import AS_SENT, AT_ONCE_ROWS, RESUME_ROWS, Sent
 from stepstate.client.footing import Footing
-from stepstate.client.track import WINDOW, Track
+from stepstate.client.track import MOST_BYTES, WINDOW, Track
 from tests.unit.rig import Clock
 from tests.unit.test_values import ONE
 
@@ -365,6 +365,14 @@ def test_an_error_of_the_application_comes_after_the_answers_before_it():
     alone = Track(footing(), timeout=1.0)
     alone.end(wrong)
     assert alone.error is wrong
+
+
+def test_rows_too_large_for_a_message_are_refused():
+    track = Track(footing(), timeout=1.0)
+    with pytest.raises(errors.InvalidField, match="send several"):
+        track.add(row(1.0, 4 * 2**20))
+    track.add(row(1.0, MOST_BYTES // 4))
+    assert len(track) == 1
 
 
 # Time.

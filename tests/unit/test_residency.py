@@ -585,8 +585,8 @@ async def test_a_spill_that_the_store_refuses_leaves_all_as_it_was(start, store,
     await rig.open("b")
 
 
-@pytest.mark.parametrize("durability", Durability)  # noqa: PLR0917 - fixtures
-async def test_a_spill_without_an_answer_renews_the_lease_before_the_next_step(
+@pytest.mark.parametrize("durability", Durability)
+async def test_a_spill_without_an_answer_renews_the_lease_before_the_next_step(  # noqa: PLR0917
     start, store, clock, x, network, durability
 ):
     first = start(max_sessions=1)

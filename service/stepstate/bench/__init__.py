@@ -1,1 +1,1 @@
-"""`stepstate bench`: closed-loop load on a server, beside a bare echo, in one run."""
+"""`stepstate bench`: what a step costs, what keeping sessions costs, how they come back."""

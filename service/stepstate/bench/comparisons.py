@@ -64,18 +64,17 @@ def beside_memory(plan: Plan, choice: Choice, tell: Tell) -> Report:
     """
     with ExitStack() as stack:
         folder = stack.enter_context(bench_folder())
+        stores = [stack.enter_context(_store(kind, choice, folder)) for kind in choice.stores]
         memory = Target("memory", stack.enter_context(running_stepstate(folder, "memory:")))
         contenders: list[Target] = []
-        what = workload(plan, "memory and each other")
-        for kind in choice.stores:
-            store = stack.enter_context(_store(kind, choice, folder))
+        for store in stores:
             server = stack.enter_context(running_stepstate(folder, store.url))
-            what += f"; {store.told}"
             contenders += (
-                Target(f"{kind} {durability}", server, Kind.STEP, durability, store.pid)
+                Target(f"{store.kind} {durability}", server, Kind.STEP, durability, store.pid)
                 for durability in choice.durabilities
             )
         found = run(plan, memory, contenders, tell)
+    what = "; ".join((workload(plan, "memory and each other"), *(store.told for store in stores)))
     return _report(found, what, f"stepstate bench durability {plan.options} {choice.options}")
 
 

@@ -84,8 +84,10 @@ class _Rounds:
         return Comparison(sessions, self.baseline.name, tuple(contests))
 
     def _round(self, sessions: int, number: int) -> list[tuple[Measurement, Measurement]]:
-        pairs = [self._pair(contender, sessions) for contender in self.contenders]
-        for contender, (before, measured) in zip(self.contenders, pairs, strict=True):
+        pairs: list[tuple[Measurement, Measurement]] = []
+        for contender in self.contenders:
+            pairs.append(self._pair(contender, sessions))
+            before, measured = pairs[-1]
             self.tell(
                 f"sessions {sessions}, round {number} of {self.plan.rounds}: "
                 f"{self.baseline.name} {before.messages_per_second:,.0f}/s, "

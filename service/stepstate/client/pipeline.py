@@ -131,7 +131,7 @@ class Pipeline(Generic[S]):
         """Takes the items as they come; an error of the source is raised after the results."""
         count = 0
         try:
-            async for session, x in _each(items):
+            async for session, x in items if isinstance(items, AsyncIterable) else _each(items):
                 self._enter(session, x)
                 count += 1
                 if count % _AT_ONCE == 0:
@@ -153,12 +153,12 @@ class Pipeline(Generic[S]):
             return
         try:
             rows, _ = session.model.rows(x)
+            self._inside_bytes += way.add(rows, last_only=True)
         except InvalidField as error:
             way.unsent += 1
             way.end(error)
             self._settle(way)
             return
-        self._inside_bytes += way.add(rows, last_only=True)
         self._unanswered += 1
         self._line_up(way)
 
@@ -257,10 +257,11 @@ class Pipeline(Generic[S]):
                 self._answered(1)
                 self._results.append((way, sent, response))
                 self._to_take.set()
+                if way.error is None:
+                    return  # it may send no more than before
         if way.pause:
             asyncio.get_running_loop().call_later(way.pause, self._resume, way)
-        if way.error is not None:
-            self._settle(way)
+        self._settle(way)
         self._line_up(way)
 
     def _resume(self, way: _Way[S]) -> None:
@@ -284,10 +285,6 @@ class Pipeline(Generic[S]):
             self._to_send.set()
 
 
-async def _each(items: Items[S]) -> AsyncIterator[tuple[S, ArrayLike]]:
-    if isinstance(items, AsyncIterable):
-        async for item in items:
-            yield item
-    else:
-        for item in items:
-            yield item
+async def _each(items: Iterable[tuple[S, ArrayLike]]) -> AsyncIterator[tuple[S, ArrayLike]]:
+    for item in items:
+        yield item

@@ -18,6 +18,7 @@ from stepstate.client.backoff import Backoff
 from stepstate.client.footing import Footing
 from stepstate.client.values import Floats
 from stepstate.errors import (
+    InvalidField,
     StaleOwner,
     StepAhead,
     StepMismatch,
@@ -28,6 +29,8 @@ from stepstate.errors import (
 
 WINDOW = 16
 """Requests of a session in flight: half of what a server remembers for retries by default."""
+MOST_BYTES = 16 * 2**20 - 1024
+"""Of rows in a request: what a server takes as a message, less what is beside them."""
 
 
 class Track:
@@ -95,8 +98,18 @@ class Track:
         return self._replayed is not None and self._replay < self._items[0].t
 
     def add(self, rows: Floats, *, inspect: bool = False, last_only: bool = False) -> int:
-        """Takes rows [T, D] from the application; returns their size in bytes."""
+        """Takes rows [T, D] from the application; returns their size in bytes.
+
+        Raises:
+            InvalidField: they are too large for a message.
+        """
         data = np.ascontiguousarray(rows, "<f4").tobytes()
+        if len(data) > MOST_BYTES:
+            raise InvalidField(
+                "x",
+                f"holds {len(rows)} rows of {len(data) // len(rows)} bytes, a request takes at "
+                f"most {MOST_BYTES} bytes: send several",
+            )
         self._items.append(Sent(self._end, len(rows), data, inspect, last_only))
         self._end += len(rows)
         return len(data)

@@ -10,8 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.chaos import store_faults
 from tests.chaos.campaign import Run, all_runs
-from tests.chaos.scenarios import Ground
+from tests.chaos.fleet import fleet
+from tests.chaos.scenarios import Ground, Outcome
 from tests.networks import Network
 
 SESSIONS = 200
@@ -55,3 +57,22 @@ async def test_no_row_is_lost_and_none_applied_twice(
     print(outcome)
     outcome.check()
     assert outcome.tally.sessions == SESSIONS
+
+
+async def test_a_server_tells_of_a_read_only_database_and_finds_all_when_it_may_write_again(
+    tmp_path: Path, model_root: Path, networks: dict[str, Network]
+):
+    folder = tmp_path / "store"
+    folder.mkdir()
+    ground = Ground(tmp_path, model_root, networks["lstm"], SESSIONS, faults=1)
+    url, prefix = f"sqlite:{folder / 'sessions.db'}", store_faults.subject_to_permissions()
+    async with ground.serve(url, prefix=prefix) as server, fleet(server.address) as clients:
+        await clients.launch(SESSIONS, ("async", "sync"))
+        await clients.progress(1)
+        server.kill()
+        with store_faults.read_only(folder):
+            said = await server.refuses_to_start()
+        assert "sessions.db" in said
+        await server.start()
+        await clients.progress(1)
+        Outcome(1, await clients.finish(networks["lstm"])).check()

@@ -47,8 +47,6 @@ NETWORK = make_network("lstm", hidden=4, seed=1)
 MODEL = model_of(NETWORK)
 CLOSE = 1e-5
 WINDOW = 3
-LATE_RELEASES = False
-"""Whether the answer to giving a lease up may get lost, as all others may."""
 NAMES = "abcd"
 SERVERS = 2
 
@@ -135,16 +133,12 @@ class Door:
         self._store = store
 
     async def _through(self, act: Callable[..., Awaitable], *args: object, **options: object):
-        spared = not LATE_RELEASES and self._releases(act, args)
-        if self.mode in {"away", "dead"} or (self.mode == "late" and spared):
+        if self.mode in {"away", "dead"}:
             raise StoreUnavailable("it is away")
         answer = await act(*args, **options)
         if self.mode == "late":
             raise StoreUnavailable("no answer in time")
         return answer
-
-    def _releases(self, act: Callable[..., Awaitable], args: Sequence[object]) -> bool:
-        return act == self._save and any(not save.owner for save in args[0])
 
     async def save(self, saves: Sequence[Save]) -> list[Saved]:
         if self.gate is not None:
@@ -464,6 +458,9 @@ class CrashesMachine(RuleBasedStateMachine):
             return
         x, t = rows(count, seed), copy.line.t
         story = self.ask(server, name, x, t if with_t else None, inspect=inspect)
+        if self.resident(server, name).lease_in_doubt:
+            self.refused(server, story, StoreUnavailable(""))
+            return
         if copy.unplaced and not with_t:
             self.refused(server, story, StepUnplaced(name, t))
             return
@@ -537,11 +534,10 @@ class CrashesMachine(RuleBasedStateMachine):
         if (copy := self.got(server, name)) is None:
             return
         t, entry = copy.line.t, self.entry(name)
-        taken = entry is not None and entry.epoch != copy.epoch
-        if taken and server.door.mode != "up":
-            return  # it can't know
         story = self.ask(server, name, rows(count, 0), t + gap)
-        if taken:
+        if server.door.mode != "up":  # another may have taken it
+            self.refused(server, story, StoreUnavailable(""))
+        elif entry is not None and entry.epoch != copy.epoch:
             self.refused(server, story, StaleOwner(name, entry.t))
             assert name not in server.copies
         else:
@@ -556,8 +552,7 @@ class CrashesMachine(RuleBasedStateMachine):
         copies = {}
         for name in order:
             found = self.look(server, name)
-            stale = name in server.copies and not self.newest(server.copies[name], name)
-            if isinstance(found, Copy) and not stale:
+            if isinstance(found, Copy) and self.takes_steps(server, name):
                 copies[name] = found
         plan = {name: [rows(1, seed + number) for number in range(repeat)] for name in copies}
 
@@ -581,6 +576,13 @@ class CrashesMachine(RuleBasedStateMachine):
                 if copies[name].durability is Durability.SYNC:
                     assert step.durable_t == step.t_after
         self.settle(server)
+
+    def takes_steps(self, server: Server, name: str) -> bool:
+        """Whether a step of a session, resident or not, would be committed."""
+        copy = server.copies.get(name)
+        if copy is None:
+            return True
+        return self.newest(copy, name) and not self.resident(server, name).lease_in_doubt
 
     @rule(place=places, name=names)
     def look_up(self, place: int, name: str) -> None:
@@ -734,7 +736,7 @@ class CrashesMachine(RuleBasedStateMachine):
         if copy is None or copy.durability is not Durability.SYNC:
             return
         up = server.door.mode == other.door.mode == "up"
-        if not up or not self.newest(copy, name) or name in other.copies:
+        if not up or not self.takes_steps(server, name) or name in other.copies:
             return
         x = rows(1, seed)
 

@@ -39,6 +39,21 @@ MOST_BYTES = 64 * 2**20
 _AT_ONCE = 64  # items of a source that never waits, between two turns of the loop
 
 
+class _Bell:
+    """Wakes the one task that waits for something; who waits looks first."""
+
+    def __init__(self) -> None:
+        self._waiter: asyncio.Future[None] | None = None
+
+    def ring(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    async def wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        await self._waiter
+
+
 class _Way(Track, Generic[S]):
     """A session's track in a pipeline."""
 
@@ -82,10 +97,10 @@ class Pipeline(Generic[S]):
         self._fed = False
         self._failure: Exception | None = None
         self._backoff: Backoff | None = None
-        self._to_send, self._to_take, self._room = (asyncio.Event() for _ in range(3))
+        self._to_send, self._to_take, self._room = (_Bell() for _ in range(3))
         self._feeding = asyncio.create_task(self._feed(items))
         self._running = asyncio.create_task(self._run())
-        self._running.add_done_callback(lambda _: self._to_take.set())
+        self._running.add_done_callback(lambda _: self._to_take.ring())
 
     async def next(self) -> Result[S] | None:
         """The next result; None when there are no more.
@@ -100,7 +115,6 @@ class Pipeline(Generic[S]):
                 if self._failure is not None:
                     raise self._failure
                 return None
-            self._to_take.clear()
             await self._to_take.wait()
         return self._take(*self._results.popleft())
 
@@ -122,7 +136,7 @@ class Pipeline(Generic[S]):
             y = wire.outputs(response, way.session.model)
             way.session.t = sent.end
             result = Result(way.session, y[0], None)
-        self._room.set()
+        self._room.ring()
         return result
 
     # From the source.
@@ -137,12 +151,11 @@ class Pipeline(Generic[S]):
                 if count % _AT_ONCE == 0:
                     await asyncio.sleep(0)
                 while self._inside >= self._most or self._inside_bytes >= MOST_BYTES:
-                    self._room.clear()
                     await self._room.wait()
         except Exception as error:  # noqa: BLE001 - whatever the application's iterator raises
             self._failure = error
         self._fed = True
-        self._to_send.set()
+        self._to_send.ring()
 
     def _enter(self, session: S, x: ArrayLike) -> None:
         way = self._way(session)
@@ -178,7 +191,7 @@ class Pipeline(Generic[S]):
         if not way.ready and way.sendable:
             way.ready = True
             self._ready.append(way)
-            self._to_send.set()
+            self._to_send.ring()
 
     # To the server and back.
 
@@ -187,7 +200,6 @@ class Pipeline(Generic[S]):
         while self._unanswered or not self._fed:
             if not self._unanswered:  # no server is needed yet
                 self._backoff = None
-                self._to_send.clear()
                 await self._to_send.wait()
                 continue
             error: StepstateError | None = None
@@ -238,7 +250,6 @@ class Pipeline(Generic[S]):
                 if self._fed and not self._unanswered:
                     await call.done_writing()
                     return
-                self._to_send.clear()
                 await self._to_send.wait()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass
@@ -256,7 +267,7 @@ class Pipeline(Generic[S]):
                 way.untaken += 1
                 self._answered(1)
                 self._results.append((way, sent, response))
-                self._to_take.set()
+                self._to_take.ring()
                 if way.error is None:
                     return  # it may send no more than before
         if way.pause:
@@ -277,12 +288,12 @@ class Pipeline(Generic[S]):
         self._inside_bytes -= way.drop()
         way.unsent = 0
         self._results.extend([(way, None, None)] * unsent)
-        self._to_take.set()
+        self._to_take.ring()
 
     def _answered(self, count: int) -> None:
         self._unanswered -= count
         if self._fed and not self._unanswered:
-            self._to_send.set()
+            self._to_send.ring()
 
 
 async def _each(items: Iterable[tuple[S, ArrayLike]]) -> AsyncIterator[tuple[S, ArrayLike]]:

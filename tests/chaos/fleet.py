@@ -167,17 +167,18 @@ class Fleet:
                 self._listen()
                 await asyncio.sleep(0.01)
 
-    def rows(self, of: str) -> int:
-        """Rows acknowledged to the sessions of a durability."""
-        return sum(ledger.t for ledger in self.ledgers if ledger.durability == of)
+    def rows(self, of: str = "") -> int:
+        """Rows acknowledged to the sessions of a durability, or to all."""
+        return sum(ledger.t for ledger in self.ledgers if of in ("", ledger.durability))
 
-    async def standstill(self, of: str) -> None:
-        """Waits until the sessions of a durability get no answers any more."""
+    async def rows_at_standstill(self, of: str = "") -> int:
+        """Their rows, when they get no answers any more."""
         async with asyncio.timeout(HANG):
             before = -1
             while before != self.rows(of):
                 before = self.rows(of)
                 await self.last(0.4)
+        return before
 
     def keep_to(self, server: int) -> None:
         """From now on nothing is asked of the others."""

@@ -254,8 +254,7 @@ async def store_hurt(ground: Ground, *, how: str) -> Outcome:
         for _ in range(ground.faults):
             await a_moment(clients)
             async with fault(server):
-                await clients.standstill("sync")
-                before = clients.rows("sync")
+                before = await clients.rows_at_standstill("sync")
                 await clients.progress(3, of="async")
                 await clients.progress(3, of="none")
                 assert clients.rows("sync") == before, "a sync step was answered, unsaved"

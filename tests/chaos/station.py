@@ -97,13 +97,6 @@ class Station(Program):
         assert match, f"the server did not start: {self.log.read_text()}"
         self.metrics_address = match["metrics"]
 
-    async def refuses_to_start(self) -> str:
-        """What it says instead of serving."""
-        self.run()
-        assert await asyncio.to_thread(self.process.wait, HANG) != 0
-        self.process.stdout.close()
-        return self.log.read_text()
-
     async def drained(self) -> None:
         """Ends it, as an orchestrator does."""
         status = await self.end()

@@ -182,7 +182,7 @@ class Saver:
         try:
             await self.save([step.session for step in steps])
         except StoreUnavailable as error:
-            failure = error
+            failure = error.with_traceback(None)  # or it would keep the steps, in a circle
         except Exception:
             failure = Internal(secrets.token_hex(8))
             log.exception("a commit failed", extra={"error_id": failure.error_id})
@@ -197,7 +197,9 @@ class Saver:
         try:
             found = await self._link.ask(self._link.store.find(session.session_id))
         except StoreUnavailable as error:
-            step.error = error  # to ask for rows that may be saved elsewhere would be wrong
+            step.error = error.with_traceback(
+                None
+            )  # to ask for rows that may be saved elsewhere would be wrong
         if isinstance(found, Entry) and found.epoch > session.epoch:
             self._forget(session, StaleOwner(session.session_id, found.t))
         session.lane.doubted(step)

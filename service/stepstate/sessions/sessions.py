@@ -430,7 +430,10 @@ class Sessions:
             loading = asyncio.ensure_future(self._residency.load(session_id))
             self._loading[session_id] = loading
             loading.add_done_callback(lambda _: self._loading.pop(session_id))
-        return await asyncio.shield(loading)
+        try:
+            return await asyncio.shield(loading)
+        finally:
+            del loading  # its error's traceback leads here: no circle
 
     async def _settle_resident(self, session_id: str) -> None:
         """Waits until a resident session that takes no steps has left, or takes them again.

@@ -169,7 +169,8 @@ class StepStream:
         try:
             found = await self._sessions.get(session_id)
         except StepstateError as error:
-            found = error
+            # Its traceback would lead back here, in a circle that keeps the requests.
+            found = error.with_traceback(None)
         except Exception:
             found = Internal(secrets.token_hex(8))
             log.exception("a load failed", extra={"error_id": found.error_id})

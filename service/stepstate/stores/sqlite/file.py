@@ -57,6 +57,7 @@ class SessionFile:
         try:
             self._check_place()
             self._open()
+            self._check_writable()
         except (sqlite3.Error, OSError) as error:
             raise CannotOpenStore(f"sqlite:{self.path}", _problem(error)) from error
 
@@ -116,6 +117,17 @@ class SessionFile:
         # A statement of many rows has a journal of its own, which goes to a temporary file
         # beyond 64 KiB; a container may have no folder for that.
         connection.execute("PRAGMA temp_store = MEMORY")
+
+    def _check_writable(self) -> None:
+        """Refuses a file that can be read only: a server of it could serve nothing."""
+        connection = self.connection()
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            connection.execute("ROLLBACK")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # then another one writes it
+                self.close()
+                raise
 
     def _check_place(self) -> None:
         if sqlite3.sqlite_version_info < OLDEST_SQLITE:

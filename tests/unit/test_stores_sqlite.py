@@ -206,3 +206,11 @@ def plan(path, statement) -> str:
 def marks(statement) -> int:
     numbered = max((i for i in range(1, 9) if f"?{i}" in statement), default=0)
     return numbered or statement.count("?")
+
+
+async def test_temporary_data_stays_in_memory(tmp_path):
+    """A read-only container has no folder for it; groups beyond 64 KiB then failed."""
+    file = session_file.SessionFile(tmp_path / "sessions.db", fsync=False)
+    file.open()
+    assert file.connection().execute("PRAGMA temp_store").fetchone() == (2,)
+    file.close()

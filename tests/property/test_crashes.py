@@ -495,6 +495,20 @@ class CrashesMachine(RuleBasedStateMachine):
         found = self.run(self.store.find(name))
         return 0 if found is None else found.t
 
+    @rule(place=places, name=names, mode=st.sampled_from(["away", "late"]), seed=seeds, then=flags)
+    def step_without_the_store(self, *, place, name, mode, seed, then) -> None:
+        """In sync nothing is answered; in async rows are, and durable_t says that they wait."""
+        door = self.servers[place].door
+        before = door.mode
+        if self.got(self.servers[place], name) is None:
+            return
+        door.mode = mode
+        self.step(place=place, name=name, count=2, seed=seed, with_t=True, inspect=False)
+        self.save_in_the_background(place)
+        if then:
+            self.step(place=place, name=name, count=1, seed=seed, with_t=True, inspect=False)
+        door.mode = before
+
     @rule(place=places, name=names, count=st.integers(2, 6), seed=seeds)
     def step_on_and_on(self, place: int, name: str, count: int, seed: int) -> None:
         """More single rows than the window remembers."""
@@ -786,7 +800,11 @@ class CrashesMachine(RuleBasedStateMachine):
             assert len(sessions) == lane.open_sessions == len(server.copies) <= self.slots
             assert sessions.queued_rows == lane.queued_rows == 0
             for name, copy in server.copies.items():
-                assert server.rig.sessions.t(self.resident(server, name)) == copy.line.t
+                session = self.resident(server, name)
+                assert sessions.t(session) == copy.line.t
+                if copy.durability is not Durability.NONE and self.newest(copy, name):
+                    durable_t = server.rig.table.durable_t[session.handle]
+                    assert durable_t <= self.kept[name].line.t, "durable_t is of rows not saved"
         assert not self.surprises
 
 

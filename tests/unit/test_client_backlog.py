@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stepstate.client.backlog import AS_SENT, AT_ONCE_BYTES, AT_ONCE_ROWS, Backlog, Sent
@@ -156,6 +156,7 @@ def test_a_copy_goes_on_apart():
     assert (raised.value.session_id, raised.value.first, raised.value.last) == ("b", 3, 4)
 
 
+@settings(deadline=None, derandomize=True, database=None)
 @given(
     st.lists(
         st.one_of(

@@ -40,7 +40,7 @@ protos-check: setup ## Fail if the committed stubs are not those of the contract
 	$(BIN)/python protos/generate.py build/protos
 	for made in $$(cd build/protos && find stepstate -type f); do cmp build/protos/$$made service/$$made || exit 1; done
 
-train: setup ## Train the shipped models anew (about a minute)
+train: setup ## Train the shipped model anew (two minutes)
 	$(BIN)/python models/electricity/train.py
 
 bench: setup ## Measure steps per second beside a bare echo

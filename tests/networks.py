@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,8 @@ class Network:
     module: nn.RNNBase
     head: nn.Linear
     manifest: dict[str, object]
+    extra: dict[str, np.ndarray] = field(default_factory=dict)
+    """Further tensors of its folder: profiles, the head's weights for lagged inputs."""
 
     def offline(self, x: np.ndarray) -> np.ndarray:
         """y [T, O] of a whole sequence x [T, D] from zero state, by torch.nn in float32."""
@@ -33,7 +35,7 @@ class Network:
         """The weights under their names in a model folder."""
         cell = {f"cell.{name}": value for name, value in self.module.state_dict().items()}
         head = {f"head.{name}": value for name, value in self.head.state_dict().items()}
-        return {name: value.numpy() for name, value in (cell | head).items()}
+        return {name: value.numpy() for name, value in (cell | head).items()} | self.extra
 
     def write(self, root: Path) -> Path:
         """Writes the model under a root folder and returns its own folder."""

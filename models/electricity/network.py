@@ -2,11 +2,13 @@
 
 The network sees and predicts deviations from a seasonal profile. Its input at
 one row is the deviation of demand, then what the calendar tells, in the order
-that `manifest.json` declares.
+that `manifest.json` declares. Its head may also take past deviations straight
+from the rows: those `lags` steps back, 0 where a session has no such row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,20 +23,42 @@ DAILY_HARMONICS = 3
 """Sine and cosine pairs of the day: enough for its two peaks."""
 
 
-class Network(nn.Module):
-    """LSTM and direct head; its tensors have the names that a model's file wants."""
+class Head(nn.Linear):
+    """A linear layer; one with lags has a second weight, for the lagged deviations."""
 
-    def __init__(self, inputs: int, hidden_size: int, dropout: float) -> None:
+    def __init__(self, hidden_size: int, outputs: int, lags: int) -> None:
+        super().__init__(hidden_size, outputs)
+        self.lags = nn.Parameter(torch.zeros(outputs, lags)) if lags else None
+
+
+class Network(nn.Module):
+    """LSTM and direct head; its tensors have the names that a model's file wants.
+
+    y has Q columns a horizon, one for each of `quantiles`; `lags` [n] are in steps.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        hidden_size: int,
+        dropout: float,
+        *,
+        quantiles: Sequence[float] = (0.5,),
+        lags: Sequence[int] = (),
+    ) -> None:
         super().__init__()
+        self.quantiles, self.lags = tuple(quantiles), tuple(lags)
         self.cell = nn.LSTM(inputs, hidden_size, batch_first=True)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(hidden_size, HORIZONS)
+        self.head = Head(hidden_size, HORIZONS * len(self.quantiles), len(self.lags))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """From zero state: x [N, T, D] to y [N, T, 48], both scaled deviations."""
+    def forward(self, x: Tensor, lagged: Tensor) -> Tensor:
+        """From zero state: x [N, T, D] and lagged [N, T, n] to y [N, T, 48, Q], deviations."""
         h, _ = self.cell(x)
         y: Tensor = self.head(self.dropout(h))
-        return y
+        if self.head.lags is not None:
+            y = y + lagged @ self.head.lags.T
+        return y.reshape(*y.shape[:2], HORIZONS, len(self.quantiles))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,27 +85,44 @@ def network_input(deviation: Floats, calendar: Floats) -> Tensor:
     return torch.tensor(np.concatenate([deviation[..., None], calendar], 2), dtype=torch.float32)
 
 
+def lagged_input(deviation: Floats, lags: Sequence[int]) -> Tensor:
+    """Scaled deviations [N, T] so many steps back, [N, T, n]; 0 before the first row."""
+    steps = np.array(lags, np.int64)
+    reach = int(steps.max(initial=0))
+    padded = np.pad(deviation.astype(np.float32), ((0, 0), (reach, 0)))
+    rows = np.arange(reach, padded.shape[1])
+    return torch.from_numpy(padded[:, rows[:, None] - steps])
+
+
 def forecast_streamed(fitted: Fitted, series: Series, origins: Rows) -> Floats:
-    """Forecasts [N, 48] in MW, all from one session that steps from the first row on."""
+    """Forecasts [N, 48, Q] in MW, all from one session that steps from the first row on."""
     y = _run(fitted, series, np.arange(len(series.demand))[None])
     return _in_megawatts(fitted, y[0, origins], origins)
 
 
 def forecast_primed(fitted: Fitted, series: Series, origins: Rows, rows: int) -> Floats:
-    """Forecasts [N, 48] in MW, each from a session that has seen just so many rows."""
+    """Forecasts [N, 48, Q] in MW, each from a session that has seen just so many rows."""
     y = _run(fitted, series, origins[:, None] - np.arange(rows)[::-1])
     return _in_megawatts(fitted, y[:, -1], origins)
 
 
+def point_forecasts(forecasts: Floats) -> Floats:
+    """The median [N, 48] of forecasts [N, 48, Q] whose quantiles lie evenly about it."""
+    median: Floats = forecasts[..., forecasts.shape[-1] // 2]
+    return median
+
+
 def _run(fitted: Fitted, series: Series, rows: Rows) -> Tensor:
+    network = fitted.network
     profile = fitted.profile[rows % STEPS_PER_WEEK]
     deviation = (series.demand[rows] - profile) / fitted.scale
+    x = network_input(deviation, calendar_inputs(series.times)[rows])
     with torch.inference_mode():
-        y: Tensor = fitted.network(network_input(deviation, calendar_inputs(series.times)[rows]))
+        y: Tensor = network(x, lagged_input(deviation, network.lags))
     return y
 
 
 def _in_megawatts(fitted: Fitted, y: Tensor, origins: Rows) -> Floats:
     base = fitted.profile[forecast_rows(origins) % STEPS_PER_WEEK]
-    forecasts: Floats = y.numpy().astype(np.float64) * fitted.scale + base
+    forecasts: Floats = y.numpy().astype(np.float64) * fitted.scale + base[..., None]
     return forecasts

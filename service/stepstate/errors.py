@@ -17,6 +17,7 @@
     ├── StepTooOld              t is older than the replay window
     ├── StepUnplaced            no t, after a restart that may have set the session back
     ├── StaleOwner              another server has taken the session over
+    ├── ForecastImpossible      the model can't look so far ahead, or not without a scenario
     ├── RowsMissing             raised by the client: rows to send again are not kept any more
     ├── SnapshotForeign         a snapshot of a model that is not loaded here
     ├── SnapshotCorrupt         bytes that are no whole snapshot
@@ -191,9 +192,10 @@ class NonFiniteInput(InvalidRequest):
     value: str
 
     def __str__(self) -> str:
+        hint = ", or open the session with a missing policy" if self.value == "nan" else ""
         return (
             f"x: row {self.row}, input {self.column!r} of session {self.session_id!r} is "
-            f"{self.value}; nothing was applied: send finite values only"
+            f"{self.value}; nothing was applied: send finite values only{hint}"
         )
 
 
@@ -290,6 +292,18 @@ class StaleOwner(StepstateError):
             f"t={self.expected_t}; nothing was committed here: ask where it stands, and send the "
             "rows from there on"
         )
+
+
+@dataclass(eq=False)
+class ForecastImpossible(StepstateError):
+    """There is no such forecast."""
+
+    reason = "FORECAST_IMPOSSIBLE"
+    subject: str
+    problem: str
+
+    def __str__(self) -> str:
+        return f"no forecast of {self.subject}: {self.problem}"
 
 
 @dataclass(eq=False)

@@ -51,6 +51,22 @@ STAGES = ("queue", "compute", "total")
 RESULTS = ("applied", "replayed", "refused", "cancelled", "failed")
 END_REASONS = ("closed", "expired", "lost")
 NOT_SAVED = ("failed", "fenced")
+SCORES = (
+    ("scored", "s_scored", "Forecasts whose truth has come, primed rows too."),
+    ("absolute_error", "_absolute_error", "Sum of their absolute errors, in the output's unit."),
+    (
+        "scaled",
+        "s_scaled",
+        "Those of them whose error could be scaled by that of the naive forecast.",
+    ),
+    (
+        "scaled_error",
+        "_scaled_error",
+        "Sum of their absolute errors over the mean error of the (seasonal) naive forecast.",
+    ),
+    ("with_interval", "s_with_interval", "Those of them that had an interval."),
+    ("covered", "s_covered", "Those of them whose truth was in the interval."),
+)
 # google.golang.org/grpc/codes, Code.String, as go-grpc-middleware labels them.
 GRPC_CODES = (
     "OK",
@@ -118,6 +134,35 @@ class LaneGauges(Protocol):
     @property
     def replay_bytes(self) -> int:
         """Bytes of remembered long replies."""
+        ...
+
+    @property
+    def tally(self) -> TallyCounts:
+        """What was scored of the model's forecasts."""
+        ...
+
+
+class ScoreCounts(Protocol):
+    """Sums over the scored forecasts of one output at one horizon."""
+
+    output: str
+    horizon: int
+    scored: int
+    absolute_error: float
+    scaled: int
+    scaled_error: float
+    with_interval: int
+    covered: int
+
+
+class TallyCounts(Protocol):
+    """What was scored of a model's forecasts."""
+
+    alarms: int
+
+    @property
+    def scores(self) -> Sequence[ScoreCounts]:
+        """By output and horizon; empty where the model tracks none."""
         ...
 
 
@@ -246,6 +291,7 @@ class Metrics(Collector):
         """All samples, for a scrape."""
         yield from self._of_build()
         yield from self._of_models()
+        yield from self._of_forecasts()
         yield from self._of_sessions()
         yield from self._of_residency()
         yield from self._of_snapshots()
@@ -290,6 +336,28 @@ class Metrics(Collector):
             rows.add_metric(key, *model.rows.samples())
         yield from (steps, seconds, rows)
 
+    def _of_forecasts(self) -> Iterator[Metric]:
+        labels = ["model", "version", "output", "horizon"]
+        families = [
+            (attribute, CounterMetricFamily(f"stepstate_forecast{name}", text, labels=labels))
+            for attribute, name, text in SCORES
+        ]
+        alarms = CounterMetricFamily(
+            "stepstate_drift_alarms",
+            "Alarms that a session's forecasts have become worse (Page-Hinkley test).",
+            labels=labels[:2],
+        )
+        for key, model in list(self._models.items()):
+            tally = model.lane.tally if model.lane is not None else None
+            for score in tally.scores if tally is not None else ():
+                for attribute, family in families:
+                    where = [*key, score.output, str(score.horizon)]
+                    family.add_metric(where, getattr(score, attribute))
+            if tally is not None and tally.scores:
+                alarms.add_metric(key, tally.alarms)
+        yield from (family for _, family in families)
+        yield alarms
+
     def _of_sessions(self) -> Iterator[Metric]:
         labels = ["model", "version"]
         opened = CounterMetricFamily("stepstate_sessions_opened", "Sessions opened.", labels=labels)
@@ -321,7 +389,9 @@ class Metrics(Collector):
             "stepstate_queue_requests", "Requests accepted and not yet answered.", labels=labels
         )
         state = GaugeMetricFamily(
-            "stepstate_state_bytes", "Bytes of state (h, c) of resident sessions.", labels=labels
+            "stepstate_state_bytes",
+            "Bytes of state of resident sessions: h, c, past rows and what is tracked.",
+            labels=labels,
         )
         replay = GaugeMetricFamily(
             "stepstate_replay_bytes",

@@ -167,6 +167,12 @@ class Fleet:
                 self._listen()
                 await asyncio.sleep(0.01)
 
+    async def durable(self) -> None:
+        """Waits until every session has rows that are told to be durable."""
+        async with asyncio.timeout(HANG):
+            while not all(ledger.durable_t for ledger in self.ledgers):
+                await self.last(0.02)
+
     def rows(self, of: str = "") -> int:
         """Rows acknowledged to the sessions of a durability, or to all."""
         return sum(ledger.t for ledger in self.ledgers if of in ("", ledger.durability))

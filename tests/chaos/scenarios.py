@@ -97,6 +97,7 @@ async def server_killed(
             server.kill()
             await server.start()
         await clients.progress(2)
+        await clients.durable()
         return Outcome(ground.faults, await clients.finish(ground.network))
 
 

@@ -49,11 +49,28 @@ class InThreadSession:
     def info(self) -> SessionInfo:
         return self.real.info
 
+    @property
+    def imputed_rows(self) -> int:
+        return self.real.imputed_rows
+
+    @property
+    def fallback_rows(self) -> int:
+        return self.real.fallback_rows
+
     async def step(self, x: ArrayLike, **options: float) -> np.ndarray:
         return await asyncio.to_thread(self.real.step, x, **options)
 
     async def inspect(self, x: ArrayLike) -> Inspection:
         return await asyncio.to_thread(self.real.inspect, x)
+
+    async def prime(self, history: Any, **options: Any) -> np.ndarray:
+        return await asyncio.to_thread(self.real.prime, history, **options)
+
+    async def advance(self, n: int) -> np.ndarray:
+        return await asyncio.to_thread(self.real.advance, n)
+
+    async def forecast(self, horizon: int | None = None, **options: Any) -> Any:
+        return await asyncio.to_thread(self.real.forecast, horizon, **options)
 
     async def refresh(self) -> SessionInfo:
         return await asyncio.to_thread(self.real.refresh)
@@ -87,6 +104,7 @@ class InThreadClient:
         start_time: datetime | None = None,
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
+        **options: Any,
     ) -> InThreadSession:
         session = await asyncio.to_thread(
             self.real.open,
@@ -95,6 +113,7 @@ class InThreadClient:
             start_time=start_time,
             idle_timeout=idle_timeout,
             durability=durability,
+            **options,
         )
         return InThreadSession(session)
 
@@ -129,6 +148,12 @@ class InThreadClient:
                 yield replace(result, session=known[result.session.session_id])
         finally:
             await asyncio.to_thread(results.close)
+
+    async def forecast(
+        self, sessions: Iterable[InThreadSession | str], *wish: Any, **options: Any
+    ) -> Any:
+        real = [one if isinstance(one, str) else one.real for one in sessions]
+        return await asyncio.to_thread(self.real.forecast, real, *wish, **options)
 
     async def info(self, session_id: str) -> SessionInfo:
         return await asyncio.to_thread(self.real.info, session_id)

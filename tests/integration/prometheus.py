@@ -1,8 +1,9 @@
-"""A real Prometheus that scrapes servers under test, with the rules of deploy/."""
+"""A real Prometheus that scrapes servers under test, with the rules of deploy/; its dashboard."""
 
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import time
@@ -26,7 +27,23 @@ scrape_configs:
     static_configs: [{{targets: {targets}}}]
 """
 
+DEPLOY = Path(__file__).parents[2] / "deploy"
+DASHBOARD = DEPLOY / "grafana" / "dashboards" / "stepstate.json"
+
 Labels = frozenset[tuple[str, str]]
+
+
+def panels() -> list[dict]:
+    """The panels of the dashboard, without its rows."""
+    dashboard = json.loads(DASHBOARD.read_text())
+    return [panel for panel in dashboard["panels"] if panel["type"] != "row"]
+
+
+def filled(expression: str) -> str:
+    """An expression of the dashboard as Grafana sends it: all servers, all models."""
+    text = re.sub(r"\$(instance|model)\b", ".*", expression.replace("$__rate_interval", "20s"))
+    assert "$" not in text
+    return text
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +76,8 @@ class Prometheus:
 
     def scraped_after(self, moment: float) -> bool:
         """Whether every server was scraped later than a time since the epoch."""
-        scraped = self.samples('timestamp(up{job="stepstate"} == 1)').values()
+        # timestamp() of anything but a series by itself is the time of the query.
+        scraped = self.samples('timestamp(up{job="stepstate"}) and up == 1').values()
         return sum(at > moment for at in scraped) == self.servers
 
     def scrape(self) -> None:
@@ -87,7 +105,7 @@ def running_prometheus(folder: Path, *servers: ServerProcess) -> Iterator[Promet
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("MISSING PROGRAM: prometheus; .ci/run installs it, or apt-get install it")
-    rules = Path(__file__).parents[2] / "deploy" / "alerts.yml"
+    rules = DEPLOY / "alerts.yml"
     config, log = folder / "prometheus.yml", folder / "log"
     targets = json.dumps([instance(server) for server in servers])
     config.write_text(CONFIG.format(targets=targets, rules=rules))

@@ -147,6 +147,24 @@ def test_measures_more_sessions_than_slots(tmp_path: Path):
         assert phase["file_bytes"] > 50 * 1_000
 
 
+def test_measures_forecasts_beside_steps(tmp_path: Path) -> None:
+    out = tmp_path / "forecast.json"
+    options = ["--sessions", "50", "--calls", "300", "--rounds", "1", "--json", str(out)]
+    (found,) = figures(out, run("forecast", *options))
+    assert list(found) == ["step", "forecast 48", "forecast 96", "forecast 48 of 50"]
+    assert all(cost["p50_ms"] > 0 for cost in found.values())
+
+
+def test_measures_others_while_a_session_is_primed(tmp_path: Path) -> None:
+    out = tmp_path / "priming.json"
+    options = ["--rows", "20000", "--others", "2", "--rounds", "1", "--json", str(out)]
+    (found,) = figures(out, run("priming", *options))
+    assert found["rows_per_second"] > 0
+    for when in ("quiet", "primed"):
+        assert 0 < found[f"{when}_p50_ms"] <= found[f"{when}_p99_ms"]
+    assert found["p99_ratio"] == found["primed_p99_ms"] / found["quiet_p99_ms"]
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [
@@ -167,7 +185,7 @@ def test_refuses_what_it_does_not_know(options: list[str], told: str):
 def test_says_what_it_can_measure():
     found = run("--help")
     assert found.returncode == 0
-    for command in ("echo", "durability", "restart", "residency"):
+    for command in ("echo", "durability", "restart", "residency", "forecast", "priming"):
         assert f"  {command} " in found.stdout
 
 

@@ -303,7 +303,7 @@ def test_the_version_is_the_packages():
 
 def test_every_command_has_help(run_here: Callable[..., Done]):
     listed = run_here("--help").stdout
-    for command in ("serve", "step", "sessions", "models", "health", "bench"):
+    for command in ("serve", "step", "forecast", "sessions", "models", "health", "bench"):
         assert command in listed
         assert run_here(command, "--help").returncode == 0
 

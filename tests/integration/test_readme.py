@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
+from tests.markdown import ROOT, blocks_of, dead_links, run_python, run_shell
 from tests.processes import server_process
 
-ROOT = Path(__file__).parent.parent.parent
-BLOCKS = re.findall(
-    r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(), re.MULTILINE | re.DOTALL
-)
-DEFAULT_ADDRESS = "127.0.0.1:50051"
+README = ROOT / "README.md"
+BLOCKS = blocks_of(README)
 RUN_BY_CI = ("make demo",)  # sets up an environment of its own; .ci/run runs it
 
 
@@ -30,23 +22,9 @@ def blocks(language: str) -> list[str]:
     return [text for kind, text in BLOCKS if kind == language]
 
 
-def run(command: list[str], address: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "STEPSTATE_SERVER": address}
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env=environment,
-        timeout=60,
-        check=False,
-    )
-
-
 @pytest.mark.parametrize("block", blocks("python"))
 def test_python_block_runs_and_prints(block, address, tmp_path):
-    done = run([sys.executable, "-c", block.replace(DEFAULT_ADDRESS, address)], address, tmp_path)
+    done = run_python(block, address, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
     assert not done.stderr
@@ -56,7 +34,7 @@ def test_python_block_runs_and_prints(block, address, tmp_path):
     "line", [line for block in blocks("sh") for line in block.splitlines() if line not in RUN_BY_CI]
 )
 def test_shell_line_runs_and_prints(line, address, tmp_path):
-    done = run(["bash", "-c", f"set -o pipefail; {line}"], address, tmp_path)
+    done = run_shell(line, address, tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
@@ -66,5 +44,4 @@ def test_every_block_has_a_language_that_is_run_here():
 
 
 def test_every_linked_file_exists():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "README.md").read_text())
-    assert [link for link in links if not (ROOT / link).exists()] == []
+    assert dead_links(README) == []

@@ -15,13 +15,15 @@ from stepstate.errors import SnapshotCorrupt
 from stepstate.sessions.opening import Copying
 from stepstate.sessions.snapshot import Snapshot, decode, encode
 from stepstate.sessions.window import Remains, Remembered
-from stepstate.stores import Durability, SessionRecord
+from stepstate.stores import Durability, MissingPolicy, SessionRecord
 from tests.networks import make_network
+from tests.offline import forecasting_network
 from tests.unit.rig import Rig, model_of, outputs
 
 MODELS = [
     model_of(make_network("lstm", hidden=7, projection=3, seed=5)),
     model_of(make_network("gru", "gru", hidden=5, seed=6)),
+    model_of(forecasting_network()),
 ]
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
 anything = st.floats(width=32)
@@ -43,6 +45,8 @@ def records(draw) -> SessionRecord:
         start_time=draw(st.none() | moments),
         open_time=draw(moments),
         durability=draw(st.sampled_from(Durability)),
+        missing=draw(st.sampled_from(MissingPolicy)),
+        interval_level=draw(st.none() | st.floats(0.01, 0.99)),
     )
 
 

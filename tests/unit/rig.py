@@ -12,7 +12,7 @@ from stepstate.engine import use_one_thread
 from stepstate.metrics import Metrics
 from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions import Lane, Limits, Opening, Session, Sessions, Step, Table
-from stepstate.stores import Durability, MemoryStore, SessionStore
+from stepstate.stores import Durability, MemoryStore, MissingPolicy, SessionStore
 from tests.networks import Network, make_network
 
 use_one_thread()  # as the server does
@@ -179,7 +179,10 @@ def request(
     flat = array.ravel()
     values = flat.tolist() if flat.size <= 64 else flat
     rows = len(array)
-    return Step(values, rows, inspect, last_only and rows > 1, session, t, caller, 0)
+    step = Step(values, rows, inspect, last_only and rows > 1, session, t, caller, 0)
+    step.missing_rows = int(np.isnan(array).any(axis=1).sum())
+    step.impute = session is not None and session.record.missing is MissingPolicy.IMPUTE
+    return step
 
 
 def opening(
@@ -190,8 +193,11 @@ def opening(
     idle: float | None = None,
     start: object = None,
     durability: Durability | None = None,
+    missing: str = "reject",
+    level: float | None = None,
 ) -> Opening:
-    return Opening(session_id, model, version, idle, start, durability)
+    policy = MissingPolicy(missing)
+    return Opening(session_id, model, version, idle, start, durability, policy, level)
 
 
 class Lasting(MemoryStore):

@@ -7,6 +7,7 @@ import pytest
 
 from stepstate.errors import InvalidField, NonFiniteInput
 from stepstate.sessions import Step
+from stepstate.stores import MissingPolicy
 from stepstate.transport.codec import (
     REPLY_BYTES,
     REQUEST_ROWS,
@@ -18,6 +19,7 @@ from stepstate.transport.codec import (
 )
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.networks import make_network
+from tests.offline import forecasting_network
 from tests.unit.rig import Caller, model_of, outputs, rows_of, timed_network
 
 
@@ -195,3 +197,102 @@ def test_a_model_without_time_is_told_without_an_interval():
     told = encode_model(model_of(make_network("m", "gru")))
     assert not told.HasField("step_interval")
     assert not told.needs_start_time
+
+
+@pytest.fixture(params=["impute", "hold"])
+async def tolerant(rig, request):
+    return await rig.open("tolerant", missing=request.param)
+
+
+@pytest.mark.parametrize("rows", [1, 5, 200])
+async def test_nan_is_missing_where_the_session_says_what_stands_in(tolerant, rows):
+    x = np.zeros((rows, 3))
+    x[rows - 1, 1:] = np.nan
+    step = decoded(tolerant, x)
+    assert step.missing_rows == 1
+    assert step.impute is (tolerant.record.missing is MissingPolicy.IMPUTE)
+    assert np.array_equal(np.float32(step.x).reshape(rows, 3), x, equal_nan=True)
+
+
+@pytest.mark.parametrize("rows", [1, 200])
+async def test_an_infinite_value_is_never_missing(tolerant, rows):
+    x = np.zeros((rows, 3))
+    x[0, 0], x[rows - 1, 2] = np.nan, np.inf
+    with pytest.raises(NonFiniteInput) as refused:
+        decoded(tolerant, x)
+    assert (refused.value.row, refused.value.column) == (rows - 1, "x2")
+
+
+async def test_advancing_is_a_request_of_rows_that_miss_everything(tolerant):
+    step = decode_step(
+        pb.StepRequest(session_id="a", advance=7, last_only=True), tolerant, Caller()
+    )
+    assert (step.rows, step.missing_rows, len(step.x)) == (7, 7, 21)
+    assert np.isnan(step.x).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"x": [1.0, 2.0, 3.0], "advance": 1}, "the one or the other"),
+        ({"advance": REQUEST_ROWS + 1, "last_only": True}, "at most 100000"),
+        ({"advance": 2**32 - 1, "last_only": True}, "at most 100000"),
+    ],
+)
+async def test_advancing_has_its_bounds(tolerant, options, problem):
+    with pytest.raises(InvalidField, match=problem):
+        decode_step(pb.StepRequest(session_id="a", **options), tolerant, Caller())
+
+
+async def test_a_session_that_takes_nothing_missing_is_not_advanced(session):
+    with pytest.raises(InvalidField, match="set to impute or hold"):
+        decode_step(pb.StepRequest(session_id="a", advance=1), session, Caller())
+
+
+async def test_a_reply_says_what_stood_in(make_rig):
+    rig = make_rig(model_of(forecasting_network()))  # lags reach back 7 rows
+    session = await rig.open(missing="hold")
+    marks = []
+    for x in (np.ones((5, 2)), [np.nan, 1.0], np.full((9, 2), np.nan), np.ones((1, 2))):
+        reply = encode_step(await rig.step(session, x))
+        marks.append((reply.imputed_rows, reply.fallback_rows))
+    assert marks == [(0, 5), (1, 1), (9, 1), (0, 0)]
+
+
+@pytest.mark.parametrize("number", [4, -1])
+def test_a_policy_of_a_later_version_is_refused(number):
+    with pytest.raises(InvalidField, match="missing"):
+        decode_opening(pb.OpenSessionRequest(missing=number))
+
+
+async def test_a_session_tells_how_good_its_forecasts_are(make_rig):
+    rig = make_rig(model_of(forecasting_network()))
+    session = await rig.open(missing="impute", level=0.8)
+    await rig.y(session, np.ones((9, 2)))
+    told = encode_session(rig.sessions.standing(session))
+    assert told.missing == pb.MISSING_POLICY_IMPUTE
+    assert told.interval_level == pytest.approx(0.8)
+    assert [(one.output, one.horizon, one.scored) for one in told.accuracy] == [
+        ("level", 1, 8),
+        ("level", 3, 6),
+    ]
+    assert not told.drift.HasField("last_t")
+
+
+async def test_a_model_without_tracking_tells_nothing_of_forecasts(rig, session):
+    told = encode_session(rig.sessions.standing(session))
+    assert not told.accuracy
+    assert not told.HasField("drift")
+    assert told.interval_level == 0
+
+
+@pytest.mark.parametrize("level", [-0.1, 1.0, 2.0, float("nan")])
+async def test_an_interval_level_is_between_0_and_1(make_rig, level):
+    rig = make_rig(model_of(forecasting_network()))
+    with pytest.raises(InvalidField, match="interval_level"):
+        await rig.open(level=level)
+
+
+async def test_an_interval_level_needs_a_model_that_tracks(rig):
+    with pytest.raises(InvalidField, match="tracks no horizon"):
+        await rig.open(level=0.9)

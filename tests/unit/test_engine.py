@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from stepstate.engine import Engine, Work
+from stepstate.engine.engine import ROUNDS_TO_A_CHUNK
 from stepstate.models import build_timeline
 from tests.unit.rig import HUGE, model_of, overflowing_network, rounds, rows_of
 
@@ -145,7 +146,7 @@ async def test_singles_do_not_hold_up_a_long_request(network):
     desk = Desk(network, chunk_rows=4)
     slot = desk.engine.claim()
     long = desk.submit(desk.engine.claim(), rows_of(network, 40))
-    for row in rows_of(network, 11):
+    for row in rows_of(network, 11 * ROUNDS_TO_A_CHUNK):
         desk.submit(slot, row)
         await rounds(1)
     assert long in desk.outcomes
@@ -271,7 +272,7 @@ async def test_slots_and_bytes_are_counted(desk):
     assert (desk.engine.used_slots, desk.engine.state_bytes) == (0, 0)
     slots = [desk.engine.claim() for _ in range(3)]
     assert len(set(slots)) == 3
-    assert (desk.engine.used_slots, desk.engine.state_bytes) == (3, 3 * 4 * 64)
+    assert (desk.engine.used_slots, desk.engine.state_bytes) == (3, 3 * 4 * (64 + 3))
     desk.engine.release(slots[1])
     assert desk.engine.used_slots == 2
 
@@ -282,3 +283,17 @@ async def test_an_engine_with_nothing_to_do_takes_no_turns(desk, network, monkey
     monkeypatch.setattr(desk.engine, "_turn", lambda: turns.append(1))
     await rounds(5)
     assert turns == []
+
+
+async def test_the_loop_goes_round_several_times_between_chunks(network):
+    """A step on a stream takes many rounds to its reply: it must not wait a chunk in each."""
+    desk = Desk(network, chunk_rows=8)
+    chunks_at, now = [], 0
+    advance = desk.engine._advance
+    desk.engine._advance = lambda: (chunks_at.append(now), advance())
+    work = desk.submit(desk.engine.claim(), rows_of(network, 80))
+    for now in range(200):  # noqa: B007 - the chunks look at it
+        await asyncio.sleep(0)
+    assert work in desk.outcomes
+    assert len(chunks_at) == 10
+    assert set(np.diff(chunks_at).tolist()) == {ROUNDS_TO_A_CHUNK}

@@ -57,6 +57,7 @@ WHAT_NEXT = {
     errors.StepMismatch: "must repeat the same rows",
     errors.StepAhead: "send the rows from t=41",
     errors.StepTooOld: "go on from t=41",
+    errors.ForecastImpossible: "no forecast of",  # what to do is in its problem
     errors.SessionLost: "choose durability async or sync",
     errors.StepUnplaced: "send t with the request",
     errors.StaleOwner: "ask where it stands",

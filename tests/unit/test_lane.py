@@ -247,7 +247,7 @@ async def test_a_slot_that_is_used_again_starts_from_zero_and_remembers_nothing(
 
 
 async def test_gauges_follow_sessions_and_queue(rig, session, x):
-    assert (rig.lane.open_sessions, rig.lane.state_bytes) == (1, 4 * 2 * 2 * 16)
+    assert (rig.lane.open_sessions, rig.lane.state_bytes) == (1, 4 * (2 * 2 * 16 + 3))
     caller = rig.send(session, x[:5], 0)
     assert rig.lane.queued_rows == rig.sessions.queued_rows == 5
     await caller.outcome()

@@ -9,7 +9,8 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stepstate.errors import StoreUnavailable
 from stepstate.metrics import ROWS, SECONDS, Histogram, Metrics
-from tests.unit.rig import Lasting, rows_of
+from tests.offline import forecasting_network, outputs, track
+from tests.unit.rig import Lasting, model_of, rows_of
 
 LABELS = {
     "version",
@@ -19,6 +20,8 @@ LABELS = {
     "reason",
     "of",
     "residency",
+    "output",
+    "horizon",
     "le",
     "grpc_type",
     "grpc_service",
@@ -142,7 +145,7 @@ async def test_the_gauges_are_those_of_the_lane(rig, network):
     found = exposed(rig.registry)
     key = ("model=lstm", "version=1")
     assert found["stepstate_sessions", "model=lstm", "residency=resident", "version=1"] == 1
-    assert found["stepstate_state_bytes", *key] == 4 * 64
+    assert found["stepstate_state_bytes", *key] == 4 * (64 + 3)
     assert found["stepstate_replay_bytes", *key] == 3 * 2 * 4
     assert found["stepstate_queue_rows", *key] == 0
     assert found["stepstate_queue_requests", *key] == 0
@@ -275,6 +278,94 @@ async def test_a_memory_store_is_up_and_spills_nothing(make_watched, network):
     assert found["stepstate_sessions", "model=lstm", "residency=spilled", "version=1"] == 0
 
 
+FORECASTS = (
+    "stepstate_forecasts_scored",
+    "stepstate_forecast_absolute_error",
+    "stepstate_forecasts_scaled",
+    "stepstate_forecast_scaled_error",
+    "stepstate_forecasts_with_interval",
+    "stepstate_forecasts_covered",
+)
+ALARMS = "stepstate_drift_alarms"
+
+
+@pytest.fixture
+def sensor():
+    """A network that tracks its output "level" at horizons 1 and 3."""
+    return forecasting_network()
+
+
+@pytest.fixture
+def watching(make_rig, model, sensor):
+    """A rig of a model that tracks, and of one that does not."""
+    return make_rig(model_of(sensor), model)
+
+
+def of_forecasts(registry: CollectorRegistry) -> dict[tuple[str, ...], float]:
+    """The samples of forecasts and their drift."""
+    found = exposed(registry)
+    return {key: found[key] for key in found if key[0].startswith(("stepstate_forecast", ALARMS))}
+
+
+def test_series_of_forecasts_are_there_at_0_and_only_for_models_that_track(watching):
+    where = ("model=sensor1", "output=level", "version=1")
+    keys = {(f"{name}_total", f"horizon={h}", *where) for name in FORECASTS for h in (1, 3)}
+    keys.add((f"{ALARMS}_total", "model=sensor1", "version=1"))
+    assert of_forecasts(watching.registry) == dict.fromkeys(keys, 0)
+
+
+@pytest.mark.parametrize("tracking", [True, False])
+def test_series_of_forecasts_have_help_whether_a_model_tracks_or_not(
+    make_rig, model, sensor, tracking
+):
+    rig = make_rig(model_of(sensor)) if tracking else make_rig(model)
+    text = generate_latest(rig.registry).decode()
+    found = {
+        family.name: family
+        for family in text_string_to_metric_families(text)
+        if family.name in (*FORECASTS, ALARMS)
+    }
+    assert found.keys() == {*FORECASTS, ALARMS}
+    assert all(family.type == "counter" for family in found.values())
+    assert len({family.documentation for family in found.values() if family.documentation}) == 7
+    assert "in the output's unit" in found["stepstate_forecast_absolute_error"].documentation
+    assert [bool(family.samples) for family in found.values()] == [tracking] * 7
+
+
+@pytest.mark.parametrize("primed", [True, False])
+async def test_forecasts_are_counted_by_output_and_horizon_over_sessions(watching, sensor, primed):
+    """As the definitions have it, whether rows come at once or one by one."""
+    spots = []
+    for name, count in (("a", 40), ("b", 25)):
+        session = await watching.open(name, model="sensor1")
+        x = rows_of(sensor, count, seed=count) + np.array([5, -1])
+        for part in [x] if primed else x:
+            await watching.step(session, part)
+        spots.append(track(sensor, x, outputs(sensor, x)))
+    found = of_forecasts(watching.registry)
+    for first, second in zip(*spots, strict=True):
+        key = (f"horizon={first.horizon}", "model=sensor1", "output=level", "version=1")
+        lists = [first.errors + second.errors, first.scaled + second.scaled]
+        held = first.held + second.held
+        wanted = [value for values in lists for value in (len(values), sum(values))]
+        told = [found[f"{name}_total", *key] for name in FORECASTS]
+        assert told == pytest.approx([*wanted, len(held), sum(held)], rel=1e-3)
+
+
+async def test_alarms_of_drift_are_counted_and_those_of_all_sessions(watching, sensor):
+    sessions = [await watching.open(name, model="sensor1") for name in "ab"]
+    x = rows_of(sensor, 40) * 0.1 + np.array([5, -1])
+    key = (f"{ALARMS}_total", "model=sensor1", "version=1")
+    counted = []
+    for shift in (0, 30):
+        for session in sessions:
+            await watching.step(session, x + np.array([shift, 0]))
+        counted.append(exposed(watching.registry)[key])
+    told = [watching.sessions.standing(session).quality.drift.alarms for session in sessions]
+    assert counted[1] - counted[0] >= 2
+    assert counted[1] == sum(told)
+
+
 async def test_more_sessions_make_no_more_series(rig, network):
     async def use(name: str) -> int:
         session = await rig.open(name)
@@ -287,10 +378,21 @@ async def test_more_sessions_make_no_more_series(rig, network):
     assert "session-" not in generate_latest(rig.registry).decode()
 
 
-async def test_labels_are_the_known_ones_and_series_have_help_and_base_units(rig, network):
-    rig.metrics.rpc("unary", "s", "m").handled["OK"] += 1
-    await rig.step(await rig.open(), rows_of(network, 1))
-    for family in text_string_to_metric_families(generate_latest(rig.registry).decode()):
+async def test_more_sessions_of_a_model_that_tracks_make_no_more_series(watching, sensor):
+    async def use(name: str) -> int:
+        session = await watching.open(name, model="sensor1")
+        await watching.step(session, rows_of(sensor, 12))
+        await watching.sessions.close(name)
+        return len(exposed(watching.registry))
+
+    assert len({await use(f"session-{place}") for place in range(5)}) == 1
+    assert "session-" not in generate_latest(watching.registry).decode()
+
+
+async def test_labels_are_the_known_ones_and_series_have_help_and_base_units(watching, sensor):
+    watching.metrics.rpc("unary", "s", "m").handled["OK"] += 1
+    await watching.step(await watching.open(model="sensor1"), rows_of(sensor, 1))
+    for family in text_string_to_metric_families(generate_latest(watching.registry).decode()):
         assert family.documentation
         assert family.name.startswith(("stepstate_", "grpc_server_"))
         assert {label for sample in family.samples for label in sample.labels} <= LABELS

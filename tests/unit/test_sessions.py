@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
+from stepstate.engine.engine import ROUNDS_TO_A_CHUNK
 from stepstate.errors import (
     Draining,
     InvalidField,
@@ -356,7 +357,7 @@ async def test_a_drain_that_is_given_up_still_lets_accepted_steps_be_answered(sl
     draining = asyncio.create_task(rig.sessions.drain())
     await asyncio.sleep(0)
     draining.cancel()
-    await rounds(10)
+    await rounds(4 * ROUNDS_TO_A_CHUNK + 2)
     assert caller.answered
 
 

@@ -33,6 +33,7 @@ CODES = {
     errors.StepUnplaced: StatusCode.ABORTED,
     errors.StaleOwner: StatusCode.ABORTED,
     errors.SnapshotForeign: StatusCode.FAILED_PRECONDITION,
+    errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
     errors.StoreUnavailable: StatusCode.UNAVAILABLE,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
@@ -78,7 +79,7 @@ def test_an_error_has_the_details_of_the_design(cls):
     wanted = {ErrorInfo}
     if issubclass(cls, errors.InvalidRequest):
         wanted.add(BadRequest)
-    if cls is errors.SnapshotForeign:
+    if cls in (errors.SnapshotForeign, errors.ForecastImpossible):
         wanted.add(PreconditionFailure)
     if cls is errors.SessionLimit:
         wanted.add(QuotaFailure)

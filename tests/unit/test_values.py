@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import timedelta
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from stepstate.client import ModelInfo, Output, Result
+from stepstate.client import ModelInfo, Output, Result, SessionInfo
 from stepstate.errors import InvalidField, SessionClosed
 
 
@@ -86,6 +87,25 @@ def test_another_shape_is_refused_with_both(known, x, shape):
 
 def test_the_widths_are_those_of_x_and_y():
     assert (THREE.input_width, THREE.output_width) == (3, 3)
+
+
+def test_each_quantile_of_each_horizon_is_a_column():
+    output = Output("y", "", (0, 1), (0.1, 0.5, 0.9))
+    assert (output.width, Output("z", "", (3,)).width) == (6, 1)
+    assert replace(THREE, outputs=(output, *THREE.outputs)).output_width == 9
+
+
+def test_an_error_names_the_field_that_the_rows_were_given_as():
+    with pytest.raises(InvalidField, match=r"^history: has shape"):
+        THREE.rows([1, 2], "history")
+    with pytest.raises(InvalidField, match=r"^history: is not an array"):
+        THREE.rows("many", "history")
+
+
+def test_a_session_of_an_older_server_has_no_accuracy():
+    told = SessionInfo.__dataclass_fields__
+    assert (told["accuracy"].default, told["missing"].default) == ((), "")
+    assert not told["drift"].default.drifting
 
 
 def test_a_result_is_outputs_or_an_error_that_is_raised_where_outputs_are_taken():

@@ -74,7 +74,7 @@ def test_any_other_answer_is_named_as_unexpected():
     assert isinstance(wire.from_status(status), UnexpectedStatus)
 
 
-def opening(session_id=None, *, start_time=None, idle_timeout=None, durability=None):
+def opening(session_id=None, *, start_time=None, idle_timeout=None, durability=None, **wishes):
     return wire.opening(
         "m",
         "1",
@@ -82,6 +82,7 @@ def opening(session_id=None, *, start_time=None, idle_timeout=None, durability=N
         start_time=start_time,
         idle_timeout=idle_timeout,
         durability=durability,
+        **wishes,
     )
 
 
@@ -115,6 +116,21 @@ def test_an_import_without_an_id_keeps_that_of_the_snapshot():
 def test_a_durability_that_does_not_exist_is_refused_with_those_that_do(durability):
     with pytest.raises(InvalidField, match="none, async, sync"):
         opening(durability=durability)
+
+
+@pytest.mark.parametrize("missing", ["", "zero", "HOLD"])
+def test_a_missing_policy_that_does_not_exist_is_refused_with_those_that_do(missing):
+    with pytest.raises(InvalidField, match="reject, impute, hold"):
+        opening(missing=missing)
+
+
+def test_a_missing_policy_and_a_level_travel_where_they_are_chosen():
+    assert opening().missing == pb.MISSING_POLICY_UNSPECIFIED
+    assert opening().interval_level == 0
+    chosen = opening(missing="hold", interval_level=0.8)
+    assert (chosen.missing, chosen.interval_level) == (pb.MISSING_POLICY_HOLD, 0.8)
+    with pytest.raises(InvalidField, match="interval_level: is 0"):
+        opening(interval_level=0.0)
 
 
 def test_what_passes_is_worth_asking_again():
@@ -183,6 +199,63 @@ async def test_a_session_is_what_the_server_told(rig):
         rig.sessions.standing(session).owner,
         session.epoch,
     )
+
+
+def test_accuracy_and_drift_are_what_the_server_told():
+    info = wire.session_info(
+        pb.Session(
+            accuracy=[
+                pb.Accuracy(
+                    output="load",
+                    horizon=12,
+                    scored=3,
+                    mean_absolute_error=1.5,
+                    mean_absolute_scaled_error=float("nan"),
+                    coverage=0.75,
+                    offset=-0.5,
+                )
+            ],
+            drift=pb.Drift(drifting=True, alarms=2, last_t=0),
+            missing=pb.MISSING_POLICY_IMPUTE,
+            interval_level=0.8,
+        )
+    )
+    (one,) = info.accuracy
+    assert (one.output, one.horizon, one.scored) == ("load", 12, 3)
+    assert (one.mean_absolute_error, one.coverage, one.offset) == (1.5, 0.75, -0.5)
+    assert np.isnan(one.mean_absolute_scaled_error)
+    assert (info.drift.drifting, info.drift.alarms, info.drift.last_t) == (True, 2, 0)
+    assert (info.missing, info.interval_level) == ("impute", 0.8)
+    assert wire.session_info(pb.Session()).drift.last_t is None
+
+
+def forecast_message(**fields) -> pb.SessionForecast:
+    output = pb.OutputForecast(
+        name="load",
+        unit="MW",
+        values=[1, 2, 3, 4, 5, float("nan")],
+        methods=[pb.FORECAST_METHOD_DIRECT, pb.FORECAST_METHOD_FED_BACK, 9],
+    )
+    return pb.SessionForecast(
+        session_id="a", t=7, quantiles=[0.5, 0.9], outputs=[output], scenario="hot", **fields
+    )
+
+
+def test_a_forecast_is_what_the_server_told():
+    forecast = wire.forecast(forecast_message())
+    assert (forecast.session_id, forecast.t, forecast.scenario) == ("a", 7, "hot")
+    assert (forecast.times, forecast.levels, list(forecast.outputs)) == (None, (0.5, 0.9), ["load"])
+    assert forecast["load"].unit == "MW"
+    assert np.array_equal(forecast.values, [[1, 2], [3, 4], [5, np.nan]], equal_nan=True)
+    assert forecast.methods == ("direct", "fed back", "")
+
+
+def test_a_forecast_has_the_time_of_each_horizon_where_the_model_knows_time():
+    message = forecast_message()
+    message.first_time.FromDatetime(datetime(2026, 3, 1, 12, tzinfo=UTC))
+    message.step_interval.FromTimedelta(timedelta(days=1))
+    days = [f"2026-03-0{day}T12:00:00" for day in (1, 2, 3)]
+    assert wire.forecast(message).times.astype(str).tolist() == days
 
 
 def test_what_a_newer_server_calls_otherwise_has_no_name():

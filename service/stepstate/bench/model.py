@@ -1,6 +1,7 @@
-"""The model of every benchmark: an LSTM 8 → 128 × 2 layers with a linear head 128 → 1.
+"""The models of the benchmarks: one that steps, and one that forecasts.
 
-Its weights are random but always the same; what a step costs does not depend on them.
+All but the forecasts' use an LSTM 8 → 128 × 2 layers with a linear head 128 → 1. Weights are
+random but always the same; what a step costs does not depend on them.
 """
 
 from __future__ import annotations
@@ -30,12 +31,37 @@ _MANIFEST: dict[str, object] = {
 }
 
 
-def write_bench_model(root: Path) -> None:
-    """Writes the model into a folder of models, with U(-1/√H, 1/√H) weights as in torch.nn."""
-    generator = np.random.default_rng(_SEED)
-    bound = HIDDEN**-0.5
-    tensors = {
-        name: generator.uniform(-bound, bound, shape).astype(np.float32)
-        for name, shape in tensor_shapes(Manifest.model_validate(_MANIFEST)).items()
-    }
-    write_model(root / NAME / "1", _MANIFEST, tensors)
+FORECASTING_NAME = "bench-forecasting"
+HORIZONS = 48
+FORECASTING_DESCRIPTION = (
+    f"LSTM 1→{HIDDEN}, linear {HIDDEN}→{HORIZONS} horizons × 3 quantiles, float32, tracked at 1, "
+    "12, 24 and 48"
+)
+_FORECASTING: dict[str, object] = {
+    "format": "stepstate.model/1",
+    "name": FORECASTING_NAME,
+    "version": "1",
+    "description": f"{FORECASTING_DESCRIPTION}, random weights",
+    "cell": {"kind": "lstm", "hidden_size": HIDDEN, "num_layers": 1},
+    "inputs": [{"name": "x"}],
+    "outputs": [
+        {
+            "name": "x",
+            "horizons": list(range(1, HORIZONS + 1)),
+            "quantiles": [0.05, 0.5, 0.95],
+        }
+    ],
+    "tracking": {"horizons": [1, 12, 24, 48]},
+}
+
+
+def write_bench_models(root: Path) -> None:
+    """Writes the models into a folder, with U(-1/√H, 1/√H) weights as in torch.nn."""
+    for manifest in (_MANIFEST, _FORECASTING):
+        generator = np.random.default_rng(_SEED)
+        bound = HIDDEN**-0.5
+        tensors = {
+            name: generator.uniform(-bound, bound, shape).astype(np.float32)
+            for name, shape in tensor_shapes(Manifest.model_validate(manifest)).items()
+        }
+        write_model(root / str(manifest["name"]) / "1", manifest, tensors)

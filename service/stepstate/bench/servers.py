@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from stepstate.bench.errors import BenchError
-from stepstate.bench.model import write_bench_model
+from stepstate.bench.model import write_bench_models
 
 START_SECONDS = 120.0
 """Importing torch from a cold disk on a busy machine takes most of a minute."""
@@ -56,7 +56,7 @@ _Process = subprocess.Popen[str]
 def bench_folder() -> Iterator[Path]:
     """A folder for models and files of servers; it goes with the block."""
     with tempfile.TemporaryDirectory(prefix="stepstate-bench-") as name:
-        write_bench_model(_models(Path(name)))
+        write_bench_models(_models(Path(name)))
         yield Path(name)
 
 
@@ -69,7 +69,7 @@ def running_echo() -> Iterator[Launched]:
 
 @contextmanager
 def running_stepstate(folder: Path, store: str, *options: str) -> Iterator[Launched]:
-    """A `stepstate serve` of the benchmark's model, with default settings otherwise.
+    """A `stepstate serve` of the benchmarks' models, with default settings otherwise.
 
     Args:
         folder: a `bench_folder`.

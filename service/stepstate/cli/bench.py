@@ -12,7 +12,9 @@ import click
 from stepstate.bench.comparisons import Choice, beside_echo, beside_memory
 from stepstate.bench.errors import BenchError
 from stepstate.bench.figures import Plan
+from stepstate.bench.forecasting import ForecastPlan, forecasting
 from stepstate.bench.machine import this_machine
+from stepstate.bench.priming import PrimingPlan, priming
 from stepstate.bench.report import Report, as_json, as_text
 from stepstate.bench.residency import ResidencyPlan, residency
 from stepstate.bench.restart import RestartPlan, restart
@@ -149,6 +151,27 @@ def residency_command(
     """More open sessions than slots, opened at once and stepped in random order."""
     plan = ResidencyPlan(store, sessions, slots, durability, rounds)
     _publish(json, lambda: residency(plan, _tell))
+
+
+@bench_command.command("forecast")
+@option("--sessions", 1_000, click.IntRange(1, 6_000), "Sessions forecast in one call.")
+@option("--calls", 300, click.IntRange(1, 100_000), "Calls of each kind in a round.")
+@option("--rounds", 3, click.IntRange(1, 100), "Rounds of all kinds in turn.")
+@_json
+def forecast_command(sessions: int, calls: int, rounds: int, json: str) -> None:
+    """A forecast beside a step, and many sessions' forecasts in one call."""
+    _publish(json, lambda: forecasting(ForecastPlan(sessions, calls, rounds), _tell))
+
+
+@bench_command.command("priming")
+@option("--rows", 100_000, click.IntRange(1, 1_000_000), "Of history.")
+@option("--others", 16, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
+@option("--rate", 50.0, click.FloatRange(0.1, 10_000.0), "Steps a second of each of them.")
+@option("--rounds", 3, click.IntRange(1, 100), "Primed sessions, one after the other.")
+@_json
+def priming_command(rows: int, others: int, rate: float, rounds: int, json: str) -> None:
+    """Other sessions' latency while one is primed with history, and how fast that is."""
+    _publish(json, lambda: priming(PrimingPlan(rows, others, rate, rounds), _tell))
 
 
 def _publish(json: str, measure: Callable[[], Report]) -> None:

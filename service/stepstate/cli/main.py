@@ -11,6 +11,7 @@ from stepstate import __version__
 _COMMANDS = {
     "serve": "stepstate.cli.serve:serve_command",
     "step": "stepstate.cli.step:step_command",
+    "forecast": "stepstate.cli.forecast:forecast_command",
     "sessions": "stepstate.cli.sessions:sessions_group",
     "models": "stepstate.cli.models:models_command",
     "health": "stepstate.cli.health:health_command",

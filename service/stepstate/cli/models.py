@@ -29,8 +29,16 @@ def _print(model: ModelInfo) -> None:
     for output in model.outputs:
         first, last = output.horizons[0], output.horizons[-1]
         ahead = f"{first} to {last}" if first != last else f"{first}"
-        click.echo(f"  output     {output.name} [{output.unit or 'no unit'}], {ahead} steps ahead")
+        levels = ", ".join(f"{level:g}" for level in output.quantiles)
+        click.echo(
+            f"  output     {output.name} [{output.unit or 'no unit'}], {ahead} steps ahead"
+            + (f", quantiles {levels}" if levels else "")
+        )
     if model.step_interval is not None:
         click.echo(f"  interval   {model.step_interval}")
+    if model.lag_rows:
+        click.echo(f"  lags       reach back {model.lag_rows} rows")
+    if model.tracked_horizons:
+        click.echo(f"  tracked    {', '.join(map(str, model.tracked_horizons))} steps ahead")
     click.echo(f"  start_time {'needed' if model.needs_start_time else 'not needed'}")
     click.echo(f"  {model.fingerprint}")

@@ -13,6 +13,7 @@ from typing import BinaryIO
 import click
 
 from stepstate.cli.options import option, server_option
+from stepstate.cli.values import without_nan
 from stepstate.client import Client, SessionInfo
 from stepstate.errors import StepstateError
 
@@ -118,4 +119,5 @@ def _write(file: Path, snapshot: bytes, *, force: bool) -> None:
 
 
 def _print(info: SessionInfo) -> None:
-    click.echo(json.dumps(asdict(info), default=str, indent=2))
+    told = without_nan(asdict(info))
+    click.echo(json.dumps(told, default=str, indent=2, allow_nan=False))

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator
 from datetime import datetime
 
 import click
 
 from stepstate.cli.options import option, server_option
-from stepstate.client import Client, Durability, ModelInfo, Session
+from stepstate.cli.rows import BadRow, read_rows
+from stepstate.client import Client, Durability, MissingPolicy, ModelInfo, Session
 from stepstate.errors import SessionUnknown, StepstateError
 
 
@@ -26,6 +26,11 @@ from stepstate.errors import SessionUnknown, StepstateError
     type=click.Choice(["none", "async", "sync"]),
     help="What of a new session survives its server; left out: the server's own choice.",
 )
+@click.option(
+    "--missing",
+    type=click.Choice(["reject", "impute", "hold"]),
+    help="What a missing value, an empty cell, means to a new session; left out: reject.",
+)
 @option("--output", "csv", click.Choice(["csv", "jsonl"]), "CSV with a header, or JSON lines.")
 @click.option("--keep", is_flag=True, help="Leave the session open at the end.")
 def step_command(
@@ -35,13 +40,15 @@ def step_command(
     session_id: str,
     start_time: str,
     durability: Durability | None,
+    missing: MissingPolicy | None,
     output: str,
     *,
     keep: bool,
 ) -> None:
     """Steps a session with each CSV row of standard input, and prints the outputs of each.
 
-    A first line that holds names is a header: its columns are taken by name.
+    A first line that holds names is a header: its columns are taken by name. With --missing
+    impute or hold an empty cell is a missing value.
     """
     try:
         with Client(server) as client:
@@ -51,16 +58,13 @@ def step_command(
                 session_id=session_id or None,
                 start_time=_moment(start_time),
                 durability=durability,
+                missing=missing,
             )
             _run(session, output)
             if not keep:
                 session.close()
-    except (StepstateError, _BadRow) as error:
+    except (StepstateError, BadRow) as error:
         raise click.ClickException(str(error)) from error
-
-
-class _BadRow(ValueError):
-    """Something that was given can't be read."""
 
 
 def _old_session(client: Client, session_id: str) -> Session | None:
@@ -74,7 +78,7 @@ def _moment(text: str) -> datetime | None:
     try:
         return datetime.fromisoformat(text) if text else None
     except ValueError as error:
-        raise _BadRow(f"--start-time {text!r}: {error}") from error
+        raise BadRow(f"--start-time {text!r}: {error}") from error
 
 
 def _run(session: Session, output: str) -> None:
@@ -82,7 +86,9 @@ def _run(session: Session, output: str) -> None:
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if output == "csv":
         writer.writerow(["t", *names])
-    for y in session.stream(_rows(session.model)):
+    # In a file of one column an empty cell is "": an empty line is none.
+    empty = session.info.missing in ("impute", "hold")
+    for y in session.stream(read_rows(sys.stdin, session.model, "the input", empty=empty)):
         values = [float(f"{value:.9g}") for value in y]
         if output == "csv":
             writer.writerow([session.t, *values])
@@ -93,26 +99,8 @@ def _run(session: Session, output: str) -> None:
 
 def _output_names(model: ModelInfo) -> list[str]:
     return [
-        f"{output.name}+{horizon}" if horizon else output.name
+        (f"{output.name}+{horizon}" if horizon else output.name) + quantile
         for output in model.outputs
         for horizon in output.horizons
+        for quantile in [f"@{level:g}" for level in output.quantiles] or [""]
     ]
-
-
-def _rows(model: ModelInfo) -> Iterator[list[float]]:
-    columns = list(range(model.input_width))
-    for number, line in enumerate(csv.reader(sys.stdin), start=1):
-        if number == 1 and set(model.inputs) <= {name.strip() for name in line}:
-            columns = [[name.strip() for name in line].index(name) for name in model.inputs]
-        elif line:
-            yield _row(number, line, columns)
-
-
-def _row(number: int, line: list[str], columns: list[int]) -> list[float]:
-    try:
-        return [float(line[column]) for column in columns]
-    except (IndexError, ValueError) as error:
-        raise _BadRow(
-            f"line {number} of the input is {','.join(line)[:80]!r}: expected {len(columns)} "
-            f"numbers separated by commas ({error})"
-        ) from error

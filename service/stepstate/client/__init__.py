@@ -7,11 +7,15 @@
 
 from stepstate.client.aio import AsyncClient
 from stepstate.client.aio_session import AsyncSession
+from stepstate.client.forecast import Forecast, OutputForecast
 from stepstate.client.sync import Client
 from stepstate.client.sync_session import Session
 from stepstate.client.values import (
+    Accuracy,
+    Drift,
     Durability,
     Inspection,
+    MissingPolicy,
     ModelInfo,
     Output,
     Result,
@@ -19,13 +23,18 @@ from stepstate.client.values import (
 )
 
 __all__ = [
+    "Accuracy",
     "AsyncClient",
     "AsyncSession",
     "Client",
+    "Drift",
     "Durability",
+    "Forecast",
     "Inspection",
+    "MissingPolicy",
     "ModelInfo",
     "Output",
+    "OutputForecast",
     "Result",
     "Session",
     "SessionInfo",

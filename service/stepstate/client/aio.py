@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, overload
 
 import grpc
+from numpy.typing import ArrayLike
 
 from stepstate.client import wire
 from stepstate.client.aio_session import AsyncSession
+from stepstate.client.asking import Asking, Told
 from stepstate.client.backlog import RESUME_ROWS
 from stepstate.client.backoff import Backoff
+from stepstate.client.forecast import Forecast, Scenarios
+from stepstate.client.history import History, Progress
 from stepstate.client.pipeline import MOST_ITEMS, Items, Pipeline
 from stepstate.client.track import WINDOW
-from stepstate.client.values import Durability, ModelInfo, Result, SessionInfo
-from stepstate.errors import SessionExists
+from stepstate.client.values import Durability, MissingPolicy, ModelInfo, Result, SessionInfo
+from stepstate.errors import SessionExists, StepstateError, Unavailable
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
@@ -76,6 +81,10 @@ class AsyncClient:
         start_time: datetime | None = None,
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
+        missing: MissingPolicy | None = None,
+        interval_level: float | None = None,
+        history: History | AsyncIterable[ArrayLike] | None = None,
+        progress: Progress | None = None,
     ) -> AsyncSession:
         """Opens a session with zero state.
 
@@ -90,9 +99,21 @@ class AsyncClient:
                 a step is answered when it is saved. "none": the session is
                 lost when its server ends unexpectedly. Left out: the server's
                 own choice, async if it has a store that lasts.
+            missing: what a NaN in a row means. "reject", the default: the row is
+                refused. "impute": the model's own forecast of the value stands
+                in, or the value of the row before where it makes none. "hold":
+                that of the row before.
+            interval_level: the share of truths that the session's intervals are
+                to cover, for example 0.9; left out: the model's own.
+            history: rows that the session is brought up to date with. See
+                `AsyncSession.prime`. If it can't be, the session is closed again,
+                unless the server was out of reach: it then stays open as far
+                as it got.
+            progress: as in `AsyncSession.prime`.
 
         Raises:
             SessionExists, ModelUnknown, InvalidField, SessionLimit, Unavailable.
+            As `AsyncSession.prime`, with a history.
         """
         request = wire.opening(
             model,
@@ -101,6 +122,8 @@ class AsyncClient:
             start_time=start_time,
             idle_timeout=idle_timeout,
             durability=durability,
+            missing=missing,
+            interval_level=interval_level,
         )
         try:
             info = wire.session_info((await self.call(self.stub.OpenSession, request)).session)
@@ -108,7 +131,18 @@ class AsyncClient:
             if session_id is not None:
                 raise
             info = await self.info(request.session_id)  # ours: a first try's reply was lost
-        return await self._session(info)
+        session = await self._session(info)
+        if history is None:
+            return session
+        try:
+            await session.prime(history, progress=progress)
+        except Unavailable:
+            raise
+        except Exception:
+            with suppress(StepstateError):
+                await session.close()
+            raise
+        return session
 
     async def session(self, session_id: str, t: int | None = None) -> AsyncSession:
         """An open session, to go on from where it stands, or from the application's own t.
@@ -269,6 +303,96 @@ class AsyncClient:
                 yield result
         finally:
             await pipeline.end()
+
+    @overload
+    async def forecast(
+        self,
+        sessions: Iterable[AsyncSession | str],
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: None = None,
+        timeout: float | None = None,
+    ) -> list[Forecast | StepstateError]: ...
+
+    @overload
+    async def forecast(
+        self,
+        sessions: Iterable[AsyncSession | str],
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: Scenarios,
+        timeout: float | None = None,
+    ) -> list[dict[str, Forecast] | StepstateError]: ...
+
+    @overload
+    async def forecast(
+        self,
+        sessions: Iterable[AsyncSession | str],
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: Scenarios | None,
+        timeout: float | None = None,
+    ) -> Sequence[Told]: ...
+
+    async def forecast(
+        self,
+        sessions: Iterable[AsyncSession | str],
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: Scenarios | None = None,
+        timeout: float | None = None,
+    ) -> Sequence[Told]:
+        """Forecasts the rows to come, from where each of many sessions stands.
+
+        Sessions of one call share forwards on the server; very many take several
+        calls. None advances, and none counts as used. Of a session that is given
+        as an object the forecast is from its `t` on, as in `AsyncSession.forecast`;
+        of one given by its id it is from where the server stands.
+
+        Args:
+            sessions: objects or ids, of any models.
+            horizon, quantiles, scenarios, timeout: as in `AsyncSession.forecast`.
+                Several sessions have the same scenarios; a DataFrame must have
+                columns that tell the model.
+
+        Returns:
+            For each session in order its forecast, or with scenarios its
+            forecasts by scenario, or the error why it has none:
+            `isinstance(one, StepstateError)` tells.
+
+        Raises:
+            InvalidField: what is asked for can be had of no session.
+            Unavailable: no answer in time.
+        """
+        wanted = list(sessions)
+        asking = Asking(
+            wanted,
+            horizon,
+            quantiles=quantiles,
+            scenarios=scenarios,
+            models=await self.models() if any(isinstance(one, str) for one in wanted) else (),
+            timeout=self.timeout if timeout is None else timeout,
+        )
+        while not asking.done:
+            for some, request in asking.calls():
+                try:
+                    left = asking.backoff.left
+                    asking.answered(some, await self.call(self.stub.Forecast, request, left))
+                except StepstateError as error:
+                    asking.refused(some, error)
+            for one, session, t in asking.behind:
+                try:
+                    await session.catch_up(t, timeout=timeout)
+                except StepstateError as error:
+                    asking.brought_up(one, error)
+                else:
+                    asking.brought_up(one)
+            await asyncio.sleep(asking.pause())
+        return asking.told
 
     async def models(self) -> list[ModelInfo]:
         """The loaded models."""

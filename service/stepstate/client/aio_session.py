@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, overload
 
 import grpc
 from numpy.typing import ArrayLike
 
 from stepstate.client import wire
 from stepstate.client.footing import Footing
+from stepstate.client.forecast import Forecast, Scenarios
+from stepstate.client.history import (
+    IN_FLIGHT,
+    PIECE_ROWS,
+    Feed,
+    History,
+    Progress,
+    nothing,
+    nothings,
+)
 from stepstate.client.pipeline import Pipeline
 from stepstate.client.track import WINDOW, Track
 from stepstate.client.values import Durability, Floats, Inspection, ModelInfo, SessionInfo
-from stepstate.errors import SessionClosed
+from stepstate.errors import SessionClosed, StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 
 if TYPE_CHECKING:
@@ -66,7 +76,10 @@ class AsyncSession(Footing):
         also when the server was restarted in between.
 
         Args:
-            x: one row [D], or many [T, D], in raw units; finite.
+            x: one row [D], or many [T, D], in raw units. NaN is a missing value,
+                which a session takes that was opened with `missing`;
+                `imputed_rows` tells afterwards in how many rows something
+                stood in.
             last_only: return the outputs of the last row only.
             timeout: seconds for all tries that do not bring the session on.
 
@@ -87,7 +100,7 @@ class AsyncSession(Footing):
         rows, alone = self.model.rows(x)
         response = await self._apply(rows, last_only=last_only, timeout=timeout)
         y = wire.outputs(response, self.model)
-        self.t = response.t
+        self.arrived(response.t, **wire.stand_ins(response))
         return y[0] if alone or last_only else y
 
     async def inspect(self, x: ArrayLike, *, timeout: float | None = None) -> Inspection:
@@ -95,8 +108,147 @@ class AsyncSession(Footing):
         rows, _ = self.model.rows(x)
         response = await self._apply(rows, inspect=True, timeout=timeout)
         found = wire.inspection(response, self.model)
-        self.t = response.t
+        self.arrived(response.t, **wire.stand_ins(response))
         return found
+
+    async def prime(
+        self,
+        history: History | AsyncIterable[ArrayLike],
+        *,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Floats:
+        """Applies many rows at once, to bring the session up to date, and returns the last outputs.
+
+        The rows go some thousand to a request, a few requests in flight, each
+        row exactly once as in `stream`. `t` says how far it got. After an error,
+        or when the task was cancelled, call `refresh`, and go on with the rows
+        from `t` on.
+
+        Args:
+            history: rows [T, D], a DataFrame, or an iterable of such chunks, also
+                an asynchronous one, which needs not be in memory as a whole.
+            progress: called with the rows that are done, and with how many there
+                are, None where that is not known.
+            timeout: seconds without an answer that brings the session on.
+
+        Returns:
+            y [O] of the last row, in raw units.
+
+        Raises:
+            NonFiniteInput: its `row` is that of the history.
+            InvalidField: the history has no rows, or rows of another shape.
+            As `step`, and what an iterable raised.
+        """
+        feed = Feed(self, history, progress)
+        pipeline = Pipeline(
+            feed.items(self),
+            self.client.stub.StreamSteps,
+            target=self.client.target,
+            timeout=self.client.timeout if timeout is None else timeout,
+            most=IN_FLIGHT,
+        )
+        try:
+            while (result := await pipeline.next()) is not None:
+                feed.take(result.y)
+        except StepstateError as error:
+            raise feed.placed(error) from None
+        finally:
+            await pipeline.end()
+        return feed.finish()
+
+    async def advance(self, n: int, *, timeout: float | None = None) -> Floats:
+        """Applies n rows in which every value is missing, and returns the outputs of the last one.
+
+        What stands in is what the session's missing policy says: with impute its
+        own forecasts, so that it goes on by itself.
+
+        Returns:
+            y [O], in raw units.
+
+        Raises:
+            NonFiniteInput: the session was opened without `missing`.
+            InvalidField: n is less than 1, or the session has no rows yet.
+            As `step`.
+        """
+        if n > PIECE_ROWS:
+            return await self.prime(nothings(self.model, n), timeout=timeout)
+        return await self.step(nothing(self.model, n), last_only=True, timeout=timeout)
+
+    @overload
+    async def forecast(
+        self,
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: None = None,
+        timeout: float | None = None,
+    ) -> Forecast: ...
+
+    @overload
+    async def forecast(
+        self,
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: Scenarios,
+        timeout: float | None = None,
+    ) -> dict[str, Forecast]: ...
+
+    async def forecast(
+        self,
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: Scenarios | None = None,
+        timeout: float | None = None,
+    ) -> Forecast | dict[str, Forecast]:
+        """Forecasts the rows to come, from where the session stands; it does not advance.
+
+        Where the server was set back, it is first sent the rows that it lacks,
+        as a step would, so that a forecast is never from before `t`. It is from
+        after `t`, as its own `t` says, where rows were applied whose outputs
+        were not taken, those of a stream in flight for example.
+
+        Args:
+            horizon: steps ahead; left out: the model's longest.
+            quantiles: levels, each more than 0 and less than 1; left out: the
+                bounds of the session's interval and the median, or the median
+                alone where the model knows no interval.
+            scenarios: rows that might come, [P, D] by name: one forecast for
+                each. NaN is the model's own forecast of a value, and after the
+                last row its own forecasts go on. A DataFrame may lack columns,
+                which are then all NaN.
+            timeout: seconds for all tries.
+
+        Returns:
+            A forecast, or with scenarios one for each by its name.
+
+        Raises:
+            ForecastImpossible: the session has no rows yet, or the model can't
+                look so far ahead.
+            RowsMissing: the server was set back, and the rows are not kept here.
+            As `refresh`.
+        """
+        (told,) = await self.client.forecast(
+            [self], horizon, quantiles=quantiles, scenarios=scenarios, timeout=timeout
+        )
+        if isinstance(told, StepstateError):
+            raise told
+        return told
+
+    async def catch_up(self, t: int, *, timeout: float | None = None) -> None:
+        """Sends a server that stands at t the rows that it lacks; their outputs are dropped.
+
+        `step` and `forecast` do so by themselves.
+
+        Raises:
+            RowsMissing: they are not kept here. As `step`.
+        """
+        if t < self.t:
+            track = self._track(timeout)
+            track.repeat(t)
+            await self._bring(track)
 
     async def stream(
         self, xs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]
@@ -167,8 +319,15 @@ class AsyncSession(Footing):
         last_only: bool = False,
         timeout: float | None,
     ) -> pb.StepResponse:
-        track = Track(self, timeout=self.client.timeout if timeout is None else timeout)
+        track = self._track(timeout)
         track.add(rows, inspect=inspect, last_only=last_only)
+        return await self._bring(track)
+
+    def _track(self, timeout: float | None) -> Track:
+        return Track(self, timeout=self.client.timeout if timeout is None else timeout)
+
+    async def _bring(self, track: Track) -> pb.StepResponse:
+        """Brings a track with one request to its answer."""
         while True:
             request = wire.step_request(self.session_id, track.next())
             try:

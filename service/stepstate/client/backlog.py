@@ -137,6 +137,11 @@ class Backlog:
         until = min(t + self._at_once, self._kept[as_sent].t)
         return Sent(t, until - t, self._data(t, until), inspect=False, last_only=True)
 
+    def last(self, t: int, end: int) -> Sent:
+        """The last request for rows before end, as it was sent, less its rows before t."""
+        place = bisect_left(self._kept, end, key=_t_of) - 1
+        return self._kept[place].between(t, end)
+
     def copy(self, session_id: str, *, limit: int) -> Backlog:
         """The same rows, for a session that goes on from here apart."""
         made = Backlog(session_id, self._width, limit, self.start)

@@ -13,6 +13,10 @@ class Footing:
         t: rows whose outputs the application has.
         durable_t: rows that survive the end of the server, by its last word.
         info: where the session stood when it was opened, or last asked about.
+        imputed_rows: rows of the last call, or the last item of a stream, in which
+            something stood in for a missing value.
+        fallback_rows: rows of it for which the model's lagged inputs reached back
+            before the session's first row, so that its fallback stood in.
     """
 
     def __init__(
@@ -23,8 +27,15 @@ class Footing:
         self.info = info
         self.t = info.t if t is None else t
         self.durable_t = info.durable_t
+        self.imputed_rows = self.fallback_rows = 0
         limit = resume_rows if info.resumable else 0
         self.backlog = Backlog(info.session_id, model.input_width, limit, self.t)
+
+    def arrived(self, t: int, *, imputed_rows: int, fallback_rows: int) -> None:
+        """The application has the outputs of t rows now."""
+        self.t = t
+        self.imputed_rows = imputed_rows
+        self.fallback_rows = fallback_rows
 
     def saved(self, durable_t: int) -> None:
         """Takes the server's word for what survives it."""

@@ -134,8 +134,9 @@ class Pipeline(Generic[S]):
             self._inside_bytes -= len(sent.data)
             self._line_up(way)
             y = wire.outputs(response, way.session.model)
-            way.session.t = sent.end
-            result = Result(way.session, y[0], None)
+            told = wire.stand_ins(response)
+            way.session.arrived(sent.end, **told)
+            result = Result(way.session, y[0], None, **told)
         self._room.ring()
         return result
 

@@ -3,26 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime, timedelta
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import Self, TypeVar, overload
 
 import grpc
 from numpy.typing import ArrayLike
 
 from stepstate.client import wire
 from stepstate.client.aio import TIMEOUT
+from stepstate.client.asking import Asking, Told
 from stepstate.client.backlog import RESUME_ROWS
 from stepstate.client.backoff import Backoff
+from stepstate.client.forecast import Forecast, Scenarios
+from stepstate.client.history import History, Progress
 from stepstate.client.sync_session import Session
 from stepstate.client.turns import Turns
-from stepstate.client.values import Durability, Floats, ModelInfo, Result, SessionInfo
+from stepstate.client.values import (
+    Durability,
+    Floats,
+    MissingPolicy,
+    ModelInfo,
+    Result,
+    SessionInfo,
+)
 from stepstate.errors import (
     Draining,
     ServerUnreachable,
     SessionExists,
     StepstateError,
+    Unavailable,
 )
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
@@ -67,6 +79,10 @@ class Client:
         start_time: datetime | None = None,
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
+        missing: MissingPolicy | None = None,
+        interval_level: float | None = None,
+        history: History | None = None,
+        progress: Progress | None = None,
     ) -> Session:
         """Opens a session with zero state. See `AsyncClient.open`."""
         request = wire.opening(
@@ -76,6 +92,8 @@ class Client:
             start_time=start_time,
             idle_timeout=idle_timeout,
             durability=durability,
+            missing=missing,
+            interval_level=interval_level,
         )
         try:
             info = wire.session_info(self.call(self.stub.OpenSession, request).session)
@@ -83,7 +101,18 @@ class Client:
             if session_id is not None:
                 raise
             info = self.info(request.session_id)  # ours: a first try's reply was lost
-        return self._session(info)
+        session = self._session(info)
+        if history is None:
+            return session
+        try:
+            session.prime(history, progress=progress)
+        except Unavailable:
+            raise
+        except Exception:
+            with suppress(StepstateError):
+                session.close()
+            raise
+        return session
 
     def session(self, session_id: str, t: int | None = None) -> Session:
         """An open session, to go on from its t, or from one's own. See `AsyncClient.session`."""
@@ -172,9 +201,81 @@ class Client:
                         raise
                     except StepstateError as error:
                         ended[session.session_id] = error
-                yield Result(session, y, ended.get(session.session_id))
+                if y is None:
+                    yield Result(session, None, ended[session.session_id])
+                else:
+                    yield Result(session, y, None, session.imputed_rows, session.fallback_rows)
         finally:
             turns.end()
+
+    @overload
+    def forecast(
+        self,
+        sessions: Iterable[Session | str],
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: None = None,
+        timeout: float | None = None,
+    ) -> list[Forecast | StepstateError]: ...
+
+    @overload
+    def forecast(
+        self,
+        sessions: Iterable[Session | str],
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: Scenarios,
+        timeout: float | None = None,
+    ) -> list[dict[str, Forecast] | StepstateError]: ...
+
+    @overload
+    def forecast(
+        self,
+        sessions: Iterable[Session | str],
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: Scenarios | None,
+        timeout: float | None = None,
+    ) -> Sequence[Told]: ...
+
+    def forecast(
+        self,
+        sessions: Iterable[Session | str],
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: Scenarios | None = None,
+        timeout: float | None = None,
+    ) -> Sequence[Told]:
+        """Forecasts from where each of many sessions stands. See `AsyncClient.forecast`."""
+        wanted = list(sessions)
+        asking = Asking(
+            wanted,
+            horizon,
+            quantiles=quantiles,
+            scenarios=scenarios,
+            models=self.models() if any(isinstance(one, str) for one in wanted) else (),
+            timeout=self.timeout if timeout is None else timeout,
+        )
+        while not asking.done:
+            for some, request in asking.calls():
+                try:
+                    left = asking.backoff.left
+                    asking.answered(some, self.call(self.stub.Forecast, request, left))
+                except StepstateError as error:
+                    asking.refused(some, error)
+            for one, session, t in asking.behind:
+                try:
+                    session.catch_up(t, timeout=timeout)
+                except StepstateError as error:
+                    asking.brought_up(one, error)
+                else:
+                    asking.brought_up(one)
+            time.sleep(asking.pause())
+        return asking.told
 
     def models(self) -> list[ModelInfo]:
         """The loaded models."""

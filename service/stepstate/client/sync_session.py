@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, overload
 
 from numpy.typing import ArrayLike
 
 from stepstate.client import wire
 from stepstate.client.footing import Footing
+from stepstate.client.forecast import Forecast, Scenarios
+from stepstate.client.history import (
+    IN_FLIGHT,
+    PIECE_ROWS,
+    Feed,
+    History,
+    Progress,
+    nothing,
+    nothings,
+)
 from stepstate.client.track import Track
 from stepstate.client.turns import Turns, bring
 from stepstate.client.values import Durability, Floats, Inspection, ModelInfo, SessionInfo
-from stepstate.errors import SessionClosed
+from stepstate.errors import SessionClosed, StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 
 if TYPE_CHECKING:
@@ -55,7 +65,7 @@ class Session(Footing):
         rows, alone = self.model.rows(x)
         response = self._apply(rows, last_only=last_only, timeout=timeout)
         y = wire.outputs(response, self.model)
-        self.t = response.t
+        self.arrived(response.t, **wire.stand_ins(response))
         return y[0] if alone or last_only else y
 
     def inspect(self, x: ArrayLike, *, timeout: float | None = None) -> Inspection:
@@ -63,8 +73,77 @@ class Session(Footing):
         rows, _ = self.model.rows(x)
         response = self._apply(rows, inspect=True, timeout=timeout)
         found = wire.inspection(response, self.model)
-        self.t = response.t
+        self.arrived(response.t, **wire.stand_ins(response))
         return found
+
+    def prime(
+        self,
+        history: History,
+        *,
+        progress: Progress | None = None,
+        timeout: float | None = None,
+    ) -> Floats:
+        """Applies many rows at once, and returns the last outputs. See `AsyncSession.prime`."""
+        feed = Feed(self, history, progress)
+        turns = Turns(self.client.stub.StreamSteps, self.client.target)
+        seconds = self.client.timeout if timeout is None else timeout
+        try:
+            for y in turns.flow(self, feed.pieces(), seconds, window=IN_FLIGHT):
+                feed.take(y)
+        except StepstateError as error:
+            raise feed.placed(error) from None
+        finally:
+            turns.end()
+        return feed.finish()
+
+    def advance(self, n: int, *, timeout: float | None = None) -> Floats:
+        """Applies n rows in which every value is missing. See `AsyncSession.advance`."""
+        if n > PIECE_ROWS:
+            return self.prime(nothings(self.model, n), timeout=timeout)
+        return self.step(nothing(self.model, n), last_only=True, timeout=timeout)
+
+    @overload
+    def forecast(
+        self,
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: None = None,
+        timeout: float | None = None,
+    ) -> Forecast: ...
+
+    @overload
+    def forecast(
+        self,
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: Scenarios,
+        timeout: float | None = None,
+    ) -> dict[str, Forecast]: ...
+
+    def forecast(
+        self,
+        horizon: int | None = None,
+        *,
+        quantiles: Sequence[float] | None = None,
+        scenarios: Scenarios | None = None,
+        timeout: float | None = None,
+    ) -> Forecast | dict[str, Forecast]:
+        """Forecasts the rows to come; the session does not advance. See `AsyncSession.forecast`."""
+        (told,) = self.client.forecast(
+            [self], horizon, quantiles=quantiles, scenarios=scenarios, timeout=timeout
+        )
+        if isinstance(told, StepstateError):
+            raise told
+        return told
+
+    def catch_up(self, t: int, *, timeout: float | None = None) -> None:
+        """Sends a server that stands at t what it lacks. See `AsyncSession.catch_up`."""
+        if t < self.t:
+            track = self._track(timeout)
+            track.repeat(t)
+            self._bring(track)
 
     def stream(self, xs: Iterable[ArrayLike]) -> Iterator[Floats]:
         """Applies rows as they come and yields the outputs [O] of each.
@@ -111,8 +190,14 @@ class Session(Footing):
         last_only: bool = False,
         timeout: float | None,
     ) -> pb.StepResponse:
-        track = Track(self, timeout=self.client.timeout if timeout is None else timeout)
+        track = self._track(timeout)
         track.add(rows, inspect=inspect, last_only=last_only)
+        return self._bring(track)
+
+    def _track(self, timeout: float | None) -> Track:
+        return Track(self, timeout=self.client.timeout if timeout is None else timeout)
+
+    def _bring(self, track: Track) -> pb.StepResponse:
         ask: Callable[..., pb.StepResponse] = self.client.stub.Step
         return bring(
             track, lambda request: ask(request, timeout=track.left), target=self.client.target

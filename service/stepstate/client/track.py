@@ -114,6 +114,18 @@ class Track:
         self._end += len(rows)
         return len(data)
 
+    def repeat(self, t: int) -> None:
+        """Takes the application's last request once more, for a server that stands at t.
+
+        The answer to it says that the server stands where the application does.
+
+        Raises:
+            RowsMissing: the rows for it are not kept.
+        """
+        backlog, until = self.footing.backlog, self.footing.t
+        backlog.check(t, until - 1)
+        self._items.append(backlog.last(t, until))
+
     def end(self, error: StepstateError) -> None:
         """Takes no more: when all before it is answered, this is the error."""
         self._last = error
@@ -174,6 +186,11 @@ class Track:
         self._sent = 0
         if self._replayed is not None:
             self._replay = max(self._replayed, self.footing.durable_t)
+
+    def broken(self, error: StepstateError) -> None:
+        """The connection broke, and with it all that was in flight was refused."""
+        while self._flight:
+            self.refused(error)
 
     def resume(self) -> None:
         """The pause is over."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import grpc
@@ -66,10 +66,26 @@ class Turns:
         rows, _ = session.model.rows(x)
         track = Track(session, timeout=timeout)
         track.add(rows, last_only=True)
-        response = bring(track, self._ask, target=self._target)
-        y: Floats = wire.outputs(response, session.model)[0]
-        session.t = response.t
-        return y
+        return _taken(session, bring(track, self._ask, target=self._target))
+
+    def flow(
+        self, session: Footing, pieces: Iterable[Floats], timeout: float, *, window: int
+    ) -> Iterator[Floats]:
+        """Applies pieces, some in flight, and yields the outputs [O] of the last row of each.
+
+        Raises:
+            StepstateError: as `AsyncSession.step`.
+        """
+        track = Track(session, timeout=timeout, window=window)
+        source = iter(pieces)
+        while True:
+            while len(track) < window and (rows := next(source, None)) is not None:
+                track.add(rows, last_only=True)
+            if not len(track):
+                return
+            response = self._exchange(track)
+            if response is not None:
+                yield _taken(session, response)
 
     def end(self) -> None:
         """Ends the stream, if there is one."""
@@ -78,11 +94,37 @@ class Turns:
             self._replies.cancel()
             self._replies = None
 
+    def _exchange(self, track: Track) -> pb.StepResponse | None:
+        """Sends what may be sent and takes one answer; returns it if it is the application's."""
+        try:
+            while track.sendable:
+                self._send(wire.step_request(track.footing.session_id, track.next()))
+            response = self._receive()
+        except grpc.RpcError as failure:
+            track.broken(wire.from_rpc(failure, self._target))
+        except ServerUnreachable as ended:
+            track.broken(ended)
+        else:
+            if not response.HasField("error"):
+                return None if track.answered(response.durable_t) is None else response
+            track.refused(wire.from_status(response.error))
+        time.sleep(track.rest())
+        return None
+
     def _ask(self, request: pb.StepRequest) -> pb.StepResponse:
+        self._send(request)
+        response = self._receive()
+        if response.HasField("error"):
+            raise wire.from_status(response.error)
+        return response
+
+    def _send(self, request: pb.StepRequest) -> None:
         if self._replies is None:
             self._requests = queue.SimpleQueue()
             self._replies = self._connect(iter(self._requests.get, None))
         self._requests.put(request)
+
+    def _receive(self) -> pb.StepResponse:
         try:
             response: pb.StepResponse | None = next(self._replies, None)
         except grpc.RpcError:
@@ -91,6 +133,11 @@ class Turns:
         if response is None:
             self.end()
             raise ServerUnreachable(self._target, "the stream ended early")
-        if response.HasField("error"):
-            raise wire.from_status(response.error)
         return response
+
+
+def _taken(session: Footing, response: pb.StepResponse) -> Floats:
+    """The outputs [O] of the last row of an answer that the application takes."""
+    y: Floats = wire.outputs(response, session.model)[0]
+    session.arrived(response.t, **wire.stand_ins(response))
+    return y

@@ -17,15 +17,27 @@ S = TypeVar("S")
 Floats = NDArray[np.float32]
 Durability = Literal["none", "async", "sync"]
 """What of a session survives the end of its server: see `AsyncClient.open`."""
+MissingPolicy = Literal["reject", "impute", "hold"]
+"""What a NaN in a row means to a session: see `AsyncClient.open`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """One output of a model: its column of y for each horizon, in steps ahead of its row."""
+    """One output of a model: its columns of y.
+
+    For each of `horizons`, in steps ahead of its row, there is one, or one for
+    each of `quantiles`, rising levels.
+    """
 
     name: str
     unit: str
     horizons: tuple[int, ...]
+    quantiles: tuple[float, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """Columns of y."""
+        return len(self.horizons) * max(1, len(self.quantiles))
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +45,10 @@ class ModelInfo:
     """A model that the server has loaded.
 
     `inputs` are the D columns of x, each with its unit; `outputs` together the
-    O columns of y.
+    O columns of y: for each output, for each of its horizons, for each of its
+    quantiles. `lag_rows`: rows that its lagged inputs reach back; until a
+    session has so many its fallback stands in. `tracked_horizons`: those at
+    which forecasts are scored and intervals kept honest.
     """
 
     name: str
@@ -47,6 +62,8 @@ class ModelInfo:
     outputs: tuple[Output, ...]
     step_interval: timedelta | None
     needs_start_time: bool
+    lag_rows: int = 0
+    tracked_horizons: tuple[int, ...] = ()
 
     @property
     def input_width(self) -> int:
@@ -56,19 +73,19 @@ class ModelInfo:
     @property
     def output_width(self) -> int:
         """O."""
-        return sum(len(output.horizons) for output in self.outputs)
+        return sum(output.width for output in self.outputs)
 
-    def rows(self, x: ArrayLike) -> tuple[Floats, bool]:
+    def rows(self, x: ArrayLike, field: str = "x") -> tuple[Floats, bool]:
         """x as rows [T, D], and whether it was given as one row.
 
         One row is a number (where D = 1) or D of them; many rows are [T, D], or
         [T] where D = 1. A pandas DataFrame has the inputs' names as columns, in
-        any order.
+        any order. NaN is a missing value. Errors name `field`.
 
         Raises:
             InvalidField: x has another shape or other columns, or is not numbers.
         """
-        array = self._array(x)
+        array = self._array(x, field)
         width = self.input_width
         if array.ndim == 0 or array.shape == (width,):
             alone, rows = True, array.reshape(1, -1)
@@ -76,27 +93,69 @@ class ModelInfo:
             alone, rows = False, array.reshape(-1, 1) if array.ndim == width == 1 else array
         if rows.ndim != 2 or rows.shape[1] != width or not len(rows):
             raise InvalidField(
-                "x",
+                field,
                 f"has shape {list(array.shape)}; {self.name}/{self.version} takes one row "
                 f"[{width}] or many [T, {width}] of {', '.join(self.inputs)}",
             )
         return rows, alone
 
-    def _array(self, x: ArrayLike) -> Floats:
+    def _array(self, x: ArrayLike, field: str) -> Floats:
         columns = getattr(x, "columns", None)
         if columns is not None:
             if set(columns) != set(self.inputs):
                 raise InvalidField(
-                    "x",
+                    field,
                     f"has the columns {', '.join(map(str, columns))}; {self.name}/{self.version} "
                     f"takes {', '.join(self.inputs)}",
                 )
             frame: Any = x
             x = frame[list(self.inputs)]
-        try:
-            return np.asarray(x, np.float32)
-        except (TypeError, ValueError) as error:
-            raise InvalidField("x", f"is not an array of numbers: {error}") from error
+        return floats(x, field)
+
+
+def floats(x: ArrayLike, field: str) -> Floats:
+    """x as an array.
+
+    Raises:
+        InvalidField: it is not numbers.
+    """
+    try:
+        return np.asarray(x, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InvalidField(field, f"is not an array of numbers: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Accuracy:
+    """How good the forecasts of one output were at one horizon, over the rows that were scored.
+
+    `mean_absolute_error` and `offset` are in the output's unit. The scaled
+    error is below 1 where it is better than the seasonal naive forecast.
+    `coverage` is the share of truths within the interval; `offset` is what is
+    added to either side of the model's interval now, so that it keeps its
+    level. What is not known yet is NaN.
+    """
+
+    output: str
+    horizon: int
+    scored: int
+    mean_absolute_error: float
+    mean_absolute_scaled_error: float
+    coverage: float
+    offset: float
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """Whether forecasts have become worse.
+
+    `drifting`: an alarm came within the model's last season. `alarms`: so far.
+    `last_t`: rows that were applied before the row of the last one.
+    """
+
+    drifting: bool = False
+    alarms: int = 0
+    last_t: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,7 +166,10 @@ class SessionInfo:
     `residency`: "resident" in the memory of the server that answered, or
     "spilled": its state is in the store, or with another server; t is what is
     saved then. `owner`: the server that holds its lease, empty where none does.
-    `epoch`: how often a server has taken it.
+    `epoch`: how often a server has taken it. `missing`: what a NaN in a row
+    means. `interval_level`: the share of truths that its intervals are to
+    cover, 0 where the model tracks no horizon. `accuracy` and `drift`: how good
+    its forecasts were, told where it is resident and its model tracks them.
     """
 
     session_id: str
@@ -124,6 +186,10 @@ class SessionInfo:
     residency: str = ""
     owner: str = ""
     epoch: int = 0
+    missing: str = ""
+    interval_level: float = 0.0
+    accuracy: tuple[Accuracy, ...] = ()
+    drift: Drift = Drift()
 
     @property
     def resumable(self) -> bool:
@@ -149,12 +215,16 @@ class Result(Generic[S]):
     """What became of one item of a stream of many sessions.
 
     `outputs` [O] of the item's last row, or None and the `error` that ended its
-    session's part of the stream.
+    session's part of the stream. `imputed_rows`: rows of the item in which
+    something stood in for a missing value. `fallback_rows`: those for which the
+    model's lagged inputs reached back before the session's first row.
     """
 
     session: S
     outputs: Floats | None
     error: StepstateError | None
+    imputed_rows: int = 0
+    fallback_rows: int = 0
 
     @property
     def y(self) -> Floats:

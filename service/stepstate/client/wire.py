@@ -12,7 +12,16 @@ import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 
 from stepstate.client.backlog import Sent
-from stepstate.client.values import Floats, Inspection, ModelInfo, Output, SessionInfo
+from stepstate.client.forecast import Forecast, Method, OutputForecast
+from stepstate.client.values import (
+    Accuracy,
+    Drift,
+    Floats,
+    Inspection,
+    ModelInfo,
+    Output,
+    SessionInfo,
+)
 from stepstate.errors import (
     Cancelled,
     InvalidField,
@@ -24,7 +33,7 @@ from stepstate.errors import (
     restore,
 )
 from stepstate.v1 import stepstate_pb2 as pb
-from stepstate.v1.floats import put_floats, y_of
+from stepstate.v1.floats import array_of, put_floats, y_of
 from stepstate.v1.google_rpc import ErrorInfo, Status
 
 CHANNEL_OPTIONS = (
@@ -46,6 +55,17 @@ _DURABILITY_NUMBERS = {
     "sync": pb.DURABILITY_SYNC,
 }
 _DURABILITIES = {number: name for name, number in _DURABILITY_NUMBERS.items()}
+_METHODS: dict[int, Method] = {
+    pb.FORECAST_METHOD_DIRECT: "direct",
+    pb.FORECAST_METHOD_FED_BACK: "fed back",
+    pb.FORECAST_METHOD_GIVEN: "given",
+}
+_MISSING_NUMBERS = {
+    "reject": pb.MISSING_POLICY_REJECT,
+    "impute": pb.MISSING_POLICY_IMPUTE,
+    "hold": pb.MISSING_POLICY_HOLD,
+}
+_MISSING = {number: name for name, number in _MISSING_NUMBERS.items()}
 _RESIDENCIES = {pb.RESIDENCY_RESIDENT: "resident", pb.RESIDENCY_SPILLED: "spilled"}
 _DETAILS_KEY = "grpc-status-details-bin"
 # What gRPC itself says of a connection that broke, beside UNAVAILABLE; Stepstate's own errors,
@@ -66,12 +86,24 @@ def opening(
     start_time: datetime | None,
     idle_timeout: timedelta | None,
     durability: str | None,
+    missing: str | None = None,
+    interval_level: float | None = None,
 ) -> pb.OpenSessionRequest:
-    """A request for a session. The client makes the id, so that the request can be repeated."""
+    """A request for a session. The client makes the id, so that the request can be repeated.
+
+    Raises:
+        InvalidField: durability, missing or interval_level is nothing that exists.
+    """
     request = pb.OpenSessionRequest(session_id=session_id or new_id(), model=model, version=version)
     if start_time is not None:
         aware = start_time if start_time.tzinfo else start_time.replace(tzinfo=UTC)
         request.start_time.FromDatetime(aware.astimezone(UTC))
+    if missing is not None:
+        request.missing = _number("missing", missing, _MISSING_NUMBERS)
+    if interval_level is not None:
+        if interval_level == 0:  # on the wire it would mean the model's own
+            raise InvalidField("interval_level", "is 0, expected more than 0 and less than 1")
+        request.interval_level = interval_level
     _put_wishes(request, idle_timeout, durability)
     return request
 
@@ -110,10 +142,13 @@ def _put_wishes(
     if idle_timeout is not None:
         request.idle_timeout.FromTimedelta(idle_timeout)
     if durability is not None:
-        if durability not in _DURABILITY_NUMBERS:
-            known = ", ".join(_DURABILITY_NUMBERS)
-            raise InvalidField("durability", f"is {durability!r}, expected one of {known}")
-        request.durability = _DURABILITY_NUMBERS[durability]
+        request.durability = _number("durability", durability, _DURABILITY_NUMBERS)
+
+
+def _number(field: str, name: str, numbers: dict[str, Any]) -> Any:
+    if name not in numbers:
+        raise InvalidField(field, f"is {name!r}, expected one of {', '.join(numbers)}")
+    return numbers[name]
 
 
 def step_request(session_id: str, sent: Sent) -> pb.StepRequest:
@@ -134,6 +169,40 @@ def outputs(response: pb.StepResponse, model: ModelInfo) -> Floats:
     if response.HasField("error"):
         raise from_status(response.error)
     return y_of(response).reshape(-1, model.output_width)
+
+
+def forecast(message: pb.SessionForecast) -> Forecast:
+    """A session's forecast; it is no error."""
+    levels = tuple(message.quantiles)
+    outputs = {one.name: _output_forecast(one, levels) for one in message.outputs}
+    times = None
+    if message.HasField("first_time"):
+        first = np.datetime64(message.first_time.ToDatetime(), "s")
+        count = max((len(output.values) for output in outputs.values()), default=0)
+        times = first + np.arange(count) * np.timedelta64(message.step_interval.seconds, "s")
+    return Forecast(
+        session_id=message.session_id,
+        t=message.t,
+        scenario=message.scenario,
+        levels=levels,
+        outputs=outputs,
+        times=times,
+    )
+
+
+def _output_forecast(message: pb.OutputForecast, levels: tuple[float, ...]) -> OutputForecast:
+    return OutputForecast(
+        name=message.name,
+        unit=message.unit,
+        levels=levels,
+        values=array_of(message.values).reshape(-1, max(1, len(levels))),
+        methods=tuple(_METHODS.get(method, "") for method in message.methods),
+    )
+
+
+def stand_ins(response: pb.StepResponse) -> dict[str, int]:
+    """In how many rows something stood in for what was missing."""
+    return {"imputed_rows": response.imputed_rows, "fallback_rows": response.fallback_rows}
 
 
 def inspection(response: pb.StepResponse, model: ModelInfo) -> Inspection:
@@ -167,7 +236,28 @@ def session_info(session: pb.Session) -> SessionInfo:
         residency=_RESIDENCIES.get(session.residency, ""),
         owner=session.owner,
         epoch=session.epoch,
+        missing=_MISSING.get(session.missing, ""),
+        interval_level=session.interval_level,
+        accuracy=tuple(_accuracy(one) for one in session.accuracy),
+        drift=_drift(session.drift),
     )
+
+
+def _accuracy(one: pb.Accuracy) -> Accuracy:
+    return Accuracy(
+        output=one.output,
+        horizon=one.horizon,
+        scored=one.scored,
+        mean_absolute_error=one.mean_absolute_error,
+        mean_absolute_scaled_error=one.mean_absolute_scaled_error,
+        coverage=one.coverage,
+        offset=one.offset,
+    )
+
+
+def _drift(drift: pb.Drift) -> Drift:
+    last_t = drift.last_t if drift.HasField("last_t") else None
+    return Drift(drifting=drift.drifting, alarms=drift.alarms, last_t=last_t)
 
 
 def model_info(model: pb.Model) -> ModelInfo:
@@ -181,11 +271,15 @@ def model_info(model: pb.Model) -> ModelInfo:
         hidden_size=model.cell.hidden_size,
         num_layers=model.cell.num_layers,
         inputs={column.name: column.unit for column in model.inputs},
-        outputs=tuple(Output(o.name, o.unit, tuple(o.horizons)) for o in model.outputs),
+        outputs=tuple(
+            Output(o.name, o.unit, tuple(o.horizons), tuple(o.quantiles)) for o in model.outputs
+        ),
         step_interval=model.step_interval.ToTimedelta()
         if model.HasField("step_interval")
         else None,
         needs_start_time=model.needs_start_time,
+        lag_rows=model.lag_rows,
+        tracked_horizons=tuple(model.tracked_horizons),
     )
 
 

@@ -1,6 +1,26 @@
 """The engine: arena, cells and micro-batcher. The only part that imports torch."""
 
 from stepstate.engine.engine import Engine, Observer, use_one_thread
+from stepstate.engine.forecasts import Method, Origins, Outlook, Plan
+from stepstate.engine.layout import Layout
+from stepstate.engine.tracking import Accuracy, Drift, Quality, Tally
 from stepstate.engine.work import Floats, Layers, Owner, Work
 
-__all__ = ["Engine", "Floats", "Layers", "Observer", "Owner", "Work", "use_one_thread"]
+__all__ = [
+    "Accuracy",
+    "Drift",
+    "Engine",
+    "Floats",
+    "Layers",
+    "Layout",
+    "Method",
+    "Observer",
+    "Origins",
+    "Outlook",
+    "Owner",
+    "Plan",
+    "Quality",
+    "Tally",
+    "Work",
+    "use_one_thread",
+]

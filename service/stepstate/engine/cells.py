@@ -30,6 +30,8 @@ class Cell(Protocol):
     """A stacked recurrent network."""
 
     state_width: int
+    output: slice
+    """Where in a state the top layer's h is."""
 
     def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """Applies one row to each of B states.
@@ -89,6 +91,7 @@ class LstmCell:
         self._hidden = spec.hidden_size
         self._sizes = [spec.output_size] * len(layers) + [spec.hidden_size] * len(layers)
         self.state_width = sum(self._sizes)
+        self.output = _top(spec)
 
     @staticmethod
     def _layer_gates(tensors: dict[str, Tensor], layer: int) -> Product:
@@ -138,6 +141,7 @@ class GruCell:
         self._from_h = [_product(tensors, "hh", layer) for layer in layers]
         self._hidden = spec.hidden_size
         self.state_width = spec.num_layers * spec.hidden_size
+        self.output = _top(spec)
 
     def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """See `Cell.step`; traces r, z, n and h."""
@@ -179,6 +183,7 @@ class RnnCell:
         self._activate = torch.tanh_ if tanh else torch.relu_
         self._hidden = spec.hidden_size
         self.state_width = spec.num_layers * spec.hidden_size
+        self.output = _top(spec)
 
     def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """See `Cell.step`; traces h."""
@@ -194,6 +199,12 @@ class RnnCell:
         """See `Cell.sequence`; torch.nn.RNN's kernel."""
         h, last = self._module(x, _stack(state.split(self._hidden, dim=1)))
         return h, torch.cat(tuple(last), dim=1)
+
+
+def _top(spec: CellSpec) -> slice:
+    """The top layer's h in a state: the h of all layers come first, the lowest layer's before."""
+    last = spec.num_layers * spec.output_size
+    return slice(last - spec.output_size, last)
 
 
 def _product(tensors: dict[str, Tensor], part: str, layer: int) -> Product:

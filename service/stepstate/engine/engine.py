@@ -29,12 +29,25 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepstate.engine.arena import Arena
+from stepstate.engine.forecasts import Origins, Outlook, Plan, Rollout
+from stepstate.engine.intervals import quantiles_of
 from stepstate.engine.jobs import Job
-from stepstate.engine.network import Network
+from stepstate.engine.layout import Layout
+from stepstate.engine.network import Network, Past
+from stepstate.engine.standins import StandIns
+from stepstate.engine.tracking import Quality, Tally, Tracker
 from stepstate.engine.work import Floats, Owner, Work
 from stepstate.models import Model, Timeline
 
 W = TypeVar("W", bound=Work)
+
+
+ROUNDS_TO_A_CHUNK = 4
+"""Rounds of the loop; one without work takes some ten microseconds."""
+FILLED_AT_ONCE = 8
+"""Missing rows go one by one, each with its own stand-ins: as many take about a millisecond."""
+MOST_PLANS = 256
+"""Horizons whose plans are kept: most clients ask for one, again and again."""
 
 
 class Observer(Protocol):
@@ -69,8 +82,19 @@ class Engine(Generic[W]):
         batch_rows: int,
         chunk_rows: int,
     ) -> None:
+        manifest = self._manifest = model.manifest
+        self._plans: dict[int, Plan] = {}
         self._network = Network(model, timeline)
-        self._arena = Arena(capacity, self._network.state_width)
+        self._stand_ins = StandIns(manifest, self._network)
+        self._tracker = Tracker(manifest, manifest.tracking) if manifest.tracking else None
+        self.layout = Layout(
+            cell=self._network.state_width,
+            history=manifest.history_rows,
+            inputs=manifest.input_width,
+            tracked=self._tracker.width if self._tracker else 0,
+        )
+        self.tally = self._tracker.tally() if self._tracker else Tally()
+        self._arena = Arena(capacity, self.layout, self.blank())
         self._phases = timeline.phases
         self._owner = owner
         self._observer = observer
@@ -79,6 +103,7 @@ class Engine(Generic[W]):
         self._queue: deque[W] = deque()
         self._jobs: deque[Job[W]] = deque()
         self._awake = False
+        self._rounds = 0
         self._seen = 1  # singles queued when a turn was last due
 
     @property
@@ -99,10 +124,17 @@ class Engine(Generic[W]):
         """Gives back a slot that no queued work uses."""
         self._arena.release(slot)
 
-    @property
-    def state_width(self) -> int:
-        """R, the values of one state."""
-        return self._network.state_width
+    def blank(self, level: float | None = None) -> Floats:
+        """The state [R] of a session without rows; `level` of its intervals, if not the model's."""
+        tracked = self._tracker.blank(level) if self._tracker else np.zeros(0, np.float32)
+        return self.layout.blank(tracked)
+
+    def quality(self, slot: int, t: int) -> Quality | None:
+        """What is tracked of the forecasts of the session in a slot, at t."""
+        if self._tracker is None:
+            return None
+        part = self._parts(self._arena.read(np.array([slot])))[0]
+        return self._tracker.quality(part, t)
 
     def read_states(self, slots: NDArray[np.int64]) -> Floats:
         """Copies of the states [B, R] in slots [B].
@@ -115,13 +147,54 @@ class Engine(Generic[W]):
         """Puts a saved state [R] into a slot that no queued work uses."""
         self._arena.write(slot, state)
 
+    def plan(self, horizon: int, given: NDArray[np.bool_]) -> Plan:
+        """How to forecast K horizons; `given` [P, D]: what a scenario gives of the rows to come.
+
+        Raises:
+            ForecastImpossible: the model can't.
+        """
+        if len(given):
+            return Plan(self._manifest, horizon, given)
+        plan = self._plans.get(horizon)
+        if plan is None:
+            plan = Plan(self._manifest, horizon, given)
+            if len(self._plans) < MOST_PLANS:
+                self._plans[horizon] = plan
+        return plan
+
+    async def forecast(self, origins: Origins, plan: Plan, scenario: Floats) -> Sequence[Outlook]:
+        """Forecasts from copies of states, in pieces between the turns.
+
+        Args:
+            origins: B states, and where they stand.
+            plan: how far to look.
+            scenario: the rows to come [B, P, D]; NaN where the model's own forecast is meant.
+        """
+        rollout = Rollout(plan, self._network, self.layout, origins, scenario)
+        for _ in rollout.run(self._chunk_rows):
+            await asyncio.sleep(0)
+        return rollout.outlooks
+
+    def quantiles(self, outlook: Outlook, levels: Sequence[float], states: Floats) -> Floats:
+        """The quantiles [B, K, Q] of forecasts from states [B, R]; NaN where none is known."""
+        return quantiles_of(outlook, levels, self._tracker, self._parts(states))
+
+    def interval_level(self, state: Floats) -> float | None:
+        """The share of truths that a session's intervals are to cover; None: it tracks none."""
+        if self._tracker is None:
+            return None
+        return self._tracker.level(self._parts(state[None])[0])
+
+    def _parts(self, states: Floats) -> Floats:
+        return states[:, self.layout.tracked_from :]
+
     def submit(self, work: W) -> None:
         """Queues work for the next turn."""
         work.queued_at = time.perf_counter()
         if work.single:
             self._queue.append(work)
         else:
-            self._jobs.append(Job(work, self._phases))
+            self._jobs.append(Job(work, self._phases, self.layout, self._tracker))
         if not self._awake:
             self._awake = True
             asyncio.get_running_loop().call_soon(self._turn)
@@ -134,13 +207,22 @@ class Engine(Generic[W]):
             with torch.inference_mode():
                 if batch := self._take():
                     self._step(batch)
-                if self._jobs:
+                if self._jobs and self._rested():
                     self._advance()
         finally:  # whatever an owner raises, the next turn comes
             if self._queue or self._jobs:
                 asyncio.get_running_loop().call_soon(self._turn)
             else:
                 self._awake = False
+
+    def _rested(self) -> bool:
+        """Whether the loop went round often enough since the last chunk.
+
+        A step on a stream takes about ten rounds from its arrival to its reply; with a
+        chunk in each of them it would wait for ten chunks.
+        """
+        self._rounds = (self._rounds or ROUNDS_TO_A_CHUNK) - 1
+        return self._rounds == ROUNDS_TO_A_CHUNK - 1
 
     def _still_arriving(self) -> bool:
         """Whether the loop's last round brought more singles, and the batch has room for others.
@@ -168,7 +250,7 @@ class Engine(Generic[W]):
         started = time.perf_counter()
         try:
             rows = np.array([work.x for work in batch], np.float32)
-            y = self._forward(batch, torch.from_numpy(rows))
+            y = self._forward(batch, rows)
         except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
             self._fail(batch, error)
             return
@@ -179,18 +261,51 @@ class Engine(Generic[W]):
         else:
             self._settle_some(batch, rows, y)
 
-    def _forward(self, batch: list[W], x: Tensor) -> Tensor:
-        """Steps the batch; y's row is NaN where the state was not changed."""
-        slots = torch.from_numpy(np.array([work.slot for work in batch]))
+    def _forward(self, batch: list[W], rows: Floats) -> Tensor:
+        """Steps the batch with raw rows [B, D]; y's row is NaN where the state was not changed."""
+        slots = np.array([work.slot for work in batch])
+        at = np.array([work.at for work in batch])
         phase = torch.from_numpy(np.array([work.phase for work in batch]))
-        y, states = self._network.step(x, phase, self._arena.gather(slots))
-        if _finite(y, states):
-            self._arena.scatter(slots, states)
-            return y
-        good = y.isfinite().all(dim=1) & states.isfinite().all(dim=1)
-        self._arena.scatter(slots[good], states[good])
-        y[~good] = math.nan
+        states = torch.from_numpy(self._arena.gather(slots))
+        past = None
+        missing = any(work.missing_rows for work in batch)
+        if missing or self._network.lagged:
+            past = Past(torch.from_numpy(self._arena.past(slots, at)), torch.from_numpy(at))
+        x = torch.from_numpy(rows)
+        if missing and past is not None:
+            impute = torch.tensor([work.impute for work in batch])
+            x = self._stand_ins.filled(x, phase, states, past, impute=impute)
+        y, states = self._network.step(x, phase, states, past)
+        applied, told, after = x.numpy(), y.numpy(), states.numpy()
+        if not _finite(y, states):
+            fine = (y.isfinite().all(dim=1) & states.isfinite().all(dim=1)).numpy()
+            told[~fine] = math.nan
+            slots, at, rows = slots[fine], at[fine], rows[fine]
+            applied, told, after = applied[fine], told[fine], after[fine]
+        if self._tracker is not None:
+            self._track(self._tracker, slots, at, rows, told)
+        self._arena.scatter(slots, after)
+        self._arena.append(slots, at, applied)
         return y
+
+    def _track(
+        self,
+        tracker: Tracker,
+        slots: NDArray[np.int64],
+        at: NDArray[np.int64],
+        rows: Floats,
+        y: Floats,
+    ) -> None:
+        """Scores rows [B, D], as they came, and keeps what their outputs y [B, O] say ahead."""
+        bases = slots * self.layout.width + self.layout.tracked_from
+        tracker.observe_rows(
+            self._arena.values,
+            zip(bases.tolist(), at.tolist(), strict=True),
+            x=rows,
+            before=self._arena.past_row(slots, at - tracker.season),
+            y=y,
+            tally=self.tally,
+        )
 
     def _settle_some(self, batch: list[W], x: np.ndarray, y: Tensor) -> None:
         good = y.isfinite().all(dim=1).numpy()
@@ -208,6 +323,10 @@ class Engine(Generic[W]):
             return
         try:
             self._run_chunk(jobs)
+            for _ in range(FILLED_AT_ONCE - 1):
+                if not all(job.goes_on_missing for job in jobs):
+                    break
+                self._run_chunk(jobs)
         except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
             self._fail([job.work for job in jobs], error)
             return
@@ -217,6 +336,7 @@ class Engine(Generic[W]):
             elif job.left:
                 self._jobs.append(job)
             else:
+                self.tally.add(job.tally)
                 self._owner.finished(job.work, *job.results())
 
     def _take_jobs(self) -> list[Job[W]]:
@@ -235,23 +355,34 @@ class Engine(Generic[W]):
     def _run_chunk(self, jobs: list[Job[W]]) -> None:
         for job in jobs:
             if job.state is None:
-                job.state = self._arena.gather(torch.tensor([job.work.slot]))[0]
-        rows = min(max(1, self._chunk_rows // len(jobs)), *(job.left for job in jobs))
-        x = torch.stack([job.x[job.done : job.done + rows] for job in jobs])
+                job.state = self._arena.read(np.array([job.work.slot]))[0]
+        rows = min(max(1, self._chunk_rows // len(jobs)), *(max(1, job.whole) for job in jobs))
+        inspect = jobs[0].work.inspect
+        if inspect:
+            rows = 1
+        x = torch.from_numpy(np.stack([job.x[job.done : job.done + rows] for job in jobs]))
         phase = torch.stack([job.phases(rows) for job in jobs])
-        states = torch.stack([job.state for job in jobs if job.state is not None])
-        if jobs[0].work.inspect:
-            rows, x, phase = 1, x[:, 0], phase[:, 0]
-            trace: list[dict[str, Tensor]] = []
-            y, states = self._network.step(x, phase, states, trace)
+        states = torch.from_numpy(np.stack([job.cell for job in jobs]))
+        past = self._past_of(jobs)
+        if past is not None and rows == 1 and any(job.work.missing_rows for job in jobs):
+            impute = torch.tensor([job.work.impute for job in jobs])
+            x = self._stand_ins.filled(x[:, 0], phase[:, 0], states, past, impute=impute)[:, None]
+        trace: list[dict[str, Tensor]] = []
+        if inspect:
+            y, states = self._network.step(x[:, 0], phase[:, 0], states, past, trace)
             y = y[:, None]
         else:
-            trace = []
-            y, states = self._network.sequence(x, phase, states)
+            y, states = self._network.sequence(x, phase, states, past)
         for place, job in enumerate(jobs):
-            job.take(rows, y[place], states[place], trace, place)
-            if not job.left and not job.overflowed:
-                self._arena.scatter(torch.tensor([job.work.slot]), states[place : place + 1])
+            job.take(x[place].numpy(), y[place].numpy(), states[place].numpy(), trace, place)
+            if not job.left and not job.overflowed and job.state is not None:
+                self._arena.write(job.work.slot, job.state)
+
+    def _past_of(self, jobs: list[Job[W]]) -> Past | None:
+        if not self._network.lagged and not any(job.work.missing_rows for job in jobs):
+            return None
+        rows = torch.from_numpy(np.stack([job.past for job in jobs]))
+        return Past(rows, torch.tensor([job.at for job in jobs]))
 
     def _fail(self, works: list[W], error: Exception) -> None:
         for work in works:

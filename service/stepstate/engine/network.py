@@ -1,22 +1,35 @@
-"""From raw x to raw y: scaling and calendar, the cell, the linear head.
+"""From raw x to raw y: scaling, calendar and lagged inputs, the cell, the linear head.
 
-B rows, T rows in a row, D inputs, O outputs, F the network's input width, R
-the state's width.
+B rows of different sessions, T rows in a row, D inputs, O outputs, N past rows,
+Rc the width of the cell's state.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from stepstate.engine.cells import Trace, build_cell
+from stepstate.engine.lags import LaggedInputs, fill_unknown
 from stepstate.models import Manifest, Model, Timeline
 
 
+@dataclass(frozen=True, slots=True)
+class Past:
+    """What sessions stand on: their past rows [B, N, D], raw, the oldest first, and their t [B]."""
+
+    rows: Tensor
+    at: Tensor
+
+
 class Network:
-    """A model as a pure function: (x, phase, state) -> (y, state')."""
+    """A model as a pure function: (x, phase, state, past rows) -> (y, state').
+
+    Methods that take a `past` need it where `lagged` is true; else it may be None.
+    """
 
     def __init__(self, model: Model, timeline: Timeline) -> None:
         manifest = model.manifest
@@ -27,6 +40,7 @@ class Network:
         self._levels = torch.from_numpy(timeline.levels)
         self._calendar = torch.from_numpy(timeline.calendar)
         self._bases = torch.from_numpy(timeline.bases)
+        self._phases = timeline.phases
         self._timed = manifest.needs_time
         self._inverse_scale = 1 / torch.tensor([i.scale for i in manifest.inputs])
         self._plain = not self._timed and all(i.scale == 1 and i.mean == 0 for i in manifest.inputs)
@@ -34,67 +48,151 @@ class Network:
         # be applied would depend on its batch. Such rows are made NaN, and so refused.
         weights = tensors["cell.weight_ih_l0"].double().abs().sum(dim=1).max().item()
         self._largest = 1e38 / max(1.0, weights)
+        self._into_cell = LaggedInputs(manifest, "cell")
+        self._into_head = LaggedInputs(manifest, "head")
+        self._from_first = manifest.fallback == "first"
         # y's scaling is folded into the head, and so is its level where that is constant.
         scale = _output_scale(manifest)
-        self._head = (tensors["head.weight"] * scale[:, None]).t().contiguous()
+        self._head = _head_weights(tensors, scale)
         self._head_bias = tensors["head.bias"] * scale
         if not self._timed:
             self._head_bias = self._head_bias + self._bases[0]
 
     @property
     def state_width(self) -> int:
-        """R."""
+        """Rc."""
         return self._cell.state_width
 
+    @property
+    def phases(self) -> int:
+        """After so many rows the calendar repeats."""
+        return self._phases
+
+    @property
+    def lagged(self) -> bool:
+        """Whether it has lagged inputs."""
+        return bool(self._into_cell or self._into_head)
+
     def step(
-        self, x: Tensor, phase: Tensor, state: Tensor, trace: Trace | None = None
+        self,
+        x: Tensor,
+        phase: Tensor,
+        state: Tensor,
+        past: Past | None = None,
+        trace: Trace | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Applies one raw row to each of B states.
 
         Args:
             x: [B, D], raw units.
             phase: [B], the phases of the rows.
-            state: [B, R].
+            state: [B, Rc].
+            past: the rows before.
             trace: if given, filled with what every layer computed.
 
         Returns:
-            y [B, O] in raw units, and the new states [B, R].
+            y [B, O] in raw units, and the new states [B, Rc].
         """
-        h, state = self._cell.step(self._network_input(x, phase), state, trace)
-        y = torch.addmm(self._head_bias, h, self._head)
-        if self._timed:
-            y += self._bases.index_select(0, phase)
-        return y, state
+        seen = self._scaled(x, phase)
+        inputs = self._with_calendar(seen, phase)
+        features = None
+        if past is not None and self.lagged:
+            window = self._window(past, phase, seen[:, None])
+            inputs, features = self._with_lags(inputs[:, None], window)
+            inputs, features = inputs[:, 0], None if features is None else features[:, 0]
+        h, state = self._cell.step(inputs, state, trace)
+        return self._outputs(h, phase, features), state
 
-    def sequence(self, x: Tensor, phase: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+    def sequence(
+        self, x: Tensor, phase: Tensor, state: Tensor, past: Past | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Applies T raw rows to each of B states.
 
         Args:
             x: [B, T, D], raw units.
             phase: [B, T].
-            state: [B, R].
+            state: [B, Rc].
+            past: the rows before.
 
         Returns:
-            y [B, T, O] in raw units, and the new states [B, R].
+            y [B, T, O] in raw units, and the new states [B, Rc].
         """
         batch, rows, width = x.shape
         flat = phase.flatten()
-        scaled = self._network_input(x.reshape(batch * rows, width), flat)
-        h, state = self._cell.sequence(scaled.view(batch, rows, -1), state)
-        y = torch.addmm(self._head_bias, h.reshape(batch * rows, -1), self._head)
-        if self._timed:
-            y += self._bases.index_select(0, flat)
+        seen = self._scaled(x.reshape(batch * rows, width), flat)
+        inputs = self._with_calendar(seen, flat).view(batch, rows, -1)
+        features = None
+        if past is not None and self.lagged:
+            window = self._window(past, phase[:, 0], seen.view(batch, rows, width))
+            inputs, features = self._with_lags(inputs, window)
+        h, state = self._cell.sequence(inputs, state)
+        if features is not None:
+            features = features.reshape(batch * rows, -1)
+        y = self._outputs(h.reshape(batch * rows, -1), flat, features)
         return y.view(batch, rows, -1), state
 
-    def _network_input(self, x: Tensor, phase: Tensor) -> Tensor:
-        x = self._scaled(x, phase)
-        if x.abs().max().item() > self._largest:
-            x = x.masked_fill(x.abs() > self._largest, math.nan)
+    def read(self, phase: Tensor, state: Tensor, past: Past | None = None) -> Tensor:
+        """The outputs [B, O] of the last row of B states, once more.
+
+        Args:
+            phase: [B], the phases of the rows to come.
+            state: [B, Rc].
+            past: the rows before.
+        """
+        last = (phase - 1).remainder_(self._phases)
+        features = None
+        if past is not None and self._into_head:
+            features = self._into_head.of(self._window(past, phase), 1)[:, 0]
+        return self._outputs(state[:, self._cell.output], last, features)
+
+    def _outputs(self, h: Tensor, phase: Tensor, features: Tensor | None) -> Tensor:
+        """y [B, O] of the top layer's h [B, P] and the head's lagged inputs [B, n]."""
+        if features is not None:
+            h = torch.cat((h, features), dim=1)
+        y = torch.addmm(self._head_bias, h, self._head)
+        if self._timed:
+            y += self._bases.index_select(0, phase)
+        return y
+
+    def _with_calendar(self, seen: Tensor, phase: Tensor) -> Tensor:
         if not self._timed:
-            return x
-        return torch.cat((x, self._calendar.index_select(0, phase)), dim=1)
+            return seen
+        return torch.cat((seen, self._calendar.index_select(0, phase)), dim=1)
+
+    def _with_lags(self, inputs: Tensor, window: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The cell's inputs [B, T, F] and the head's features [B, T, n]."""
+        rows = inputs.shape[1]
+        if self._into_cell:
+            inputs = torch.cat((inputs, self._into_cell.of(window, rows)), dim=2)
+        return inputs, self._into_head.of(window, rows) if self._into_head else None
+
+    def _window(self, past: Past, phase: Tensor, seen: Tensor | None = None) -> Tensor:
+        """Past rows, and those being applied, [B, N + T, D] as the network sees them, without gaps.
+
+        Args:
+            past: the rows before.
+            phase: [B], of the row after them.
+            seen: the rows being applied [B, T, D], scaled; None: none are.
+        """
+        window = self._seen_past(past, phase)
+        if seen is not None:
+            window = torch.cat((window, seen), dim=1)
+        first = past.rows.shape[1] - past.at if self._from_first else None
+        return fill_unknown(window, first)
+
+    def _seen_past(self, past: Past, phase: Tensor) -> Tensor:
+        batch, length, width = past.rows.shape
+        phases = (phase[:, None] + torch.arange(-length, 0)).remainder_(self._phases)
+        seen = self._level_free(past.rows.reshape(batch * length, width), phases.flatten())
+        return seen.view(batch, length, width)
 
     def _scaled(self, x: Tensor, phase: Tensor) -> Tensor:
+        x = self._level_free(x, phase)
+        if x.abs().max().item() > self._largest:
+            x = x.masked_fill(x.abs() > self._largest, math.nan)
+        return x
+
+    def _level_free(self, x: Tensor, phase: Tensor) -> Tensor:
         if self._plain:
             return x
         levels = self._levels.index_select(0, phase) if self._timed else self._levels
@@ -102,5 +200,13 @@ class Network:
 
 
 def _output_scale(manifest: Manifest) -> Tensor:
-    scales = [output.scale for output in manifest.outputs for _ in output.horizons]
+    scales = [output.scale for output in manifest.outputs for _ in range(output.width)]
     return torch.tensor(scales, dtype=torch.float32)
+
+
+def _head_weights(tensors: dict[str, Tensor], scale: Tensor) -> Tensor:
+    """The head's weights [P + n, O], for h and the lagged inputs side by side."""
+    weight = tensors["head.weight"]
+    if "head.lags" in tensors:
+        weight = torch.cat((weight, tensors["head.lags"]), dim=1)
+    return (weight * scale[:, None]).t().contiguous()

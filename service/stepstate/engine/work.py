@@ -23,14 +23,20 @@ class Work:
     """
 
     x: Sequence[float] | Floats
-    """Row-major [T, D], raw units, finite."""
+    """Row-major [T, D], raw units; finite, or NaN where something is missing."""
     rows: int
     """T."""
     inspect: bool
     """Also keep what every layer computed."""
     last_only: bool
     """Only the last row's outputs are wanted."""
+    missing_rows: int = field(init=False, default=0)
+    """Rows that hold NaN: something is to stand in for what is missing."""
+    impute: bool = field(init=False, default=False)
+    """The model's own forecast, where it has one; else the value of the row before."""
     slot: int = field(init=False, default=0)
+    at: int = field(init=False, default=0)
+    """Rows applied to the slot's state before it."""
     phase: int = field(init=False, default=0)
     """Phase of the first row in the model's timeline."""
     queued_at: float = field(init=False, default=0.0)

@@ -2,16 +2,32 @@
 
 from stepstate.models.catalog import Catalog, load_catalog
 from stepstate.models.files import Model, load_model, write_model
-from stepstate.models.manifest import CellKind, CellSpec, Manifest
+from stepstate.models.manifest import (
+    CellKind,
+    CellSpec,
+    DriftSpec,
+    Lag,
+    LaggedInput,
+    Manifest,
+    Output,
+    Rolling,
+    Tracking,
+)
 from stepstate.models.timeline import Timeline, build_timeline
 
 __all__ = [
     "Catalog",
     "CellKind",
     "CellSpec",
+    "DriftSpec",
+    "Lag",
+    "LaggedInput",
     "Manifest",
     "Model",
+    "Output",
+    "Rolling",
     "Timeline",
+    "Tracking",
     "build_timeline",
     "load_catalog",
     "load_model",

@@ -49,7 +49,8 @@ def write_model(folder: Path, manifest: Mapping[str, object], tensors: Tensors) 
         folder: made if missing; must end in <name>/<version> to be served.
         manifest: the keys of `manifest.json` without the fingerprint.
         tensors: float32, the cell's named as in torch.nn with the prefix
-            "cell.", "head.weight" [O, H], "head.bias" [O], and the profiles.
+            "cell.", "head.weight" [O, H], "head.bias" [O], "head.lags" [O, n] where
+            the head takes n lagged inputs, and the profiles.
 
     Raises:
         ModelInvalid: the manifest or a tensor would not load.

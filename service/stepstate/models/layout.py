@@ -13,6 +13,8 @@ def tensor_shapes(manifest: Manifest) -> dict[str, tuple[int, ...]]:
     shapes = cell_shapes(manifest.cell, manifest.network_width)
     shapes["head.weight"] = (manifest.output_width, manifest.cell.output_size)
     shapes["head.bias"] = (manifest.output_width,)
+    if manifest.head_lags:
+        shapes["head.lags"] = (manifest.output_width, manifest.head_lags)
     for name, profile in manifest.profiles.items():
         shapes[name] = (profile.period_steps,)
     return shapes

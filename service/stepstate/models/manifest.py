@@ -2,16 +2,22 @@
 
 A manifest is the file `manifest.json` beside the weights. It fixes the cell,
 the columns of x and y with their units and scaling, and what the server
-computes from time: calendar inputs and seasonal profiles.
+computes itself: calendar inputs and seasonal profiles from the time, lagged
+inputs from past rows. It also says what is tracked of the forecasts.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterator
 from datetime import UTC, datetime
+from itertools import pairwise
 from typing import Annotated, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+MOST_LAG = 100_000
+"""Rows that a session keeps: 400 KB a column, as much as many thousands of hidden units."""
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,17}$")]
@@ -36,9 +42,22 @@ def _all_different(values: tuple[int, ...]) -> tuple[int, ...]:
     return values
 
 
+def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
+    if any(low >= high for low, high in pairwise(values)):
+        raise ValueError("must rise from one level to the next")
+    return values
+
+
 Scale = Annotated[Number, AfterValidator(_not_zero)]
 Horizons = Annotated[
     tuple[Whole, ...],
+    Field(min_length=1),
+    AfterValidator(_all_different),
+]
+Level = Annotated[float, Field(strict=True, gt=0.0, lt=1.0)]
+Quantiles = Annotated[tuple[Level, ...], AfterValidator(_rising)]
+Lags = Annotated[
+    tuple[Annotated[int, Field(ge=0, le=MOST_LAG, strict=True)], ...],
     Field(min_length=1),
     AfterValidator(_all_different),
 ]
@@ -92,7 +111,10 @@ class Input(_Part):
 
 
 class Output(_Part):
-    """A column of y for each horizon h: network * scale + mean + profile[phase(t + h)]."""
+    """A column of y for each horizon h: network * scale + mean + profile[phase(t + h)].
+
+    With `quantiles` there is one for each horizon and each quantile level.
+    """
 
     name: Name
     unit: str = ""
@@ -101,6 +123,35 @@ class Output(_Part):
     profile: str | None = None
     horizons: Horizons = (0,)
     """In steps; 0 is the row itself."""
+    quantiles: Quantiles = ()
+    """Levels, rising; 0.5, the forecast itself, is one of them. Empty: one column a horizon."""
+
+    @property
+    def columns(self) -> int:
+        """Columns at each horizon."""
+        return len(self.quantiles) or 1
+
+    @property
+    def median(self) -> int:
+        """Which of them is the forecast itself."""
+        return self.quantiles.index(0.5) if self.quantiles else 0
+
+    @property
+    def width(self) -> int:
+        """Columns of y."""
+        return len(self.horizons) * self.columns
+
+    def column(self, horizon: int) -> int:
+        """Where the columns of one of its horizons begin, among its own."""
+        return self.horizons.index(horizon) * self.columns
+
+    @model_validator(mode="after")
+    def _has_median(self) -> Self:
+        if self.quantiles and not self.quantiles[0] < 0.5 < self.quantiles[-1]:
+            raise ValueError("quantiles: need levels on either side of 0.5")
+        if self.quantiles and 0.5 not in self.quantiles:
+            raise ValueError("quantiles: 0.5 is missing; its column is the forecast itself")
+        return self
 
 
 class Fourier(_Part):
@@ -135,6 +186,86 @@ class DayOfWeek(_Part):
 Calendar = Annotated[Fourier | DayOfWeek, Field(discriminator="kind")]
 
 
+class Lag(_Part):
+    """Lagged inputs: a column of x as the network saw it so many rows ago, one for each lag.
+
+    0 is the row itself. `into` says what takes them: the cell, as further inputs
+    after the calendar, or the head, as further features beside h (tensor
+    `head.lags`).
+    """
+
+    kind: Literal["lag"]
+    input: str
+    steps: Lags
+    into: Literal["cell", "head"] = "cell"
+
+    @property
+    def width(self) -> int:
+        """Columns that it adds."""
+        return len(self.steps)
+
+    @property
+    def reach(self) -> int:
+        """How many rows before the present one it needs."""
+        return max(self.steps)
+
+
+class Rolling(_Part):
+    """A lagged input: a statistic of a column, as the network saw it, over the last rows.
+
+    `steps` rows, the present one among them.
+    """
+
+    kind: Literal["rolling"]
+    input: str
+    steps: Annotated[int, Field(ge=2, le=MOST_LAG, strict=True)]
+    statistic: Literal["mean", "min", "max"]
+    into: Literal["cell", "head"] = "cell"
+
+    @property
+    def width(self) -> int:
+        """Columns that it adds."""
+        return 1
+
+    @property
+    def reach(self) -> int:
+        """How many rows before the present one it needs."""
+        return self.steps - 1
+
+
+LaggedInput = Annotated[Lag | Rolling, Field(discriminator="kind")]
+
+
+class DriftSpec(_Part):
+    """The Page-Hinkley test on the scaled error at the first tracked horizon.
+
+    An alarm comes when the errors' running sum of (error - mean - delta) has
+    risen by more than `threshold` above its least value, after `min_rows` at
+    the earliest; then the test begins anew. `forget` fades the sum.
+    """
+
+    delta: Number = 0.005
+    threshold: Annotated[float, Field(strict=True, gt=0.0)] = 50.0
+    min_rows: Positive = 30
+    forget: Annotated[float, Field(strict=True, gt=0.0, le=1.0)] = 0.9999
+
+
+class Tracking(_Part):
+    """What is tracked of the forecasts of every output that has an input's name.
+
+    At each of `horizons`: the error, and an interval that is to cover a share
+    `level` of the truths. `rate` is how fast it adapts (eta in Gibbs and
+    Candes 2021). Errors are scaled by those of the seasonal naive forecast,
+    `season_steps` rows back; 1 is the plain one.
+    """
+
+    horizons: Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_all_different)]
+    level: Level = 0.9
+    rate: Annotated[float, Field(strict=True, gt=0.0, lt=1.0)] = 0.05
+    season_steps: Annotated[int, Field(ge=1, le=MOST_LAG, strict=True)] = 1
+    drift: DriftSpec = DriftSpec()
+
+
 class Profile(_Part):
     """A seasonal profile: value k is for the time origin + k * step interval, modulo period."""
 
@@ -154,7 +285,12 @@ class Manifest(_Part):
     inputs: Annotated[tuple[Input, ...], Field(min_length=1)]
     calendar: tuple[Calendar, ...] = ()
     profiles: dict[Name, Profile] = {}
+    lags: tuple[LaggedInput, ...] = ()
+    fallback: Literal["level", "first"] = "level"
+    """What lagged inputs are before a session's first row: as if every row had been at its column's
+    level (mean and profile), or as its first row."""
     outputs: Annotated[tuple[Output, ...], Field(min_length=1)]
+    tracking: Tracking | None = None
     fingerprint: str = ""
 
     @property
@@ -164,13 +300,47 @@ class Manifest(_Part):
 
     @property
     def network_width(self) -> int:
-        """Columns of the network's input: those of x, then the calendar."""
-        return self.input_width + sum(part.width for part in self.calendar)
+        """Columns of the cell's input: those of x, the calendar, then the lagged inputs."""
+        return (
+            self.input_width
+            + sum(part.width for part in self.calendar)
+            + sum(part.width for part in self.lags if part.into == "cell")
+        )
+
+    @property
+    def head_lags(self) -> int:
+        """Lagged inputs that the head takes."""
+        return sum(part.width for part in self.lags if part.into == "head")
+
+    @property
+    def lag_rows(self) -> int:
+        """How many rows before the present one the lagged inputs need."""
+        return max((part.reach for part in self.lags), default=0)
+
+    @property
+    def history_rows(self) -> int:
+        """Past rows that a session keeps: for the lagged inputs, the naive forecast, and to hold.
+
+        One more than the longest lag: a forecast looks back from the last row.
+        """
+        season = self.tracking.season_steps if self.tracking else 1
+        return max(self.lag_rows + 1, season)
 
     @property
     def output_width(self) -> int:
         """O, the columns of y."""
-        return sum(len(output.horizons) for output in self.outputs)
+        return sum(output.width for output in self.outputs)
+
+    def placed_outputs(self) -> Iterator[tuple[Output, int, int | None]]:
+        """Each output, the first of its columns of y, and the input whose name it has, if any.
+
+        Such an output forecasts that input: its truth arrives with later rows.
+        """
+        names = [column.name for column in self.inputs]
+        first = 0
+        for output in self.outputs:
+            yield output, first, names.index(output.name) if output.name in names else None
+            first += output.width
 
     @property
     def needs_time(self) -> bool:
@@ -186,6 +356,24 @@ class Manifest(_Part):
         for column in columns:
             if column.profile is not None and column.profile not in self.profiles:
                 raise ValueError(f"{column.name}.profile: {column.profile!r} is not in profiles")
+        names = [column.name for column in self.inputs]
+        for place, lagged in enumerate(self.lags):
+            if lagged.input not in names:
+                raise ValueError(f"lags.{place}.input: {lagged.input!r} is not an input")
+        self._check_tracking()
         if self.needs_time and self.step_interval_seconds is None:
             raise ValueError("step_interval_seconds: needed by calendar inputs and profiles")
         return self
+
+    def _check_tracking(self) -> None:
+        if self.tracking is None:
+            return
+        tracked = [output for output, _, fed in self.placed_outputs() if fed is not None]
+        if not tracked:
+            raise ValueError("tracking: no output has the name of an input, so no truth ever comes")
+        for output in tracked:
+            missing = set(self.tracking.horizons) - set(output.horizons)
+            if missing:
+                raise ValueError(
+                    f"tracking.horizons: {output.name} has no horizon {sorted(missing)}"
+                )

@@ -73,6 +73,7 @@ def build_timeline(model: Model) -> Timeline:
         _profile(model, output.profile, steps + horizon, interval) + output.mean
         for output in manifest.outputs
         for horizon in output.horizons
+        for _ in range(output.columns)
     ]
     return Timeline(interval, *(_table(phases, part) for part in (levels, calendar, bases)))
 

@@ -1,5 +1,11 @@
 """Sessions: who is open, where each stands, and in which order steps are applied."""
 
+from stepstate.sessions.forecaster import (
+    OutputForecast,
+    Scenario,
+    SessionForecast,
+    Wish,
+)
 from stepstate.sessions.lane import Lane, LaneObserver
 from stepstate.sessions.opening import ID_LENGTH, Copying, Limits, Opening, check_id, new_id
 from stepstate.sessions.residency import ResidencyObserver
@@ -15,13 +21,17 @@ __all__ = [
     "LaneObserver",
     "Limits",
     "Opening",
+    "OutputForecast",
     "ReplyTo",
     "ResidencyObserver",
+    "Scenario",
     "Session",
+    "SessionForecast",
     "Sessions",
     "Standing",
     "Step",
     "Table",
+    "Wish",
     "check_id",
     "new_id",
 ]

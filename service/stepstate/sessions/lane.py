@@ -17,10 +17,12 @@ from typing import Protocol
 
 import numpy as np
 
-from stepstate.engine import Engine, Floats, Layers, Observer
+from stepstate.engine import Engine, Floats, Layers, Observer, Tally
 from stepstate.errors import (
     Internal,
+    InvalidField,
     NonFiniteResult,
+    SnapshotCorrupt,
     StepAhead,
     StepMismatch,
     StepTooOld,
@@ -29,7 +31,7 @@ from stepstate.errors import (
 )
 from stepstate.models import Model, build_timeline
 from stepstate.sessions.session import Step
-from stepstate.sessions.snapshot import Snapshot
+from stepstate.sessions.snapshot import Snapshot, extended
 from stepstate.sessions.table import Table
 from stepstate.sessions.window import Remains, Remembered, ReplayWindow
 from stepstate.stores import SessionRecord
@@ -115,6 +117,8 @@ class Lane:
         self._doubt = doubt
         self._backlog_rows = backlog_rows
         self._output_bytes = 4 * model.manifest.output_width
+        self._input_width = model.manifest.input_width
+        self.lag_rows = model.manifest.lag_rows
         self.queued_rows = 0
         self.queued_requests = 0
 
@@ -134,16 +138,37 @@ class Lane:
         return self.window.long_bytes
 
     @property
+    def tally(self) -> Tally:
+        """What was scored of the forecasts of its sessions."""
+        return self.engine.tally
+
+    @property
     def widths(self) -> tuple[int, int]:
         """R, the values of a state, and D + O, the columns of the replay window."""
         manifest = self.model.manifest
-        return self.engine.state_width, manifest.input_width + manifest.output_width
+        return self.engine.layout.width, manifest.input_width + manifest.output_width
 
     def blank(self, record: SessionRecord, now: float) -> Snapshot:
         """A new session of the model: zero state, nothing remembered; `now` in Unix seconds."""
-        state_width, ring_width = self.widths
-        window = Remains(np.zeros(0, np.int64), np.zeros((0, ring_width), np.float32), ())
-        return Snapshot(record, 0, now, np.zeros(state_width, np.float32), window)
+        window = Remains(np.zeros(0, np.int64), np.zeros((0, self.widths[1]), np.float32), ())
+        return Snapshot(record, 0, now, self.engine.blank(record.interval_level), window)
+
+    def fitted(self, snapshot: Snapshot) -> Snapshot | None:
+        """A snapshot as the states of this model are; None if it can't be one of them.
+
+        Raises:
+            SnapshotCorrupt: its state is not finite.
+        """
+        layout = self.engine.layout
+        if snapshot.window.ring.shape[1] != self.widths[1]:
+            return None
+        if len(snapshot.state) == layout.cell:  # of version 1
+            return extended(snapshot, layout, self.engine.blank(snapshot.record.interval_level))
+        if len(snapshot.state) != layout.width:
+            return None
+        if not np.isfinite(snapshot.state[: layout.cell]).all():
+            raise SnapshotCorrupt("its state is not finite")
+        return snapshot
 
     def claim(self) -> int:
         """Takes a slot with zero state and an empty replay window."""
@@ -263,12 +288,19 @@ class Lane:
             self._settle(step)
         else:
             step.phase = (session.phase + t) % self.timeline.phases
+            step.at = t
             session.current = step
             self.engine.submit(step)
 
-    def _not_now(self, step: Step, t: int) -> StepUnplaced | StoreUnavailable | None:
+    def _not_now(self, step: Step, t: int) -> StepUnplaced | StoreUnavailable | InvalidField | None:
         """Why a step that fits the session's t is refused all the same."""
         session = step.session
+        if step.missing_rows and t == 0 and np.isnan(step.x[: self._input_width]).any():
+            return InvalidField(
+                "x",
+                f"has missing values in the first row of session {session.session_id!r}: nothing "
+                "can stand in for them; begin with a whole row",
+            )
         if session.lease_in_doubt:
             return StoreUnavailable("the session's lease is being renewed")
         if session.unplaced:

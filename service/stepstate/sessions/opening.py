@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 
 from stepstate.errors import InvalidField
 from stepstate.models import Manifest
-from stepstate.stores import Durability, SessionRecord
+from stepstate.stores import Durability, MissingPolicy, SessionRecord
 
 ID_LENGTH = 128
 _ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{ID_LENGTH}}}")
@@ -41,6 +41,8 @@ class Opening:
     idle_timeout_seconds: float | None
     start_time: datetime | None
     durability: Durability | None = None
+    missing: MissingPolicy = MissingPolicy.REJECT
+    interval_level: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +77,8 @@ def make_record(opening: Opening, manifest: Manifest, limits: Limits) -> Session
         start_time=opening.start_time,
         open_time=datetime.now(UTC),
         durability=_durability(opening.durability, limits),
+        missing=opening.missing,
+        interval_level=_interval_level(opening.interval_level, manifest),
     )
 
 
@@ -128,6 +132,20 @@ def _durability(asked: Durability | None, limits: Limits) -> Durability:
             "durability",
             f"is {asked.value}, but this server keeps sessions in memory only: ask for none, or "
             "start the server with a --store that lasts",
+        )
+    return asked
+
+
+def _interval_level(asked: float | None, manifest: Manifest) -> float | None:
+    if asked is None:
+        return None
+    if not 0 < asked < 1:
+        raise InvalidField("interval_level", f"is {asked:g}, expected more than 0 and less than 1")
+    if manifest.tracking is None:
+        raise InvalidField(
+            "interval_level",
+            f"is {asked:g}, but {manifest.name}/{manifest.version} tracks no horizon: its manifest "
+            "has no `tracking`",
         )
     return asked
 

@@ -198,22 +198,21 @@ class Residency:
             # Its lease was not given up: what is stored may be old. A lease in this process' own
             # name is no better, it may come from an acquire whose answer was lost.
             raise await self._end_in_store(entry, EndReason.LOST)
-        snapshot = decode(data)
-        self.check_fit(snapshot)
-        return entry, snapshot
+        return entry, self.fitted(decode(data))
 
-    def check_fit(self, snapshot: Snapshot) -> None:
-        """Refuses a snapshot whose state means nothing to the models here.
+    def fitted(self, snapshot: Snapshot) -> Snapshot:
+        """A snapshot as the states of its model are here.
 
         Raises:
-            SnapshotForeign.
+            SnapshotForeign: its state means nothing to the models here.
+            SnapshotCorrupt: it is no state.
         """
         record = snapshot.record
         loaded = self.loaded(record.model_key)
         if loaded == record.fingerprint:
-            lane = self._lanes[record.model_key]
-            if (len(snapshot.state), snapshot.window.ring.shape[1]) == lane.widths:
-                return
+            fitted = self._lanes[record.model_key].fitted(snapshot)
+            if fitted is not None:
+                return fitted
         raise SnapshotForeign(record.session_id, record.model_key, record.fingerprint, loaded)
 
     async def _end_in_store(self, entry: Entry, reason: EndReason) -> StepstateError:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -27,6 +27,7 @@ from stepstate.errors import (
 )
 from stepstate.models import Catalog
 from stepstate.sessions.census import Census
+from stepstate.sessions.forecaster import Forecaster, SessionForecast, Wish
 from stepstate.sessions.lane import Lane
 from stepstate.sessions.link import StoreLink
 from stepstate.sessions.opening import (
@@ -107,6 +108,7 @@ class Sessions:
         self._census = Census(self.link, table, clock=clock, wall=wall, observer=observer)
         self._settled_all = asyncio.Event()
         self._closings: set[asyncio.Future[int]] = set()
+        self._forecaster = Forecaster(self, table)
 
     def __len__(self) -> int:
         """Resident sessions."""
@@ -180,8 +182,7 @@ class Sessions:
         """
         if self._draining:
             raise Draining
-        snapshot = decode(data)
-        self._residency.check_fit(snapshot)
+        snapshot = self._residency.fitted(decode(data))
         if not copying.session_id:
             copying = replace(copying, session_id=snapshot.record.session_id)
         return await self._adopt_copy(snapshot, copying)
@@ -318,6 +319,17 @@ class Sessions:
         if not await self._end(session, ending):
             raise session.lost or StaleOwner(session.session_id, ending.t)
         return ending.t
+
+    async def forecast(
+        self, session_ids: Sequence[str], wish: Wish
+    ) -> list[list[SessionForecast] | StepstateError]:
+        """For each session its forecasts, one for each scenario, or why there are none.
+
+        Raises:
+            InvalidField: nobody could be given such a forecast.
+            QueueFull.
+        """
+        return await self._forecaster.forecast(session_ids, wish)
 
     def t(self, session: Session) -> int:
         """Rows applied to a resident session."""

@@ -1,19 +1,20 @@
 """One session's saved state as bytes: versioned, with a checksum.
 
-Version 1, all numbers little-endian:
+Version 2, all numbers little-endian:
 
     8 s   magic "STEPSNAP"          u16   version             u16   0
     u32   length of the identity    u32   R   state values    u32   K   ring rows
     u32   D + O   ring columns      u32   N   long replies    u32   0
     u64   t                         u64   epoch               f64   Unix seconds of the last step
     ...   identity: JSON of the `SessionRecord`, and the owner who wrote it
-    f32   state [R], the arena's row
+    f32   state [R], the arena's row: see `engine.layout`
     i64   stamps [K]: t + 1 of each row of the replay window
     f32   ring [K, D + O]: x and y of each
     N times:  u64 t, u32 rows, u32 bytes of y, u32 length of the names, digest [16],
               names: JSON [[[name, T, H] ...] of each layer], y, then the layers' f32 [T, H]
     u32   CRC-32 of everything before it
 
+Version 1 is the same, but its state is the cell's only: `extended` brings it up.
 A reader of each version stays here for good: `_READERS`.
 """
 
@@ -24,17 +25,17 @@ import math
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from stepstate.engine import Floats, Layers
+from stepstate.engine import Floats, Layers, Layout
 from stepstate.errors import SnapshotCorrupt
 from stepstate.sessions.window import Remains, Remembered
 from stepstate.stores import SessionRecord
 
 MAGIC = b"STEPSNAP"
-VERSION = 1
+VERSION = 2
 
 _START = struct.Struct("<8sHH")
 _HEAD = struct.Struct("<8sHH6I2Qd")
@@ -117,14 +118,32 @@ def decode(data: bytes) -> Snapshot:
 
 def _check(snapshot: Snapshot) -> None:
     """Refuses values that no session can have, whoever wrote them."""
-    if not (np.isfinite(snapshot.state).all() and math.isfinite(snapshot.stepped_at)):
+    # What may be NaN in a state depends on the model: see `Lane.fitted`.
+    if np.isinf(snapshot.state).any() or not math.isfinite(snapshot.stepped_at):
         raise SnapshotCorrupt("its state or its time is not finite")
     stamps = snapshot.window.stamps
     if snapshot.t >= 2**53 or (stamps < 1).any() or (stamps > snapshot.t).any():
         raise SnapshotCorrupt("it remembers rows that it can't have applied")
 
 
-def _read_1(data: bytes) -> Snapshot:
+def extended(snapshot: Snapshot, layout: Layout, blank: Floats) -> Snapshot:
+    """A snapshot that has the cell's state only, with past rows as far as it remembers them.
+
+    Args:
+        snapshot: of version 1.
+        layout: the parts of a state now.
+        blank: a session's state [R] without rows.
+    """
+    state = blank.copy()
+    state[: layout.cell] = snapshot.state
+    ring = layout.rings(state[None])[0]
+    rows = snapshot.window.stamps - 1
+    known = rows >= snapshot.t - layout.history
+    ring[rows[known] % layout.history] = snapshot.window.ring[known, : layout.inputs]
+    return replace(snapshot, state=state)
+
+
+def _read(data: bytes) -> Snapshot:
     parts = _HEAD.unpack_from(data)
     identity_length, state_width, rows, width, replies, _, t, epoch, stepped_at = parts[3:]
     cursor = _Cursor(data, _HEAD.size, len(data) - _CRC.size)
@@ -139,7 +158,7 @@ def _read_1(data: bytes) -> Snapshot:
     )
 
 
-_READERS: dict[int, Callable[[bytes], Snapshot]] = {1: _read_1}
+_READERS: dict[int, Callable[[bytes], Snapshot]] = {1: _read, 2: _read}
 
 
 class _Cursor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from stepstate.engine import Quality
 from stepstate.sessions.session import Session
 from stepstate.sessions.table import Table
 from stepstate.stores import Durability, Entry, SessionRecord
@@ -24,6 +25,8 @@ class Standing:
     owner: str
     """The server that holds its lease; empty: none."""
     epoch: int
+    quality: Quality | None = None
+    """Of its forecasts, where it is resident and its model tracks them."""
 
 
 class Standings:
@@ -62,6 +65,7 @@ class Standings:
             resident=True,
             owner=self._owner,
             epoch=session.epoch,
+            quality=session.lane.engine.quality(session.slot, self._table.t[handle]),
         )
 
     def stored(self, entry: Entry) -> Standing:

@@ -32,6 +32,17 @@ class Durability(enum.Enum):
     """Saved before a step is answered."""
 
 
+class MissingPolicy(enum.Enum):
+    """What a NaN in a row means to a session."""
+
+    REJECT = "reject"
+    """The request is refused."""
+    IMPUTE = "impute"
+    """A missing value; the model's own forecast stands in, or the row before."""
+    HOLD = "hold"
+    """A missing value; that of the row before stands in."""
+
+
 class EndReason(enum.Enum):
     """Why a session is gone."""
 
@@ -52,6 +63,9 @@ class SessionRecord:
     start_time: datetime | None
     open_time: datetime
     durability: Durability
+    missing: MissingPolicy = MissingPolicy.REJECT
+    interval_level: float | None = None
+    """The share of truths that its intervals are to cover; None: the model's own."""
 
     @property
     def model_key(self) -> str:
@@ -69,6 +83,8 @@ class SessionRecord:
             "start_time": self.start_time.isoformat() if self.start_time else None,
             "open_time": self.open_time.isoformat(),
             "durability": self.durability.value,
+            "missing": self.missing.value,
+            "interval_level": self.interval_level,
         }
         return json.dumps(values, separators=(",", ":"))
 
@@ -90,6 +106,8 @@ class SessionRecord:
             start_time=None if start is None else datetime.fromisoformat(start),
             open_time=datetime.fromisoformat(values["open_time"]),
             durability=Durability(values["durability"]),
+            missing=MissingPolicy(values.get("missing", "reject")),
+            interval_level=values.get("interval_level"),
         )
 
 

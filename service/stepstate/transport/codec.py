@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any, TypeVar
 
 import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
+from stepstate.engine import Quality
 from stepstate.errors import InvalidField, NonFiniteInput
 from stepstate.models import Model
 from stepstate.sessions import Copying, Opening, ReplyTo, Session, Standing, Step, new_id
-from stepstate.stores import Durability
+from stepstate.stores import Durability, MissingPolicy
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
+
+T = TypeVar("T")
 
 REPLY_BYTES = 4_000_000
 """A client with gRPC's default limit of 4 MiB can read every reply."""
@@ -27,8 +31,18 @@ _DURABILITY_NUMBERS = {
     Durability.ASYNC: pb.DURABILITY_ASYNC,
     Durability.SYNC: pb.DURABILITY_SYNC,
 }
-_DURABILITIES: dict[int, Durability] = {
-    number: durability for durability, number in _DURABILITY_NUMBERS.items()
+_DURABILITIES: dict[int, Durability | None] = {
+    pb.DURABILITY_UNSPECIFIED: None,
+    **{number: durability for durability, number in _DURABILITY_NUMBERS.items()},
+}
+_MISSING_NUMBERS = {
+    MissingPolicy.REJECT: pb.MISSING_POLICY_REJECT,
+    MissingPolicy.IMPUTE: pb.MISSING_POLICY_IMPUTE,
+    MissingPolicy.HOLD: pb.MISSING_POLICY_HOLD,
+}
+_MISSING: dict[int, MissingPolicy] = {
+    pb.MISSING_POLICY_UNSPECIFIED: MissingPolicy.REJECT,
+    **{number: policy for policy, number in _MISSING_NUMBERS.items()},
 }
 _Y = pb.StepResponse.Y_FIELD_NUMBER
 _LAYER_FIELDS = {field.name: field.number for field in pb.LayerTrace.DESCRIPTOR.fields}
@@ -44,24 +58,29 @@ def decode_step(request: pb.StepRequest, session: Session, reply_to: ReplyTo) ->
     count = len(request.x)
     width = session.lane.model.manifest.input_width
     rows, rest = divmod(count, width)
-    if rest or not rows:
-        raise _wrong_width(session, count)
     x: Sequence[float] | np.ndarray
-    if count <= FEW_VALUES:
+    if request.advance:
+        rows, x, finite = request.advance, _nothing(request, session), False
+    elif rest or not rows:
+        raise _wrong_width(session, count)
+    elif count <= FEW_VALUES:
         x = request.x[:]
         finite = math.isfinite(sum(x))  # float32 values can't overflow a float64 sum
     else:
         x = x_of(request)
         finite = bool(np.isfinite(x).all())
-    if not finite:
-        raise _non_finite(session, x)
+    missing_rows = 0 if finite else _missing_rows(session, x)
     last_only = request.last_only and rows > 1
     model = session.lane.model
     reply_bytes = 4 * model.manifest.output_width
     if rows > 1 or request.inspect:
         reply_bytes = _check_reply(model, rows, 1 if last_only else rows, inspect=request.inspect)
     t = request.t if request.HasField("t") else None
-    return Step(x, rows, request.inspect, last_only, session, t, reply_to, reply_bytes)
+    step = Step(x, rows, request.inspect, last_only, session, t, reply_to, reply_bytes)
+    if missing_rows:
+        step.missing_rows = missing_rows
+        step.impute = session.record.missing is MissingPolicy.IMPUTE
+    return step
 
 
 def encode_step(step: Step) -> pb.StepResponse:
@@ -71,6 +90,11 @@ def encode_step(step: Step) -> pb.StepResponse:
     )
     if step.replayed:
         response.replayed = True
+    if step.missing_rows:
+        response.imputed_rows = step.missing_rows
+    lag_rows = step.session.lane.lag_rows
+    if step.t_after - step.rows < lag_rows:
+        response.fallback_rows = min(step.rows, lag_rows - step.t_after + step.rows)
     put_floats(response, _Y, step.y)
     for layer in step.layers or ():
         trace = response.layers.add()
@@ -88,6 +112,8 @@ def decode_opening(request: pb.OpenSessionRequest) -> Opening:
         idle_timeout_seconds=_idle_timeout(request),
         start_time=_moment(request) if request.HasField("start_time") else None,
         durability=_durability(request.durability),
+        missing=_known("missing", request.missing, _MISSING),
+        interval_level=request.interval_level or None,
     )
 
 
@@ -112,16 +138,41 @@ def encode_session(standing: Standing) -> pb.Session:
         fingerprint=record.fingerprint,
         t=standing.t,
         idle_timeout=_duration(record.idle_timeout_seconds),
-        start_time=None if record.start_time is None else _timestamp(record.start_time),
-        open_time=_timestamp(record.open_time),
-        expire_time=_timestamp(datetime.now(UTC) + timedelta(seconds=standing.seconds_left)),
+        start_time=None if record.start_time is None else timestamp(record.start_time),
+        open_time=timestamp(record.open_time),
+        expire_time=timestamp(datetime.now(UTC) + timedelta(seconds=standing.seconds_left)),
         queued_requests=standing.queued_requests,
         durable_t=standing.durable_t,
         durability=_DURABILITY_NUMBERS[record.durability],
         residency=pb.RESIDENCY_RESIDENT if standing.resident else pb.RESIDENCY_SPILLED,
         owner=standing.owner,
         epoch=standing.epoch,
+        missing=_MISSING_NUMBERS[record.missing],
+        **_quality(standing.quality),
     )
+
+
+def _quality(quality: Quality | None) -> dict[str, Any]:
+    """The fields of a session that tell how good its forecasts are."""
+    if quality is None:
+        return {}
+    drift = quality.drift
+    return {
+        "interval_level": quality.level,
+        "accuracy": [
+            pb.Accuracy(
+                output=one.output,
+                horizon=one.horizon,
+                scored=one.scored,
+                mean_absolute_error=one.mean_absolute_error,
+                mean_absolute_scaled_error=one.mean_absolute_scaled_error,
+                coverage=one.coverage,
+                offset=one.offset,
+            )
+            for one in quality.accuracy
+        ],
+        "drift": pb.Drift(drifting=drift.drifting, alarms=drift.alarms, last_t=drift.last_t),
+    }
 
 
 def encode_model(model: Model) -> pb.Model:
@@ -142,11 +193,18 @@ def encode_model(model: Model) -> pb.Model:
         ),
         inputs=[pb.Input(name=column.name, unit=column.unit) for column in manifest.inputs],
         outputs=[
-            pb.Output(name=output.name, unit=output.unit, horizons=output.horizons)
+            pb.Output(
+                name=output.name,
+                unit=output.unit,
+                horizons=output.horizons,
+                quantiles=output.quantiles,
+            )
             for output in manifest.outputs
         ],
         step_interval=None if interval is None else _duration(interval),
         needs_start_time=manifest.needs_time,
+        lag_rows=manifest.lag_rows,
+        tracked_horizons=manifest.tracking.horizons if manifest.tracking else (),
     )
 
 
@@ -162,10 +220,38 @@ def _wrong_width(session: Session, count: int) -> InvalidField:
     )
 
 
-def _non_finite(session: Session, x: Sequence[float] | np.ndarray) -> NonFiniteInput:
+def _nothing(request: pb.StepRequest, session: Session) -> np.ndarray:
+    """Rows in which everything is missing."""
+    if len(request.x):
+        raise InvalidField("advance", "is set, and so is x: a request has the one or the other")
+    if session.record.missing is MissingPolicy.REJECT:
+        raise InvalidField(
+            "advance",
+            f"asks for missing rows, which session {session.session_id!r} refuses: open it with "
+            "missing set to impute or hold",
+        )
+    if request.advance > REQUEST_ROWS:
+        raise _too_many_rows("advance", request.advance)
+    return np.full(request.advance * session.lane.model.manifest.input_width, np.nan, np.float32)
+
+
+def _missing_rows(session: Session, x: Sequence[float] | np.ndarray) -> int:
+    """How many rows miss something, in a session that takes such rows.
+
+    Raises:
+        NonFiniteInput: a value is infinite, or the session takes no NaN.
+    """
+    values = np.asarray(x, np.float32).reshape(-1, session.lane.model.manifest.input_width)
+    if session.record.missing is MissingPolicy.REJECT or np.isinf(values).any():
+        raise _non_finite(session, values)
+    return int(np.isnan(values).any(axis=1).sum())
+
+
+def _non_finite(session: Session, values: np.ndarray) -> NonFiniteInput:
     inputs = session.lane.model.manifest.inputs
-    values = np.asarray(x, np.float32).reshape(-1, len(inputs))
-    row, column = np.argwhere(~np.isfinite(values))[0].tolist()
+    takes_nan = session.record.missing is not MissingPolicy.REJECT
+    bad = np.isinf(values) if takes_nan else ~np.isfinite(values)
+    row, column = np.argwhere(bad)[0].tolist()
     return NonFiniteInput(
         session.session_id, row, inputs[column].name, str(float(values[row, column]))
     )
@@ -173,9 +259,7 @@ def _non_finite(session: Session, x: Sequence[float] | np.ndarray) -> NonFiniteI
 
 def _check_reply(model: Model, rows: int, rows_back: int, *, inspect: bool) -> int:
     if rows > REQUEST_ROWS:
-        raise InvalidField(
-            "x", f"holds {rows} rows, a request takes at most {REQUEST_ROWS}: send several"
-        )
+        raise _too_many_rows("x", rows)
     manifest = model.manifest
     values = manifest.output_width
     if inspect:
@@ -193,6 +277,19 @@ def _check_reply(model: Model, rows: int, rows_back: int, *, inspect: bool) -> i
     return reply_bytes
 
 
+def _too_many_rows(field: str, rows: int) -> InvalidField:
+    return InvalidField(
+        field, f"holds {rows} rows, a request takes at most {REQUEST_ROWS}: send several"
+    )
+
+
+def _known(field: str, number: int, meanings: Mapping[int, T]) -> T:
+    """What a number of an enum means; that of a later contract means nothing here."""
+    if number not in meanings:
+        raise InvalidField(field, f"is {number}, which means nothing to this server")
+    return meanings[number]
+
+
 def _idle_timeout(
     request: pb.OpenSessionRequest | pb.ForkSessionRequest | pb.ImportSessionRequest,
 ) -> float | None:
@@ -203,11 +300,7 @@ def _idle_timeout(
 
 
 def _durability(number: int) -> Durability | None:
-    if number == pb.DURABILITY_UNSPECIFIED:
-        return None
-    if number not in _DURABILITIES:
-        raise InvalidField("durability", f"is {number}, which means nothing to this server")
-    return _DURABILITIES[number]
+    return _known("durability", number, _DURABILITIES)
 
 
 def _moment(request: pb.OpenSessionRequest) -> datetime:
@@ -223,7 +316,8 @@ def _duration(seconds: float) -> Duration:
     return duration
 
 
-def _timestamp(moment: datetime) -> Timestamp:
+def timestamp(moment: datetime) -> Timestamp:
+    """A time as a message."""
     timestamp = Timestamp()
     timestamp.FromDatetime(moment)
     return timestamp

@@ -19,6 +19,7 @@ from stepstate.transport.codec import (
     encode_session,
     encode_step,
 )
+from stepstate.transport.forecasts import decode_wish, encode_forecasts, reply_bytes
 from stepstate.transport.outgoing import Outgoing
 from stepstate.transport.stream import StepStream
 from stepstate.v1 import stepstate_pb2 as pb
@@ -146,6 +147,15 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
                 self._all_ended.set()
             if refusals:
                 log.info("a stream had refused steps", extra={"refused": dict(refusals)})
+
+    async def Forecast(self, request: pb.ForecastRequest, context: Context) -> pb.ForecastResponse:
+        told = await self._sessions.forecast(request.session_id, decode_wish(request))
+        size = reply_bytes(told)
+        self._outgoing.reserve(size)
+        try:
+            return await encode_forecasts(request.session_id, told)
+        finally:
+            self._outgoing.release(size)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context

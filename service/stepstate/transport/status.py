@@ -36,6 +36,7 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.StaleOwner: StatusCode.ABORTED,
     errors.StepTooOld: StatusCode.OUT_OF_RANGE,
     errors.SnapshotForeign: StatusCode.FAILED_PRECONDITION,
+    errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: StatusCode.UNAVAILABLE,
@@ -74,6 +75,11 @@ def _details(error: errors.StepstateError) -> Iterator[Message]:
     if isinstance(error, errors.SessionLimit):
         quota = QuotaFailure.Violation(subject="server:sessions", description=str(error))
         yield QuotaFailure(violations=[quota])
+    if isinstance(error, errors.ForecastImpossible):
+        broken = PreconditionFailure.Violation(
+            type="FORECAST", subject=_cut(error.subject), description=_cut(str(error))
+        )
+        yield PreconditionFailure(violations=[broken])
     if isinstance(error, errors.SnapshotForeign):
         broken = PreconditionFailure.Violation(
             type="MODEL", subject=_cut(error.model), description=_cut(str(error))

@@ -7,12 +7,16 @@ where a Python loop over its values costs 50 ns each.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from stepstate.v1 import stepstate_pb2 as pb
+
+if TYPE_CHECKING:
+    from google.protobuf.internal.containers import RepeatedScalarFieldContainer
 
 FEW_VALUES = 64
 """Up to here a list is faster than the detour over bytes (0.3 against 2 microseconds)."""
@@ -37,22 +41,19 @@ def put_floats(message: Message, field: int, data: bytes) -> None:
 
 def x_of(request: pb.StepRequest) -> NDArray[np.float32]:
     """x of a request."""
-    if len(request.x) <= FEW_VALUES:
-        return np.array(request.x[:], np.float32)
-    alone = pb.StepRequest()
-    alone.x.MergeFrom(request.x)
-    return _last_floats(alone, len(request.x))
+    return array_of(request.x)
 
 
 def y_of(response: pb.StepResponse) -> NDArray[np.float32]:
     """y of a reply."""
-    if len(response.y) <= FEW_VALUES:
-        return np.array(response.y[:], np.float32)
-    alone = pb.StepResponse()
-    alone.y.MergeFrom(response.y)
-    return _last_floats(alone, len(response.y))
+    return array_of(response.y)
 
 
-def _last_floats(message: Message, count: int) -> NDArray[np.float32]:
-    """The one field of a message: its values are the last bytes on the wire."""
-    return np.frombuffer(message.SerializeToString()[-4 * count :], "<f4").copy()
+def array_of(values: RepeatedScalarFieldContainer[float]) -> NDArray[np.float32]:
+    """The values of any `repeated float` field."""
+    if len(values) <= FEW_VALUES:
+        return np.array(values[:], np.float32)
+    alone = pb.StepRequest()
+    alone.x.MergeFrom(values)
+    # The one field of this message: its values are the last bytes on the wire.
+    return np.frombuffer(alone.SerializeToString()[-4 * len(values) :], "<f4").copy()

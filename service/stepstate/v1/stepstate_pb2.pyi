@@ -24,6 +24,20 @@ class Residency(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     RESIDENCY_UNSPECIFIED: _ClassVar[Residency]
     RESIDENCY_RESIDENT: _ClassVar[Residency]
     RESIDENCY_SPILLED: _ClassVar[Residency]
+
+class MissingPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    MISSING_POLICY_UNSPECIFIED: _ClassVar[MissingPolicy]
+    MISSING_POLICY_REJECT: _ClassVar[MissingPolicy]
+    MISSING_POLICY_IMPUTE: _ClassVar[MissingPolicy]
+    MISSING_POLICY_HOLD: _ClassVar[MissingPolicy]
+
+class ForecastMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    FORECAST_METHOD_UNSPECIFIED: _ClassVar[ForecastMethod]
+    FORECAST_METHOD_DIRECT: _ClassVar[ForecastMethod]
+    FORECAST_METHOD_FED_BACK: _ClassVar[ForecastMethod]
+    FORECAST_METHOD_GIVEN: _ClassVar[ForecastMethod]
 DURABILITY_UNSPECIFIED: Durability
 DURABILITY_NONE: Durability
 DURABILITY_ASYNC: Durability
@@ -31,22 +45,34 @@ DURABILITY_SYNC: Durability
 RESIDENCY_UNSPECIFIED: Residency
 RESIDENCY_RESIDENT: Residency
 RESIDENCY_SPILLED: Residency
+MISSING_POLICY_UNSPECIFIED: MissingPolicy
+MISSING_POLICY_REJECT: MissingPolicy
+MISSING_POLICY_IMPUTE: MissingPolicy
+MISSING_POLICY_HOLD: MissingPolicy
+FORECAST_METHOD_UNSPECIFIED: ForecastMethod
+FORECAST_METHOD_DIRECT: ForecastMethod
+FORECAST_METHOD_FED_BACK: ForecastMethod
+FORECAST_METHOD_GIVEN: ForecastMethod
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("session_id", "model", "version", "idle_timeout", "start_time", "durability")
+    __slots__ = ("session_id", "model", "version", "idle_timeout", "start_time", "durability", "missing", "interval_level")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_FIELD_NUMBER: _ClassVar[int]
     START_TIME_FIELD_NUMBER: _ClassVar[int]
     DURABILITY_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_LEVEL_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model: str
     version: str
     idle_timeout: _duration_pb2.Duration
     start_time: _timestamp_pb2.Timestamp
     durability: Durability
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ...) -> None: ...
+    missing: MissingPolicy
+    interval_level: float
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., durability: _Optional[_Union[Durability, str]] = ..., missing: _Optional[_Union[MissingPolicy, str]] = ..., interval_level: _Optional[float] = ...) -> None: ...
 
 class OpenSessionResponse(_message.Message):
     __slots__ = ("session",)
@@ -55,7 +81,7 @@ class OpenSessionResponse(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "model", "version", "fingerprint", "t", "idle_timeout", "start_time", "open_time", "expire_time", "queued_requests", "durable_t", "durability", "residency", "owner", "epoch")
+    __slots__ = ("session_id", "model", "version", "fingerprint", "t", "idle_timeout", "start_time", "open_time", "expire_time", "queued_requests", "durable_t", "durability", "residency", "owner", "epoch", "accuracy", "missing", "interval_level", "drift")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +97,10 @@ class Session(_message.Message):
     RESIDENCY_FIELD_NUMBER: _ClassVar[int]
     OWNER_FIELD_NUMBER: _ClassVar[int]
     EPOCH_FIELD_NUMBER: _ClassVar[int]
+    ACCURACY_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
+    INTERVAL_LEVEL_FIELD_NUMBER: _ClassVar[int]
+    DRIFT_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model: str
     version: str
@@ -86,7 +116,39 @@ class Session(_message.Message):
     residency: Residency
     owner: str
     epoch: int
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., t: _Optional[int] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., open_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queued_requests: _Optional[int] = ..., durable_t: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ...) -> None: ...
+    accuracy: _containers.RepeatedCompositeFieldContainer[Accuracy]
+    missing: MissingPolicy
+    interval_level: float
+    drift: Drift
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., t: _Optional[int] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., open_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queued_requests: _Optional[int] = ..., durable_t: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., missing: _Optional[_Union[MissingPolicy, str]] = ..., interval_level: _Optional[float] = ..., drift: _Optional[_Union[Drift, _Mapping]] = ...) -> None: ...
+
+class Accuracy(_message.Message):
+    __slots__ = ("output", "horizon", "scored", "mean_absolute_error", "mean_absolute_scaled_error", "coverage", "offset")
+    OUTPUT_FIELD_NUMBER: _ClassVar[int]
+    HORIZON_FIELD_NUMBER: _ClassVar[int]
+    SCORED_FIELD_NUMBER: _ClassVar[int]
+    MEAN_ABSOLUTE_ERROR_FIELD_NUMBER: _ClassVar[int]
+    MEAN_ABSOLUTE_SCALED_ERROR_FIELD_NUMBER: _ClassVar[int]
+    COVERAGE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    output: str
+    horizon: int
+    scored: int
+    mean_absolute_error: float
+    mean_absolute_scaled_error: float
+    coverage: float
+    offset: float
+    def __init__(self, output: _Optional[str] = ..., horizon: _Optional[int] = ..., scored: _Optional[int] = ..., mean_absolute_error: _Optional[float] = ..., mean_absolute_scaled_error: _Optional[float] = ..., coverage: _Optional[float] = ..., offset: _Optional[float] = ...) -> None: ...
+
+class Drift(_message.Message):
+    __slots__ = ("drifting", "alarms", "last_t")
+    DRIFTING_FIELD_NUMBER: _ClassVar[int]
+    ALARMS_FIELD_NUMBER: _ClassVar[int]
+    LAST_T_FIELD_NUMBER: _ClassVar[int]
+    drifting: bool
+    alarms: int
+    last_t: int
+    def __init__(self, drifting: bool = ..., alarms: _Optional[int] = ..., last_t: _Optional[int] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id",)
@@ -181,21 +243,23 @@ class ImportSessionResponse(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class StepRequest(_message.Message):
-    __slots__ = ("session_id", "t", "x", "inspect", "last_only")
+    __slots__ = ("session_id", "t", "x", "inspect", "last_only", "advance")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     T_FIELD_NUMBER: _ClassVar[int]
     X_FIELD_NUMBER: _ClassVar[int]
     INSPECT_FIELD_NUMBER: _ClassVar[int]
     LAST_ONLY_FIELD_NUMBER: _ClassVar[int]
+    ADVANCE_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     t: int
     x: _containers.RepeatedScalarFieldContainer[float]
     inspect: bool
     last_only: bool
-    def __init__(self, session_id: _Optional[str] = ..., t: _Optional[int] = ..., x: _Optional[_Iterable[float]] = ..., inspect: bool = ..., last_only: bool = ...) -> None: ...
+    advance: int
+    def __init__(self, session_id: _Optional[str] = ..., t: _Optional[int] = ..., x: _Optional[_Iterable[float]] = ..., inspect: bool = ..., last_only: bool = ..., advance: _Optional[int] = ...) -> None: ...
 
 class StepResponse(_message.Message):
-    __slots__ = ("session_id", "t", "y", "replayed", "layers", "error", "durable_t")
+    __slots__ = ("session_id", "t", "y", "replayed", "layers", "error", "durable_t", "imputed_rows", "fallback_rows")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     T_FIELD_NUMBER: _ClassVar[int]
     Y_FIELD_NUMBER: _ClassVar[int]
@@ -203,6 +267,8 @@ class StepResponse(_message.Message):
     LAYERS_FIELD_NUMBER: _ClassVar[int]
     ERROR_FIELD_NUMBER: _ClassVar[int]
     DURABLE_T_FIELD_NUMBER: _ClassVar[int]
+    IMPUTED_ROWS_FIELD_NUMBER: _ClassVar[int]
+    FALLBACK_ROWS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     t: int
     y: _containers.RepeatedScalarFieldContainer[float]
@@ -210,7 +276,9 @@ class StepResponse(_message.Message):
     layers: _containers.RepeatedCompositeFieldContainer[LayerTrace]
     error: _status_pb2.Status
     durable_t: int
-    def __init__(self, session_id: _Optional[str] = ..., t: _Optional[int] = ..., y: _Optional[_Iterable[float]] = ..., replayed: bool = ..., layers: _Optional[_Iterable[_Union[LayerTrace, _Mapping]]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., durable_t: _Optional[int] = ...) -> None: ...
+    imputed_rows: int
+    fallback_rows: int
+    def __init__(self, session_id: _Optional[str] = ..., t: _Optional[int] = ..., y: _Optional[_Iterable[float]] = ..., replayed: bool = ..., layers: _Optional[_Iterable[_Union[LayerTrace, _Mapping]]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., durable_t: _Optional[int] = ..., imputed_rows: _Optional[int] = ..., fallback_rows: _Optional[int] = ...) -> None: ...
 
 class LayerTrace(_message.Message):
     __slots__ = ("i", "f", "g", "o", "c", "m", "h", "r", "z", "n")
@@ -235,6 +303,64 @@ class LayerTrace(_message.Message):
     z: _containers.RepeatedScalarFieldContainer[float]
     n: _containers.RepeatedScalarFieldContainer[float]
     def __init__(self, i: _Optional[_Iterable[float]] = ..., f: _Optional[_Iterable[float]] = ..., g: _Optional[_Iterable[float]] = ..., o: _Optional[_Iterable[float]] = ..., c: _Optional[_Iterable[float]] = ..., m: _Optional[_Iterable[float]] = ..., h: _Optional[_Iterable[float]] = ..., r: _Optional[_Iterable[float]] = ..., z: _Optional[_Iterable[float]] = ..., n: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ForecastRequest(_message.Message):
+    __slots__ = ("session_id", "horizon", "quantiles", "scenarios")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    HORIZON_FIELD_NUMBER: _ClassVar[int]
+    QUANTILES_FIELD_NUMBER: _ClassVar[int]
+    SCENARIOS_FIELD_NUMBER: _ClassVar[int]
+    session_id: _containers.RepeatedScalarFieldContainer[str]
+    horizon: int
+    quantiles: _containers.RepeatedScalarFieldContainer[float]
+    scenarios: _containers.RepeatedCompositeFieldContainer[Scenario]
+    def __init__(self, session_id: _Optional[_Iterable[str]] = ..., horizon: _Optional[int] = ..., quantiles: _Optional[_Iterable[float]] = ..., scenarios: _Optional[_Iterable[_Union[Scenario, _Mapping]]] = ...) -> None: ...
+
+class Scenario(_message.Message):
+    __slots__ = ("name", "x")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    X_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    x: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, name: _Optional[str] = ..., x: _Optional[_Iterable[float]] = ...) -> None: ...
+
+class ForecastResponse(_message.Message):
+    __slots__ = ("forecasts",)
+    FORECASTS_FIELD_NUMBER: _ClassVar[int]
+    forecasts: _containers.RepeatedCompositeFieldContainer[SessionForecast]
+    def __init__(self, forecasts: _Optional[_Iterable[_Union[SessionForecast, _Mapping]]] = ...) -> None: ...
+
+class SessionForecast(_message.Message):
+    __slots__ = ("session_id", "scenario", "t", "first_time", "quantiles", "outputs", "error", "step_interval")
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    SCENARIO_FIELD_NUMBER: _ClassVar[int]
+    T_FIELD_NUMBER: _ClassVar[int]
+    FIRST_TIME_FIELD_NUMBER: _ClassVar[int]
+    QUANTILES_FIELD_NUMBER: _ClassVar[int]
+    OUTPUTS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    STEP_INTERVAL_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    scenario: str
+    t: int
+    first_time: _timestamp_pb2.Timestamp
+    quantiles: _containers.RepeatedScalarFieldContainer[float]
+    outputs: _containers.RepeatedCompositeFieldContainer[OutputForecast]
+    error: _status_pb2.Status
+    step_interval: _duration_pb2.Duration
+    def __init__(self, session_id: _Optional[str] = ..., scenario: _Optional[str] = ..., t: _Optional[int] = ..., first_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., quantiles: _Optional[_Iterable[float]] = ..., outputs: _Optional[_Iterable[_Union[OutputForecast, _Mapping]]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., step_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ...) -> None: ...
+
+class OutputForecast(_message.Message):
+    __slots__ = ("name", "unit", "values", "methods")
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    UNIT_FIELD_NUMBER: _ClassVar[int]
+    VALUES_FIELD_NUMBER: _ClassVar[int]
+    METHODS_FIELD_NUMBER: _ClassVar[int]
+    name: str
+    unit: str
+    values: _containers.RepeatedScalarFieldContainer[float]
+    methods: _containers.RepeatedScalarFieldContainer[ForecastMethod]
+    def __init__(self, name: _Optional[str] = ..., unit: _Optional[str] = ..., values: _Optional[_Iterable[float]] = ..., methods: _Optional[_Iterable[_Union[ForecastMethod, str]]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ()
@@ -261,7 +387,7 @@ class GetModelResponse(_message.Message):
     def __init__(self, model: _Optional[_Union[Model, _Mapping]] = ...) -> None: ...
 
 class Model(_message.Message):
-    __slots__ = ("name", "version", "description", "fingerprint", "cell", "inputs", "outputs", "step_interval", "needs_start_time")
+    __slots__ = ("name", "version", "description", "fingerprint", "cell", "inputs", "outputs", "step_interval", "needs_start_time", "lag_rows", "tracked_horizons")
     NAME_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
     DESCRIPTION_FIELD_NUMBER: _ClassVar[int]
@@ -271,6 +397,8 @@ class Model(_message.Message):
     OUTPUTS_FIELD_NUMBER: _ClassVar[int]
     STEP_INTERVAL_FIELD_NUMBER: _ClassVar[int]
     NEEDS_START_TIME_FIELD_NUMBER: _ClassVar[int]
+    LAG_ROWS_FIELD_NUMBER: _ClassVar[int]
+    TRACKED_HORIZONS_FIELD_NUMBER: _ClassVar[int]
     name: str
     version: str
     description: str
@@ -280,7 +408,9 @@ class Model(_message.Message):
     outputs: _containers.RepeatedCompositeFieldContainer[Output]
     step_interval: _duration_pb2.Duration
     needs_start_time: bool
-    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., description: _Optional[str] = ..., fingerprint: _Optional[str] = ..., cell: _Optional[_Union[Cell, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., step_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., needs_start_time: bool = ...) -> None: ...
+    lag_rows: int
+    tracked_horizons: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, name: _Optional[str] = ..., version: _Optional[str] = ..., description: _Optional[str] = ..., fingerprint: _Optional[str] = ..., cell: _Optional[_Union[Cell, _Mapping]] = ..., inputs: _Optional[_Iterable[_Union[Input, _Mapping]]] = ..., outputs: _Optional[_Iterable[_Union[Output, _Mapping]]] = ..., step_interval: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., needs_start_time: bool = ..., lag_rows: _Optional[int] = ..., tracked_horizons: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Cell(_message.Message):
     __slots__ = ("kind", "hidden_size", "num_layers", "proj_size")
@@ -303,11 +433,13 @@ class Input(_message.Message):
     def __init__(self, name: _Optional[str] = ..., unit: _Optional[str] = ...) -> None: ...
 
 class Output(_message.Message):
-    __slots__ = ("name", "unit", "horizons")
+    __slots__ = ("name", "unit", "horizons", "quantiles")
     NAME_FIELD_NUMBER: _ClassVar[int]
     UNIT_FIELD_NUMBER: _ClassVar[int]
     HORIZONS_FIELD_NUMBER: _ClassVar[int]
+    QUANTILES_FIELD_NUMBER: _ClassVar[int]
     name: str
     unit: str
     horizons: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, name: _Optional[str] = ..., unit: _Optional[str] = ..., horizons: _Optional[_Iterable[int]] = ...) -> None: ...
+    quantiles: _containers.RepeatedScalarFieldContainer[float]
+    def __init__(self, name: _Optional[str] = ..., unit: _Optional[str] = ..., horizons: _Optional[_Iterable[int]] = ..., quantiles: _Optional[_Iterable[float]] = ...) -> None: ...

@@ -80,6 +80,11 @@ class StepstateServiceStub(object):
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionRequest.SerializeToString,
                 response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionResponse.FromString,
                 _registered_method=True)
+        self.Forecast = channel.unary_unary(
+                '/stepstate.v1.StepstateService/Forecast',
+                request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ForecastRequest.SerializeToString,
+                response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ForecastResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/stepstate.v1.StepstateService/ListModels',
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ListModelsRequest.SerializeToString,
@@ -196,6 +201,18 @@ class StepstateServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Forecast(self, request, context):
+        """Forecasts the rows to come, from where each session stands, after the steps
+        that it has accepted. No session advances, and none counts as used.
+        Sessions of one call share forwards. Where the call names one session, its
+        error is the call's; where it names several, each has its own in band.
+        Errors: INVALID_ARGUMENT INVALID_FIELD; FAILED_PRECONDITION
+        FORECAST_IMPOSSIBLE; those of GetSession; UNAVAILABLE QUEUE_FULL.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Lists the loaded models, every version.
         """
@@ -258,6 +275,11 @@ def add_StepstateServiceServicer_to_server(servicer, server):
                     servicer.ImportSession,
                     request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionRequest.FromString,
                     response_serializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionResponse.SerializeToString,
+            ),
+            'Forecast': grpc.unary_unary_rpc_method_handler(
+                    servicer.Forecast,
+                    request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ForecastRequest.FromString,
+                    response_serializer=stepstate_dot_v1_dot_stepstate__pb2.ForecastResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -514,6 +536,33 @@ class StepstateService(object):
             '/stepstate.v1.StepstateService/ImportSession',
             stepstate_dot_v1_dot_stepstate__pb2.ImportSessionRequest.SerializeToString,
             stepstate_dot_v1_dot_stepstate__pb2.ImportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Forecast(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepstate.v1.StepstateService/Forecast',
+            stepstate_dot_v1_dot_stepstate__pb2.ForecastRequest.SerializeToString,
+            stepstate_dot_v1_dot_stepstate__pb2.ForecastResponse.FromString,
             options,
             channel_credentials,
             insecure,

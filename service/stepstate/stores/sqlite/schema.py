@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 APPLICATION_ID = 0x53544550
 """ "STEP": tells our files from those of others (PRAGMA application_id)."""
@@ -54,11 +56,19 @@ def prepare(connection: sqlite3.Connection) -> None:
         ForeignFile: it is not a file that this version can use; nothing was changed.
         sqlite3.Error: it can't be read or written.
     """
-    _check(connection)  # before a lock is taken on what may be somebody else's
-    connection.execute("BEGIN IMMEDIATE")
-    try:
+    with _transaction(connection, "BEGIN"):  # no lock for writing on what may be somebody else's
+        _check(connection)
+    with _transaction(connection, "BEGIN IMMEDIATE"):
         if _check(connection) == 0:
             _make(connection)
+
+
+@contextmanager
+def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
+    """All that is read inside is of one moment, all that is written happens or not."""
+    connection.execute(begin)
+    try:
+        yield
         connection.execute("COMMIT")
     finally:
         if connection.in_transaction:

@@ -1,0 +1,74 @@
+"""Forecasts drawn with characters, by uniplot.
+
+Of the libraries for that it is the one that is pure Python, needs little beside NumPy, has
+types, and draws without state of its own between two plots.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from uniplot import plot_to_string
+
+from stepstate.client import Forecast, OutputForecast
+
+_COLORS = ("cyan", "magenta", "yellow", "green", "red")
+_BOUNDS = "blue"
+_MOST_WIDTH, _FRAME = 100, 12  # columns; those beside the plot have the numbers of the axis
+
+
+def plot_forecasts(forecasts: Sequence[Forecast], *, color: bool) -> str:
+    """A plot for each output: each scenario's median, and the bounds of its interval."""
+    width = min(_MOST_WIDTH, shutil.get_terminal_size().columns) - _FRAME
+    plots = [_plot(forecasts, name, max(20, width), color=color) for name in _names(forecasts)]
+    return "\n".join(plots)
+
+
+def _plot(forecasts: Sequence[Forecast], name: str, width: int, *, color: bool) -> str:
+    curves = [
+        (np.arange(1, len(forecast) + 1) if forecast.times is None else forecast.times, *curve)
+        for place, forecast in enumerate(forecasts)
+        if name in forecast.outputs
+        for curve in _curves(forecast[name], forecast.scenario, _COLORS[place % len(_COLORS)])
+    ]
+    across: list[Any] = [line for line, *_ in curves]
+    return plot_to_string(
+        xs=across,
+        ys=[values for _, values, _, _ in curves],
+        lines=True,
+        width=width,
+        height=14,
+        title=next(one[name].label for one in forecasts if name in one.outputs),
+        legend_labels=[label for *_, label, _ in curves],
+        color=[shade for *_, shade in curves] if color else False,
+        x_gridlines=[],
+        y_gridlines=[],
+    )
+
+
+def _curves(output: OutputForecast, scenario: str, color: str) -> Iterator[tuple[Any, str, str]]:
+    """The values, label and color of each line that can be drawn."""
+    named = f"{scenario} " if scenario else ""
+    bounds = {
+        f"{named}{min(output.levels):g}": (output.low, _BOUNDS),
+        f"{named}{max(output.levels):g}": (output.high, _BOUNDS),
+        f"{named}median": (output.median, color),
+    }
+    for label, (values, shade) in bounds.items():
+        if np.isfinite(values).any():
+            yield values, label, shade
+
+
+def _names(forecasts: Sequence[Forecast]) -> list[str]:
+    """The outputs of which there is something to draw."""
+    return list(
+        dict.fromkeys(
+            output.name
+            for forecast in forecasts
+            for output in forecast.outputs.values()
+            if np.isfinite(output.values).any()
+        )
+    )

@@ -1,0 +1,240 @@
+"""A forecast of many sessions: what is still to be asked, and what came of it. No I/O.
+
+Rule 1: each session has a result of its own; what is wrong with one hides no other's.
+Rule 2: a session that can't be forecast just now is asked for again, and so is one that the
+        server was set back in, when it was brought up.
+Rule 3: a reply stays below 4 MiB: many sessions take several calls.
+
+K horizons, Q quantile levels, P rows of a scenario, D inputs a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import numpy as np
+
+from stepstate.client import wire
+from stepstate.client.backoff import Backoff
+from stepstate.client.footing import Footing
+from stepstate.client.forecast import Forecast, Scenarios
+from stepstate.client.values import Floats, ModelInfo, floats
+from stepstate.errors import (
+    Cancelled,
+    Draining,
+    ForecastImpossible,
+    InvalidField,
+    ServerUnreachable,
+    StepAhead,
+    StepstateError,
+    UnexpectedStatus,
+)
+from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.floats import put_floats
+
+S = TypeVar("S", bound=Footing)
+
+Told = Forecast | dict[str, Forecast] | StepstateError
+"""With scenarios a forecast for each of them, by name."""
+
+CALL_SESSIONS = 5_000
+"""Half of what a server takes."""
+CALL_VALUES = 500_000
+"""Half of what a server gives."""
+USUAL_HORIZON = 48
+"""Where neither the horizon nor the model is known."""
+_OF_THE_CALL = (InvalidField, ServerUnreachable, Draining, Cancelled, UnexpectedStatus)
+
+
+@dataclass(slots=True, eq=False)
+class Wanted(Generic[S]):
+    """One session, and what came of it.
+
+    `t`: where the application stood in it when it was asked for. `behind`: the
+    server stands there, before that. `error`: why it has no result yet.
+    """
+
+    session_id: str
+    session: S | None
+    told: Told | None = None
+    t: int = 0
+    behind: int | None = None
+    error: StepstateError | None = None
+
+
+class Asking(Generic[S]):
+    """The calls for the forecasts of many sessions.
+
+    Args:
+        sessions: those to forecast, or their ids.
+        horizon: K; None for the longest.
+        quantiles: levels; None for the usual ones.
+        scenarios: rows by name; None for none.
+        models: those that are loaded; needed where ids are given.
+        timeout: seconds to go on asking.
+
+    Raises:
+        InvalidField: a scenario is not rows, there are none, or the horizon is no
+            number of steps.
+    """
+
+    def __init__(
+        self,
+        sessions: Iterable[S | str],
+        horizon: int | None,
+        *,
+        quantiles: Sequence[float] | None,
+        scenarios: Scenarios | None,
+        models: Sequence[ModelInfo],
+        timeout: float,
+    ) -> None:
+        self._wanted: list[Wanted[S]] = [
+            Wanted(one, None) if isinstance(one, str) else Wanted(one.session_id, one)
+            for one in sessions
+        ]
+        if scenarios is not None and not scenarios:
+            raise InvalidField("scenarios", "are none: leave them out, or name one")
+        known = [one.session.model for one in self._wanted if one.session is not None]
+        self._named = scenarios is not None
+        self._request = _request(horizon, quantiles, scenarios or {}, known or models)
+        self._together = _together(self._request, [*known, *models])
+        self.backoff = Backoff(timeout)
+
+    @property
+    def done(self) -> bool:
+        """Whether every session has its result."""
+        return all(one.told is not None for one in self._wanted)
+
+    @property
+    def told(self) -> list[Told]:
+        """The results, in the order of the sessions."""
+        return [one.told for one in self._wanted if one.told is not None]
+
+    @property
+    def behind(self) -> list[tuple[Wanted[S], S, int]]:
+        """Sessions that the server was set back in, and where it stands in them."""
+        return [
+            (one, one.session, one.behind)
+            for one in self._wanted
+            if one.behind is not None and one.session is not None
+        ]
+
+    @staticmethod
+    def brought_up(one: Wanted[S], error: StepstateError | None = None) -> None:
+        """The server stands where the application does now, or can't be brought there."""
+        one.behind, one.told = None, error
+
+    def calls(self) -> Iterator[tuple[list[Wanted[S]], pb.ForecastRequest]]:
+        """A request for each part of the sessions that have no result yet."""
+        waiting = [one for one in self._wanted if one.told is None]
+        for first in range(0, len(waiting), self._together):
+            some = waiting[first : first + self._together]
+            for one in some:
+                one.t = one.session.t if one.session is not None else 0
+            request = pb.ForecastRequest(session_id=[one.session_id for one in some])
+            request.MergeFrom(self._request)
+            yield some, request
+
+    def answered(self, some: Sequence[Wanted[S]], reply: pb.ForecastResponse) -> None:
+        """Takes the reply to a call."""
+        messages = iter(reply.forecasts)
+        others = max(1, len(self._request.scenarios)) - 1
+        for one in some:
+            first = next(messages)
+            if first.HasField("error"):
+                self._failed(one, wire.from_status(first.error))
+                continue
+            group = [first, *(next(messages) for _ in range(others))]
+            if first.t < one.t:
+                self._set_back(one, first.t)
+            else:
+                forecasts = [wire.forecast(message) for message in group]
+                named = {forecast.scenario: forecast for forecast in forecasts}
+                one.told = named if self._named else forecasts[0]
+
+    def refused(self, some: Sequence[Wanted[S]], error: StepstateError) -> None:
+        """Takes the error of a call.
+
+        Raises:
+            StepstateError: it is about more than its one session.
+        """
+        if len(some) > 1 or isinstance(error, _OF_THE_CALL):
+            raise error
+        if _is_without_rows(some[0], error):
+            self._set_back(some[0], 0)
+        else:
+            some[0].told = error
+
+    def pause(self) -> float:
+        """Seconds to wait before the next round; when time is up, errors are results."""
+        late = [one for one in self._wanted if one.told is None and one.error is not None]
+        if not late or late[0].error is None:
+            return 0.0
+        try:
+            return self.backoff.wait(late[0].error)
+        except StepstateError:
+            for one in late:
+                one.told = one.error
+            return 0.0
+
+    def _failed(self, one: Wanted[S], error: StepstateError) -> None:
+        one.error = error
+        if _is_without_rows(one, error):
+            self._set_back(one, 0)
+        elif not wire.passing(error):
+            one.told = error
+
+    @staticmethod
+    def _set_back(one: Wanted[S], t: int) -> None:
+        one.behind, one.error = t, StepAhead(one.session_id, one.t, t)
+
+
+def _is_without_rows(one: Wanted[S], error: StepstateError) -> bool:
+    """Whether the server was set back to before the session's first row, which has no forecast."""
+    if not isinstance(error, ForecastImpossible):
+        return False
+    return one.t > 0 and error.subject == f"session {one.session_id!r}"
+
+
+def _request(
+    horizon: int | None,
+    quantiles: Sequence[float] | None,
+    scenarios: Scenarios,
+    models: Sequence[ModelInfo],
+) -> pb.ForecastRequest:
+    """What is the same for all sessions."""
+    if horizon is not None and not 1 <= horizon < 2**32:
+        raise InvalidField("horizon", f"is {horizon}, expected 1 or more")
+    request = pb.ForecastRequest(horizon=horizon or 0, quantiles=quantiles or ())
+    for name, path in scenarios.items():
+        scenario = request.scenarios.add(name=name)
+        data = np.ascontiguousarray(_rows(name, path, models), "<f4").tobytes()
+        put_floats(scenario, pb.Scenario.X_FIELD_NUMBER, data)
+    return request
+
+
+def _rows(name: str, path: Any, models: Sequence[ModelInfo]) -> Floats:
+    """A scenario's rows; the server checks them where it is not known of which model they are."""
+    field = f"scenarios[{name!r}]"
+    columns = getattr(path, "columns", None)
+    if columns is None:
+        if len({model.input_width for model in models}) == 1:
+            return models[0].rows(path, field)[0]
+        return floats(path, field)
+    for model in models:
+        if set(columns) <= set(model.inputs):
+            missing = {name: np.nan for name in model.inputs if name not in columns}
+            return model.rows(path.assign(**missing), field)[0]
+    told = ", ".join(map(str, columns))
+    raise InvalidField(field, f"has the columns {told}, which no model takes")
+
+
+def _together(request: pb.ForecastRequest, models: Sequence[ModelInfo]) -> int:
+    """How many sessions go into a call."""
+    longest = max((max(o.horizons) for model in models for o in model.outputs), default=0)
+    outputs = max((len(model.outputs) for model in models), default=1)
+    horizon = request.horizon or longest or USUAL_HORIZON
+    values = horizon * outputs * max(1, len(request.scenarios)) * (len(request.quantiles) or 3)
+    return max(1, min(CALL_SESSIONS, CALL_VALUES // values))

@@ -1,0 +1,87 @@
+"""Between the messages of `Forecast` and the values of the sessions layer."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+
+from google.protobuf.duration_pb2 import Duration
+
+from stepstate.engine import Method
+from stepstate.errors import StepstateError
+from stepstate.sessions import ID_LENGTH, OutputForecast, Scenario, SessionForecast, Wish
+from stepstate.transport.codec import timestamp
+from stepstate.transport.status import status_of
+from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.floats import array_of, put_floats
+
+Told = Sequence[SessionForecast] | StepstateError
+
+ENCODED_AT_ONCE = 64
+_METHODS: dict[int, pb.ForecastMethod] = {
+    Method.NONE: pb.FORECAST_METHOD_UNSPECIFIED,
+    Method.DIRECT: pb.FORECAST_METHOD_DIRECT,
+    Method.FED_BACK: pb.FORECAST_METHOD_FED_BACK,
+    Method.GIVEN: pb.FORECAST_METHOD_GIVEN,
+}
+_VALUES = pb.OutputForecast.VALUES_FIELD_NUMBER
+
+
+def decode_wish(request: pb.ForecastRequest) -> Wish:
+    """What a client asks for."""
+    scenarios = [Scenario(one.name, array_of(one.x)) for one in request.scenarios]
+    return Wish(request.horizon, tuple(request.quantiles), tuple(scenarios))
+
+
+def reply_bytes(told: Sequence[Told]) -> int:
+    """About what the reply takes."""
+    return sum(
+        output.values.nbytes
+        for some in told
+        if not isinstance(some, StepstateError)
+        for forecast in some
+        for output in forecast.outputs
+    )
+
+
+async def encode_forecasts(session_ids: Sequence[str], told: Sequence[Told]) -> pb.ForecastResponse:
+    """The reply, in the order of the request; made in pieces, others take turns in between.
+
+    Raises:
+        StepstateError: the one session that was asked for has none.
+    """
+    if len(told) == 1 and isinstance(told[0], StepstateError):
+        raise told[0]
+    response = pb.ForecastResponse()
+    for place, (session_id, some) in enumerate(zip(session_ids, told, strict=True)):
+        response.forecasts.extend(_of_session(session_id, some))
+        if place % ENCODED_AT_ONCE == ENCODED_AT_ONCE - 1:
+            await asyncio.sleep(0)
+    return response
+
+
+def _of_session(session_id: str, some: Told) -> Iterator[pb.SessionForecast]:
+    if isinstance(some, StepstateError):
+        yield pb.SessionForecast(session_id=session_id[:ID_LENGTH], error=status_of(some))
+        return
+    for forecast in some:
+        first, interval = forecast.first_time, forecast.step_interval_seconds
+        yield pb.SessionForecast(
+            session_id=forecast.session_id,
+            scenario=forecast.scenario,
+            t=forecast.t,
+            first_time=None if first is None else timestamp(first),
+            step_interval=None if interval is None else Duration(seconds=interval),
+            quantiles=forecast.levels,
+            outputs=map(_output, forecast.outputs),
+        )
+
+
+def _output(forecast: OutputForecast) -> pb.OutputForecast:
+    message = pb.OutputForecast(
+        name=forecast.output.name,
+        unit=forecast.output.unit,
+        methods=[_METHODS[method] for method in forecast.methods],
+    )
+    put_floats(message, _VALUES, forecast.values.astype("<f4", copy=False).tobytes())
+    return message

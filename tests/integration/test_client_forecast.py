@@ -1,0 +1,453 @@
+"""Both clients against real servers: histories, missing rows and forecasts."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from stepstate import errors
+from stepstate.client import AsyncClient, Forecast, asking
+from stepstate.client.history import PIECE_ROWS
+from stepstate.config import ServerConfig
+from stepstate.models import write_model
+from stepstate.server import Server, running_server
+from tests import offline
+from tests.chaos.faults import relay
+from tests.chaos.station import station
+from tests.integration.clients import KINDS, AnyClient, Connect
+from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference, sample, scrape
+from tests.networks import Network, make_network
+
+CLOSE = 1e-4  # of values around 5
+START = datetime(2026, 3, 1, tzinfo=UTC)
+
+
+@pytest.fixture(scope="module")
+def sensor() -> Network:
+    return offline.forecasting_network()
+
+
+def small() -> Network:
+    return make_network("small", hidden=4, layers=1, seed=1)
+
+
+@pytest.fixture(scope="module")
+def root(sensor: Network, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One that forecasts with quantiles, two that know the time, and a plain small one."""
+    folder = tmp_path_factory.mktemp("forecasters")
+    sensor.write(folder)
+    small().write(folder)
+    for name, interval in (("hourly", 3600), ("minutely", 60)):
+        made = make_network(name, inputs=1, outputs=3, hidden=4, layers=1, seed=2)
+        made.manifest.update(
+            step_interval_seconds=interval,
+            outputs=[{"name": "x0", "unit": "m", "horizons": [1, 2, 3]}],
+        )
+        write_model(folder / name / "1", made.manifest, made.tensors())
+    return folder
+
+
+@pytest.fixture
+def config(config: ServerConfig, root: Path) -> ServerConfig:
+    return replace(config, models=root)
+
+
+@pytest.fixture(params=KINDS)
+def connect(request: pytest.FixtureRequest) -> Connect:
+    return KINDS[request.param]
+
+
+@pytest.fixture
+async def client(connect: Connect, server: Server) -> AsyncIterator[AnyClient]:
+    async with connect(server.address) as made:
+        yield made
+
+
+def rows(count: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    level = 5 + 2 * np.sin(np.arange(count) / 2) + rng.normal(0, 0.5, count)
+    return np.stack([level, rng.normal(-1, 0.5, count)], axis=1).astype(np.float32)
+
+
+# Histories.
+
+
+async def test_a_history_is_what_its_rows_one_by_one_are(client: AnyClient, sensor: Network):
+    x = rows(PIECE_ROWS // 64)
+    told: list[tuple[int, int | None]] = []
+    session = await client.open(
+        "sensor1", history=x, progress=lambda done, total: told.append((done, total))
+    )
+    want = offline.outputs(sensor, x)
+    assert (session.t, session.fallback_rows, session.imputed_rows) == (len(x), 7, 0)
+    assert told == [(len(x), len(x))]
+    frame = pd.DataFrame(rows(40, seed=1), columns=["level", "heat"])
+    y = await session.prime(frame[["heat", "level"]])
+    want = offline.outputs(sensor, np.concatenate([x, frame.to_numpy()]))[-1]
+    assert largest_difference(y, want) <= CLOSE
+    assert session.fallback_rows == 0
+
+
+@pytest.mark.parametrize("durability", ["async", "sync", "none"])
+async def test_a_long_history_is_exactly_once(client: AnyClient, durability: str):
+    x = draw(320_000)
+    done: list[int] = []
+    session = await client.open("small", durability=durability)
+    y = await session.prime(x, progress=lambda rows, _: done.append(rows))
+    assert session.t == (await client.info(session.session_id)).t == len(x)
+    assert done == sorted(done)
+    assert (done[-1], len(done)) == (len(x), -(-len(x) // PIECE_ROWS))
+    assert largest_difference(y, small().offline(x)[-1]) <= TOLERANCE
+
+
+async def test_a_history_waits_for_the_store(config: ServerConfig, connect: Connect):
+    """A piece is refused, with a delay, while more rows than that wait to be saved."""
+    x = draw(80_000)
+    tight = replace(config, backlog_rows=2_000)
+    async with running_server(tight) as server, connect(server.address) as client:
+        session = await client.open("small", history=x)
+        assert session.t == (await client.info(session.session_id)).t == len(x)
+        y = await session.step(x[0])
+        told = await scrape(server.metrics_address)
+    refused = sample(told, 'stepstate_requests_refused_total{reason="STORE_UNAVAILABLE"')
+    assert refused > 0
+    want = small().offline(np.concatenate([x, x[:1]]))[-1]
+    assert largest_difference(y, want) <= TOLERANCE
+
+
+async def test_a_history_comes_in_chunks(client: AnyClient):
+    x = draw(3 * PIECE_ROWS + 5)
+    whole = await (await client.open("small")).prime(x)
+    totals: set[int | None] = set()
+
+    def chunks() -> Iterator[np.ndarray]:
+        yield from (x[:1], x[1:1], x[1 : PIECE_ROWS * 2], x[PIECE_ROWS * 2 :])
+
+    session = await client.open(
+        "small", history=chunks(), progress=lambda _, total: totals.add(total)
+    )
+    assert (session.t, totals) == (len(x), {None})
+    listed = await client.open("small")
+    assert largest_difference(await listed.prime([x[:9], x[9:]]), whole) <= TOLERANCE
+    as_lists = await client.open("small")
+    await as_lists.prime(x[:3].tolist())
+    assert as_lists.t == 3
+
+
+async def test_a_history_comes_asynchronously(server: Server):
+    x = draw(500)
+
+    async def chunks() -> AsyncIterator[np.ndarray]:
+        for part in np.split(x, 5):
+            await asyncio.sleep(0)
+            yield part
+
+    async with AsyncClient(server.address) as client:
+        session = await client.open("small", history=chunks())
+        assert session.t == 500
+
+
+async def test_a_bad_row_is_named_by_its_place_in_the_history(client: AnyClient):
+    x = draw(PIECE_ROWS * 2)
+    x[PIECE_ROWS + 77, 1] = math.inf
+    with pytest.raises(errors.NonFiniteInput) as bad:
+        await client.open("small", session_id="opened", history=x)
+    assert (bad.value.row, bad.value.column) == (PIECE_ROWS + 77, "x1")
+    with pytest.raises(errors.SessionClosed):
+        await client.info("opened")
+
+    session = await client.open("small", session_id="kept")
+    await session.step(x[0])
+    with pytest.raises(errors.NonFiniteInput) as bad:
+        await session.prime(iter(np.split(x, 16)))
+    assert bad.value.row == PIECE_ROWS + 77
+    assert session.t == (await client.info("kept")).t == 1 + PIECE_ROWS
+    await session.prime(x[:5])
+    with pytest.raises(errors.SessionExists):
+        await client.open("small", session_id="kept", history=x)
+    assert (await client.info("kept")).t == 6 + PIECE_ROWS
+
+
+@pytest.mark.parametrize("history", [[], np.zeros((0, 3)), iter(()), [[1.0]], "many"])
+async def test_a_history_without_rows_is_refused(client: AnyClient, history: object):
+    with pytest.raises(errors.InvalidField, match=r"^history: "):
+        await client.open("small", session_id="a", history=history)
+    with pytest.raises(errors.SessionClosed):
+        await client.info("a")
+
+
+async def test_what_a_history_raises_comes_out(client: AnyClient):
+    def chunks() -> Iterator[np.ndarray]:
+        yield draw(10)
+        raise LookupError("the file ended")
+
+    session = await client.open("small")
+    with pytest.raises(LookupError, match="the file ended"):
+        await session.prime(chunks())
+    await session.refresh()
+    assert session.t in (0, 10)
+
+
+async def test_a_history_over_a_connection_that_keeps_breaking_is_exactly_once(
+    server: Server, connect: Connect
+):
+    x = draw(40_000)
+    async with relay(server.address) as way, connect(way.address) as client:
+        session = await client.open("small")
+        breaks = iter(range(200_000, 2_000_000, 150_000))
+        way.cut_after(150_000)
+        y = await session.prime(
+            iter(np.split(x, 40)), progress=lambda *_: way.cut_after(next(breaks, 10**9))
+        )
+        assert session.t == (await session.refresh()).t == len(x)
+    want = small().offline(x)[-1]
+    assert largest_difference(y, want) <= TOLERANCE
+
+
+async def test_a_history_goes_on_after_a_kill(root: Path, tmp_path: Path, connect: Connect):
+    x = draw(200_000)
+    store = f"sqlite:{tmp_path / 'mortal.db'}"
+    options = ("--models", str(root), "--store", store, "--snapshot-interval", "0.05")
+    async with (
+        station(tmp_path, *options) as server,
+        connect(server.address, timeout=HANG) as client,
+    ):
+        session = await client.open("small")
+        far = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def progress(done: int, _: int | None) -> None:
+            if done > 60_000:
+                loop.call_soon_threadsafe(far.set)
+
+        priming = asyncio.ensure_future(session.prime(x, progress=progress))
+        await far.wait()
+        server.kill()
+        await server.start()
+        y = await priming
+        assert session.t == (await client.info(session.session_id)).t == len(x)
+    want = small().offline(x)[-1]
+    assert largest_difference(y, want) <= TOLERANCE
+
+
+# Missing rows.
+
+
+async def test_what_stood_in_is_told(client: AnyClient):
+    x = rows(30)
+    session = await client.open("sensor1", missing="hold", history=x[:10])
+    x[12], x[15, 1] = math.nan, math.nan
+    await session.step(x[10:20])
+    assert session.imputed_rows == 2
+    counts = [session.imputed_rows async for _ in session.stream([x[20], x[12], x[21]])]
+    assert counts == [0, 1, 0]
+    results = [one async for one in client.stream([(session, x[12]), (session, x[22])])]
+    assert [one.imputed_rows for one in results] == [1, 0]
+    assert (await client.info(session.session_id)).missing == "hold"
+    new = await client.open("sensor1")
+    counts = [new.fallback_rows async for _ in new.stream(iter(x[:9]))]
+    assert counts == [1] * 7 + [0] * 2
+
+
+@pytest.mark.parametrize("missing", ["impute", "hold"])
+async def test_advancing_is_stepping_missing_rows(client: AnyClient, missing: str):
+    x = rows(20)
+    one, other = [await client.open("sensor1", missing=missing, history=x) for _ in range(2)]
+    y = await one.advance(5)
+    assert (one.t, one.imputed_rows) == (25, 5)
+    assert largest_difference(y, (await other.step(np.full((5, 2), np.nan)))[-1]) <= CLOSE
+    many = PIECE_ROWS + 10
+    assert (await one.advance(many)).shape == y.shape
+    assert (one.t, one.imputed_rows) == (25 + many, many)
+
+
+async def test_a_session_without_a_policy_refuses_missing_rows(client: AnyClient):
+    session = await client.open("sensor1", history=rows(3))
+    with pytest.raises(errors.NonFiniteInput):
+        await session.advance(1)
+    with pytest.raises(errors.InvalidField, match="expected 1 or more"):
+        await session.advance(0)
+    for bad in ({"missing": "zero"}, {"interval_level": 0.0}, {"interval_level": 1.5}):
+        with pytest.raises(errors.InvalidField, match=next(iter(bad))):
+            await client.open("sensor1", **bad)
+
+
+# Forecasts.
+
+
+async def test_a_forecast_is_what_the_last_step_said(client: AnyClient, sensor: Network):
+    x = rows(60)
+    session = await client.open("sensor1", history=x, interval_level=0.8)
+    assert session.info.interval_level == pytest.approx(0.8)
+    y = offline.outputs(sensor, x)
+    forecast = await session.forecast(3)
+    assert (forecast.session_id, forecast.t, forecast.scenario) == (session.session_id, 60, "")
+    assert forecast.horizons.tolist() == [1, 2, 3]
+    assert (forecast.times, forecast.methods) == (None, ("direct",) * 3)
+    assert forecast.levels == pytest.approx((0.1, 0.5, 0.9))
+    assert largest_difference(forecast.median, y[-1, [1, 4, 7]]) <= CLOSE
+    assert (forecast.low < forecast.median).all()
+    assert (forecast.median < forecast.high).all()
+    assert forecast["level"].unit == "m"
+    assert session.t == (await client.info(session.session_id)).t == 60
+    fan = await session.forecast(3, quantiles=[0.25, 0.75])
+    assert fan.values.shape == (3, 2)
+    assert np.isnan(fan.median).all()
+
+
+async def test_a_model_without_intervals_forecasts_its_median(client: AnyClient):
+    session = await client.open("hourly", start_time=START, history=draw(5, 1))
+    forecast = await session.forecast()
+    assert (forecast.levels, len(forecast)) == ((0.5,), 3)
+    assert np.isnan(forecast.low).all()
+    with pytest.raises(errors.InvalidField, match="quantiles"):
+        await session.forecast(quantiles=[0.1])
+
+
+async def test_each_scenario_has_a_forecast_of_its_own(client: AnyClient):
+    session = await client.open("sensor1", history=rows(60))
+    told = await session.forecast(
+        6,
+        scenarios={
+            "given": np.full((6, 2), 4.0),
+            "warm": pd.DataFrame({"heat": [3.0] * 6}),
+            "nothing": np.array([[math.nan, 3.0]] * 6),
+        },
+    )
+    assert list(told) == ["given", "warm", "nothing"]
+    assert [one.scenario for one in told.values()] == list(told)
+    assert set(told["given"]["level"].methods) == {"given"}
+    assert told["given"]["level"].median.tolist() == [4.0] * 6
+    assert np.array_equal(
+        told["warm"]["level"].values, told["nothing"]["level"].values, equal_nan=True
+    )
+    for bad, named in (
+        ({}, "scenarios: "),
+        ({"a": [1.0, 2.0, 3.0]}, "scenarios\\['a'\\]"),
+        ({"a": pd.DataFrame({"cold": [1.0]})}, "scenarios\\['a'\\]"),
+    ):
+        with pytest.raises(errors.InvalidField, match=named):
+            await session.forecast(scenarios=bad)
+
+
+async def test_forecasts_of_many_sessions_come_with_their_errors(client: AnyClient):
+    sensors = [await client.open("sensor1", history=rows(20, seed=n)) for n in range(3)]
+    hourly = await client.open("hourly", start_time=START, history=draw(5, 1))
+    minutely = await client.open("minutely", start_time=START, history=draw(7, 1))
+    empty = await client.open("sensor1")
+    asked = [sensors[0], "nobody", sensors[1].session_id, empty, hourly.session_id, minutely]
+    told = await client.forecast([*asked, minutely.session_id], 3)
+    kinds = [type(one).__name__ for one in told]
+    assert (
+        kinds == ["Forecast", "SessionUnknown", "Forecast", "ForecastImpossible"] + ["Forecast"] * 3
+    )
+    alone = await sensors[1].forecast(3)
+    assert np.allclose(told[2].values, alone.values, equal_nan=True, atol=CLOSE)
+    firsts = [None if told[n].times is None else told[n].times.tolist() for n in (0, 4, 5, 6)]
+    assert firsts == [
+        None,
+        [datetime(2026, 3, 1, hour) for hour in (5, 6, 7)],  # noqa: DTZ001 - as NumPy has them
+        *[[datetime(2026, 3, 1, 0, minute) for minute in (7, 8, 9)]] * 2,  # noqa: DTZ001
+    ]
+    assert isinstance((await client.forecast(["nobody"]))[0], errors.SessionUnknown)
+    assert await client.forecast([]) == []
+    with pytest.raises(errors.InvalidField, match="quantiles"):
+        await client.forecast(asked, quantiles=[7.0])
+    paths = await client.forecast(["nobody", hourly], scenarios={"a": [[1.0]], "b": [[2.0]]})
+    assert list(paths[1]) == ["a", "b"]
+
+
+async def test_very_many_forecasts_take_several_calls(
+    client: AnyClient, monkeypatch: pytest.MonkeyPatch
+):
+    sessions = [await client.open("sensor1", history=rows(9, seed=n)) for n in range(7)]
+    whole = await client.forecast(sessions, 3)
+    monkeypatch.setattr(asking, "CALL_SESSIONS", 3)
+    parts = await client.forecast([*sessions, "nobody"], 3)
+    for one, other in zip(whole, parts[:-1], strict=True):
+        assert isinstance(one, Forecast)
+        assert one.session_id == other.session_id
+        assert np.allclose(one.values, other.values, atol=CLOSE)
+    assert isinstance(parts[-1], errors.SessionUnknown)
+
+
+async def test_a_forecast_of_ten_thousand_ids_is_read(server: Server):
+    async with AsyncClient(server.address) as client:
+        await client.open("sensor1", session_id="x" * 128, history=rows(9))
+        told = await client.forecast(["x" * 128] * 12_000, 3, quantiles=[0.5] * 9)
+    assert len(told) == 12_000
+    assert all(isinstance(one, Forecast) for one in told)
+
+
+@pytest.mark.parametrize("saved", [0, 40])
+async def test_a_server_that_was_set_back_is_brought_up_before_it_forecasts(
+    root: Path, tmp_path: Path, connect: Connect, saved: int
+):
+    x = rows(50)
+    store = f"sqlite:{tmp_path / 'mortal.db'}"
+    options = ("--models", str(root), "--store", store, "--snapshot-interval", "600")
+    async with (
+        station(tmp_path, *options) as server,
+        connect(server.address, timeout=HANG) as client,
+    ):
+        session = await client.open("sensor1", session_id="a")
+        other = await client.open("sensor1", session_id="b", history=x)
+        for row in x[:40]:
+            await session.step(row)
+        if saved:
+            await server.drained()
+            await server.start()
+        await session.step(x[40:45])
+        for row in x[45:]:
+            await session.step(row)
+        before = await session.forecast(3)
+        server.kill()
+        await server.start()
+        assert (await client.info("a")).t < 50
+        after, bulk = await client.forecast([session, other], 3)
+        assert (after.t, bulk.t, session.t) == (50, 50, 50)
+        assert largest_difference(after.values, before.values) <= CLOSE
+        assert (await client.info("a")).t == 50
+        await session.step(x[0])
+        assert session.t == 51
+
+
+async def test_rows_that_are_not_kept_are_missing_by_name(
+    root: Path, tmp_path: Path, connect: Connect
+):
+    options = ("--models", str(root), "--store", f"sqlite:{tmp_path / 'mortal.db'}")
+    options += ("--snapshot-interval", "600")
+    async with (
+        station(tmp_path, *options) as server,
+        connect(server.address, timeout=HANG, resume_rows=5) as client,
+    ):
+        session = await client.open("sensor1", history=rows(20))
+        server.kill()
+        await server.start()
+        with pytest.raises(errors.RowsMissing):
+            await session.forecast()
+
+
+# Accuracy.
+
+
+async def test_accuracy_and_drift_are_told(client: AnyClient):
+    session = await client.open("sensor1", history=rows(60))
+    info = await session.refresh()
+    assert [(one.output, one.horizon, one.scored) for one in info.accuracy] == [
+        ("level", 1, 59),
+        ("level", 3, 57),
+    ]
+    assert all(0 <= one.coverage <= 1 for one in info.accuracy)
+    assert info.drift.alarms >= 0
+    model = await client.model("sensor1")
+    assert (model.lag_rows, model.tracked_horizons, model.output_width) == (7, (1, 3), 13)
+    assert model.outputs[0].quantiles == offline.QUANTILES

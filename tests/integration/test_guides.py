@@ -1,0 +1,60 @@
+"""The guides in docs/ run from top to bottom, as their readers run them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+import pytest
+
+from tests.markdown import ROOT, blocks_of, dead_links, run_python, run_shell
+from tests.processes import server_process
+
+DOCS = ROOT / "docs"
+SERVE = "stepstate serve --models models"
+
+
+def run_through(
+    guide: Path, folder: Path, served: Callable[[], str], address: str = ""
+) -> list[str]:
+    """Runs every block in turn; what each printed."""
+    printed = []
+    for language, block in blocks_of(guide):
+        lines = [block] if language == "python" else block.splitlines()
+        for line in lines:
+            if line == SERVE:
+                address = served()
+                continue
+            run = run_python if language == "python" else run_shell
+            done = run(line, address, folder)
+            assert done.returncode == 0, done.stderr
+            assert done.stdout.strip()
+            assert not done.stderr
+            printed.append(done.stdout)
+    return printed
+
+
+def test_ten_minutes_from_training_to_live_forecasts(tmp_path):
+    with ExitStack() as stack:
+
+        def served() -> str:
+            models = str(tmp_path / "models")
+            return stack.enter_context(server_process("--models", models)).address
+
+        printed = run_through(DOCS / "ten-minutes.md", tmp_path, served)
+    live = printed[2]
+    inside = int(live.partition("%")[0].rpartition("\n")[2])
+    assert 80 <= inside <= 97
+    assert live.count("of a seasonal naive forecast's error") == 3
+
+
+@pytest.mark.parametrize("guide", ["forecasts.md", "gates.md"])
+def test_the_blocks_run_against_the_shipped_models(guide):
+    with server_process("--models", str(ROOT / "models")) as server:
+        run_through(DOCS / guide, ROOT, lambda: server.address, server.address)
+
+
+@pytest.mark.parametrize("document", sorted(DOCS.glob("*.md")), ids=lambda path: path.name)
+def test_every_linked_file_exists(document):
+    assert dead_links(document) == []

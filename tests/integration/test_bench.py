@@ -94,7 +94,10 @@ def test_measures_each_store_and_durability_beside_memory(
     for contest in result["contests"]:
         assert_contest(contest)
         (measured,) = contest["measured"]
-        assert (measured["store_cpu_us_per_message"] > 0) == (contest["name"] == "redis sync")
+        store_cpu = measured["store_cpu_us_per_message"]
+        # Redis async writes at its interval: a short window may hold none of it, or some.
+        if contest["name"] != "redis async":
+            assert (store_cpu > 0) == (contest["name"] == "redis sync")
     assert "--appendonly yes --appendfsync everysec" in found.stdout
 
 

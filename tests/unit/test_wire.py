@@ -54,7 +54,14 @@ def test_an_error_with_details_is_raised_as_what_it_is(error):
     assert again.fields() == error.fields()
 
 
-@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED])
+@pytest.mark.parametrize(
+    "code",
+    [
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.CANCELLED,  # a server that stops ends calls that it had not begun
+    ],
+)
 def test_no_answer_is_a_server_that_can_not_be_reached(code):
     error = wire.from_rpc(Failure(code, "no route"), "host:1")
     assert isinstance(error, ServerUnreachable)
@@ -62,8 +69,14 @@ def test_no_answer_is_a_server_that_can_not_be_reached(code):
     assert wire.from_rpc(Failure(code, None), "host:1").detail == code.name
 
 
-def test_a_call_that_was_given_up_is_cancelled():
-    assert isinstance(wire.from_rpc(Failure(grpc.StatusCode.CANCELLED), "host:1"), Cancelled)
+def test_a_call_that_was_given_up_here_is_cancelled():
+    with grpc.insecure_channel("127.0.0.1:1") as channel:
+        call = channel.unary_unary("/s/M").future(b"", wait_for_ready=True)
+        assert call.cancel()
+        given_up = wire.from_rpc(call, "host:1")
+        waiting = channel.unary_unary("/s/M").future(b"", wait_for_ready=True)
+    assert isinstance(given_up, Cancelled)
+    assert isinstance(wire.from_rpc(waiting, "host:1"), Cancelled)
 
 
 def test_any_other_answer_is_named_as_unexpected():

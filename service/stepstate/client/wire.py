@@ -75,7 +75,11 @@ _NO_ANSWER = (
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
+    # A server that ends its last calls; what the caller gives up itself is told by _GIVEN_UP.
+    grpc.StatusCode.CANCELLED,
 )
+# How grpcio begins the text of a CANCELLED that it made in this process.
+_GIVEN_UP = ("Channel closed", "Locally cancelled")
 
 
 def opening(
@@ -289,10 +293,10 @@ def from_rpc(error: Any, target: str) -> StepstateError:
     metadata = dict(error.trailing_metadata() or ())
     if _DETAILS_KEY in metadata:
         return from_status(Status.FromString(metadata[_DETAILS_KEY]))
+    if code is grpc.StatusCode.CANCELLED and detail.startswith(_GIVEN_UP):
+        return Cancelled(detail)
     if code in _NO_ANSWER:
         return ServerUnreachable(target, detail or code.name)
-    if code is grpc.StatusCode.CANCELLED:
-        return Cancelled(detail or "cancelled")
     return UnexpectedStatus(code.name, detail)
 
 

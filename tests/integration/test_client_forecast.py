@@ -326,9 +326,9 @@ async def test_each_scenario_has_a_forecast_of_its_own(client: AnyClient):
     assert [one.scenario for one in told.values()] == list(told)
     assert set(told["given"]["level"].methods) == {"given"}
     assert told["given"]["level"].median.tolist() == [4.0] * 6
-    assert np.array_equal(
-        told["warm"]["level"].values, told["nothing"]["level"].values, equal_nan=True
-    )
+    warm, nothing = (told[name]["level"].values for name in ("warm", "nothing"))
+    # Where a row stands in a product may change its last bit; the promise is 1e-5.
+    assert np.allclose(warm, nothing, rtol=0, atol=TOLERANCE, equal_nan=True)
     for bad, named in (
         ({}, "scenarios: "),
         ({"a": [1.0, 2.0, 3.0]}, "scenarios\\['a'\\]"),

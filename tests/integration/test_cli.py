@@ -8,10 +8,12 @@ import json
 import logging
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
@@ -226,15 +228,103 @@ def test_step_takes_columns_by_the_names_of_a_header(ask, networks: dict[str, Ne
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"), [("1,2,three", "three"), ("1,2", "1,2"), ("nan,1,1", "nan")]
+    ("bad", "told"),
+    [
+        ("1,2,three", "three"),
+        ("1,2", "it has 2"),
+        ("1,2,3,4", "expected 3 numbers separated by commas (it has 4)"),
+        ("1,2,", "--missing impute or hold"),
+        ("nan,1,1", "'x0' is nan; a missing value takes a session"),
+        ("1,1e39,1", "'x1' is inf"),
+    ],
 )
 def test_step_names_the_line_that_is_bad_after_answering_those_before(ask, bad: str, told: str):
     done = ask("step", "--model", "lstm", given=as_csv(draw(3)) + f"{bad}\n" + as_csv(draw(2)))
     said = complaint(done)
     assert told in said
     assert len(done.stdout.splitlines()) == 1 + 3
-    if told != "nan":  # the server names column and value
-        assert "line 4" in said
+    assert "line 4 of the input" in said
+
+
+def test_a_line_has_as_many_cells_as_the_header(ask):
+    done = ask("step", "--model", "lstm", given="x0,x1,x2,note\n1,1,1,a\n\n1,1,1\n")
+    assert "line 4 of the input is '1,1,1': expected 4 cells" in complaint(done)
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_text_begins_with_the_mark_that_spreadsheets_write(ask, networks: dict[str, Network]):
+    x = draw(4)
+    done = ask("step", "--model", "lstm", given=as_csv(x[:, ::-1], "\ufeffx2,x1,x0"))
+    assert done.returncode == 0, done.stderr
+    last = done.stdout.splitlines()[-1].split(",")
+    got = np.array([float(value) for value in last[1:]])
+    assert largest_difference(got, networks["lstm"].offline(x)[-1]) <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("bad", "told"), [(b"1,\xff,3\n", "can't decode"), (b"1," + b"2" * 200_000 + b"\n", "larger")]
+)
+def test_what_is_no_csv_is_named_by_its_line(address: str, bad: bytes, told: str):
+    command = [*COMMAND, "step", "--model", "lstm", "--server", address]
+    done = subprocess.run(
+        command, input=b"1,2,3\n1,2,3\n" + bad, capture_output=True, timeout=HANG, check=False
+    )
+    said = complaint(Done(command, done.returncode, done.stdout.decode(), done.stderr.decode()))
+    assert "line 3 of the input" in said
+    assert told in said
+
+
+@pytest.mark.parametrize("command", ["models", "step"])
+def test_output_that_can_not_be_written_is_one_line(address: str, command: str):
+    options = ["--model", "lstm"] if command == "step" else []
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [*COMMAND, command, *options, "--server", address],
+            input=as_csv(draw(3)),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=HANG,
+            check=False,
+        )
+    assert "No space left on device" in complaint(done)
+
+
+def open_ids(address: str) -> set[str]:
+    with Client(address) as client:
+        return {info.session_id for info in client.sessions()}
+
+
+@pytest.mark.parametrize("bad", ["1,2", "nan,1,1"])
+def test_a_session_that_was_given_no_name_does_not_outlive_an_error(ask, address: str, bad: str):
+    before = open_ids(address)
+    complaint(ask("step", "--model", "lstm", given=f"1,2,3\n{bad}\n"))
+    assert open_ids(address) == before
+    said = complaint(ask("step", "--model", "lstm", "--keep", given=f"1,2,3\n{bad}\n"))
+    (kept,) = open_ids(address) - before
+    assert f"; session {kept!r} is left open at t=1" in said
+
+
+@pytest.mark.parametrize("options", [(), ("--session-id", "stopped")])
+def test_a_session_that_was_given_no_name_does_not_outlive_its_run(
+    address: str, options: tuple[str, ...]
+):
+    before = open_ids(address)
+    command = [*COMMAND, "step", "--model", "lstm", "--server", address, *options]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as running:
+        assert running.stdin
+        assert running.stdout
+        running.stdin.write("1,2,3\n")
+        running.stdin.flush()
+        assert [running.stdout.readline()[0] for _ in range(2)] == ["t", "1"]
+        running.send_signal(signal.SIGINT)
+        _, said = running.communicate(timeout=HANG)
+    assert running.returncode
+    assert "Traceback" not in said
+    assert open_ids(address) - before == ({"stopped"} if options else set())
+    assert ("session 'stopped' is left open at t=1" in said) is bool(options)
 
 
 def test_step_goes_on_with_a_session_that_was_kept(ask, networks: dict[str, Network]):
@@ -249,7 +339,34 @@ def test_step_goes_on_with_a_session_that_was_kept(ask, networks: dict[str, Netw
     assert got[:, 0].tolist() == list(range(1, 11))
     assert largest_difference(got[:, 1:], networks["lstm"].offline(x)) <= TOLERANCE
     # Without --keep it was closed, and is not begun again from zero unseen.
-    assert "was closed at t=10" in complaint(ask(*options, given=as_csv(x[:1])))
+    third = ask(*options[:-1], given=as_csv(x[:1]))
+    assert third.returncode == 0
+    assert third.stdout.splitlines()[1] == lines[0]
+    assert "session 'meter-7' was closed at t=10: it begins anew" in third.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "other", "same"),
+    [
+        ("--model", "gru", "lstm"),
+        ("--version", "2", "1"),
+        ("--missing", "hold", "reject"),
+        ("--durability", "sync", "none"),
+        ("--start-time", "2026-03-01T05:00", "2026-03-01T04:00+00:00"),
+    ],
+)
+def test_what_contradicts_an_open_session_is_refused(
+    ask, address: str, option: str, other: str, same: str
+):
+    with Client(address) as client:
+        start = datetime(2026, 3, 1, 4, tzinfo=UTC)
+        client.open("lstm", session_id="agreed", start_time=start, durability="none")
+        options = ("step", "--session-id", "agreed", "--keep")
+        said = complaint(ask(*options, option, other, given="1,2,3\n"))
+        assert "session 'agreed' is open with " + option in said
+        assert client.info("agreed").t == 0
+        assert ask(*options, option, same, given="1,2,3\n").returncode == 0
+        client.close("agreed")
 
 
 def test_step_says_what_the_server_refused(ask):

@@ -102,7 +102,7 @@ def test_what_is_not_known_is_empty_in_csv_and_null_in_json(ask: Ask):
 
 
 def test_scenarios_come_from_files(ask: Ask, tmp_path: Path):
-    warm = scenario(tmp_path, "warm.csv", "heat,note\n3,a\n3,b\n,c\n3,d\n3,e\n3,f\n")
+    warm = scenario(tmp_path, "warm.csv", "\ufeffheat,note\n3,a\n3,b\n,c\n3,d\n3,e\n3,f\n")
     given = scenario(tmp_path, "given.csv", "4,1\n4,1\n")
     done = ask(
         "forecast", "sensor", "--horizon", 2, "--scenario", warm, "--scenario", given,
@@ -143,7 +143,13 @@ def test_what_can_not_be_is_said(ask: Ask, options: tuple[str, ...], told: str):
 
 @pytest.mark.parametrize(
     ("text", "told"),
-    [("level,heat\n", "has no rows"), ("heat\n1\nmuch\n", "line 3"), ("1\n", "line 1")],
+    [
+        ("level,heat\n", "has no rows"),
+        ("heat\n1\nmuch\n", "line 3"),
+        ("heat\n1\n1,2\n", "line 3 of"),
+        ("1\n", "line 1"),
+        ("1,2,3\n", "expected 2 numbers"),
+    ],
 )
 def test_a_scenario_that_can_not_be_read_is_named(ask: Ask, tmp_path: Path, text: str, told: str):
     done = ask("forecast", "sensor", "--scenario", scenario(tmp_path, "odd.csv", text))
@@ -211,6 +217,9 @@ def test_an_empty_cell_is_a_missing_value_where_there_is_a_policy(ask: Ask, miss
     assert [line["t"] for line in lines] == [1, 2, 3, 4]
     names = [f"level+{ahead}@{level}" for ahead in (1, 2, 3, 5) for level in (0.05, 0.5, 0.95)]
     assert list(lines[0]) == ["t", *names, "warm"]
+    one = ask("step", "--model", "hourly", "--start-time", "2026-03-01", *options[3:],
+              "--missing", missing, given='5\n""\n\nnan\n')  # fmt: skip
+    assert [json.loads(line)["t"] for line in one.stdout.splitlines()] == [1, 2, 3]
     refused = ask(*options, given=rows)
     assert refused.exit_code != 0
     assert "line 3 of the input" in refused.stderr

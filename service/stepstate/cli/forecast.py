@@ -13,7 +13,7 @@ import click
 
 from stepstate.cli.options import server_option
 from stepstate.cli.plot import plot_forecasts
-from stepstate.cli.rows import BadRow, read_rows
+from stepstate.cli.rows import BadRow, Rows
 from stepstate.cli.values import short, without_nan
 from stepstate.client import Client, Forecast, ModelInfo, OutputForecast
 from stepstate.errors import StepstateError
@@ -93,8 +93,8 @@ def _scenarios(model: ModelInfo, files: Iterable[Path]) -> Scenarios | None:
     for file in files:
         if file.stem in found:
             raise BadRow(f"two scenarios have the name {file.stem!r}: rename {file}")
-        with file.open(newline="") as lines:
-            found[file.stem] = list(read_rows(lines, model, str(file), empty=True, part=True))
+        with file.open("rb") as lines:
+            found[file.stem] = list(Rows(lines, model, str(file), empty=True, part=True))
         if not found[file.stem]:
             raise BadRow(f"{file} has no rows")
     return found or None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
+import sys
+from contextlib import suppress
 
 import click
 
@@ -36,6 +39,32 @@ class _Lazy(click.Group):
                 f"`stepstate {cmd_name}` needs {error.name}: pip install 'stepstate[server]'"
             ) from error
         return command
+
+    def invoke(self, ctx: click.Context) -> object:
+        """Runs a command; what it could not read or write ends it in one line."""
+        try:
+            done: object = super().invoke(ctx)
+            sys.stdout.flush()
+        except OSError as error:
+            # Click knows what a reader that left means; a server's surprise keeps its traceback.
+            if error.errno == errno.EPIPE or ctx.invoked_subcommand == "serve":
+                raise
+            _drop_output()
+            raise click.ClickException(_told(error)) from error
+        return done
+
+
+def _told(error: OSError) -> str:
+    return f"{error.filename or 'reading or writing failed'}: {error.strerror or error}"
+
+
+def _drop_output() -> None:
+    """What can't be written is not tried again when Python ends."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        with suppress(OSError):
+            sys.stdout.close()
 
 
 @click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})

@@ -195,7 +195,7 @@ class NonFiniteInput(InvalidRequest):
         hint = ", or open the session with a missing policy" if self.value == "nan" else ""
         return (
             f"x: row {self.row}, input {self.column!r} of session {self.session_id!r} is "
-            f"{self.value}; nothing was applied: send finite values only{hint}"
+            f"{self.value}; no row of its request was applied: send finite values only{hint}"
         )
 
 
@@ -210,7 +210,7 @@ class NonFiniteResult(InvalidRequest):
     def __str__(self) -> str:
         return (
             f"x: applied to session {self.session_id!r} at t={self.t}, these rows overflow "
-            "float32; nothing was applied: check the unit of the values"
+            "float32; none of them was applied: check the unit of the values"
         )
 
 

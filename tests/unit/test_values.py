@@ -85,6 +85,10 @@ def test_another_shape_is_refused_with_both(known, x, shape):
         assert ", ".join(known.inputs) in str(refused.value)
 
 
+def test_a_number_beyond_float32_is_infinite_without_a_warning():
+    assert ONE.rows(1e39)[0].tolist() == [[np.inf]]
+
+
 def test_the_widths_are_those_of_x_and_y():
     assert (THREE.input_width, THREE.output_width) == (3, 3)
 

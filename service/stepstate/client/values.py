@@ -120,7 +120,8 @@ def floats(x: ArrayLike, field: str) -> Floats:
         InvalidField: it is not numbers.
     """
     try:
-        return np.asarray(x, np.float32)
+        with np.errstate(over="ignore"):  # beyond float32 it is infinite, and refused as that
+            return np.asarray(x, np.float32)
     except (TypeError, ValueError) as error:
         raise InvalidField(field, f"is not an array of numbers: {error}") from error
 

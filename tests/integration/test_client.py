@@ -67,6 +67,33 @@ def inner(it: Any) -> Any:
 # What they give.
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("start_time", "2000-06-05"), ("idle_timeout", 60), ("durability", "disk")]
+)
+async def test_what_a_session_can_not_be_opened_with_is_named(
+    any_client: AnyClient, field: str, value: object
+):
+    with pytest.raises(errors.InvalidField, match=f"^{field}: is {value!r}, expected"):
+        await any_client.open("lstm", **{field: value})
+
+
+async def test_a_client_that_was_disconnected_says_so(server: Server, connect: Connect):
+    async with connect(server.address) as client:
+        session = await client.open("lstm")
+    for call in (
+        client.models,
+        lambda: client.open("lstm"),
+        lambda: client.forecast([session]),
+        lambda: session.step(draw(1)),
+        lambda: session.prime(draw(1)),
+        lambda: collect(session, draw(1)),
+        session.refresh,
+        session.close,
+    ):
+        with pytest.raises(errors.Cancelled, match="the client was disconnected"):
+            await call()
+
+
 async def test_rows_come_back_in_the_shape_they_were_given(
     any_client: AnyClient, networks: dict[str, Network]
 ):

@@ -298,7 +298,7 @@ async def test_a_forecast_is_what_the_last_step_said(client: AnyClient, sensor: 
     assert (forecast.median < forecast.high).all()
     assert forecast["level"].unit == "m"
     assert session.t == (await client.info(session.session_id)).t == 60
-    fan = await session.forecast(3, quantiles=[0.25, 0.75])
+    fan = await session.forecast(3, quantiles=np.array([0.25, 0.75]))
     assert fan.values.shape == (3, 2)
     assert np.isnan(fan.median).all()
 
@@ -333,6 +333,8 @@ async def test_each_scenario_has_a_forecast_of_its_own(client: AnyClient):
         ({}, "scenarios: "),
         ({"a": [1.0, 2.0, 3.0]}, "scenarios\\['a'\\]"),
         ({"a": pd.DataFrame({"cold": [1.0]})}, "scenarios\\['a'\\]"),
+        ({"a": [[1.0, math.inf]]}, "scenarios\\['a'\\]"),
+        ([[1.0]], "scenarios: "),
     ):
         with pytest.raises(errors.InvalidField, match=named):
             await session.forecast(scenarios=bad)

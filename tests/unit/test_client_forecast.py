@@ -12,8 +12,9 @@ import pandas as pd
 import pytest
 
 from stepstate import errors
-from stepstate.client import Forecast, Output, OutputForecast, asking, backoff
-from stepstate.client.asking import Asking
+from stepstate.cli.plot import plot_forecasts
+from stepstate.client import Client, Forecast, Output, OutputForecast, asking, backoff
+from stepstate.client.asking import Asking, listed
 from stepstate.client.footing import Footing
 from stepstate.client.track import Track
 from stepstate.transport.status import status_of
@@ -73,6 +74,27 @@ def test_a_forecast_is_printed_in_short():
     )
 
 
+@pytest.mark.parametrize(
+    ("levels", "told"),
+    [
+        ((0.25, 0.75), "load 0 to 1 … 2 to 3 MW, 2 ahead"),
+        ((0.8, 0.1, 0.9), "load 1 to 2 … 4 to 5 MW, 2 ahead"),
+        ((0.6, 0.7), "load 0 to 1 … 2 to 3 MW, 2 ahead"),
+        ((0.9,), "load@0.9 0 … 1 MW, 2 ahead"),
+        ((0.9, 0.5), "load 1 … 3 MW, 2 ahead"),
+    ],
+)
+def test_without_a_median_the_outermost_quantiles_are_printed(levels, told):
+    assert told in str(of_levels(levels))
+
+
+def of_levels(levels) -> Forecast:
+    """Two steps ahead, the values counted."""
+    values = np.arange(2 * len(levels), dtype=np.float32).reshape(2, -1)
+    output = OutputForecast("load", "MW", levels, values, ("direct", "direct"))
+    return Forecast("a", 7, "", levels, {"load": output})
+
+
 def test_a_forecast_is_a_table():
     table = FORECAST.to_pandas()
     assert table.index.tolist() == [1, 2, 3, 4]
@@ -93,16 +115,63 @@ def test_a_forecast_is_drawn():
     plt = pytest.importorskip("matplotlib.pyplot")
     ax = TIMED.plot()
     assert (ax.get_ylabel(), ax.get_xlabel()) == ("load [MW]", "time (UTC)")
-    assert ax.get_title() == "a from t=7, hot"
+    assert ax.get_title() == "a from t=7"
+    assert legend(ax) == ["hot 0.05 to 0.95", "hot median"]
     assert len(ax.lines) == len(ax.collections) == 1
     _, other = plt.subplots()
     assert FORECAST.plot(other, output="heat") is other
     assert (other.get_ylabel(), other.get_xlabel()) == ("heat", "steps ahead")
-    assert [text.get_text() for text in other.get_legend().get_texts()] == [
-        "0.05 to 0.95",
-        "median",
-    ]
+    assert legend(other) == ["0.05 to 0.95", "median"]
     plt.close("all")
+
+
+def legend(ax) -> list[str]:
+    return [text.get_text() for text in ax.get_legend().get_texts()]
+
+
+def test_scenarios_on_the_same_axes_have_colors_and_names_of_their_own():
+    plt = pytest.importorskip("matplotlib.pyplot")
+    ax = TIMED.plot()
+    replace(TIMED, scenario="cold").plot(ax)
+    assert legend(ax) == [
+        *("hot 0.05 to 0.95", "hot median"),
+        *("cold 0.05 to 0.95", "cold median"),
+    ]
+    hot, cold = (line.get_color() for line in ax.lines)
+    assert hot != cold
+    bands = [tuple(band.get_facecolor()[0][:3]) for band in ax.collections]
+    assert bands == [mpl.colors.to_rgb(hot), mpl.colors.to_rgb(cold)]
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("levels", "drawn"),
+    [
+        ((0.25, 0.75), ["0.25 to 0.75"]),
+        ((0.9,), ["0.9"]),
+        ((0.5, 0.9), ["median", "0.9"]),
+        ((0.6, 0.7), ["0.6", "0.7"]),
+    ],
+)
+def test_what_is_there_is_drawn_with_or_without_a_median(levels, drawn):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    assert legend(of_levels(levels).plot()) == drawn
+    plt.close("all")
+
+
+@pytest.mark.parametrize(
+    ("levels", "drawn", "absent"),
+    [
+        ((0.25, 0.75), ["0.25", "0.75"], ["median"]),
+        ((0.3,), ["0.3"], ["median"]),
+        ((0.6, 0.7), ["0.6", "0.7"], ["median"]),
+        ((0.5,), ["median"], [" 0.5"]),
+    ],
+)
+def test_on_a_terminal_what_is_there_is_drawn(levels, drawn, absent):
+    *_, labels = plot_forecasts([of_levels(levels)], color=False).splitlines()
+    assert all(label in labels for label in drawn)
+    assert not any(label in labels for label in absent)
 
 
 @pytest.mark.parametrize(
@@ -297,6 +366,9 @@ def test_a_call_for_no_session_is_none():
         ({"hot": [[1.0, 2.0]]}, "^scenarios\\['hot'\\]: "),
         ({"hot": "warm"}, "^scenarios\\['hot'\\]: "),
         ({"hot": pd.DataFrame({"wind": [1]})}, "wind"),
+        ({"hot": [[1.0, np.inf, 3.0]]}, "^scenarios\\['hot'\\]: holds an infinite value"),
+        ([[1.0]], "^scenarios: are not rows by name"),
+        ({1: [[1.0]]}, "^scenarios: are not rows by name"),
     ],
 )
 def test_a_scenario_that_is_no_rows_is_refused_by_name(scenarios, told):
@@ -314,8 +386,27 @@ def test_a_frame_may_lack_columns_of_a_scenario():
 
 
 def test_the_horizon_is_a_number_of_steps():
-    with pytest.raises(errors.InvalidField, match=r"^horizon: is 0"):
-        ask(["a"], 0)
+    for horizon, told in ((0, "1 or more"), (10_001, "at most 10000"), (2**40, "at most 10000")):
+        with pytest.raises(errors.InvalidField, match=f"^horizon: is {horizon}, expected {told}"):
+            ask(["a"], horizon)
+
+
+def test_levels_are_any_sequence_of_numbers():
+    ((_, request),) = ask(["a"], quantiles=np.array([0.25, 0.75], np.float32)).calls()
+    assert list(request.quantiles) == [0.25, 0.75]
+    with pytest.raises(errors.InvalidField, match=r"^quantiles: are not numbers"):
+        ask(["a"], quantiles=["low"])
+
+
+@pytest.mark.parametrize("single", ["abc", session("a", 5)], ids=["an id", "a session"])
+def test_a_single_session_is_no_list_of_them(single):
+    with pytest.raises(errors.InvalidField, match=r"^sessions: is a single session"):
+        listed(single)
+    with (
+        Client("127.0.0.1:1") as client,
+        pytest.raises(errors.InvalidField, match=r"^sessions: "),
+    ):
+        client.forecast(single)
 
 
 # What a server that was set back is sent.

@@ -52,12 +52,10 @@ def _plot(forecasts: Sequence[Forecast], name: str, width: int, *, color: bool) 
 def _curves(output: OutputForecast, scenario: str, color: str) -> Iterator[tuple[Any, str, str]]:
     """The values, label and color of each line that can be drawn."""
     named = f"{scenario} " if scenario else ""
-    bounds = {
-        f"{named}{min(output.levels):g}": (output.low, _BOUNDS),
-        f"{named}{max(output.levels):g}": (output.high, _BOUNDS),
-        f"{named}median": (output.median, color),
-    }
-    for label, (values, shade) in bounds.items():
+    bounds = {min(output.levels), max(output.levels)} - {0.5}
+    curves = {f"{named}{level:g}": (output.at(level), _BOUNDS) for level in sorted(bounds)}
+    curves[f"{named}median"] = (output.median, color)
+    for label, (values, shade) in curves.items():
         if np.isfinite(values).any():
             yield values, label, shade
 

@@ -14,15 +14,15 @@ from numpy.typing import ArrayLike
 
 from stepstate.client import wire
 from stepstate.client.aio_session import AsyncSession
-from stepstate.client.asking import Asking, Told
+from stepstate.client.asking import Asking, Told, listed
 from stepstate.client.backlog import RESUME_ROWS
 from stepstate.client.backoff import Backoff
-from stepstate.client.forecast import Forecast, Scenarios
+from stepstate.client.forecast import Forecast, Levels, Scenarios
 from stepstate.client.history import History, Progress
 from stepstate.client.pipeline import MOST_ITEMS, Items, Pipeline
 from stepstate.client.track import WINDOW
 from stepstate.client.values import Durability, MissingPolicy, ModelInfo, Result, SessionInfo
-from stepstate.errors import SessionExists, StepstateError, Unavailable
+from stepstate.errors import Cancelled, SessionExists, StepstateError, Unavailable
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
@@ -54,7 +54,8 @@ class AsyncClient:
         self.timeout = timeout
         self.resume_rows = resume_rows
         self._channel = grpc.aio.insecure_channel(target, options=list(wire.CHANNEL_OPTIONS))
-        self.stub = StepstateServiceStub(self._channel)
+        self._stub = StepstateServiceStub(self._channel)
+        self._disconnected = False
         self._models: dict[tuple[str, str], ModelInfo] = {}
 
     async def __aenter__(self) -> Self:
@@ -68,8 +69,20 @@ class AsyncClient:
     ) -> None:
         await self.disconnect()
 
+    @property
+    def stub(self) -> StepstateServiceStub:
+        """The calls of the contract.
+
+        Raises:
+            Cancelled: the client was disconnected.
+        """
+        if self._disconnected:
+            raise Cancelled(wire.DISCONNECTED)
+        return self._stub
+
     async def disconnect(self) -> None:
         """Closes the connection; sessions stay open on the server."""
+        self._disconnected = True
         await self._channel.close()
 
     async def open(
@@ -310,7 +323,7 @@ class AsyncClient:
         sessions: Iterable[AsyncSession | str],
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: None = None,
         timeout: float | None = None,
     ) -> list[Forecast | StepstateError]: ...
@@ -321,7 +334,7 @@ class AsyncClient:
         sessions: Iterable[AsyncSession | str],
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: Scenarios,
         timeout: float | None = None,
     ) -> list[dict[str, Forecast] | StepstateError]: ...
@@ -332,7 +345,7 @@ class AsyncClient:
         sessions: Iterable[AsyncSession | str],
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: Scenarios | None,
         timeout: float | None = None,
     ) -> Sequence[Told]: ...
@@ -342,7 +355,7 @@ class AsyncClient:
         sessions: Iterable[AsyncSession | str],
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Sequence[Told]:
@@ -368,7 +381,7 @@ class AsyncClient:
             InvalidField: what is asked for can be had of no session.
             Unavailable: no answer in time.
         """
-        wanted = list(sessions)
+        wanted = listed(sessions)
         asking = Asking(
             wanted,
             horizon,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from stepstate.client import wire
 from stepstate.client.footing import Footing
-from stepstate.client.forecast import Forecast, Scenarios
+from stepstate.client.forecast import Forecast, Levels, Scenarios
 from stepstate.client.history import (
     IN_FLIGHT,
     PIECE_ROWS,
@@ -180,7 +180,7 @@ class AsyncSession(Footing):
         self,
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: None = None,
         timeout: float | None = None,
     ) -> Forecast: ...
@@ -190,7 +190,7 @@ class AsyncSession(Footing):
         self,
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: Scenarios,
         timeout: float | None = None,
     ) -> dict[str, Forecast]: ...
@@ -199,7 +199,7 @@ class AsyncSession(Footing):
         self,
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Forecast | dict[str, Forecast]:

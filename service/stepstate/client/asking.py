@@ -10,7 +10,7 @@ K horizons, Q quantile levels, P rows of a scenario, D inputs a row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +19,7 @@ import numpy as np
 from stepstate.client import wire
 from stepstate.client.backoff import Backoff
 from stepstate.client.footing import Footing
-from stepstate.client.forecast import Forecast, Scenarios
+from stepstate.client.forecast import Forecast, Levels, Scenarios
 from stepstate.client.values import Floats, ModelInfo, floats
 from stepstate.errors import (
     Cancelled,
@@ -35,6 +35,7 @@ from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import put_floats
 
 S = TypeVar("S", bound=Footing)
+T = TypeVar("T")
 
 Told = Forecast | dict[str, Forecast] | StepstateError
 """With scenarios a forecast for each of them, by name."""
@@ -43,6 +44,8 @@ CALL_SESSIONS = 5_000
 """Half of what a server takes."""
 CALL_VALUES = 500_000
 """Half of what a server gives."""
+MOST_HORIZON = 10_000
+"""What a server looks ahead."""
 USUAL_HORIZON = 48
 """Where neither the horizon nor the model is known."""
 _OF_THE_CALL = (InvalidField, ServerUnreachable, Draining, Cancelled, UnexpectedStatus)
@@ -76,8 +79,8 @@ class Asking(Generic[S]):
         timeout: seconds to go on asking.
 
     Raises:
-        InvalidField: a scenario is not rows, there are none, or the horizon is no
-            number of steps.
+        InvalidField: a scenario is not rows, there are none, the levels are no
+            numbers, or the horizon is no number of steps.
     """
 
     def __init__(
@@ -85,7 +88,7 @@ class Asking(Generic[S]):
         sessions: Iterable[S | str],
         horizon: int | None,
         *,
-        quantiles: Sequence[float] | None,
+        quantiles: Levels | None,
         scenarios: Scenarios | None,
         models: Sequence[ModelInfo],
         timeout: float,
@@ -94,8 +97,8 @@ class Asking(Generic[S]):
             Wanted(one, None) if isinstance(one, str) else Wanted(one.session_id, one)
             for one in sessions
         ]
-        if scenarios is not None and not scenarios:
-            raise InvalidField("scenarios", "are none: leave them out, or name one")
+        if scenarios is not None:
+            _check_scenarios(scenarios)
         known = [one.session.model for one in self._wanted if one.session is not None]
         self._named = scenarios is not None
         self._request = _request(horizon, quantiles, scenarios or {}, known or models)
@@ -191,6 +194,17 @@ class Asking(Generic[S]):
         one.behind, one.error = t, StepAhead(one.session_id, one.t, t)
 
 
+def listed(sessions: Iterable[T]) -> list[T]:
+    """The sessions of a call.
+
+    Raises:
+        InvalidField: it is one session, and not several.
+    """
+    if isinstance(sessions, str | Footing):
+        raise InvalidField("sessions", "is a single session: put it into a list")
+    return list(sessions)
+
+
 def _is_without_rows(one: Wanted[S], error: StepstateError) -> bool:
     """Whether the server was set back to before the session's first row, which has no forecast."""
     if not isinstance(error, ForecastImpossible):
@@ -198,26 +212,45 @@ def _is_without_rows(one: Wanted[S], error: StepstateError) -> bool:
     return one.t > 0 and error.subject == f"session {one.session_id!r}"
 
 
+def _check_scenarios(scenarios: object) -> None:
+    if not isinstance(scenarios, Mapping) or not all(isinstance(name, str) for name in scenarios):
+        raise InvalidField("scenarios", "are not rows by name, such as {'cold': [[1.0]]}")
+    if not scenarios:
+        raise InvalidField("scenarios", "are none: leave them out, or name one")
+
+
 def _request(
     horizon: int | None,
-    quantiles: Sequence[float] | None,
+    quantiles: Levels | None,
     scenarios: Scenarios,
     models: Sequence[ModelInfo],
 ) -> pb.ForecastRequest:
     """What is the same for all sessions."""
-    if horizon is not None and not 1 <= horizon < 2**32:
+    if horizon is not None and horizon < 1:
         raise InvalidField("horizon", f"is {horizon}, expected 1 or more")
-    request = pb.ForecastRequest(horizon=horizon or 0, quantiles=quantiles or ())
+    if horizon is not None and horizon > MOST_HORIZON:
+        raise InvalidField("horizon", f"is {horizon}, expected at most {MOST_HORIZON}")
+    request = pb.ForecastRequest(horizon=horizon or 0, quantiles=_levels(quantiles))
     for name, path in scenarios.items():
-        scenario = request.scenarios.add(name=name)
-        data = np.ascontiguousarray(_rows(name, path, models), "<f4").tobytes()
+        scenario, field = request.scenarios.add(name=name), f"scenarios[{name!r}]"
+        rows = _rows(field, path, models)
+        if np.isinf(rows).any():
+            raise InvalidField(field, "holds an infinite value; NaN is the model's own forecast")
+        data = np.ascontiguousarray(rows, "<f4").tobytes()
         put_floats(scenario, pb.Scenario.X_FIELD_NUMBER, data)
     return request
 
 
-def _rows(name: str, path: Any, models: Sequence[ModelInfo]) -> Floats:
+def _levels(quantiles: Levels | None) -> list[float]:
+    """None for the usual ones."""
+    try:
+        return [] if quantiles is None else [float(level) for level in quantiles]
+    except (TypeError, ValueError) as error:
+        raise InvalidField("quantiles", f"are not numbers: {error}") from error
+
+
+def _rows(field: str, path: Any, models: Sequence[ModelInfo]) -> Floats:
     """A scenario's rows; the server checks them where it is not known of which model they are."""
-    field = f"scenarios[{name!r}]"
     columns = getattr(path, "columns", None)
     if columns is None:
         if len({model.input_width for model in models}) == 1:

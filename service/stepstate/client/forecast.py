@@ -5,7 +5,7 @@ K horizons, Q quantile levels, P rows of a scenario, D inputs a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -23,6 +23,8 @@ Method = Literal["direct", "fed back", "given", ""]
 rows, were fed back on a copy of it; given by the scenario. Empty: there is none."""
 Scenarios = Mapping[str, ArrayLike]
 """Rows that might come, [P, D] by name; NaN is the model's own forecast of a value."""
+Levels = Sequence[float] | NDArray[np.floating]
+"""Quantile levels, each more than 0 and less than 1."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -167,6 +169,9 @@ class Forecast:
     def plot(self, ax: Axes | None = None, *, output: str | None = None) -> Axes:
         """Draws the median as a line, and the intervals around it.
 
+        A level without a partner on the other side of the median is a broken
+        line. Each forecast on the same axes has a color of its own.
+
         Args:
             ax: where; left out: a new figure.
             output: its name; left out: the first one.
@@ -184,8 +189,12 @@ class Forecast:
 
 
 def _in_short(output: OutputForecast) -> str:
-    """Its first and last median, with unit."""
+    """Its first and last median, with unit; without a median, its lowest to highest quantile."""
+    levels = [0.5] if 0.5 in output.levels else sorted({min(output.levels), max(output.levels)})
+    # A single quantile that is not the median must not be taken for it.
+    name = output.name if levels == [0.5] or len(levels) > 1 else f"{output.name}@{levels[0]:g}"
+    rows = np.stack([output.at(level) for level in levels], axis=1)
+    ends = rows if len(rows) == 1 else rows[[0, -1]]
+    told = " … ".join(" to ".join(f"{value:.6g}" for value in end) for end in ends)
     unit = f" {output.unit}" if output.unit else ""
-    median = output.median
-    ends = [f"{median[0]:.6g}"] if len(median) == 1 else [f"{median[0]:.6g}", f"{median[-1]:.6g}"]
-    return f"{output.name} {' … '.join(ends)}{unit}, {len(median)} ahead"
+    return f"{name} {told}{unit}, {len(rows)} ahead"

@@ -14,10 +14,10 @@ from numpy.typing import ArrayLike
 
 from stepstate.client import wire
 from stepstate.client.aio import TIMEOUT
-from stepstate.client.asking import Asking, Told
+from stepstate.client.asking import Asking, Told, listed
 from stepstate.client.backlog import RESUME_ROWS
 from stepstate.client.backoff import Backoff
-from stepstate.client.forecast import Forecast, Scenarios
+from stepstate.client.forecast import Forecast, Levels, Scenarios
 from stepstate.client.history import History, Progress
 from stepstate.client.sync_session import Session
 from stepstate.client.turns import Turns
@@ -30,6 +30,7 @@ from stepstate.client.values import (
     SessionInfo,
 )
 from stepstate.errors import (
+    Cancelled,
     Draining,
     ServerUnreachable,
     SessionExists,
@@ -52,7 +53,8 @@ class Client:
         self.timeout = timeout
         self.resume_rows = resume_rows
         self._channel = grpc.insecure_channel(target, options=list(wire.CHANNEL_OPTIONS))
-        self.stub = StepstateServiceStub(self._channel)
+        self._stub = StepstateServiceStub(self._channel)
+        self._disconnected = False
         self._models: dict[tuple[str, str], ModelInfo] = {}
 
     def __enter__(self) -> Self:
@@ -66,8 +68,16 @@ class Client:
     ) -> None:
         self.disconnect()
 
+    @property
+    def stub(self) -> StepstateServiceStub:
+        """The calls of the contract. Raises `Cancelled` after `disconnect`."""
+        if self._disconnected:
+            raise Cancelled(wire.DISCONNECTED)
+        return self._stub
+
     def disconnect(self) -> None:
         """Closes the connection; sessions stay open on the server."""
+        self._disconnected = True
         self._channel.close()
 
     def open(
@@ -214,7 +224,7 @@ class Client:
         sessions: Iterable[Session | str],
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: None = None,
         timeout: float | None = None,
     ) -> list[Forecast | StepstateError]: ...
@@ -225,7 +235,7 @@ class Client:
         sessions: Iterable[Session | str],
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: Scenarios,
         timeout: float | None = None,
     ) -> list[dict[str, Forecast] | StepstateError]: ...
@@ -236,7 +246,7 @@ class Client:
         sessions: Iterable[Session | str],
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: Scenarios | None,
         timeout: float | None = None,
     ) -> Sequence[Told]: ...
@@ -246,12 +256,12 @@ class Client:
         sessions: Iterable[Session | str],
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Sequence[Told]:
         """Forecasts from where each of many sessions stands. See `AsyncClient.forecast`."""
-        wanted = list(sessions)
+        wanted = listed(sessions)
         asking = Asking(
             wanted,
             horizon,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from stepstate.client import wire
 from stepstate.client.footing import Footing
-from stepstate.client.forecast import Forecast, Scenarios
+from stepstate.client.forecast import Forecast, Levels, Scenarios
 from stepstate.client.history import (
     IN_FLIGHT,
     PIECE_ROWS,
@@ -107,7 +107,7 @@ class Session(Footing):
         self,
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: None = None,
         timeout: float | None = None,
     ) -> Forecast: ...
@@ -117,7 +117,7 @@ class Session(Footing):
         self,
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: Scenarios,
         timeout: float | None = None,
     ) -> dict[str, Forecast]: ...
@@ -126,7 +126,7 @@ class Session(Footing):
         self,
         horizon: int | None = None,
         *,
-        quantiles: Sequence[float] | None = None,
+        quantiles: Levels | None = None,
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Forecast | dict[str, Forecast]:

@@ -80,6 +80,7 @@ _NO_ANSWER = (
 )
 # How grpcio begins the text of a CANCELLED that it made in this process.
 _GIVEN_UP = ("Channel closed", "Locally cancelled")
+DISCONNECTED = "the client was disconnected, make a new one"
 
 
 def opening(
@@ -96,10 +97,12 @@ def opening(
     """A request for a session. The client makes the id, so that the request can be repeated.
 
     Raises:
-        InvalidField: durability, missing or interval_level is nothing that exists.
+        InvalidField: start_time or idle_timeout is of another type; durability,
+            missing or interval_level is nothing that exists.
     """
     request = pb.OpenSessionRequest(session_id=session_id or new_id(), model=model, version=version)
     if start_time is not None:
+        _check_type("start_time", start_time, datetime)
         aware = start_time if start_time.tzinfo else start_time.replace(tzinfo=UTC)
         request.start_time.FromDatetime(aware.astimezone(UTC))
     if missing is not None:
@@ -144,9 +147,15 @@ def _put_wishes(
     durability: str | None,
 ) -> None:
     if idle_timeout is not None:
+        _check_type("idle_timeout", idle_timeout, timedelta)
         request.idle_timeout.FromTimedelta(idle_timeout)
     if durability is not None:
         request.durability = _number("durability", durability, _DURABILITY_NUMBERS)
+
+
+def _check_type(field: str, value: object, kind: type) -> None:
+    if not isinstance(value, kind):
+        raise InvalidField(field, f"is {value!r}, expected a {kind.__name__}")
 
 
 def _number(field: str, name: str, numbers: dict[str, Any]) -> Any:

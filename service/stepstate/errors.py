@@ -12,6 +12,7 @@
     │   ├── InvalidField        a field that no session could accept
     │   ├── NonFiniteInput      NaN or infinity in x
     │   ├── NonFiniteResult     the rows would make the state or y non-finite
+    │   ├── SequenceUnstarted   at the Triton door: no start flag, and nothing to go on with
     │   └── StepMismatch        this t was already applied, with another payload
     ├── StepAhead               t is larger than the rows applied so far
     ├── StepTooOld              t is older than the replay window
@@ -211,6 +212,22 @@ class NonFiniteResult(InvalidRequest):
         return (
             f"x: applied to session {self.session_id!r} at t={self.t}, these rows overflow "
             "float32; none of them was applied: check the unit of the values"
+        )
+
+
+@dataclass(eq=False)
+class SequenceUnstarted(InvalidRequest):
+    """At the Triton door: a request without start, of a sequence that is not going on."""
+
+    reason = "SEQUENCE_UNSTARTED"
+    sequence_id: str
+    model: str
+    cause: str
+
+    def __str__(self) -> str:
+        return (  # as Triton says it, and why
+            f"inference request for sequence {self.sequence_id} to model {self.model!r} must "
+            f"specify the START flag on the first request of the sequence: {self.cause}"
         )
 
 

@@ -9,6 +9,7 @@ a scrape may see a micro-batch half counted, never a wrong total later.
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
@@ -101,6 +102,16 @@ class Histogram:
         """Counts one value, as often as it came."""
         self._counts[bisect_left(self._bounds, value)] += times
         self._sum += value * times
+
+    @property
+    def count(self) -> int:
+        """Values counted."""
+        return sum(self._counts)
+
+    @property
+    def total(self) -> float:
+        """Their sum."""
+        return self._sum
 
     def samples(self) -> tuple[list[tuple[str, float]], float]:
         """Cumulative buckets by upper bound, and the sum."""
@@ -195,6 +206,9 @@ class ModelMetrics:
         self.spills = 0
         self.restores = 0
         self.takeovers = 0
+        self.sequences_restarted = 0
+        self.last_applied_at = 0.0
+        """Unix seconds; 0: never."""
         self.lane: LaneGauges | None = None
 
     def microbatch(self, queued_at: Sequence[float], started: float, finished: float) -> None:
@@ -209,6 +223,7 @@ class ModelMetrics:
     def applied(self, rows: int) -> None:
         """Rows were applied."""
         self.steps["applied"] += rows
+        self.last_applied_at = time.time()
 
     def ended(self, result: str) -> None:
         """A request ended otherwise."""
@@ -266,6 +281,10 @@ class Metrics(Collector):
     def closed(self, reason: str) -> None:
         """A session ended."""
         self._closed[reason] += 1
+
+    def restarted(self, model: str, version: str) -> None:
+        """A client of the Triton door began a sequence anew before it had ended."""
+        self.model(model, version).sequences_restarted += 1
 
     def restored(self, model: str, version: str, *, taken_over: bool) -> None:
         """A session came from the store; perhaps from another server."""
@@ -424,11 +443,17 @@ class Metrics(Collector):
             "Restored sessions whose lease another server held, or this one before it crashed.",
             labels=labels,
         )
+        restarted = CounterMetricFamily(
+            "stepstate_sequences_restarted",
+            "Sessions closed because a client of the Triton door began their sequence anew.",
+            labels=labels,
+        )
         for key, model in list(self._models.items()):
+            restarted.add_metric(key, model.sequences_restarted)
             spills.add_metric(key, model.spills)
             restores.add_metric(key, model.restores)
             takeovers.add_metric(key, model.takeovers)
-        yield from (spills, restores, takeovers)
+        yield from (spills, restores, takeovers, restarted)
 
     def _of_snapshots(self) -> Iterator[Metric]:
         yield CounterMetricFamily(

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from threading import Thread
+from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
 
 import grpc
@@ -33,9 +34,12 @@ from stepstate.metrics import Metrics
 from stepstate.models import load_catalog
 from stepstate.sessions import Lane, Limits, Sessions, Table
 from stepstate.stores import Durability, SessionStore, open_store
-from stepstate.transport import Guard, NativeService, add_reflection
+from stepstate.transport import Guard, NativeService, Outgoing, add_reflection
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
+
+if TYPE_CHECKING:
+    from stepstate.transport.triton import TritonService
 
 log = logging.getLogger(__name__)
 
@@ -114,10 +118,16 @@ class Server:
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
         self.sessions = self._wire_sessions()
-        self._native = NativeService(self.sessions, self._metrics)
+        outgoing = Outgoing()
+        self._native = NativeService(
+            self.sessions, outgoing=outgoing, refused=self._metrics.refused
+        )
+        self._triton = self._triton_door(outgoing)
         self._health = health.aio.HealthServicer()
         guard = Guard(self._metrics)
-        guard.expect(SERVICE)
+        guard.expect(SERVICE.methods)
+        if self._triton is not None:
+            guard.expect(self._triton.methods())
         self._grpc = grpc.aio.server(interceptors=[guard], options=list(CHANNEL_OPTIONS))
         self._http: tuple[WSGIServer, Thread] | None = None
         self._store_told = True
@@ -132,7 +142,11 @@ class Server:
         """
         add_StepstateServiceServicer_to_server(self._native, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
-        add_reflection(self._grpc, SERVICE.full_name)
+        services = [SERVICE.full_name]
+        if self._triton is not None:
+            self._triton.add_to(self._grpc)
+            services.append(self._triton.name)
+        add_reflection(self._grpc, *services)
         await self.sessions.start()
         self.metrics_address = self._listen_metrics()
         self.address = self._listen_grpc()
@@ -141,7 +155,7 @@ class Server:
         if self._store.durable:
             saving = self.sessions.saver.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))
-        for service in ("", SERVICE.full_name, STORE_SERVICE):
+        for service in ("", *services, STORE_SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self.phase = Phase.SERVING
 
@@ -180,10 +194,22 @@ class Server:
             async with asyncio.timeout(self._config.drain_seconds):
                 await self.sessions.drain()
                 await self._native.drain()
+                if self._triton is not None:
+                    await self._triton.drain()
         except TimeoutError:
             log.warning("not all accepted steps were answered and saved in time: calls are cut")
         await self.stop(LAST_CALLS_SECONDS)
         log.info("stopped")
+
+    def _triton_door(self, outgoing: Outgoing) -> TritonService | None:
+        """The door for Triton's clients, where the package with its messages is installed."""
+        try:
+            from stepstate.transport.triton import TritonService  # noqa: PLC0415 - an extra
+        except ImportError as error:
+            log.info("no door for Triton's clients: install stepstate[triton]", exc_info=error)
+            return None
+        idle_timeout = self._config.idle_timeout
+        return TritonService(self.sessions, self._metrics, outgoing, idle_timeout)
 
     def _wire_sessions(self) -> Sessions:
         config = self._config

@@ -107,6 +107,7 @@ async def test_reflection_tells_services_and_files(server: Server, version: str)
         services = (await answer(list_services="")).list_services_response.service
         assert {service.name for service in services} == {
             SERVICE,
+            "inference.GRPCInferenceService",
             "grpc.health.v1.Health",
             "grpc.reflection.v1.ServerReflection",
             "grpc.reflection.v1alpha.ServerReflection",

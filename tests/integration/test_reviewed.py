@@ -113,7 +113,7 @@ async def test_a_stream_that_comes_while_streams_end_is_refused(server):
         idle = stub.StreamSteps()
         await idle.write(pb.StepRequest(session_id="nobody", x=[0.0]))
         await idle.read()
-        server._native._draining = True
+        server._native._streams.draining = True
         late = stub.StreamSteps()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await late.read()

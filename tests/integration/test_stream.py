@@ -286,7 +286,7 @@ async def test_streams_that_are_cut_hold_nothing_back(server: Server, stub: Stub
     await queued(stub, "a", 0)
 
     async def ended() -> bool:
-        return not server._native._streams
+        return not server._native._streams.open
 
     await until(ended)
     assert server.sessions.queued_rows == 0

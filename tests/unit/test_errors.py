@@ -54,6 +54,7 @@ WHAT_NEXT = {
     errors.SessionExists: "choose another id",
     errors.NonFiniteInput: "send finite values",
     errors.NonFiniteResult: "check the unit",
+    errors.SequenceUnstarted: "must specify the START flag",
     errors.StepMismatch: "must repeat the same rows",
     errors.StepAhead: "send the rows from t=41",
     errors.StepTooOld: "go on from t=41",

@@ -36,6 +36,7 @@ CODES = {
     errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
     errors.StoreUnavailable: StatusCode.UNAVAILABLE,
+    errors.SequenceUnstarted: StatusCode.INVALID_ARGUMENT,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.QueueFull: StatusCode.UNAVAILABLE,
     errors.Draining: StatusCode.UNAVAILABLE,

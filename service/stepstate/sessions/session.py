@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 class ReplyTo(Protocol):
     """Where a step's outcome goes: a waiting call or a stream."""
 
-    cancelled: bool
-    """Nobody waits any more."""
+    @property
+    def cancelled(self) -> bool:
+        """Nobody waits any more."""
+        ...
 
     def deliver(self, step: Step) -> None:
         """Takes a step that has its outcome; called once, on the event loop."""

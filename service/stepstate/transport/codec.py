@@ -13,7 +13,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 
 from stepstate.engine import Quality
 from stepstate.errors import InvalidField, NonFiniteInput
-from stepstate.models import Model
+from stepstate.models import Manifest, Model
 from stepstate.sessions import Copying, Opening, ReplyTo, Session, Standing, Step, new_id
 from stepstate.stores import Durability, MissingPolicy
 from stepstate.v1 import stepstate_pb2 as pb
@@ -69,14 +69,43 @@ def decode_step(request: pb.StepRequest, session: Session, reply_to: ReplyTo) ->
     else:
         x = x_of(request)
         finite = bool(np.isfinite(x).all())
+    t = request.t if request.HasField("t") else None
+    return make_step(
+        session,
+        x,
+        rows,
+        finite=finite,
+        t=t,
+        inspect=request.inspect,
+        last_only=request.last_only,
+        reply_to=reply_to,
+    )
+
+
+def make_step(
+    session: Session,
+    x: Sequence[float] | np.ndarray,
+    rows: int,
+    *,
+    finite: bool,
+    t: int | None,
+    reply_to: ReplyTo,
+    inspect: bool = False,
+    last_only: bool = False,
+) -> Step:
+    """A step of x, row-major [T, D]; `finite`: it holds neither NaN nor an infinity.
+
+    Raises:
+        InvalidField: the reply would be too large, or these are too many rows.
+        NonFiniteInput: it names row and column.
+    """
     missing_rows = 0 if finite else _missing_rows(session, x)
-    last_only = request.last_only and rows > 1
+    last_only = last_only and rows > 1
     model = session.lane.model
     reply_bytes = 4 * model.manifest.output_width
-    if rows > 1 or request.inspect:
-        reply_bytes = _check_reply(model, rows, 1 if last_only else rows, inspect=request.inspect)
-    t = request.t if request.HasField("t") else None
-    step = Step(x, rows, request.inspect, last_only, session, t, reply_to, reply_bytes)
+    if rows > 1 or inspect:
+        reply_bytes = _check_reply(model, rows, 1 if last_only else rows, inspect=inspect)
+    step = Step(x, rows, inspect, last_only, session, t, reply_to, reply_bytes)
     if missing_rows:
         step.missing_rows = missing_rows
         step.impute = session.record.missing is MissingPolicy.IMPUTE
@@ -242,19 +271,22 @@ def _missing_rows(session: Session, x: Sequence[float] | np.ndarray) -> int:
         NonFiniteInput: a value is infinite, or the session takes no NaN.
     """
     values = np.asarray(x, np.float32).reshape(-1, session.lane.model.manifest.input_width)
-    if session.record.missing is MissingPolicy.REJECT or np.isinf(values).any():
-        raise _non_finite(session, values)
+    takes_nan = session.record.missing is not MissingPolicy.REJECT
+    if not takes_nan or np.isinf(values).any():
+        manifest = session.lane.model.manifest
+        raise non_finite(session.session_id, manifest, values, takes_nan=takes_nan)
     return int(np.isnan(values).any(axis=1).sum())
 
 
-def _non_finite(session: Session, values: np.ndarray) -> NonFiniteInput:
-    inputs = session.lane.model.manifest.inputs
-    takes_nan = session.record.missing is not MissingPolicy.REJECT
+def non_finite(
+    session_id: str, manifest: Manifest, x: Sequence[float] | np.ndarray, *, takes_nan: bool
+) -> NonFiniteInput:
+    """Why x, row-major [T, D], is refused: it names the first bad value."""
+    values = np.asarray(x, np.float32).reshape(-1, manifest.input_width)
     bad = np.isinf(values) if takes_nan else ~np.isfinite(values)
     row, column = np.argwhere(bad)[0].tolist()
-    return NonFiniteInput(
-        session.session_id, row, inputs[column].name, str(float(values[row, column]))
-    )
+    name, value = manifest.inputs[column].name, float(values[row, column])
+    return NonFiniteInput(session_id, row, name, str(value))
 
 
 def _check_reply(model: Model, rows: int, rows_back: int, *, inspect: bool) -> int:

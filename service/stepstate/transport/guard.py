@@ -12,13 +12,13 @@ import inspect
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from google.protobuf.descriptor import ServiceDescriptor
+from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 from grpc._cython.cygrpc import ExecuteBatchError
 
@@ -47,11 +47,11 @@ class Guard(grpc.aio.ServerInterceptor):
         self._metrics = metrics
         self._wrapped: dict[str, Handler | None] = {}
 
-    def expect(self, service: ServiceDescriptor) -> None:
-        """Makes the series of a service's RPCs, before any is called."""
-        for method in service.methods:
+    def expect(self, methods: Iterable[MethodDescriptor]) -> None:
+        """Makes the series of RPCs, before any is called."""
+        for method in methods:
             kind = _KINDS[method.client_streaming, method.server_streaming]
-            self._metrics.rpc(kind, service.full_name, method.name)
+            self._metrics.rpc(kind, method.containing_service.full_name, method.name)
 
     async def intercept_service(
         self,

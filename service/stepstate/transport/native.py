@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections import Counter
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from stepstate.errors import Draining, InvalidField
-from stepstate.metrics import Metrics
-from stepstate.sessions import Session, Sessions, Step
+from stepstate.errors import InvalidField
+from stepstate.sessions import Session, Sessions
 from stepstate.transport.codec import (
     decode_fork,
     decode_import,
@@ -19,51 +16,35 @@ from stepstate.transport.codec import (
     encode_session,
     encode_step,
 )
+from stepstate.transport.exchange import Streams
 from stepstate.transport.forecasts import decode_wish, encode_forecasts, reply_bytes
 from stepstate.transport.outgoing import Outgoing
 from stepstate.transport.stream import StepStream
+from stepstate.transport.waiting import WaitingCall
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceServicer
 
 if TYPE_CHECKING:
     from stepstate.transport.guard import Context, CountingContext
 
-log = logging.getLogger(__name__)
-
 PAGE_SIZE, MOST_PAGE_SIZE = 100, 1000
 
 
-class WaitingCall:
-    """A `ReplyTo` for one unary call."""
-
-    def __init__(self) -> None:
-        self.cancelled = False
-        self._outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
-
-    def deliver(self, step: Step) -> None:
-        """See `ReplyTo`."""
-        if not self._outcome.done():
-            self._outcome.set_result(step)
-
-    async def outcome(self) -> Step:
-        """The step with its outcome; a caller that gives up marks it cancelled."""
-        try:
-            return await self._outcome
-        except asyncio.CancelledError:
-            self.cancelled = True
-            raise
-
-
 class NativeService(StepstateServiceServicer):  # type: ignore[misc]
-    """The RPCs of the contract; the contract has their documentation."""
+    """The RPCs of the contract; the contract has their documentation.
 
-    def __init__(self, sessions: Sessions, metrics: Metrics) -> None:
+    Args:
+        sessions: the table.
+        outgoing: the bytes of replies that are on their way, of every door.
+        refused: told the reason of each refusal within a stream.
+    """
+
+    def __init__(
+        self, sessions: Sessions, *, outgoing: Outgoing, refused: Callable[[str], None]
+    ) -> None:
         self._sessions = sessions
-        self._metrics = metrics
-        self._streams: set[StepStream] = set()
-        self._outgoing = Outgoing()
-        self._draining = False
-        self._all_ended = asyncio.Event()
+        self._outgoing = outgoing
+        self._streams = Streams(refused)
 
     async def OpenSession(
         self, request: pb.OpenSessionRequest, context: Context
@@ -129,24 +110,11 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
             self._outgoing.release(step.reply_bytes)
 
     async def StreamSteps(self, _requests: object, context: CountingContext) -> None:
-        refusals: Counter[str] = Counter()
-
-        def refused(reason: str) -> None:
-            refusals[reason] += 1
-            self._metrics.refused(reason)
-
-        if self._draining:
-            raise Draining
-        stream = StepStream(self._sessions, context, outgoing=self._outgoing, refused=refused)
-        self._streams.add(stream)
-        try:
-            await stream.run()
-        finally:
-            self._streams.discard(stream)
-            if not self._streams:
-                self._all_ended.set()
-            if refusals:
-                log.info("a stream had refused steps", extra={"refused": dict(refusals)})
+        await self._streams.serve(
+            lambda refused: StepStream(
+                self._sessions, context, outgoing=self._outgoing, refused=refused
+            )
+        )
 
     async def Forecast(self, request: pb.ForecastRequest, context: Context) -> pb.ForecastResponse:
         told = await self._sessions.forecast(request.session_id, decode_wish(request))
@@ -167,13 +135,8 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         return pb.GetModelResponse(model=encode_model(model))
 
     async def drain(self) -> None:
-        """Ends every stream as soon as what it had accepted is answered, and waits for that."""
-        self._draining = True
-        self._all_ended.clear()
-        for stream in self._streams:
-            stream.drain()
-        if self._streams:
-            await self._all_ended.wait()
+        """See `Streams.drain`."""
+        await self._streams.drain()
 
     def _resident(self, session: Session) -> pb.Session:
         return encode_session(self._sessions.standing(session))

@@ -95,4 +95,5 @@ _FIELDS: dict[type[errors.StepstateError], str] = {
     errors.NonFiniteInput: "x",
     errors.NonFiniteResult: "x",
     errors.StepMismatch: "x",
+    errors.SequenceUnstarted: "sequence_id",
 }

@@ -1,0 +1,243 @@
+"""One bidirectional call: requests in, replies out as they are ready, both bounded.
+
+Rule 1: at most `MOST_UNANSWERED` requests of a call are accepted and unanswered, and
+        replies of at most about `MOST_BYTES`; beyond that the call is not read, and
+        HTTP/2 holds the client back.
+Rule 2: when the call ends, what it has waiting and not yet taken did not happen.
+
+What a request means is the front door's: a subclass of `Exchange`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from abc import ABC, abstractmethod
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine
+from typing import Any, Generic, Protocol, TypeVar
+
+import grpc
+
+from stepstate.errors import Draining, StepstateError
+from stepstate.sessions import Sessions, Step
+from stepstate.transport.outgoing import Outgoing
+
+log = logging.getLogger(__name__)
+
+MOST_UNANSWERED = 1024
+"""Enough to fill a forward from one stream."""
+MOST_BYTES = 8 * 2**20
+"""Two of the longest replies."""
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+
+
+class Messages(Protocol):
+    """The two sides of a call."""
+
+    async def read(self) -> Any:
+        """The next request, or `grpc.aio.EOF`."""
+        ...
+
+    async def write(self, message: Any) -> None:
+        """Sends a reply."""
+        ...
+
+
+class Exchange(ABC, Generic[Q, A]):
+    """Requests Q and replies A of one call.
+
+    Args:
+        sessions: take the steps.
+        messages: the two sides of the call.
+        outgoing: the bytes of replies that are on their way, of all calls.
+    """
+
+    def __init__(self, sessions: Sessions, messages: Messages, outgoing: Outgoing) -> None:
+        self.cancelled = False
+        self._sessions = sessions
+        self._messages = messages
+        self._outgoing = outgoing
+        self._unanswered = 0
+        self._reply_bytes = 0
+        self._held_bytes = 0
+        self._ready: deque[A | Step] = deque()
+        self._reader: asyncio.Task[None] | None = None
+        self._writer_waits: asyncio.Future[None] | None = None
+        self._reader_waits: asyncio.Future[None] | None = None
+        self._draining = False
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @abstractmethod
+    def _take(self, request: Q) -> None:
+        """Accepts or refuses a request, or lets it wait; raises nothing."""
+
+    @abstractmethod
+    def _unreadable(self, error: StepstateError) -> A:
+        """The reply to bytes that are no message."""
+
+    @abstractmethod
+    def _encoded(self, step: Step) -> A:
+        """The reply to a step that has its outcome."""
+
+    async def run(self) -> None:
+        """Serves the call until its client has sent all and been answered.
+
+        Raises:
+            Draining: the server stops; everything accepted was answered.
+        """
+        self._reader = asyncio.create_task(self._read())
+        self._reader.add_done_callback(lambda _: _wake(self._writer_waits))
+        try:
+            await self._write(self._reader)
+        finally:
+            self.cancelled = True
+            self._reader.cancel()
+            for task in self._tasks:
+                task.cancel()
+            # An exception's traceback leads here in a circle: let no reply hang on it.
+            self._ready.clear()
+            self._outgoing.release(self._reply_bytes)
+        if self._draining:
+            raise Draining
+        self._reader.result()
+
+    def drain(self) -> None:
+        """Reads no more; `run` ends when everything accepted is answered."""
+        self._draining = True
+        if self._reader is not None:
+            self._reader.cancel()
+
+    def deliver(self, step: Step) -> None:
+        """See `ReplyTo`."""
+        if not self.cancelled:
+            self._reply(step)
+
+    def _reply(self, reply: A | Step) -> None:
+        """Sends a reply after those before it."""
+        self._ready.append(reply)
+        _wake(self._writer_waits)
+
+    def _submit(self, step: Step) -> None:
+        """Accepts a step whose `reply_to` leads here.
+
+        Raises:
+            Draining, QueueFull: nothing was accepted.
+        """
+        self._outgoing.reserve(step.reply_bytes)
+        try:
+            self._sessions.submit(step)
+        except StepstateError:
+            self._outgoing.release(step.reply_bytes)
+            raise
+        self._reply_bytes += step.reply_bytes
+
+    def _hold(self, size: int) -> None:
+        """Counts the bytes of a request that waits; less than 0: it waits no more."""
+        self._held_bytes += size
+        if size < 0:
+            _wake(self._reader_waits)
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        """Runs something beside the reading, at most as long as the call."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    @property
+    def _full(self) -> bool:
+        unanswered_bytes = self._reply_bytes + self._held_bytes
+        return self._unanswered >= MOST_UNANSWERED or unanswered_bytes > MOST_BYTES
+
+    async def _read(self) -> None:
+        while await self._read_one():
+            while self._full:
+                self._reader_waits = asyncio.get_running_loop().create_future()
+                await self._reader_waits
+
+    async def _read_one(self) -> bool:
+        """Takes one request; False if there are no more."""
+        try:
+            request = await self._messages.read()
+        except StepstateError as error:  # it can't be decoded
+            self._reply(self._unreadable(error))
+        else:
+            if request is grpc.aio.EOF:
+                return False
+            self._take(request)
+        self._unanswered += 1
+        return True
+
+    async def _write(self, reader: asyncio.Task[None]) -> None:
+        ready = self._ready
+        while True:
+            while ready:
+                reply = ready.popleft()
+                if isinstance(reply, Step):
+                    await self._messages.write(self._encoded(reply))
+                    self._reply_bytes -= reply.reply_bytes
+                    self._outgoing.release(reply.reply_bytes)
+                else:
+                    await self._messages.write(reply)
+                self._unanswered -= 1
+                _wake(self._reader_waits)
+            if reader.done() and not self._unanswered:
+                return
+            self._writer_waits = asyncio.get_running_loop().create_future()
+            await self._writer_waits
+
+
+class Streams:
+    """The open streaming calls of a front door, from their start to their end or the drain.
+
+    Args:
+        refused: told the reason of each refusal within a call.
+    """
+
+    def __init__(self, refused: Callable[[str], None]) -> None:
+        self._refused = refused
+        self.open: set[Exchange[Any, Any]] = set()
+        """The calls that have not ended."""
+        self.draining = False
+        self._all_ended = asyncio.Event()
+
+    async def serve(self, make: Callable[[Callable[[str], None]], Exchange[Any, Any]]) -> None:
+        """Serves a call; `make` is given what counts its refusals.
+
+        Raises:
+            Draining: the server stops; everything accepted was answered.
+        """
+        refusals: Counter[str] = Counter()
+
+        def refused(reason: str) -> None:
+            refusals[reason] += 1
+            self._refused(reason)
+
+        if self.draining:
+            raise Draining
+        stream = make(refused)
+        self.open.add(stream)
+        try:
+            await stream.run()
+        finally:
+            self.open.discard(stream)
+            if not self.open:
+                self._all_ended.set()
+            if refusals:
+                log.info("a stream had refused steps", extra={"refused": dict(refusals)})
+
+    async def drain(self) -> None:
+        """Ends every stream as soon as what it had accepted is answered, and waits for that."""
+        self.draining = True
+        self._all_ended.clear()
+        for stream in self.open:
+            stream.drain()
+        if self.open:
+            await self._all_ended.wait()
+
+
+def _wake(waiter: asyncio.Future[None] | None) -> None:
+    if waiter is not None and not waiter.done():
+        waiter.set_result(None)

@@ -1,0 +1,200 @@
+"""One ModelInfer request: which sequence it is of, what it asks, and its reply."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+import numpy as np
+
+from stepstate.errors import InvalidField
+from stepstate.models import Manifest, Model
+from stepstate.sessions import Opening, ReplyTo, Session, Step
+from stepstate.transport.codec import make_step, non_finite
+from stepstate.transport.triton.messages import pb
+from stepstate.transport.triton.tensors import OUTPUT, Rows, decode_rows, put_outputs, traced
+
+FINAL = "triton_final_response"
+ASKS_FOR_FINAL = "triton_enable_empty_final_response"
+_UNSIGNED = 2**64
+
+Parameters = Mapping[str, "pb.InferParameter"]
+
+
+@dataclass(slots=True, eq=False)
+class Infer:
+    """A request, read as far as its tensors."""
+
+    request: pb.ModelInferRequest
+    session_id: str
+    """The sequence id as text."""
+    start: bool
+    end: bool
+    t: int | None
+    """The parameter step_t."""
+    outputs: list[str] = field(init=False, default_factory=list)
+    """The names of the outputs wanted."""
+    rows: Rows | None = field(init=False, default=None)
+    """x, once it is read for a model."""
+    _inspect: bool = field(init=False, default=False)
+    _read_for: Manifest | None = field(init=False, default=None)
+
+    @classmethod
+    def of(cls, request: pb.ModelInferRequest) -> Infer:
+        """Reads the parameters of a request.
+
+        Raises:
+            InvalidField: there is no sequence id, or a parameter is of another type.
+        """
+        parameters = request.parameters
+        session_id = _sequence_id(request)
+        start = _flag(parameters, "sequence_start")
+        t = _count(parameters, "step_t") if "step_t" in parameters else None
+        if start and t:
+            raise InvalidField("step_t", f"is {t}, but a sequence starts at 0")
+        return cls(request, session_id, start, _flag(parameters, "sequence_end"), t)
+
+    @property
+    def plain(self) -> bool:
+        """Whether it neither starts nor ends a sequence."""
+        return not self.start and not self.end
+
+    def check(self, session: Session) -> None:
+        """Refuses a session that is of another model.
+
+        Raises:
+            InvalidField: sequence ids are the ids of sessions, one for all models.
+        """
+        record, request = session.record, self.request
+        if record.model == request.model_name and request.model_version in ("", record.version):
+            return
+        if not request.model_name:  # what has one model only need not be named
+            return
+        raise InvalidField(
+            "sequence_id",
+            f"{self.session_id!r} is the id of a session of model {record.model}/{record.version}, "
+            f"not of {request.model_name[:64]}/{request.model_version[:64] or '-'}: ids are those "
+            "of sessions, for all models together; choose another",
+        )
+
+    def read(self, manifest: Manifest) -> Rows:
+        """Reads x and the names of the outputs for a model.
+
+        Raises:
+            InvalidField: they are not what the model takes and has.
+        """
+        if self.rows is None or self._read_for is not manifest:
+            self.outputs = [output.name for output in self.request.outputs] or [OUTPUT]
+            self._inspect = traced(self.outputs, manifest)
+            self.rows = decode_rows(self.request, manifest)
+            self._read_for = manifest
+        return self.rows
+
+    def payload(self, manifest: Manifest) -> tuple[bytes, list[str]]:
+        """What makes the same request again: x and the outputs wanted."""
+        return np.asarray(self.read(manifest).x, "<f4").tobytes(), self.outputs
+
+    def step(self, session: Session, reply_to: ReplyTo) -> Step:
+        """The step that it asks for.
+
+        Raises:
+            InvalidField, NonFiniteInput.
+        """
+        self.check(session)
+        rows = self.read(session.lane.model.manifest)
+        return make_step(
+            session,
+            rows.x,
+            rows.count,
+            finite=rows.finite,
+            t=self.t,
+            reply_to=reply_to,
+            inspect=self._inspect,
+        )
+
+    def opening(self, model: Model, now: float) -> Opening:
+        """The session that its start opens; rows of a model with a calendar begin now, if need be.
+
+        Args:
+            model: the one that it names.
+            now: Unix seconds.
+
+        Raises:
+            InvalidField, NonFiniteInput: its rows could not be applied, so none is to be opened.
+        """
+        manifest = model.manifest
+        rows = self.read(manifest)
+        if not rows.finite:
+            raise non_finite(self.session_id, manifest, rows.x, takes_nan=False)
+        start_time = _time(self.request.parameters)
+        if start_time is None and manifest.needs_time:
+            interval = manifest.step_interval_seconds or 1.0
+            start_time = datetime.fromtimestamp(now // interval * interval, UTC)
+        return Opening(self.session_id, manifest.name, manifest.version, None, start_time)
+
+    def reply(self, step: Step) -> pb.ModelInferResponse:
+        """The reply to its step, which was applied."""
+        request, record = self.request, step.session.record
+        response = pb.ModelInferResponse(
+            model_name=record.model, model_version=record.version, id=request.id
+        )
+        put_outputs(response, self.outputs, step, flat=self.rows is not None and self.rows.flat)
+        if self.t is not None:
+            told = response.parameters
+            told["step_t"].int64_param = step.t_after
+            told["durable_t"].int64_param = step.durable_t
+            told["replayed"].bool_param = step.replayed
+        if ASKS_FOR_FINAL in request.parameters and _flag(request.parameters, ASKS_FOR_FINAL):
+            response.parameters[FINAL].bool_param = True
+        return response
+
+
+def _sequence_id(request: pb.ModelInferRequest) -> str:
+    parameters = request.parameters
+    if "sequence_id" in parameters:
+        given = parameters["sequence_id"]
+        kind = given.WhichOneof("parameter_choice")
+        if kind == "string_param":
+            if given.string_param:
+                return str(given.string_param)
+        elif kind in ("int64_param", "uint64_param"):
+            number = getattr(given, kind)
+            if number:  # Triton's ids have no sign; some clients' integers do
+                return str(number % _UNSIGNED)
+        else:
+            raise InvalidField("sequence_id", "is neither an integer nor a string")
+    raise InvalidField(
+        "sequence_id",
+        f"inference request to model {request.model_name[:64]!r} must specify a non-zero or "
+        "non-empty correlation ID",
+    )
+
+
+def _flag(parameters: Parameters, name: str) -> bool:
+    if name not in parameters:
+        return False
+    given = parameters[name]
+    if given.WhichOneof("parameter_choice") != "bool_param":
+        raise InvalidField(name, "is not a bool")
+    return bool(given.bool_param)
+
+
+def _count(parameters: Parameters, name: str) -> int:
+    given = parameters[name]
+    kind = given.WhichOneof("parameter_choice")
+    if kind not in ("int64_param", "uint64_param") or getattr(given, kind) < 0:
+        raise InvalidField(name, "is not an integer of 0 or more")
+    return int(getattr(given, kind))
+
+
+def _time(parameters: Parameters) -> datetime | None:
+    """The parameter start_time: ISO 8601, UTC where it says no zone."""
+    if "start_time" not in parameters:
+        return None
+    text = parameters["start_time"].string_param
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError as error:
+        raise InvalidField("start_time", f"is not an ISO 8601 time: {error}") from error
+    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)

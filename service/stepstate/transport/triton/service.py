@@ -1,0 +1,165 @@
+"""The RPCs of `inference.GRPCInferenceService`, over the same sessions as the native door.
+
+What is not here (repository control, shared memory, traces, log settings) is UNIMPLEMENTED.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import grpc
+from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message_factory import GetMessageClass
+
+from stepstate.errors import ModelUnknown
+from stepstate.metrics import Metrics
+from stepstate.models import Model
+from stepstate.sessions import Sessions
+from stepstate.transport.exchange import Streams
+from stepstate.transport.outgoing import Outgoing
+from stepstate.transport.triton import describe
+from stepstate.transport.triton.infer import Infer
+from stepstate.transport.triton.messages import SERVICE, pb
+from stepstate.transport.triton.sequences import Sequences
+from stepstate.transport.triton.stream import InferStream
+
+if TYPE_CHECKING:
+    from stepstate.transport.guard import Context, CountingContext
+
+
+class TritonService:
+    """The RPCs; Triton's protocol documents them.
+
+    Args:
+        sessions: the table.
+        metrics: what is counted.
+        outgoing: the bytes of replies that are on their way, of both doors.
+        idle_timeout_seconds: of sessions that ask for none.
+    """
+
+    name: str = SERVICE.full_name
+
+    def __init__(
+        self, sessions: Sessions, metrics: Metrics, outgoing: Outgoing, idle_timeout_seconds: float
+    ) -> None:
+        self._sessions = sessions
+        self._metrics = metrics
+        self._outgoing = outgoing
+        self._idle_timeout_seconds = idle_timeout_seconds
+        self._sequences = Sequences(
+            sessions,
+            outgoing,
+            wall=time.time,
+            restarted=metrics.restarted,
+        )
+        self._streams = Streams(metrics.refused)
+
+    def methods(self) -> Iterator[MethodDescriptor]:
+        """The RPCs that are offered."""
+        return (method for method in SERVICE.methods if hasattr(self, method.name))
+
+    def add_to(self, server: grpc.aio.Server) -> None:
+        """Registers the RPCs that are offered: gRPC itself answers UNIMPLEMENTED for the others."""
+        handlers = {}
+        for method in self.methods():
+            streams = method.client_streaming
+            make = (
+                grpc.stream_stream_rpc_method_handler
+                if streams
+                else grpc.unary_unary_rpc_method_handler
+            )
+            handlers[method.name] = make(
+                getattr(self, method.name),
+                GetMessageClass(method.input_type).FromString,
+                GetMessageClass(method.output_type).SerializeToString,
+            )
+        generic = grpc.method_handlers_generic_handler(self.name, handlers)
+        server.add_generic_rpc_handlers((generic,))
+
+    async def ServerLive(
+        self, request: pb.ServerLiveRequest, context: Context
+    ) -> pb.ServerLiveResponse:
+        return pb.ServerLiveResponse(live=True)
+
+    async def ServerReady(
+        self, request: pb.ServerReadyRequest, context: Context
+    ) -> pb.ServerReadyResponse:
+        return pb.ServerReadyResponse(ready=not self._streams.draining)
+
+    async def ModelReady(
+        self, request: pb.ModelReadyRequest, context: Context
+    ) -> pb.ModelReadyResponse:
+        try:
+            self._model(request.name, request.version)
+        except ModelUnknown:
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=not self._streams.draining)
+
+    async def ServerMetadata(
+        self, request: pb.ServerMetadataRequest, context: Context
+    ) -> pb.ServerMetadataResponse:
+        return describe.server_metadata()
+
+    async def ModelMetadata(
+        self, request: pb.ModelMetadataRequest, context: Context
+    ) -> pb.ModelMetadataResponse:
+        model = self._model(request.name, request.version)
+        name = model.manifest.name
+        versions = [m.manifest.version for m in self._sessions.catalog if m.manifest.name == name]
+        return describe.metadata(model, versions)
+
+    async def ModelConfig(
+        self, request: pb.ModelConfigRequest, context: Context
+    ) -> pb.ModelConfigResponse:
+        model = self._model(request.name, request.version)
+        return describe.config(model, self._idle_timeout_seconds)
+
+    async def ModelInfer(
+        self, request: pb.ModelInferRequest, context: Context
+    ) -> pb.ModelInferResponse:
+        infer = Infer.of(request)
+        return infer.reply(await self._sequences.apply(infer))
+
+    async def ModelStreamInfer(self, _requests: object, context: CountingContext) -> None:
+        await self._streams.serve(
+            lambda refused: InferStream(
+                self._sessions,
+                context,
+                outgoing=self._outgoing,
+                sequences=self._sequences,
+                refused=refused,
+            )
+        )
+
+    async def ModelStatistics(
+        self, request: pb.ModelStatisticsRequest, context: Context
+    ) -> pb.ModelStatisticsResponse:
+        if request.name:
+            self._model(request.name, request.version)
+        return pb.ModelStatisticsResponse(
+            model_stats=[
+                describe.statistics(model, self._metrics.model(*key))
+                for model in self._sessions.catalog
+                for key in ((model.manifest.name, model.manifest.version),)
+                if request.name in ("", key[0]) and request.version in ("", key[1])
+            ]
+        )
+
+    async def RepositoryIndex(
+        self, request: pb.RepositoryIndexRequest, context: Context
+    ) -> pb.RepositoryIndexResponse:
+        response = pb.RepositoryIndexResponse()
+        for model in self._sessions.catalog:
+            response.models.add(
+                name=model.manifest.name, version=model.manifest.version, state="READY"
+            )
+        return response
+
+    async def drain(self) -> None:
+        """See `Streams.drain`."""
+        await self._streams.drain()
+
+    def _model(self, name: str, version: str) -> Model:
+        return self._sessions.catalog.find(name, version)

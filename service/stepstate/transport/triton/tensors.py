@@ -1,0 +1,190 @@
+"""Between Triton's tensors and rows: x in; y, parts of it, gates and states out.
+
+T rows, D inputs, O outputs, K horizons of an output, Q quantiles, L layers, H hidden units.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from stepstate.errors import InvalidField
+from stepstate.models import CellKind, Manifest
+from stepstate.sessions import Step
+from stepstate.transport.triton.messages import pb
+
+INPUT, OUTPUT = "x", "y"
+QUANTILES = "quantiles"
+_DTYPES: dict[str, np.dtype] = {
+    "FP32": np.dtype("<f4"),
+    "FP64": np.dtype("<f8"),
+    "FP16": np.dtype("<f2"),
+}
+_TYPED = {"FP32": "fp32_contents", "FP64": "fp64_contents"}
+_TRACED: Mapping[CellKind, frozenset[str]] = {
+    CellKind.LSTM: frozenset("ifgocmh"),
+    CellKind.GRU: frozenset("rznh"),
+    CellKind.RNN_TANH: frozenset("h"),
+    CellKind.RNN_RELU: frozenset("h"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """x of a request."""
+
+    x: Sequence[float] | np.ndarray
+    """Row-major [T, D]."""
+    count: int
+    """T."""
+    finite: bool
+    flat: bool
+    """It came as [D]: the outputs have no dimension for rows either."""
+
+
+def decode_rows(request: pb.ModelInferRequest, manifest: Manifest) -> Rows:
+    """x of a request, as float32.
+
+    Raises:
+        InvalidField: it is not one tensor x of whole rows.
+    """
+    if len(request.inputs) != 1:
+        raise InvalidField(
+            "inputs",
+            f"expected 1 inputs but got {len(request.inputs)} inputs for model {manifest.name!r}",
+        )
+    tensor = request.inputs[0]
+    if tensor.name != INPUT:
+        raise InvalidField(
+            "inputs",
+            f"unexpected inference input {tensor.name[:64]!r} for model {manifest.name!r}, "
+            f"expected {INPUT!r}",
+        )
+    dtype = _DTYPES.get(tensor.datatype)
+    if dtype is None:
+        raise InvalidField(
+            "inputs",
+            f"inference input {INPUT!r} data-type is {tensor.datatype[:64]!r}, but model "
+            f"{manifest.name!r} expects 'FP32' ('FP64' and 'FP16' are converted)",
+        )
+    count = _count(tensor.shape, manifest)
+    values = _values(request, dtype, count * manifest.input_width)
+    if dtype.itemsize != 4:
+        with np.errstate(over="ignore"):  # beyond float32 it is infinite, and refused as that
+            values = values.astype(np.float32)
+    flat = len(tensor.shape) == 1
+    if count > 1:
+        return Rows(values, count, bool(np.isfinite(values).all()), flat)
+    x = values.tolist()
+    return Rows(x, 1, math.isfinite(sum(x)), flat)
+
+
+def _count(shape: Sequence[int], manifest: Manifest) -> int:
+    """T of a shape [D] or [T, D]."""
+    width = manifest.input_width
+    count = shape[0] if len(shape) == 2 else 1
+    if len(shape) not in (1, 2) or shape[-1] != width or count < 1:
+        told = ",".join(map(str, shape[:8]))
+        raise InvalidField(
+            "inputs",
+            f"unexpected shape for input {INPUT!r} for model {manifest.name!r}. Expected "
+            f"[{width}] or [-1,{width}], got [{told}]",
+        )
+    return count
+
+
+def _values(request: pb.ModelInferRequest, dtype: np.dtype, count: int) -> np.ndarray:
+    """The values of the one tensor, raw or typed."""
+    tensor, raw = request.inputs[0], request.raw_input_contents
+    if len(tensor.parameters) and "shared_memory_region" in tensor.parameters:
+        raise InvalidField("inputs", "shared memory is not supported: send the tensor's contents")
+    if not raw:
+        typed = _typed(tensor)
+        if len(typed) != count:
+            raise InvalidField(
+                "inputs",
+                f"unexpected number of values {len(typed)} for input {INPUT!r}, expecting {count} "
+                "(FP16 comes in raw_input_contents only)",
+            )
+        return np.array(typed, dtype)
+    if tensor.HasField("contents"):
+        raise InvalidField(
+            "inputs",
+            "contents field must not be specified when using raw_input_contents for "
+            f"{INPUT!r} for model {request.model_name[:64]!r}",
+        )
+    if len(raw) != 1 or len(raw[0]) != count * dtype.itemsize:
+        raise InvalidField(
+            "raw_input_contents",
+            f"unexpected total byte size {sum(map(len, raw))} in {len(raw)} buffers for input "
+            f"{INPUT!r}, expecting {count * dtype.itemsize} in 1",
+        )
+    return np.frombuffer(raw[0], dtype)
+
+
+def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> Sequence[float]:
+    name = _TYPED.get(tensor.datatype)
+    values: Sequence[float] = () if name is None else getattr(tensor.contents, name)
+    others = {field.name for field, _ in tensor.contents.ListFields()} - {name}
+    if others:
+        raise InvalidField(
+            "inputs", f"input {INPUT!r} of {tensor.datatype} has {', '.join(sorted(others))} too"
+        )
+    return values
+
+
+def traced(names: Sequence[str], manifest: Manifest) -> bool:
+    """Whether some of these outputs are gates or states.
+
+    Raises:
+        InvalidField: the model has no output of a name.
+    """
+    if len(names) == 1 and names[0] == OUTPUT:
+        return False
+    gates = _TRACED[manifest.cell.kind] - {output.name for output in manifest.outputs}
+    known = {OUTPUT, *(output.name for output in manifest.outputs), *gates}
+    if any(output.quantiles for output in manifest.outputs):
+        known.add(QUANTILES)
+    for name in names:
+        if name not in known:
+            raise InvalidField(
+                "outputs",
+                f"unexpected inference output {name[:64]!r} for model {manifest.name!r}; it has "
+                f"{', '.join(sorted(known))}",
+            )
+    return not gates.isdisjoint(names)
+
+
+def put_outputs(
+    response: pb.ModelInferResponse, names: Sequence[str], step: Step, *, flat: bool
+) -> None:
+    """Adds the named outputs of a step: [T, ...], or [...] where x came as [D]."""
+    for name in names:
+        if name == OUTPUT:
+            shape, data = [len(step.y) // 4 // step.rows], step.y
+        else:
+            values = _part(step, name)
+            shape, data = list(values.shape[1:]), values.tobytes()
+        if not flat:
+            shape.insert(0, step.rows)
+        response.outputs.add(name=name, datatype="FP32", shape=shape)
+        response.raw_output_contents.append(data)
+
+
+def _part(step: Step, name: str) -> np.ndarray:
+    """[T, K] of an output, [T, K, Q] of the first one's quantiles, [T, L, H] of a gate or state."""
+    manifest = step.session.lane.model.manifest
+    y = np.frombuffer(step.y, "<f4").reshape(step.rows, -1)
+    quantiles = []
+    for output, first, _ in manifest.placed_outputs():
+        part = y[:, first : first + output.width].reshape(step.rows, -1, output.columns)
+        if output.name == name:
+            return part[:, :, output.median]
+        if output.quantiles:
+            quantiles.append(part)
+    if name == QUANTILES:
+        return quantiles[0]
+    return np.stack([layer[name] for layer in step.layers or ()], axis=1).astype("<f4", copy=False)

@@ -169,6 +169,7 @@ async def test_a_bad_row_is_named_by_its_place_in_the_history(client: AnyClient)
     with pytest.raises(errors.NonFiniteInput) as bad:
         await session.prime(iter(np.split(x, 16)))
     assert bad.value.row == PIECE_ROWS + 77
+    assert "no row of its request was applied" in str(bad.value)  # those before were
     assert session.t == (await client.info("kept")).t == 1 + PIECE_ROWS
     await session.prime(x[:5])
     with pytest.raises(errors.SessionExists):

@@ -66,7 +66,10 @@ def test_past_rows_come_oldest_first_and_are_unknown_before_the_first(arena):
     assert whole[:, 11:].tolist() == [[pytest.approx(0.1), 7.0]] * 2
 
 
-def test_all_values_are_seen_in_one_row(arena):
+def test_what_is_tracked_is_a_copy_until_it_is_written(arena):
     slot = arena.claim()
-    arena.values[slot * LAYOUT.width + LAYOUT.tracked_from] = 0.5
+    part = arena.tracked(slots(slot))
+    part[0, 0] = 0.5
+    assert arena.read(slots(slot))[0, 11] != 0.5
+    arena.write_tracked(slots(slot), part)
     assert arena.read(slots(slot))[0, 11] == 0.5

@@ -7,6 +7,7 @@ import math
 import struct
 import zlib
 from dataclasses import replace
+from datetime import UTC, datetime
 
 import numpy as np
 import pytest
@@ -20,13 +21,18 @@ from stepstate.errors import (
     SessionUnknown,
     SnapshotCorrupt,
 )
-from stepstate.sessions import Copying, Scenario, Wish
+from stepstate.sessions import Copying, Scenario, Wish, forecast_bounds
 from stepstate.sessions.snapshot import decode, encode
+from stepstate.transport.codec import REPLY_BYTES
+from stepstate.transport.forecasts import decode_wish, encode_forecasts, reply_bytes
+from stepstate.v1 import stepstate_pb2 as pb
 from tests import offline
 from tests.offline import forecasting_network
-from tests.unit.rig import Rig, model_of, outputs
+from tests.unit.rig import Rig, model_of, outputs, rounds
 
 CLOSE = 2e-5  # of values around 5
+BOUNDS = "stepstate.sessions.forecast_bounds"
+PATH = np.zeros(2, np.float32)
 
 
 def rows(count: int, seed: int = 0) -> np.ndarray:
@@ -218,14 +224,196 @@ async def test_a_session_without_rows_has_no_forecast(rig):
 
 
 async def test_calls_under_way_are_bounded_by_their_bytes(rig, monkeypatch):
-    """One alone is always taken; what is refused can be asked for again."""
+    """A session counts once, with the whole of its state; what is refused can be asked again."""
     await stepped(rig, await rig.open(), rows(3))
-    monkeypatch.setattr("stepstate.sessions.forecaster.MOST_BYTES", 10_000)
-    calls = [rig.sessions.forecast(["a"] * 2, Wish(1, (), ())) for _ in range(3)]
+    state_bytes = 4 * rig.lane.engine.layout.width
+    monkeypatch.setattr(f"{BOUNDS}.MOST_BYTES", state_bytes + 2_000)
+    calls = [rig.sessions.forecast(["a"] * 9, Wish(1, (), ())) for _ in range(3)]
     found = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(one) for one in found] == [list, QueueFull, QueueFull]
     (forecast,) = await told(rig, horizon=1)
     assert forecast.t == 3
+
+
+async def test_a_call_alone_can_be_too_large(rig, monkeypatch):
+    await stepped(rig, await rig.open(), rows(3))
+    busy = await rig.open("busy")
+    await stepped(rig, busy, rows(3))
+    monkeypatch.setattr(f"{BOUNDS}.MOST_BYTES", 6 * rig.lane.engine.layout.width)
+    caller = rig.send(busy, rows(5))
+    with pytest.raises(InvalidField, match="ask for fewer at once"):
+        await rig.sessions.forecast(["busy", "a"], Wish(1, (), ()))
+    await caller.outcome()
+    assert (await told(rig, horizon=1))[0].t == 3
+
+
+@pytest.fixture
+def blocks(rig, monkeypatch) -> list[int]:
+    """How many states were forecast together, block by block."""
+    found: list[int] = []
+    forecast = rig.lane.engine.forecast
+
+    async def counted(origins, plan, scenario):
+        found.append(len(origins.rows))
+        return await forecast(origins, plan, scenario)
+
+    monkeypatch.setattr(rig.lane.engine, "forecast", counted)
+    return found
+
+
+async def test_sessions_and_scenarios_go_in_blocks(rig, blocks, monkeypatch):
+    """However many scenarios there are; and a session that is named twice is forecast once."""
+    monkeypatch.setattr("stepstate.sessions.forecaster.TOGETHER", 4)
+    for session_id in ("a", "b", "c"):
+        await stepped(rig, await rig.open(session_id), rows(20, seed=ord(session_id)))
+    scenarios = tuple(Scenario(str(n), np.full(2, float(n), np.float32)) for n in range(5))
+    found = await rig.sessions.forecast(["a", "b", "a", "c"], Wish(1, (0.5,), scenarios))
+    assert blocks == [4, 4, 4, 3]
+    for session_id, mine in zip("abac", found, strict=True):
+        assert [one.session_id for one in mine] == [session_id] * 5
+        assert [one.scenario for one in mine] == ["0", "1", "2", "3", "4"]
+        for number, one in enumerate(mine):
+            assert one.outputs[0].values.tolist() == [[float(number)]]
+
+
+async def test_calls_take_turns_block_by_block(rig, blocks, monkeypatch):
+    """A small one is not kept waiting for a large one; both are from where sessions stood."""
+    monkeypatch.setattr("stepstate.sessions.forecaster.TOGETHER", 1)
+    names = [f"s{n}" for n in range(9)]
+    for name in names:
+        await stepped(rig, await rig.open(name), rows(5))
+    large = asyncio.create_task(rig.sessions.forecast(names, Wish(3, (), ())))
+    await rounds(2)
+    last = rig.sessions.find(names[-1])
+    await rig.y(last, rows(1))
+    (small,) = await told(rig, names[0], horizon=3)
+    assert small.t == 5
+    assert not large.done()
+    assert [one[0].t for one in await large] == [5] * 9
+    assert blocks == [1] * 10
+
+
+async def test_each_session_has_its_own_interval_among_others(rig):
+    x = rows(60)
+    for name, level in (("a", 0.5), ("b", 0.9), ("c", 0.5)):
+        await stepped(rig, await rig.open(name, level=level), x)
+    found = await rig.sessions.forecast(["a", "b", "c"], Wish(3, (), ()))
+    for name, (together,) in zip("abc", found, strict=True):
+        (alone,) = await told(rig, name, horizon=3)
+        assert together.levels == alone.levels
+        assert np.allclose(together.outputs[0].values, alone.outputs[0].values, atol=CLOSE)
+
+
+async def test_a_scenario_that_can_not_be_forecast_is_named(rig):
+    await stepped(rig, await rig.open(), rows(20))
+    cold = np.array([np.nan, -1.0] * 8, np.float32)
+    unknown = cold.copy()
+    unknown[-1] = np.nan
+    scenarios = [Scenario("cold", cold), Scenario("unknown", unknown)]
+    with pytest.raises(ForecastImpossible, match=r"scenarios\[1\] 'unknown': the row 8 ahead"):
+        await told(rig, horizon=9, quantiles=(0.5,), scenarios=scenarios)
+
+
+async def test_scenarios_that_give_other_values_have_their_own_plan(rig, blocks):
+    await stepped(rig, await rig.open(), rows(20))
+    cold = np.array([np.nan, -1.0] * 8, np.float32)
+    given = np.array([5.0, -1.0] * 8, np.float32)
+    paths = [Scenario("cold", cold), Scenario("given", given), Scenario("again", cold)]
+    together = await told(rig, horizon=9, quantiles=(0.5,), scenarios=paths)
+    assert blocks == [2, 1]
+    for path, one in zip(paths, together, strict=True):
+        (alone,) = await told(rig, horizon=9, quantiles=(0.5,), scenarios=[path])
+        assert one.scenario == path.name
+        for mine, its in zip(one.outputs, alone.outputs, strict=True):
+            assert np.allclose(mine.values, its.values, atol=CLOSE, equal_nan=True)
+            assert mine.methods == its.methods
+
+
+async def test_rows_fed_back_are_bounded_over_all_states(rig, blocks, monkeypatch):
+    await stepped(rig, await rig.open(), rows(20))
+    await stepped(rig, await rig.open("b"), rows(20))
+    monkeypatch.setattr("stepstate.sessions.forecaster.MOST_FED_ROWS", 10)
+    path = Scenario("s", np.zeros(10, np.float32))
+    assert len(await told(rig, horizon=5, scenarios=[path])) == 1
+    for names, scenarios in ((["a", "b"], (path,)), (["a"], (path, path, path))):
+        with pytest.raises(InvalidField, match="rows to be fed back.*expected at most 10: ask"):
+            await rig.sessions.forecast(names, Wish(5, (), scenarios))
+    assert blocks == [1]
+
+
+@pytest.mark.parametrize(
+    ("names", "wish"),
+    [
+        (["a"] * 30, Wish(3, (), ())),
+        (["a"], Wish(3, (0.1, 0.5) * 50, ())),
+        (["a"], Wish(3, (), tuple(Scenario("n" * 100, PATH) for _ in range(20)))),
+        (["a", *(f"nobody{n}" for n in range(9))], Wish(3, (), ())),
+        (["a" * 100, *("ü" * 100 for n in range(9))], Wish(3, (), ())),
+        (["a"] * 9, Wish(9, (), ())),
+    ],
+    ids=["sessions", "quantiles", "scenarios", "errors", "ids", "the model's errors"],
+)
+async def test_a_reply_that_would_be_too_large_is_refused_before_the_work(
+    rig, blocks, monkeypatch, names, wish
+):
+    await stepped(rig, await rig.open(), rows(20))
+    monkeypatch.setattr(f"{BOUNDS}.MOST_REPLY_BYTES", 2_000)
+    with pytest.raises(InvalidField, match="more than 2000: ask for fewer"):
+        await rig.sessions.forecast(names, wish)
+    assert not blocks
+
+
+async def test_what_a_reply_takes_is_known_before_it_is_made(rig):
+    """Not less than it takes, and not much more."""
+    await stepped(rig, await rig.open(), rows(20))
+    names = ["a", "x" * 128, "ü" * 200, "no\n", "a"]
+    for wish in (
+        Wish(3, (0.1, 0.5, 0.9), ()),
+        Wish(5, (), (Scenario("so heiß", rows(2).ravel()), Scenario("x" * 128, rows(3).ravel()))),
+        Wish(200, (0.5,), (Scenario("", np.zeros(400, np.float32)),)),
+        Wish(9, (), ()),
+    ):
+        found = await rig.sessions.forecast(names, wish)
+        for name, one in zip(names, found, strict=True):
+            size = (await encode_forecasts([name] * 2, [one] * 2)).ByteSize()
+            assert size <= reply_bytes([one] * 2) <= 2.5 * size
+
+
+async def test_the_longest_numbers_and_times_are_counted(rig):
+    await stepped(rig, await rig.open(), rows(20))
+    (forecast,) = await told(rig, horizon=1, quantiles=(0.5,))
+    extreme = replace(
+        forecast,
+        t=2**64 - 1,
+        first_time=datetime(1, 1, 1, 1, 1, 1, 999_999, tzinfo=UTC),
+        step_interval_seconds=2**31,
+    )
+    size = (await encode_forecasts(["a"], [[extreme]])).ByteSize()
+    assert size <= reply_bytes([[extreme]]) == reply_bytes([[forecast]])
+
+
+def test_replies_are_bounded_like_all_others():
+    assert forecast_bounds.MOST_REPLY_BYTES == REPLY_BYTES
+
+
+def test_too_many_scenarios_are_refused_before_they_are_read(monkeypatch):
+    monkeypatch.setattr(f"{BOUNDS}.MOST_SCENARIOS", 2)
+    monkeypatch.delattr("stepstate.transport.forecasts.array_of")
+    request = pb.ForecastRequest(session_id=["a"], scenarios=[pb.Scenario(x=[1.0])] * 3)
+    with pytest.raises(InvalidField, match="scenarios: holds 3, expected at most 2"):
+        decode_wish(request)
+
+
+async def test_others_take_turns_while_a_reply_is_made(rig, monkeypatch):
+    """Whether it is one session under many scenarios, or many sessions."""
+    await stepped(rig, await rig.open(), rows(20))
+    (forecast,) = await told(rig, horizon=3)
+    monkeypatch.setattr("stepstate.transport.forecasts.ENCODED_AT_ONCE", 1)
+    for found in ([[forecast] * 20], [[forecast]] * 20):
+        making = asyncio.create_task(encode_forecasts(["a"] * len(found), found))
+        await rounds(15)
+        assert not making.done()
+        assert len((await making).forecasts) == 20
 
 
 async def test_one_unknown_session_does_not_hide_the_others(rig):
@@ -241,6 +429,9 @@ async def test_one_unknown_session_does_not_hide_the_others(rig):
         (Wish(10_001, (), ()), "horizon"),
         (Wish(1, (0.0,), ()), r"quantiles\[0\]"),
         (Wish(1, (0.5, math.nan), ()), r"quantiles\[1\]"),
+        (Wish(1, (0.5,) * 101, ()), "quantiles: holds 101"),
+        (Wish(1, (), (Scenario("s", PATH),) * 1001), "scenarios: holds 1001"),
+        (Wish(1, (), (Scenario("s" * 129, PATH),)), r"scenarios\[0\].name: has 129"),
         (Wish(1, (), (Scenario("s", np.ones(3, np.float32)),)), r"scenarios\[0\].x"),
         (Wish(1, (), (Scenario("s", np.array([1, math.inf], np.float32)),)), r"scenarios\[0\].x"),
         (Wish(1, (), (Scenario("s", np.ones(0, np.float32)),)), r"scenarios\[0\].x"),
@@ -385,3 +576,21 @@ async def test_a_state_that_is_not_a_number_is_corrupt(make_rig):
     state[0] = np.nan
     with pytest.raises(SnapshotCorrupt, match="not finite"):
         await rig.sessions.restore(encode(replace(snapshot, state=state)), Copying("b", None, None))
+
+
+async def test_a_session_with_missing_rows_does_not_slow_another_that_is_primed(rig):
+    """A missing row goes alone through the network; whole ones go a chunk at a time."""
+    gappy = await rig.open("gappy", missing="hold")
+    whole = await rig.open("whole")
+    await rig.y(gappy, rows(1))
+    chunks = []
+    sequence = rig.lane.engine._network.sequence
+    rig.lane.engine._network.sequence = lambda x, *rest: (
+        chunks.append(x.shape),
+        sequence(x, *rest),
+    )[1]
+    holes = rig.send(gappy, np.full((300, 2), np.nan))
+    primed = rig.send(whole, rows(512))
+    assert await primed.outcome()
+    assert await holes.outcome()
+    assert [shape[1] for shape in chunks if shape[1] > 1] == [128] * 4

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 from river.drift import PageHinkley
 
-from stepstate.engine.tracking import LARGEST, Tracker
+from stepstate.engine.tracking import (
+    _ALARMS,
+    _ERROR,
+    _LOW_WIDTH,
+    _NAIVE,
+    _NAIVE_N,
+    _SCORED,
+    _SINCE,
+    _TEST_SUM,
+    LARGEST,
+    Tracker,
+    _average,
+)
 from stepstate.models import Manifest
 from tests.offline import forecasting_network
 
@@ -189,3 +201,73 @@ def test_intervals_follow_errors_that_grow():
 def test_outputs_without_an_input_of_their_name_are_not_tracked():
     tracker = tracker_of()
     assert [target.output.name for target in tracker.targets] == ["level"]
+
+
+def test_a_scale_of_zero_grows_again():
+    track = Track()
+    for _ in range(60):
+        track.row(0.0)
+    rng = np.random.default_rng(1)
+    for error in rng.normal(0, 1, 2000):
+        track.row(float(error))
+    assert track.first.coverage > 0.8
+
+
+def test_means_still_move_after_very_many_errors():
+    tracker = tracker_of()
+    part = tracker.blank(None)
+    place = tracker.targets[0].spots[0].place
+    part[place + _SCORED : place + _ERROR + 1] = (1_000_000, 100.0)
+    values = memoryview(part)
+    for _ in range(300_000):
+        _average(values, place + _SCORED, 103.0)
+    assert part[place + _ERROR] == pytest.approx(103.0, abs=0.5)
+
+
+def test_an_alarm_too_long_ago_to_be_counted_has_no_row():
+    track = Track()
+    place = track.tracker.targets[0].place
+    track.part[place + _ALARMS], track.part[place + _SINCE] = 1, 2.0**24
+    track.t = 2**25
+    assert (track.drift.alarms, track.drift.last_t, track.drift.drifting) == (1, None, False)
+
+
+def test_each_target_has_the_interval_that_its_own_output_promises():
+    """Level has quantiles, heat has none: a normal error's 90 % are other multiples of each."""
+    manifest = forecasting_network().manifest
+    manifest["outputs"].append({"name": "heat", "horizons": [1, 2, 3, 5]})
+    parsed = Manifest.model_validate(manifest)
+    tracker = Tracker(parsed, parsed.tracking)
+    part = tracker.blank(0.9)
+    level, heat = (part[t.place + _LOW_WIDTH] for t in tracker.targets)
+    assert level == pytest.approx(1.0)
+    assert heat == pytest.approx(1.645 * math.sqrt(math.pi / 2), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("where", "value"),
+    [
+        ("head", -3.0),
+        ("head", math.nan),
+        (_NAIVE_N, -1.0),
+        (_NAIVE, math.nan),
+        (_ALARMS, math.nan),
+        (_ALARMS, 0.5),
+        (_SINCE, -1.0),
+        (_SINCE, math.inf),
+        (_LOW_WIDTH, 0.0),
+        (_TEST_SUM, math.nan),
+        ("scored", -7.0),
+    ],
+)
+def test_a_tracked_part_that_can_not_be_is_not_sound(where, value):
+    tracker = tracker_of()
+    part = tracker.blank(None)
+    assert tracker.sound(part)
+    target = tracker.targets[0]
+    places = {
+        "head": 0,
+        "scored": target.spots[1].place + _SCORED,
+    }
+    part[places[where] if isinstance(where, str) else target.place + where] = value
+    assert not tracker.sound(part)

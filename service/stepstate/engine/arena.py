@@ -32,8 +32,7 @@ class Arena:
         self._blank = blank
         self._free = list(range(capacity - 1, -1, -1))
         self._capacity = capacity
-        self.values: memoryview[float] = memoryview(self._rows.reshape(-1))  # type: ignore[arg-type]
-        """All values in one row, for what is tracked."""
+        self._tracked = self._rows[:, layout.tracked_from :]
 
     @property
     def used(self) -> int:
@@ -75,6 +74,14 @@ class Arena:
     def append(self, slots: NDArray[np.int64], at: NDArray[np.int64], x: Floats) -> None:
         """Adds row `at` [B], x [B, D], to the past rows of different slots [B]."""
         append_row(self._rings, slots, at, x)
+
+    def tracked(self, slots: NDArray[np.int64]) -> Floats:
+        """Copies what is tracked [B, Q] of slots [B]."""
+        return self._tracked[slots]
+
+    def write_tracked(self, slots: NDArray[np.int64], parts: Floats) -> None:
+        """Writes what is tracked [B, Q] of different slots [B]."""
+        self._tracked[slots] = parts
 
     def read(self, slots: NDArray[np.int64]) -> Floats:
         """Copies the states [B, R] of slots [B] out, whole."""

@@ -133,8 +133,11 @@ class Engine(Generic[W]):
         """What is tracked of the forecasts of the session in a slot, at t."""
         if self._tracker is None:
             return None
-        part = self._parts(self._arena.read(np.array([slot])))[0]
-        return self._tracker.quality(part, t)
+        return self._tracker.quality(self._arena.tracked(np.array([slot]))[0], t)
+
+    def sound(self, state: Floats) -> bool:
+        """Whether what a state [R] tracks can have come from here."""
+        return self._tracker is None or self._tracker.sound(state[self.layout.tracked_from :])
 
     def read_states(self, slots: NDArray[np.int64]) -> Floats:
         """Copies of the states [B, R] in slots [B].
@@ -172,7 +175,8 @@ class Engine(Generic[W]):
         """
         rollout = Rollout(plan, self._network, self.layout, origins, scenario)
         for _ in rollout.run(self._chunk_rows):
-            await asyncio.sleep(0)
+            for _ in range(ROUNDS_TO_A_CHUNK):
+                await asyncio.sleep(0)
         return rollout.outlooks
 
     def quantiles(self, outlook: Outlook, levels: Sequence[float], states: Floats) -> Floats:
@@ -283,7 +287,8 @@ class Engine(Generic[W]):
             slots, at, rows = slots[fine], at[fine], rows[fine]
             applied, told, after = applied[fine], told[fine], after[fine]
         if self._tracker is not None:
-            self._track(self._tracker, slots, at, rows, told)
+            tracked = self._track(self._tracker, slots, at, rows, told)
+            self._arena.write_tracked(slots, tracked)
         self._arena.scatter(slots, after)
         self._arena.append(slots, at, applied)
         return y
@@ -295,17 +300,23 @@ class Engine(Generic[W]):
         at: NDArray[np.int64],
         rows: Floats,
         y: Floats,
-    ) -> None:
-        """Scores rows [B, D], as they came, and keeps what their outputs y [B, O] say ahead."""
-        bases = slots * self.layout.width + self.layout.tracked_from
+    ) -> Floats:
+        """Scores rows [B, D], as they came, and keeps what their outputs y [B, O] say ahead.
+
+        Returns:
+            The tracked parts [B, Q] after them; those in the arena are as they were.
+        """
+        parts = self._arena.tracked(slots)
+        values: memoryview[float] = memoryview(parts.reshape(-1))  # type: ignore[arg-type]
         tracker.observe_rows(
-            self._arena.values,
-            zip(bases.tolist(), at.tolist(), strict=True),
+            values,
+            zip(range(0, parts.size, tracker.width), at.tolist(), strict=True),
             x=rows,
             before=self._arena.past_row(slots, at - tracker.season),
             y=y,
             tally=self.tally,
         )
+        return parts
 
     def _settle_some(self, batch: list[W], x: np.ndarray, y: Tensor) -> None:
         good = y.isfinite().all(dim=1).numpy()
@@ -342,12 +353,12 @@ class Engine(Generic[W]):
     def _take_jobs(self) -> list[Job[W]]:
         """Takes as many as give a chunk a row each, all of one kind, leaving the cancelled out."""
         jobs: list[Job[W]] = []
-        inspect = self._jobs[0].work.inspect
+        kind = self._jobs[0].kind
         for job in list(islice(self._jobs, self._chunk_rows)):
             if job.work.cancelled:
                 self._jobs.remove(job)
                 self._owner.dropped(job.work)
-            elif job.work.inspect == inspect:
+            elif job.kind == kind:
                 self._jobs.remove(job)
                 jobs.append(job)
         return jobs
@@ -375,6 +386,7 @@ class Engine(Generic[W]):
             y, states = self._network.sequence(x, phase, states, past)
         for place, job in enumerate(jobs):
             job.take(x[place].numpy(), y[place].numpy(), states[place].numpy(), trace, place)
+        for job in jobs:  # only now: whatever raised before has changed no slot
             if not job.left and not job.overflowed and job.state is not None:
                 self._arena.write(job.work.slot, job.state)
 

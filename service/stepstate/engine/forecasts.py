@@ -199,9 +199,12 @@ class Rollout:
             places = reading.sources - first
             here = np.flatnonzero((places >= 0) & (places < y.shape[1]))
             columns = reading.columns[here, None] + np.arange(reading.output.columns)
-            outlook.values[:, here] = y[:, places[here, None], columns]
+            told = y[:, places[here, None], columns]
+            known = np.isfinite(told).all(axis=2)
+            told[~known] = np.nan
             fed = Method.FED_BACK if first else Method.DIRECT
-            outlook.methods[:, here] = fed
+            outlook.values[:, here] = told
+            outlook.methods[:, here] = np.where(known, fed, Method.NONE)
         self._complete_rows()
 
     def _complete_rows(self) -> None:

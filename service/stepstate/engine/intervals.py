@@ -36,14 +36,18 @@ def quantiles_of(
     if tracker is not None:
         outer = np.array([deviate((1 + tracker.level(part)) / 2) for part in parts])
     found = np.empty((*median.shape, len(levels)), np.float32)
-    for place, level in enumerate(levels):
-        z = deviate(level)
+    least = {side: np.zeros_like(median) for side in (-1.0, 0.0, 1.0)}
+    deviates = [deviate(level) for level in levels]
+    for place in sorted(range(len(levels)), key=lambda place: abs(deviates[place])):
+        z = deviates[place]
         if output.quantiles:
             away = _distance(values, output.quantiles, output.median, z)
         else:
             away = MEAN_ERROR * abs(z) * errors
         away = np.maximum(away + offsets * (abs(z) / outer)[:, None], 0.0)
         away[outlook.methods == Method.GIVEN] = 0.0
+        # Farther out is never nearer to the median, whatever the offset takes off.
+        away = least[float(np.sign(z))] = np.fmax(away, least[float(np.sign(z))])
         found[:, :, place] = median + np.sign(z) * away if z else median
     return found
 

@@ -61,6 +61,11 @@ class Job(Generic[W]):
         return int(self._missing[place]) - self.done if place < len(self._missing) else self.left
 
     @property
+    def kind(self) -> tuple[bool, bool]:
+        """Jobs of one kind share chunks: those that go row by row would hold up all others."""
+        return self.work.inspect, bool(self.work.missing_rows)
+
+    @property
     def goes_on_missing(self) -> bool:
         """Whether there is a next row, and it misses something."""
         return bool(self.left) and not self.overflowed and not self.whole

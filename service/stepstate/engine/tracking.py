@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine.work import Floats
-from stepstate.models import Manifest, Output, Tracking
+from stepstate.models import LEAST_LEVEL, MOST_LEVEL, Manifest, Output, Tracking
 
 Wide = NDArray[np.float64]
 
@@ -45,10 +45,17 @@ LARGEST_ERROR, LEAST_UNIT, LARGEST_SCALED = 1e9, 1e-6, 1e6
 """In scales of the output, but for the last: one absurd value must not drown the sums of all."""
 FLOAT32 = float(np.finfo(np.float32).max)
 
+MOST_AVERAGED = 50_000
+"""A mean is one of about so many values: with more, float32 would not move it any further."""
+MOST_COUNTED = float(2**24)
+"""Where counting by one ends in float32."""
+
 # Places in the tracked part. First what the session asked for:
-_ALPHA, _LOW_WIDTH, _HIGH_WIDTH, _HEAD = range(4)
-# then for each target (a count lies before its mean): the naive forecast, the drift test, alarms;
-_NAIVE_N, _NAIVE, _TEST_N, _TEST_MEAN, _TEST_SUM, _TEST_LEAST, _ALARMS, _SINCE, _TARGET = range(9)
+_ALPHA, _HEAD = range(2)
+# then for each target: what that means for its intervals, and (a count lies before its mean) the
+# naive forecast, the drift test, alarms;
+_LOW_WIDTH, _HIGH_WIDTH, _NAIVE_N, _NAIVE, _TEST_N = range(5)
+_TEST_MEAN, _TEST_SUM, _TEST_LEAST, _ALARMS, _SINCE, _TARGET = range(5, 11)
 # then for each horizon of it, followed by the pending forecasts: low, median, high of each.
 _OFFSET, _SCALE, _SCORED, _ERROR, _SCALED_N, _SCALED, _COVERED_N, _COVERED, _HORIZON = range(9)
 
@@ -183,13 +190,39 @@ class Tracker:
         """The tracked part [Q] of a session without rows; `level` of its intervals."""
         level = self._tracking.level if level is None else level
         part = np.zeros(self.width, np.float32)
-        part[:_HEAD] = (1 - level, *_widths(self.targets[0].output, level))
+        part[_ALPHA] = 1 - level
         for target in self.targets:
-            part[target.place + _SINCE] = np.nan
+            place = target.place
+            part[place + _LOW_WIDTH], part[place + _HIGH_WIDTH] = _widths(target.output, level)
+            part[place + _SINCE] = np.nan
         for spot in self._spots:
             pending = spot.place + _HORIZON
             part[pending : pending + 3 * spot.horizon] = np.nan
         return part
+
+    def sound(self, part: Floats) -> bool:
+        """Whether a tracked part [Q] can have come from here: bytes from outside may hold anything.
+
+        A count below 0 would make the forward that it shares with others fail.
+        """
+        targets = np.array([target.place for target in self.targets])
+        stats = np.array([spot.place for spot in self._spots])
+        counts = _of(part, targets, (_NAIVE_N, _TEST_N, _ALARMS))
+        counts += _of(part, stats, (_SCORED, _SCALED_N, _COVERED_N))
+        sizes = _of(part, targets, (_NAIVE,)) + _of(
+            part, stats, (_SCALE, _ERROR, _SCALED, _COVERED)
+        )
+        others = _of(part, targets, (_TEST_MEAN, _TEST_SUM, _TEST_LEAST))
+        others += _of(part, stats, (_OFFSET,))
+        since = [rows for rows in _of(part, targets, (_SINCE,)) if not math.isnan(rows)]
+        widths = _of(part, targets, (_LOW_WIDTH, _HIGH_WIDTH))
+        return (
+            LEAST_LEVEL <= self.level(part) <= MOST_LEVEL
+            and all(count >= 0 and count.is_integer() for count in (*counts, *since))
+            and all(size >= 0 for size in sizes)
+            and all(width > 0 for width in widths)
+            and not any(map(math.isnan, others))
+        )
 
     def tally(self) -> Tally:
         """Counts of nothing yet."""
@@ -266,7 +299,7 @@ class Tracker:
                     self._adapt(values, base, stats, pending=pending, truth=truth, score=score)
                     if spot is target.spots[0] and unit:
                         tally.alarms += self._test(values, place, _scaled(error, unit))
-                self._issue(values, base, spot, pending, forecasts[3 * spot.number :])
+                self._issue(values, place, spot, stats=stats, pending=pending, forecasts=forecasts)
 
     @staticmethod
     def _score(
@@ -275,7 +308,7 @@ class Tracker:
         """Takes an error, and it as a multiple of `unit` where that is known; counts both."""
         count = _average(values, stats + _SCORED, error)
         scale = values[stats + _SCALE]
-        usual = min(error, SPIKE * scale) if count * RECENT > 1 else error
+        usual = min(error, SPIKE * scale) if scale and count * RECENT > 1 else error
         values[stats + _SCALE] += (usual - scale) * max(1 / count, RECENT)
         if score is not None:
             score.scored += 1
@@ -310,19 +343,20 @@ class Tracker:
     @staticmethod
     def _issue(
         values: memoryview[float],
-        base: int,
+        place: int,
         spot: Spot,
+        *,
+        stats: int,
         pending: int,
         forecasts: Sequence[float],
     ) -> None:
         """Keeps a forecast and its interval until its truth arrives."""
-        stats = base + spot.place
-        low, median, high = forecasts[:3]
+        low, median, high = forecasts[3 * spot.number : 3 * spot.number + 3]
         below, above = max(median - low, 0.0), max(high - median, 0.0)
         if spot.point:
             below = above = values[stats + _SCALE] if values[stats + _SCORED] else math.nan
-        below = max(values[base + _LOW_WIDTH] * below + values[stats + _OFFSET], 0.0)
-        above = max(values[base + _HIGH_WIDTH] * above + values[stats + _OFFSET], 0.0)
+        below = max(values[place + _LOW_WIDTH] * below + values[stats + _OFFSET], 0.0)
+        above = max(values[place + _HIGH_WIDTH] * above + values[stats + _OFFSET], 0.0)
         values[pending] = max(median - below, -FLOAT32)
         values[pending + 1] = median
         values[pending + 2] = min(median + above, FLOAT32)
@@ -346,7 +380,11 @@ class Tracker:
     def quality(self, part: Floats, t: int) -> Quality:
         """What a tracked part [Q] tells of a session at t."""
         accuracy = [
-            _accuracy(target.output.name, spot.horizon, part[spot.place :].tolist())
+            _accuracy(
+                target.output.name,
+                spot.horizon,
+                part[spot.place : spot.place + _HORIZON].tolist(),
+            )
             for target in self.targets
             for spot in target.spots
         ]
@@ -380,7 +418,9 @@ class Tracker:
         known = [rows for rows in since if not math.isnan(rows)]
         if not known:
             return Drift()
-        return Drift(min(known) < self._drift_rows, alarms, t - 1 - int(min(known)))
+        rows = min(known)
+        last_t = t - 1 - int(rows) if rows < MOST_COUNTED else None  # so long ago that none counted
+        return Drift(rows < self._drift_rows, alarms, last_t)
 
 
 def _targets(manifest: Manifest, tracking: Tracking) -> Iterator[Target]:
@@ -423,10 +463,16 @@ def _weights(known: list[int], horizon: int) -> Wide:
     return np.stack([np.interp(ahead, known, one) for one in np.eye(len(known))])
 
 
+def _of(part: Floats, places: NDArray[np.int64], which: Sequence[int]) -> list[float]:
+    """Some values of several targets or horizons."""
+    found: list[float] = part[places[:, None] + np.array(which)].flatten().tolist()
+    return found
+
+
 def _average(values: memoryview[float], place: int, value: float) -> float:
-    """Takes a value into a count and, behind it, its mean; returns the count."""
+    """Takes a value into a count and, behind it, their mean; returns the count."""
     count = values[place] = values[place] + 1
-    values[place + 1] += (value - values[place + 1]) / count
+    values[place + 1] += (value - values[place + 1]) / min(count, MOST_AVERAGED)
     return count
 
 

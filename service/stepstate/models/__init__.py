@@ -3,6 +3,8 @@
 from stepstate.models.catalog import Catalog, load_catalog
 from stepstate.models.files import Model, load_model, write_model
 from stepstate.models.manifest import (
+    LEAST_LEVEL,
+    MOST_LEVEL,
     CellKind,
     CellSpec,
     DriftSpec,
@@ -16,6 +18,8 @@ from stepstate.models.manifest import (
 from stepstate.models.timeline import Timeline, build_timeline
 
 __all__ = [
+    "LEAST_LEVEL",
+    "MOST_LEVEL",
     "Catalog",
     "CellKind",
     "CellSpec",

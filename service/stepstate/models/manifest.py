@@ -55,6 +55,8 @@ Horizons = Annotated[
     AfterValidator(_all_different),
 ]
 Level = Annotated[float, Field(strict=True, gt=0.0, lt=1.0)]
+LEAST_LEVEL, MOST_LEVEL = 0.01, 0.999
+"""Of intervals: outside, a session's truths are too few to tell whether they keep it."""
 Quantiles = Annotated[tuple[Level, ...], AfterValidator(_rising)]
 Lags = Annotated[
     tuple[Annotated[int, Field(ge=0, le=MOST_LAG, strict=True)], ...],
@@ -260,7 +262,7 @@ class Tracking(_Part):
     """
 
     horizons: Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_all_different)]
-    level: Level = 0.9
+    level: Annotated[Level, Field(ge=LEAST_LEVEL, le=MOST_LEVEL)] = 0.9
     rate: Annotated[float, Field(strict=True, gt=0.0, lt=1.0)] = 0.05
     season_steps: Annotated[int, Field(ge=1, le=MOST_LAG, strict=True)] = 1
     drift: DriftSpec = DriftSpec()

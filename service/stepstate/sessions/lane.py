@@ -157,17 +157,20 @@ class Lane:
         """A snapshot as the states of this model are; None if it can't be one of them.
 
         Raises:
-            SnapshotCorrupt: its state is not finite.
+            SnapshotCorrupt: its state is none that a session can have.
         """
-        layout = self.engine.layout
+        layout, state = self.engine.layout, snapshot.state
         if snapshot.window.ring.shape[1] != self.widths[1]:
             return None
-        if len(snapshot.state) == layout.cell:  # of version 1
-            return extended(snapshot, layout, self.engine.blank(snapshot.record.interval_level))
-        if len(snapshot.state) != layout.width:
+        if len(state) not in (layout.cell, layout.width):
             return None
-        if not np.isfinite(snapshot.state[: layout.cell]).all():
+        if not np.isfinite(state[: layout.cell]).all():
             raise SnapshotCorrupt("its state is not finite")
+        if len(state) < layout.width:  # of version 1
+            blank = self.engine.blank(snapshot.record.interval_level)
+            snapshot = extended(snapshot, layout, blank)
+        if not self.engine.sound(snapshot.state):
+            raise SnapshotCorrupt("what it tracks of forecasts can't be a session's")
         return snapshot
 
     def claim(self) -> int:

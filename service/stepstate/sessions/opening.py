@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from stepstate.errors import InvalidField
-from stepstate.models import Manifest
+from stepstate.models import LEAST_LEVEL, MOST_LEVEL, Manifest
 from stepstate.stores import Durability, MissingPolicy, SessionRecord
 
 ID_LENGTH = 128
@@ -139,8 +139,10 @@ def _durability(asked: Durability | None, limits: Limits) -> Durability:
 def _interval_level(asked: float | None, manifest: Manifest) -> float | None:
     if asked is None:
         return None
-    if not 0 < asked < 1:
-        raise InvalidField("interval_level", f"is {asked:g}, expected more than 0 and less than 1")
+    if not LEAST_LEVEL <= asked <= MOST_LEVEL:
+        raise InvalidField(
+            "interval_level", f"is {asked:g}, expected {LEAST_LEVEL:g} to {MOST_LEVEL:g}"
+        )
     if manifest.tracking is None:
         raise InvalidField(
             "interval_level",

@@ -97,6 +97,9 @@ class SessionRecord:
         """
         values = json.loads(text)
         start = values["start_time"]
+        level = values.get("interval_level")
+        if level is not None and not 0 < float(level) < 1:
+            raise ValueError(f"interval_level is {level}")
         return cls(
             session_id=values["session_id"],
             model=values["model"],
@@ -107,7 +110,7 @@ class SessionRecord:
             open_time=datetime.fromisoformat(values["open_time"]),
             durability=Durability(values["durability"]),
             missing=MissingPolicy(values.get("missing", "reject")),
-            interval_level=values.get("interval_level"),
+            interval_level=None if level is None else float(level),
         )
 
 

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 REPLY_BYTES = 4_000_000
 """A client with gRPC's default limit of 4 MiB can read every reply."""
+REQUEST_VALUES = 4_000_000
+"""What the longest message holds; `advance` must not ask for more in ten bytes."""
 REQUEST_ROWS = 100_000
 """About ten weeks of minutes in one request; more history goes in several."""
 
@@ -261,6 +263,11 @@ def _nothing(request: pb.StepRequest, session: Session) -> np.ndarray:
         )
     if request.advance > REQUEST_ROWS:
         raise _too_many_rows("advance", request.advance)
+    most = REQUEST_VALUES // session.lane.model.manifest.input_width
+    if request.advance > most:
+        raise InvalidField(
+            "advance", f"is {request.advance}; of {session.lane.model.key} at most {most} a request"
+        )
     return np.full(request.advance * session.lane.model.manifest.input_width, np.nan, np.float32)
 
 

@@ -114,9 +114,17 @@ async def test_errors_are_in_band_only_among_several_sessions(stub):
 async def test_a_reply_beyond_what_clients_read_is_refused(stub):
     await opened(stub, "a")
     await stepped(stub, "a", rows(3), 0)
-    request = pb.ForecastRequest(session_id=["a"] * 10_000, quantiles=[0.5] * 40, horizon=3)
-    error = await refused(stub.Forecast(request))
-    assert (error.code, error.reason) == (Code.INVALID_ARGUMENT, "INVALID_FIELD")
+    path = pb.Scenario(name="n" * 128, x=[0, 0])
+    for request in (
+        pb.ForecastRequest(session_id=["a"] * 10_000, quantiles=[0.5] * 40, horizon=3),
+        pb.ForecastRequest(session_id=["a"] * 100, scenarios=[path] * 200, horizon=1),
+        pb.ForecastRequest(session_id=[f"{n:0128}" for n in range(10_000)]),
+    ):
+        error = await refused(stub.Forecast(request))
+        assert (error.code, error.reason) == (Code.INVALID_ARGUMENT, "INVALID_FIELD")
+        assert "more than 4000000: ask for fewer" in error.message
+    most = await stub.Forecast(pb.ForecastRequest(session_id=["a"] * 10_000, horizon=3))
+    assert len(most.forecasts) == 10_000
 
 
 async def test_advancing_imputes_and_says_so(stub):

@@ -2,7 +2,9 @@
 
 Rule 1: a session is copied between two of its steps, after those that it had accepted.
 Rule 2: nothing of it changes, and it does not count as used.
-Rule 3: one call computes at a time, in pieces between the turns of the engines.
+Rule 3: one block computes at a time, in pieces between the turns of the engines, and calls
+        take turns block by block.
+Rule 4: what a call takes is known, and refused if it is too much, before it computes.
 
 K horizons, Q quantile levels, D inputs, P rows of a scenario.
 """
@@ -10,29 +12,32 @@ K horizons, Q quantile levels, D inputs, P rows of a scenario.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Protocol
 
 import numpy as np
 
-from stepstate.engine import Floats, Origins
-from stepstate.errors import ForecastImpossible, InvalidField, QueueFull, StepstateError
+from stepstate.engine import Floats, Origins, Outlook
+from stepstate.errors import ForecastImpossible, InvalidField, StepstateError
 from stepstate.models import Manifest, Output
+from stepstate.sessions.courses import Course, courses_of
+from stepstate.sessions.forecast_bounds import (
+    MOST_FED_ROWS,
+    Room,
+    check_bytes,
+    check_wish,
+    error_bytes,
+    forecast_bytes,
+    text_bytes,
+)
 from stepstate.sessions.lane import Lane
+from stepstate.sessions.opening import ID_LENGTH
 from stepstate.sessions.session import ReplyTo, Session
 from stepstate.sessions.table import Table
 from stepstate.sessions.turn import Turn
 
-MOST_SESSIONS = 10_000
-MOST_HORIZON = 10_000
-MOST_VALUES = 1_000_000
-"""Of one call: 4 MB, what a client reads by default."""
-MOST_BYTES = 256 * 2**20
-"""Of all calls at once: one computes, and each other keeps its scenarios and copies of states."""
-COPY_BYTES = 4096
-"""About what a copy takes."""
 TOGETHER = 64
 """States to a forward: it and what is made of it take some two milliseconds."""
 COPIED_AT_ONCE = 500
@@ -79,6 +84,14 @@ class SessionForecast:
     levels: tuple[float, ...]
     outputs: tuple[OutputForecast, ...]
 
+    @property
+    def reply_bytes(self) -> int:
+        """About what it takes in the reply, and at most that."""
+        texts = text_bytes(self.session_id, self.scenario)
+        outputs = [forecast.output for forecast in self.outputs]
+        horizon = len(self.outputs[0].methods) if self.outputs else 0
+        return texts + forecast_bytes(outputs, horizon, len(self.levels))
+
 
 @dataclass(frozen=True, slots=True)
 class _Origin:
@@ -87,6 +100,20 @@ class _Origin:
     session: Session
     t: int
     state: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class _Group:
+    """The sessions of one model, and how they are forecast."""
+
+    lane: Lane
+    origins: Sequence[_Origin]
+    courses: Sequence[Course]
+
+
+_Item = tuple[_Origin, int]
+"""A session, and the place of a scenario in a course."""
+_Told = list[SessionForecast] | StepstateError
 
 
 class Doors(Protocol):
@@ -116,46 +143,59 @@ class Forecaster:
     def __init__(self, doors: Doors, table: Table) -> None:
         self._doors = doors
         self._table = table
-        self._bytes = 0
+        self._room = Room()
         self._computing = asyncio.Lock()
 
     async def forecast(
         self, session_ids: Sequence[str], wish: Wish
     ) -> list[list[SessionForecast] | StepstateError]:
         """See `Sessions.forecast`."""
-        _check(session_ids, wish)
-        size = COPY_BYTES * len(session_ids) + sum(one.x.nbytes for one in wish.scenarios)
-        if self._bytes and self._bytes + size > MOST_BYTES:
-            raise QueueFull("bytes of forecasts under way on this server", MOST_BYTES)
-        self._bytes += size
-        try:
-            origins = await self._origins(session_ids)
-            _check_size(origins, wish)
-            async with self._computing:
-                return await self._forecast(origins, wish)
-        finally:
-            self._bytes -= size
+        check_wish(session_ids, wish)
+        with self._room.of_call() as take:
+            take(sum(one.x.nbytes for one in wish.scenarios))
+            origins = await self._origins(dict.fromkeys(session_ids), take)
+            told: dict[str, _Told] = {
+                name: one for name, one in origins.items() if isinstance(one, StepstateError)
+            }
+            groups = []
+            for lane, mine in _by_lane(origins).items():
+                try:
+                    groups.append(await _group(lane, mine, wish))
+                except StepstateError as error:
+                    names = [origin.session.session_id for origin in mine]
+                    told.update(dict.fromkeys(names, error.with_traceback(None)))
+            _check_fed_rows(groups)
+            take(_check_reply(session_ids, wish, told, groups))
+            for group in groups:
+                told.update(await self._of_group(group, wish))
+        return [told[session_id] for session_id in session_ids]
 
-    async def _origins(self, session_ids: Sequence[str]) -> list[_Origin | StepstateError]:
+    async def _origins(
+        self, session_ids: Iterable[str], take: Callable[[int], None]
+    ) -> dict[str, _Origin | StepstateError]:
         few = asyncio.Semaphore(FETCHED_AT_ONCE)
-        found: list[_Origin | StepstateError | asyncio.Task[_Origin | StepstateError]] = []
-        for place, session_id in enumerate(session_ids):
-            session = self._doors.find(session_id)
-            if session is not None and session.current is None:
-                found.append(self._copy(session))
-            else:
-                found.append(asyncio.create_task(self._fetch(session_id, few)))
-            if place % COPIED_AT_ONCE == COPIED_AT_ONCE - 1:
-                await asyncio.sleep(0)
-        tasks = [origin for origin in found if isinstance(origin, asyncio.Task)]
+        found: dict[str, _Origin | StepstateError] = {}
+        tasks: dict[str, asyncio.Task[_Origin | StepstateError]] = {}
         try:
-            await asyncio.gather(*tasks)
+            for place, session_id in enumerate(session_ids):
+                session = self._doors.find(session_id)
+                if session is not None and session.current is None:
+                    found[session_id] = _counted(self._copy(session), take)
+                else:
+                    fetching = self._fetch(session_id, few, take)
+                    tasks[session_id] = asyncio.create_task(fetching)
+                if place % COPIED_AT_ONCE == COPIED_AT_ONCE - 1:
+                    await asyncio.sleep(0)
+            found.update(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
         finally:
-            for task in tasks:
+            for task in tasks.values():
                 task.cancel()
-        return [one.result() if isinstance(one, asyncio.Task) else one for one in found]
+            await asyncio.gather(*tasks.values(), return_exceptions=True)
+        return found
 
-    async def _fetch(self, session_id: str, few: asyncio.Semaphore) -> _Origin | StepstateError:
+    async def _fetch(
+        self, session_id: str, few: asyncio.Semaphore, take: Callable[[int], None]
+    ) -> _Origin | StepstateError:
         """Copies a session that has to be loaded, or has steps to finish."""
         async with few:
             try:
@@ -163,9 +203,10 @@ class Forecaster:
                 turn = Turn(lambda: self._copy(session))
                 if not self._doors.refuse(session_id, turn.mark, turn):
                     turn.now()
-                return await turn.result()
+                origin = await turn.result()
             except StepstateError as error:
                 return error.with_traceback(None)  # or it would keep this frame, in a circle
+            return _counted(origin, take)
 
     def _copy(self, session: Session) -> _Origin | StepstateError:
         t = self._table.t[session.handle]
@@ -176,121 +217,96 @@ class Forecaster:
         state = session.lane.engine.read_states(np.array([session.slot]))[0]
         return _Origin(session, t, state)
 
-    async def _forecast(
-        self, origins: Sequence[_Origin | StepstateError], wish: Wish
-    ) -> list[list[SessionForecast] | StepstateError]:
-        results: list[list[SessionForecast] | StepstateError] = [
-            origin if isinstance(origin, StepstateError) else [] for origin in origins
-        ]
-        size = max(1, TOGETHER // max(1, len(wish.scenarios)))
-        for lane, places in _by_lane(origins).items():
-            for first in range(0, len(places), size):
-                some = places[first : first + size]
-                group = [origin for p in some if isinstance(origin := origins[p], _Origin)]
-                try:
-                    told: Sequence[list[SessionForecast] | StepstateError]
-                    told = await _of_group(lane, group, wish)
-                except StepstateError as error:
-                    told = [error.with_traceback(None)] * len(group)
-                for place, one in zip(some, told, strict=True):
-                    results[place] = one
+    async def _of_group(self, group: _Group, wish: Wish) -> dict[str, _Told]:
+        """The forecasts of some sessions of a model under every scenario."""
+        made: dict[str, dict[int, SessionForecast]] = {
+            origin.session.session_id: {} for origin in group.origins
+        }
+        for course in group.courses:
+            places = range(len(course.numbers))
+            items = [(origin, place) for origin in group.origins for place in places]
+            for first in range(0, len(items), TOGETHER):
+                block = items[first : first + TOGETHER]
+                async with self._computing:
+                    forecasts = await _run(group.lane, course, block, wish)
+                for (_, place), one in zip(block, forecasts, strict=True):
+                    made[one.session_id][course.numbers[place]] = one
                 await asyncio.sleep(0)
-        return results
+        return {name: [mine[number] for number in sorted(mine)] for name, mine in made.items()}
 
 
-async def _of_group(
-    lane: Lane, group: Sequence[_Origin], wish: Wish
-) -> list[list[SessionForecast]]:
-    """The forecasts of some sessions of a model under every scenario."""
-    manifest = lane.model.manifest
-    told: list[dict[int, SessionForecast]] = [{} for _ in group]
-    for numbers, ahead in _alike(manifest, wish.scenarios, _horizon(manifest, wish)):
-        names = [wish.scenarios[number].name for number in numbers] if wish.scenarios else [""]
-        forecasts = await _run(lane, group, names, ahead, wish)
-        for place, mine in enumerate(told):
-            of_session = forecasts[place * len(numbers) : (place + 1) * len(numbers)]
-            mine.update(zip(numbers, of_session, strict=True))
-    return [[mine[number] for number in sorted(mine)] for mine in told]
+def _counted(
+    origin: _Origin | StepstateError, take: Callable[[int], None]
+) -> _Origin | StepstateError:
+    """It, once there is room for its copy."""
+    if isinstance(origin, _Origin):
+        take(origin.state.nbytes)
+    return origin
+
+
+async def _group(lane: Lane, origins: Sequence[_Origin], wish: Wish) -> _Group:
+    """How sessions of a model are forecast.
+
+    Raises:
+        InvalidField, ForecastImpossible: none of them can be.
+    """
+    _check_levels(lane, origins[0], wish)
+    courses = await courses_of(lane, wish.scenarios, _horizon(lane.model.manifest, wish))
+    return _Group(lane, origins, courses)
 
 
 async def _run(
-    lane: Lane, group: Sequence[_Origin], names: Sequence[str], ahead: Floats, wish: Wish
+    lane: Lane, course: Course, block: Sequence[_Item], wish: Wish
 ) -> list[SessionForecast]:
-    """The forecasts of each session under each of the scenarios [S, P, D], run as one batch."""
+    """The forecasts of sessions under scenarios of a course, run as one batch."""
     manifest = lane.model.manifest
-    given = np.asarray((~np.isnan(ahead)).all(axis=0))
-    plan = lane.engine.plan(_horizon(manifest, wish), given)
-    items = [origin for origin in group for _ in ahead]
-    states = np.stack([origin.state for origin in items])
-    at = np.array([origin.t for origin in items])
-    phases = (np.array([origin.session.phase for origin in items]) + at) % lane.timeline.phases
-    every = np.tile(ahead, (len(group), 1, 1))
-    outlooks = await lane.engine.forecast(Origins(states, at, phases), plan, every)
-    levels = [_levels(lane, origin, wish) for origin in items]
-    values = {
-        some: [lane.engine.quantiles(outlook, some, states) for outlook in outlooks]
-        for some in set(levels)
-    }
+    origins = [origin for origin, _ in block]
+    states = np.stack([origin.state for origin in origins])
+    at = np.array([origin.t for origin in origins])
+    phases = (np.array([origin.session.phase for origin in origins]) + at) % lane.timeline.phases
+    ahead = course.ahead[[place for _, place in block]]
+    outlooks = await lane.engine.forecast(Origins(states, at, phases), course.plan, ahead)
+    levels = [_levels(lane, origin, wish) for origin in origins]
+    outputs = _outputs(lane, states, outlooks, levels)
     return [
         SessionForecast(
             session_id=origin.session.session_id,
-            scenario=names[place % len(names)],
+            scenario=course.names[place],
             t=origin.t,
             first_time=_first_time(manifest, origin),
             step_interval_seconds=manifest.step_interval_seconds,
             levels=some,
-            outputs=tuple(
-                OutputForecast(
-                    outlook.output,
-                    found[place],
-                    outlook.methods[place].tolist(),
-                )
-                for outlook, found in zip(outlooks, values[some], strict=True)
-            ),
+            outputs=mine,
         )
-        for place, (origin, some) in enumerate(zip(items, levels, strict=True))
+        for (origin, place), some, mine in zip(block, levels, outputs, strict=True)
     ]
 
 
-def _by_lane(origins: Sequence[_Origin | StepstateError]) -> dict[Lane, list[int]]:
-    """The places of the sessions of each model."""
-    found: dict[Lane, list[int]] = {}
-    for place, origin in enumerate(origins):
-        if isinstance(origin, _Origin):
-            found.setdefault(origin.session.lane, []).append(place)
+def _outputs(
+    lane: Lane,
+    states: Floats,
+    outlooks: Sequence[Outlook],
+    levels: Sequence[tuple[float, ...]],
+) -> list[tuple[OutputForecast, ...]]:
+    """The outputs of each session of a batch, with the quantiles that are wanted of it."""
+    found: list[tuple[OutputForecast, ...]] = [()] * len(levels)
+    for some in set(levels):
+        here = [place for place, mine in enumerate(levels) if mine == some]
+        for outlook in outlooks:
+            part = replace(outlook, values=outlook.values[here], methods=outlook.methods[here])
+            quantiles = lane.engine.quantiles(part, some, states[here])
+            for place, values, methods in zip(here, quantiles, part.methods, strict=True):
+                found[place] += (OutputForecast(part.output, values, methods.tolist()),)
     return found
 
 
-def _alike(
-    manifest: Manifest, scenarios: Sequence[Scenario], horizon: int
-) -> Iterator[tuple[list[int], Floats]]:
-    """Scenarios of the same length: their numbers, and their rows [S, P, D], at most K of them."""
-    if not scenarios:
-        yield [0], np.zeros((1, 0, manifest.input_width), np.float32)
-        return
-    rows = [_scenario_rows(manifest, *one)[:horizon] for one in enumerate(scenarios)]
-    for length in sorted({len(one) for one in rows}):
-        numbers = [number for number, one in enumerate(rows) if len(one) == length]
-        yield numbers, np.stack([rows[number] for number in numbers])
-
-
-def _scenario_rows(manifest: Manifest, number: int, scenario: Scenario) -> Floats:
-    """A scenario's rows [P, D].
-
-    Raises:
-        InvalidField: it is not whole rows, or not finite.
-    """
-    where, width = f"scenarios[{number}].x", manifest.input_width
-    count = len(scenario.x)
-    if not count or count % width:
-        raise InvalidField(
-            where,
-            f"holds {count} values; {manifest.name}/{manifest.version} takes rows of {width}: send "
-            f"P * {width} values, P = 1 or more",
-        )
-    if np.isinf(scenario.x).any():
-        raise InvalidField(where, "holds an infinite value; NaN is the model's own forecast")
-    return scenario.x.reshape(-1, width)
+def _by_lane(origins: dict[str, _Origin | StepstateError]) -> dict[Lane, list[_Origin]]:
+    """The sessions of each model."""
+    found: dict[Lane, list[_Origin]] = {}
+    for origin in origins.values():
+        if isinstance(origin, _Origin):
+            found.setdefault(origin.session.lane, []).append(origin)
+    return found
 
 
 def _horizon(manifest: Manifest, wish: Wish) -> int:
@@ -298,25 +314,19 @@ def _horizon(manifest: Manifest, wish: Wish) -> int:
 
 
 def _levels(lane: Lane, origin: _Origin, wish: Wish) -> tuple[float, ...]:
-    """The quantile levels of a session's forecast.
-
-    Raises:
-        InvalidField: the model knows no such thing.
-    """
-    manifest = lane.model.manifest
-    level = lane.engine.interval_level(origin.state)
-    quantiles = next((output.quantiles for output in manifest.outputs if output.quantiles), ())
+    """The quantile levels of a session's forecast."""
     if wish.quantiles:
-        if level is None and not quantiles and wish.quantiles != (0.5,):
-            raise InvalidField(
-                "quantiles",
-                f"are not known of {manifest.name}/{manifest.version}: its outputs have none, and "
-                "it tracks no horizon; ask for 0.5, or add `tracking` to its manifest",
-            )
         return wish.quantiles
+    level = lane.engine.interval_level(origin.state)
     if level is not None:
         return round((1 - level) / 2, 7), 0.5, round((1 + level) / 2, 7)
+    quantiles = _quantiles(lane.model.manifest)
     return (quantiles[0], 0.5, quantiles[-1]) if quantiles else (0.5,)
+
+
+def _quantiles(manifest: Manifest) -> Sequence[float]:
+    """Those of the model's outputs, if they have any."""
+    return next((output.quantiles for output in manifest.outputs if output.quantiles), ())
 
 
 def _first_time(manifest: Manifest, origin: _Origin) -> datetime | None:
@@ -329,31 +339,59 @@ def _first_time(manifest: Manifest, origin: _Origin) -> datetime | None:
         return None
 
 
-def _check(session_ids: Sequence[str], wish: Wish) -> None:
-    if not 0 < len(session_ids) <= MOST_SESSIONS:
+def _check_levels(lane: Lane, origin: _Origin, wish: Wish) -> None:
+    """Refuses quantiles of a model that knows none.
+
+    Raises:
+        InvalidField: it knows no such thing.
+    """
+    manifest = lane.model.manifest
+    if wish.quantiles in {(), (0.5,)} or _quantiles(manifest):
+        return
+    if lane.engine.interval_level(origin.state) is None:
         raise InvalidField(
-            "session_id", f"names {len(session_ids)} sessions, expected 1 to {MOST_SESSIONS}"
+            "quantiles",
+            f"are not known of {manifest.name}/{manifest.version}: its outputs have none, and "
+            "it tracks no horizon; ask for 0.5, or add `tracking` to its manifest",
         )
-    if wish.horizon > MOST_HORIZON:
-        raise InvalidField("horizon", f"is {wish.horizon}, expected at most {MOST_HORIZON}")
-    for place, level in enumerate(wish.quantiles):
-        if not 0 < level < 1:
-            raise InvalidField(
-                f"quantiles[{place}]", f"is {level:g}, expected more than 0 and less than 1"
-            )
 
 
-def _check_size(origins: Sequence[_Origin | StepstateError], wish: Wish) -> None:
-    """Refuses a call whose answer would be larger than a client reads."""
-    values = 0
-    for origin in origins:
-        if isinstance(origin, _Origin):
-            manifest = origin.session.lane.model.manifest
-            outputs = len(manifest.outputs) * max(1, len(wish.scenarios))
-            values += _horizon(manifest, wish) * outputs * (len(wish.quantiles) or 3)
-    if values > MOST_VALUES:
+def _check_fed_rows(groups: Sequence[_Group]) -> None:
+    """Refuses a call that would compute for very long."""
+    rows = sum(
+        course.plan.fed_rows * len(course.numbers) * len(group.origins)
+        for group in groups
+        for course in group.courses
+    )
+    if rows > MOST_FED_ROWS:
         raise InvalidField(
-            "session_id",
-            f"sessions, scenarios, horizon and quantiles together make {values} values, expected "
-            f"at most {MOST_VALUES}: ask for fewer at once",
+            "horizon",
+            f"needs {rows} rows to be fed back, of all sessions and scenarios together, expected "
+            f"at most {MOST_FED_ROWS}: ask for fewer of them at once, or for a shorter horizon",
         )
+
+
+def _check_reply(
+    session_ids: Sequence[str], wish: Wish, told: dict[str, _Told], groups: Sequence[_Group]
+) -> int:
+    """What the reply takes.
+
+    Raises:
+        InvalidField: it is more than a client reads.
+    """
+    sizes = {
+        name: text_bytes(name[:ID_LENGTH]) + error_bytes(one)
+        for name, one in told.items()
+        if isinstance(one, StepstateError)
+    }
+    names, times = text_bytes(*(one.name for one in wish.scenarios)), max(1, len(wish.scenarios))
+    for group in groups:
+        manifest = group.lane.model.manifest
+        horizon, levels = _horizon(manifest, wish), len(wish.quantiles) or 3
+        each = names + times * forecast_bytes(manifest.outputs, horizon, levels)
+        for origin in group.origins:
+            name = origin.session.session_id
+            sizes[name] = each + times * len(name)
+    size = sum(sizes[session_id] for session_id in session_ids)
+    check_bytes(len(session_ids), size)
+    return size

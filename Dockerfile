@@ -16,7 +16,7 @@ RUN python3 -m pip --python /opt/stepstate/bin/python3 install --no-cache-dir \
 COPY pyproject.toml README.md LICENSE ./
 COPY service service
 RUN python3 -m pip --python /opt/stepstate/bin/python3 install --no-cache-dir \
-        --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" ".[server]"
+        --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" ".[server,triton]"
 COPY models /app/models
 # Readable by any user, whatever the umask of the checkout.
 RUN chmod -R a+rX /app

@@ -293,6 +293,19 @@ async def test_calls_take_turns_block_by_block(rig, blocks, monkeypatch):
     assert blocks == [1] * 8
 
 
+async def test_a_short_forecast_does_not_wait_for_a_long_one(rig, blocks, monkeypatch):
+    """Even though that is one block; a second long one waits."""
+    monkeypatch.setattr("stepstate.sessions.forecaster.LONG_ROWS", 99)
+    await stepped(rig, await rig.open(), rows(20))
+    cold = Scenario("cold", np.array([np.nan, -1.0] * 100, np.float32))
+    calls = [asyncio.create_task(told(rig, horizon=100, scenarios=[cold])) for _ in range(2)]
+    await rounds(3)
+    assert (await told(rig, horizon=1))[0].t == 20
+    assert not any(call.done() for call in calls)
+    assert blocks == [1, 1]
+    await asyncio.gather(*calls)
+
+
 async def test_each_session_has_its_own_interval_among_others(rig):
     x = rows(60)
     for name, level in (("a", 0.5), ("b", 0.9), ("c", 0.5)):

@@ -2,8 +2,8 @@
 
 Rule 1: a session is copied between two of its steps, after those that it had accepted.
 Rule 2: nothing of it changes, and it does not count as used.
-Rule 3: one block computes at a time, in pieces between the turns of the engines, and calls
-        take turns block by block.
+Rule 3: one short block and one long one compute at a time, in pieces between the turns of the
+        engines, and calls take turns block by block.
 Rule 4: what a call takes is known, and refused if it is too much, before it computes.
 
 K horizons, Q quantile levels, D inputs, P rows of a scenario.
@@ -40,6 +40,8 @@ from stepstate.sessions.turn import Turn
 
 TOGETHER = 64
 """States to a forward: it and what is made of it take some two milliseconds."""
+LONG_ROWS = 200
+"""Rows fed back that make a block long: one of 64 states that is not takes some 0.2 s at most."""
 COPIED_AT_ONCE = 500
 FETCHED_AT_ONCE = 64
 
@@ -144,7 +146,8 @@ class Forecaster:
         self._doors = doors
         self._table = table
         self._room = Room()
-        self._computing = asyncio.Lock()
+        self._short = asyncio.Lock()
+        self._long = asyncio.Lock()
 
     async def forecast(
         self, session_ids: Sequence[str], wish: Wish
@@ -223,11 +226,12 @@ class Forecaster:
             origin.session.session_id: {} for origin in group.origins
         }
         for course in group.courses:
+            computing = self._long if course.plan.fed_rows > LONG_ROWS else self._short
             places = range(len(course.numbers))
             items = [(origin, place) for origin in group.origins for place in places]
             for first in range(0, len(items), TOGETHER):
                 block = items[first : first + TOGETHER]
-                async with self._computing:
+                async with computing:
                     forecasts = await _run(group.lane, course, block, wish)
                 for (_, place), one in zip(block, forecasts, strict=True):
                     made[one.session_id][course.numbers[place]] = one

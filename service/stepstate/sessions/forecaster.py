@@ -85,14 +85,8 @@ class SessionForecast:
     step_interval_seconds: int | None
     levels: tuple[float, ...]
     outputs: tuple[OutputForecast, ...]
-
-    @property
-    def reply_bytes(self) -> int:
-        """About what it takes in the reply, and at most that."""
-        texts = text_bytes(self.session_id, self.scenario)
-        outputs = [forecast.output for forecast in self.outputs]
-        horizon = len(self.outputs[0].methods) if self.outputs else 0
-        return texts + forecast_bytes(outputs, horizon, len(self.levels))
+    reply_bytes: int
+    """About what it takes in the reply, and at most that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +266,7 @@ async def _run(
     outlooks = await lane.engine.forecast(Origins(states, at, phases), course.plan, ahead)
     levels = [_levels(lane, origin, wish) for origin in origins]
     outputs = _outputs(lane, states, outlooks, levels)
+    looking = [outlook.output for outlook in outlooks]
     return [
         SessionForecast(
             session_id=origin.session.session_id,
@@ -281,6 +276,8 @@ async def _run(
             step_interval_seconds=manifest.step_interval_seconds,
             levels=some,
             outputs=mine,
+            reply_bytes=text_bytes(origin.session.session_id, course.names[place])
+            + forecast_bytes(looking, course.plan.horizon, len(some)),
         )
         for (origin, place), some, mine in zip(block, levels, outputs, strict=True)
     ]

@@ -53,10 +53,19 @@ class Exchange(ABC, Generic[Q, A]):
         sessions: take the steps.
         messages: the two sides of the call.
         outgoing: the bytes of replies that are on their way, of all calls.
+        refused: told the reason of each refusal.
     """
 
-    def __init__(self, sessions: Sessions, messages: Messages, outgoing: Outgoing) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        messages: Messages,
+        *,
+        outgoing: Outgoing,
+        refused: Callable[[str], None],
+    ) -> None:
         self.cancelled = False
+        self._refused = refused
         self._sessions = sessions
         self._messages = messages
         self._outgoing = outgoing

@@ -26,14 +26,7 @@ log = logging.getLogger(__name__)
 
 
 class StepStream(Exchange[pb.StepRequest, pb.StepResponse]):
-    """A `ReplyTo` for all steps of one call.
-
-    Args:
-        sessions: take the steps.
-        messages: the two sides of the call.
-        outgoing: the bytes of replies that are on their way, of all calls.
-        refused: told the reason of each refusal.
-    """
+    """A `ReplyTo` for all steps of one call; see `Exchange` for its arguments."""
 
     def __init__(
         self,
@@ -43,8 +36,7 @@ class StepStream(Exchange[pb.StepRequest, pb.StepResponse]):
         outgoing: Outgoing,
         refused: Callable[[str], None],
     ) -> None:
-        super().__init__(sessions, messages, outgoing)
-        self._refused = refused
+        super().__init__(sessions, messages, outgoing=outgoing, refused=refused)
         self._away: dict[str, deque[pb.StepRequest]] = {}
 
     def _take(self, request: pb.StepRequest) -> None:

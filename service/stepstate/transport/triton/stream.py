@@ -22,6 +22,9 @@ from stepstate.transport.triton.sequences import Sequences
 
 log = logging.getLogger(__name__)
 
+MOST_TEXT = 1024
+"""Characters of an error, and of what it echoes."""
+
 
 class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse]):
     """A call that may carry any number of sequences.
@@ -43,9 +46,8 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse]):
         sequences: Sequences,
         refused: Callable[[str], None],
     ) -> None:
-        super().__init__(sessions, messages, outgoing)
+        super().__init__(sessions, messages, outgoing=outgoing, refused=refused)
         self._sequences = sequences
-        self._refused = refused
         self._lines: dict[str, deque[Infer]] = {}
 
     def _take(self, request: pb.ModelInferRequest) -> None:
@@ -133,9 +135,6 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse]):
         if ASKS_FOR_FINAL in request.parameters:
             response.infer_response.parameters[FINAL].bool_param = True
         return response
-
-
-MOST_TEXT = 1024
 
 
 class _Way:

@@ -280,6 +280,54 @@ class StepResponse(_message.Message):
     fallback_rows: int
     def __init__(self, session_id: _Optional[str] = ..., t: _Optional[int] = ..., y: _Optional[_Iterable[float]] = ..., replayed: bool = ..., layers: _Optional[_Iterable[_Union[LayerTrace, _Mapping]]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ..., durable_t: _Optional[int] = ..., imputed_rows: _Optional[int] = ..., fallback_rows: _Optional[int] = ...) -> None: ...
 
+class Binding(_message.Message):
+    __slots__ = ("handle", "session_id")
+    HANDLE_FIELD_NUMBER: _ClassVar[int]
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    handle: int
+    session_id: str
+    def __init__(self, handle: _Optional[int] = ..., session_id: _Optional[str] = ...) -> None: ...
+
+class StreamPackedRequest(_message.Message):
+    __slots__ = ("id", "bindings", "handles", "t", "x")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    BINDINGS_FIELD_NUMBER: _ClassVar[int]
+    HANDLES_FIELD_NUMBER: _ClassVar[int]
+    T_FIELD_NUMBER: _ClassVar[int]
+    X_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    bindings: _containers.RepeatedCompositeFieldContainer[Binding]
+    handles: bytes
+    t: bytes
+    x: bytes
+    def __init__(self, id: _Optional[int] = ..., bindings: _Optional[_Iterable[_Union[Binding, _Mapping]]] = ..., handles: _Optional[bytes] = ..., t: _Optional[bytes] = ..., x: _Optional[bytes] = ...) -> None: ...
+
+class StreamPackedResponse(_message.Message):
+    __slots__ = ("id", "y", "t", "durable_t", "flags", "errors", "error")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    Y_FIELD_NUMBER: _ClassVar[int]
+    T_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_T_FIELD_NUMBER: _ClassVar[int]
+    FLAGS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    ERROR_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    y: bytes
+    t: bytes
+    durable_t: bytes
+    flags: bytes
+    errors: _containers.RepeatedCompositeFieldContainer[RowError]
+    error: _status_pb2.Status
+    def __init__(self, id: _Optional[int] = ..., y: _Optional[bytes] = ..., t: _Optional[bytes] = ..., durable_t: _Optional[bytes] = ..., flags: _Optional[bytes] = ..., errors: _Optional[_Iterable[_Union[RowError, _Mapping]]] = ..., error: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+
+class RowError(_message.Message):
+    __slots__ = ("row", "status")
+    ROW_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
+    row: int
+    status: _status_pb2.Status
+    def __init__(self, row: _Optional[int] = ..., status: _Optional[_Union[_status_pb2.Status, _Mapping]] = ...) -> None: ...
+
 class LayerTrace(_message.Message):
     __slots__ = ("i", "f", "g", "o", "c", "m", "h", "r", "z", "n")
     I_FIELD_NUMBER: _ClassVar[int]

@@ -65,6 +65,11 @@ class StepstateServiceStub(object):
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.StepRequest.SerializeToString,
                 response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.StepResponse.FromString,
                 _registered_method=True)
+        self.StreamPacked = channel.stream_stream(
+                '/stepstate.v1.StepstateService/StreamPacked',
+                request_serializer=stepstate_dot_v1_dot_stepstate__pb2.StreamPackedRequest.SerializeToString,
+                response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.StreamPackedResponse.FromString,
+                _registered_method=True)
         self.ForkSession = channel.unary_unary(
                 '/stepstate.v1.StepstateService/ForkSession',
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ForkSessionRequest.SerializeToString,
@@ -172,6 +177,19 @@ class StepstateServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StreamPacked(self, request_iterator, context):
+        """The same for gateways that carry many sessions of a model: one message holds
+        rows of many sessions as columns of raw numbers, named by handles that the
+        client chooses. Each row is a step: applied exactly once where its t is
+        given, and refused alone, in its message's `errors`. Rows of one session
+        are applied in the order of the messages, and in a message from the first
+        to the last. A message is answered once all its rows are, so replies may
+        come in another order than the requests: `id` tells which is which.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ForkSession(self, request, context):
         """Opens a new session that starts from a copy of another: its state, its t
         and its replay window. The two then go on apart. Steps accepted before it
@@ -260,6 +278,11 @@ def add_StepstateServiceServicer_to_server(servicer, server):
                     servicer.StreamSteps,
                     request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.StepRequest.FromString,
                     response_serializer=stepstate_dot_v1_dot_stepstate__pb2.StepResponse.SerializeToString,
+            ),
+            'StreamPacked': grpc.stream_stream_rpc_method_handler(
+                    servicer.StreamPacked,
+                    request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.StreamPackedRequest.FromString,
+                    response_serializer=stepstate_dot_v1_dot_stepstate__pb2.StreamPackedResponse.SerializeToString,
             ),
             'ForkSession': grpc.unary_unary_rpc_method_handler(
                     servicer.ForkSession,
@@ -455,6 +478,33 @@ class StepstateService(object):
             '/stepstate.v1.StepstateService/StreamSteps',
             stepstate_dot_v1_dot_stepstate__pb2.StepRequest.SerializeToString,
             stepstate_dot_v1_dot_stepstate__pb2.StepResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamPacked(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_stream(
+            request_iterator,
+            target,
+            '/stepstate.v1.StepstateService/StreamPacked',
+            stepstate_dot_v1_dot_stepstate__pb2.StreamPackedRequest.SerializeToString,
+            stepstate_dot_v1_dot_stepstate__pb2.StreamPackedResponse.FromString,
             options,
             channel_credentials,
             insecure,

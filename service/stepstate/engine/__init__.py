@@ -1,5 +1,6 @@
 """The engine: arena, cells and micro-batcher. The only part that imports torch."""
 
+from stepstate.engine.batch import Pack
 from stepstate.engine.engine import Engine, Observer, use_one_thread
 from stepstate.engine.forecasts import Method, Origins, Outlook, Plan
 from stepstate.engine.layout import Layout
@@ -18,6 +19,7 @@ __all__ = [
     "Origins",
     "Outlook",
     "Owner",
+    "Pack",
     "Plan",
     "Quality",
     "Tally",

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from struct import unpack
-from typing import NamedTuple
 
 import numpy as np
 
@@ -36,6 +35,9 @@ _TRACED: Mapping[CellKind, frozenset[str]] = {
     CellKind.RNN_RELU: frozenset("h"),
 }
 
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names of outputs and their shapes."""
+
 
 @dataclass(slots=True, eq=False)
 class Rows:
@@ -48,15 +50,6 @@ class Rows:
     finite: bool
     flat: bool
     """It came as [D]: the outputs have no dimension for rows either."""
-
-
-class Part(NamedTuple):
-    """An output of a step."""
-
-    name: str
-    shape: tuple[int, ...]
-    data: bytes
-    """Row-major float32, little-endian."""
 
 
 def decode_rows(request: pb.ModelInferRequest, manifest: Manifest) -> Rows:
@@ -188,23 +181,24 @@ def traced(names: Sequence[str], manifest: Manifest) -> bool:
     return not gates.isdisjoint(names)
 
 
-def parts_of(step: Step, names: Sequence[str], *, flat: bool) -> list[Part]:
-    """The named outputs of a step: [T, ...], or [...] where x came as [D]."""
+def outputs_of(step: Step, names: Sequence[str], *, flat: bool) -> tuple[Shapes, Sequence[bytes]]:
+    """The named outputs of a step, [T, ...], or [...] where x came as [D]: shapes and values."""
     rows = () if flat else (step.rows,)
-    parts = []
-    for name in names:
-        if name == OUTPUT:
-            parts.append(Part(name, (*rows, len(step.y) // 4 // step.rows), step.y))
-        else:
-            values = _part(step, name)
-            parts.append(Part(name, (*rows, *values.shape[1:]), values.tobytes()))
-    return parts
+    if names is ONLY_Y:
+        return ((OUTPUT, (*rows, len(step.y) // 4 // step.rows)),), (step.y,)
+    parts = [_part(step, name) for name in names]
+    shapes = tuple(
+        (name, (*rows, *part.shape[1:])) for name, part in zip(names, parts, strict=True)
+    )
+    return shapes, [part.tobytes() for part in parts]
 
 
 def _part(step: Step, name: str) -> np.ndarray:
-    """[T, K] of an output, [T, K, Q] of the first one's quantiles, [T, L, H] of a gate or state."""
+    """y [T, O], an output [T, K], the first's quantiles [T, K, Q], a gate or state [T, L, H]."""
     manifest = step.session.lane.model.manifest
     y = np.frombuffer(step.y, "<f4").reshape(step.rows, -1)
+    if name == OUTPUT:
+        return y
     quantiles = []
     for output, first, _ in manifest.placed_outputs():
         part = y[:, first : first + output.width].reshape(step.rows, -1, output.columns)

@@ -116,7 +116,7 @@ class LstmCell:
 
         It works in place, in buffers that the next step reuses; what it returns is a copy.
         """
-        views = self._buffers.of(len(x))
+        views = self._buffers.of(x.shape[0])
         views.x.copy_(x)
         views.state.copy_(state)
         i, f, o, g, m = views.i, views.f, views.o, views.g, views.m
@@ -135,8 +135,7 @@ class LstmCell:
             if trace is not None:
                 traced = {"i": i, "f": f, "g": g, "o": o, "c": own.c, "m": m, "h": own.h}
                 trace.append({name: part.clone() for name, part in traced.items()})
-        after = views.state.clone()
-        return after[:, self.output], after
+        return views.layers[-1].h.clone(), views.state.clone()
 
     def sequence(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
         """See `Cell.sequence`; torch.nn.LSTM's kernel."""
@@ -235,7 +234,7 @@ def _tanh_into(out: Tensor, a: Tensor) -> None:
     step, where f is near 1. Sums and a tensor, since a number in an operator costs
     more here than the operator.
     """
-    if len(a) < MANY_ROWS:
+    if a.shape[0] < MANY_ROWS:
         torch.tanh(a, out=out)
         return
     torch.add(a, a, out=out).sigmoid_()

@@ -27,13 +27,13 @@ class Product:
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[B, inputs] -> [B, outputs]."""
-        if self._packed is None or len(rows) < FEW_ROWS:
+        if self._packed is None or rows.shape[0] < FEW_ROWS:
             return torch.addmm(self._bias, rows, self._transposed)
         return self._by_onednn(rows, self._packed)
 
     def into(self, out: Tensor, rows: Tensor) -> None:
         """The same, written to `out` [B, outputs]."""
-        if self._packed is None or len(rows) < FEW_ROWS:
+        if self._packed is None or rows.shape[0] < FEW_ROWS:
             torch.addmm(self._bias, rows, self._transposed, out=out)
         else:
             out.copy_(self._by_onednn(rows, self._packed))

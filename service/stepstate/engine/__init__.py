@@ -4,6 +4,8 @@ from stepstate.engine.bare import BareForward
 from stepstate.engine.engine import Engine, Observer, use_one_thread
 from stepstate.engine.forecasts import Method, Origins, Outlook, Plan
 from stepstate.engine.layout import Layout
+from stepstate.engine.loss import Loss, measure_loss
+from stepstate.engine.precision import Precision
 from stepstate.engine.tracking import Accuracy, Drift, Quality, Tally
 from stepstate.engine.work import Floats, Layers, Owner, Work
 
@@ -15,14 +17,17 @@ __all__ = [
     "Floats",
     "Layers",
     "Layout",
+    "Loss",
     "Method",
     "Observer",
     "Origins",
     "Outlook",
     "Owner",
     "Plan",
+    "Precision",
     "Quality",
     "Tally",
     "Work",
+    "measure_loss",
     "use_one_thread",
 ]

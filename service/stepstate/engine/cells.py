@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stepstate.engine.buffers import Buffers
-from stepstate.engine.products import Product
+from stepstate.engine.precision import AnyProduct, Precision, make_product
 from stepstate.models import CellKind, CellSpec
 
 _M = TypeVar("_M", bound=nn.RNNBase)
@@ -64,13 +64,18 @@ class Cell(Protocol):
         ...
 
 
-def build_cell(spec: CellSpec, input_size: int, tensors: dict[str, Tensor]) -> Cell:
+def build_cell(
+    spec: CellSpec,
+    input_size: int,
+    tensors: dict[str, Tensor],
+    precision: Precision = Precision.FLOAT32,
+) -> Cell:
     """Makes the cell that a manifest names, with its weights (named as in torch.nn)."""
     if spec.kind is CellKind.LSTM:
-        return LstmCell(spec, input_size, tensors)
+        return LstmCell(spec, input_size, tensors, precision)
     if spec.kind is CellKind.GRU:
-        return GruCell(spec, input_size, tensors)
-    return RnnCell(spec, input_size, tensors)
+        return GruCell(spec, input_size, tensors, precision)
+    return RnnCell(spec, input_size, tensors, precision)
 
 
 class LstmCell:
@@ -79,7 +84,13 @@ class LstmCell:
     With a projection, h' = W_hr (o m), as in torch.nn.LSTM.
     """
 
-    def __init__(self, spec: CellSpec, input_size: int, tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        spec: CellSpec,
+        input_size: int,
+        tensors: dict[str, Tensor],
+        precision: Precision = Precision.FLOAT32,
+    ) -> None:
         module = nn.LSTM(
             input_size,
             spec.hidden_size,
@@ -89,7 +100,7 @@ class LstmCell:
         )
         self._module = _load(module, tensors)
         layers = range(spec.num_layers)
-        self._gates = [self._layer_gates(tensors, layer) for layer in layers]
+        self._gates = [self._layer_gates(tensors, layer, precision) for layer in layers]
         self._projections = [
             tensors[f"weight_hr_l{layer}"].t() if spec.proj_size else None for layer in layers
         ]
@@ -104,12 +115,12 @@ class LstmCell:
         )
 
     @staticmethod
-    def _layer_gates(tensors: dict[str, Tensor], layer: int) -> Product:
+    def _layer_gates(tensors: dict[str, Tensor], layer: int, precision: Precision) -> AnyProduct:
         """All four gates as one product over [x | h], the three of the sigmoid side by side."""
         weight = torch.cat((tensors[f"weight_ih_l{layer}"], tensors[f"weight_hh_l{layer}"]), dim=1)
         bias = tensors[f"bias_ih_l{layer}"] + tensors[f"bias_hh_l{layer}"]
         order = torch.arange(len(bias)).view(4, -1)[[0, 1, 3, 2]].flatten()
-        return Product(weight[order], bias[order])
+        return make_product(weight[order], bias[order], precision)
 
     def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """See `Cell.step`; traces i, f, g, o, c, m and h.
@@ -148,12 +159,18 @@ class LstmCell:
 class GruCell:
     """r, z = sigmoid(...), n = tanh(W_n x + b + r (W_hn h + b_hn)), h' = (1 - z) n + z h."""
 
-    def __init__(self, spec: CellSpec, input_size: int, tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        spec: CellSpec,
+        input_size: int,
+        tensors: dict[str, Tensor],
+        precision: Precision = Precision.FLOAT32,
+    ) -> None:
         module = nn.GRU(input_size, spec.hidden_size, spec.num_layers, batch_first=True)
         self._module = _load(module, tensors)
         layers = range(spec.num_layers)
-        self._from_x = [_product(tensors, "ih", layer) for layer in layers]
-        self._from_h = [_product(tensors, "hh", layer) for layer in layers]
+        self._from_x = [_product(tensors, "ih", layer, precision) for layer in layers]
+        self._from_h = [_product(tensors, "hh", layer, precision) for layer in layers]
         self._hidden = spec.hidden_size
         self.state_width = spec.num_layers * spec.hidden_size
         self.output = _top(spec)
@@ -182,7 +199,13 @@ class GruCell:
 class RnnCell:
     """h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu of the same."""
 
-    def __init__(self, spec: CellSpec, input_size: int, tensors: dict[str, Tensor]) -> None:
+    def __init__(
+        self,
+        spec: CellSpec,
+        input_size: int,
+        tensors: dict[str, Tensor],
+        precision: Precision = Precision.FLOAT32,
+    ) -> None:
         tanh = spec.kind is CellKind.RNN_TANH
         module = nn.RNN(
             input_size,
@@ -193,8 +216,8 @@ class RnnCell:
         )
         self._module = _load(module, tensors)
         layers = range(spec.num_layers)
-        self._from_x = [_product(tensors, "ih", layer) for layer in layers]
-        self._from_h = [_product(tensors, "hh", layer) for layer in layers]
+        self._from_x = [_product(tensors, "ih", layer, precision) for layer in layers]
+        self._from_h = [_product(tensors, "hh", layer, precision) for layer in layers]
         self._activate = torch.tanh_ if tanh else torch.relu_
         self._hidden = spec.hidden_size
         self.state_width = spec.num_layers * spec.hidden_size
@@ -222,9 +245,10 @@ def _top(spec: CellSpec) -> slice:
     return slice(last - spec.output_size, last)
 
 
-def _product(tensors: dict[str, Tensor], part: str, layer: int) -> Product:
+def _product(tensors: dict[str, Tensor], part: str, layer: int, precision: Precision) -> AnyProduct:
     """The product of `weight_<part>` and `bias_<part>`."""
-    return Product(tensors[f"weight_{part}_l{layer}"], tensors[f"bias_{part}_l{layer}"])
+    weight, bias = tensors[f"weight_{part}_l{layer}"], tensors[f"bias_{part}_l{layer}"]
+    return make_product(weight, bias, precision)
 
 
 def _tanh_into(out: Tensor, a: Tensor) -> None:

@@ -5,7 +5,7 @@ from stepstate.engine.engine import Engine, Observer, use_one_thread
 from stepstate.engine.forecasts import Method, Origins, Outlook, Plan
 from stepstate.engine.layout import Layout
 from stepstate.engine.loss import Loss, measure_loss
-from stepstate.engine.precision import Precision
+from stepstate.engine.precision import Precision, has_instructions
 from stepstate.engine.tracking import Accuracy, Drift, Quality, Tally
 from stepstate.engine.work import Floats, Layers, Owner, Work
 
@@ -28,6 +28,7 @@ __all__ = [
     "Quality",
     "Tally",
     "Work",
+    "has_instructions",
     "measure_loss",
     "use_one_thread",
 ]

@@ -24,7 +24,7 @@ from stepstate.models import CellKind, CellSpec
 _M = TypeVar("_M", bound=nn.RNNBase)
 
 MANY_ROWS = 16
-"""From here on four cheap operations take less time than one tanh."""
+"""From about here on four cheap operations take less time than one tanh."""
 _ONE = torch.tensor(1.0)
 
 Trace = list[dict[str, Tensor]]

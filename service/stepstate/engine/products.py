@@ -1,9 +1,8 @@
 """W v + b for a batch of rows: by MKL, or by oneDNN with packed weights where that is faster.
 
-Which one it is depends on the processor. On AMD's, MKL takes its AVX2 kernels even where there is
-AVX-512, which oneDNN uses: 64 rows of 256 -> 512 took 190 against 90 microseconds. On one with
-AVX2 alone, MKL takes two thirds of oneDNN's time at 4 rows and as much at 256. It is a rule, not a
-measurement at start, so that servers on equal machines give equal bytes.
+Which one it is depends on the processor. With AVX-512, 64 rows of 256 -> 512 took MKL 190 and
+oneDNN 90 microseconds on an AMD; with AVX2 alone MKL takes two thirds of oneDNN's time at 4 rows
+and as much at 256. It is a rule, not a race at start, so that equal machines give equal bytes.
 The packed product is the one that torch.compile emits for frozen weights; torch offers it as an
 operator only, so where a build lacks it the plain product serves all.
 """

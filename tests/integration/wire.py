@@ -37,8 +37,8 @@ def request(session_id: str, t: int | None, x: np.ndarray, **options: bool) -> p
     return pb.StepRequest(session_id=session_id, t=t, x=np.ravel(x), **options)
 
 
-def blocker(session_id: str, t: int = 0, *, rows: int = 10_000, width: int = 3) -> pb.StepRequest:
-    """A request that keeps its session busy for over a second, while others are served."""
+def blocker(session_id: str, t: int = 0, *, rows: int, width: int = 3) -> pb.StepRequest:
+    """A request that keeps its session busy, half a millisecond a row, while others are served."""
     x = draw(rows, width, seed=99)
     return request(session_id, t, x, inspect=True, last_only=True)
 

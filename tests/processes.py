@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+from tests.forked import Forked
 
 _LINE = re.compile(r"serving (?P<models>.*) on (?P<address>\S+), metrics on (?P<metrics>\S+)")
 
@@ -17,7 +18,7 @@ _LINE = re.compile(r"serving (?P<models>.*) on (?P<address>\S+), metrics on (?P<
 class ServerProcess:
     """A running `stepstate serve`."""
 
-    process: subprocess.Popen[str]
+    process: Forked
     address: str
     metrics_url: str
 
@@ -31,16 +32,14 @@ def server_process(*options: str) -> Iterator[ServerProcess]:
     with tempfile.TemporaryDirectory(prefix="stepstate-store-") as folder:
         defaults = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
         defaults += ["--store", f"sqlite:{folder}/sessions.db"]
-        command = [sys.executable, "-m", "stepstate.cli", "serve", *defaults, *options]
-        with _running(command) as server:
+        with _running([*defaults, *options]) as server:
             yield server
 
 
 @contextmanager
-def _running(command: list[str]) -> Iterator[ServerProcess]:
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+def _running(options: list[str]) -> Iterator[ServerProcess]:
+    process = Forked(options)
     try:
-        assert process.stdout is not None
         line = process.stdout.readline()
         match = _LINE.search(line)
         assert match, f"the server did not start: {line!r}"
@@ -54,5 +53,4 @@ def _running(command: list[str]) -> Iterator[ServerProcess]:
             process.wait()
             raise
         finally:
-            if process.stdout is not None:
-                process.stdout.close()
+            process.stdout.close()

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from tests.forked import Forked
 from tests.integration.wire import HANG
 
 _LINE = re.compile(r"serving .* on (?P<address>\S+), metrics on http://(?P<metrics>[^/]+)/")
@@ -42,7 +43,7 @@ class Program:
 
     def __init__(self, command: Sequence[str], log: Path) -> None:
         self.log = log
-        self.process: subprocess.Popen[str] | None = None
+        self.process: subprocess.Popen[str] | Forked | None = None
         self._command = command
 
     def run(self) -> None:
@@ -85,9 +86,18 @@ class Station(Program):
     def __init__(self, *options: str, log: Path, prefix: Sequence[str] = ()) -> None:
         self.address = f"127.0.0.1:{free_port()}"
         self.metrics_address = ""
-        serve = [*prefix, sys.executable, "-m", "stepstate.cli", "serve", "--listen", self.address]
-        serve += ["--metrics-listen", "127.0.0.1:0", "--log-level", "ERROR", *options]
+        self._options = ["--listen", self.address, "--metrics-listen", "127.0.0.1:0"]
+        self._options += ["--log-level", "ERROR", *options]
+        self._forked = not prefix
+        serve = [*prefix, sys.executable, "-m", "stepstate.cli", "serve", *self._options]
         super().__init__(serve, log)
+
+    def run(self) -> None:
+        """Starts it; by a fork, which is quick, if nothing else is to start it."""
+        if self._forked:
+            self.process = Forked(self._options, self.log)
+        else:
+            super().run()
 
     async def start(self) -> None:
         """Starts it, and waits until it serves."""

@@ -105,6 +105,9 @@ class Histogram:
 
     def observe_ages(self, since: Sequence[float], now: float) -> None:
         """Counts how long ago each of some moments was."""
+        if len(since) == 1:
+            self.observe(now - since[0])
+            return
         bucket = bisect_left(self._bounds, now - max(since))
         if bucket == bisect_left(self._bounds, now - min(since)):
             self._counts[bucket] += len(since)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -100,11 +99,6 @@ class MicroBatch(Generic[W]):
         for pack in self.packs:
             times += [pack.queued_at] * len(pack)
         return times
-
-    def parts(self) -> list[slice]:
-        """The rows of each pack."""
-        ends = np.cumsum([len(self.works), *(len(pack) for pack in self.packs)]).tolist()
-        return [slice(first, last) for first, last in pairwise(ends)]
 
 
 def _column(

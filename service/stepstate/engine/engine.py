@@ -310,7 +310,7 @@ class Engine(Generic[W]):
         y, states = self._network.step(x, phase, states, past)
         applied, told, after = x.numpy(), y.numpy(), states.numpy()
         outputs, fine = told, None
-        if not _finite(y, states):
+        if not (_finite(told) and _finite(after)):
             fine = (y.isfinite().all(dim=1) & states.isfinite().all(dim=1)).numpy()
             told[~fine] = math.nan
             slots, at, rows = slots[fine], at[fine], rows[fine]
@@ -328,7 +328,9 @@ class Engine(Generic[W]):
             self._owner.stepped(works, batch.x[: len(works)], y[: len(works)])
         elif works and fine is not None:
             self._settle_some(works, batch.x, y, fine)
-        for pack, part in zip(batch.packs, batch.parts(), strict=True):
+        first = len(works)
+        for pack in batch.packs:
+            part = slice(first, first := first + len(pack))
             pack.stepped(y[part], None if fine is None else fine[part])
 
     def _track(
@@ -447,9 +449,10 @@ def use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
-def _finite(*tensors: Tensor) -> bool:
-    """Whether all values are finite: a sum is NaN or infinite as soon as one value is.
+def _finite(values: Floats) -> bool:
+    """Whether all values are finite: the sum of their squares is not as soon as one value is not.
 
-    A sum of finite values may overflow too; the exact look that follows then finds nothing.
+    That of finite values may overflow too; the exact look that follows then finds nothing. It
+    takes a fifth to a half of the time of torch's sum.
     """
-    return all(math.isfinite(tensor.sum().item()) for tensor in tensors)
+    return math.isfinite(np.vdot(values, values))

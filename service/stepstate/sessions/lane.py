@@ -208,6 +208,9 @@ class Lane:
 
     def stepped(self, works: Sequence[Step], x: Floats, y: Floats) -> None:
         """See `engine.Owner`: commits a micro-batch of single rows."""
+        if len(works) == 1:
+            self._stepped_alone(works[0], x, y)
+            return
         handles = np.array([step.session.handle for step in works])
         slots = np.array([step.slot for step in works])
         table = self._table
@@ -227,6 +230,19 @@ class Lane:
         self._observer.applied(len(works) - len(unsaved))
         if unsaved:
             self._commit(unsaved)
+
+    def _stepped_alone(self, step: Step, x: Floats, y: Floats) -> None:
+        """The same for one row, by plain numbers: at one session arrays cost more than the cell."""
+        table, handle, t = self._table, step.session.handle, step.at
+        table.t[handle] = step.t_after = t + 1
+        table.expires_at[handle] = self._clock() + step.session.record.idle_timeout_seconds
+        self.window.remember_row(step.slot, t, x[0], y[0])
+        step.y = y.tobytes()
+        if step.session.sync:
+            self._commit([step])
+        else:
+            self._finish(step)
+            self._observer.applied(1)
 
     def finished(self, work: Step, y: Floats, layers: Layers | None) -> None:
         """See `engine.Owner`: commits a request with many rows, or with `inspect`."""

@@ -101,6 +101,14 @@ class ReplayWindow:
         self._stamps[places] = t + 1
         self._ring[places] = np.concatenate((x, y), axis=1)
 
+    def remember_row(self, slot: int, t: int, x: Floats, y: Floats) -> None:
+        """Remembers one row [D] and its outputs [O], applied to a slot at t."""
+        place = slot * self.rows + t % self.rows
+        self._stamps[place] = t + 1
+        row = self._ring[place]
+        row[: self._input_width] = x
+        row[self._input_width :] = y
+
     def remember_long(self, work: Work, t: int, y: bytes, layers: Layers | None) -> None:
         """Remembers the reply to a request with many rows, or with `inspect`."""
         self._keep(work.slot, Remembered(t, work.rows, y, layers, _digest(work)))

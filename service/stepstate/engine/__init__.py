@@ -1,5 +1,6 @@
 """The engine: arena, cells and micro-batcher. The only part that imports torch."""
 
+from stepstate.engine.bare import BareForward
 from stepstate.engine.engine import Engine, Observer, use_one_thread
 from stepstate.engine.forecasts import Method, Origins, Outlook, Plan
 from stepstate.engine.layout import Layout
@@ -8,6 +9,7 @@ from stepstate.engine.work import Floats, Layers, Owner, Work
 
 __all__ = [
     "Accuracy",
+    "BareForward",
     "Drift",
     "Engine",
     "Floats",

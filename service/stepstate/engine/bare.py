@@ -1,0 +1,53 @@
+"""A forward by itself: gather, cell and scatter, without queue, sessions and transport.
+
+What a step can cost at the least; benchmarks compare a server with it.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from stepstate.engine.arena import Arena
+from stepstate.engine.layout import Layout
+from stepstate.engine.network import Network, Past
+from stepstate.engine.work import Floats
+from stepstate.models import Model, build_timeline
+
+
+class BareForward:
+    """One model and the states of `capacity` sessions, all at the same t."""
+
+    def __init__(self, model: Model, capacity: int) -> None:
+        manifest = model.manifest
+        timeline = build_timeline(model)
+        self._network = Network(model, timeline)
+        self._phases = timeline.phases
+        layout = Layout(
+            cell=self._network.state_width,
+            history=manifest.history_rows,
+            inputs=manifest.input_width,
+            tracked=0,
+        )
+        self._arena = Arena(capacity, layout, layout.blank(np.zeros(0, np.float32)))
+        for _ in range(capacity):
+            self._arena.claim()
+
+    def step(self, slots: NDArray[np.int64], x: Floats, t: int) -> Floats:
+        """Applies raw row t, x [B, D], to the sessions in different slots [B].
+
+        Returns:
+            y [B, O] in raw units.
+        """
+        at = np.full(len(slots), t)
+        phase = torch.from_numpy(at % self._phases)
+        past = None
+        if self._network.lagged:
+            past = Past(torch.from_numpy(self._arena.past(slots, at)), torch.from_numpy(at))
+        with torch.inference_mode():
+            states = torch.from_numpy(self._arena.gather(slots))
+            y, states = self._network.step(torch.from_numpy(x), phase, states, past)
+            self._arena.scatter(slots, states.numpy())
+        self._arena.append(slots, at, x)
+        return y.numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 from stepstate.bench.figures import Spread
 from stepstate.bench.machine import Machine
@@ -43,6 +44,7 @@ def as_text(machine: Machine, report: Report) -> str:
 def as_json(machine: Machine, report: Report) -> str:
     """For programs: every round too."""
     document = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": asdict(machine),
         "workload": report.workload,
         "command": report.command,

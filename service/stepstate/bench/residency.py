@@ -10,8 +10,9 @@ from urllib.request import urlopen
 import numpy as np
 from prometheus_client.parser import text_string_to_metric_families
 
-from stepstate.bench.crowd import OPENED_AT_ONCE, STEPPED_AT_ONCE, Crowd, Taken
+from stepstate.bench.crowd import STEPPED_AT_ONCE, Crowd, Taken
 from stepstate.bench.model import DESCRIPTION
+from stepstate.bench.opening import AT_ONCE
 from stepstate.bench.report import Report
 from stepstate.bench.servers import Launched, bench_folder, running_stepstate
 from stepstate.bench.stores import Store, fresh_store
@@ -127,7 +128,7 @@ def _report(
     return Report(
         workload=(
             f"{DESCRIPTION}; {plan.sessions:,} {plan.durability} sessions with {plan.slots:,} "
-            f"slots; {store.told}; one Python client on the same machine: {OPENED_AT_ONCE} calls "
+            f"slots; {store.told}; one Python client on the same machine: {AT_ONCE} calls "
             f"to open, then one row for each session in random order on one stream, at most "
             f"{STEPPED_AT_ONCE} on their way"
         ),

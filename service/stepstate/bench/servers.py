@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from stepstate.bench.errors import BenchError
-from stepstate.bench.model import write_bench_models
+from stepstate.bench.model import NAME, write_bench_models
 
 START_SECONDS = 120.0
 """Importing torch from a cold disk on a busy machine takes most of a minute."""
@@ -58,6 +58,11 @@ def bench_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="stepstate-bench-") as name:
         write_bench_models(_models(Path(name)))
         yield Path(name)
+
+
+def bench_model(folder: Path) -> Path:
+    """The folder of the model that steps, in a `bench_folder`."""
+    return _models(folder) / NAME / "1"
 
 
 @contextmanager

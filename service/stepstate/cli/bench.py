@@ -11,8 +11,9 @@ import click
 
 from stepstate.bench.comparisons import Choice, beside_echo, beside_memory
 from stepstate.bench.errors import BenchError
-from stepstate.bench.figures import Plan
+from stepstate.bench.figures import MOST_SESSIONS, Plan
 from stepstate.bench.forecasting import ForecastPlan, forecasting
+from stepstate.bench.load import CallPath
 from stepstate.bench.machine import this_machine
 from stepstate.bench.priming import PrimingPlan, priming
 from stepstate.bench.report import Report, as_json, as_text
@@ -20,9 +21,6 @@ from stepstate.bench.residency import ResidencyPlan, residency
 from stepstate.bench.restart import RestartPlan, restart
 from stepstate.bench.stores import DURABILITIES, DURABLE
 from stepstate.cli.options import Command, option
-
-MOST_SESSIONS = 10_000
-"""What a server with default settings keeps in memory."""
 
 
 def counts(value: str) -> tuple[int, ...]:
@@ -61,10 +59,11 @@ class _WithDefault(click.Group):
 
 
 def _plan(sessions: str) -> Callable[[Command], Command]:
-    """The options of a `Plan`."""
+    """The options of every `Plan`."""
     return _together(
         option("--sessions", sessions, counts, "How many sessions step at once, in turn."),
         option("--seconds", 3.0, click.FloatRange(0.1, 3600.0), "What is counted of a round."),
+        option("--warm-up", 1.0, click.FloatRange(0.0, 3600.0), "Seconds before that."),
         option("--rounds", 3, click.IntRange(1, 100), "Rounds of each; the median is printed."),
         option("--processes", 1, click.IntRange(1, 64), "Client processes, sharing the sessions."),
     )
@@ -80,25 +79,59 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
 
 
 _json = option("--json", "", click.Path(dir_okay=False), "Also writes every figure to this file.")
+_paths = some_of([path.value for path in CallPath])
 
 
 @click.group("bench", cls=_WithDefault)
 def bench_command() -> None:
-    """Measures a server in one of several ways; without COMMAND: `echo`.
+    """Measures a server in one of several ways; without COMMAND: `steps`.
 
     It starts all servers itself, on free loopback ports. Machines differ and
     are shared: compare the ratios of one run, not the figures of two.
     """
 
 
-@bench_command.command("echo")
+@bench_command.command("steps")
+@option("--path", "stream", _paths, "How they are sent: some of stream,unary,packed.")
 @_plan("1,16,64,256")
+@option("--rows", "16,64,256", counts, "Rows of a packed message, in turn.")
+@option("--in-flight", 2, click.IntRange(1, 64), "Unanswered packed messages of a process.")
+@option(
+    "--rate",
+    None,
+    click.FloatRange(0.1, 1e7),
+    "Steps a second in all, sent at fixed times; without it a closed loop.",
+)
 @_json
-def echo_command(
-    sessions: tuple[int, ...], seconds: float, rounds: int, processes: int, json: str
+def steps_command(
+    path: tuple[str, ...],
+    sessions: tuple[int, ...],
+    seconds: float,
+    warm_up: float,
+    rounds: int,
+    processes: int,
+    rows: tuple[int, ...],
+    in_flight: int,
+    rate: float | None,
+    json: str,
 ) -> None:
-    """One-message steps in a closed loop, beside a bare gRPC echo of the same bytes."""
-    plan = Plan(sessions, seconds, rounds, processes)
+    """Steps, beside a bare gRPC echo of the same messages and the bare forward.
+
+    In closed loop a message follows the reply to the one before it. With --rate
+    messages are sent at fixed times, and latency counts from when a message was
+    due: waiting is not hidden.
+    """
+    plan = Plan(
+        sessions=sessions,
+        seconds=seconds,
+        warm_up=warm_up,
+        rounds=rounds,
+        processes=processes,
+        paths=tuple(map(CallPath, path)),
+        rows=rows,
+        in_flight=in_flight,
+        rate=rate,
+    )
     _publish(json, lambda: beside_echo(plan, _tell))
 
 
@@ -111,6 +144,7 @@ def echo_command(
 def durability_command(
     sessions: tuple[int, ...],
     seconds: float,
+    warm_up: float,
     rounds: int,
     processes: int,
     stores: tuple[str, ...],
@@ -122,7 +156,9 @@ def durability_command(
 
     Files are below TMPDIR: set it to compare disks.
     """
-    plan = Plan(sessions, seconds, rounds, processes)
+    plan = Plan(
+        sessions=sessions, seconds=seconds, warm_up=warm_up, rounds=rounds, processes=processes
+    )
     choice = Choice(stores, durabilities, redis_url)
     _publish(json, lambda: beside_memory(plan, choice, _tell))
 

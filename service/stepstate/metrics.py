@@ -225,9 +225,9 @@ class ModelMetrics:
         self.steps["applied"] += rows
         self.last_applied_at = time.time()
 
-    def ended(self, result: str) -> None:
-        """A request ended otherwise."""
-        self.steps[result] += 1
+    def ended(self, result: str, times: int = 1) -> None:
+        """Requests ended otherwise."""
+        self.steps[result] += times
 
 
 class RpcMetrics:

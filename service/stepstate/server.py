@@ -234,11 +234,12 @@ class Server:
             observer=self._metrics,
         )
         self._metrics.store = sessions
-        for model in catalog:
+        for number, model in enumerate(catalog):
             metrics = self._metrics.model(model.manifest.name, model.manifest.version)
             lane = Lane(
                 model,
                 table,
+                number=number,
                 clock=time.monotonic,
                 observer=metrics,
                 settled=sessions.settled,

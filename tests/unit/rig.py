@@ -112,6 +112,7 @@ class Rig:
             metrics.lane = self.sessions.lanes[model.key] = Lane(
                 model,
                 self.table,
+                number=len(self.sessions.lanes),
                 clock=self.clock,
                 observer=metrics,
                 settled=self.sessions.settled,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ def session(
     session_id: str, durability: Durability = Durability.ASYNC, idle: float = 10.0
 ) -> Session:
     now = datetime.now(UTC)
-    return Session(SessionRecord(session_id, "m", "1", "", idle, None, now, durability), None, 0, 0)
+    record = SessionRecord(session_id, "m", "1", "", idle, None, now, durability)
+    return Session(record, SimpleNamespace(number=0), 0, 0)
 
 
 @pytest.fixture

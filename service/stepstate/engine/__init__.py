@@ -1,6 +1,7 @@
 """The engine: arena, cells and micro-batcher. The only part that imports torch."""
 
 from stepstate.engine.bare import BareForward
+from stepstate.engine.batch import Pack
 from stepstate.engine.engine import Engine, Observer, use_one_thread
 from stepstate.engine.forecasts import Method, Origins, Outlook, Plan
 from stepstate.engine.layout import Layout
@@ -20,6 +21,7 @@ __all__ = [
     "Origins",
     "Outlook",
     "Owner",
+    "Pack",
     "Plan",
     "Quality",
     "Tally",

@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepstate.engine.arena import Arena
+from stepstate.engine.batch import MicroBatch, Pack
 from stepstate.engine.forecasts import Origins, Outlook, Plan, Rollout
 from stepstate.engine.intervals import quantiles_of
 from stepstate.engine.jobs import Job
@@ -101,6 +102,7 @@ class Engine(Generic[W]):
         self._batch_rows = batch_rows
         self._chunk_rows = chunk_rows
         self._queue: deque[W] = deque()
+        self._packs: deque[Pack] = deque()
         self._jobs: deque[Job[W]] = deque()
         self._awake = False
         self._rounds = 0
@@ -199,6 +201,14 @@ class Engine(Generic[W]):
             self._queue.append(work)
         else:
             self._jobs.append(Job(work, self._phases, self.layout, self._tracker))
+        self._wake()
+
+    def submit_pack(self, pack: Pack) -> None:
+        """Queues a pack for the next turn."""
+        self._packs.append(pack)
+        self._wake()
+
+    def _wake(self) -> None:
         if not self._awake:
             self._awake = True
             asyncio.get_running_loop().call_soon(self._turn)
@@ -209,12 +219,13 @@ class Engine(Generic[W]):
             return
         try:
             with torch.inference_mode():
-                if batch := self._take():
+                batch = self._take()
+                if batch is not None:
                     self._step(batch)
                 if self._jobs and self._rested():
                     self._advance()
         finally:  # whatever an owner raises, the next turn comes
-            if self._queue or self._jobs:
+            if self._queue or self._packs or self._jobs:
                 asyncio.get_running_loop().call_soon(self._turn)
             else:
                 self._awake = False
@@ -239,48 +250,63 @@ class Engine(Generic[W]):
         self._seen = queued if arriving else 1
         return arriving
 
-    def _take(self) -> list[W]:
-        batch: list[W] = []
+    def _take(self) -> MicroBatch[W] | None:
+        """Singles up to the limit, then packs: at least one, whatever the singles left."""
+        works: list[W] = []
         queue = self._queue
-        while queue and len(batch) < self._batch_rows:
+        while queue and len(works) < self._batch_rows:
             work = queue.popleft()
             if work.cancelled:
                 self._owner.dropped(work)
             else:
-                batch.append(work)
-        return batch
+                works.append(work)
+        packs = self._take_packs(self._batch_rows - len(works)) if self._packs else ()
+        return MicroBatch(works, packs) if works or packs else None
 
-    def _step(self, batch: list[W]) -> None:
+    def _take_packs(self, room: int) -> list[Pack]:
+        packs: list[Pack] = []
+        while self._packs and (not packs or len(self._packs[0]) <= room):
+            pack = self._packs.popleft()
+            if pack.cancelled:
+                pack.dropped()
+            else:
+                packs.append(pack)
+                room -= len(pack)
+        return packs
+
+    def _step(self, batch: MicroBatch[W]) -> None:
         started = time.perf_counter()
         try:
-            rows = np.array([work.x for work in batch], np.float32)
-            y = self._forward(batch, rows)
+            y, fine = self._forward(batch)
         except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
-            self._fail(batch, error)
+            self._fail(batch.works, error)
+            for pack in batch.packs:
+                pack.failed(error)
             return
-        finished = time.perf_counter()
-        self._observer.microbatch([work.queued_at for work in batch], started, finished)
-        if _finite(y):
-            self._owner.stepped(batch, rows, y.numpy())
-        else:
-            self._settle_some(batch, rows, y)
+        self._observer.microbatch(batch.queued_at(), started, time.perf_counter())
+        self._settle(batch, y, fine)
 
-    def _forward(self, batch: list[W], rows: Floats) -> Tensor:
-        """Steps the batch with raw rows [B, D]; y's row is NaN where the state was not changed."""
-        slots = np.array([work.slot for work in batch])
-        at = np.array([work.at for work in batch])
-        phase = torch.from_numpy(np.array([work.phase for work in batch]))
+    def _forward(self, batch: MicroBatch[W]) -> tuple[Floats, NDArray[np.bool_] | None]:
+        """Steps the batch.
+
+        Returns:
+            y [B, O], and for which rows [B] it and the state are finite; None: for all. The
+            others are as they were, and their y is NaN.
+        """
+        slots, at, rows = batch.slots, batch.at, batch.x
+        phase = torch.from_numpy(batch.phase)
         states = torch.from_numpy(self._arena.gather(slots))
         past = None
-        missing = any(work.missing_rows for work in batch)
+        missing = batch.missing
         if missing or self._network.lagged:
             past = Past(torch.from_numpy(self._arena.past(slots, at)), torch.from_numpy(at))
         x = torch.from_numpy(rows)
         if missing and past is not None:
-            impute = torch.tensor([work.impute for work in batch])
+            impute = torch.from_numpy(batch.impute)
             x = self._stand_ins.filled(x, phase, states, past, impute=impute)
         y, states = self._network.step(x, phase, states, past)
         applied, told, after = x.numpy(), y.numpy(), states.numpy()
+        outputs, fine = told, None
         if not _finite(y, states):
             fine = (y.isfinite().all(dim=1) & states.isfinite().all(dim=1)).numpy()
             told[~fine] = math.nan
@@ -291,7 +317,16 @@ class Engine(Generic[W]):
             self._arena.write_tracked(slots, tracked)
         self._arena.scatter(slots, after)
         self._arena.append(slots, at, applied)
-        return y
+        return outputs, fine
+
+    def _settle(self, batch: MicroBatch[W], y: Floats, fine: NDArray[np.bool_] | None) -> None:
+        works = batch.works
+        if works and fine is None:
+            self._owner.stepped(works, batch.x[: len(works)], y[: len(works)])
+        elif works and fine is not None:
+            self._settle_some(works, batch.x, y, fine)
+        for pack, part in zip(batch.packs, batch.parts(), strict=True):
+            pack.stepped(y[part], None if fine is None else fine[part])
 
     def _track(
         self,
@@ -318,13 +353,12 @@ class Engine(Generic[W]):
         )
         return parts
 
-    def _settle_some(self, batch: list[W], x: np.ndarray, y: Tensor) -> None:
-        good = y.isfinite().all(dim=1).numpy()
-        stepped = [work for work, fine in zip(batch, good, strict=True) if fine]
-        if stepped:
-            self._owner.stepped(stepped, x[good], y.numpy()[good])
-        for work, fine in zip(batch, good, strict=True):
-            if not fine:
+    def _settle_some(self, works: list[W], x: Floats, y: Floats, fine: NDArray[np.bool_]) -> None:
+        good = np.flatnonzero(fine[: len(works)])
+        if len(good):
+            self._owner.stepped([works[place] for place in good.tolist()], x[good], y[good])
+        for work, applied in zip(works, fine.tolist(), strict=False):
+            if not applied:
                 self._owner.overflowed(work)
 
     def _advance(self) -> None:

@@ -8,6 +8,7 @@ from stepstate.sessions.forecaster import (
 )
 from stepstate.sessions.lane import Lane, LaneObserver
 from stepstate.sessions.opening import ID_LENGTH, Copying, Limits, Opening, check_id, new_id
+from stepstate.sessions.packed import Columns, PackedRows, PackReplyTo, Seat
 from stepstate.sessions.residency import ResidencyObserver
 from stepstate.sessions.session import ReplyTo, Session, Step
 from stepstate.sessions.sessions import Sessions
@@ -16,15 +17,19 @@ from stepstate.sessions.table import Table
 
 __all__ = [
     "ID_LENGTH",
+    "Columns",
     "Copying",
     "Lane",
     "LaneObserver",
     "Limits",
     "Opening",
     "OutputForecast",
+    "PackReplyTo",
+    "PackedRows",
     "ReplyTo",
     "ResidencyObserver",
     "Scenario",
+    "Seat",
     "Session",
     "SessionForecast",
     "Sessions",

@@ -176,7 +176,7 @@ class Forecaster:
         try:
             for place, session_id in enumerate(session_ids):
                 session = self._doors.find(session_id)
-                if session is not None and session.current is None:
+                if session is not None and not self._table.busy[session.handle]:
                     found[session_id] = _counted(self._copy(session), take)
                 else:
                     fetching = self._fetch(session_id, few, take)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from stepstate.engine import Engine, Floats, Layers, Observer, Tally
 from stepstate.errors import (
@@ -30,7 +31,8 @@ from stepstate.errors import (
     StoreUnavailable,
 )
 from stepstate.models import Model, build_timeline
-from stepstate.sessions.session import Step
+from stepstate.sessions.packed import Columns, PackedRows, PackReplyTo, straight
+from stepstate.sessions.session import Session, Step
 from stepstate.sessions.snapshot import Snapshot, extended
 from stepstate.sessions.table import Table
 from stepstate.sessions.window import Remains, Remembered, ReplayWindow
@@ -46,8 +48,8 @@ class LaneObserver(Observer, Protocol):
         """Rows were applied."""
         ...
 
-    def ended(self, result: str) -> None:
-        """A request ended otherwise: replayed, refused, cancelled, failed."""
+    def ended(self, result: str, times: int = 1) -> None:
+        """Requests ended otherwise: replayed, refused, cancelled, failed."""
         ...
 
 
@@ -57,6 +59,7 @@ class Lane:
     Args:
         model: the model.
         table: holds t and expiry of every session.
+        number: of this lane, in the table.
         clock: monotonic seconds.
         observer: told what happens.
         capacity: most sessions of the model.
@@ -65,7 +68,7 @@ class Lane:
         replay_rows: most single rows a session remembers the replies of.
         replay_bytes: bound for the remembered long replies of all sessions.
         backlog_rows: most rows of an async session that are applied and not saved.
-        settled: called for each step that has its outcome, before its delivery.
+        settled: told how many requests and rows have their outcome, before its delivery.
         commit: called with steps of sync sessions that were applied; calls `committed` for each.
         urge: called when much waits to be saved.
         doubt: called with a step that is ahead of its session, as another server may have taken
@@ -77,6 +80,7 @@ class Lane:
         model: Model,
         table: Table,
         *,
+        number: int,
         clock: Callable[[], float],
         observer: LaneObserver,
         capacity: int,
@@ -85,7 +89,7 @@ class Lane:
         replay_rows: int,
         replay_bytes: int,
         backlog_rows: int,
-        settled: Callable[[Step], None],
+        settled: Callable[[int, int], None],
         commit: Callable[[Sequence[Step]], None],
         urge: Callable[[], None],
         doubt: Callable[[Step], None] | None,
@@ -108,7 +112,9 @@ class Lane:
             rows=replay_rows,
             long_bytes=replay_bytes,
         )
+        self.number = number
         self._table = table
+        self._busy = table.busy
         self._clock = clock
         self._observer = observer
         self._settled = settled
@@ -189,9 +195,11 @@ class Lane:
         session = step.session
         self.queued_rows += step.rows
         self.queued_requests += 1
-        if session.current is None:
+        if not self._busy[session.handle]:
             self._start(step)
-        elif session.waiting is None:
+            return
+        self._table.awaited[session.handle] = True
+        if session.waiting is None:
             session.waiting = deque((step,))
         else:
             session.waiting.append(step)
@@ -236,6 +244,80 @@ class Lane:
         ):
             self._urge()
         self._finish(work)
+
+    def submit_pack(self, columns: Columns, reply_to: PackReplyTo) -> NDArray[np.bool_]:
+        """Sends the rows that can go straight to the engine, and tells which [N] they are.
+
+        They have been accepted, as `submit` expects of a step; the others are still the caller's.
+        """
+        table = self._table
+        good = straight(
+            columns,
+            table,
+            lane=self.number,
+            now=self._clock(),
+            backlog_rows=self._backlog_rows,
+        )
+        if not good.any():
+            return good
+        if not good.all():
+            columns = columns.some(np.flatnonzero(good))
+        pack = PackedRows(columns, table, self, reply_to)
+        table.busy_array[pack.handles] = True
+        self.queued_rows += len(pack)
+        self.queued_requests += len(pack)
+        self.engine.submit_pack(pack)
+        return good
+
+    def stepped_pack(self, pack: PackedRows, y: Floats, fine: NDArray[np.bool_] | None) -> None:
+        """See `engine.Pack`: commits rows of many sessions."""
+        table, handles, slots, t, x = self._table, pack.handles, pack.slots, pack.at, pack.x
+        pack.y = y
+        if fine is not None:
+            for row in np.flatnonzero(~fine).tolist():
+                pack.errors.append((row, NonFiniteResult(self._id_at(handles[row]), int(t[row]))))
+            handles, slots, t, x, y = handles[fine], slots[fine], t[fine], x[fine], y[fine]
+        table.t_array[handles] = t + 1
+        table.expires_at_array[handles] = self._clock() + table.idle_timeout_array[handles]
+        self.window.remember_rows(slots, t, x, y)
+        self._observer.applied(len(handles))
+        self._finish_pack(pack)
+
+    def dropped_pack(self, pack: PackedRows) -> None:
+        """See `engine.Pack`: nobody waits for it."""
+        self._observer.ended("cancelled", len(pack))
+        self._finish_pack(pack)
+
+    def failed_pack(self, pack: PackedRows, error: Exception) -> None:
+        """See `engine.Pack`: a surprise in the forward."""
+        surprise = Internal(secrets.token_hex(8))
+        log.error("a forward failed", exc_info=error, extra={"error_id": surprise.error_id})
+        pack.errors += [(row, surprise) for row in range(len(pack))]
+        self._observer.ended("failed", len(pack))
+        self._finish_pack(pack)
+
+    def _finish_pack(self, pack: PackedRows) -> None:
+        """Delivers the outcome of a pack, after starting what waited for its sessions."""
+        table, handles = self._table, pack.handles
+        table.busy_array[handles] = False
+        pack.durable_t = table.durable_t_array[handles]
+        changed = table.generation_array[handles] != pack.generations
+        for row in np.flatnonzero(changed).tolist():
+            session = table.at(int(handles[row]))
+            if session is not None and session.lost is not None:
+                pack.errors.append((row, session.lost))
+        self.queued_rows -= len(pack)
+        self.queued_requests -= len(pack)
+        self._settled(len(pack), len(pack))
+        for handle in handles[table.awaited_array[handles]].tolist():
+            session = table.at(handle)
+            if session is not None:
+                self._resume(session)
+        pack.reply_to.deliver_pack(pack)
+
+    def _id_at(self, handle: int) -> str:
+        session = self._table.at(handle)
+        return "" if session is None else session.session_id
 
     def committed(self, step: Step) -> None:
         """A step of a sync session was saved, or else its session is lost: see `commit`."""
@@ -292,7 +374,7 @@ class Lane:
         else:
             step.phase = (session.phase + t) % self.timeline.phases
             step.at = t
-            session.current = step
+            self._busy[session.handle] = True
             self.engine.submit(step)
 
     def _not_now(self, step: Step, t: int) -> StepUnplaced | StoreUnavailable | InvalidField | None:
@@ -322,7 +404,7 @@ class Lane:
         if remembered is None:
             step.error = self._refusal(step, sent_t, t)
             if sent_t > t and self._doubt is not None:
-                step.session.current = step
+                self._busy[step.session.handle] = True
                 self._doubt(step)
                 return
             self._observer.ended("refused")
@@ -350,19 +432,31 @@ class Lane:
         """Delivers an outcome."""
         self.queued_rows -= step.rows
         self.queued_requests -= 1
-        self._settled(step)
+        self._settled(1, step.rows)
         step.reply_to.deliver(step)
 
     def _finish(self, step: Step) -> None:
         """Delivers the outcome of a step that the engine had, and starts those that waited."""
         session = step.session
-        session.current = None
+        self._busy[session.handle] = False
         if session.lost is not None:
             step.error = session.lost
         step.durable_t = self._table.durable_t[session.handle]
         self._settle(step)
-        waiting = session.waiting
-        while waiting and session.current is None:
+        if session.waiting or session.idle is not None:
+            self._resume(session)
+
+    def _resume(self, session: Session) -> None:
+        """Starts what waited for a session that is busy no more."""
+        busy, handle, waiting = self._busy, session.handle, session.waiting
+        self._table.awaited[handle] = False
+        while waiting and not busy[handle]:
             self._start(waiting.popleft())
-        if session.idle is not None and session.current is None and not session.idle.done():
+        if waiting:
+            self._table.awaited[handle] = True
+        if session.idle is None:
+            return
+        if busy[handle]:
+            self._table.awaited[handle] = True
+        elif not session.idle.done():
             session.idle.set_result(None)

@@ -161,10 +161,10 @@ class Residency:
         if session.lost is not None or self._table.get(session.session_id) is not session:
             return
         session.lost = error
-        session.barred = True
+        self._table.bar(session)
         session.leaving = session.leaving or asyncio.get_running_loop().create_future()
-        if session.queued_requests:
-            when_idle(session).add_done_callback(lambda _: self._drop(session))
+        if self._table.queued_requests(session):
+            self._table.when_idle(session).add_done_callback(lambda _: self._drop(session))
         else:
             self._drop(session)
 
@@ -234,10 +234,3 @@ def told(session_id: str, ending: Ending) -> StepstateError:
     if ending.reason is EndReason.LOST:
         return SessionLost(session_id)
     return SessionClosed(session_id, ending.t)
-
-
-def when_idle(session: Session) -> asyncio.Future[None]:
-    """Resolved when a barred session has finished its steps."""
-    if session.idle is None or session.idle.done():
-        session.idle = asyncio.get_running_loop().create_future()
-    return session.idle

@@ -133,7 +133,7 @@ class Room:
         chosen = list(islice(filter(self._can_leave, self._table.longest_idle(2 * count)), count))
         loop = asyncio.get_running_loop()
         for session in chosen:
-            session.barred = True
+            self._table.bar(session)
             session.leaving = loop.create_future()
         try:
             await saver.save(chosen, release=True)
@@ -150,7 +150,7 @@ class Room:
 
     def _can_leave(self, session: Session) -> bool:
         fresh = session.wanted and self._clock() < session.placed_at + WANTED_SECONDS
-        return session.current is None and not session.barred and not fresh
+        return not (self._table.busy[session.handle] or session.barred or fresh)
 
 
 def _stay(session: Session) -> None:

@@ -117,6 +117,8 @@ class Saver:
             if verdict is Saved.DONE:
                 self._now_durable(session, save.t)
                 session.lease_in_doubt = release
+                if release:
+                    self._table.revoke(session)
         for (session, save), verdict in settled:
             if verdict is not Saved.DONE and self._here(session):
                 await self._not_kept(session, save, verdict)
@@ -125,6 +127,7 @@ class Saver:
         """Lets a session wait for its next save, as nobody knows whether its lease is given up."""
         if self._here(session):
             session.lease_in_doubt = True
+            self._table.revoke(session)
             self._table.touch(session, self._clock())
             self.urge()
 

@@ -73,8 +73,6 @@ class Session:
     """It is saved in the background, so its rows that are not saved are bounded."""
     unplaced: bool = field(init=False, default=False)
     """It may have been set back: a request must say its t."""
-    current: Step | None = field(init=False, default=None)
-    """The step that the engine has."""
     waiting: deque[Step] | None = field(init=False, default=None)
     """Steps that came meanwhile, in order; made when first needed."""
     placed_at: float = field(init=False, default=0.0)
@@ -102,8 +100,3 @@ class Session:
     def session_id(self) -> str:
         """Its id."""
         return self.record.session_id
-
-    @property
-    def queued_requests(self) -> int:
-        """Steps accepted and not yet answered."""
-        return (self.current is not None) + (len(self.waiting) if self.waiting else 0)

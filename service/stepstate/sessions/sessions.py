@@ -38,7 +38,8 @@ from stepstate.sessions.opening import (
     copy_record,
     make_record,
 )
-from stepstate.sessions.residency import Residency, ResidencyObserver, told, when_idle
+from stepstate.sessions.packed import Columns, Seat, lane_of, seat_of
+from stepstate.sessions.residency import Residency, ResidencyObserver, told
 from stepstate.sessions.session import ReplyTo, Session, Step
 from stepstate.sessions.snapshot import Snapshot, decode, encode
 from stepstate.sessions.standing import Standing, Standings
@@ -264,16 +265,32 @@ class Sessions:
         Raises:
             Draining, QueueFull: nothing was accepted.
         """
+        self.accept(1, step.rows)
+        step.session.lane.submit(step)
+
+    def accept(self, requests: int, rows: int) -> None:
+        """Accepts requests that come to their lanes later, or have their outcome by `settled`.
+
+        Raises:
+            Draining, QueueFull: nothing was accepted.
+        """
         if self._draining:
             raise Draining
         limits = self._limits
         if self._queued_requests >= limits.queued_requests:
             raise QueueFull("requests waiting on this server", limits.queued_requests)
-        if self._queued_rows and self._queued_rows + step.rows > limits.queued_rows:
+        if self._queued_rows and self._queued_rows + rows > limits.queued_rows:
             raise QueueFull("rows waiting on this server", limits.queued_rows)
-        self._queued_requests += 1
-        self._queued_rows += step.rows
-        step.session.lane.submit(step)
+        self._queued_requests += requests
+        self._queued_rows += rows
+
+    def seat(self, session: Session) -> Seat | None:
+        """Where a resident session's packed rows go straight to; None: they can't for now."""
+        return seat_of(session, self._table)
+
+    def lane_of(self, columns: Columns) -> Lane | None:
+        """The lane of the first packed row that can go straight as far as its seat tells."""
+        return lane_of(columns, self._table)
 
     def refuse(self, session_id: str, error: StepstateError, reply_to: ReplyTo) -> bool:
         """Lets a refusal wait for the session's steps before it, so that replies keep their order.
@@ -282,7 +299,7 @@ class Sessions:
             False if no step is before it: the caller delivers it at once.
         """
         session = self._table.get(session_id)
-        if session is None or session.current is None:
+        if session is None or not self._table.busy[session.handle]:
             return False
         step = Step((), 0, False, False, session, None, reply_to, 0)  # noqa: FBT003 - a hot constructor
         step.error = error
@@ -290,10 +307,10 @@ class Sessions:
         session.lane.submit(step)
         return True
 
-    def settled(self, step: Step) -> None:
-        """A step has its outcome: lanes call this."""
-        self._queued_requests -= 1
-        self._queued_rows -= step.rows
+    def settled(self, requests: int, rows: int) -> None:
+        """Accepted requests have their outcome: lanes call this."""
+        self._queued_requests -= requests
+        self._queued_rows -= rows
         if self._draining and not self._queued_requests:
             self._settled_all.set()
 
@@ -305,7 +322,7 @@ class Sessions:
         """
         session = await self.get(session_id)
         session.ending = self._ending(session, EndReason.CLOSED)
-        session.barred = True
+        self._table.bar(session)
         closing = asyncio.ensure_future(self._close(session))
         self._closings.add(closing)
         closing.add_done_callback(self._closings.discard)
@@ -313,8 +330,8 @@ class Sessions:
         return await asyncio.shield(closing)
 
     async def _close(self, session: Session) -> int:
-        if session.queued_requests:
-            await when_idle(session)
+        if self._table.queued_requests(session):
+            await self._table.when_idle(session)
         ending = self._ending(session, EndReason.CLOSED)
         if not await self._end(session, ending):
             raise session.lost or StaleOwner(session.session_id, ending.t)
@@ -468,7 +485,7 @@ class Sessions:
     async def _end(self, session: Session, ending: Ending) -> bool:
         """Ends a resident session; False if another server has taken it over."""
         session.ending = ending
-        session.barred = True
+        self._table.bar(session)
         try:
             ended = await self.link.ask(self._store.end(session.session_id, session.epoch, ending))
         except BaseException:
@@ -490,4 +507,7 @@ class Sessions:
         return not (ending_here or self._standings.past(entry) or self._standings.lost(entry))
 
     def _overdue(self, session: Session) -> bool:
-        return self._table.expires_at[session.handle] <= self._clock() and session.current is None
+        return (
+            self._table.expires_at[session.handle] <= self._clock()
+            and not self._table.busy[session.handle]
+        )

@@ -61,7 +61,7 @@ class Standings:
             t=durable_t if session.sync else self._table.t[handle],
             durable_t=durable_t,
             seconds_left=self._table.expires_at[handle] - self._clock(),
-            queued_requests=session.queued_requests,
+            queued_requests=self._table.queued_requests(session),
             resident=True,
             owner=self._owner,
             epoch=session.epoch,

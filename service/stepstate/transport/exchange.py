@@ -32,6 +32,7 @@ MOST_BYTES = 8 * 2**20
 
 Q = TypeVar("Q")
 A = TypeVar("A")
+D = TypeVar("D")
 
 
 class Messages(Protocol):
@@ -46,8 +47,8 @@ class Messages(Protocol):
         ...
 
 
-class Exchange(ABC, Generic[Q, A]):
-    """Requests Q and replies A of one call.
+class Exchange(ABC, Generic[Q, A, D]):
+    """Requests Q and replies A of one call; D is a request that is done.
 
     Args:
         sessions: take the steps.
@@ -72,7 +73,7 @@ class Exchange(ABC, Generic[Q, A]):
         self._unanswered = 0
         self._reply_bytes = 0
         self._held_bytes = 0
-        self._ready: deque[A | Step] = deque()
+        self._ready: deque[tuple[A, None] | tuple[None, D]] = deque()
         self._reader: asyncio.Task[None] | None = None
         self._writer_waits: asyncio.Future[None] | None = None
         self._reader_waits: asyncio.Future[None] | None = None
@@ -88,8 +89,12 @@ class Exchange(ABC, Generic[Q, A]):
         """The reply to bytes that are no message."""
 
     @abstractmethod
-    def _encoded(self, step: Step) -> A:
-        """The reply to a step that has its outcome."""
+    def _encoded(self, outcome: D) -> A:
+        """The reply to a request that has its outcome."""
+
+    @abstractmethod
+    def _size(self, outcome: D) -> int:
+        """Bytes of that reply, as they were reserved when the request was accepted."""
 
     async def run(self) -> None:
         """Serves the call until its client has sent all and been answered.
@@ -119,15 +124,30 @@ class Exchange(ABC, Generic[Q, A]):
         if self._reader is not None:
             self._reader.cancel()
 
-    def deliver(self, step: Step) -> None:
-        """See `ReplyTo`."""
+    def deliver(self, outcome: D) -> None:
+        """Answers a request that was accepted."""
         if not self.cancelled:
-            self._reply(step)
+            self._ready.append((None, outcome))
+            _wake(self._writer_waits)
 
-    def _reply(self, reply: A | Step) -> None:
+    def _reply(self, reply: A) -> None:
         """Sends a reply after those before it."""
-        self._ready.append(reply)
+        self._ready.append((reply, None))
         _wake(self._writer_waits)
+
+    def _reserve(self, size: int) -> None:
+        """Makes room for a reply.
+
+        Raises:
+            QueueFull.
+        """
+        self._outgoing.reserve(size)
+        self._reply_bytes += size
+
+    def _release(self, size: int) -> None:
+        """Gives that room back."""
+        self._outgoing.release(size)
+        self._reply_bytes -= size
 
     def _submit(self, step: Step) -> None:
         """Accepts a step whose `reply_to` leads here.
@@ -135,13 +155,12 @@ class Exchange(ABC, Generic[Q, A]):
         Raises:
             Draining, QueueFull: nothing was accepted.
         """
-        self._outgoing.reserve(step.reply_bytes)
+        self._reserve(step.reply_bytes)
         try:
             self._sessions.submit(step)
         except StepstateError:
-            self._outgoing.release(step.reply_bytes)
+            self._release(step.reply_bytes)
             raise
-        self._reply_bytes += step.reply_bytes
 
     def _hold(self, size: int) -> None:
         """Counts the bytes of a request that waits; less than 0: it waits no more."""
@@ -183,13 +202,12 @@ class Exchange(ABC, Generic[Q, A]):
         ready = self._ready
         while True:
             while ready:
-                reply = ready.popleft()
-                if isinstance(reply, Step):
-                    await self._messages.write(self._encoded(reply))
-                    self._reply_bytes -= reply.reply_bytes
-                    self._outgoing.release(reply.reply_bytes)
-                else:
+                reply, outcome = ready.popleft()
+                if outcome is None:
                     await self._messages.write(reply)
+                else:
+                    await self._messages.write(self._encoded(outcome))
+                    self._release(self._size(outcome))
                 self._unanswered -= 1
                 _wake(self._reader_waits)
             if reader.done() and not self._unanswered:
@@ -207,12 +225,12 @@ class Streams:
 
     def __init__(self, refused: Callable[[str], None]) -> None:
         self._refused = refused
-        self.open: set[Exchange[Any, Any]] = set()
+        self.open: set[Exchange[Any, Any, Any]] = set()
         """The calls that have not ended."""
         self.draining = False
         self._all_ended = asyncio.Event()
 
-    async def serve(self, make: Callable[[Callable[[str], None]], Exchange[Any, Any]]) -> None:
+    async def serve(self, make: Callable[[Callable[[str], None]], Exchange[Any, Any, Any]]) -> None:
         """Serves a call; `make` is given what counts its refusals.
 
         Raises:

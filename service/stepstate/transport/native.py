@@ -19,6 +19,7 @@ from stepstate.transport.codec import (
 from stepstate.transport.exchange import Streams
 from stepstate.transport.forecasts import decode_wish, encode_forecasts, reply_bytes
 from stepstate.transport.outgoing import Outgoing
+from stepstate.transport.packed import PackedStream
 from stepstate.transport.stream import StepStream
 from stepstate.transport.waiting import WaitingCall
 from stepstate.v1 import stepstate_pb2 as pb
@@ -112,6 +113,13 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
     async def StreamSteps(self, _requests: object, context: CountingContext) -> None:
         await self._streams.serve(
             lambda refused: StepStream(
+                self._sessions, context, outgoing=self._outgoing, refused=refused
+            )
+        )
+
+    async def StreamPacked(self, _requests: object, context: CountingContext) -> None:
+        await self._streams.serve(
+            lambda refused: PackedStream(
                 self._sessions, context, outgoing=self._outgoing, refused=refused
             )
         )

@@ -26,7 +26,7 @@ MOST_TEXT = 1024
 """Characters of an error, and of what it echoes."""
 
 
-class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse]):
+class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, Step]):
     """A call that may carry any number of sequences.
 
     Args:
@@ -110,12 +110,15 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse]):
     def _unreadable(self, error: StepstateError) -> pb.ModelStreamInferResponse:
         return self._error(pb.ModelInferRequest(), error)
 
-    def _encoded(self, step: Step) -> pb.ModelStreamInferResponse:
-        assert isinstance(step.reply_to, _Way)
-        infer = step.reply_to.infer
-        if step.error is not None:
-            return self._error(infer.request, step.error)
-        return self._applied(infer, step)
+    def _encoded(self, outcome: Step) -> pb.ModelStreamInferResponse:
+        assert isinstance(outcome.reply_to, _Way)
+        infer = outcome.reply_to.infer
+        if outcome.error is not None:
+            return self._error(infer.request, outcome.error)
+        return self._applied(infer, outcome)
+
+    def _size(self, outcome: Step) -> int:
+        return outcome.reply_bytes
 
     @staticmethod
     def _applied(infer: Infer, step: Step) -> pb.ModelStreamInferResponse:

@@ -1,0 +1,87 @@
+"""What a packed stream's handles mean, and where their sessions sit.
+
+N rows of a message.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepstate.engine import Floats
+from stepstate.errors import InvalidField
+from stepstate.sessions import Columns, Seat
+from stepstate.v1 import stepstate_pb2 as pb
+
+MOST_HANDLES = 262_144
+"""Of a stream; their table then takes some 8 MB."""
+
+
+class Bindings:
+    """The sessions of one stream by their handles.
+
+    Args:
+        ids: by handle; None: not bound. The list is not changed any more: rows that wait keep
+            what was meant when they came.
+        seats: [2, handles]: handle in the session table and generation; 0: not known.
+    """
+
+    def __init__(
+        self, ids: Sequence[str | None] = (), seats: NDArray[np.int64] | None = None
+    ) -> None:
+        self.ids = ids
+        self._seats = np.zeros((2, len(ids)), np.int64) if seats is None else seats
+        self._bound = np.array([one is not None for one in ids], np.bool_)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def with_(self, bindings: Iterable[pb.Binding]) -> Bindings:
+        """These, and handles with a new meaning.
+
+        Raises:
+            InvalidField: one is too large.
+        """
+        new = {binding.handle: binding.session_id for binding in bindings}
+        if not new:
+            return self
+        largest = max(new)
+        if largest >= MOST_HANDLES:
+            raise InvalidField(
+                "bindings",
+                f"has handle {largest}, expected less than {MOST_HANDLES}: use those of closed "
+                "sessions again, or open another stream",
+            )
+        more = max(0, largest + 1 - len(self))
+        ids = [*self.ids, *([None] * more)]
+        seats = np.pad(self._seats, ((0, 0), (0, more)))
+        for handle, session_id in new.items():
+            ids[handle] = session_id
+        seats[:, list(new)] = 0
+        return Bindings(ids, seats)
+
+    def seat(self, handle: int, session_id: str, seat: Seat | None) -> None:
+        """Notes where the session of a handle sits, if the handle still means it."""
+        if seat is not None and self.ids[handle] == session_id:
+            self._seats[:, handle] = seat.handle, seat.generation
+
+    def columns(
+        self, handles: NDArray[np.int64], t: NDArray[np.int64] | None, x: Floats
+    ) -> Columns:
+        """Rows [N] of handles, with what is known of where they go.
+
+        Raises:
+            InvalidField: a handle is not bound.
+        """
+        bound = handles < len(self)
+        bound[bound] = self._bound[handles[bound]]
+        if not bound.all():
+            raise InvalidField(
+                "handles",
+                f"has {handles[bound.argmin()]} for row {bound.argmin()}, which is not bound to a "
+                "session: send a binding with it, or before it",
+            )
+        table_handles, generations = self._seats[:, handles]
+        return Columns(table_handles, generations, t, x)

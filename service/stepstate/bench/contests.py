@@ -9,6 +9,7 @@ from functools import partial
 from stepstate.bench.figures import (
     Case,
     Comparison,
+    Contest,
     Figure,
     Measurement,
     cpu_of,
@@ -87,7 +88,8 @@ def _columns(baseline: str) -> list[_Column]:
         _Column(f"rate ÷ {baseline}'s", partial(_ratio, rate_of)),
         _Column(f"p50 ÷ {baseline}'s", partial(_ratio, p50_of)),
         _Column(f"CPU ÷ {baseline}'s", partial(_ratio, cpu_of)),
-        _Column("rate ÷ forward's", _forward_ratio, _has_forward),
+        _Column("rate ÷ forward's", partial(_forward_ratio, rate_of), _has_forward),
+        _Column("CPU ÷ forward's", partial(_forward_ratio, cpu_of), _has_forward),
     ]
 
 
@@ -117,8 +119,8 @@ def _ratio(of: Figure, line: _Line) -> str:
     return spread_text(ratio(line.rounds, line.baseline, of)) if line.baseline else "–"
 
 
-def _forward_ratio(line: _Line) -> str:
-    return spread_text(ratio(line.rounds, line.forward, rate_of)) if line.forward else "–"
+def _forward_ratio(of: Figure, line: _Line) -> str:
+    return spread_text(ratio(line.rounds, line.forward, of)) if line.forward else "–"
 
 
 def _has_paths(comparisons: Sequence[Comparison]) -> bool:
@@ -179,8 +181,18 @@ def _result(compared: Comparison) -> dict[str, object]:
                 "rate_ratio": asdict(contest.rate_ratio),
                 "p50_ratio": asdict(contest.p50_ratio),
                 "cpu_ratio": asdict(contest.cpu_ratio),
+                **_forward_ratios(compared, contest),
             }
             for contest in compared.contests
         ],
         "forward": [asdict(each) for each in compared.forward],
+    }
+
+
+def _forward_ratios(compared: Comparison, contest: Contest) -> dict[str, object]:
+    if not compared.forward:
+        return {}
+    return {
+        "forward_rate_ratio": asdict(ratio(contest.measured, compared.forward, rate_of)),
+        "forward_cpu_ratio": asdict(ratio(contest.measured, compared.forward, cpu_of)),
     }

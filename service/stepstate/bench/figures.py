@@ -131,6 +131,11 @@ def p50_of(measured: Measurement) -> float:
     return measured.p50_ms
 
 
+def p99_of(measured: Measurement) -> float:
+    """The latency that one in a hundred exceeds."""
+    return measured.latency_ms["99"]
+
+
 def cpu_of(measured: Measurement) -> float:
     """The server's CPU time a step."""
     return measured.cpu_us_per_step

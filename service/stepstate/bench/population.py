@@ -29,9 +29,15 @@ class Population:
 
     def __init__(self, count: int, address: str, clients: Clients) -> None:
         run_id = uuid.uuid4().hex[:12]
-        self.names = [f"idle-{run_id}-{number}" for number in range(count)]
+        self.names: Sequence[str] = [f"idle-{run_id}-{number}" for number in range(count)]
         self._address = address
         self._clients = clients
+
+    def first(self, count: int) -> Population:
+        """So many of them, or all."""
+        some = Population(0, self._address, self._clients)
+        some.names = self.names[:count]
+        return some
 
     def open(self, wish: Wish) -> float:
         """Opens them all; returns the seconds it took."""
@@ -46,7 +52,8 @@ class Population:
         began = time.monotonic()
         for share in self._shares():
             self._clients.prepare([self._load(names) for names in share])
-            self._clients.send(Window(0.0, 0.0, 0.0))
+            now = time.monotonic()
+            self._clients.send(Window(now, now, now))
             self._clients.collect()
         return time.monotonic() - began
 

@@ -19,22 +19,34 @@ from stepstate.bench.priming import PrimingPlan, priming
 from stepstate.bench.report import Report, as_json, as_text
 from stepstate.bench.residency import ResidencyPlan, residency
 from stepstate.bench.restart import RestartPlan, restart
-from stepstate.bench.stores import DURABILITIES, DURABLE
+from stepstate.bench.scale import ScalePlan, scale
+from stepstate.bench.stores import DURABILITIES, DURABLE, STORES
+from stepstate.bench.sweeps import SweepsPlan, sweeps
 from stepstate.cli.options import Command, option
 
+MOST_IDLE = 10_000_000
+"""What a server can be told to keep in memory."""
 
-def counts(value: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas."""
-    try:
-        found = tuple(int(part) for part in value.split(","))
-    except ValueError:
-        found = ()
-    if not found or not all(1 <= count <= MOST_SESSIONS for count in found):
-        raise click.BadParameter(
-            f"{value!r}: expected whole numbers from 1 to {MOST_SESSIONS:,} separated by commas, "
-            "such as 1,16,64"
-        )
-    return found
+
+def whole_numbers(most: int) -> Callable[[str], tuple[int, ...]]:
+    """A type for whole numbers separated by commas."""
+
+    def counts(value: str) -> tuple[int, ...]:
+        try:
+            found = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            found = ()
+        if not found or not all(1 <= count <= most for count in found):
+            raise click.BadParameter(
+                f"{value!r}: expected whole numbers from 1 to {most:,} separated by commas, "
+                "such as 1,16,64"
+            )
+        return found
+
+    return counts
+
+
+counts, many = whole_numbers(MOST_SESSIONS), whole_numbers(MOST_IDLE)
 
 
 def some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
@@ -208,6 +220,50 @@ def forecast_command(sessions: int, calls: int, rounds: int, json: str) -> None:
 def priming_command(rows: int, others: int, rate: float, rounds: int, json: str) -> None:
     """Other sessions' latency while one is primed with history, and how fast that is."""
     _publish(json, lambda: priming(PrimingPlan(rows, others, rate, rounds), _tell))
+
+
+@bench_command.command("scale")
+@option("--sessions", "1000,10000,100000", many, "Open and idle sessions, in turn.")
+@option("--store", "memory", click.Choice(STORES), "Where they are kept.")
+@option("--active", 64, click.IntRange(1, 10_000), "Sessions that are stepped beside them.")
+@option("--seconds", 3.0, click.FloatRange(0.1, 3600.0), "What is counted of a round.")
+@option("--rounds", 3, click.IntRange(1, 100), "Rounds of each; the median is printed.")
+@option("--processes", 2, click.IntRange(1, 64), "That open and close sessions.")
+@_json
+def scale_command(
+    sessions: tuple[int, ...],
+    store: str,
+    active: int,
+    seconds: float,
+    rounds: int,
+    processes: int,
+    json: str,
+) -> None:
+    """Idle sessions: what they take in memory, to open and to close, and from active ones."""
+    plan = ScalePlan(sessions, store, active, seconds, rounds, processes)
+    _publish(json, lambda: scale(plan, _tell))
+
+
+@bench_command.command("sweeps")
+@option("--sessions", 100_000, click.IntRange(1, MOST_IDLE), "That expire, or are saved.")
+@option("--store", "sqlite", click.Choice(STORES), "Where they are kept; memory saves none.")
+@option("--active", 64, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
+@option("--rate", 500.0, click.FloatRange(1.0, 1e6), "Steps a second of all of them.")
+@option("--seconds", 30.0, click.FloatRange(1.0, 3600.0), "For how long each is watched.")
+@option("--processes", 2, click.IntRange(1, 64), "That open the sessions.")
+@_json
+def sweeps_command(
+    sessions: int,
+    store: str,
+    active: int,
+    rate: float,
+    seconds: float,
+    processes: int,
+    json: str,
+) -> None:
+    """Steps of some sessions while very many others expire, and while they are saved."""
+    plan = SweepsPlan(sessions, store, active, rate, seconds, processes)
+    _publish(json, lambda: sweeps(plan, _tell))
 
 
 def _publish(json: str, measure: Callable[[], Report]) -> None:

@@ -232,7 +232,7 @@ def test_measures_steps_while_sessions_expire_and_are_saved(tmp_path: Path, stor
         for when in ("quiet_ms", "swept_ms"):
             assert_rising(sweep[when])
         assert sweep["p99_ratio"] == sweep["swept_ms"]["99"] / sweep["quiet_ms"]["99"]
-        assert 0 < sweep["sessions"]
+        assert sweep["sessions"] > 0
         assert sweep["seconds"] >= 0
     assert results[0]["sessions"] <= 300
 

@@ -77,9 +77,10 @@ class _Column:
 
 def _columns(baseline: str) -> list[_Column]:
     return [
-        _Column("path", lambda line: line.case.path.value, _has_paths),
+        _Column("path", lambda line: line.case.path.value, _has_forward),
         _Column("sessions", lambda line: str(line.case.sessions)),
         _Column("rows", lambda line: str(line.case.rows), _has_rows),
+        _Column("due/s", lambda line: f"{line.case.rate or 0:,.0f}", _has_rates),
         _Column("what", lambda line: line.name),
         _Column("steps/s", lambda line: f"{line.median.steps_per_second:,.0f}"),
         *(_Column(f"p{name} ms", partial(_latency, name)) for name in SHOWN),
@@ -123,12 +124,12 @@ def _forward_ratio(of: Figure, line: _Line) -> str:
     return spread_text(ratio(line.rounds, line.forward, of)) if line.forward else "–"
 
 
-def _has_paths(comparisons: Sequence[Comparison]) -> bool:
-    return bool(comparisons[0].forward)
-
-
 def _has_rows(comparisons: Sequence[Comparison]) -> bool:
     return any(compared.case.path is CallPath.PACKED for compared in comparisons)
+
+
+def _has_rates(comparisons: Sequence[Comparison]) -> bool:
+    return comparisons[0].case.rate is not None
 
 
 def _has_forward(comparisons: Sequence[Comparison]) -> bool:
@@ -170,6 +171,7 @@ def _result(compared: Comparison) -> dict[str, object]:
         "path": compared.case.path.value,
         "sessions": compared.case.sessions,
         "rows": compared.case.rows,
+        "rate": compared.case.rate,
         "baseline": {
             "name": compared.baseline,
             "median_round": asdict(median_round(compared.baseline_rounds)),

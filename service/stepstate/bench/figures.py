@@ -22,10 +22,13 @@ class Case:
     sessions: int
     rows: int
     """Of a message."""
+    rate: float | None = None
+    """Steps a second that are due; None: closed loop."""
 
     def __str__(self) -> str:
         packed = f", {self.rows} rows a message" if self.path is CallPath.PACKED else ""
-        return f"{self.path.value}, sessions {self.sessions}{packed}"
+        paced = "" if self.rate is None else f", {self.rate:g} steps/s due"
+        return f"{self.path.value}, sessions {self.sessions}{packed}{paced}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +46,8 @@ class Plan:
     """Of packed messages."""
     in_flight: int = 2
     """Packed messages of a process that are unanswered at once, in closed loop."""
-    rate: float | None = None
-    """Steps a second in all; None: closed loop."""
+    rates: tuple[float, ...] = ()
+    """Steps a second in all, in turn; none: closed loop."""
 
     @property
     def options(self) -> str:
@@ -60,7 +63,8 @@ class Plan:
         told = f"--path {_listed(path.value for path in self.paths)}"
         if CallPath.PACKED in self.paths:
             told += f" --rows {_listed(self.rows)} --in-flight {self.in_flight}"
-        return told if self.rate is None else f"{told} --rate {self.rate:g}"
+        rates = _listed(f"{rate:g}" for rate in self.rates)
+        return f"{told} --rate {rates}" if rates else told
 
     def cases(self) -> list[Case]:
         """Every load, in turn.
@@ -71,20 +75,24 @@ class Plan:
         Raises:
             BenchError: packed messages would need more sessions than a server keeps.
         """
-        found: list[Case] = []
-        for path in self.paths:
-            if path is not CallPath.PACKED:
-                found += (Case(path, sessions, 1) for sessions in self.sessions)
-                continue
-            for rows in self.rows:
-                needed = rows * self.in_flight * self.processes
-                if needed > MOST_SESSIONS:
-                    raise BenchError(
-                        f"{rows} rows × {self.in_flight} messages in flight × {self.processes} "
-                        f"processes are more than {MOST_SESSIONS:,} sessions: give less of one"
-                    )
-                found.append(Case(path, max(needed, *self.sessions), rows))
-        return found
+        loads = [load for path in self.paths for load in self._loads(path)]
+        rates = self.rates or (None,)
+        return [Case(*load, rate) for load in loads for rate in rates]
+
+    def _loads(self, path: CallPath) -> list[tuple[CallPath, int, int]]:
+        if path is not CallPath.PACKED:
+            return [(path, sessions, 1) for sessions in self.sessions]
+        return [(path, max(self._needed(rows), *self.sessions), rows) for rows in self.rows]
+
+    def _needed(self, rows: int) -> int:
+        """Sessions, so that packed messages in flight have different ones."""
+        needed = rows * self.in_flight * self.processes
+        if needed > MOST_SESSIONS:
+            raise BenchError(
+                f"{rows} rows × {self.in_flight} messages in flight × {self.processes} "
+                f"processes are more than {MOST_SESSIONS:,} sessions: give less of one"
+            )
+        return needed
 
 
 @dataclass(frozen=True, slots=True)

@@ -34,7 +34,7 @@ def as_text(machine: Machine, report: Report) -> str:
             f"workload  {report.workload}",
             f"command   {report.command}",
             "",
-            *_table(report.heads, report.rows),
+            *table(report.heads, report.rows),
             "",
             *report.notes,
         )
@@ -48,6 +48,7 @@ def as_json(machine: Machine, report: Report) -> str:
         "machine": asdict(machine),
         "workload": report.workload,
         "command": report.command,
+        "table": {"heads": report.heads, "rows": report.rows, "notes": report.notes},
         "results": report.results,
     }
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -61,7 +62,8 @@ def spread_text(spread: Spread, digits: int = 2) -> str:
     return f"{median} ({least}–{most})"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
     return [_line(heads, widths), rule, *(_line(row, widths) for row in rows)]

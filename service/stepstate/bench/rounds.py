@@ -77,7 +77,8 @@ def run(
 
 def workload(plan: Plan, what: str) -> str:
     """The load, in words."""
-    loop = "closed loop" if plan.rate is None else f"{plan.rate:g} steps/s in all, at fixed times"
+    rates = " and ".join(f"{rate:g}" for rate in plan.rates)
+    loop = f"{rates} steps/s in all, at fixed times" if rates else "closed loop"
     return (
         f"{loop}; {'; '.join(_SENT[path](plan) for path in plan.paths)}; rows of {INPUTS}, with t; "
         f"clients: {plan.processes} Python process(es) on the same machine; {plan.rounds} round(s) "
@@ -92,7 +93,7 @@ def _told_stream(plan: Plan) -> str:
 
 
 def _told_packed(plan: Plan) -> str:
-    in_flight = f", {plan.in_flight} messages in flight" if plan.rate is None else ""
+    in_flight = "" if plan.rates else f", {plan.in_flight} messages in flight"
     return f"packed: rows of different sessions in a message, one stream a process{in_flight}"
 
 
@@ -184,7 +185,7 @@ def _loads(
     """Shares the sessions between the processes, whose messages are due in turn."""
     x = np.random.default_rng(_SEED).standard_normal((len(names), INPUTS)).astype(np.float32)
     count = min(processes, len(names))
-    between = None if plan.rate is None else case.rows / plan.rate
+    between = None if case.rate is None else case.rows / case.rate
     return [
         Load(
             kind=target.kind,

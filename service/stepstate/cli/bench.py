@@ -24,6 +24,8 @@ from stepstate.bench.stores import DURABILITIES, DURABLE, STORES
 from stepstate.bench.sweeps import SweepsPlan, sweeps
 from stepstate.cli.options import Command, option
 
+MOST_RATE = 10_000_000
+"""Beyond any machine."""
 MOST_IDLE = 10_000_000
 """What a server can be told to keep in memory."""
 
@@ -47,6 +49,19 @@ def whole_numbers(most: int) -> Callable[[str], tuple[int, ...]]:
 
 
 counts, many = whole_numbers(MOST_SESSIONS), whole_numbers(MOST_IDLE)
+
+
+def rates(value: str) -> tuple[float, ...]:
+    """Steps a second, separated by commas; none of them is a closed loop."""
+    try:
+        found = tuple(float(part) for part in value.split(",") if value)
+    except ValueError:
+        found = (0.0,)
+    if not all(0.1 <= rate <= MOST_RATE for rate in found):
+        raise click.BadParameter(
+            f"{value!r}: expected steps a second from 0.1 to {MOST_RATE:,} separated by commas"
+        )
+    return found
 
 
 def some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
@@ -108,12 +123,7 @@ def bench_command() -> None:
 @_plan("1,16,64,256")
 @option("--rows", "16,64,256", counts, "Rows of a packed message, in turn.")
 @option("--in-flight", 2, click.IntRange(1, 64), "Unanswered packed messages of a process.")
-@option(
-    "--rate",
-    None,
-    click.FloatRange(0.1, 1e7),
-    "Steps a second in all, sent at fixed times; without it a closed loop.",
-)
+@option("--rate", "", rates, "Steps a second in all, at fixed times; empty: a closed loop.")
 @_json
 def steps_command(
     path: tuple[str, ...],
@@ -124,7 +134,7 @@ def steps_command(
     processes: int,
     rows: tuple[int, ...],
     in_flight: int,
-    rate: float | None,
+    rate: tuple[float, ...],
     json: str,
 ) -> None:
     """Steps, beside a bare gRPC echo of the same messages and the bare forward.
@@ -142,7 +152,7 @@ def steps_command(
         paths=tuple(map(CallPath, path)),
         rows=rows,
         in_flight=in_flight,
-        rate=rate,
+        rates=rate,
     )
     _publish(json, lambda: beside_echo(plan, _tell))
 

@@ -67,10 +67,11 @@ def _told(name: str) -> str:
     if not path.exists():
         return "Not measured yet.\n"
     report = json.loads(path.read_text())
-    machine, packages = report["machine"], report["machine"]["packages"]
+    machine = report["machine"]
+    packages = ", ".join(" ".join(pair) for pair in machine["packages"].items())
     where = (
-        f"{machine['cpu']}, {machine['cores']} cores, load average {machine['load_average']} before; "
-        f"Python {machine['python']}, {', '.join(' '.join(pair) for pair in packages.items())}"
+        f"{machine['cpu']}, {machine['cores']} cores, load average {machine['load_average']} "
+        f"before; Python {machine['python']}, {packages}"
     )
     lines = (
         f"`{report['command']}`, {report['date'][:10]}. {where}. {report['workload']}.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from itertools import zip_longest
 
 import numpy as np
 
@@ -51,11 +52,18 @@ class Population:
         """Sends each its first row, in packed messages; returns the seconds it took."""
         began = time.monotonic()
         for share in self._shares():
-            self._clients.prepare([self._load(names) for names in share])
-            now = time.monotonic()
-            self._clients.send(Window(now, now, now))
-            self._clients.collect()
+            for loads in zip_longest(*map(self._loads, share)):
+                self._clients.prepare([load for load in loads if load is not None])
+                now = time.monotonic()
+                self._clients.send(Window(now, now, now))
+                self._clients.collect()
         return time.monotonic() - began
+
+    def _loads(self, names: Sequence[str]) -> list[Load]:
+        """Full messages, then one with the rest."""
+        full = len(names) - len(names) % PACKED_ROWS
+        parts = [part for part in (names[:full], names[full:]) if part]
+        return [self._load(part) for part in parts]
 
     def _load(self, names: Sequence[str]) -> Load:
         x = np.full((len(names), INPUTS), 0.5, np.float32)

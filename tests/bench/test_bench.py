@@ -214,7 +214,7 @@ def test_measures_what_idle_sessions_cost(tmp_path: Path, store: str):
             assert turnover["sessions"] == level["sessions"]
             assert min(turnover["seconds"], turnover["cpu_us_per_session"]) > 0
         memory = level["memory"]
-        assert memory["state_bytes"] == 4 * 2 * 2 * 128  # h and c of two layers
+        assert memory["state_bytes"] == 4 * (2 * 2 * 128 + 8)  # h, c of two layers; the last x
         assert memory["replay_bytes"] == 32 * (9 * 4 + 8)
         assert memory["resident_bytes"] > 50 * 2**20
     assert [level["memory"]["beyond_bytes"] is None for level in results] == [True, False]

@@ -154,8 +154,8 @@ def test_in_closed_loop_replies_within_the_window_count():
         record.answered(since, now)
     sample = record.sample()
     assert sample.latencies.tolist() == [1.0, 1.0]
-    assert sample.at.tolist() == [10.0, 16.0]
-    assert sample.replies == 2
+    assert sample.since.tolist() == [9.0, 15.0]
+    assert (sample.replies, sample.unanswered) == (2, 0)
 
 
 def test_at_a_fixed_rate_what_was_due_within_the_window_counts_however_late():
@@ -165,8 +165,9 @@ def test_at_a_fixed_rate_what_was_due_within_the_window_counts_however_late():
     record.unanswered((9.5, 18.0, 20.5), 30.0)
     sample = record.sample()
     assert sample.latencies.tolist() == [1.0, 10.0, 12.0]
-    assert sample.at.tolist() == [13.0, 29.0, math.inf]
+    assert sample.since.tolist() == [12.0, 19.0, 18.0]
     assert sample.replies == 2  # at 15 and at 13
+    assert sample.unanswered == 1
 
 
 def test_percentiles_are_in_milliseconds():

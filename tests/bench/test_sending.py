@@ -120,7 +120,7 @@ async def test_every_session_is_sent_its_own_t_in_order(path: CallPath, pace: Pa
     reply, messages = stalling(at=0)
     async with serving(reply) as target:
         sample = await sent(load(target, path, 5, pace), 0.1, 0.4)
-    assert np.isfinite(sample.at).all()
+    assert not sample.unanswered
     assert sample.replies > 0
     sent_t: dict[object, list[int]] = {}
     for message in messages:
@@ -155,7 +155,7 @@ async def test_steps_that_are_never_answered_are_counted(monkeypatch: pytest.Mon
     async with serving(reply) as target:
         sample = await sent(load(target, CallPath.STREAM, 1, Pace(0.05, 0.0)), 0.0, 1.0)
     assert len(sample.latencies) == 20
-    assert np.isinf(sample.at).sum() == 16
+    assert sample.unanswered == 16
     assert sample.latencies.max() > 1.0
 
 

@@ -101,12 +101,14 @@ class Sample:
     were due within it, so that none is left out for being late.
     """
 
-    at: NDArray[np.float64]
-    """When the reply came, by `time.monotonic`; infinite where none did in time."""
+    since: NDArray[np.float64]
+    """When each was sent, or was due, by `time.monotonic`."""
     latencies: NDArray[np.float64]
-    """Seconds since the message was sent, or was due; so far, where no reply came."""
+    """Seconds until its reply came; until now, where none did."""
     replies: int
     """Those that came within the window."""
+    unanswered: int
+    """How many of the messages had none, after all patience."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -244,7 +244,7 @@ def _summary(
         raise BenchError(f"no reply came within {window.seconds:g} s: give --seconds more")
     rate = steps / window.seconds
     server, store = (used / rate * 1e6 for used in (*cores, 0.0)[:2])
-    unanswered = sum(int(np.isinf(sample.at).sum()) for sample in samples)
+    unanswered = sum(sample.unanswered for sample in samples)
     return Measurement(steps, rate, percentiles(latencies), server, store, rows * unanswered)
 
 

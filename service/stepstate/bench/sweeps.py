@@ -202,8 +202,7 @@ class _Sweeps:
 
 def _due_within(sample: Sample, start: float, finish: float) -> NDArray[np.float64]:
     """The latencies of the messages that were due in a time."""
-    due = sample.at - sample.latencies
-    found = sample.latencies[(due >= start) & (due < finish) | np.isinf(due)]
+    found = sample.latencies[(sample.since >= start) & (sample.since < finish)]
     if not len(found):
         raise BenchError("no step was due in the sweep: give --rate more")
     return found

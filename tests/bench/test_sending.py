@@ -122,6 +122,8 @@ async def test_every_session_is_sent_its_own_t_in_order(path: CallPath, pace: Pa
         sample = await sent(load(target, path, 5, pace), 0.1, 0.4)
     assert not sample.unanswered
     assert sample.replies > 0
+    if pace is not None:
+        assert len(sample.latencies) == pytest.approx(0.4 / pace.interval, abs=1)
     sent_t: dict[object, list[int]] = {}
     for message in messages:
         if path is CallPath.PACKED:

@@ -32,11 +32,12 @@ IMAGES = DOCS / "images"
 
 RUNS = {
     "stream": "steps --path stream --sessions 1,16,64,256,1000,10000 --processes 2 --seconds 2",
-    "unary": "steps --path unary --sessions 1,16,64 --processes 2 --seconds 2",
+    "unary": "steps --path unary --sessions 1,64 --processes 2 --seconds 2",
     "packed": "steps --path packed --sessions 1 --rows 16,64,256 --seconds 2",
     "rates": "steps --path stream --sessions 64 --rate 500,2000,4000 --seconds 2",
     "scale": "scale --sessions 1000,10000,100000 --seconds 2",
-    "sweeps": "sweeps --sessions 20000 --seconds 25",
+    "stored": "scale --sessions 1000,10000 --store sqlite --seconds 2",
+    "sweeps": "sweeps --sessions 20000 --seconds 20",
     "million": "scale --sessions 1000000 --seconds 2",
 }
 BY_HAND = ("million",)
@@ -113,7 +114,8 @@ def _draw_paths(single: Axes, packed: Axes) -> None:
         for who, color in (("echo", ECHO), ("steps", STEPS)):
             rates = [_window(case, who)["steps_per_second"] for case in found]
             single.plot(across, rates, style, color=color, label=f"{name}, {who}")
-    single.set(xscale="log", yscale="log", xlabel="sessions", ylabel="steps/s")
+    single.set(yscale="log", xlabel="sessions", ylabel="steps/s")
+    _space(single, [case["sessions"] for case in _results("stream")])
     single.set_title("one row a message")
     found = _results("packed")
     across = [case["rows"] for case in found]
@@ -121,8 +123,16 @@ def _draw_paths(single: Axes, packed: Axes) -> None:
         rates = [_window(case, who)["steps_per_second"] for case in found]
         label = {"forward": "bare forward", "steps": "packed stream"}[who]
         packed.plot(across, rates, "o-", color=color, label=label)
-    packed.set(xscale="log", xlabel="rows a message", ylabel="steps/s", ylim=(0, None))
+    packed.set(xlabel="rows a message", ylabel="steps/s", ylim=(0, None))
+    _space(packed, across)
     packed.set_title("many rows a message")
+
+
+def _space(axes: Axes, across: Sequence[int]) -> None:
+    """A logarithmic axis that names the values that were measured."""
+    axes.set_xscale("log")
+    axes.set_xticks(across, [f"{value:,}" for value in across])
+    axes.minorticks_off()
 
 
 def _window(case: Results, who: str) -> Results:
@@ -166,14 +176,14 @@ def _draw_scale(rate: Axes, turnover: Axes) -> None:
     ]
     rate.errorbar(across, middle, spread, fmt="o-", color=STEPS, capsize=3, label="64 active ones")
     rate.axhline(1.0, color=ECHO, linewidth=1, label="beside 1,000")
-    rate.set(
-        xscale="log", xlabel="idle sessions", ylabel="their steps/s over those", ylim=(0, None)
-    )
+    rate.set(xlabel="idle sessions", ylabel="their steps/s over those", ylim=(0, None))
+    _space(rate, across)
     rate.set_title("stepping beside idle sessions")
     for what, color in (("opened", STEPS), ("closed", FORWARD)):
         rates = [level[what]["sessions"] / level[what]["seconds"] for level in found]
         turnover.plot(across, rates, "o-", color=color, label=what)
-    turnover.set(xscale="log", xlabel="sessions", ylabel="sessions/s", ylim=(0, None))
+    turnover.set(xlabel="sessions", ylabel="sessions/s", ylim=(0, None))
+    _space(turnover, across)
     turnover.set_title("opening and closing them")
 
 

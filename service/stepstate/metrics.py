@@ -103,6 +103,16 @@ class Histogram:
         self._counts[bisect_left(self._bounds, value)] += times
         self._sum += value * times
 
+    def observe_ages(self, since: Sequence[float], now: float) -> None:
+        """Counts how long ago each of some moments was."""
+        bucket = bisect_left(self._bounds, now - max(since))
+        if bucket == bisect_left(self._bounds, now - min(since)):
+            self._counts[bucket] += len(since)
+            self._sum += now * len(since) - sum(since)
+            return
+        for moment in since:  # they lie in several buckets
+            self.observe(now - moment)
+
     @property
     def count(self) -> int:
         """Values counted."""
@@ -215,10 +225,8 @@ class ModelMetrics:
         """Single rows were stepped together; `time.perf_counter` seconds."""
         self.rows.observe(len(queued_at))
         self.seconds["compute"].observe(finished - started, len(queued_at))
-        queue, total = self.seconds["queue"], self.seconds["total"]
-        for queued in queued_at:
-            queue.observe(started - queued)
-            total.observe(finished - queued)
+        self.seconds["queue"].observe_ages(queued_at, started)
+        self.seconds["total"].observe_ages(queued_at, finished)
 
     def applied(self, rows: int) -> None:
         """Rows were applied."""

@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -180,6 +180,8 @@ class Server:
         await self._store.close()
         if self._http is not None:
             http, thread = self._http
+            with suppress(OSError):  # wakes its thread, which looks up only twice a second
+                http.socket.shutdown(socket.SHUT_RDWR)
             await asyncio.to_thread(http.shutdown)
             http.server_close()
             thread.join()

@@ -20,6 +20,7 @@ from tests.chaos.clients import (
     PAUSE_SECONDS,
     Asking,
     Carrier,
+    Packer,
     RawClient,
     Refused,
     Streaming,
@@ -70,7 +71,12 @@ def carried(ledger: Ledger, fleet: Fleet) -> RawClient:
     return Asking(ledger, fleet.carrier().ask, most_rows=1, think_seconds=fleet.think_seconds)
 
 
-EVERY_KIND: tuple[Kind, ...] = (calling, streaming, carried)
+def packed(ledger: Ledger, fleet: Fleet) -> RawClient:
+    """A packed stream that it shares with others."""
+    return Asking(ledger, fleet.packer().ask, most_rows=1, think_seconds=fleet.think_seconds)
+
+
+EVERY_KIND: tuple[Kind, ...] = (calling, streaming, carried, packed)
 
 
 class Fleet:
@@ -89,6 +95,8 @@ class Fleet:
         self._tasks: list[asyncio.Task[None]] = []
         self._carriers: list[Carrier] = []
         self._carried = itertools.count()
+        self._packers: list[Packer] = []
+        self._packed = itertools.count()
 
     @property
     def ledgers(self) -> list[Ledger]:
@@ -104,6 +112,12 @@ class Fleet:
         if next(self._carried) % CARRIED == 0:
             self._carriers.append(Carrier(random.choice(self.any_connection())))
         return self._carriers[-1]
+
+    def packer(self) -> Packer:
+        """A shared packed stream that is not full."""
+        if next(self._packed) % CARRIED == 0:
+            self._packers.append(Packer(random.choice(self.any_connection())))
+        return self._packers[-1]
 
     async def launch(
         self,
@@ -228,7 +242,7 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for carrier in self._carriers:
+        for carrier in (*self._carriers, *self._packers):
             await carrier.close()
 
     async def _one_more(self, ledger: Ledger) -> None:

@@ -46,7 +46,7 @@ class Follower:
 
 
 class Library:
-    """Sessions that are stepped by calls, by streams of their own and by one stream for many.
+    """Sessions that are stepped by calls, by streams, by one stream for many and by a pack.
 
     Args:
         client: the client.
@@ -69,10 +69,13 @@ class Library:
         """Opens sessions, and steps them."""
         self.followers = await asyncio.gather(*(self._open(i, durability) for i in range(count)))
         ways = (self._call, self._stream)
-        crowd = self.followers[: count // 3]
-        rest = zip(self.followers[count // 3 :], itertools.cycle(ways))
+        share = count // 4
+        crowd, pack = self.followers[:share], self.followers[share : 2 * share]
+        rest = zip(self.followers[2 * share :], itertools.cycle(ways))
         self._tasks = [asyncio.create_task(way(one)) for one, way in rest]
-        self._tasks.append(asyncio.create_task(self._together(crowd)))
+        if share:
+            self._tasks.append(asyncio.create_task(self._together(crowd)))
+            self._tasks.append(asyncio.create_task(self._packed(pack)))
 
     async def progress(self, rows: int) -> None:
         """Waits until half of the sessions were given so many more outputs."""
@@ -117,6 +120,19 @@ class Library:
 
         async for y in follower.session.stream(rows()):
             follower.given(y)
+
+    async def _packed(self, crowd: Sequence[Follower]) -> None:
+        """Now these, now those, some of them several times in a call; at the end each once more."""
+        everyone = list(range(len(crowd)))
+        which: list[int] = []
+        async with self._client.packed([follower.session for follower in crowd]) as pack:
+            while which != everyone:
+                which = everyone if self.stopping else random.choices(everyone, k=len(crowd))
+                told = await pack.step([crowd[place].row() for place in which], which=which)
+                assert not told.errors, told.errors
+                for place, y in zip(which, told.y, strict=True):
+                    crowd[place].given(y)
+                await asyncio.sleep(self._think_seconds)
 
     async def _together(self, crowd: Sequence[Follower]) -> None:
         of = {follower.session.session_id: follower for follower in crowd}

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,6 +19,8 @@ from stepstate.client import (
     Durability,
     Inspection,
     ModelInfo,
+    Pack,
+    PackedResult,
     Result,
     Session,
     SessionInfo,
@@ -90,6 +92,22 @@ class InThreadSession:
             await asyncio.to_thread(ys.close)
 
 
+class InThreadPack:
+    """A `Pack` whose calls run in a thread."""
+
+    def __init__(self, real: Pack) -> None:
+        self.real = real
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self.real.end()
+
+    async def step(self, x: ArrayLike, **options: Any) -> PackedResult:
+        return await asyncio.to_thread(self.real.step, x, **options)
+
+
 class InThreadClient:
     """A `Client` whose calls run in a thread."""
 
@@ -148,6 +166,9 @@ class InThreadClient:
                 yield replace(result, session=known[result.session.session_id])
         finally:
             await asyncio.to_thread(results.close)
+
+    def packed(self, sessions: Iterable[InThreadSession]) -> InThreadPack:
+        return InThreadPack(self.real.packed([one.real for one in sessions]))
 
     async def forecast(
         self, sessions: Iterable[InThreadSession | str], *wish: Any, **options: Any

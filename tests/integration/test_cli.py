@@ -1,4 +1,4 @@
-"""The command `stepstate`, as processes: what it prints, and how it fails."""
+"""The command `stepstate`: what it prints, and how it fails; as a process where that matters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import logging
-import os
 import shutil
 import signal
 import socket
@@ -26,32 +25,28 @@ from stepstate.client import Client
 from stepstate.models import write_model
 from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference
 from tests.networks import Network
-from tests.processes import server_process
+from tests.processes import ServerProcess, server_process
 
 COMMAND = [sys.executable, "-m", "stepstate.cli"]
 Done = subprocess.CompletedProcess[str]
 
 
-def run(*arguments: str, given: str = "", variables: Mapping[str, str] | None = None) -> Done:
+def run(*arguments: str) -> Done:
     return subprocess.run(
-        [*COMMAND, *arguments],
-        input=given,
-        capture_output=True,
-        text=True,
-        timeout=HANG,
-        env=os.environ | (variables or {}),
-        check=False,
+        [*COMMAND, *arguments], capture_output=True, text=True, timeout=HANG, check=False
     )
 
 
 @pytest.fixture
 def run_here() -> Iterator[Callable[..., Done]]:
-    """Runs a command in this process, which spares the import of torch."""
+    """Runs a command in this process, which spares the imports."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
 
-    def invoke(*arguments: str, variables: Mapping[str, str] | None = None) -> Done:
-        found = CliRunner().invoke(main, arguments, env=variables)
+    def invoke(
+        *arguments: str, given: str = "", variables: Mapping[str, str] | None = None
+    ) -> Done:
+        found = CliRunner().invoke(main, arguments, input=given, env=variables)
         assert found.exception is None or isinstance(found.exception, SystemExit)
         return Done(arguments, found.exit_code, found.stdout, found.stderr)
 
@@ -72,30 +67,33 @@ def complaint(done: Done) -> str:
 
 
 @pytest.fixture(scope="module")
-def address(model_root: Path) -> Iterator[str]:
-    with server_process("--models", str(model_root)) as server:
-        yield server.address
+def server(model_root: Path) -> Iterator[ServerProcess]:
+    with server_process("--models", str(model_root)) as running:
+        yield running
 
 
 @pytest.fixture
-def ask(address: str) -> Callable[..., Done]:
+def address(server: ServerProcess) -> str:
+    return server.address
+
+
+@pytest.fixture
+def ask(address: str, run_here: Callable[..., Done]) -> Callable[..., Done]:
     """Runs a command of a client against the server."""
-    return lambda *arguments, given="": run(*arguments, "--server", address, given=given)
+    return lambda *arguments, given="": run_here(*arguments, "--server", address, given=given)
 
 
 # stepstate serve.
 
 
-def test_serve_prints_the_ports_it_took(model_root: Path):
-    with server_process("--models", str(model_root)) as server:
-        ports = {
-            int(part.rpartition(":")[2].split("/")[0])
-            for part in (server.address, server.metrics_url)
-        }
-        assert len(ports) == 2
-        assert 0 not in ports
-        with Client(server.address) as client:
-            assert len(client.models()) == 6
+def test_serve_prints_the_ports_it_took(server: ServerProcess):
+    ports = {
+        int(part.rpartition(":")[2].split("/")[0]) for part in (server.address, server.metrics_url)
+    }
+    assert len(ports) == 2
+    assert 0 not in ports
+    with Client(server.address) as client:
+        assert len(client.models()) == 6
 
 
 def write_broken(folder: Path, network: Network, how: str) -> None:
@@ -148,16 +146,18 @@ def test_serve_refuses_a_broken_model_by_name(
     assert what in said
 
 
-def test_serve_needs_a_folder_with_models(tmp_path: Path):
-    missing = complaint(run("serve", "--models", str(tmp_path / "nope")))
+def test_serve_needs_a_folder_with_models(tmp_path: Path, run_here: Callable[..., Done]):
+    missing = complaint(run_here("serve", "--models", str(tmp_path / "nope")))
     assert f"{tmp_path}/nope: is not a folder" in missing
     (tmp_path / "lstm" / "1").mkdir(parents=True)
-    empty = complaint(run("serve", "--models", str(tmp_path)))
+    empty = complaint(run_here("serve", "--models", str(tmp_path)))
     assert "manifest.json" in empty
 
 
 @pytest.mark.parametrize("option", ["--listen", "--metrics-listen"])
-def test_serve_says_which_port_is_taken(option: str, model_root: Path):
+def test_serve_says_which_port_is_taken(
+    option: str, model_root: Path, run_here: Callable[..., Done]
+):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -165,7 +165,7 @@ def test_serve_says_which_port_is_taken(option: str, model_root: Path):
         ports = {"--listen": "127.0.0.1:0", "--metrics-listen": "127.0.0.1:0"}
         ports[option] = f"127.0.0.1:{port}"
         options = [text for pair in ports.items() for text in pair]
-        done = run("serve", "--models", str(model_root), *options)
+        done = run_here("serve", "--models", str(model_root), *options)
     assert done.returncode != 0
     assert "Traceback" not in done.stderr
     assert f"{option} 127.0.0.1:{port}: can't listen there" in done.stderr
@@ -375,11 +375,11 @@ def test_step_says_what_the_server_refused(ask):
     assert "--start-time" in complaint(ask("step", "--model", "lstm", "--start-time", "soon"))
 
 
-def test_no_server_is_one_line():
+def test_no_server_is_one_line(run_here: Callable[..., Done]):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{unused.getsockname()[1]}"
-        assert address in complaint(run("health", "--server", address))
+        assert address in complaint(run_here("health", "--server", address))
 
 
 # The others.

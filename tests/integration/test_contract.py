@@ -674,12 +674,12 @@ async def test_closing_tells_how_the_session_stood(stub: Stub):
 
 async def test_two_clients_that_close_one_session_are_both_answered(stub: Stub):
     await opened(stub, "a")
-    long = asyncio.ensure_future(stub.Step(blocker("a", rows=3_000)))
+    long = asyncio.ensure_future(stub.Step(blocker("a", rows=1_500)))
     await queued(stub, "a", 1)
     closings = [stub.CloseSession(pb.CloseSessionRequest(session_id="a")) for _ in range(2)]
     outcomes = await asyncio.gather(*map(outcome, closings))
-    assert sorted(map(str, outcomes)) == ["3000", "SESSION_CLOSED"]
-    assert (await long).t == 3_000
+    assert sorted(map(str, outcomes)) == ["1500", "SESSION_CLOSED"]
+    assert (await long).t == 1_500
 
 
 async def outcome(call: Awaitable[pb.CloseSessionResponse]) -> int | str:
@@ -691,7 +691,7 @@ async def outcome(call: Awaitable[pb.CloseSessionResponse]) -> int | str:
 
 async def test_an_id_that_is_closing_is_not_free_yet(stub: Stub):
     await opened(stub, "a")
-    long = asyncio.ensure_future(stub.Step(blocker("a", rows=3_000)))
+    long = asyncio.ensure_future(stub.Step(blocker("a", rows=1_500)))
     await queued(stub, "a", 1)
     closing = asyncio.ensure_future(stub.CloseSession(pb.CloseSessionRequest(session_id="a")))
     refusal = await refused(stub.OpenSession(opening(session_id="a")))
@@ -702,7 +702,7 @@ async def test_an_id_that_is_closing_is_not_free_yet(stub: Stub):
 
 async def test_a_close_that_is_cancelled_still_closes(stub: Stub):
     await opened(stub, "a")
-    long = asyncio.ensure_future(stub.Step(blocker("a", rows=3_000)))
+    long = asyncio.ensure_future(stub.Step(blocker("a", rows=1_500)))
     await queued(stub, "a", 1)
     closing = stub.CloseSession(pb.CloseSessionRequest(session_id="a"))
     while (await stub.ListSessions(pb.ListSessionsRequest())).sessions:
@@ -712,7 +712,7 @@ async def test_a_close_that_is_cancelled_still_closes(stub: Stub):
     refusal = await refused(stub.GetSession(pb.GetSessionRequest(session_id="a")))
     assert (refusal.reason, refusal.metadata["t"]) in {
         ("SESSION_CLOSED", "0"),  # while it is closing
-        ("SESSION_CLOSED", "3000"),
+        ("SESSION_CLOSED", "1500"),
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stepstate import errors
 from stepstate.client import AsyncClient
+from stepstate.config import ServerConfig
 from stepstate.server import Phase, Server, running_server
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.integration.wire import (
@@ -68,14 +70,15 @@ async def test_a_running_server_is_serving(server: Server):
     assert failure.value.code() == grpc.StatusCode.NOT_FOUND
 
 
-async def test_a_draining_server_is_not_serving(config):
+async def test_a_draining_server_is_not_serving(config: ServerConfig):
+    patient = dataclasses.replace(config, drain_seconds=HANG)
     async with (
-        running_server(config) as server,
+        running_server(patient) as server,
         raw_stub(server.address) as stub,
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         await opened(stub, "a")
-        long = asyncio.ensure_future(stub.Step(blocker("a", rows=5_000)))
+        long = asyncio.ensure_future(stub.Step(blocker("a", rows=1_500)))
         await queued(stub, "a", 1)
         watch = health_pb2_grpc.HealthStub(channel).Watch(
             health_pb2.HealthCheckRequest(service=SERVICE)
@@ -85,7 +88,7 @@ async def test_a_draining_server_is_not_serving(config):
         assert (await watch.read()).status == Serving.NOT_SERVING
         assert not long.done()
         assert server.phase is Phase.DRAINING
-        assert (await long).t == 5_000
+        assert (await long).t == 1_500
         watch.cancel()
         await draining
         assert server.phase is Phase.STOPPED
@@ -222,7 +225,7 @@ async def ended(server: ServerProcess) -> int:
 async def test_a_signal_drains_every_accepted_step_is_answered(
     start_process: Start, networks: dict[str, Network], number: signal.Signals
 ):
-    rows = 20_000
+    rows = 4_000
     with start_process() as server:
         async with (
             under_load(server, networks) as load,

@@ -45,7 +45,7 @@ from tests.integration.wire import (
 )
 from tests.networks import Network, make_network
 
-BLOCKER_ROWS = 5_000
+BLOCKER_ROWS = 1_500
 STEEP = 1e3
 """What the steep networks multiply x with: rows of 3e38 overflow their float32 inside."""
 

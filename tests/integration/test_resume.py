@@ -25,8 +25,9 @@ from stepstate.config import ServerConfig
 from stepstate.server import Server, running_server
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.chaos.faults import relay
-from tests.chaos.station import Station, redis_station, station
-from tests.integration.clients import KINDS, AnyClient, AnySession, Connect
+from tests.chaos.station import Station, redis_station
+from tests.integration.clients import AnyClient, AnySession, Connect
+from tests.integration.conftest import Mortal, reborn
 from tests.integration.wire import (
     HANG,
     TOLERANCE,
@@ -41,33 +42,8 @@ from tests.integration.wire import (
 )
 from tests.networks import Network
 
-Mortal = Callable[..., Awaitable[Station]]
 SELDOM, OFTEN = "600", "0.1"
 """Seconds between snapshots: nothing but what is urged is saved, or nearly everything."""
-
-
-@pytest.fixture
-async def mortal(model_root: Path, tmp_path: Path) -> AsyncIterator[Mortal]:
-    """Starts a server with a file as its store, that can be killed and started again."""
-    async with AsyncExitStack() as stack:
-
-        async def start(interval: str, *options: str) -> Station:
-            store = ("--store", f"sqlite:{tmp_path / 'mortal.db'}", "--snapshot-interval")
-            told = ("--models", str(model_root), *store, interval, *options)
-            return await stack.enter_async_context(station(tmp_path, *told))
-
-        yield start
-
-
-async def reborn(server: Station) -> None:
-    """kill -9, and a start in the same place."""
-    server.kill()
-    await server.start()
-
-
-@pytest.fixture(params=KINDS)
-def connect(request: pytest.FixtureRequest) -> Connect:
-    return KINDS[request.param]
 
 
 def difference(got: list[np.ndarray], network: Network, x: np.ndarray) -> float:

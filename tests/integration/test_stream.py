@@ -118,9 +118,9 @@ async def test_refusals_wait_for_a_long_request_of_their_session_and_others_do_n
     replies = await ask(
         stub,
         [
-            blocker("a", rows=3_000),
+            blocker("a", rows=1_500),
             pb.StepRequest(session_id="a", x=[1.0]),
-            request("a", 3_000, draw(1)),
+            request("a", 1_500, draw(1)),
             request("b", 0, draw(1)),
             pb.StepRequest(session_id="b", x=[1.0]),
             request("nope", 0, draw(1)),
@@ -130,7 +130,7 @@ async def test_refusals_wait_for_a_long_request_of_their_session_and_others_do_n
     assert names[:3].count("a") == 0
     assert names[3:] == ["a", "a", "a"]
     mine = by_session(replies)
-    assert [reply.t for reply in mine["a"]] == [3_000, 0, 3_001]
+    assert [reply.t for reply in mine["a"]] == [1_500, 0, 1_501]
     assert [reply.t for reply in mine["b"]] == [1, 0]
 
 
@@ -202,12 +202,12 @@ async def test_a_long_id_comes_back_cut(stub: Stub):
 
 async def test_half_closing_at_once_answers_everything(stub: Stub, networks: dict[str, Network]):
     await opened(stub, "a")
-    x = np.concatenate((draw(3_000, seed=99), draw(500)))
-    items = [blocker("a", rows=3_000)]
-    items += [request("a", 3_000 + t, row) for t, row in enumerate(x[3_000:])]
+    x = np.concatenate((draw(1_500, seed=99), draw(500)))
+    items = [blocker("a", rows=1_500)]
+    items += [request("a", 1_500 + t, row) for t, row in enumerate(x[1_500:])]
     replies = await ask(stub, items)
-    assert [reply.t for reply in replies] == list(range(3_000, 3_501))
-    want = networks["lstm"].offline(x)[2_999:].ravel()
+    assert [reply.t for reply in replies] == list(range(1_500, 2_001))
+    want = networks["lstm"].offline(x)[1_499:].ravel()
     assert largest_difference(outputs(replies), want) <= TOLERANCE
 
 
@@ -245,7 +245,7 @@ async def test_what_a_cut_stream_had_waiting_did_not_happen(
     server: Server, stub: Stub, networks: dict[str, Network], how: str
 ):
     """Each row was applied whole or not, in order, and the session can go on from there."""
-    rows = 3_000
+    rows = 1_500
     x = np.concatenate((draw(rows, seed=99), draw(400)))
     await opened(stub, "a")
     async with relay(server.address) as way, raw_stub(way.address) as cut:

@@ -365,6 +365,7 @@ def _malformed() -> dict[str, tuple[pb.ModelInferRequest, str]]:
     bad("long id", "1 to 128", sequence_id="a" * 10_000_000)
     bad("id", "session_id", sequence_id="no spaces, please")
     bad("flag", "bool", sequence_end="yes")
+    bad("final flag", "bool", triton_enable_empty_final_response="yes")
     bad("step_t", "step_t", step_t=-1)
     bad("end on unknown", "START", sequence_id="gone", sequence_end=True)
     bad("bad start", "data-type", sequence_start=True).inputs[0].datatype = "BYTES"

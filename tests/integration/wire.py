@@ -37,8 +37,8 @@ def request(session_id: str, t: int | None, x: np.ndarray, **options: bool) -> p
     return pb.StepRequest(session_id=session_id, t=t, x=np.ravel(x), **options)
 
 
-def blocker(session_id: str, t: int = 0, *, rows: int = 10_000, width: int = 3) -> pb.StepRequest:
-    """A request that keeps its session busy for over a second, while others are served."""
+def blocker(session_id: str, t: int = 0, *, rows: int, width: int = 3) -> pb.StepRequest:
+    """A request that keeps its session busy, half a millisecond a row, while others are served."""
     x = draw(rows, width, seed=99)
     return request(session_id, t, x, inspect=True, last_only=True)
 
@@ -57,7 +57,8 @@ class Refusal:
     retry_seconds: float | None
 
 
-def _refusal(status: status_pb2.Status) -> Refusal:
+def refusal_of(status: status_pb2.Status) -> Refusal:
+    """What a status carries; it has no detail of an unknown type."""
     found = {}
     for detail in status.details:
         for kind in KINDS:
@@ -85,7 +86,7 @@ def refusal_of_call(error: grpc.RpcError) -> Refusal:
     """What a failed call carries; its code and message are those of the details."""
     metadata = dict(error.trailing_metadata() or ())
     assert DETAILS_KEY in metadata, f"{error.code()} without details: {error.details()}"
-    found = _refusal(status_pb2.Status.FromString(metadata[DETAILS_KEY]))
+    found = refusal_of(status_pb2.Status.FromString(metadata[DETAILS_KEY]))
     assert (found.code, found.message) == (error.code(), error.details())
     assert "Traceback" not in found.message
     return found
@@ -95,7 +96,7 @@ def refusal_in(reply: pb.StepResponse) -> Refusal:
     """What a refused item of a stream carries; nothing else but its session's id is set."""
     assert {field.name for field, _ in reply.ListFields()} <= {"session_id", "error"}
     assert reply.HasField("error"), reply
-    return _refusal(reply.error)
+    return refusal_of(reply.error)
 
 
 async def refused(call: Awaitable[object]) -> Refusal:

@@ -6,9 +6,12 @@
 """
 
 from stepstate.client.aio import AsyncClient
+from stepstate.client.aio_pack import AsyncPack
 from stepstate.client.aio_session import AsyncSession
 from stepstate.client.forecast import Forecast, OutputForecast
+from stepstate.client.packing import PackedResult
 from stepstate.client.sync import Client
+from stepstate.client.sync_pack import Pack
 from stepstate.client.sync_session import Session
 from stepstate.client.values import (
     Accuracy,
@@ -25,6 +28,7 @@ from stepstate.client.values import (
 __all__ = [
     "Accuracy",
     "AsyncClient",
+    "AsyncPack",
     "AsyncSession",
     "Client",
     "Drift",
@@ -35,6 +39,8 @@ __all__ = [
     "ModelInfo",
     "Output",
     "OutputForecast",
+    "Pack",
+    "PackedResult",
     "Result",
     "Session",
     "SessionInfo",

@@ -19,6 +19,7 @@ from stepstate.client.backlog import RESUME_ROWS
 from stepstate.client.backoff import Backoff
 from stepstate.client.forecast import Forecast, Levels, Scenarios
 from stepstate.client.history import History, Progress
+from stepstate.client.sync_pack import Pack
 from stepstate.client.sync_session import Session
 from stepstate.client.turns import Turns
 from stepstate.client.values import (
@@ -217,6 +218,17 @@ class Client:
                     yield Result(session, y, None, session.imputed_rows, session.fallback_rows)
         finally:
             turns.end()
+
+    def packed(self, sessions: Sequence[Session]) -> Pack:
+        """Many sessions of one model, to be stepped together by columns. See `Pack`.
+
+        >>> def meters(client, sessions, readings):  # readings yields x [sessions, D]
+        ...     with client.packed(sessions) as pack:
+        ...         for x in readings:
+        ...             result = pack.step(x)
+        ...             print(result.y.mean(), result.errors)
+        """
+        return Pack(self, sessions)
 
     @overload
     def forecast(

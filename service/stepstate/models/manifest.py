@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from datetime import UTC, datetime
+from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Literal, Self
 
@@ -295,7 +296,7 @@ class Manifest(_Part):
     tracking: Tracking | None = None
     fingerprint: str = ""
 
-    @property
+    @cached_property  # each step asks for it
     def input_width(self) -> int:
         """D, the columns of x."""
         return len(self.inputs)
@@ -328,7 +329,7 @@ class Manifest(_Part):
         season = self.tracking.season_steps if self.tracking else 1
         return max(self.lag_rows + 1, season)
 
-    @property
+    @cached_property
     def output_width(self) -> int:
         """O, the columns of y."""
         return sum(output.width for output in self.outputs)

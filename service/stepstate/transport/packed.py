@@ -224,5 +224,6 @@ class _Row:
 
     def deliver(self, step: Step) -> None:
         """See `ReplyTo`."""
-        self.message.put_step(self.place, step)
-        self.stream.ended(self.message)
+        if not self.stream.cancelled:
+            self.message.put_step(self.place, step)
+            self.stream.ended(self.message)

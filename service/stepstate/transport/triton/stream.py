@@ -122,7 +122,9 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
 
     @staticmethod
     def _applied(infer: Infer, step: Step) -> pb.ModelStreamInferResponse:
-        return pb.ModelStreamInferResponse(infer_response=infer.reply(step))
+        response = pb.ModelStreamInferResponse()
+        infer.put_reply(response.infer_response, step)
+        return response
 
     def _refuse(self, infer: Infer, error: StepstateError) -> None:
         if not self._sessions.refuse(infer.session_id, error, _Way(self, infer)):

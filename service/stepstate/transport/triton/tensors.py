@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from struct import unpack
 
 import numpy as np
 
@@ -17,9 +18,12 @@ from stepstate.sessions import Step
 from stepstate.transport.triton.messages import pb
 
 INPUT, OUTPUT = "x", "y"
+ONLY_Y: Sequence[str] = (OUTPUT,)
+"""The outputs of a request that names none, or just this one."""
 QUANTILES = "quantiles"
+_FP32 = np.dtype("<f4")
 _DTYPES: dict[str, np.dtype] = {
-    "FP32": np.dtype("<f4"),
+    "FP32": _FP32,
     "FP64": np.dtype("<f8"),
     "FP16": np.dtype("<f2"),
 }
@@ -31,8 +35,11 @@ _TRACED: Mapping[CellKind, frozenset[str]] = {
     CellKind.RNN_RELU: frozenset("h"),
 }
 
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+"""Names of outputs and their shapes."""
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(slots=True, eq=False)
 class Rows:
     """x of a request."""
 
@@ -51,12 +58,13 @@ def decode_rows(request: pb.ModelInferRequest, manifest: Manifest) -> Rows:
     Raises:
         InvalidField: it is not one tensor x of whole rows.
     """
-    if len(request.inputs) != 1:
+    inputs = request.inputs  # each access to a field of a message makes an object
+    if len(inputs) != 1:
         raise InvalidField(
             "inputs",
-            f"expected 1 inputs but got {len(request.inputs)} inputs for model {manifest.name!r}",
+            f"expected 1 inputs but got {len(inputs)} inputs for model {manifest.name!r}",
         )
-    tensor = request.inputs[0]
+    tensor = inputs[0]
     if tensor.name != INPUT:
         raise InvalidField(
             "inputs",
@@ -70,16 +78,17 @@ def decode_rows(request: pb.ModelInferRequest, manifest: Manifest) -> Rows:
             f"inference input {INPUT!r} data-type is {tensor.datatype[:64]!r}, but model "
             f"{manifest.name!r} expects 'FP32' ('FP64' and 'FP16' are converted)",
         )
-    count = _count(tensor.shape, manifest)
-    values = _values(request, dtype, count * manifest.input_width)
-    if dtype.itemsize != 4:
+    shape = tensor.shape[:]
+    count, flat = _count(shape, manifest), len(shape) == 1
+    data = _data(request, tensor, dtype, count * manifest.input_width)
+    if count == 1 and dtype is _FP32:
+        row = unpack(f"<{len(data) // 4}f", data)  # a seventh of what an array takes
+        return Rows(row, 1, math.isfinite(sum(row)), flat)
+    values = np.frombuffer(data, dtype)
+    if dtype is not _FP32:
         with np.errstate(over="ignore"):  # beyond float32 it is infinite, and refused as that
             values = values.astype(np.float32)
-    flat = len(tensor.shape) == 1
-    if count > 1:
-        return Rows(values, count, bool(np.isfinite(values).all()), flat)
-    x = values.tolist()
-    return Rows(x, 1, math.isfinite(sum(x)), flat)
+    return Rows(values, count, bool(np.isfinite(values).all()), flat)
 
 
 def _count(shape: Sequence[int], manifest: Manifest) -> int:
@@ -96,11 +105,16 @@ def _count(shape: Sequence[int], manifest: Manifest) -> int:
     return count
 
 
-def _values(request: pb.ModelInferRequest, dtype: np.dtype, count: int) -> np.ndarray:
-    """The values of the one tensor, raw or typed."""
-    tensor, raw = request.inputs[0], request.raw_input_contents
+def _data(
+    request: pb.ModelInferRequest,
+    tensor: pb.ModelInferRequest.InferInputTensor,
+    dtype: np.dtype,
+    count: int,
+) -> bytes:
+    """The values of the one tensor, which came raw or typed."""
     if len(tensor.parameters) and "shared_memory_region" in tensor.parameters:
         raise InvalidField("inputs", "shared memory is not supported: send the tensor's contents")
+    raw = request.raw_input_contents
     if not raw:
         typed = _typed(tensor)
         if len(typed) != count:
@@ -109,20 +123,21 @@ def _values(request: pb.ModelInferRequest, dtype: np.dtype, count: int) -> np.nd
                 f"unexpected number of values {len(typed)} for input {INPUT!r}, expecting {count} "
                 "(FP16 comes in raw_input_contents only)",
             )
-        return np.array(typed, dtype)
+        return np.array(typed, dtype).tobytes()
     if tensor.HasField("contents"):
         raise InvalidField(
             "inputs",
             "contents field must not be specified when using raw_input_contents for "
             f"{INPUT!r} for model {request.model_name[:64]!r}",
         )
-    if len(raw) != 1 or len(raw[0]) != count * dtype.itemsize:
+    data: bytes = raw[0]
+    if len(raw) != 1 or len(data) != count * dtype.itemsize:
         raise InvalidField(
             "raw_input_contents",
             f"unexpected total byte size {sum(map(len, raw))} in {len(raw)} buffers for input "
             f"{INPUT!r}, expecting {count * dtype.itemsize} in 1",
         )
-    return np.frombuffer(raw[0], dtype)
+    return data
 
 
 def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> Sequence[float]:
@@ -136,13 +151,21 @@ def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> Sequence[float]:
     return values
 
 
+def wanted(request: pb.ModelInferRequest) -> Sequence[str]:
+    """The names of the outputs that a request wants."""
+    outputs = request.outputs
+    if not outputs or (len(outputs) == 1 and outputs[0].name == OUTPUT):
+        return ONLY_Y
+    return tuple(output.name for output in outputs)
+
+
 def traced(names: Sequence[str], manifest: Manifest) -> bool:
     """Whether some of these outputs are gates or states.
 
     Raises:
         InvalidField: the model has no output of a name.
     """
-    if len(names) == 1 and names[0] == OUTPUT:
+    if names is ONLY_Y:
         return False
     gates = _TRACED[manifest.cell.kind] - {output.name for output in manifest.outputs}
     known = {OUTPUT, *(output.name for output in manifest.outputs), *gates}
@@ -158,26 +181,24 @@ def traced(names: Sequence[str], manifest: Manifest) -> bool:
     return not gates.isdisjoint(names)
 
 
-def put_outputs(
-    response: pb.ModelInferResponse, names: Sequence[str], step: Step, *, flat: bool
-) -> None:
-    """Adds the named outputs of a step: [T, ...], or [...] where x came as [D]."""
-    for name in names:
-        if name == OUTPUT:
-            shape, data = [len(step.y) // 4 // step.rows], step.y
-        else:
-            values = _part(step, name)
-            shape, data = list(values.shape[1:]), values.tobytes()
-        if not flat:
-            shape.insert(0, step.rows)
-        response.outputs.add(name=name, datatype="FP32", shape=shape)
-        response.raw_output_contents.append(data)
+def outputs_of(step: Step, names: Sequence[str], *, flat: bool) -> tuple[Shapes, Sequence[bytes]]:
+    """The named outputs of a step, [T, ...], or [...] where x came as [D]: shapes and values."""
+    rows = () if flat else (step.rows,)
+    if names is ONLY_Y:
+        return ((OUTPUT, (*rows, len(step.y) // 4 // step.rows)),), (step.y,)
+    parts = [_part(step, name) for name in names]
+    shapes = tuple(
+        (name, (*rows, *part.shape[1:])) for name, part in zip(names, parts, strict=True)
+    )
+    return shapes, [part.tobytes() for part in parts]
 
 
 def _part(step: Step, name: str) -> np.ndarray:
-    """[T, K] of an output, [T, K, Q] of the first one's quantiles, [T, L, H] of a gate or state."""
+    """y [T, O], an output [T, K], the first's quantiles [T, K, Q], a gate or state [T, L, H]."""
     manifest = step.session.lane.model.manifest
     y = np.frombuffer(step.y, "<f4").reshape(step.rows, -1)
+    if name == OUTPUT:
+        return y
     quantiles = []
     for output, first, _ in manifest.placed_outputs():
         part = y[:, first : first + output.width].reshape(step.rows, -1, output.columns)

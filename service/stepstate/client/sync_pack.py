@@ -1,0 +1,110 @@
+"""Many sessions of the synchronous client, stepped together."""
+
+from __future__ import annotations
+
+import queue
+import time
+from collections.abc import Sequence
+from itertools import count
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import grpc
+from numpy.typing import ArrayLike
+
+from stepstate.client import wire
+from stepstate.client.packing import Members, Message, PackedCall, PackedResult
+from stepstate.client.sync_session import Session
+from stepstate.errors import ServerUnreachable, StepstateError
+from stepstate.v1 import stepstate_pb2 as pb
+
+if TYPE_CHECKING:
+    from stepstate.client.sync import Client
+
+
+class Pack:
+    """Sessions of one model whose rows travel together. See `AsyncPack`.
+
+    One thread at a time may use it.
+    """
+
+    def __init__(self, client: Client, sessions: Sequence[Session]) -> None:
+        self._client = client
+        self._members = Members.of(sessions)
+        self._requests: queue.SimpleQueue[pb.StreamPackedRequest | None] = queue.SimpleQueue()
+        self._replies: Any = None  # what grpc gives for a call has no name
+        self._ids = count(1)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.end()
+
+    def step(
+        self, x: ArrayLike, *, which: ArrayLike | None = None, timeout: float | None = None
+    ) -> PackedResult:
+        """Applies one row to each session, or rows to some of them. See `AsyncPack.step`."""
+        seconds = self._client.timeout if timeout is None else timeout
+        call = PackedCall(self._members, x, which, timeout=seconds)
+        try:
+            while not call.done:
+                self._round(call)
+                for session, t in call.settle():
+                    try:
+                        session.catch_up(t, timeout=timeout)
+                    except StepstateError as error:
+                        call.ended(session, error)
+                time.sleep(call.pause())
+        except BaseException:
+            call.given_up()
+            self.end()  # replies that nobody takes any more
+            raise
+        return call.result()
+
+    def end(self) -> None:
+        """Ends the stream; the sessions stay open."""
+        if self._replies is not None:
+            self._requests.put(None)
+            self._replies.cancel()
+            self._replies = None
+
+    def _round(self, call: PackedCall[Session]) -> None:
+        """Sends what is left, and takes the replies that come."""
+        try:
+            self._connect()
+            on_their_way = {self._send(message): message for message in call.messages()}
+            while on_their_way:
+                reply = self._receive()
+                call.answered(on_their_way.pop(reply.id), reply)
+        except grpc.RpcError as failure:
+            call.broken(wire.from_rpc(failure, self._client.target))
+            self.end()
+        except StepstateError as error:
+            call.broken(error)
+            self.end()
+
+    def _connect(self) -> None:
+        if self._replies is None:
+            self._requests = queue.SimpleQueue()
+            self._replies = self._client.stub.StreamPacked(iter(self._requests.get, None))
+            self._requests.put(self._members.bindings())
+            bound = self._receive()
+            if bound.HasField("error"):
+                raise wire.from_status(bound.error)
+
+    def _send(self, message: Message) -> int:
+        message.request.id = next(self._ids)
+        self._requests.put(message.request)
+        return message.request.id
+
+    def _receive(self) -> pb.StreamPackedResponse:
+        reply: pb.StreamPackedResponse | None = next(self._replies, None)
+        if reply is None:
+            raise ServerUnreachable(self._client.target, "the stream ended early")
+        return reply

@@ -209,10 +209,9 @@ def test_measures_more_sessions_than_slots(tmp_path: Path):
         assert phase["file_bytes"] > 50 * 1_000
 
 
-@pytest.mark.parametrize("store", ["memory", "sqlite"])
-def test_measures_what_idle_sessions_cost(tmp_path: Path, store: str):
+def test_measures_what_idle_sessions_cost(tmp_path: Path):
     out = tmp_path / "out"
-    few = ("--sessions", "500,2000", "--active", "4", "--store", store)
+    few = ("--sessions", "500,2000", "--active", "4", "--store", "sqlite")
     results = figures(out, run("scale", *few, *SHORT, "--json", str(out)))
     assert [level["sessions"] for level in results] == [500, 2_000]
     for level in results:
@@ -227,14 +226,11 @@ def test_measures_what_idle_sessions_cost(tmp_path: Path, store: str):
     assert [level["memory"]["beyond_bytes"] is None for level in results] == [True, False]
 
 
-@pytest.mark.parametrize("store", ["memory", "sqlite"])
-def test_measures_steps_while_sessions_expire_and_are_saved(tmp_path: Path, store: str):
+def test_measures_steps_while_sessions_expire_and_are_saved(tmp_path: Path):
     out = tmp_path / "out"
-    few = ("--sessions", "300", "--store", store, "--active", "4", "--rate", "50")
+    few = ("--sessions", "300", "--active", "4", "--rate", "50")
     results = figures(out, run("sweeps", *few, "--seconds", "8", "--json", str(out)))
-    assert [sweep["what"] for sweep in results] == ["expiry", "snapshots"][
-        : 1 + (store != "memory")
-    ]
+    assert [sweep["what"] for sweep in results] == ["expiry", "snapshots"]
     for sweep in results:
         for when in ("quiet_ms", "swept_ms"):
             assert_rising(sweep[when])

@@ -14,6 +14,7 @@ LARGEST = 2**40
 LONGEST_IDLE_SECONDS = 100 * 366 * 86_400.0
 """A century: beyond it the time of expiry could not be told."""
 DURABILITIES = ("none", "async", "sync")
+WEIGHTS = ("float32", "bfloat16", "int8")
 MOST_SLOTS = 10_000_000
 """The arrays of the session table are made at start, some 100 bytes a session."""
 
@@ -72,6 +73,12 @@ class ServerConfig:
     idle_timeout: float = _setting(86_400.0, "Seconds without a step after which one expires.")
     # A month: what was forgotten for longer is not coming back.
     max_idle_timeout: float = _setting(31 * 86_400.0, "The longest that a client may ask for.")
+    # Exact; the others are coarser, and faster on some processors only.
+    weights: str = _setting(
+        "float32",
+        "What models' weights are kept as in steps: float32, bfloat16 or int8. "
+        "The log says at start how far that moves each model's outputs.",
+    )
     # A larger forward takes over a millisecond and gains little.
     batch_rows: int = _setting(256, "Most single rows in one forward.")
     # About a millisecond: what a long request may delay the steps of others.
@@ -90,10 +97,8 @@ class ServerConfig:
     def __post_init__(self) -> None:
         _check_address("listen", self.listen)
         _check_address("metrics_listen", self.metrics_listen)
-        if self.durability not in DURABILITIES:
-            raise ConfigError(
-                f"durability is {self.durability!r}, expected {' or '.join(DURABILITIES)}"
-            )
+        _check_one_of("durability", self.durability, DURABILITIES)
+        _check_one_of("weights", self.weights, WEIGHTS)
         for setting in fields(self):
             value = getattr(self, setting.name)
             if isinstance(value, bool):
@@ -119,6 +124,11 @@ def split_address(address: str) -> tuple[str, int]:
     """Host (without brackets) and port of "host:port"."""
     host, _, port = address.rpartition(":")
     return host.strip("[]"), int(port)
+
+
+def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigError(f"{name} is {value!r}, expected {' or '.join(known)}")
 
 
 def _check_address(name: str, address: str) -> None:

@@ -28,10 +28,10 @@ from prometheus_client import (
 )
 
 from stepstate.config import ServerConfig, split_address
-from stepstate.engine import use_one_thread
+from stepstate.engine import Precision, has_instructions, measure_loss, use_one_thread
 from stepstate.errors import StoreUnavailable
 from stepstate.metrics import Metrics
-from stepstate.models import load_catalog
+from stepstate.models import Model, load_catalog
 from stepstate.sessions import Lane, Limits, Sessions, Table
 from stepstate.stores import Durability, SessionStore, open_store
 from stepstate.transport import Guard, NativeService, Outgoing, add_reflection
@@ -101,6 +101,7 @@ class Server:
         self.metrics_address = ""
         self._config = config
         self._store = store
+        self._precision = Precision(config.weights)
         self._slots = min(config.slots, config.max_sessions)
         self._most_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry()
@@ -252,12 +253,30 @@ class Server:
                 capacity=self._slots,
                 batch_rows=config.batch_rows,
                 chunk_rows=config.chunk_rows,
+                precision=self._precision,
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
             )
             sessions.lanes[model.key] = lane
+            self._tell_loss(model)
             metrics.lane = lane
         return sessions
+
+    def _tell_loss(self, model: Model) -> None:
+        """Logs what weights with fewer bits do to a model, before anyone relies on its outputs."""
+        if self._precision is Precision.FLOAT32:
+            return
+        loss = measure_loss(model, self._precision)
+        log.info(
+            "outputs differ from float32's, in units of their scale in the manifest",
+            extra={
+                "model": model.key,
+                "weights": self._precision.value,
+                "largest": f"{loss.largest:.2g}",
+                "mean": f"{loss.mean:.2g}",
+                "faster_here": has_instructions(self._precision),
+            },
+        )
 
     def _listen_grpc(self) -> str:
         try:

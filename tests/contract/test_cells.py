@@ -5,19 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepstate.engine.cells import Cell, build_cell
+from stepstate.engine.buffers import MOST_ROWS
+from stepstate.engine.cells import MANY_ROWS, Cell, build_cell
 from stepstate.engine.products import FEW_ROWS
 from tests.networks import Network
 from tests.unit.rig import model_of, rows_of
 
 KINDS = ["lstm", "single", "projected", "gru", "tanh", "relu"]
 CLOSE = 1e-6
-SIZES = (1, 2, FEW_ROWS, 17)
+SIZES = (1, 2, FEW_ROWS, MANY_ROWS + 1)
 
 
 @pytest.fixture(params=KINDS)
 def network(request, networks) -> Network:
     return networks[request.param]
+
+
+@pytest.fixture(params=["AVX2", "AVX512"], autouse=True)
+def _capability(request, monkeypatch) -> None:
+    """Both ways to make a product: the processor decides which one a server takes."""
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: request.param)
 
 
 @pytest.fixture
@@ -111,6 +118,32 @@ def test_a_step_leaves_its_arguments_alone(cell, x):
     cell.sequence(x, state)
     assert torch.equal(row, before[0])
     assert torch.equal(state, before[1])
+
+
+def test_what_a_step_returned_stays_as_it_is(cell, x):
+    trace: list[dict[str, torch.Tensor]] = []
+    h, after = cell.step(x[:, 0], zeros(cell, len(x)), trace)
+    traced = [part for layer in trace for part in layer.values()]
+    before = [part.clone() for part in (h, after, *traced)]
+    cell.step(x[:, 1], some_state(cell, len(x)), [])
+    for part, copied in zip((h, after, *traced), before, strict=True):
+        assert torch.equal(part, copied)
+
+
+@pytest.mark.parametrize("batch", [MOST_ROWS, MOST_ROWS + 1])
+def test_a_batch_may_have_any_size(cell, x, batch):
+    many = x[:, 0].repeat(batch // len(x) + 1, 1)[:batch]
+    h, after = cell.step(many, zeros(cell, batch))
+    few, few_after = cell.step(x[:, 0], zeros(cell, len(x)))
+    for place in (0, len(x) - 1, batch - 1):
+        assert_close(h[place], few[place % len(x)])
+        assert_close(after[place], few_after[place % len(x)])
+
+
+def test_inference_mode_may_come_and_go(cell, x):
+    with torch.inference_mode():
+        h, _ = cell.step(x[:, 0], zeros(cell, len(x)))
+    assert torch.equal(cell.step(x[:, 0], zeros(cell, len(x)))[0], h)
 
 
 def test_a_trace_has_every_layer_and_changes_no_result(cell, network, x):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -17,6 +18,7 @@ from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
 from stepstate.errors import SessionClosed
 from stepstate.server import Server, running_server
+from stepstate.v1 import stepstate_pb2 as native_pb
 from tests.integration.triton import (
     exchange,
     infer,
@@ -25,7 +27,18 @@ from tests.integration.triton import (
     tensor,
     triton_stub,
 )
-from tests.integration.wire import TOLERANCE, draw, largest_difference, sample, scrape
+from tests.integration.wire import (
+    TOLERANCE,
+    blocker,
+    draw,
+    largest_difference,
+    opened,
+    queued,
+    raw_stub,
+    sample,
+    scrape,
+    where,
+)
 from tests.networks import Network
 
 CLOSE = 1e-6
@@ -422,6 +435,43 @@ async def test_a_full_queue_makes_requests_wait(
     for one in range(1, 9):
         got = [tensor(r.infer_response) for r in replies if r.infer_response.id == str(one)]
         assert largest_difference(got, want) <= TOLERANCE
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_a_session_that_ends_while_its_request_waits_for_room_is_looked_up_again(
+    config: ServerConfig, networks: dict[str, Network], *, streamed: bool
+):
+    """Its place in the arena may be another's by then, whose state must not be stepped."""
+    few = replace(config, queue_requests=1)
+    x = draw(2)
+    async with (
+        running_server(few) as server,
+        triton_stub(server.address) as triton,
+        raw_stub(server.address) as stub,
+    ):
+        await opened(stub, "busy")
+        await opened(stub, "a")
+        long = asyncio.ensure_future(_plain(stub.Step(blocker("busy", rows=1_000))))
+        await queued(stub, "busy", 1)
+        request = infer("lstm", "a", x[0])
+        if streamed:
+            waiting = asyncio.create_task(exchange(triton, [request]))
+        else:
+            waiting = asyncio.create_task(refusal(triton.ModelInfer(request)))
+        await asyncio.sleep(0.1)
+        await stub.CloseSession(native_pb.CloseSessionRequest(session_id="a"))
+        await opened(stub, "b")
+        told = await waiting
+        text = told[0].error_message if streamed else told[1]
+        assert "specify the START flag" in text
+        await long
+        assert (await where(stub, "b")).t == 0
+        reply = await stub.Step(native_pb.StepRequest(session_id="b", t=0, x=x[1]))
+        assert largest_difference(reply.y, networks["lstm"].offline(x[1:])[0]) <= TOLERANCE
+
+
+async def _plain(call: Awaitable[object]) -> object:
+    return await call
 
 
 async def test_bytes_that_are_no_message_are_an_error_in_band(server: Server):

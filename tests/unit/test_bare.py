@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepstate.bench.forward import bare_forward
+from stepstate.bench import forward
+from stepstate.bench.forward import ForwardRate, bare_forward, main
 from stepstate.engine import BareForward
 from tests.conftest import ELECTRICITY
 from tests.unit.rig import model_of, rows_of
@@ -13,10 +14,10 @@ from tests.unit.rig import model_of, rows_of
 
 def test_sessions_stepped_by_slot_give_the_offline_numbers(networks):
     network = networks["lstm"]
-    forward = BareForward(model_of(network), 6)
+    bare = BareForward(model_of(network), 6)
     x = np.stack([rows_of(network, 20, seed) for seed in range(3)], axis=1)
     slots = np.array([4, 0, 5])
-    y = [forward.step(slots, row, t) for t, row in enumerate(x)]
+    y = [bare.step(slots, row, t) for t, row in enumerate(x)]
     for place in range(3):
         expected = network.offline(x[:, place])
         assert np.abs(np.array(y)[:, place] - expected).max() <= 1e-5
@@ -28,3 +29,11 @@ def test_its_rate_is_told_of_a_model_with_calendar_and_lags(version):
     assert found.rows == 3
     assert found.steps_per_second > 0
     assert found.cpu_us_per_step > 0
+
+
+def test_it_is_printed_by_batch_size(capsys, monkeypatch):
+    monkeypatch.setattr(forward, "bare_forward", lambda _, rows, __: ForwardRate(rows, 2e6, 0.5))
+    main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-5:]] == ["1", "4", "16", "64", "256"]
+    assert lines[-1].split()[1:] == ["2,000,000", "0.5"]

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from stepstate.config import ConfigError, ServerConfig, split_address
+from stepstate.config import WEIGHTS, ConfigError, ServerConfig, split_address
+from stepstate.engine import Precision
 
 NUMBERS = [
     field.name
@@ -44,6 +45,16 @@ def test_what_is_no_address_is_refused_by_name(name, address):
 def test_addresses_are_split_into_host_and_port(address, parts):
     ServerConfig(listen=address, metrics_listen=address)
     assert split_address(address) == parts
+
+
+@pytest.mark.parametrize("name", ["durability", "weights"])
+def test_what_is_none_of_a_few_words_is_refused_by_name(name):
+    with pytest.raises(ConfigError, match=f"^{name} is 'other', expected "):
+        ServerConfig(**{name: "other"})
+
+
+def test_weights_are_those_that_the_engine_knows():
+    assert [precision.value for precision in Precision] == list(WEIGHTS)
 
 
 def test_a_default_timeout_beyond_the_longest_is_refused():

@@ -17,11 +17,19 @@ def bias() -> torch.Tensor:
     return torch.linspace(-1, 1, 20)
 
 
+@pytest.fixture(autouse=True)
+def _wide_vectors(monkeypatch):
+    monkeypatch.setattr(products.torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+
+
 def assert_right(product: Product, weight: torch.Tensor, bias: torch.Tensor) -> None:
     for count in (1, FEW_ROWS - 1, FEW_ROWS, 64):
         rows = torch.randn(count, 12, generator=torch.Generator().manual_seed(count))
         expected = rows.double() @ weight.double().t() + bias.double()
-        assert (product(rows) - expected).abs().max() <= 1e-5
+        out = torch.full((count, 20), torch.nan)
+        product.into(out, rows)
+        assert torch.equal(out, product(rows))
+        assert (out - expected).abs().max() <= 1e-5
 
 
 def test_both_paths_give_the_product(weight, bias):
@@ -30,9 +38,18 @@ def test_both_paths_give_the_product(weight, bias):
     assert_right(product, weight, bias)
 
 
-@pytest.mark.parametrize("lacks", ["oneDNN", "the operators", "this weight"])
+def test_rows_that_are_part_of_wider_ones_do(weight, bias):
+    rows = torch.randn(5, 30, generator=torch.Generator().manual_seed(4))[:, 7:19]
+    product, out = Product(weight, bias), torch.empty(5, 20)
+    product.into(out, rows)
+    assert torch.allclose(out, rows @ weight.t() + bias, atol=1e-5)
+
+
+@pytest.mark.parametrize("lacks", ["AVX-512", "oneDNN", "the operators", "this weight"])
 def test_without_the_packed_path_the_plain_one_serves_all(weight, bias, monkeypatch, lacks):
-    if lacks == "oneDNN":
+    if lacks == "AVX-512":
+        monkeypatch.setattr(products.torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    elif lacks == "oneDNN":
         monkeypatch.setattr(products.torch.backends.mkldnn, "is_available", lambda: False)
     else:
         error = AttributeError if lacks == "the operators" else RuntimeError

@@ -1,13 +1,20 @@
-"""The bare forward: what a step costs before any queue, session or transport is added."""
+"""The bare forward: what a step costs before any queue, session or transport is added.
+
+`python -m stepstate.bench.forward [MODEL_FOLDER]` prints it by batch size.
+"""
 
 from __future__ import annotations
 
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from stepstate.bench.machine import this_machine
+from stepstate.bench.model import NAME, write_bench_model
 from stepstate.engine import BareForward, use_one_thread
 from stepstate.models import Model, build_timeline, load_model
 
@@ -56,3 +63,20 @@ def _run(forward: BareForward, slots: np.ndarray, x: np.ndarray, seconds: float)
         forward.step(slots[count % len(slots)], x, count // len(slots))
         count += 1
     return count
+
+
+def main(folder: str | None = None) -> None:
+    """Prints the bare forward of a model, or of the benchmarks' own, by batch size."""
+    print(this_machine())
+    with TemporaryDirectory() as own:
+        if folder is None:
+            write_bench_model(Path(own))
+        model = load_model(Path(own) / NAME / "1" if folder is None else Path(folder))
+    print(f"{model.manifest.description or model.key}\nrows  steps/s  CPU us a step")
+    for rows in (1, 4, 16, 64, 256):
+        found = bare_forward(model, rows, 1.0)
+        print(f"{rows:4}  {found.steps_per_second:7,.0f}  {found.cpu_us_per_step:.1f}")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:2])

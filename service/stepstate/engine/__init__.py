@@ -5,6 +5,8 @@ from stepstate.engine.batch import Pack
 from stepstate.engine.engine import Engine, Observer, use_one_thread
 from stepstate.engine.forecasts import Method, Origins, Outlook, Plan
 from stepstate.engine.layout import Layout
+from stepstate.engine.loss import Loss, measure_loss
+from stepstate.engine.precision import Precision, has_instructions
 from stepstate.engine.tracking import Accuracy, Drift, Quality, Tally
 from stepstate.engine.work import Floats, Layers, Owner, Work
 
@@ -16,6 +18,7 @@ __all__ = [
     "Floats",
     "Layers",
     "Layout",
+    "Loss",
     "Method",
     "Observer",
     "Origins",
@@ -23,8 +26,11 @@ __all__ = [
     "Owner",
     "Pack",
     "Plan",
+    "Precision",
     "Quality",
     "Tally",
     "Work",
+    "has_instructions",
+    "measure_loss",
     "use_one_thread",
 ]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from stepstate.engine.arena import Arena
 from stepstate.engine.layout import Layout
 from stepstate.engine.network import Network, Past
+from stepstate.engine.precision import Precision
 from stepstate.engine.work import Floats
 from stepstate.models import Model, build_timeline
 
@@ -19,10 +20,12 @@ from stepstate.models import Model, build_timeline
 class BareForward:
     """One model and the states of `capacity` sessions, all at the same t."""
 
-    def __init__(self, model: Model, capacity: int) -> None:
+    def __init__(
+        self, model: Model, capacity: int, precision: Precision = Precision.FLOAT32
+    ) -> None:
         manifest = model.manifest
         timeline = build_timeline(model)
-        self._network = Network(model, timeline)
+        self._network = Network(model, timeline, precision)
         self._phases = timeline.phases
         layout = Layout(
             cell=self._network.state_width,

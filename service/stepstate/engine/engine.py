@@ -35,6 +35,7 @@ from stepstate.engine.intervals import quantiles_of
 from stepstate.engine.jobs import Job
 from stepstate.engine.layout import Layout
 from stepstate.engine.network import Network, Past
+from stepstate.engine.precision import Precision
 from stepstate.engine.standins import StandIns
 from stepstate.engine.tracking import Quality, Tally, Tracker
 from stepstate.engine.work import Floats, Owner, Work
@@ -70,6 +71,7 @@ class Engine(Generic[W]):
         capacity: slots of the arena.
         batch_rows: most single rows in one forward.
         chunk_rows: most rows of long requests in one turn.
+        precision: what the weights are kept as.
     """
 
     def __init__(
@@ -82,10 +84,11 @@ class Engine(Generic[W]):
         capacity: int,
         batch_rows: int,
         chunk_rows: int,
+        precision: Precision = Precision.FLOAT32,
     ) -> None:
         manifest = self._manifest = model.manifest
         self._plans: dict[int, Plan] = {}
-        self._network = Network(model, timeline)
+        self._network = Network(model, timeline, precision)
         self._stand_ins = StandIns(manifest, self._network)
         self._tracker = Tracker(manifest, manifest.tracking) if manifest.tracking else None
         self.layout = Layout(

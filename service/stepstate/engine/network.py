@@ -14,6 +14,7 @@ from torch import Tensor
 
 from stepstate.engine.cells import Trace, build_cell
 from stepstate.engine.lags import LaggedInputs, fill_unknown
+from stepstate.engine.precision import Precision
 from stepstate.models import Manifest, Model, Timeline
 
 
@@ -31,12 +32,14 @@ class Network:
     Methods that take a `past` need it where `lagged` is true; else it may be None.
     """
 
-    def __init__(self, model: Model, timeline: Timeline) -> None:
+    def __init__(
+        self, model: Model, timeline: Timeline, precision: Precision = Precision.FLOAT32
+    ) -> None:
         manifest = model.manifest
         tensors = {name: torch.from_numpy(array) for name, array in model.tensors.items()}
         prefix = "cell."
         cell = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
-        self._cell = build_cell(manifest.cell, manifest.network_width, cell)
+        self._cell = build_cell(manifest.cell, manifest.network_width, cell, precision)
         self._levels = torch.from_numpy(timeline.levels)
         self._calendar = torch.from_numpy(timeline.calendar)
         self._bases = torch.from_numpy(timeline.bases)

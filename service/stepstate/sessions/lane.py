@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.engine import Engine, Floats, Layers, Observer, Tally
+from stepstate.engine import Engine, Floats, Layers, Observer, Precision, Tally
 from stepstate.errors import (
     Internal,
     InvalidField,
@@ -89,6 +89,7 @@ class Lane:
         replay_rows: int,
         replay_bytes: int,
         backlog_rows: int,
+        precision: Precision = Precision.FLOAT32,
         settled: Callable[[int, int], None],
         commit: Callable[[Sequence[Step]], None],
         urge: Callable[[], None],
@@ -104,6 +105,7 @@ class Lane:
             capacity=capacity,
             batch_rows=batch_rows,
             chunk_rows=chunk_rows,
+            precision=precision,
         )
         self.window = ReplayWindow(
             capacity,

@@ -19,6 +19,7 @@ from stepstate.errors import (
     SequenceUnstarted,
     SessionExists,
     StepMismatch,
+    StepstateError,
 )
 from stepstate.sessions import Session, Sessions, Step
 from stepstate.transport.outgoing import Outgoing
@@ -86,38 +87,58 @@ class Sequences:
         """
         if infer.start:
             return await self._begin(infer, anew=infer.t is None)
+        return await self._open_session(infer)
+
+    async def submit(
+        self, infer: Infer, session: Session, accept: Callable[[Session], Step]
+    ) -> Step:
+        """Lets a step be accepted as soon as there is room.
+
+        Args:
+            infer: its request.
+            session: of the request; it is looked up again after every wait, as it may have ended.
+            accept: makes the step of the session and submits it, without a wait between.
+
+        Raises:
+            QueueFull: there was no room for too long.
+            As `session_of`, and what `accept` raises.
+        """
+        deadline = asyncio.get_running_loop().time() + LONGEST_WAIT_SECONDS
+        while True:
+            try:
+                return accept(session)
+            except QueueFull:
+                if asyncio.get_running_loop().time() > deadline:
+                    raise
+            await asyncio.sleep(RETRY_SECONDS)
+            session = await self._open_session(infer)
+
+    async def _open_session(self, infer: Infer) -> Session:
         try:
             return await self._sessions.get(infer.session_id)
         except NotFound as gone:
             model = infer.request.model_name[:64]
             raise SequenceUnstarted(infer.session_id[:64], model, str(gone)) from None
 
-    async def room_for(self, submit: Callable[[], None]) -> None:
-        """Submits as soon as there is room.
-
-        Raises:
-            QueueFull: there was none for too long.
-        """
-        deadline = asyncio.get_running_loop().time() + LONGEST_WAIT_SECONDS
-        while True:
-            try:
-                submit()
-            except QueueFull:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise
-            else:
-                return
-            await asyncio.sleep(RETRY_SECONDS)
-
     async def _step(self, infer: Infer, session: Session) -> Step:
         call = WaitingCall()
-        step = infer.step(session, call)
-        await self.room_for(lambda: self._outgoing.reserve(step.reply_bytes))
+        step = await self.submit(
+            infer, session, lambda session: self._accepted(infer, session, call)
+        )
         try:
-            await self.room_for(lambda: self._sessions.submit(step))
             return await call.outcome()
         finally:
             self._outgoing.release(step.reply_bytes)
+
+    def _accepted(self, infer: Infer, session: Session, call: WaitingCall) -> Step:
+        step = infer.step(session, call)
+        self._outgoing.reserve(step.reply_bytes)
+        try:
+            self._sessions.submit(step)
+        except StepstateError:
+            self._outgoing.release(step.reply_bytes)
+            raise
+        return step
 
     async def _begin(self, infer: Infer, *, anew: bool) -> Session:
         """Opens the session of a sequence; `anew`: even if it is open already.

@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable
 
 from stepstate.errors import Internal, QueueFull, StepstateError
-from stepstate.sessions import Sessions, Step
+from stepstate.sessions import Session, Sessions, Step
 from stepstate.transport.exchange import Exchange, Messages
 from stepstate.transport.outgoing import Outgoing
 from stepstate.transport.triton.infer import ASKS_FOR_FINAL, FINAL, Infer
@@ -66,12 +66,18 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
         if session is None:
             return False
         try:
-            self._submit(infer.step(session, _Way(self, infer)))
+            self._accepted(infer, session)
         except QueueFull:
             return False
         except StepstateError as error:
             self._refuse(infer, error)
         return True
+
+    def _accepted(self, infer: Infer, session: Session) -> Step:
+        """Submits the step that a request asks for."""
+        step = infer.step(session, _Way(self, infer))
+        self._submit(step)
+        return step
 
     def _wait(self, infer: Infer) -> None:
         self._hold(infer.request.ByteSize())
@@ -101,8 +107,7 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
     async def _carry_out(self, infer: Infer) -> None:
         if infer.plain:
             session = await self._sequences.session_of(infer)
-            step = infer.step(session, _Way(self, infer))
-            await self._sequences.room_for(lambda: self._submit(step))
+            await self._sequences.submit(infer, session, lambda it: self._accepted(infer, it))
         else:
             step = await self._sequences.apply(infer)
             self._reply(self._applied(infer, step))

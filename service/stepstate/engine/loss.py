@@ -1,0 +1,42 @@
+"""What weights with fewer bits change in a model's outputs, on rows that are always the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from stepstate.engine.bare import BareForward
+from stepstate.engine.precision import Precision
+from stepstate.models import Model, build_timeline
+
+_SEQUENCES = 8
+_ROWS = 400
+_SEED = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """|dy| against float32, in units of the outputs' `scale` in the manifest."""
+
+    largest: float
+    mean: float
+
+
+def measure_loss(model: Model, precision: Precision) -> Loss:
+    """Steps 8 sequences of 400 rows, level plus normal noise, with both weights from zero state."""
+    levels = build_timeline(model).levels
+    noise = np.random.default_rng(_SEED).normal(
+        size=(_ROWS, _SEQUENCES, model.manifest.input_width)
+    ) * [column.scale for column in model.manifest.inputs]
+    x = (levels[np.arange(_ROWS) % len(levels), None] + noise).astype(np.float32)
+    y, rounded = (_outputs(model, kept, x) for kept in (Precision.FLOAT32, precision))
+    scales = [output.scale for output in model.manifest.outputs for _ in range(output.width)]
+    difference = np.abs((rounded - y) / np.abs(scales))
+    return Loss(float(difference.max()), float(difference.mean()))
+
+
+def _outputs(model: Model, precision: Precision, x: np.ndarray) -> np.ndarray:
+    """y [T, N, O] of rows x [T, N, D] in N sessions."""
+    forward, slots = BareForward(model, _SEQUENCES, precision), np.arange(_SEQUENCES)
+    return np.stack([forward.step(slots, row, t) for t, row in enumerate(x)])

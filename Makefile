@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo serve test lint types protos protos-check train bench clean
+.PHONY: help setup demo serve test lint types protos protos-check train bench benchmarks clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -43,8 +43,11 @@ protos-check: setup ## Fail if the committed stubs are not those of the contract
 train: setup ## Train the shipped model anew (two minutes)
 	$(BIN)/python models/electricity/train.py
 
-bench: setup ## Measure steps per second beside a bare echo
+bench: setup ## Measure steps per second beside a bare echo and the bare forward
 	$(BIN)/stepstate bench
+
+benchmarks: setup ## Measure all of docs/benchmarks.md anew (12 minutes)
+	$(BIN)/python docs/benchmarks.py measure
 
 clean: ## Remove what was built, .venv too
 	rm -rf .venv build out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

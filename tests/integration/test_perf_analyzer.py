@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stepstate.bench.model import write_bench_models
+from stepstate.bench.model import write_bench_model
 from tests.processes import server_process
 
 START = Path(__file__).parents[2] / "build" / "perf_analyzer" / "start"
@@ -27,7 +27,7 @@ def analyzer() -> str:
 def test_streams_sequences_without_an_error(
     analyzer: str, tmp_path: Path, sessions: int, protocol: tuple[str, ...]
 ):
-    write_bench_models(tmp_path / "models")
+    write_bench_model(tmp_path / "models")
     table = tmp_path / "table.csv"
     with server_process("--models", str(tmp_path / "models")) as server:
         found = subprocess.run(

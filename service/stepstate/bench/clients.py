@@ -11,7 +11,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from stepstate.bench.errors import BenchError
-from stepstate.bench.load import Answer, Failed, Load, Question, Sample, Window, run_client
+from stepstate.bench.load import Answer, Closing, Failed, Load, Opening, Question, Sample, Window
+from stepstate.bench.sender import run_client
 
 ANSWER_SECONDS = 120.0
 """A client that says nothing for so long waits for a server that hangs."""
@@ -36,7 +37,7 @@ class _Client:
 
 
 class Clients:
-    """Processes that send loads together: `prepare`, `send`, `collect`, and so again."""
+    """Processes that do things together: `prepare`, then for loads `send` and `collect`."""
 
     def __init__(self, clients: Sequence[_Client]) -> None:
         self._clients = clients
@@ -45,15 +46,17 @@ class Clients:
     def __len__(self) -> int:
         return len(self._clients)
 
-    def prepare(self, loads: Sequence[Load]) -> None:
-        """Gives each load to a process, and returns when each stream was answered once.
+    def prepare(self, questions: Sequence[Load | Opening | Closing]) -> None:
+        """Gives each question to a process, and returns when all is done.
+
+        A `Load` is when each of its sessions was answered once.
 
         Raises:
             BenchError: a server refused a step, or broke off.
         """
-        self._busy = self._clients[: len(loads)]
-        for client, load in zip(self._busy, loads, strict=True):
-            client.pipe.send(load)
+        self._busy = self._clients[: len(questions)]
+        for client, question in zip(self._busy, questions, strict=True):
+            client.pipe.send(question)
         for client in self._busy:
             client.receive()
 

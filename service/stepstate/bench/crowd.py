@@ -20,14 +20,12 @@ from numpy.typing import NDArray
 
 from stepstate.bench.errors import BenchError
 from stepstate.bench.model import INPUTS
-from stepstate.bench.rounds import opening
+from stepstate.bench.opening import AT_ONCE, Wish, opening
 from stepstate.client.wire import from_status
 from stepstate.errors import StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
-OPENED_AT_ONCE = 64
-"""Unary calls on their way."""
 STEPPED_AT_ONCE = 256
 """Steps on their way: as many as one forward takes."""
 SAME = 2e-5
@@ -60,7 +58,7 @@ class Crowd:
         self.names = [f"bench-{run_id}-{number}" for number in range(count)]
         self.t = 0
         """Rows sent to each."""
-        self._durability = durability
+        self._wish = Wish(durability)
         self._random = np.random.default_rng(_SEED)
 
     def open(self, target: str) -> Taken:
@@ -93,11 +91,11 @@ class Crowd:
             async def opener() -> None:
                 for name in names:
                     sent = time.monotonic()
-                    await stub.OpenSession(opening(name, self._durability))
+                    await stub.OpenSession(opening(name, self._wish))
                     latencies.append(time.monotonic() - sent)
 
             began = time.monotonic()
-            await asyncio.gather(*(opener() for _ in range(OPENED_AT_ONCE)))
+            await asyncio.gather(*(opener() for _ in range(AT_ONCE)))
             return Taken(time.monotonic() - began, np.array(latencies))
 
 

@@ -12,7 +12,8 @@ import grpc
 import uvloop
 
 SERVICE = "stepstate.bench.Echo"
-METHOD = f"/{SERVICE}/Stream"
+STREAM = f"/{SERVICE}/Stream"
+UNARY = f"/{SERVICE}/Unary"
 
 _Context: TypeAlias = "grpc.aio.ServicerContext[object, object]"
 _Handler: TypeAlias = "grpc.RpcMethodHandler[object, object]"
@@ -23,11 +24,17 @@ async def _echo(_requests: object, context: _Context) -> None:
         await context.write(message)
 
 
+async def _echo_once(request: object, _context: _Context) -> object:
+    return request
+
+
 async def _serve() -> None:
-    server = grpc.aio.server()
-    method: _Handler = grpc.stream_stream_rpc_method_handler(_echo)
-    handler = grpc.method_handlers_generic_handler(SERVICE, {"Stream": method})
-    server.add_generic_rpc_handlers((handler,))
+    # Without so_reuseport, as the service: two servers never share a port.
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    stream: _Handler = grpc.stream_stream_rpc_method_handler(_echo)
+    unary: _Handler = grpc.unary_unary_rpc_method_handler(_echo_once)
+    methods = {"Stream": stream, "Unary": unary}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(f"echo on 127.0.0.1:{port}", flush=True)

@@ -66,7 +66,7 @@ def forecasting(plan: ForecastPlan, tell: Callable[[str], None]) -> Report:
         BenchError: the server does not start, or refuses a call.
     """
     check_proc()
-    with bench_folder() as folder, running_stepstate(folder, "memory:") as server:
+    with bench_folder(forecasting=True) as folder, running_stepstate(folder, "memory:") as server:
         try:
             with grpc.insecure_channel(server.address) as channel:
                 return _measure(plan, server, StepstateServiceStub(channel), tell)

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from stepstate.bench.machine import this_machine
-from stepstate.bench.model import NAME, write_bench_models
+from stepstate.bench.model import NAME, write_bench_model
 from stepstate.engine import BareForward, use_one_thread
 from stepstate.models import Model, build_timeline, load_model
 
@@ -70,7 +70,7 @@ def main(folder: str | None = None) -> None:
     print(this_machine())
     with TemporaryDirectory() as own:
         if folder is None:
-            write_bench_models(Path(own))
+            write_bench_model(Path(own))
         model = load_model(Path(own) / NAME / "1" if folder is None else Path(folder))
     print(f"{model.manifest.description or model.key}\nrows  steps/s  CPU us a step")
     for rows in (1, 4, 16, 64, 256):

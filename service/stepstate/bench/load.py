@@ -1,33 +1,15 @@
-"""One client process: sessions that each send a row, wait for the reply, and send the next.
-
-Each session has a stream of its own. Its requests carry `t`, as a real client's
-do: prepared bytes, then `t`, since protobuf takes fields in any order. The first
-and the last reply of each stream are parsed. That is enough: a step that failed
-in between would leave the session behind, and every later reply would be an error.
-"""
+"""What a client process is asked, and what it answers: plain values that go through a pipe."""
 
 from __future__ import annotations
 
-import asyncio
 import enum
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
-from typing import TypeAlias
 
-import grpc
 import numpy as np
-import uvloop
 from numpy.typing import NDArray
 
-from stepstate.bench import echo
-from stepstate.bench.errors import BenchError
-from stepstate.client.wire import from_status
-from stepstate.v1 import stepstate_pb2 as pb
-
-_T_TAG = bytes([pb.StepRequest.T_FIELD_NUMBER << 3])
-"""Field number, and wire type 0: a varint follows."""
+from stepstate.bench.opening import Wish
 
 
 class Kind(enum.Enum):
@@ -37,8 +19,22 @@ class Kind(enum.Enum):
     STEP = "step"
 
 
-_SERVICE = pb.DESCRIPTOR.services_by_name["StepstateService"].full_name
-_METHODS = {Kind.ECHO: echo.METHOD, Kind.STEP: f"/{_SERVICE}/StreamSteps"}
+class CallPath(enum.Enum):
+    """By which kind of call steps are sent."""
+
+    STREAM = "stream"
+    UNARY = "unary"
+    PACKED = "packed"
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """Messages are sent at fixed times, whether or not earlier ones were answered."""
+
+    interval: float
+    """Seconds between two messages of the process."""
+    phase: float
+    """Seconds after the begin at which its first one is due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,15 +42,26 @@ class Load:
     """What one process sends."""
 
     kind: Kind
+    path: CallPath
     target: str
-    prefixes: Sequence[bytes]
-    """For each stream the bytes of a `StepRequest` without `t`; its session is at t = 0."""
+    names: Sequence[str]
+    """Its sessions, each at t = 0."""
+    x: NDArray[np.float32]
+    """[N, D], the row that each of them is sent again and again."""
+    pace: Pace | None = None
+    """None: closed loop, a message follows the reply to the one before it."""
+    rows: int = 1
+    """Of a message, each of another session; more than 1 on the packed path only."""
+    in_flight: int = 1
+    """Packed messages that are unanswered at once in closed loop."""
 
 
 @dataclass(frozen=True, slots=True)
 class Window:
     """From when to when replies count, by `time.monotonic`, the same clock in all processes."""
 
+    begin: float
+    """When sending begins: what comes before the start warms up."""
     start: float
     finish: float
 
@@ -65,15 +72,43 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
+class Opening:
+    """Sessions that are to be opened, many calls at once."""
+
+    target: str
+    names: Sequence[str]
+    wish: Wish
+
+
+@dataclass(frozen=True, slots=True)
+class Closing:
+    """Sessions that are to be closed, many calls at once."""
+
+    target: str
+    names: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
-    """Every stream of a process was answered once."""
+    """Every session of a load was answered once; or all sessions are opened, or closed."""
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """How long each reply that came within the window took, in seconds."""
+    """The messages that count.
 
+    In closed loop those whose reply came within the window. At a fixed rate those that
+    were due within it, so that none is left out for being late.
+    """
+
+    since: NDArray[np.float64]
+    """When each was sent, or was due, by `time.monotonic`."""
     latencies: NDArray[np.float64]
+    """Seconds until its reply came; until now, where none did."""
+    replies: int
+    """Those that came within the window."""
+    unanswered: int
+    """How many of the messages had none, after all patience."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,91 +118,5 @@ class Failed:
     detail: str
 
 
-Question = Load | Window
+Question = Load | Window | Opening | Closing
 Answer = Ready | Sample | Failed
-_Stream: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
-_Method: TypeAlias = "grpc.aio.StreamStreamMultiCallable[bytes, bytes]"
-
-
-def run_client(parent: Connection[Answer, Question]) -> None:
-    """Answers each `Load` with `Ready`, then its `Window` with `Sample`, until the parent is gone.
-
-    Between the two it waits, after them it sends until the window has passed. It
-    ends with the first failure.
-    """
-    try:
-        while True:
-            load = parent.recv()
-            assert isinstance(load, Load)
-            parent.send(uvloop.run(_run(load, parent)))
-    except EOFError:
-        return
-    except Exception as error:  # noqa: BLE001 - the parent tells it
-        parent.send(Failed(f"{type(error).__name__}: {error}"))
-
-
-async def _run(load: Load, parent: Connection[Answer, Question]) -> Sample:
-    async with grpc.aio.insecure_channel(load.target) as channel:
-        method: _Method = channel.stream_stream(_METHODS[load.kind])
-        streams = [(method(), prefix) for prefix in load.prefixes]
-        await asyncio.gather(*(_first(load.kind, *stream) for stream in streams))
-        parent.send(Ready())
-        window = await asyncio.to_thread(parent.recv)
-        assert isinstance(window, Window)
-        found = await asyncio.gather(*(_loop(load.kind, *stream, window) for stream in streams))
-    return Sample(np.array([latency for part in found for latency in part]))
-
-
-async def _first(kind: Kind, stream: _Stream, prefix: bytes) -> None:
-    request = _request(prefix, 0)
-    await stream.write(request)
-    _check(kind, request, await stream.read(), 1)
-
-
-async def _loop(kind: Kind, stream: _Stream, prefix: bytes, window: Window) -> list[float]:
-    latencies: list[float] = []
-    clock, write, read = time.monotonic, stream.write, stream.read
-    now, t = 0.0, 0
-    while now < window.finish:
-        t += 1
-        request = _request(prefix, t)
-        sent = clock()
-        await write(request)
-        reply = await read()
-        now = clock()
-        if reply is grpc.aio.EOF:
-            raise BenchError("the server ended a stream")
-        if window.start <= now < window.finish:
-            latencies.append(now - sent)
-    _check(kind, request, reply, t + 1)
-    await stream.done_writing()
-    return latencies
-
-
-def _request(prefix: bytes, t: int) -> bytes:
-    return prefix + _T_TAG + _varint(t)
-
-
-def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first (protobuf.dev/programming-guides/encoding)."""
-    digits = bytearray()
-    while value > 0x7F:
-        digits.append(value & 0x7F | 0x80)
-        value >>= 7
-    digits.append(value)
-    return bytes(digits)
-
-
-def _check(kind: Kind, request: bytes, reply: object, t: int) -> None:
-    """Raises unless this is the right reply to the request that takes the session to t."""
-    if not isinstance(reply, bytes):
-        raise BenchError("the server ended a stream")
-    if kind is Kind.ECHO:
-        if reply != request:
-            raise BenchError("the echo sent something else back")
-        return
-    response = pb.StepResponse.FromString(reply)
-    if response.HasField("error"):
-        raise from_status(response.error)
-    if response.t != t or not response.y:
-        raise BenchError(f"a step to t = {t} was answered with t = {response.t}, y = {response.y}")

@@ -55,13 +55,16 @@ _FORECASTING: dict[str, object] = {
 }
 
 
-def write_bench_models(root: Path) -> None:
-    """Writes the models into a folder, with U(-1/√H, 1/√H) weights as in torch.nn."""
-    for manifest in (_MANIFEST, _FORECASTING):
-        generator = np.random.default_rng(_SEED)
-        bound = HIDDEN**-0.5
-        tensors = {
-            name: generator.uniform(-bound, bound, shape).astype(np.float32)
-            for name, shape in tensor_shapes(Manifest.model_validate(manifest)).items()
-        }
-        write_model(root / str(manifest["name"]) / "1", manifest, tensors)
+def write_bench_model(root: Path, *, forecasting: bool = False) -> None:
+    """Writes the model that steps, or the one that forecasts, into a folder.
+
+    A server keeps room for every model that it loads. Weights are U(-1/√H, 1/√H), as in torch.nn.
+    """
+    manifest = _FORECASTING if forecasting else _MANIFEST
+    generator = np.random.default_rng(_SEED)
+    bound = HIDDEN**-0.5
+    tensors = {
+        name: generator.uniform(-bound, bound, shape).astype(np.float32)
+        for name, shape in tensor_shapes(Manifest.model_validate(manifest)).items()
+    }
+    write_model(root / str(manifest["name"]) / "1", manifest, tensors)

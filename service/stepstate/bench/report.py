@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
 
 from stepstate.bench.figures import Spread
 from stepstate.bench.machine import Machine
@@ -33,7 +34,7 @@ def as_text(machine: Machine, report: Report) -> str:
             f"workload  {report.workload}",
             f"command   {report.command}",
             "",
-            *_table(report.heads, report.rows),
+            *table(report.heads, report.rows),
             "",
             *report.notes,
         )
@@ -43,9 +44,11 @@ def as_text(machine: Machine, report: Report) -> str:
 def as_json(machine: Machine, report: Report) -> str:
     """For programs: every round too."""
     document = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": asdict(machine),
         "workload": report.workload,
         "command": report.command,
+        "table": {"heads": report.heads, "rows": report.rows, "notes": report.notes},
         "results": report.results,
     }
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -59,7 +62,8 @@ def spread_text(spread: Spread, digits: int = 2) -> str:
     return f"{median} ({least}–{most})"
 
 
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of Markdown."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     rule = "|" + "|".join("-" * (width + 1) + ":" for width in widths) + "|"
     return [_line(heads, widths), rule, *(_line(row, widths) for row in rows)]

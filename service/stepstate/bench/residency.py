@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from urllib.request import urlopen
 
 import numpy as np
-from prometheus_client.parser import text_string_to_metric_families
 
-from stepstate.bench.crowd import OPENED_AT_ONCE, STEPPED_AT_ONCE, Crowd, Taken
+from stepstate.bench.crowd import STEPPED_AT_ONCE, Crowd, Taken
 from stepstate.bench.model import DESCRIPTION
+from stepstate.bench.opening import AT_ONCE
 from stepstate.bench.report import Report
+from stepstate.bench.scrape import counters
 from stepstate.bench.servers import Launched, bench_folder, running_stepstate
 from stepstate.bench.stores import Store, fresh_store
 from stepstate.bench.usage import check_proc, cpu_seconds, resident_bytes
@@ -68,9 +67,9 @@ class _Watch:
 
     def during(self, what: str, work: Callable[[str], Taken]) -> _Phase:
         """Does something with every session, and says what it took."""
-        before, used_before = _counters(self.server.metrics_url), cpu_seconds(self.server.pid)
+        before, used_before = counters(self.server.metrics_url), cpu_seconds(self.server.pid)
         taken = work(self.server.address)
-        counted = _counters(self.server.metrics_url) - before
+        counted = counters(self.server.metrics_url) - before
         used = cpu_seconds(self.server.pid) - used_before
         count = len(taken.latencies)
         p50, p99 = np.percentile(taken.latencies, [50, 99]) * 1e3
@@ -109,25 +108,13 @@ def residency(plan: ResidencyPlan, tell: Callable[[str], None]) -> Report:
         return _report(plan, store, empty_bytes, phases)
 
 
-def _counters(url: str) -> Counter[str]:
-    """Every counter of a server, its labels summed up."""
-    with urlopen(url) as answer:  # noqa: S310 - our own server
-        families = text_string_to_metric_families(answer.read().decode())
-    found: Counter[str] = Counter()
-    for family in families:
-        for sample in family.samples:
-            if sample.name.endswith("_total"):
-                found[sample.name] += int(sample.value)
-    return found
-
-
 def _report(
     plan: ResidencyPlan, store: Store, empty_bytes: int, phases: Sequence[_Phase]
 ) -> Report:
     return Report(
         workload=(
             f"{DESCRIPTION}; {plan.sessions:,} {plan.durability} sessions with {plan.slots:,} "
-            f"slots; {store.told}; one Python client on the same machine: {OPENED_AT_ONCE} calls "
+            f"slots; {store.told}; one Python client on the same machine: {AT_ONCE} calls "
             f"to open, then one row for each session in random order on one stream, at most "
             f"{STEPPED_AT_ONCE} on their way"
         ),

@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import grpc
 import numpy as np
 
 from stepstate.bench.clients import Clients, running_clients
 from stepstate.bench.errors import BenchError
-from stepstate.bench.figures import Comparison, Contest, Measurement, Plan
-from stepstate.bench.load import Kind, Load, Sample, Window
-from stepstate.bench.model import INPUTS, NAME
+from stepstate.bench.figures import (
+    PERCENTILES,
+    Case,
+    Comparison,
+    Contest,
+    Measurement,
+    Plan,
+    rate_of,
+)
+from stepstate.bench.load import CallPath, Kind, Load, Pace, Sample, Window
+from stepstate.bench.model import INPUTS
+from stepstate.bench.opening import Wish, close_sessions, open_sessions
+from stepstate.bench.sender import MOST_STREAMS
 from stepstate.bench.servers import Launched
 from stepstate.bench.usage import check_proc, cpu_seconds
-from stepstate.v1 import stepstate_pb2 as pb
-from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
-
-WARM_UP_SECONDS = 1.0
-"""Caches and the first forwards settle in it, after every stream was answered once."""
-
-LEFT_BEHIND = timedelta(hours=1)
-"""When sessions expire that a broken off benchmark left in somebody's Redis."""
 
 _SEED = 2
 
@@ -44,27 +46,62 @@ class Target:
     """Its store's process, if it has one of its own here."""
 
 
+Forward = Callable[[int], Measurement]
+"""Runs the bare forward with so many rows."""
+
+
 def run(
-    plan: Plan, baseline: Target, contenders: Sequence[Target], tell: Callable[[str], None]
+    plan: Plan,
+    baseline: Target,
+    contenders: Sequence[Target],
+    tell: Callable[[str], None],
+    forward: Forward | None = None,
 ) -> list[Comparison]:
     """Measures each contender after the baseline, round by round, and says how each round went.
+
+    Args:
+        plan: what to run.
+        baseline: measured before each contender.
+        contenders: what is compared with it.
+        tell: is told how it goes.
+        forward: measured after each round, if given.
 
     Raises:
         BenchError: a server refuses a step, or breaks off.
     """
     check_proc()
     with running_clients(plan.processes) as clients:
-        rounds = _Rounds(plan, baseline, contenders, clients, tell)
-        return [rounds.compare(sessions) for sessions in plan.sessions]
+        rounds = _Rounds(plan, baseline, contenders, clients, tell, forward)
+        return [rounds.compare(case) for case in plan.cases()]
 
 
 def workload(plan: Plan, what: str) -> str:
     """The load, in words."""
+    rates = " and ".join(f"{rate:g}" for rate in plan.rates)
+    loop = f"{rates} steps/s in all, at fixed times" if rates else "closed loop"
     return (
-        f"closed loop, one stream a session, one row of {INPUTS} a message, with t; "
+        f"{loop}; {'; '.join(_SENT[path](plan) for path in plan.paths)}; rows of {INPUTS}, with t; "
         f"clients: {plan.processes} Python process(es) on the same machine; {plan.rounds} round(s) "
-        f"of {plan.seconds:g} s after {WARM_UP_SECONDS:g} s of warm-up, {what} in turn"
+        f"of {plan.seconds:g} s after {plan.warm_up:g} s of warm-up, {what} in turn"
     )
+
+
+def _told_stream(plan: Plan) -> str:
+    shared = max(plan.sessions) > MOST_STREAMS * plan.processes
+    more = f", beyond {MOST_STREAMS:,} sessions a process several on one" if shared else ""
+    return f"stream: one row a message, one stream a session{more}"
+
+
+def _told_packed(plan: Plan) -> str:
+    in_flight = "" if plan.rates else f", {plan.in_flight} messages in flight"
+    return f"packed: rows of different sessions in a message, one stream a process{in_flight}"
+
+
+_SENT: dict[CallPath, Callable[[Plan], str]] = {
+    CallPath.STREAM: _told_stream,
+    CallPath.UNARY: lambda _: "unary: one row a call, one call of a session at a time",
+    CallPath.PACKED: _told_packed,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,84 +111,113 @@ class _Rounds:
     contenders: Sequence[Target]
     clients: Clients
     tell: Callable[[str], None]
+    forward: Forward | None
 
-    def compare(self, sessions: int) -> Comparison:
-        rounds = [self._round(sessions, number + 1) for number in range(self.plan.rounds)]
+    def compare(self, case: Case) -> Comparison:
+        rounds: list[list[tuple[Measurement, Measurement]]] = []
+        forwards: list[Measurement] = []
+        for number in range(1, self.plan.rounds + 1):
+            rounds.append(self._round(case, number))
+            if self.forward is not None:
+                forwards.append(self.forward(forward_rows(case)))
         contests: list[Contest] = []
         for contender, pairs in zip(self.contenders, zip(*rounds, strict=True), strict=True):
             before, measured = zip(*pairs, strict=True)
             contests.append(Contest(contender.name, before, measured))
-        return Comparison(sessions, self.baseline.name, tuple(contests))
+        return Comparison(case, self.baseline.name, tuple(contests), tuple(forwards))
 
-    def _round(self, sessions: int, number: int) -> list[tuple[Measurement, Measurement]]:
+    def _round(self, case: Case, number: int) -> list[tuple[Measurement, Measurement]]:
         pairs: list[tuple[Measurement, Measurement]] = []
         for contender in self.contenders:
-            pairs.append(self._pair(contender, sessions))
-            before, measured = pairs[-1]
+            before = self._measure(self.baseline, case)
+            measured = self._measure(contender, case)
+            pairs.append((before, measured))
             self.tell(
-                f"sessions {sessions}, round {number} of {self.plan.rounds}: "
-                f"{self.baseline.name} {before.messages_per_second:,.0f}/s, "
-                f"{contender.name} {measured.messages_per_second:,.0f}/s"
+                f"{case}, round {number} of {self.plan.rounds}: "
+                f"{self.baseline.name} {rate_of(before):,.0f}/s, "
+                f"{contender.name} {rate_of(measured):,.0f}/s"
             )
         return pairs
 
-    def _pair(self, contender: Target, sessions: int) -> tuple[Measurement, Measurement]:
-        """A window of the baseline, then one of a contender."""
-        seconds = self.plan.seconds
-        before = _measure(self.baseline, self.clients, sessions, seconds)
-        return before, _measure(contender, self.clients, sessions, seconds)
+    def _measure(self, target: Target, case: Case) -> Measurement:
+        with opened_sessions(target, case.sessions) as names:
+            return measure(self.plan, target, self.clients, case, names)
 
 
-def _measure(target: Target, clients: Clients, sessions: int, seconds: float) -> Measurement:
-    """One window: the replies within it, and the CPU that was used within it."""
-    with _open_sessions(target, sessions) as prefixes:
-        count = min(len(clients), len(prefixes))
-        address = target.server.address
-        clients.prepare([Load(target.kind, address, prefixes[k::count]) for k in range(count)])
-        start = time.monotonic() + WARM_UP_SECONDS
-        window = Window(start, start + seconds)
-        clients.send(window)
-        pids = [target.server.pid, *([target.store_pid] if target.store_pid else [])]
-        cores = _busy_cores(pids, window)
-        return _summary(clients.collect(), window, cores)
+BATCH_ROWS = 256
+"""A server's default for the most rows of one forward."""
+
+
+def forward_rows(case: Case) -> int:
+    """How many rows a forward has at the most under a load."""
+    return case.rows if case.path is CallPath.PACKED else min(case.sessions, BATCH_ROWS)
+
+
+def measure(
+    plan: Plan, target: Target, clients: Clients, case: Case, names: Sequence[str]
+) -> Measurement:
+    """One window: the replies within it, and the CPU that was used within it.
+
+    Args:
+        plan: the window, and the pace.
+        target: what is asked.
+        clients: who ask.
+        case: how they ask.
+        names: sessions that are open at t = 0.
+    """
+    clients.prepare(_loads(plan, target, case, names, len(clients)))
+    window = window_from_now(plan.warm_up, plan.seconds)
+    clients.send(window)
+    pids = [target.server.pid, *([target.store_pid] if target.store_pid else [])]
+    cores = busy_cores(pids, window)
+    return _summary(clients.collect(), window, cores, case.rows)
+
+
+def window_from_now(warm_up: float, seconds: float) -> Window:
+    """Begins when every process has had the time to hear of it."""
+    begin = time.monotonic() + 0.05
+    return Window(begin, begin + warm_up, begin + warm_up + seconds)
+
+
+def _loads(
+    plan: Plan, target: Target, case: Case, names: Sequence[str], processes: int
+) -> list[Load]:
+    """Shares the sessions between the processes, whose messages are due in turn."""
+    x = np.random.default_rng(_SEED).standard_normal((len(names), INPUTS)).astype(np.float32)
+    count = min(processes, len(names))
+    between = None if case.rate is None else case.rows / case.rate
+    return [
+        Load(
+            kind=target.kind,
+            path=case.path,
+            target=target.server.address,
+            names=names[place::count],
+            x=x[place::count],
+            pace=None if between is None else Pace(between * count, between * place),
+            rows=case.rows,
+            in_flight=plan.in_flight,
+        )
+        for place in range(count)
+    ]
 
 
 @contextmanager
-def _open_sessions(target: Target, count: int) -> Iterator[list[bytes]]:
-    """Sessions that are open inside the block: for each its request without `t`."""
-    rows = np.random.default_rng(_SEED).standard_normal((count, INPUTS))
+def opened_sessions(target: Target, count: int) -> Iterator[list[str]]:
+    """Names of sessions that are open inside the block."""
     run_id = uuid.uuid4().hex
     names = [f"bench-{run_id}-{number}" for number in range(count)]
-    prefixes = [_prefix(*pair) for pair in zip(names, rows.tolist(), strict=True)]
     if target.kind is Kind.ECHO:
-        yield prefixes
+        yield names
         return
     try:
-        with grpc.insecure_channel(target.server.address) as channel:
-            stub = StepstateServiceStub(channel)
-            for name in names:
-                stub.OpenSession(opening(name, target.durability))
-            yield prefixes
-            for name in names:
-                stub.CloseSession(pb.CloseSessionRequest(session_id=name))
+        asyncio.run(open_sessions(target.server.address, names, Wish(target.durability)))
+        yield names
+        asyncio.run(close_sessions(target.server.address, names))
     except grpc.RpcError as error:
         raise BenchError(f"a session can't be opened or closed: {error.details()}") from error
 
 
-def opening(session_id: str, durability: str) -> pb.OpenSessionRequest:
-    """A request for a session of the benchmark's model."""
-    request = pb.OpenSessionRequest(
-        session_id=session_id, model=NAME, durability=f"DURABILITY_{durability.upper()}"
-    )
-    request.idle_timeout.FromTimedelta(LEFT_BEHIND)
-    return request
-
-
-def _prefix(session_id: str, row: list[float]) -> bytes:
-    return pb.StepRequest(session_id=session_id, x=row).SerializeToString()
-
-
-def _busy_cores(pids: Sequence[int], window: Window) -> list[float]:
+def busy_cores(pids: Sequence[int], window: Window) -> list[float]:
     """CPU seconds a second of each process over the window, which it waits for.
 
     On a busy machine both readings may come late, so they are set against the
@@ -169,11 +235,20 @@ def _sleep_until(moment: float) -> None:
     time.sleep(max(0.0, moment - time.monotonic()))
 
 
-def _summary(samples: Sequence[Sample], window: Window, cores: Sequence[float]) -> Measurement:
+def _summary(
+    samples: Sequence[Sample], window: Window, cores: Sequence[float], rows: int
+) -> Measurement:
+    steps = rows * sum(sample.replies for sample in samples)
     latencies = np.concatenate([sample.latencies for sample in samples])
-    if not len(latencies):
+    if not steps or not len(latencies):
         raise BenchError(f"no reply came within {window.seconds:g} s: give --seconds more")
-    rate = len(latencies) / window.seconds
-    p50, p99 = np.percentile(latencies, [50, 99]) * 1e3
+    rate = steps / window.seconds
     server, store = (used / rate * 1e6 for used in (*cores, 0.0)[:2])
-    return Measurement(len(latencies), rate, float(p50), float(p99), server, store)
+    unanswered = sum(sample.unanswered for sample in samples)
+    return Measurement(steps, rate, percentiles(latencies), server, store, rows * unanswered)
+
+
+def percentiles(latencies: Sequence[float] | np.ndarray) -> dict[str, float]:
+    """Of latencies in seconds, in milliseconds."""
+    found = np.percentile(latencies, PERCENTILES) * 1e3
+    return {f"{p:g}": float(value) for p, value in zip(PERCENTILES, found, strict=True)}

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import IO
 
 from stepstate.bench.errors import BenchError
-from stepstate.bench.model import write_bench_models
+from stepstate.bench.model import NAME, write_bench_model
 
 START_SECONDS = 120.0
 """Importing torch from a cold disk on a busy machine takes most of a minute."""
@@ -53,11 +53,16 @@ _Process = subprocess.Popen[str]
 
 
 @contextmanager
-def bench_folder() -> Iterator[Path]:
-    """A folder for models and files of servers; it goes with the block."""
+def bench_folder(*, forecasting: bool = False) -> Iterator[Path]:
+    """A folder for a model and files of servers; it goes with the block."""
     with tempfile.TemporaryDirectory(prefix="stepstate-bench-") as name:
-        write_bench_models(_models(Path(name)))
+        write_bench_model(_models(Path(name)), forecasting=forecasting)
         yield Path(name)
+
+
+def bench_model(folder: Path) -> Path:
+    """The folder of the model that steps, in a `bench_folder`."""
+    return _models(folder) / NAME / "1"
 
 
 @contextmanager
@@ -69,7 +74,7 @@ def running_echo() -> Iterator[Launched]:
 
 @contextmanager
 def running_stepstate(folder: Path, store: str, *options: str) -> Iterator[Launched]:
-    """A `stepstate serve` of the benchmarks' models, with default settings otherwise.
+    """A `stepstate serve` of a benchmark's model, with default settings otherwise.
 
     Args:
         folder: a `bench_folder`.

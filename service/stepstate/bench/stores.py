@@ -11,6 +11,7 @@ from pathlib import Path
 from stepstate.bench.servers import REDIS_OPTIONS, running_redis
 
 DURABLE = ("sqlite", "redis")
+STORES = ("memory", *DURABLE)
 DURABILITIES = ("none", "async", "sync")
 
 

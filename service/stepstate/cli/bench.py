@@ -11,30 +11,55 @@ import click
 
 from stepstate.bench.comparisons import Choice, beside_echo, beside_memory
 from stepstate.bench.errors import BenchError
-from stepstate.bench.figures import Plan
+from stepstate.bench.figures import MOST_SESSIONS, Plan
 from stepstate.bench.forecasting import ForecastPlan, forecasting
+from stepstate.bench.load import CallPath
 from stepstate.bench.machine import this_machine
 from stepstate.bench.priming import PrimingPlan, priming
 from stepstate.bench.report import Report, as_json, as_text
 from stepstate.bench.residency import ResidencyPlan, residency
 from stepstate.bench.restart import RestartPlan, restart
-from stepstate.bench.stores import DURABILITIES, DURABLE
+from stepstate.bench.scale import ScalePlan, scale
+from stepstate.bench.stores import DURABILITIES, DURABLE, STORES
+from stepstate.bench.sweeps import SweepsPlan, sweeps
 from stepstate.cli.options import Command, option
 
-MOST_SESSIONS = 10_000
-"""What a server with default settings keeps in memory."""
+MOST_RATE = 10_000_000
+"""Beyond any machine."""
+MOST_IDLE = 10_000_000
+"""What a server can be told to keep in memory."""
 
 
-def counts(value: str) -> tuple[int, ...]:
-    """Whole numbers separated by commas."""
+def whole_numbers(most: int) -> Callable[[str], tuple[int, ...]]:
+    """A type for whole numbers separated by commas."""
+
+    def counts(value: str) -> tuple[int, ...]:
+        try:
+            found = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            found = ()
+        if not found or not all(1 <= count <= most for count in found):
+            raise click.BadParameter(
+                f"{value!r}: expected whole numbers from 1 to {most:,} separated by commas, "
+                "such as 1,16,64"
+            )
+        return found
+
+    return counts
+
+
+counts, many = whole_numbers(MOST_SESSIONS), whole_numbers(MOST_IDLE)
+
+
+def rates(value: str) -> tuple[float, ...]:
+    """Steps a second, separated by commas; none of them is a closed loop."""
     try:
-        found = tuple(int(part) for part in value.split(","))
+        found = tuple(float(part) for part in value.split(",") if value)
     except ValueError:
-        found = ()
-    if not found or not all(1 <= count <= MOST_SESSIONS for count in found):
+        found = (0.0,)
+    if not all(0.1 <= rate <= MOST_RATE for rate in found):
         raise click.BadParameter(
-            f"{value!r}: expected whole numbers from 1 to {MOST_SESSIONS:,} separated by commas, "
-            "such as 1,16,64"
+            f"{value!r}: expected steps a second from 0.1 to {MOST_RATE:,} separated by commas"
         )
     return found
 
@@ -61,10 +86,11 @@ class _WithDefault(click.Group):
 
 
 def _plan(sessions: str) -> Callable[[Command], Command]:
-    """The options of a `Plan`."""
+    """The options of every `Plan`."""
     return _together(
         option("--sessions", sessions, counts, "How many sessions step at once, in turn."),
         option("--seconds", 3.0, click.FloatRange(0.1, 3600.0), "What is counted of a round."),
+        option("--warm-up", 1.0, click.FloatRange(0.0, 3600.0), "Seconds before that."),
         option("--rounds", 3, click.IntRange(1, 100), "Rounds of each; the median is printed."),
         option("--processes", 1, click.IntRange(1, 64), "Client processes, sharing the sessions."),
     )
@@ -80,25 +106,54 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
 
 
 _json = option("--json", "", click.Path(dir_okay=False), "Also writes every figure to this file.")
+_paths = some_of([path.value for path in CallPath])
 
 
 @click.group("bench", cls=_WithDefault)
 def bench_command() -> None:
-    """Measures a server in one of several ways; without COMMAND: `echo`.
+    """Measures a server in one of several ways; without COMMAND: `steps`.
 
     It starts all servers itself, on free loopback ports. Machines differ and
     are shared: compare the ratios of one run, not the figures of two.
     """
 
 
-@bench_command.command("echo")
+@bench_command.command("steps")
+@option("--path", "stream", _paths, "How they are sent: some of stream,unary,packed.")
 @_plan("1,16,64,256")
+@option("--rows", "16,64,256", counts, "Rows of a packed message, in turn.")
+@option("--in-flight", 2, click.IntRange(1, 64), "Unanswered packed messages of a process.")
+@option("--rate", "", rates, "Steps a second in all, at fixed times; empty: a closed loop.")
 @_json
-def echo_command(
-    sessions: tuple[int, ...], seconds: float, rounds: int, processes: int, json: str
+def steps_command(
+    path: tuple[str, ...],
+    sessions: tuple[int, ...],
+    seconds: float,
+    warm_up: float,
+    rounds: int,
+    processes: int,
+    rows: tuple[int, ...],
+    in_flight: int,
+    rate: tuple[float, ...],
+    json: str,
 ) -> None:
-    """One-message steps in a closed loop, beside a bare gRPC echo of the same bytes."""
-    plan = Plan(sessions, seconds, rounds, processes)
+    """Steps, beside a bare gRPC echo of the same messages and the bare forward.
+
+    In closed loop a message follows the reply to the one before it. With --rate
+    messages are sent at fixed times, and latency counts from when a message was
+    due: waiting is not hidden.
+    """
+    plan = Plan(
+        sessions=sessions,
+        seconds=seconds,
+        warm_up=warm_up,
+        rounds=rounds,
+        processes=processes,
+        paths=tuple(map(CallPath, path)),
+        rows=rows,
+        in_flight=in_flight,
+        rates=rate,
+    )
     _publish(json, lambda: beside_echo(plan, _tell))
 
 
@@ -111,6 +166,7 @@ def echo_command(
 def durability_command(
     sessions: tuple[int, ...],
     seconds: float,
+    warm_up: float,
     rounds: int,
     processes: int,
     stores: tuple[str, ...],
@@ -122,7 +178,9 @@ def durability_command(
 
     Files are below TMPDIR: set it to compare disks.
     """
-    plan = Plan(sessions, seconds, rounds, processes)
+    plan = Plan(
+        sessions=sessions, seconds=seconds, warm_up=warm_up, rounds=rounds, processes=processes
+    )
     choice = Choice(stores, durabilities, redis_url)
     _publish(json, lambda: beside_memory(plan, choice, _tell))
 
@@ -172,6 +230,50 @@ def forecast_command(sessions: int, calls: int, rounds: int, json: str) -> None:
 def priming_command(rows: int, others: int, rate: float, rounds: int, json: str) -> None:
     """Other sessions' latency while one is primed with history, and how fast that is."""
     _publish(json, lambda: priming(PrimingPlan(rows, others, rate, rounds), _tell))
+
+
+@bench_command.command("scale")
+@option("--sessions", "1000,10000,100000", many, "Open and idle sessions, in turn.")
+@option("--store", "memory", click.Choice(STORES), "Where they are kept.")
+@option("--active", 64, click.IntRange(1, 10_000), "Sessions that are stepped beside them.")
+@option("--seconds", 3.0, click.FloatRange(0.1, 3600.0), "What is counted of a round.")
+@option("--rounds", 3, click.IntRange(1, 100), "Rounds of each; the median is printed.")
+@option("--processes", 2, click.IntRange(1, 64), "That open and close sessions.")
+@_json
+def scale_command(
+    sessions: tuple[int, ...],
+    store: str,
+    active: int,
+    seconds: float,
+    rounds: int,
+    processes: int,
+    json: str,
+) -> None:
+    """Idle sessions: what they take in memory, to open and to close, and from active ones."""
+    plan = ScalePlan(sessions, store, active, seconds, rounds, processes)
+    _publish(json, lambda: scale(plan, _tell))
+
+
+@bench_command.command("sweeps")
+@option("--sessions", 100_000, click.IntRange(1, MOST_IDLE), "That expire, or are saved.")
+@option("--store", "sqlite", click.Choice(STORES), "Where they are kept; memory saves none.")
+@option("--active", 64, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
+@option("--rate", 500.0, click.FloatRange(1.0, 1e6), "Steps a second of all of them.")
+@option("--seconds", 30.0, click.FloatRange(1.0, 3600.0), "For how long each is watched.")
+@option("--processes", 2, click.IntRange(1, 64), "That open the sessions.")
+@_json
+def sweeps_command(
+    sessions: int,
+    store: str,
+    active: int,
+    rate: float,
+    seconds: float,
+    processes: int,
+    json: str,
+) -> None:
+    """Steps of some sessions while very many others expire, and while they are saved."""
+    plan = SweepsPlan(sessions, store, active, rate, seconds, processes)
+    _publish(json, lambda: sweeps(plan, _tell))
 
 
 def _publish(json: str, measure: Callable[[], Report]) -> None:

@@ -54,37 +54,89 @@ def figures(json_path: Path, found: subprocess.CompletedProcess[str]) -> Any:
 
 
 def assert_is_window(measured: dict[str, float]) -> None:
-    assert measured["messages"] > 0
-    assert measured["messages_per_second"] > 0
-    assert 0 < measured["p50_ms"] <= measured["p99_ms"]
-    assert measured["cpu_us_per_message"] > 0
+    assert measured["steps"] > 0
+    assert measured["steps_per_second"] > 0
+    assert_rising(measured["latency_ms"])
+    assert measured["cpu_us_per_step"] > 0
+
+
+def assert_rising(latency: dict[str, float]) -> None:
+    """Percentiles to 99.9 and beyond, each at least the one before it."""
+    assert set(latency) >= {"50", "90", "99", "99.9", "100"}
+    values = [latency[name] for name in sorted(latency, key=float)]
+    assert values[0] > 0
+    assert values == sorted(values)
 
 
 def assert_contest(contest: dict[str, Any]) -> None:
     """A contender's rounds are sound, and its ratios are theirs."""
     (before,), (measured,) = contest["baseline"], contest["measured"]
-    assert measured == contest["median_round"]
+    assert contest.get("median_round", measured) == measured
     for window in (before, measured):
         assert_is_window(window)
-    figures = ("messages_per_second", "p50_ms", "cpu_us_per_message")
-    for name, figure in zip(("rate_ratio", "p50_ratio", "cpu_ratio"), figures, strict=True):
+    figures: dict[str, Callable[[dict[str, Any]], float]] = {
+        "rate_ratio": lambda window: window["steps_per_second"],
+        "p50_ratio": lambda window: window["latency_ms"]["50"],
+        "p99_ratio": lambda window: window["latency_ms"]["99"],
+        "cpu_ratio": lambda window: window["cpu_us_per_step"],
+    }
+    assert "rate_ratio" in contest
+    for name, figure in figures.items():
+        if name not in contest:
+            continue
         ratio = contest[name]
         assert ratio["least"] == ratio["median"] == ratio["most"]
-        assert ratio["median"] == pytest.approx(measured[figure] / before[figure])
+        assert ratio["median"] == pytest.approx(figure(measured) / figure(before))
 
 
-def test_measures_echo_and_steps_for_each_number_of_sessions(tmp_path: Path):
+def test_measures_packed_streams_by_rows_of_a_message(tmp_path: Path):
     out = tmp_path / "out"
-    found = run("--sessions", "1,4", *SHORT, "--processes", "2", "--json", str(out))
+    options = ("--path", "packed", "--sessions", "40", "--rows", "8,16", *SHORT)
+    found = run("--json", str(out), "--processes", "2", *options)
     results = figures(out, found)
-    assert [result["sessions"] for result in results] == [1, 4]
+    cases = [(result["path"], result["sessions"], result["rows"]) for result in results]
+    assert cases == [("packed", 40, 8), ("packed", 64, 16)]
+    for result in results:
+        (contest,) = result["contests"]
+        assert_contest(contest)
+        for window in (*contest["baseline"], *contest["measured"]):
+            assert window["steps"] % result["rows"] == 0
+        (forward,), (measured,) = result["forward"], contest["measured"]
+        for name, figure in (("rate", "steps_per_second"), ("cpu", "cpu_us_per_step")):
+            ratio = contest[f"forward_{name}_ratio"]["median"]
+            assert ratio == pytest.approx(measured[figure] / forward[figure])
+    assert "2 messages in flight" in found.stdout
+
+
+def test_measures_echo_steps_and_the_bare_forward_for_each_load(tmp_path: Path):
+    out = tmp_path / "out"
+    options = ("--path", "stream,unary", "--sessions", "1,4", "--processes", "2", *SHORT)
+    found = run("--json", str(out), *options)
+    results = figures(out, found)
+    cases = [(result["path"], result["sessions"], result["rows"]) for result in results]
+    assert cases == [("stream", 1, 1), ("stream", 4, 1), ("unary", 1, 1), ("unary", 4, 1)]
     for result in results:
         assert result["baseline"]["name"] == "echo"
         assert_is_window(result["baseline"]["median_round"])
         (contest,) = result["contests"]
         assert contest["name"] == "steps"
         assert_contest(contest)
-    assert "| rate ÷ echo's |" in " ".join(found.stdout.split())
+        (forward,) = result["forward"]
+        assert forward["steps_per_second"] > contest["median_round"]["steps_per_second"]
+    for head in ("p99.9 ms", "rate ÷ echo's", "rate ÷ forward's"):
+        assert f"| {head} |" in " ".join(found.stdout.split())
+
+
+def test_at_a_fixed_rate_as_many_steps_are_sent_as_are_due(tmp_path: Path):
+    out = tmp_path / "out"
+    options = ("--sessions", "4", "--processes", "2", "--seconds", "2", "--rounds", "1")
+    found = run("--json", str(out), "--rate", "50", *options)
+    (result,) = figures(out, found)
+    (contest,) = result["contests"]
+    for window in (*contest["baseline"], *contest["measured"]):
+        assert window["steps"] == pytest.approx(100, abs=4)
+        assert window["unanswered"] == 0
+    assert "50 steps/s in all, at fixed times" in found.stdout
 
 
 def test_measures_each_store_and_durability_beside_memory(
@@ -101,7 +153,7 @@ def test_measures_each_store_and_durability_beside_memory(
     for contest in result["contests"]:
         assert_contest(contest)
         (measured,) = contest["measured"]
-        store_cpu = measured["store_cpu_us_per_message"]
+        store_cpu = measured["store_cpu_us_per_step"]
         # Redis async writes at its interval: a short window may hold none of it, or some.
         if contest["name"] != "redis async":
             assert (store_cpu > 0) == (contest["name"] == "redis sync")
@@ -157,6 +209,37 @@ def test_measures_more_sessions_than_slots(tmp_path: Path):
         assert phase["file_bytes"] > 50 * 1_000
 
 
+def test_measures_what_idle_sessions_cost(tmp_path: Path):
+    out = tmp_path / "out"
+    few = ("--sessions", "500,2000", "--active", "4", "--store", "sqlite")
+    results = figures(out, run("scale", *few, *SHORT, "--json", str(out)))
+    assert [level["sessions"] for level in results] == [500, 2_000]
+    for level in results:
+        assert_contest(level | level["contest"])
+        for turnover in (level["opened"], level["closed"]):
+            assert turnover["sessions"] == level["sessions"]
+            assert min(turnover["seconds"], turnover["cpu_us_per_session"]) > 0
+        memory = level["memory"]
+        assert memory["state_bytes"] == 4 * (2 * 2 * 128 + 8)  # h, c of two layers; the last x
+        assert memory["replay_bytes"] == 32 * (9 * 4 + 8)
+        assert memory["resident_bytes"] > 50 * 2**20
+    assert [level["memory"]["beyond_bytes"] is None for level in results] == [True, False]
+
+
+def test_measures_steps_while_sessions_expire_and_are_saved(tmp_path: Path):
+    out = tmp_path / "out"
+    few = ("--sessions", "300", "--active", "4", "--rate", "50")
+    results = figures(out, run("sweeps", *few, "--seconds", "8", "--json", str(out)))
+    assert [sweep["what"] for sweep in results] == ["expiry", "snapshots"]
+    for sweep in results:
+        for when in ("quiet_ms", "swept_ms"):
+            assert_rising(sweep[when])
+        assert sweep["p99_ratio"] == sweep["swept_ms"]["99"] / sweep["quiet_ms"]["99"]
+        assert sweep["sessions"] > 0
+        assert sweep["seconds"] >= 0
+    assert results[0]["sessions"] <= 300
+
+
 def test_measures_forecasts_beside_steps(tmp_path: Path) -> None:
     out = tmp_path / "forecast.json"
     options = ["--sessions", "50", "--calls", "300", "--rounds", "1", "--json", str(out)]
@@ -183,6 +266,8 @@ def test_measures_others_while_a_session_is_primed(tmp_path: Path) -> None:
         (["restart", "--stored", "1"], "Invalid value for '--stored'"),
         (["residency", "--durability", "maybe"], "Invalid value for '--durability'"),
         (["speed"], "unexpected extra argument (speed)"),
+        (["--path", "stream,pigeon"], "expected some of stream,unary,packed"),
+        (["--rate", "0"], "Invalid value for '--rate'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
@@ -195,7 +280,10 @@ def test_refuses_what_it_does_not_know(options: list[str], told: str):
 def test_says_what_it_can_measure():
     found = run_here("--help")
     assert found.exit_code == 0
-    for command in ("echo", "durability", "restart", "residency", "forecast", "priming"):
+    for command in (
+        *("steps", "scale", "sweeps", "durability", "restart", "residency"),
+        *("forecast", "priming"),
+    ):
         assert f"  {command} " in found.stdout
 
 

@@ -1,0 +1,173 @@
+"""One client process: sends a load to a server, and says how long replies took."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from multiprocessing.connection import Connection
+from typing import TypeAlias
+
+import grpc
+import uvloop
+
+from stepstate.bench import echo
+from stepstate.bench.errors import BenchError
+from stepstate.bench.load import (
+    Answer,
+    CallPath,
+    Closing,
+    Failed,
+    Kind,
+    Load,
+    Opening,
+    Pace,
+    Question,
+    Ready,
+    Sample,
+    Window,
+)
+from stepstate.bench.opening import close_sessions, open_sessions
+from stepstate.bench.pace import Timer
+from stepstate.bench.parts import PackedPart, Part, SessionPart, packed_key, session_key
+from stepstate.bench.record import Record
+from stepstate.bench.streams import Conversation, Dues
+from stepstate.bench.unary import Method, UnaryCalls
+from stepstate.v1 import stepstate_pb2 as pb
+
+MOST_STREAMS = 1_000
+"""Of a process: beyond so many sessions several share a stream, as a large gateway's would."""
+GRACE_SECONDS = 10.0
+"""How long after the window replies are waited for that were due within it."""
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["StepstateService"].full_name
+_METHODS = {
+    (Kind.STEP, CallPath.STREAM): f"/{_SERVICE}/StreamSteps",
+    (Kind.STEP, CallPath.UNARY): f"/{_SERVICE}/Step",
+    (Kind.STEP, CallPath.PACKED): f"/{_SERVICE}/StreamPacked",
+    (Kind.ECHO, CallPath.STREAM): echo.STREAM,
+    (Kind.ECHO, CallPath.UNARY): echo.UNARY,
+    (Kind.ECHO, CallPath.PACKED): echo.STREAM,
+}
+_Method: TypeAlias = "grpc.aio.StreamStreamMultiCallable[bytes, bytes]"
+Talk: TypeAlias = "Conversation | UnaryCalls"
+
+
+def run_client(parent: Connection[Answer, Question]) -> None:
+    """Answers each question until the parent is gone, or the first failure.
+
+    A `Load` is answered with `Ready`, then its `Window` with `Sample`: between the two it
+    waits, after them it sends until the window has passed.
+    """
+    try:
+        while True:
+            question = parent.recv()
+            parent.send(uvloop.run(_answer(question, parent)))
+    except EOFError:
+        return
+    except grpc.aio.AioRpcError as error:
+        parent.send(Failed(f"a call failed: {error.details()}"))
+    except Exception as error:  # noqa: BLE001 - the parent tells it
+        parent.send(Failed(f"{type(error).__name__}: {error}"))
+
+
+async def _answer(question: Question, parent: Connection[Answer, Question]) -> Answer:
+    if isinstance(question, Opening):
+        await open_sessions(question.target, question.names, question.wish)
+        return Ready()
+    if isinstance(question, Closing):
+        await close_sessions(question.target, question.names)
+        return Ready()
+    assert isinstance(question, Load)
+    return await _run(question, parent)
+
+
+async def _run(load: Load, parent: Connection[Answer, Question]) -> Sample:
+    async with grpc.aio.insecure_channel(load.target) as channel:
+        parts = _packed(load) if load.path is CallPath.PACKED else _single(load)
+        talks = _talks(load, channel, parts)
+        await asyncio.gather(*(talk.begin() for talk in talks))
+        parent.send(Ready())
+        window = await asyncio.to_thread(parent.recv)
+        assert isinstance(window, Window)
+        with Timer() as timer:
+            return await _Sending(talks, window, load.pace, timer).run()
+
+
+def _single(load: Load) -> list[Part]:
+    return [SessionPart(name, x) for name, x in zip(load.names, load.x, strict=True)]
+
+
+def _packed(load: Load) -> list[Part]:
+    """Groups of sessions; some that are left over stay idle."""
+    return [
+        PackedPart(
+            number, first, load.names[first : first + load.rows], load.x[first:][: load.rows]
+        )
+        for number, first in enumerate(range(0, len(load.names) - load.rows + 1, load.rows))
+    ]
+
+
+def _talks(load: Load, channel: grpc.aio.Channel, parts: Sequence[Part]) -> list[Talk]:
+    """The calls of a process: a stream each, or for unary calls a session each."""
+    method = _METHODS[load.kind, load.path]
+    if load.path is CallPath.UNARY:
+        unary: Method = channel.unary_unary(method)
+        return [UnaryCalls(load.kind, unary, part) for part in parts]
+    stream: _Method = channel.stream_stream(method)
+    if load.path is CallPath.PACKED:
+        key_of = partial(packed_key, load.kind)
+        in_flight = load.in_flight
+        return [Conversation(load.kind, stream(), parts, key_of=key_of, in_flight=in_flight)]
+    count = min(len(parts), MOST_STREAMS)
+    shares = [parts[place::count] for place in range(count)]
+    return [
+        Conversation(load.kind, stream(), share, key_of=session_key, in_flight=len(share))
+        for share in shares
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    talks: Sequence[Talk]
+    window: Window
+    pace: Pace | None
+    timer: Timer
+
+    async def run(self) -> Sample:
+        record = Record(self.window, paced=self.pace is not None)
+        patience = self.window.finish + GRACE_SECONDS - time.monotonic()
+        try:
+            async with asyncio.timeout(patience):
+                await self.timer.until(self.window.begin)
+                await asyncio.gather(*self._all(record))
+        except TimeoutError:
+            self._give_up(record)
+        return record.sample()
+
+    def _all(self, record: Record) -> Iterator[Coroutine[object, object, None]]:
+        for place, talk in enumerate(self.talks):
+            if self.pace is None:
+                yield talk.closed_loop(self.window, record)
+            else:
+                yield talk.paced(self.timer, self._dues(self.pace, place, talk.parts), record)
+
+    def _dues(self, pace: Pace, place: int, parts: Sequence[Part]) -> Dues:
+        """When a talk's messages are due: the talks, and each one's parts, take turns."""
+        begin = self.window.begin + pace.phase + place * pace.interval
+        stride = pace.interval * len(self.talks)
+        for number in count():
+            due = begin + number * stride
+            if due >= self.window.finish:
+                return
+            yield due, parts[number % len(parts)]
+
+    def _give_up(self, record: Record) -> None:
+        if self.pace is None:
+            raise BenchError(f"a reply took more than {GRACE_SECONDS:g} s: the server hangs")
+        now = time.monotonic()
+        for talk in self.talks:
+            record.unanswered(talk.give_up(), now)

@@ -1,0 +1,83 @@
+"""Very many sessions, over a real server and real client processes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import grpc
+import pytest
+
+from stepstate.bench.clients import Clients, running_clients
+from stepstate.bench.errors import BenchError
+from stepstate.bench.opening import Wish
+from stepstate.bench.population import Population
+from stepstate.bench.scrape import counters, series
+from stepstate.bench.servers import Launched, bench_folder, running_stepstate
+from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Launched]:
+    with bench_folder() as folder, running_stepstate(folder, "memory:") as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def clients() -> Iterator[Clients]:
+    with running_clients(2) as running:
+        yield running
+
+
+def sessions(server: Launched) -> dict[str, int]:
+    """t of every open session."""
+    with grpc.insecure_channel(server.address) as channel:
+        stub, found, token = StepstateServiceStub(channel), {}, ""
+        while True:
+            page = stub.ListSessions(pb.ListSessionsRequest(page_size=1_000, page_token=token))
+            found |= {session.session_id: session.t for session in page.sessions}
+            token = page.next_page_token
+            if not token:
+                return found
+
+
+@pytest.mark.parametrize("count", [3, 512, 1_100])
+def test_every_session_is_opened_stepped_and_closed(server: Launched, clients: Clients, count: int):
+    crowd = Population(count, server.address, clients)
+    assert crowd.open(Wish()) > 0
+    assert sessions(server) == dict.fromkeys(crowd.names, 0)
+    crowd.step()
+    stepped = sessions(server)
+    assert set(stepped) == set(crowd.names)
+    assert min(stepped.values()) >= 1
+    assert series(server.metrics_url, "stepstate_sessions", residency="resident") == count
+    first = crowd.first(2)
+    first.close()
+    assert set(sessions(server)) == set(crowd.names) - set(first.names)
+    closed = counters(server.metrics_url)["stepstate_sessions_closed_total"]
+    rest = crowd.first(count)
+    rest.names = crowd.names[2:]
+    rest.close()
+    assert sessions(server) == {}
+    assert counters(server.metrics_url)["stepstate_sessions_closed_total"] == closed + count - 2
+
+
+def test_sessions_expire_at_one_moment(server: Launched, clients: Clients):
+    before = series(server.metrics_url, "stepstate_sessions_closed_total", reason="expired")
+    moment = time.monotonic() + 2.0
+    Population(40, server.address, clients).open(Wish(expires_at=moment))
+    deadline = moment + 30
+    while series(server.metrics_url, "stepstate_sessions_closed_total", reason="expired") < (
+        before + 40
+    ):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert time.monotonic() > moment
+
+
+def test_a_refusal_is_told(server: Launched):
+    with running_clients(1) as clients:
+        crowd = Population(1, server.address, clients)
+        with pytest.raises(BenchError, match=r"a client failed: a call failed: .*is unknown"):
+            crowd.close()

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from datetime import UTC, datetime, timedelta
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ from stepstate.errors import (
     StoreUnavailable,
 )
 from stepstate.sessions import check_id
-from stepstate.stores import MemoryStore
+from stepstate.stores import Entry, MemoryStore, SessionRecord
 from stepstate.stores.base import ENDING_SECONDS
 from tests.unit.rig import (
     IDLE_SECONDS,
@@ -219,6 +221,29 @@ async def test_a_sweep_ends_those_whose_time_is_up_and_no_others(rig, x):
     assert await rig.sessions.sweep() == 0
     assert [one.record.session_id for one in (await rig.sessions.page("", 10, ""))[0]] == ["b"]
     assert rig.lane.open_sessions == 1
+
+
+class Forgetful(MemoryStore):
+    """Tells what it was given, and must not be searched: that would look at every session."""
+
+    snapshots: ClassVar[list[bytes]] = []
+
+    async def create(self, record: SessionRecord, **fields: Any) -> int | Entry:
+        self.snapshots.append(fields["snapshot"])
+        return await super().create(record, **fields)
+
+    async def overdue(self, before: float, limit: int) -> list[Entry]:
+        raise AssertionError("was searched")
+
+
+async def test_a_store_that_does_not_last_keeps_no_states_and_is_not_searched(make_rig, x):
+    rig = make_rig(store=Forgetful(time.time))
+    session = await rig.open("a", idle=5.0)
+    await rig.step(session, x[0], 0)
+    await rig.open("b", idle=500.0)
+    rig.clock.advance(100)
+    assert await rig.sessions.sweep() == 1
+    assert Forgetful.snapshots == [b"", b""]
 
 
 async def test_a_session_with_a_step_in_the_engine_does_not_expire(rig, x):

@@ -49,7 +49,8 @@ from stepstate.stores import Ending, EndReason, Entry, SessionStore
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 500  # about a millisecond of work between two turns of the loop
+_SAVED_AT_ONCE = 500
+_ENDED_AT_ONCE = 32  # about a millisecond of work between two turns of the loop
 _PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:-]{0,160}")
 
 
@@ -366,9 +367,10 @@ class Sessions:
         for session in self._table.overdue(self._clock()):
             if not session.barred and self._overdue(session):
                 ended += await self._end(session, self._ending(session, EndReason.EXPIRED))
-                if ended % _AT_ONCE == 0:
+                if ended % _ENDED_AT_ONCE == 0:
                     await asyncio.sleep(0)
-        if self._census.due:
+        # What a store that does not last has is all here, and a look at each of a million a stall.
+        if self._store.durable and self._census.due:
             ended += await self._census.sweep()
             await self._census.count()
         return ended
@@ -385,8 +387,8 @@ class Sessions:
         self.saver.stop()
         sessions = [session for session in self._table if not session.barred]
         try:
-            for first in range(0, len(sessions), _AT_ONCE):
-                await self.saver.save(sessions[first : first + _AT_ONCE], release=True)
+            for first in range(0, len(sessions), _SAVED_AT_ONCE):
+                await self.saver.save(sessions[first : first + _SAVED_AT_ONCE], release=True)
         except StoreUnavailable as error:
             log.error(  # noqa: TRY400 - the cause is another's, and told
                 "not every session could be saved: the store is away",
@@ -430,7 +432,10 @@ class Sessions:
                 owner=self._owner,
                 t=snapshot.t,
                 expires_at=expires_at,
-                snapshot=encode(replace(snapshot, owner=self._owner, epoch=0)),
+                # A store that does not last never gives it back.
+                snapshot=encode(replace(snapshot, owner=self._owner, epoch=0))
+                if self._store.durable
+                else b"",
             )
         )
         if isinstance(epoch, Entry):

@@ -21,6 +21,9 @@ MOST_SLOTS = 10_000_000
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:\s/\[\]]+):(\d{1,5})")
 
 
+_DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
+
+
 class ConfigError(ValueError):
     """A value can't be used; the message names it."""
 
@@ -73,6 +76,8 @@ class ServerConfig:
     idle_timeout: float = _setting(86_400.0, "Seconds without a step after which one expires.")
     # A month: what was forgotten for longer is not coming back.
     max_idle_timeout: float = _setting(31 * 86_400.0, "The longest that a client may ask for.")
+    # A GPU pays where thousands of sessions step at once.
+    device: str = _setting("cpu", "Where states are and steps run: cpu, cuda or cuda:N.")
     # Exact; the others are coarser, and faster on some processors only.
     weights: str = _setting(
         "float32",
@@ -99,6 +104,13 @@ class ServerConfig:
         _check_address("metrics_listen", self.metrics_listen)
         _check_one_of("durability", self.durability, DURABILITIES)
         _check_one_of("weights", self.weights, WEIGHTS)
+        if not _DEVICE.fullmatch(self.device):
+            raise ConfigError(f"device is {self.device!r}, expected cpu, cuda or cuda:N")
+        if self.device != "cpu" and self.weights != "float32":
+            raise ConfigError(
+                f"weights is {self.weights!r}, which is for the CPU: with device {self.device} "
+                "leave it out"
+            )
         for setting in fields(self):
             value = getattr(self, setting.name)
             if isinstance(value, bool):

@@ -28,7 +28,13 @@ from prometheus_client import (
 )
 
 from stepstate.config import ServerConfig, split_address
-from stepstate.engine import Precision, has_instructions, measure_loss, use_one_thread
+from stepstate.engine import (
+    Precision,
+    check_accelerator,
+    has_instructions,
+    measure_loss,
+    use_one_thread,
+)
 from stepstate.errors import StoreUnavailable
 from stepstate.metrics import Metrics
 from stepstate.models import Model, load_catalog
@@ -96,6 +102,8 @@ class Server:
 
     def __init__(self, config: ServerConfig, store: SessionStore) -> None:
         use_one_thread()
+        if config.device != "cpu":
+            check_accelerator(config.device)
         self.phase = Phase.STARTING
         self.address = ""
         self.metrics_address = ""
@@ -254,6 +262,7 @@ class Server:
                 batch_rows=config.batch_rows,
                 chunk_rows=config.chunk_rows,
                 precision=self._precision,
+                accelerator=None if config.device == "cpu" else config.device,
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
             )

@@ -81,6 +81,7 @@ class Rig:
         backlog_rows: int = 1000,
         most_sessions: int = 1000,
         owner: str = "here",
+        accelerator: str | None = None,
         clock: Clock | None = None,
     ) -> None:
         self.clock = clock if clock is not None else Clock()
@@ -125,6 +126,7 @@ class Rig:
                 chunk_rows=chunk_rows,
                 replay_rows=replay_rows,
                 replay_bytes=replay_bytes,
+                accelerator=accelerator,
             )
         self.lane = next(iter(self.sessions.lanes.values()))
 

@@ -47,7 +47,7 @@ def test_addresses_are_split_into_host_and_port(address, parts):
     assert split_address(address) == parts
 
 
-@pytest.mark.parametrize("name", ["durability", "weights"])
+@pytest.mark.parametrize("name", ["durability", "weights", "device"])
 def test_what_is_none_of_a_few_words_is_refused_by_name(name):
     with pytest.raises(ConfigError, match=f"^{name} is 'other', expected "):
         ServerConfig(**{name: "other"})
@@ -55,6 +55,11 @@ def test_what_is_none_of_a_few_words_is_refused_by_name(name):
 
 def test_weights_are_those_that_the_engine_knows():
     assert [precision.value for precision in Precision] == list(WEIGHTS)
+
+
+def test_weights_with_fewer_bits_are_for_the_cpu():
+    with pytest.raises(ConfigError, match="is for the CPU"):
+        ServerConfig(device="cuda:0", weights="int8")
 
 
 def test_a_default_timeout_beyond_the_longest_is_refused():

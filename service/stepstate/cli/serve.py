@@ -12,6 +12,7 @@ import uvloop
 
 from stepstate.cli.options import option
 from stepstate.config import ConfigError, ServerConfig
+from stepstate.engine import NoAccelerator
 from stepstate.errors import ModelInvalid
 from stepstate.logs import configure_logs
 from stepstate.server import CannotListen, Server, serve
@@ -37,7 +38,7 @@ def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
     try:
         config = ServerConfig(**settings)
         drained = uvloop.run(serve(config, _announce))
-    except (ConfigError, ModelInvalid, CannotListen, CannotOpenStore) as error:
+    except (ConfigError, ModelInvalid, CannotListen, CannotOpenStore, NoAccelerator) as error:
         raise click.ClickException(str(error)) from error
     except MemoryError as error:
         raise click.ClickException(

@@ -1,5 +1,6 @@
 """The engine: arena, cells and micro-batcher. The only part that imports torch."""
 
+from stepstate.engine.accelerator import NoAccelerator, check_accelerator
 from stepstate.engine.bare import BareForward
 from stepstate.engine.batch import Pack
 from stepstate.engine.engine import Engine, Observer, use_one_thread
@@ -20,6 +21,7 @@ __all__ = [
     "Layout",
     "Loss",
     "Method",
+    "NoAccelerator",
     "Observer",
     "Origins",
     "Outlook",
@@ -30,6 +32,7 @@ __all__ = [
     "Quality",
     "Tally",
     "Work",
+    "check_accelerator",
     "has_instructions",
     "measure_loss",
     "use_one_thread",

@@ -49,7 +49,10 @@ class Views:
 class Buffers:
     """Memory for one forward at a time of up to MOST_ROWS rows, and its views by batch size."""
 
-    def __init__(self, *, inputs: int, layers: int, hidden: int, output: int) -> None:
+    def __init__(
+        self, *, inputs: int, layers: int, hidden: int, output: int, device: torch.device
+    ) -> None:
+        self._device = device
         self._inputs, self._layers = inputs, layers
         self._hidden, self._output = hidden, output
         self._memory = self._allocate(MOST_ROWS)
@@ -67,7 +70,7 @@ class Buffers:
     def _allocate(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
         width = self._inputs + self._layers * (self._output + self._hidden)
         sizes = (width, 4 * self._hidden, self._hidden)
-        whole, gates, m = (torch.empty(rows, size) for size in sizes)
+        whole, gates, m = (torch.empty(rows, size, device=self._device) for size in sizes)
         return whole, gates, m
 
     def _cut(self, whole: Tensor, gates: Tensor, m: Tensor) -> Views:

@@ -112,6 +112,7 @@ class LstmCell:
             layers=spec.num_layers,
             hidden=spec.hidden_size,
             output=spec.output_size,
+            device=tensors["weight_ih_l0"].device,
         )
 
     @staticmethod
@@ -266,7 +267,7 @@ def _tanh_into(out: Tensor, a: Tensor) -> None:
 
 
 def _load(module: _M, tensors: dict[str, Tensor]) -> _M:
-    module.load_state_dict(tensors)
+    module.to(next(iter(tensors.values())).device).load_state_dict(tensors)
     return module.eval().requires_grad_(requires_grad=False)
 
 

@@ -28,6 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from stepstate.engine.accelerator import DeviceArena, DeviceForward
 from stepstate.engine.arena import Arena
 from stepstate.engine.batch import MicroBatch, Pack
 from stepstate.engine.forecasts import Origins, Outlook, Plan, Rollout
@@ -72,6 +73,7 @@ class Engine(Generic[W]):
         batch_rows: most single rows in one forward.
         chunk_rows: most rows of long requests in one turn.
         precision: what the weights are kept as.
+        accelerator: the device of the cells' states, as torch names it; None: they are the host's.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class Engine(Generic[W]):
         batch_rows: int,
         chunk_rows: int,
         precision: Precision = Precision.FLOAT32,
+        accelerator: str | None = None,
     ) -> None:
         manifest = self._manifest = model.manifest
         self._plans: dict[int, Plan] = {}
@@ -98,7 +101,7 @@ class Engine(Generic[W]):
             tracked=self._tracker.width if self._tracker else 0,
         )
         self.tally = self._tracker.tally() if self._tracker else Tally()
-        self._arena = Arena(capacity, self.layout, self.blank())
+        self._arena, self._on_device = self._place(model, timeline, capacity, accelerator)
         self._phases = timeline.phases
         self._owner = owner
         self._observer = observer
@@ -110,6 +113,24 @@ class Engine(Generic[W]):
         self._awake = False
         self._rounds = 0
         self._seen = 1  # singles queued when a turn was last due
+
+    def _place(
+        self, model: Model, timeline: Timeline, capacity: int, accelerator: str | None
+    ) -> tuple[Arena, DeviceForward | None]:
+        """Where the states are, and what steps them there if they are not the host's."""
+        if accelerator is None:
+            return Arena(capacity, self.layout, self.blank()), None
+        device = torch.device(accelerator)
+        arena = DeviceArena(capacity, self.layout, self.blank(), device)
+        if self._network.lagged or self._tracker is not None:
+            return arena, None
+        manifest = model.manifest
+        return arena, DeviceForward(
+            Network(model, timeline, device=device),
+            arena.device_cells,
+            inputs=manifest.input_width,
+            outputs=manifest.output_width,
+        )
 
     @property
     def state_bytes(self) -> int:
@@ -296,6 +317,8 @@ class Engine(Generic[W]):
             y [B, O], and for which rows [B] it and the state are finite; None: for all. The
             others are as they were, and their y is NaN.
         """
+        if self._on_device is not None and not batch.missing:
+            return self._forward_there(self._on_device, batch)
         slots, at, rows = batch.slots, batch.at, batch.x
         phase = torch.from_numpy(batch.phase)
         states = torch.from_numpy(self._arena.gather(slots))
@@ -332,6 +355,15 @@ class Engine(Generic[W]):
         for pack in batch.packs:
             part = slice(first, first := first + len(pack))
             pack.stepped(y[part], None if fine is None else fine[part])
+
+    def _forward_there(
+        self, forward: DeviceForward, batch: MicroBatch[W]
+    ) -> tuple[Floats, NDArray[np.bool_] | None]:
+        """The same on the accelerator; past rows are the host's, for missing ones to come."""
+        y, fine = forward(batch.slots, batch.x, batch.phase)
+        kept = slice(None) if fine is None else fine
+        self._arena.append(batch.slots[kept], batch.at[kept], batch.x[kept])
+        return y, fine
 
     def _track(
         self,

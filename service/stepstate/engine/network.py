@@ -33,19 +33,26 @@ class Network:
     """
 
     def __init__(
-        self, model: Model, timeline: Timeline, precision: Precision = Precision.FLOAT32
+        self,
+        model: Model,
+        timeline: Timeline,
+        precision: Precision = Precision.FLOAT32,
+        device: torch.device | None = None,
     ) -> None:
+        """Makes it for the host, or for a device, where no branch looks at what is computed."""
         manifest = model.manifest
-        tensors = {name: torch.from_numpy(array) for name, array in model.tensors.items()}
+        self._branches = device is None
+        place = torch.device("cpu") if device is None else device
+        tensors = {name: torch.from_numpy(array).to(place) for name, array in model.tensors.items()}
         prefix = "cell."
         cell = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         self._cell = build_cell(manifest.cell, manifest.network_width, cell, precision)
-        self._levels = torch.from_numpy(timeline.levels)
-        self._calendar = torch.from_numpy(timeline.calendar)
-        self._bases = torch.from_numpy(timeline.bases)
+        self._levels = torch.from_numpy(timeline.levels).to(place)
+        self._calendar = torch.from_numpy(timeline.calendar).to(place)
+        self._bases = torch.from_numpy(timeline.bases).to(place)
         self._phases = timeline.phases
         self._timed = manifest.needs_time
-        self._inverse_scale = 1 / torch.tensor([i.scale for i in manifest.inputs])
+        self._inverse_scale = 1 / torch.tensor([i.scale for i in manifest.inputs], device=place)
         self._plain = not self._timed and all(i.scale == 1 and i.mean == 0 for i in manifest.inputs)
         # Beyond it W x may overflow in one order of additions and not in another: whether a row can
         # be applied would depend on its batch. Such rows are made NaN, and so refused.
@@ -55,7 +62,7 @@ class Network:
         self._into_head = LaggedInputs(manifest, "head")
         self._from_first = manifest.fallback == "first"
         # y's scaling is folded into the head, and so is its level where that is constant.
-        scale = _output_scale(manifest)
+        scale = _output_scale(manifest).to(place)
         self._head = _head_weights(tensors, scale)
         self._head_bias = tensors["head.bias"] * scale
         if not self._timed:
@@ -191,7 +198,7 @@ class Network:
 
     def _scaled(self, x: Tensor, phase: Tensor) -> Tensor:
         x = self._level_free(x, phase)
-        if x.abs().max().item() > self._largest:
+        if not self._branches or x.abs().max().item() > self._largest:
             x = x.masked_fill(x.abs() > self._largest, math.nan)
         return x
 

@@ -46,7 +46,7 @@ class Product:
 
 def _pack(weight: Tensor) -> Tensor | None:
     """The weight as oneDNN wants it; None where MKL is the faster one, or there is no oneDNN."""
-    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+    if weight.device.type != "cpu" or torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     if not torch.backends.mkldnn.is_available():
         return None

@@ -90,6 +90,7 @@ class Lane:
         replay_bytes: int,
         backlog_rows: int,
         precision: Precision = Precision.FLOAT32,
+        accelerator: str | None = None,
         settled: Callable[[int, int], None],
         commit: Callable[[Sequence[Step]], None],
         urge: Callable[[], None],
@@ -106,6 +107,7 @@ class Lane:
             batch_rows=batch_rows,
             chunk_rows=chunk_rows,
             precision=precision,
+            accelerator=accelerator,
         )
         self.window = ReplayWindow(
             capacity,

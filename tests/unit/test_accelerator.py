@@ -1,0 +1,115 @@
+"""States on a device: the same tests run its path on the CPU, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import asyncio
+
+import numpy as np
+import pytest
+import torch
+
+from stepstate.engine import NoAccelerator, check_accelerator
+from stepstate.errors import NonFiniteResult
+from tests.networks import make_network
+from tests.unit.rig import HUGE, model_of, outputs, overflowing_network, rows_of
+
+CLOSE = 1e-5
+NETWORKS = {
+    "lstm": make_network("lstm", seed=1),
+    "projected": make_network("projected", hidden=12, projection=5, seed=3),
+    "gru": make_network("gru", "gru", seed=4),
+    "relu": make_network("relu", "rnn_relu", seed=6),
+}
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def accelerator(request: pytest.FixtureRequest) -> str:
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("NO GPU: what a CUDA graph computes is tested where torch finds a device")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+async def test_batches_of_every_size_give_the_numbers_of_the_offline_network(
+    make_rig, accelerator, name
+):
+    network = NETWORKS[name]
+    rig = make_rig(model_of(network), accelerator=accelerator, max_sessions=24)
+    sessions = [await rig.open(f"s{place}") for place in range(24)]
+    x = np.stack([rows_of(network, 20, seed=place) for place in range(24)])
+    at, got = [0] * 24, [[] for _ in range(24)]
+    moments = np.random.default_rng(5)
+    for count in (1, 2, 3, 5, 8, 9, 16, 17, 24, *moments.integers(1, 24, 25).tolist()):
+        chosen = [s for s in moments.permutation(24)[:count].tolist() if at[s] < 20]
+        calls = [rig.send(sessions[s], x[s, at[s]], at[s]) for s in chosen]
+        for s, call in zip(chosen, calls, strict=True):
+            got[s].append(outputs(await call.outcome())[0])
+            at[s] += 1
+    assert sum(at) > 200
+    for s in range(24):
+        if got[s]:
+            assert np.abs(np.array(got[s]) - network.offline(x[s, : at[s]])).max() <= CLOSE
+
+
+async def test_a_row_that_overflows_changes_no_state_and_no_other_row(make_rig, accelerator):
+    network = overflowing_network()
+    rig = make_rig(model_of(network), accelerator=accelerator)
+    sessions = [await rig.open(name) for name in "abc"]
+    x = np.ones((3, network.module.input_size), np.float32)
+    before = [outputs(await rig.step(one, x[0], 0)) for one in sessions]
+    bad = x.copy()
+    bad[1] = HUGE
+    calls = [rig.send(one, row, 1) for one, row in zip(sessions, bad, strict=True)]
+    told = [type(await call.error()) for call in calls]
+    assert told == [type(None), NonFiniteResult, type(None)]
+    assert [rig.sessions.t(one) for one in sessions] == [2, 1, 2]
+    again = await rig.step(sessions[1], x[1], 1)
+    assert np.allclose(outputs(again), outputs(await calls[0].outcome()), rtol=CLOSE)
+    assert np.allclose(before[0], before[1], rtol=CLOSE)
+
+
+async def test_a_state_moves_between_host_and_device(make_rig, accelerator):
+    network, x = NETWORKS["lstm"], rows_of(NETWORKS["lstm"], 9)
+    here = make_rig(model_of(network))
+    there = make_rig(model_of(network), accelerator=accelerator)
+    first, second = here.lane.engine, there.lane.engine
+    session = await here.open()
+    got = [outputs(await here.step(session, row))[0] for row in x[:3]]
+    moved = await there.open()
+    second.write_state(moved.slot, first.read_states(np.array([session.slot]))[0])
+    got += [outputs(await there.step(moved, row))[0] for row in x[3:6]]
+    first.write_state(session.slot, second.read_states(np.array([moved.slot]))[0])
+    got += [outputs(await here.step(session, row))[0] for row in x[6:]]
+    assert np.abs(np.array(got) - network.offline(x)).max() <= CLOSE
+
+
+async def test_long_requests_inspection_and_missing_rows_go_on_from_the_device(
+    make_rig, accelerator
+):
+    network, x = NETWORKS["lstm"], rows_of(NETWORKS["lstm"], 60)
+    rig = make_rig(model_of(network), accelerator=accelerator, chunk_rows=8)
+    session = await rig.open(missing="hold")
+    got = [outputs(await rig.step(session, x[:1])), outputs(await rig.step(session, x[1:40]))]
+    got.append(outputs(await rig.step(session, x[40:45], inspect=True)))
+    got += [outputs(await rig.step(session, row)) for row in x[45:59]]
+    hole = x[59].copy()
+    hole[1] = np.nan
+    x[59, 1] = x[58, 1]
+    got.append(outputs(await rig.step(session, hole)))
+    assert np.abs(np.concatenate(got) - network.offline(x)).max() <= CLOSE
+
+
+async def test_a_slot_that_is_used_again_starts_from_zero(make_rig, accelerator):
+    network, x = NETWORKS["gru"], rows_of(NETWORKS["gru"], 3)
+    rig = make_rig(model_of(network), accelerator=accelerator, max_sessions=1)
+    for _ in range(2):
+        session = await rig.open()
+        y = [outputs(await rig.step(session, row))[0] for row in x]
+        assert np.abs(np.array(y) - network.offline(x)).max() <= CLOSE
+        await rig.sessions.close("a")
+        await asyncio.sleep(0)
+
+
+def test_a_device_that_is_not_there_is_told_before_the_start():
+    with pytest.raises(NoAccelerator, match=r"--device cuda:99: .*leave the option out"):
+        check_accelerator("cuda:99")

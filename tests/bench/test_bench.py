@@ -55,6 +55,7 @@ def figures(json_path: Path, found: subprocess.CompletedProcess[str]) -> Any:
 
 def assert_is_window(measured: dict[str, float]) -> None:
     assert measured["steps"] > 0
+    assert measured["counted"] > 0
     assert measured["steps_per_second"] > 0
     assert_rising(measured["latency_ms"])
     assert measured["cpu_us_per_step"] > 0
@@ -134,7 +135,8 @@ def test_at_a_fixed_rate_as_many_steps_are_sent_as_are_due(tmp_path: Path):
     (result,) = figures(out, found)
     (contest,) = result["contests"]
     for window in (*contest["baseline"], *contest["measured"]):
-        assert window["steps"] == pytest.approx(100, abs=4)
+        # Replies to those that were due before it may come within it, on a busy machine.
+        assert window["counted"] == pytest.approx(100, abs=2)
         assert window["unanswered"] == 0
     assert "50 steps/s in all, at fixed times" in found.stdout
 

@@ -108,6 +108,8 @@ class Measurement:
     """The server's, all its threads, in user and kernel mode."""
     store_cpu_us_per_step: float = 0.0
     """The same of its store's process, if it has one of its own here."""
+    counted: int = 0
+    """Whose latencies these are: at a fixed rate those that were due within it."""
     unanswered: int = 0
     """At a fixed rate: steps that were due and still not answered long after the window."""
 

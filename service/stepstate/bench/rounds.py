@@ -245,7 +245,15 @@ def _summary(
     rate = steps / window.seconds
     server, store = (used / rate * 1e6 for used in (*cores, 0.0)[:2])
     unanswered = sum(sample.unanswered for sample in samples)
-    return Measurement(steps, rate, percentiles(latencies), server, store, rows * unanswered)
+    return Measurement(
+        steps=steps,
+        steps_per_second=rate,
+        latency_ms=percentiles(latencies),
+        cpu_us_per_step=server,
+        store_cpu_us_per_step=store,
+        counted=rows * len(latencies),
+        unanswered=rows * unanswered,
+    )
 
 
 def percentiles(latencies: Sequence[float] | np.ndarray) -> dict[str, float]:

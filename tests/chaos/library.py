@@ -25,6 +25,7 @@ class Follower:
         self.ledger = ledger
         self._think_seconds = think_seconds
         self._sent = 0
+        self.stopped = False
 
     def row(self) -> np.ndarray:
         """The next row."""
@@ -47,6 +48,9 @@ class Follower:
 
 class Library:
     """Sessions that are stepped by calls, by streams, by one stream for many and by a pack.
+
+    When they stop, each is stepped once more: so a server that was set back last is sent all that
+    it lacks, and stands where the judge expects it.
 
     Args:
         client: the client.
@@ -108,13 +112,15 @@ class Library:
         return Follower(session, ledger, self._think_seconds)
 
     async def _call(self, follower: Follower) -> None:
-        while not self.stopping:
+        while not follower.stopped:
+            follower.stopped = self.stopping
             follower.given(await follower.session.step(follower.row()))
             await follower.think()
 
     async def _stream(self, follower: Follower) -> None:
         async def rows() -> AsyncIterator[np.ndarray]:
-            while not self.stopping:
+            while not follower.stopped:
+                follower.stopped = self.stopping
                 yield follower.row()
                 await follower.think()
 
@@ -122,7 +128,7 @@ class Library:
             follower.given(y)
 
     async def _packed(self, crowd: Sequence[Follower]) -> None:
-        """Now these, now those, some of them several times in a call; at the end each once more."""
+        """Now these, now those, some of them several times in a call."""
         everyone = list(range(len(crowd)))
         which: list[int] = []
         async with self._client.packed([follower.session for follower in crowd]) as pack:
@@ -142,6 +148,8 @@ class Library:
                 follower = random.choice(crowd)
                 yield follower.session, follower.row()
                 await asyncio.sleep(self._think_seconds / len(crowd))
+            for follower in crowd:
+                yield follower.session, follower.row()
 
         async for result in self._client.stream(items()):
             of[result.session.session_id].given(result.y)

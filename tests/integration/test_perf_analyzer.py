@@ -35,7 +35,7 @@ def test_streams_sequences_without_an_error(
                 *(analyzer, "-m", "bench", "-u", server.address, "-i", "grpc", *protocol),
                 *("--sequence-length", "50", "--concurrency-range", str(sessions)),
                 # Short, and content with any spread: that it ends well is what is tested.
-                *("-p", "300", "-r", "3", "-s", "1000", "-f", str(table)),
+                *("-p", "300", "-r", "10", "-s", "1000", "-f", str(table)),
             ],
             check=False,
             capture_output=True,
@@ -57,7 +57,7 @@ def test_streams_the_shipped_model(analyzer: str, tmp_path: Path, electricity_ro
             [
                 *(analyzer, "-m", "electricity", "-u", server.address, "-i", "grpc"),
                 *("--streaming", "--async", "--sequence-length", "200"),
-                *("--concurrency-range", "64", "-p", "300", "-r", "3", "-s", "1000"),
+                *("--concurrency-range", "64", "-p", "300", "-r", "10", "-s", "1000"),
             ],
             check=False,
             capture_output=True,

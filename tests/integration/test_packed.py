@@ -241,6 +241,7 @@ async def test_rows_of_another_width_are_refused_one_by_one(stub: Stub):
     for _ in range(2):  # the sessions are looked up, then seated
         told = await talk.ask(packed([0, 1], None, draw(2, 4), bind=names))
         assert {row: one.field for row, one in told.errors.items()} == {0: "x", 1: "x"}
+        assert told.y.size == 0
         assert "takes rows of 3" in told.errors[0].message
     assert (await talk.ask(packed([0, 1], None, draw(2)))).t.tolist() == [1, 1]
 
@@ -265,6 +266,18 @@ async def test_a_message_without_rows_is_answered(stub: Stub):
         stub, [packed([], None, draw(0), bind={4: "a"}, id=1), packed([], None, draw(0), id=2)]
     )
     assert (bindings.id, nothing.id, len(bindings.t), bindings.error) == (1, 2, 0, None)
+
+
+async def test_a_message_whose_rows_are_all_refused_has_no_outputs(stub: Stub):
+    names, x = await crowd(stub, 2), series(2, 1)[:, 0]
+    talk = Conversation(stub)
+    await talk.ask(packed(range(2), [0, 0], x, bind=names))
+    told = await talk.ask(packed(range(2), [7, 7], x))
+    assert {row: one.reason for row, one in told.errors.items()} == {
+        0: "STEP_AHEAD",
+        1: "STEP_AHEAD",
+    }
+    assert told.y.size == 0
 
 
 async def test_a_handle_that_is_bound_again_means_the_new_session_from_that_message_on(

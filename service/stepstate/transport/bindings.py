@@ -26,14 +26,23 @@ class Bindings:
         ids: by handle; None: not bound. The list is not changed any more: rows that wait keep
             what was meant when they came.
         seats: [2, handles]: handle in the session table and generation; 0: not known.
+        bound: [handles]: whether there is an id.
     """
 
     def __init__(
-        self, ids: Sequence[str | None] = (), seats: NDArray[np.int64] | None = None
+        self,
+        ids: Sequence[str | None],
+        seats: NDArray[np.int64],
+        bound: NDArray[np.bool_],
     ) -> None:
         self.ids = ids
-        self._seats = np.zeros((2, len(ids)), np.int64) if seats is None else seats
-        self._bound = np.array([one is not None for one in ids], np.bool_)
+        self._seats = seats
+        self._bound = bound
+
+    @classmethod
+    def none(cls) -> Bindings:
+        """Those of a new stream."""
+        return cls((), np.zeros((2, 0), np.int64), np.zeros(0, np.bool_))
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -59,8 +68,10 @@ class Bindings:
         seats = np.pad(self._seats, ((0, 0), (0, more)))
         for handle, session_id in new.items():
             ids[handle] = session_id
+        bound = np.pad(self._bound, (0, more))
         seats[:, list(new)] = 0
-        return Bindings(ids, seats)
+        bound[list(new)] = True
+        return Bindings(ids, seats, bound)
 
     def seat(self, handle: int, session_id: str, seat: Seat | None) -> None:
         """Notes where the session of a handle sits, if the handle still means it."""

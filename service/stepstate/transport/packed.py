@@ -43,7 +43,7 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
     ) -> None:
         super().__init__(sessions, messages, outgoing=outgoing, refused=refused)
         self._widest = max((model.manifest.output_width for model in sessions.catalog), default=0)
-        self._bindings = Bindings()
+        self._bindings = Bindings.none()
         self._under_way = np.zeros(0, np.bool_)  # by handle: a row of it went straight
         self._waiting: list[PackedMessage] = []
         self._rows = 0

@@ -152,7 +152,7 @@ class PackedMessage:
         """The reply, once no row is left."""
         response = pb.StreamPackedResponse(
             id=self._request_id,
-            y=self._y.astype("<f4", copy=False).tobytes(),
+            y=self._y.astype("<f4", copy=False).tobytes() if len(self.errors) < len(self) else b"",
             t=self._t.astype("<u8", copy=False).tobytes(),
             durable_t=self._durable_t.astype("<u8", copy=False).tobytes(),
             flags=self._flags.tobytes() if self._flags.any() else b"",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.accelerators import ACCELERATORS, there
 from tests.networks import Network, make_network
 from tests.reference import lstm
 from tests.unit.rig import Rig, model_of, outputs, rows_of
@@ -28,6 +29,13 @@ kinds = st.sampled_from(sorted(NETWORKS))
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.lists(st.integers(1, 12), min_size=1, max_size=8)
 chunks = st.sampled_from([1, 3, 128])
+
+
+@pytest.fixture(params=ACCELERATORS, scope="module", autouse=True)
+def _everywhere(request) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Rig, "accelerator", there(request.param))
+        yield
 
 
 def run(story: Coroutine[Any, Any, None]) -> None:

@@ -67,6 +67,9 @@ class Caller:
 class Rig:
     """Sessions of some models, and short words for what tests do with them."""
 
+    accelerator: str | None = None
+    """Where all rigs step that are not told otherwise."""
+
     def __init__(
         self,
         *models: Model,
@@ -126,7 +129,7 @@ class Rig:
                 chunk_rows=chunk_rows,
                 replay_rows=replay_rows,
                 replay_bytes=replay_bytes,
-                accelerator=accelerator,
+                accelerator=accelerator or self.accelerator,
             )
         self.lane = next(iter(self.sessions.lanes.values()))
 

@@ -6,11 +6,12 @@ import asyncio
 
 import numpy as np
 import pytest
-import torch
 
 from stepstate.engine import NoAccelerator, check_accelerator
-from stepstate.errors import NonFiniteResult
+from stepstate.errors import Internal, NonFiniteResult
+from tests.accelerators import there
 from tests.networks import make_network
+from tests.offline import forecasting_network
 from tests.unit.rig import HUGE, model_of, outputs, overflowing_network, rows_of
 
 CLOSE = 1e-5
@@ -24,9 +25,7 @@ NETWORKS = {
 
 @pytest.fixture(params=["cpu", "cuda"])
 def accelerator(request: pytest.FixtureRequest) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("NO GPU: what a CUDA graph computes is tested where torch finds a device")
-    return str(request.param)
+    return str(there(request.param))
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -108,6 +107,66 @@ async def test_a_slot_that_is_used_again_starts_from_zero(make_rig, accelerator)
         assert np.abs(np.array(y) - network.offline(x)).max() <= CLOSE
         await rig.sessions.close("a")
         await asyncio.sleep(0)
+
+
+def tracked_network():
+    """A model without lagged inputs that keeps books on its forecasts."""
+    network = make_network("tracked", inputs=2, outputs=3, seed=11)
+    network.manifest.update(
+        inputs=[{"name": "level"}, {"name": "heat"}],
+        outputs=[{"name": "level", "horizons": [1, 2, 3]}],
+        tracking={"horizons": [1, 3], "season_steps": 4, "rate": 0.2},
+    )
+    return network
+
+
+async def test_forecasts_are_tracked_as_on_the_host(make_rig, accelerator):
+    network = tracked_network()
+    rigs = [make_rig(model_of(network), accelerator=place) for place in (None, accelerator)]
+    sessions = [[await rig.open(name) for name in "abc"] for rig in rigs]
+    for t in range(30):
+        rows = rows_of(network, 3, seed=t)
+        calls = [
+            rig.send(session, row, t)
+            for rig, opened in zip(rigs, sessions, strict=True)
+            for session, row in zip(opened, rows, strict=True)
+        ]
+        for call in calls:
+            await call.outcome()
+    slots = np.array([session.slot for session in sessions[0]])
+    here, there = (rig.lane.engine.read_states(slots) for rig in rigs)
+    assert rigs[1].lane.engine._on_device is not None
+    assert np.allclose(here, there, atol=CLOSE, equal_nan=True)
+    tracked = here[:, rigs[0].lane.engine.layout.tracked_from :]
+    assert len(np.unique(tracked)) > 6  # something was
+
+
+async def test_a_surprise_after_the_forward_leaves_every_part_of_a_state(
+    make_rig, accelerator, monkeypatch
+):
+    network = tracked_network()
+    rig = make_rig(model_of(network), accelerator=accelerator)
+    session, engine = await rig.open(), rig.lane.engine
+    for row in rows_of(network, 6):
+        await rig.step(session, row)
+    slots = np.array([session.slot])
+    before = engine.read_states(slots).tobytes()
+    with monkeypatch.context() as broken:
+        broken.setattr(engine, "_track", lambda *_: 1 / 0)
+        assert isinstance(await rig.send(session, rows_of(network, 1), 6).error(), Internal)
+    assert engine.read_states(slots).tobytes() == before
+    assert rig.sessions.t(session) == 6
+
+
+async def test_a_model_with_lagged_inputs_stays_on_the_host(make_rig, accelerator):
+    network = forecasting_network()
+    here, there = (make_rig(model_of(network), accelerator=on) for on in (None, accelerator))
+    x = rows_of(network, 12)
+    sessions = [(rig, await rig.open()) for rig in (here, there)]
+    for row in x:
+        y = [await rig.y(session, row) for rig, session in sessions]
+        assert y[0].tobytes() == y[1].tobytes()
+    assert there.lane.engine._on_device is None
 
 
 def test_a_device_that_is_not_there_is_told_before_the_start():

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepstate.engine.arena import Arena
+from stepstate.engine.device_forward import place_states
 from stepstate.engine.layout import Layout
 from stepstate.engine.network import Network, Past
 from stepstate.engine.precision import Precision
@@ -18,10 +18,21 @@ from stepstate.models import Model, build_timeline
 
 
 class BareForward:
-    """One model and the states of `capacity` sessions, all at the same t."""
+    """One model and the states of `capacity` sessions, all at the same t.
+
+    Args:
+        model: the model.
+        capacity: sessions.
+        precision: what the weights are kept as.
+        accelerator: where states are and steps run, as torch names it; None: the host.
+    """
 
     def __init__(
-        self, model: Model, capacity: int, precision: Precision = Precision.FLOAT32
+        self,
+        model: Model,
+        capacity: int,
+        precision: Precision = Precision.FLOAT32,
+        accelerator: str | None = None,
     ) -> None:
         manifest = model.manifest
         timeline = build_timeline(model)
@@ -33,7 +44,10 @@ class BareForward:
             inputs=manifest.input_width,
             tracked=0,
         )
-        self._arena = Arena(capacity, layout, layout.blank(np.zeros(0, np.float32)))
+        blank = layout.blank(np.zeros(0, np.float32))
+        self._arena, self._on_device = place_states(
+            self._network, layout, blank, capacity, accelerator
+        )
         for _ in range(capacity):
             self._arena.claim()
 
@@ -44,6 +58,11 @@ class BareForward:
             y [B, O] in raw units.
         """
         at = np.full(len(slots), t)
+        if self._on_device is not None:
+            outputs, _ = self._on_device.step(slots, x, at % self._phases)
+            self._on_device.commit()
+            self._arena.append(slots, at, x)
+            return outputs
         phase = torch.from_numpy(at % self._phases)
         past = None
         if self._network.lagged:

@@ -28,9 +28,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepstate.engine.accelerator import DeviceArena, DeviceForward
-from stepstate.engine.arena import Arena
 from stepstate.engine.batch import MicroBatch, Pack
+from stepstate.engine.device_forward import DeviceForward, place_states
 from stepstate.engine.forecasts import Origins, Outlook, Plan, Rollout
 from stepstate.engine.intervals import quantiles_of
 from stepstate.engine.jobs import Job
@@ -73,7 +72,9 @@ class Engine(Generic[W]):
         batch_rows: most single rows in one forward.
         chunk_rows: most rows of long requests in one turn.
         precision: what the weights are kept as.
-        accelerator: the device of the cells' states, as torch names it; None: they are the host's.
+        accelerator: where the cells' states are and single rows are stepped, as torch names it;
+            None: the host. Long requests, `inspect`, forecasts and missing rows are the host's
+            in any case, on copies of states, and models with lagged inputs are altogether.
     """
 
     def __init__(
@@ -101,7 +102,11 @@ class Engine(Generic[W]):
             tracked=self._tracker.width if self._tracker else 0,
         )
         self.tally = self._tracker.tally() if self._tracker else Tally()
-        self._arena, self._on_device = self._place(model, timeline, capacity, accelerator)
+        self._arena, self._on_device = place_states(
+            self._network, self.layout, self.blank(), capacity, accelerator
+        )
+        if self._on_device is not None:
+            self._on_device.make_ready(batch_rows)
         self._phases = timeline.phases
         self._owner = owner
         self._observer = observer
@@ -113,24 +118,6 @@ class Engine(Generic[W]):
         self._awake = False
         self._rounds = 0
         self._seen = 1  # singles queued when a turn was last due
-
-    def _place(
-        self, model: Model, timeline: Timeline, capacity: int, accelerator: str | None
-    ) -> tuple[Arena, DeviceForward | None]:
-        """Where the states are, and what steps them there if they are not the host's."""
-        if accelerator is None:
-            return Arena(capacity, self.layout, self.blank()), None
-        device = torch.device(accelerator)
-        arena = DeviceArena(capacity, self.layout, self.blank(), device)
-        if self._network.lagged or self._tracker is not None:
-            return arena, None
-        manifest = model.manifest
-        return arena, DeviceForward(
-            Network(model, timeline, device=device),
-            arena.device_cells,
-            inputs=manifest.input_width,
-            outputs=manifest.output_width,
-        )
 
     @property
     def state_bytes(self) -> int:
@@ -359,10 +346,18 @@ class Engine(Generic[W]):
     def _forward_there(
         self, forward: DeviceForward, batch: MicroBatch[W]
     ) -> tuple[Floats, NDArray[np.bool_] | None]:
-        """The same on the accelerator; past rows are the host's, for missing ones to come."""
-        y, fine = forward(batch.slots, batch.x, batch.phase)
-        kept = slice(None) if fine is None else fine
-        self._arena.append(batch.slots[kept], batch.at[kept], batch.x[kept])
+        """The same on the accelerator; past rows and what is tracked are the host's."""
+        slots, at, rows = batch.slots, batch.at, batch.x
+        y, fine = forward.step(slots, rows, batch.phase)
+        told, tracked = y, None
+        if fine is not None:
+            slots, at, rows, told = slots[fine], at[fine], rows[fine], told[fine]
+        if self._tracker is not None:
+            tracked = self._track(self._tracker, slots, at, rows, told)
+        forward.commit()  # only now: whatever raised before has changed no slot
+        if tracked is not None:
+            self._arena.write_tracked(slots, tracked)
+        self._arena.append(slots, at, rows)
         return y, fine
 
     def _track(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,13 @@ class Network:
     """A model as a pure function: (x, phase, state, past rows) -> (y, state').
 
     Methods that take a `past` need it where `lagged` is true; else it may be None.
+
+    Args:
+        model: the verified model.
+        timeline: its table of phases.
+        precision: what the weights are kept as.
+        device: None: the host. On another, `step` is meant alone, and no model with lagged
+            inputs; no branch looks at what is computed, so that a graph can be made of it.
     """
 
     def __init__(
@@ -39,7 +47,7 @@ class Network:
         precision: Precision = Precision.FLOAT32,
         device: torch.device | None = None,
     ) -> None:
-        """Makes it for the host, or for a device, where no branch looks at what is computed."""
+        self._made_of = model, timeline, precision
         manifest = model.manifest
         self._branches = device is None
         place = torch.device("cpu") if device is None else device
@@ -56,8 +64,8 @@ class Network:
         self._plain = not self._timed and all(i.scale == 1 and i.mean == 0 for i in manifest.inputs)
         # Beyond it W x may overflow in one order of additions and not in another: whether a row can
         # be applied would depend on its batch. Such rows are made NaN, and so refused.
-        weights = tensors["cell.weight_ih_l0"].double().abs().sum(dim=1).max().item()
-        self._largest = 1e38 / max(1.0, weights)
+        weights = np.abs(model.tensors["cell.weight_ih_l0"]).sum(axis=1, dtype=np.float64)
+        self._largest = 1e38 / max(1.0, float(weights.max()))
         self._into_cell = LaggedInputs(manifest, "cell")
         self._into_head = LaggedInputs(manifest, "head")
         self._from_first = manifest.fallback == "first"
@@ -67,6 +75,10 @@ class Network:
         self._head_bias = tensors["head.bias"] * scale
         if not self._timed:
             self._head_bias = self._head_bias + self._bases[0]
+
+    def on(self, device: torch.device) -> Network:
+        """The same model on a device."""
+        return Network(*self._made_of, device)
 
     @property
     def state_width(self) -> int:

@@ -1,0 +1,227 @@
+"""Steps where the cells' states lie on a device.
+
+Rule 1: a forward changes no state. `commit` does, for all of its rows at once, so whatever
+        raises before it leaves them as they were.
+Rule 2: the row after the last slot is nobody's: forwards of fewer rows than their buffers
+        have are filled up with it.
+Rule 3: what a forward does depends on no value that it computes, so that a graph can be
+        made of it: the device itself keeps the old state where a result is not finite.
+
+B rows of different slots, padded to a power of two; D inputs, O outputs, Rc the width of a state.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stepstate.engine.accelerator import Run, capture
+from stepstate.engine.arena import Arena
+from stepstate.engine.layout import Layout
+from stepstate.engine.network import Network
+from stepstate.engine.work import Floats
+
+log = logging.getLogger(__name__)
+
+Capture = Callable[[Run, torch.device], Run]
+"""Makes one launch of what runs on a device; `RuntimeError` where it can not."""
+
+
+class DeviceArena(Arena):
+    """An arena whose cells' states lie on a device; past rows and what is tracked on the host.
+
+    A state that is read or written is whole, and the same bytes as one of an `Arena`.
+    """
+
+    def __init__(self, capacity: int, layout: Layout, blank: Floats, device: torch.device) -> None:
+        super().__init__(capacity, replace(layout, cell=0), blank[layout.cell :])
+        try:
+            self.cells = torch.zeros(capacity + 1, layout.cell, device=device)
+            """[capacity + 1, Rc]; the last row is scratch."""
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(f"on {device}: {error}") from error
+        self._cell_bytes = 4 * layout.cell
+
+    @property
+    def used_bytes(self) -> int:
+        """Bytes of their states."""
+        return super().used_bytes + self.used * self._cell_bytes
+
+    def claim(self) -> int:
+        """Takes a free slot, with a blank state. The caller has checked that one is free."""
+        slot = super().claim()
+        self.cells[slot].zero_()
+        return slot
+
+    def gather(self, slots: NDArray[np.int64]) -> Floats:
+        """Copies the cells' states [B, Rc] of slots [B]."""
+        found: Floats = self.cells.index_select(0, self._at(slots)).cpu().numpy()
+        return found
+
+    def scatter(self, slots: NDArray[np.int64], states: Floats) -> None:
+        """Writes the cells' states [B, Rc] of different slots [B]."""
+        rows = torch.from_numpy(np.array(states, np.float32))  # torch takes none that is read-only
+        self.cells.index_copy_(0, self._at(slots), rows.to(self.cells.device))
+
+    def read(self, slots: NDArray[np.int64]) -> Floats:
+        """Copies the states [B, R] of slots [B] out, whole."""
+        return np.concatenate((self.gather(slots), super().read(slots)), axis=1)
+
+    def write(self, slot: int, state: Floats) -> None:
+        """Puts a state [R] into a slot, whole."""
+        cell = self.cells.shape[1]
+        self.scatter(np.array([slot]), state[None, :cell])
+        super().write(slot, state[cell:])
+
+    def _at(self, slots: NDArray[np.int64]) -> Tensor:
+        return torch.from_numpy(slots).to(self.cells.device)
+
+
+class DeviceForward:
+    """The forward of single rows, in which nothing is missing, of a model without lagged inputs.
+
+    Args:
+        network: the model, on the device.
+        cells: the arena's states there [capacity + 1, Rc].
+        inputs: D.
+        capture: makes a graph of a forward; None: there are none.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        cells: Tensor,
+        *,
+        inputs: int,
+        capture: Capture | None = None,
+    ) -> None:
+        self._network = network
+        self._cells = cells
+        self._inputs = inputs
+        self._capture = capture
+        self._buckets: dict[int, _Bucket] = {}
+        self._last: _Bucket | None = None
+
+    def make_ready(self, rows: int) -> None:
+        """Makes the graphs of forwards of up to B rows; else one is made at its first use."""
+        for power in range((rows - 1).bit_length() + 1):
+            self._bucket(2**power)
+
+    def step(
+        self, slots: NDArray[np.int64], x: Floats, phase: NDArray[np.int64]
+    ) -> tuple[Floats, NDArray[np.bool_] | None]:
+        """Computes row x [B, D], raw units, of slots [B] in phases [B]; `commit` applies it.
+
+        Returns:
+            y [B, O] in raw units, and for which rows [B] it and the state are finite; None: for
+            all. The others' y is NaN.
+        """
+        bucket = self._last = self._bucket(len(slots))
+        with torch.inference_mode():
+            y = bucket.step(slots, x, phase)
+        fine = ~np.isnan(y[:, 0])  # a row is told wholly or not at all
+        return y, None if fine.all() else fine
+
+    def commit(self) -> None:
+        """Writes the states after the last `step`; those of rows that were not finite stay."""
+        assert self._last is not None
+        with torch.inference_mode():
+            self._last.commit()
+
+    def _bucket(self, rows: int) -> _Bucket:
+        size = 1 << (rows - 1).bit_length()
+        bucket = self._buckets.get(size)
+        if bucket is None:
+            bucket = self._buckets[size] = _Bucket(self._network, self._cells, size, self._inputs)
+            self._make_graph(bucket)
+        return bucket
+
+    def _make_graph(self, bucket: _Bucket) -> None:
+        if self._capture is None:
+            return
+        try:
+            with torch.inference_mode():
+                bucket.run = self._capture(bucket.forward, self._cells.device)
+        except RuntimeError:
+            self._capture = None
+            log.warning(
+                "no CUDA graph can be captured: forwards are launched operator by operator",
+                exc_info=True,
+            )
+
+
+class _Bucket:
+    """The buffers of forwards of up to `size` rows, which stay where they are."""
+
+    def __init__(self, network: Network, cells: Tensor, size: int, inputs: int) -> None:
+        self._network = network
+        self._cells = cells
+        self._scratch = len(cells) - 1
+        pinned = cells.device.type == "cuda"
+        # The host's, from which copies need not wait, and the device's: slots above phases.
+        self._sent_places = torch.zeros(2, size, dtype=torch.int64, pin_memory=pinned)
+        self._sent_x = torch.zeros(size, inputs, pin_memory=pinned)
+        self._places = torch.full((2, size), self._scratch, device=cells.device)
+        self._places[1] = 0
+        self._x = torch.zeros(size, inputs, device=cells.device)
+        self._y = torch.empty(0, device=cells.device)
+        self._after = torch.empty(0, device=cells.device)
+        self.run: Run = self.forward
+
+    def step(self, slots: NDArray[np.int64], x: Floats, phase: NDArray[np.int64]) -> Floats:
+        rows = len(slots)
+        places = self._sent_places.numpy()
+        places[0, :rows], places[0, rows:] = slots, self._scratch
+        places[1, :rows], places[1, rows:] = phase, 0
+        self._sent_x.numpy()[:rows] = x
+        self._places.copy_(self._sent_places, non_blocking=True)
+        self._x.copy_(self._sent_x, non_blocking=True)
+        self.run()
+        y: Floats = self._y[:rows].to("cpu", copy=True).numpy()  # waits for the device
+        return y
+
+    def commit(self) -> None:
+        self._cells.index_copy_(0, self._places[0], self._after)
+
+    def forward(self) -> None:
+        """From the buffers to new tensors; of a graph, whose replay writes those of its capture."""
+        slots, phase = self._places
+        before = self._cells.index_select(0, slots)
+        y, after = self._network.step(self._x, phase, before)
+        fine = (y.isfinite().all(dim=1) & after.isfinite().all(dim=1))[:, None]
+        self._y = torch.where(fine, y, torch.nan)
+        self._after = torch.where(fine, after, before)
+
+
+def place_states(
+    network: Network, layout: Layout, blank: Floats, capacity: int, accelerator: str | None
+) -> tuple[Arena, DeviceForward | None]:
+    """An arena, and the forward on the accelerator, if one is meant and the model gains by it.
+
+    Models with lagged inputs stay on the host: what they take of each session is mostly its
+    past rows, which are the host's.
+
+    Args:
+        network: the model on the host.
+        layout: the parts of a state.
+        blank: the state [R] of a session without rows.
+        capacity: slots.
+        accelerator: the device as torch names it; None: the host.
+    """
+    if accelerator is None or network.lagged:
+        return Arena(capacity, layout, blank), None
+    device = torch.device(accelerator)
+    arena = DeviceArena(capacity, layout, blank, device)
+    graphs = None
+    if device.type == "cuda":
+        graphs = capture
+        # Not TF32, whose ten bits would move every output.
+        torch.backends.cuda.matmul.allow_tf32 = False
+    on_device = network.on(device)
+    return arena, DeviceForward(on_device, arena.cells, inputs=layout.inputs, capture=graphs)

@@ -246,6 +246,56 @@ async def test_rows_of_another_width_are_refused_one_by_one(stub: Stub):
     assert (await talk.ask(packed([0, 1], None, draw(2)))).t.tolist() == [1, 1]
 
 
+async def test_a_message_is_of_one_model_also_when_its_sessions_are_known(
+    stub: Stub, networks: dict[str, Network]
+):
+    x = series(2, 2)
+    await opened(stub, "a")
+    await opened(stub, "b", "gru")
+    talk = Conversation(stub)
+    await talk.ask(packed([], None, draw(0), bind={0: "a", 1: "b"}))
+    own = [await talk.ask(packed([handle], [0], x[handle, :1])) for handle in (0, 1)]
+    both = await talk.ask(packed([0, 1], [1, 1], x[:, 1]))
+    assert {row: one.field for row, one in both.errors.items()} == {1: "handles"}
+    last = await talk.ask(packed([1], [1], x[1, 1:]))
+    y = np.concatenate((own[1].y, last.y))
+    assert largest_difference(y, networks["gru"].offline(x[1])) <= TOLERANCE
+
+
+async def test_a_session_in_the_place_of_a_closed_one_is_not_taken_for_it(stub: Stub):
+    await opened(stub, "live")
+    await opened(stub, "old")
+    talk = Conversation(stub)
+    await talk.ask(packed([], None, draw(0), bind={0: "live", 1: "old"}))
+    for t in range(2):
+        await talk.ask(packed([0, 1], [t, t], draw(2)))
+    await stub.CloseSession(pb.CloseSessionRequest(session_id="old"))
+    await opened(stub, "new")
+    told = await talk.ask(packed([0, 1], None, draw(2)))
+    assert {row: one.reason for row, one in told.errors.items()} == {1: "SESSION_CLOSED"}
+    assert told.t.tolist() == [3, 0]
+    assert (await where(stub, "new")).t == 0
+
+
+async def test_a_stream_that_is_cut_while_a_session_is_loaded_leaves_nothing_queued(config):
+    one = replace(config, slots=1)
+    async with running_server(one) as server, raw_stub(server.address) as stub:
+        await opened(stub, "away")
+        await opened(stub, "busy")
+        long = asyncio.create_task(_step(stub, blocker("busy", rows=BLOCKED)))
+        await queued(stub, "busy", 1)
+        talk = Conversation(stub)
+        await talk.send(packed([0, 0, 0], None, draw(3), bind={0: "away"}))
+
+        async def rows(count: int) -> bool:
+            return server.sessions.queued_rows == count
+
+        await until(lambda: rows(BLOCKED + 3))
+        talk.cancel()
+        await until(lambda: rows(BLOCKED))
+        await long
+
+
 async def test_bytes_that_are_no_message_are_refused_in_band(stub: Stub, server: Server):
     await opened(stub, "a")
     good = packed([0], [0], draw(1), bind={0: "a"}).SerializeToString()
@@ -305,9 +355,9 @@ async def test_two_handles_of_one_session_are_one_session(stub: Stub, network: N
     x = draw(8)
     await opened(stub, "a")
     bind = {0: "a", 1: "a"}
-    first, second = await ask_packed(
-        stub, [packed([0, 1, 0, 1], None, x[:4], bind=bind), packed([0, 1, 1, 0], None, x[4:])]
-    )
+    talk = Conversation(stub)
+    first = await talk.ask(packed([0, 1, 0, 1], None, x[:4], bind=bind))
+    second = await talk.ask(packed([0, 1, 1, 0], None, x[4:]))
     y = np.concatenate((first.y, second.y))
     assert first.t.tolist() + second.t.tolist() == list(range(1, 9))
     assert largest_difference(y, network.offline(x)) <= TOLERANCE

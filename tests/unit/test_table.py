@@ -41,6 +41,17 @@ def test_a_session_is_found_by_its_id_while_it_is_in(table):
     assert len(table) == 0
 
 
+def test_a_handle_has_another_generation_once_its_session_is_barred_or_gone(table):
+    (a,) = add(table, "a")
+    seen = [int(table.generation_array[a.handle])]
+    for change in (table.bar, table.revoke, table.remove):
+        change(a)
+        seen.append(int(table.generation_array[a.handle]))
+    (b,) = add(table, "b")
+    assert b.handle == a.handle
+    assert len(set(seen)) == 4
+
+
 def test_sessions_have_different_handles_up_to_the_limit(table):
     assert sorted(one.handle for one in add(table, "a", "b", "c")) == [0, 1, 2]
     assert len(table) == table.limit

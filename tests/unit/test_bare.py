@@ -29,11 +29,21 @@ def test_its_rate_is_told_of_a_model_with_calendar_and_lags(version):
     assert found.rows == 3
     assert found.steps_per_second > 0
     assert found.cpu_us_per_step > 0
+    assert 0 < found.p99_seconds < 60
+    assert bare_forward(ELECTRICITY / "electricity" / version, 3, 0.01, "cpu").rows == 3
 
 
 def test_it_is_printed_by_batch_size(capsys, monkeypatch):
-    monkeypatch.setattr(forward, "bare_forward", lambda _, rows, __: ForwardRate(rows, 2e6, 0.5))
+    monkeypatch.setattr(
+        forward, "bare_forward", lambda _, rows, *__: ForwardRate(rows, 2e6, 0.5, 0.0015)
+    )
     main()
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-5:]] == ["1", "4", "16", "64", "256"]
-    assert lines[-1].split()[1:] == ["2,000,000", "0.5"]
+    assert lines[-1].split()[1:] == ["2,000,000", "0.50", "1.50"]
+
+
+def test_a_device_that_is_not_there_is_told(capsys):
+    with pytest.raises(SystemExit):
+        main(["--device", "cuda:99"])
+    assert "--device cuda:99: " in capsys.readouterr().err

@@ -127,6 +127,21 @@ def test_rows_that_are_not_finite_are_told_and_keep_their_state(device):
     assert stand.step(np.arange(3), x[[1, 1, 1]])[1] is None  # the scratch row does no harm
 
 
+def test_a_row_with_one_infinite_output_is_told_as_none(stand, network):
+    """The state and the other output would be finite."""
+    on_device = stand.forward._network
+    on_device._head[:, 1] = 0
+    on_device._head[0, 1] = 3e38
+    on_device._head_bias[1] = 3.4e38  # y[1] overflows where h[0] > 0.001
+    before = stand.states
+    y, fine = stand.step(stand.every, rows_of(network, 6) * 3)
+    stand.forward.commit()
+    assert 0 < fine.sum() < 6
+    assert np.isfinite(y[fine]).all()
+    assert np.isnan(y[~fine]).all()
+    assert (stand.states != before).any(axis=1).tolist() == fine.tolist()
+
+
 def test_a_replay_of_a_graph_finds_its_inputs_where_they_were(network, device):
     graphs = Replayed()
     stand, plain = Stand(network, device, capture=graphs), Stand(network, device)
@@ -145,8 +160,8 @@ def test_a_replay_of_a_graph_finds_its_inputs_where_they_were(network, device):
     assert (graphs.captures, graphs.replays) == (4, 7)  # 8 rows at first use
 
 
-def test_outputs_stay_as_they_are_when_the_next_step_comes(stand, network):
-    x = rows_of(network, 2)
+def test_outputs_stay_as_they_are_when_the_next_step_comes(network, device):
+    stand, x = Stand(network, device, capture=Replayed()), rows_of(network, 2)
     y, _ = stand.step(np.array([0]), x[:1])
     kept = y.copy()
     stand.step(np.array([1]), x[1:])

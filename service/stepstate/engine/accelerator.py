@@ -58,7 +58,7 @@ def capture(run: Run, device: torch.device) -> Run:
                 run()
         current.wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, stream=side):  # torch's own is of the first device used
             run()
 
     def replay() -> None:

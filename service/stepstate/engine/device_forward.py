@@ -13,6 +13,7 @@ B rows of different slots, padded to a power of two; D inputs, O outputs, Rc the
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -195,7 +196,8 @@ class _Bucket:
         before = self._cells.index_select(0, slots)
         y, after = self._network.step(self._x, phase, before)
         fine = (y.isfinite().all(dim=1) & after.isfinite().all(dim=1))[:, None]
-        self._y = torch.where(fine, y, torch.nan)
+        # Not `where`: a number there may become a tensor of the host's, which no graph may copy.
+        self._y = y.masked_fill(~fine, math.nan)
         self._after = torch.where(fine, after, before)
 
 

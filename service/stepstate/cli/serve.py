@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import asyncio
 import sys
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
 
 import click
-import uvloop
 
 from stepstate.cli.options import option
 from stepstate.config import ConfigError, ServerConfig
 from stepstate.engine import NoAccelerator
 from stepstate.errors import ModelInvalid
+from stepstate.events import ServerLoop, set_up_grpc
 from stepstate.logs import configure_logs
-from stepstate.server import CannotListen, Server, serve
-from stepstate.stores import CannotOpenStore
+
+set_up_grpc()  # before gRPC is imported, as it is from here on
+
+from stepstate.server import CannotListen, Server, serve  # noqa: E402
+from stepstate.stores import CannotOpenStore  # noqa: E402
 
 
 def _settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,7 +41,8 @@ def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
     configure_logs(log_level, log_format)
     try:
         config = ServerConfig(**settings)
-        drained = uvloop.run(serve(config, _announce))
+        with asyncio.Runner(loop_factory=ServerLoop) as runner:
+            drained = runner.run(serve(config, _announce))
     except (ConfigError, ModelInvalid, CannotListen, CannotOpenStore, NoAccelerator) as error:
         raise click.ClickException(str(error)) from error
     except MemoryError as error:

@@ -18,9 +18,11 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
+from grpc._cython.cygrpc import ExecuteBatchError
 
 from stepstate.errors import Draining, StepstateError
 from stepstate.sessions import Sessions, Step
+from stepstate.transport.malformed import Malformed
 from stepstate.transport.outgoing import Outgoing
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class Messages(Protocol):
     """The two sides of a call."""
 
     async def read(self) -> Any:
-        """The next request, or `grpc.aio.EOF`."""
+        """The next request, `Malformed` for bytes that are none, or `grpc.aio.EOF`."""
         ...
 
     async def write(self, message: Any) -> None:
@@ -105,7 +107,8 @@ class Exchange(ABC, Generic[Q, A, D]):
         self._reader = asyncio.create_task(self._read())
         self._reader.add_done_callback(lambda _: _wake(self._writer_waits))
         try:
-            await self._write(self._reader)
+            # A task too: each reply wakes it, and through every coroutine that awaits it.
+            await asyncio.create_task(self._write(self._reader))
         finally:
             self.cancelled = True
             self._reader.cancel()
@@ -180,40 +183,38 @@ class Exchange(ABC, Generic[Q, A, D]):
         return self._unanswered >= MOST_UNANSWERED or unanswered_bytes > MOST_BYTES
 
     async def _read(self) -> None:
-        while await self._read_one():
+        """Takes requests until there are no more."""
+        read = self._messages.read
+        while (request := await read()) is not grpc.aio.EOF:
+            if isinstance(request, Malformed):
+                self._reply(self._unreadable(request.error))
+            else:
+                self._take(request)
+            self._unanswered += 1
             while self._full:
                 self._reader_waits = asyncio.get_running_loop().create_future()
                 await self._reader_waits
 
-    async def _read_one(self) -> bool:
-        """Takes one request; False if there are no more."""
-        try:
-            request = await self._messages.read()
-        except StepstateError as error:  # it can't be decoded
-            self._reply(self._unreadable(error))
-        else:
-            if request is grpc.aio.EOF:
-                return False
-            self._take(request)
-        self._unanswered += 1
-        return True
-
     async def _write(self, reader: asyncio.Task[None]) -> None:
-        ready = self._ready
-        while True:
-            while ready:
-                reply, outcome = ready.popleft()
-                if outcome is None:
-                    await self._messages.write(reply)
-                else:
-                    await self._messages.write(self._encoded(outcome))
-                    self._release(self._size(outcome))
-                self._unanswered -= 1
-                _wake(self._reader_waits)
-            if reader.done() and not self._unanswered:
-                return
-            self._writer_waits = asyncio.get_running_loop().create_future()
-            await self._writer_waits
+        """Sends replies until the last request has its own."""
+        ready, write = self._ready, self._messages.write
+        try:
+            while True:
+                while ready:
+                    reply, outcome = ready.popleft()
+                    if outcome is None:
+                        await write(reply)
+                    else:
+                        await write(self._encoded(outcome))
+                        self._release(self._size(outcome))
+                    self._unanswered -= 1
+                    _wake(self._reader_waits)
+                if reader.done() and not self._unanswered:
+                    return
+                self._writer_waits = asyncio.get_running_loop().create_future()
+                await self._writer_waits
+        except ExecuteBatchError:
+            raise asyncio.CancelledError from None  # the client is gone
 
 
 class Streams:

@@ -14,16 +14,15 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
-from grpc._cython.cygrpc import ExecuteBatchError
 
-from stepstate.errors import Internal, InvalidField, StepstateError
+from stepstate.errors import Internal, StepstateError
 from stepstate.metrics import Metrics, RpcMetrics
+from stepstate.transport.malformed import Malformed, well_formed
 from stepstate.transport.status import DETAILS_KEY, code_of, status_of
 
 log = logging.getLogger(__name__)
@@ -79,8 +78,11 @@ class Guard(grpc.aio.ServerInterceptor):
         )
         for make, behavior, guard in behaviors:
             if behavior is not None:
-                decode = _tolerant(handler.request_deserializer)
-                wrapped: Handler = make(guard(behavior), decode, handler.response_serializer)
+                wrapped: Handler = make(
+                    guard(behavior),
+                    guarded.decoder(handler.request_deserializer),
+                    guarded.encoder(handler.response_serializer),
+                )
                 return wrapped
         raise NotImplementedError(f"{path} streams requests only: give it a guard first")
 
@@ -96,10 +98,7 @@ class _GuardedRpc:
     def unary(self, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
         async def guarded(request: Any, context: Context) -> Any:
             async with self._watch(context):
-                self._rpc.received += 1
-                response = await behavior(_well_formed(request), context)
-                self._rpc.sent += 1
-                return response
+                return await behavior(well_formed(request), context)
 
         return guarded
 
@@ -109,22 +108,43 @@ class _GuardedRpc:
 
             async def generated(requests: Any, context: Context) -> AsyncIterator[Any]:
                 async with self._watch(context):
-                    async for response in behavior(self._counted(requests), context):
-                        self._rpc.sent += 1
+                    async for response in behavior(_all_well_formed(requests), context):
                         yield response
 
             return generated
 
         async def guarded(requests: Any, context: Context) -> None:
             async with self._watch(context):
-                await behavior(requests, CountingContext(context, self._rpc))
+                await behavior(requests, context)
 
         return guarded
 
-    async def _counted(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        async for request in requests:
-            self._rpc.received += 1
-            yield _well_formed(request)
+    def decoder(self, decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
+        """A deserializer that counts and never raises.
+
+        gRPC would answer UNKNOWN, and end a stream unseen.
+        """
+        rpc = self._rpc
+
+        def decoded(data: bytes) -> Any:
+            rpc.received += 1
+            try:
+                return data if decode is None else decode(data)
+            except DecodeError as error:
+                return Malformed(str(error))
+
+        return decoded
+
+    def encoder(self, encode: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
+        """A serializer that counts."""
+        rpc = self._rpc
+
+        def encoded(message: Any) -> bytes:
+            rpc.sent += 1
+            data: bytes = message if encode is None else encode(message)
+            return data
+
+        return encoded
 
     @asynccontextmanager
     async def _watch(self, context: Context) -> AsyncIterator[None]:
@@ -155,59 +175,9 @@ class _GuardedRpc:
             self._rpc.seconds.observe(time.perf_counter() - started)
 
 
-@dataclass(frozen=True, slots=True)
-class _Malformed:
-    """Stands for bytes that are no message of the RPC's type."""
-
-    detail: str
-
-
-def _tolerant(decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-    """A deserializer that never raises: gRPC would answer UNKNOWN, and end a stream unseen."""
-
-    def tolerant(data: bytes) -> Any:
-        try:
-            return data if decode is None else decode(data)
-        except DecodeError as error:
-            return _Malformed(str(error))
-
-    return tolerant
-
-
-def _well_formed(message: Any) -> Any:
-    if isinstance(message, _Malformed):
-        raise InvalidField("message", f"can't be parsed ({message.detail}): is the proto file old?")
-    return message
-
-
-class CountingContext:
-    """A context whose messages are counted; the rest of a context is not needed by streams."""
-
-    def __init__(self, context: Context, rpc: RpcMetrics) -> None:
-        self._context = context
-        self._rpc = rpc
-
-    async def read(self) -> Any:
-        """The next message, or `grpc.aio.EOF`.
-
-        Raises:
-            InvalidField: bytes came that are no message; the next read goes on after them.
-        """
-        try:
-            message = await self._context.read()
-        except ExecuteBatchError:
-            raise asyncio.CancelledError from None  # the client is gone
-        if message is not grpc.aio.EOF:
-            self._rpc.received += 1
-        return _well_formed(message)
-
-    async def write(self, message: Any) -> None:
-        """Sends a message."""
-        self._rpc.sent += 1
-        try:
-            await self._context.write(message)
-        except ExecuteBatchError:
-            raise asyncio.CancelledError from None  # the client is gone
+async def _all_well_formed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async for request in requests:
+        yield well_formed(request)
 
 
 def _refuse(context: Context, error: StepstateError) -> None:

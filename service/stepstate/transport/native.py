@@ -26,7 +26,7 @@ from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceServicer
 
 if TYPE_CHECKING:
-    from stepstate.transport.guard import Context, CountingContext
+    from stepstate.transport.guard import Context
 
 PAGE_SIZE, MOST_PAGE_SIZE = 100, 1000
 
@@ -110,14 +110,14 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         finally:
             self._outgoing.release(step.reply_bytes)
 
-    async def StreamSteps(self, _requests: object, context: CountingContext) -> None:
+    async def StreamSteps(self, _requests: object, context: Context) -> None:
         await self._streams.serve(
             lambda refused: StepStream(
                 self._sessions, context, outgoing=self._outgoing, refused=refused
             )
         )
 
-    async def StreamPacked(self, _requests: object, context: CountingContext) -> None:
+    async def StreamPacked(self, _requests: object, context: Context) -> None:
         await self._streams.serve(
             lambda refused: PackedStream(
                 self._sessions, context, outgoing=self._outgoing, refused=refused

@@ -26,7 +26,7 @@ from stepstate.transport.triton.sequences import Sequences
 from stepstate.transport.triton.stream import InferStream
 
 if TYPE_CHECKING:
-    from stepstate.transport.guard import Context, CountingContext
+    from stepstate.transport.guard import Context
 
 
 class TritonService:
@@ -122,7 +122,7 @@ class TritonService:
         infer = Infer.of(request)
         return infer.reply(await self._sequences.apply(infer))
 
-    async def ModelStreamInfer(self, _requests: object, context: CountingContext) -> None:
+    async def ModelStreamInfer(self, _requests: object, context: Context) -> None:
         await self._streams.serve(
             lambda refused: InferStream(
                 self._sessions,

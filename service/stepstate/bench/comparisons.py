@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stepstate.bench.contests import contest_report
+from stepstate.bench.echo import TUNED
 from stepstate.bench.figures import Measurement, Plan
 from stepstate.bench.load import Kind
 from stepstate.bench.report import Report
@@ -45,20 +46,29 @@ FORWARD_SECONDS = 1.0
 """The bare forward is steady: a longer run tells nothing more."""
 
 
-def beside_echo(plan: Plan, tell: Tell) -> Report:
+def beside_echo(plan: Plan, tell: Tell, *, tuned: bool = False) -> Report:
     """Measures steps beside a bare echo of the same messages, and the bare forward.
+
+    Args:
+        plan: what to run.
+        tell: is told how it goes.
+        tuned: the echo gets gRPC's events as the server does.
 
     Raises:
         BenchError: a server does not start, refuses a step, or breaks off.
     """
     with ExitStack() as stack:
         folder = stack.enter_context(bench_folder())
-        echo = Target("echo", stack.enter_context(running_echo()), Kind.ECHO)
+        echo_options = (TUNED,) if tuned else ()
+        echo = Target("echo", stack.enter_context(running_echo(*echo_options)), Kind.ECHO)
         store = stack.enter_context(fresh_store("sqlite", folder))
         steps = Target("steps", stack.enter_context(running_stepstate(folder, store.url)))
         found = run(plan, echo, [steps], tell, _forward_of(folder, plan))
     what = workload(plan, "echo, steps and the bare forward")
     command = f"stepstate bench steps {plan.path_options} {plan.options}"
+    if tuned:
+        what += "; the echo gets gRPC's events as the server does"
+        command += " --echo tuned"
     return contest_report(found, what, command)
 
 

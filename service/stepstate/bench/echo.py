@@ -1,15 +1,24 @@
 """The floor: a bare `grpc.aio` server on uvloop that sends every message back.
 
-It parses nothing and keeps nothing, so what it costs is what the transport costs.
+It parses nothing and keeps nothing, so what it costs is what the transport costs. With `--tuned`
+it gets gRPC's events as `stepstate serve` does, see `stepstate.events`.
 """
 
 from __future__ import annotations
 
 import asyncio
+import sys
 from typing import TypeAlias
 
-import grpc
 import uvloop
+
+from stepstate.events import ServerLoop, set_up_grpc
+
+TUNED = "--tuned"
+if TUNED in sys.argv:
+    set_up_grpc()
+
+import grpc  # noqa: E402
 
 SERVICE = "stepstate.bench.Echo"
 STREAM = f"/{SERVICE}/Stream"
@@ -42,4 +51,5 @@ async def _serve() -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(_serve())
+    with asyncio.Runner(loop_factory=ServerLoop if TUNED in sys.argv else uvloop.Loop) as runner:
+        runner.run(_serve())

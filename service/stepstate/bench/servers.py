@@ -66,9 +66,9 @@ def bench_model(folder: Path) -> Path:
 
 
 @contextmanager
-def running_echo() -> Iterator[Launched]:
-    """A bare echo that serves inside the block."""
-    with _running(_python("stepstate.bench.echo"), _announced) as launched:
+def running_echo(*options: str) -> Iterator[Launched]:
+    """A bare echo that serves inside the block; `options` are those of `bench.echo`."""
+    with _running(_python("stepstate.bench.echo", *options), _announced) as launched:
         yield launched
 
 

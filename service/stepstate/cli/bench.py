@@ -124,6 +124,7 @@ def bench_command() -> None:
 @option("--rows", "16,64,256", counts, "Rows of a packed message, in turn.")
 @option("--in-flight", 2, click.IntRange(1, 64), "Unanswered packed messages of a process.")
 @option("--rate", "", rates, "Steps a second in all, at fixed times; empty: a closed loop.")
+@option("--echo", "plain", click.Choice(["plain", "tuned"]), "tuned: set up as the server is.")
 @_json
 def steps_command(
     path: tuple[str, ...],
@@ -135,6 +136,7 @@ def steps_command(
     rows: tuple[int, ...],
     in_flight: int,
     rate: tuple[float, ...],
+    echo: str,
     json: str,
 ) -> None:
     """Steps, beside a bare gRPC echo of the same messages and the bare forward.
@@ -154,7 +156,7 @@ def steps_command(
         in_flight=in_flight,
         rates=rate,
     )
-    _publish(json, lambda: beside_echo(plan, _tell))
+    _publish(json, lambda: beside_echo(plan, _tell, tuned=echo == "tuned"))
 
 
 @bench_command.command("durability")

@@ -46,7 +46,7 @@ train: setup ## Train the shipped model anew (two minutes)
 bench: setup ## Measure steps per second beside a bare echo and the bare forward
 	$(BIN)/stepstate bench
 
-benchmarks: setup ## Measure all of docs/benchmarks.md anew (12 minutes)
+benchmarks: setup ## Measure all of docs/benchmarks.md anew (15 minutes)
 	$(BIN)/python docs/benchmarks.py measure
 
 clean: ## Remove what was built, .venv too

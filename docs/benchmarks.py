@@ -1,6 +1,6 @@
 """Measures what docs/benchmarks.md shows, and writes its tables and pictures.
 
-    python docs/benchmarks.py measure          # all of it but the million, in some 12 minutes
+    python docs/benchmarks.py measure          # all of it but the million, in some 15 minutes
     python docs/benchmarks.py measure scale    # some of it
     python docs/benchmarks.py render           # tables and pictures from what was measured
 
@@ -32,12 +32,14 @@ IMAGES = DOCS / "images"
 
 RUNS = {
     "stream": "steps --path stream --sessions 1,16,64,256,1000,10000 --processes 2 --seconds 2",
+    "tuned": "steps --path stream --sessions 1,64,256 --seconds 2 --echo tuned",
     "unary": "steps --path unary --sessions 1,64 --processes 2 --seconds 2",
     "packed": "steps --path packed --sessions 1 --rows 16,64,256 --seconds 2",
-    "rates": "steps --path stream --sessions 64 --rate 500,2000,4000 --seconds 2",
+    "rates": "steps --path stream --sessions 64 --rate 500,2000,4000,8000 --seconds 2",
     "scale": "scale --sessions 1000,10000,100000 --seconds 2",
     "stored": "scale --sessions 1000,10000 --store sqlite --seconds 2",
     "sweeps": "sweeps --sessions 20000 --seconds 20",
+    "priming": "priming --rounds 5",
     "million": "scale --sessions 1000000 --seconds 2",
 }
 BY_HAND = ("million",)

@@ -87,7 +87,7 @@ class ServerConfig:
     # A larger forward takes over a millisecond and gains little.
     batch_rows: int = _setting(256, "Most single rows in one forward.")
     # About a millisecond: what a long request may delay the steps of others.
-    chunk_rows: int = _setting(128, "Most rows of long requests between two forwards.")
+    chunk_rows: int = _setting(96, "Most rows of long requests between two forwards.")
     # More than a client has in flight for one session.
     replay_rows: int = _setting(32, "Single rows whose replies a session remembers.")
     # Some hundred of the longest replies.

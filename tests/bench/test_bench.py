@@ -131,7 +131,7 @@ def test_measures_echo_steps_and_the_bare_forward_for_each_load(tmp_path: Path):
 def test_at_a_fixed_rate_as_many_steps_are_sent_as_are_due(tmp_path: Path):
     out = tmp_path / "out"
     options = ("--sessions", "4", "--processes", "2", "--seconds", "2", "--rounds", "1")
-    found = run("--json", str(out), "--rate", "50", *options)
+    found = run("--json", str(out), "--rate", "50", "--echo", "tuned", *options)
     (result,) = figures(out, found)
     (contest,) = result["contests"]
     for window in (*contest["baseline"], *contest["measured"]):
@@ -139,6 +139,7 @@ def test_at_a_fixed_rate_as_many_steps_are_sent_as_are_due(tmp_path: Path):
         assert window["counted"] == pytest.approx(100, abs=2)
         assert window["unanswered"] == 0
     assert "50 steps/s in all, at fixed times" in found.stdout
+    assert "the echo gets gRPC's events as the server does" in found.stdout
 
 
 def test_measures_each_store_and_durability_beside_memory(

@@ -23,16 +23,32 @@ class Watch:
             print(os.environ.get("GRPC_EXPERIMENTS"))
 
 sys.meta_path.insert(0, Watch())
-import stepstate.cli.serve
+__import__(sys.argv[1])
 """
 
 
-def test_grpc_is_set_up_before_it_is_imported() -> None:
-    """It reads its settings once, then."""
+@pytest.mark.parametrize(
+    ("module", "set_up"),
+    [
+        (("stepstate.cli.serve",), "-event_engine_listener"),
+        (("stepstate.bench.echo", "--tuned"), "-event_engine_listener"),
+        (("stepstate.bench.echo",), None),
+        (("stepstate.client",), None),
+    ],
+)
+def test_a_server_sets_grpc_up_before_it_is_imported(
+    module: tuple[str, ...], set_up: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It reads its settings once, then; a client's process is not ours to set up."""
+    monkeypatch.delenv("GRPC_EXPERIMENTS", raising=False)
     run = subprocess.run(
-        [sys.executable, "-c", _IMPORTS], capture_output=True, text=True, check=True, timeout=120
+        [sys.executable, "-c", _IMPORTS, *module],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
     )
-    assert run.stdout == "-event_engine_listener\n"
+    assert run.stdout == f"{set_up}\n"
 
 
 def test_grpc_knows_what_it_is_told() -> None:

@@ -24,6 +24,8 @@ from stepstate.bench.report import table
 mpl.use("Agg")
 from matplotlib import pyplot
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 DOCS = Path(__file__).parent
 PAGE = DOCS / "benchmarks.md"
@@ -100,6 +102,7 @@ def draw() -> None:
             each.spines[["top", "right"]].set_visible(False)
             each.grid(axis="y", alpha=0.3)
             each.legend(frameon=False)
+            _name(each.yaxis)
         figure.savefig(IMAGES / f"bench-{name}.svg", metadata={"Date": None})
         pyplot.close(figure)
 
@@ -130,6 +133,14 @@ def _draw_paths(single: Axes, packed: Axes) -> None:
     packed.set_title("many rows a message")
 
 
+def _name(axis: Axis) -> None:
+    """Names of an axis in plain numbers; a logarithmic one has 1, 2 and 5."""
+    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    if axis.get_scale() == "log":
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
+
+
 def _space(axes: Axes, across: Sequence[int]) -> None:
     """A logarithmic axis that names the values that were measured."""
     axes.set_xscale("log")
@@ -156,6 +167,7 @@ def _draw_latency(loop: Axes, paced: Axes) -> None:
                 values = [latency[f"{share:g}"] for share in shares]
                 loop.plot(values, shares, "o-", color=color, label=who)
     loop.set(xscale="log", xlabel="ms", ylabel="% of the messages")
+    _name(loop.xaxis)
     loop.set_title("64 sessions in closed loop")
     found = _results("rates")
     across = [case["rate"] for case in found]
@@ -164,6 +176,7 @@ def _draw_latency(loop: Axes, paced: Axes) -> None:
             values = [_window(case, who)["latency_ms"][percentile] for case in found]
             paced.plot(across, values, style, color=color, label=f"{who}, p{percentile}")
     paced.set(yscale="log", xlabel="steps/s that are due", ylabel="ms since due")
+    _name(paced.xaxis)
     paced.set_title("64 sessions at a fixed rate")
 
 

@@ -135,7 +135,7 @@ def _draw_paths(single: Axes, packed: Axes) -> None:
 
 def _name(axis: Axis) -> None:
     """Names of an axis in plain numbers; a logarithmic one has 1, 2 and 5."""
-    axis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     if axis.get_scale() == "log":
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_minor_formatter(NullFormatter())

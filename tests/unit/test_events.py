@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import grpc
 import pytest
 
 from stepstate import events
+from stepstate.bench import echo
 from stepstate.events import ServerLoop
 
 _IMPORTS = """
@@ -41,29 +43,18 @@ def test_a_server_sets_grpc_up_before_it_is_imported(
 ) -> None:
     """It reads its settings once, then; a client's process is not ours to set up."""
     monkeypatch.delenv("GRPC_EXPERIMENTS", raising=False)
-    run = subprocess.run(
-        [sys.executable, "-c", _IMPORTS, *module],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=120,
-    )
-    assert run.stdout == f"{set_up}\n"
+    assert _python(_IMPORTS, *module).stdout == f"{set_up}\n"
 
 
 def test_grpc_knows_what_it_is_told() -> None:
     """It would log an experiment that it has no more: then the setting has to go."""
-    program = "import stepstate.cli.serve, grpc; grpc.server(None)"
-    run = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert run.stderr == ""
+    assert _python("import stepstate.cli.serve, grpc; grpc.server(None)").stderr == ""
 
 
 def test_settings_of_an_operator_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRPC_EXPERIMENTS", "tcp_frame_size_tuning")
     events.set_up_grpc()
-    assert events.os.environ["GRPC_EXPERIMENTS"] == "tcp_frame_size_tuning"
+    assert os.environ["GRPC_EXPERIMENTS"] == "tcp_frame_size_tuning"
 
 
 def test_one_turn_takes_all_bytes_of_grpc_but_the_one_that_it_takes_itself() -> None:
@@ -71,7 +62,7 @@ def test_one_turn_takes_all_bytes_of_grpc_but_the_one_that_it_takes_itself() -> 
     told, teller = socket.socketpair()
     with told, teller:
         told.settimeout(0)
-        handle = _Handler(lambda: taken.append(told.recv(1)))
+        handle = PollerCompletionQueue(lambda: taken.append(told.recv(1))).handle
         teller.send(b"1" * 300)
         _turns(told, handle)
         assert taken == [b"1"]
@@ -107,8 +98,14 @@ def test_grpc_is_read_in_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
     assert turns
 
 
-class _Handler:
-    """Stands for gRPC's handler, which is known by the name of its class."""
+def _python(program: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A program that ended well."""
+    command = [sys.executable, "-c", program, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+
+
+class PollerCompletionQueue:
+    """Stands for gRPC's, which is known by its name."""
 
     def __init__(self, handle: Callable[[], object]) -> None:
         self._handle = handle
@@ -117,12 +114,8 @@ class _Handler:
         self._handle()
 
 
-_Handler.__name__ = "PollerCompletionQueue"
-
-
-def _turns(told: socket.socket, handler: _Handler | Callable[[], object]) -> None:
+def _turns(told: socket.socket, handle: Callable[[], object]) -> None:
     """Lets a loop read for a few turns."""
-    handle = handler.handle if isinstance(handler, _Handler) else handler
 
     async def turns() -> None:
         loop = asyncio.get_running_loop()
@@ -138,13 +131,11 @@ def _turns(told: socket.socket, handler: _Handler | Callable[[], object]) -> Non
 async def _talk() -> list[bytes]:
     """An echo's replies."""
     server = grpc.aio.server()
-    handler = grpc.stream_stream_rpc_method_handler(_echo)
-    service = grpc.method_handlers_generic_handler("Echo", {"Stream": handler})
-    server.add_generic_rpc_handlers((service,))
+    echo.add_echo(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-        call = channel.stream_stream("/Echo/Stream")()
+        call = channel.stream_stream(echo.STREAM)()
         replies = []
         for place in range(3):
             await call.write(str(place).encode())
@@ -153,8 +144,3 @@ async def _talk() -> list[bytes]:
         await call.read()
     await server.stop(0)
     return replies
-
-
-async def _echo(_requests: object, context: grpc.aio.ServicerContext[bytes, bytes]) -> None:
-    while (message := await context.read()) is not grpc.aio.EOF:
-        await context.write(message)

@@ -24,9 +24,13 @@ def table() -> Table:
     return table
 
 
+def handles_of(table: Table, *names: str) -> np.ndarray:
+    return np.array([table.get(name).handle for name in names])
+
+
 def go_straight(table: Table, **changed: object) -> list[bool]:
     """Of one row for each of the three sessions, all as they should be but for `changed`."""
-    handles = np.array([table.get(name).handle for name in ("a", "b", "c")])
+    handles = handles_of(table, "a", "b", "c")
     fields = {
         "handles": handles,
         "generations": table.generation_array[handles],
@@ -59,8 +63,7 @@ def test_rows_of_idle_seated_sessions_go_straight_with_their_t_or_without(table)
 def test_a_session_that_is_not_ready_keeps_its_row_back_and_no_other(
     table: Table, change: Callable[[Table, int], None]
 ):
-    before = np.array([table.get(name).handle for name in ("a", "b", "c")])
-    generations = table.generation_array[before]
+    generations = table.generation_array[handles_of(table, "a", "b", "c")]
     change(table, table.get("b").handle)
     assert go_straight(table, generations=generations) == [True, False, True]
 
@@ -71,8 +74,7 @@ def test_one_row_less_than_the_backlog_may_wait_to_be_saved(table):
 
 
 def test_a_session_that_is_never_saved_has_no_backlog(table):
-    (b,) = [table.get("b")]
-    table.remove(b)
+    table.remove(table.get("b"))
     (b,) = add(table, "b", durability=Durability.NONE)
     table.t[b.handle] = T + BACKLOG_ROWS
     assert go_straight(table, t=np.array([T, T + BACKLOG_ROWS, T])) == [True, True, True]
@@ -86,7 +88,7 @@ def test_a_row_that_is_not_finite_is_kept_back(table, value):
 
 
 def test_of_the_rows_of_one_session_only_the_first_goes(table):
-    handles = np.array([table.get(name).handle for name in ("b", "c", "b")])
+    handles = handles_of(table, "b", "c", "b")
     assert go_straight(table, handles=handles, generations=np.ones(3, np.int64)) == [
         True,
         True,

@@ -37,13 +37,18 @@ async def _echo_once(request: object, _context: _Context) -> object:
     return request
 
 
-async def _serve() -> None:
-    # Without so_reuseport, as the service: two servers never share a port.
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+def add_echo(server: grpc.aio.Server) -> None:
+    """Adds the two RPCs to a server."""
     stream: _Handler = grpc.stream_stream_rpc_method_handler(_echo)
     unary: _Handler = grpc.unary_unary_rpc_method_handler(_echo_once)
     methods = {"Stream": stream, "Unary": unary}
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, methods),))
+
+
+async def _serve() -> None:
+    # Without so_reuseport, as the service: two servers never share a port.
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    add_echo(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     print(f"echo on 127.0.0.1:{port}", flush=True)

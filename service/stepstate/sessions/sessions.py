@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from itertools import islice
 
 from stepstate.errors import (
     Draining,
@@ -365,8 +364,9 @@ class Sessions:
             StoreUnavailable.
         """
         ended = 0
-        overdue = iter(self._table.overdue(self._clock()))
-        while few := list(islice(overdue, _ENDED_AT_ONCE)):
+        overdue = self._table.overdue(self._clock())
+        for first in range(0, len(overdue), _ENDED_AT_ONCE):
+            few = overdue[first : first + _ENDED_AT_ONCE]
             ended += sum(await asyncio.gather(*map(self._expire, few)))  # one wait for the store
         # What a store that does not last has is all here, and a look at each of a million a stall.
         if self._store.durable and self._census.due:

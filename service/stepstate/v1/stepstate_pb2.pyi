@@ -32,6 +32,14 @@ class MissingPolicy(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     MISSING_POLICY_IMPUTE: _ClassVar[MissingPolicy]
     MISSING_POLICY_HOLD: _ClassVar[MissingPolicy]
 
+class SessionStatus(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
+    __slots__ = ()
+    SESSION_STATUS_UNSPECIFIED: _ClassVar[SessionStatus]
+    SESSION_STATUS_OPEN: _ClassVar[SessionStatus]
+    SESSION_STATUS_EXPIRED: _ClassVar[SessionStatus]
+    SESSION_STATUS_MODEL_MISSING: _ClassVar[SessionStatus]
+    SESSION_STATUS_UNREADABLE: _ClassVar[SessionStatus]
+
 class ForecastMethod(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
     FORECAST_METHOD_UNSPECIFIED: _ClassVar[ForecastMethod]
@@ -49,6 +57,11 @@ MISSING_POLICY_UNSPECIFIED: MissingPolicy
 MISSING_POLICY_REJECT: MissingPolicy
 MISSING_POLICY_IMPUTE: MissingPolicy
 MISSING_POLICY_HOLD: MissingPolicy
+SESSION_STATUS_UNSPECIFIED: SessionStatus
+SESSION_STATUS_OPEN: SessionStatus
+SESSION_STATUS_EXPIRED: SessionStatus
+SESSION_STATUS_MODEL_MISSING: SessionStatus
+SESSION_STATUS_UNREADABLE: SessionStatus
 FORECAST_METHOD_UNSPECIFIED: ForecastMethod
 FORECAST_METHOD_DIRECT: ForecastMethod
 FORECAST_METHOD_FED_BACK: ForecastMethod
@@ -81,7 +94,7 @@ class OpenSessionResponse(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "model", "version", "fingerprint", "t", "idle_timeout", "start_time", "open_time", "expire_time", "queued_requests", "durable_t", "durability", "residency", "owner", "epoch", "accuracy", "missing", "interval_level", "drift")
+    __slots__ = ("session_id", "model", "version", "fingerprint", "t", "idle_timeout", "start_time", "open_time", "expire_time", "queued_requests", "durable_t", "durability", "residency", "owner", "epoch", "accuracy", "missing", "interval_level", "drift", "status")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +114,7 @@ class Session(_message.Message):
     MISSING_FIELD_NUMBER: _ClassVar[int]
     INTERVAL_LEVEL_FIELD_NUMBER: _ClassVar[int]
     DRIFT_FIELD_NUMBER: _ClassVar[int]
+    STATUS_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model: str
     version: str
@@ -120,7 +134,8 @@ class Session(_message.Message):
     missing: MissingPolicy
     interval_level: float
     drift: Drift
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., t: _Optional[int] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., open_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queued_requests: _Optional[int] = ..., durable_t: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., missing: _Optional[_Union[MissingPolicy, str]] = ..., interval_level: _Optional[float] = ..., drift: _Optional[_Union[Drift, _Mapping]] = ...) -> None: ...
+    status: SessionStatus
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., t: _Optional[int] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., open_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queued_requests: _Optional[int] = ..., durable_t: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., missing: _Optional[_Union[MissingPolicy, str]] = ..., interval_level: _Optional[float] = ..., drift: _Optional[_Union[Drift, _Mapping]] = ..., status: _Optional[_Union[SessionStatus, str]] = ...) -> None: ...
 
 class Accuracy(_message.Message):
     __slots__ = ("output", "horizon", "scored", "mean_absolute_error", "mean_absolute_scaled_error", "coverage", "offset")
@@ -163,14 +178,16 @@ class GetSessionResponse(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class ListSessionsRequest(_message.Message):
-    __slots__ = ("page_size", "page_token", "model")
+    __slots__ = ("page_size", "page_token", "model", "show_expired")
     PAGE_SIZE_FIELD_NUMBER: _ClassVar[int]
     PAGE_TOKEN_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
+    SHOW_EXPIRED_FIELD_NUMBER: _ClassVar[int]
     page_size: int
     page_token: str
     model: str
-    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., model: _Optional[str] = ...) -> None: ...
+    show_expired: bool
+    def __init__(self, page_size: _Optional[int] = ..., page_token: _Optional[str] = ..., model: _Optional[str] = ..., show_expired: bool = ...) -> None: ...
 
 class ListSessionsResponse(_message.Message):
     __slots__ = ("sessions", "next_page_token")

@@ -44,8 +44,11 @@ SHORT_IDLE_SECONDS = 5.0
 HANG = 3.0
 CLOSE = 1e-4
 STEPS = ("Step", "StreamSteps", "StreamPacked", "ModelInfer", "ModelStreamInfer")
+TWO_ROWS = "StreamPacked twice"
+STREAMS = ("StreamSteps", "StreamPacked", "ModelStreamInfer")
 KINDS = (
     *STEPS,
+    TWO_ROWS,
     *("OpenSession", "CloseSession", "ExportSession", "ForkSession", "Forecast", "GetSession"),
     *("ModelInfer start", "ModelStreamInfer start", "ModelInfer end", "ModelStreamInfer end"),
 )
@@ -101,13 +104,18 @@ class Arrival:
     kind: str
     name: str
     pause: int
-    """Turns of the loop until the next one arrives."""
+    """Turns of the loop until the next one arrives; 0: in the same turn, if by another call."""
     gives_up: int
     """Turns after which its caller gives up; 0: it does not."""
 
     @property
     def may_give_up(self) -> bool:
-        return self.gives_up > 0 and self.kind in ("Step", "ModelInfer", "ExportSession", "Forecast")
+        return self.gives_up > 0 and self.kind in (
+            "Step",
+            "ModelInfer",
+            "ExportSession",
+            "Forecast",
+        )
 
 
 class Wire:
@@ -139,7 +147,7 @@ class Doors:
         self.native = NativeService(sessions, outgoing=outgoing, refused=_ignore)
         self.triton = TritonService(sessions, self.rig.metrics, outgoing, IDLE_SECONDS)
         sequences: Sequences = self.triton._sequences
-        self.wires = {kind: Wire() for kind in ("StreamSteps", "StreamPacked", "ModelStreamInfer")}
+        self.wires = {kind: Wire() for kind in STREAMS}
         streams: list[Exchange[Any, Any, Any]] = [
             StepStream(sessions, self.wires["StreamSteps"], outgoing=outgoing, refused=_ignore),
             PackedStream(sessions, self.wires["StreamPacked"], outgoing=outgoing, refused=_ignore),
@@ -186,7 +194,10 @@ class Doors:
         if kind == "StreamSteps":
             return pb.StepRequest(session_id=name, x=x)
         if kind == "StreamPacked":
-            return packed([NAMES.index(name)], None, x, id=place)
+            handle = NAMES.index(name)
+            if flag:  # the second row waits until the first is done
+                return packed([handle, handle], None, np.stack((x, -x)), id=place)
+            return packed([handle], None, x, id=place)
         return infer("ordered", name, x, request_id=str(place), **_flags(flag))
 
     async def outcomes(self) -> dict[int, object]:
@@ -204,7 +215,7 @@ class Doors:
                 found[place] = _reason(reply.error) if reply.HasField("error") else _y(reply.y)
         for reply in self.wires["StreamPacked"].replies[1:]:
             failed = [_reason(error.status) for error in reply.errors]
-            found[reply.id] = failed[0] if failed else _y(np.frombuffer(reply.y, "<f4"))
+            found[reply.id] = failed[0] if failed else _y(np.frombuffer(reply.y, "<f4")[-2:])
         for name in NAMES:
             places = [place for place, asked in self.asked["ModelStreamInfer"] if asked == name]
             replies = [
@@ -276,6 +287,9 @@ class OneByOne:
         if kind in STEPS:
             rows.append(place)
             return self._y(name)
+        if kind == TWO_ROWS:
+            rows.extend((place, -place))
+            return self._y(name)
         if kind.endswith("end"):
             rows.append(place)
             y = self._y(name)
@@ -288,33 +302,43 @@ class OneByOne:
         return len(rows)
 
     def _y(self, name: str) -> np.ndarray:
-        return NETWORK.offline(self._x[self.open[name]])[-1]
+        x = [self._x[place] if place >= 0 else -self._x[-place] for place in self.open[name]]
+        return NETWORK.offline(np.stack(x))[-1]
 
 
 async def carry_out(
-    states: Sequence[str], durability: Durability, delays: Sequence[int], arrivals: Sequence[Arrival]
+    states: Sequence[str],
+    durability: Durability,
+    delays: Sequence[int],
+    arrivals: Sequence[Arrival],
 ) -> None:
     """Lets requests arrive, and checks what they came to."""
     surprises: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, told: surprises.append(told))
-    rows = np.random.default_rng(len(arrivals)).normal(size=(len(arrivals) + 9, 3))
+    rows = np.random.default_rng(len(arrivals)).normal(size=(len(arrivals) + 10, 3))
     rows = rows.astype(np.float32)
     clock = Clock()
     store = Delayed(clock, delays)
     rig = Rig(MODEL, store=store, clock=clock, max_sessions=3)
-    opened = await _prepare(rig, store, states, durability, rows, len(arrivals))
+    opened = await _prepare(rig, store, states, durability, rows, len(arrivals) + 1)
     doors = Doors(rig, rows)
     await asyncio.sleep(0)
-    for place, one in enumerate(arrivals):
+    await asyncio.sleep(0)
+    used: set[str] = set()  # streams, in this turn: a second message would come before the others
+    for place, one in enumerate(arrivals, 1):
+        pause = one.pause + one.gives_up * one.may_give_up
+        stream = one.kind.partition(" ")[0]
+        if stream in used:
+            await _turns(1, used)
         doors.arrive(place, one.kind, one.name)
-        for _ in range(one.pause + 2):  # its own task or its stream's reader takes it
-            await asyncio.sleep(0)
+        used |= {stream} & set(STREAMS)
+        await _turns(pause, used)
         if one.may_give_up:
-            for _ in range(one.gives_up):
-                await asyncio.sleep(0)
             doors.calls[place].cancel()
     found = await doors.outcomes()
-    given_up = [place for place, told in found.items() if isinstance(told, str) and told == "GIVEN UP"]
+    given_up = [
+        place for place, told in found.items() if isinstance(told, str) and told == "GIVEN UP"
+    ]
     problems = []
     for applied in product((True, False), repeat=len(given_up)):
         skipped = {place for place, yes in zip(given_up, applied, strict=True) if not yes}
@@ -330,11 +354,17 @@ async def carry_out(
     assert not surprises
 
 
+async def _turns(count: int, used: set[str]) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+        used.clear()
+
+
 def _problem(
     arrivals: Sequence[Arrival], found: dict[int, object], model: OneByOne, skipped: set[int]
 ) -> str | None:
     """The first outcome that is not that of its turn."""
-    for place, one in enumerate(arrivals):
+    for place, one in enumerate(arrivals, 1):
         if place in skipped:
             continue
         expected = model.outcome(place, one.kind, one.name)
@@ -382,9 +412,9 @@ async def _prepare(
 
 ARRIVALS = st.builds(
     Arrival,
-    st.sampled_from(STEPS) | st.sampled_from(KINDS),
-    st.sampled_from("aaabbc"),
-    st.integers(0, 3),
+    st.sampled_from(STEPS) | st.sampled_from(KINDS) | st.just(TWO_ROWS),
+    st.sampled_from("aaaabc"),
+    st.sampled_from([0, 0, 0, 1, 2, 3, 6]),
     st.sampled_from([0, 0, 0, 0, 1, 3, 6]),
 )
 
@@ -402,3 +432,24 @@ def test_every_request_finds_its_session_as_those_before_it_left_it(
     if sum(one.may_give_up for one in arrivals) > 6:
         arrivals = [Arrival(one.kind, one.name, one.pause, 0) for one in arrivals]
     asyncio.run(carry_out(states, durability, delays, arrivals))
+
+
+PACKED_ARRIVALS = st.builds(
+    Arrival,
+    st.sampled_from(["StreamPacked", TWO_ROWS, TWO_ROWS, *KINDS]),
+    st.just("a"),
+    st.sampled_from([0, 0, 1, 2, 9]),
+    st.just(0),
+)
+
+
+@settings(max_examples=200)
+@given(
+    delays=st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    arrivals=st.lists(PACKED_ARRIVALS, min_size=3, max_size=16),
+)
+def test_packed_rows_that_go_straight_or_wait_for_each_other_are_in_the_line_too(
+    delays: list[int], arrivals: list[Arrival]
+) -> None:
+    states = ("resident", "unknown", "unknown")
+    asyncio.run(carry_out(states, Durability.ASYNC, delays, arrivals))

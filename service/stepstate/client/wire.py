@@ -190,9 +190,12 @@ def forecast(message: pb.SessionForecast) -> Forecast:
     outputs = {one.name: _output_forecast(one, levels) for one in message.outputs}
     times = None
     if message.HasField("first_time"):
-        first = np.datetime64(message.first_time.ToDatetime(), "s")
+        first = np.datetime64(message.first_time.ToDatetime(), "us")
         count = max((len(output.values) for output in outputs.values()), default=0)
-        times = first + np.arange(count) * np.timedelta64(message.step_interval.seconds, "s")
+        interval = np.timedelta64(message.step_interval.ToMicroseconds(), "us")
+        times = first + np.arange(count) * interval
+        if not (message.first_time.nanos or message.step_interval.nanos):
+            times = times.astype("datetime64[s]")
     return Forecast(
         session_id=message.session_id,
         t=message.t,

@@ -65,7 +65,7 @@ class Engine(Generic[W]):
 
     Args:
         model: the verified model.
-        timeline: its table of phases.
+        timeline: what depends on the time of its rows.
         owner: told how each piece of work ended.
         observer: told of every forward.
         capacity: slots of the arena.
@@ -107,7 +107,6 @@ class Engine(Generic[W]):
         )
         if self._on_device is not None:
             self._on_device.make_ready(batch_rows)
-        self._phases = timeline.phases
         self._owner = owner
         self._observer = observer
         self._batch_rows = batch_rows
@@ -211,7 +210,7 @@ class Engine(Generic[W]):
         if work.single:
             self._queue.append(work)
         else:
-            self._jobs.append(Job(work, self._phases, self.layout, self._tracker))
+            self._jobs.append(Job(work, self.layout, self._tracker))
         self._wake()
 
     def submit_pack(self, pack: Pack) -> None:

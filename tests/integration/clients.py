@@ -194,14 +194,9 @@ class InThreadClient:
 
 
 @asynccontextmanager
-async def in_thread(
-    target: str,
-    *,
-    timeout: float = 10.0,  # noqa: ASYNC109
-    resume_rows: int = 200_000,
-) -> AsyncIterator[InThreadClient]:
+async def in_thread(target: str, **options: Any) -> AsyncIterator[InThreadClient]:
     """A synchronous client."""
-    with Client(target, timeout=timeout, resume_rows=resume_rows) as client:
+    with Client(target, **options) as client:
         yield InThreadClient(client)
 
 
@@ -210,11 +205,9 @@ AnySession = AsyncSession | InThreadSession
 
 
 class Connect(Protocol):
-    """Makes a client of a server."""
+    """Makes a client of a server, with the options of both clients."""
 
-    def __call__(
-        self, target: str, *, timeout: float = 10.0, resume_rows: int = 200_000
-    ) -> AbstractAsyncContextManager[AnyClient]: ...
+    def __call__(self, target: str, **options: Any) -> AbstractAsyncContextManager[AnyClient]: ...
 
 
 KINDS: dict[str, Callable[..., AbstractAsyncContextManager[AnyClient]]] = {

@@ -59,7 +59,10 @@ class InThreadSession:
     def fallback_rows(self) -> int:
         return self.real.fallback_rows
 
-    async def step(self, x: ArrayLike, **options: float) -> np.ndarray:
+    def time(self, t: int | None = None) -> datetime | None:
+        return self.real.time(t)
+
+    async def step(self, x: ArrayLike, **options: Any) -> Any:
         return await asyncio.to_thread(self.real.step, x, **options)
 
     async def inspect(self, x: ArrayLike) -> Inspection:
@@ -83,8 +86,8 @@ class InThreadSession:
     async def fork(self, new_id: str | None = None, **options: Any) -> InThreadSession:
         return InThreadSession(await asyncio.to_thread(self.real.fork, new_id, **options))
 
-    async def stream(self, xs: Iterable[ArrayLike]) -> AsyncIterator[np.ndarray]:
-        ys = self.real.stream(xs)
+    async def stream(self, xs: Iterable[ArrayLike], **options: Any) -> AsyncIterator[Any]:
+        ys = self.real.stream(xs, **options)
         try:
             while (y := await asyncio.to_thread(next, ys, None)) is not None:
                 yield y

@@ -226,7 +226,7 @@ def test_one_lost_row_in_three_is_no_other_step():
 
 
 def test_an_hour_that_is_lost_elsewhere_is_no_change_of_clocks():
-    for start in ("2000-03-27 02:00", "2000-03-26 02:30", "2000-05-28 02:00", "2000-03-26 12:00"):
+    for start in ("2000-03-27 02:00", "2000-03-26 02:00", "2000-05-28 02:00", "2000-03-26 12:00"):
         assert place(clock(None, fill=True), index(0, 90, start=start)) == [0, 3]
 
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from stepstate.client.times import to_datetime
 from stepstate.client.values import Floats, ModelInfo, Output
 from stepstate.errors import InvalidField
 
@@ -49,10 +50,7 @@ class Outputs:
     @property
     def time(self) -> datetime | None:
         """The time of the last row, in UTC."""
-        if self.times is None:
-            return None
-        last: datetime = self.times[-1].astype("datetime64[us]").item()
-        return last
+        return None if self.times is None else to_datetime(self.times[-1].astype(np.int64))
 
     def __getitem__(self, name: str) -> Any:
         """A column by its name, a number or [T]; or an output, [K] or [T, K], [..., Q] behind.

@@ -167,7 +167,7 @@ async def test_an_async_session_goes_back_to_what_was_saved_and_says_so(start, x
     assert np.abs(y - network.offline(x[:10])[7:]).max() <= CLOSE
 
 
-async def test_a_retry_after_a_crash_gets_the_same_bytes(start, x):
+async def test_a_retry_after_a_crash_gets_the_same_outputs(start, x):
     first = start()
     session = await first.open("a", durability=Durability.SYNC)
     single = await first.step(session, x[0], 0)

@@ -149,7 +149,9 @@ class StepstateServiceServicer(object):
     def Step(self, request, context):
         """Applies one or more rows to a session, all or none of them. A request sent
         twice with the same t and payload is applied once and answered twice, also
-        when the server was restarted, or another one took over, in between.
+        when the server was restarted, or another one took over, in between. The
+        second reply has the same t and the same outputs, bit for bit; `replayed`
+        is set in it, and its durable_t may be newer.
         Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
         SESSION_LOST; INVALID_ARGUMENT INVALID_FIELD, NON_FINITE_INPUT,
         NON_FINITE_RESULT, STEP_MISMATCH; ABORTED STEP_AHEAD, STALE_OWNER,

@@ -192,3 +192,6 @@ return 1
 """
 )
 """ Forgets a member whose session went by itself, long after its expiry. """
+
+PROBE = Script("return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])")
+""" Whether a node can be written. """

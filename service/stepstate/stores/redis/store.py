@@ -24,6 +24,8 @@ BUCKETS_AT_ONCE = 32
 """Of a cluster that are asked together for what is overdue."""
 
 _GRACE = round(GRACE_SECONDS * 1e3)
+_PROBE = 60_000
+"""Milliseconds that a probe's key stays."""
 _ALL = 2**53
 """More members than there are."""
 
@@ -138,6 +140,12 @@ class RedisStore:
         for model, sessions in zip(values[::2], values[1::2], strict=True):
             counts[model.decode()] += int(sessions)
         return +counts  # only those above 0
+
+    async def probe(self) -> None:
+        """See `SessionStore.probe`: a key on each node that has buckets."""
+        where = {self._link.node(key): key for key in map(keys.probe, range(keys.BUCKETS))}
+        arguments = (self._now(), _PROBE)
+        await self._ask_all([Command(scripts.PROBE, (key,), arguments) for key in where.values()])
 
     async def close(self) -> None:
         """See `SessionStore.close`."""

@@ -105,7 +105,7 @@ def write_broken(folder: Path, network: Network, how: str) -> None:
             del document["cell"]["num_layers"]
             manifest.write_text(json.dumps(document))
         case "a changed value":
-            document["description"] = "edited"
+            document["inputs"][0]["unit"] = "edited"
             manifest.write_text(json.dumps(document))
         case "no JSON":
             manifest.write_text(manifest.read_text()[:100])

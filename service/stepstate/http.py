@@ -12,7 +12,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
 Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
-_TEXT = [("Content-Type", "text/plain; charset=utf-8")]
+_TEXT = ("Content-Type", "text/plain; charset=utf-8")
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
@@ -57,9 +57,9 @@ def _application(metrics: Application, serving: Callable[[], bool]) -> Applicati
             return metrics(environ, start_response)
         if path == "/healthz":
             up = serving()
-            start_response("200 OK" if up else "503 Service Unavailable", _TEXT)
+            start_response("200 OK" if up else "503 Service Unavailable", [_TEXT])
             return [b"SERVING\n" if up else b"NOT_SERVING\n"]
-        start_response("404 Not Found", _TEXT)
+        start_response("404 Not Found", [_TEXT])
         return [b"there are /metrics and /healthz\n"]
 
     return answer

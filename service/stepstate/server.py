@@ -211,7 +211,7 @@ class Server:
         try:
             from stepstate.transport.triton import TritonService  # noqa: PLC0415 - an extra
         except ImportError as error:
-            if isinstance(error, ModuleNotFoundError) and error.name == "tritonclient":
+            if isinstance(error, ModuleNotFoundError) and "tritonclient" in (error.name or ""):
                 log.info("Triton's clients are not served: the extra `triton` is not installed")
             else:
                 log.warning("Triton's clients are not served: %s", error)

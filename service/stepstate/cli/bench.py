@@ -26,8 +26,8 @@ from stepstate.bench.sweeps import SweepsPlan, sweeps
 from stepstate.cli.options import Command
 from stepstate.cli.options import option as any_option
 
-option = partial(any_option, prefix="STEPSTATE_BENCH_")
-"""What a server is told, such as STEPSTATE_STORE, says nothing to a benchmark."""
+option = partial(any_option, variable=False)
+"""What a server or a client is told, such as STEPSTATE_STORE, says nothing to a benchmark."""
 MOST_RATE = 10_000_000
 """Beyond any machine."""
 MOST_IDLE = 10_000_000

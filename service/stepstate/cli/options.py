@@ -15,7 +15,7 @@ _VARIABLES = {"--version": "STEPSTATE_MODEL_VERSION"}
 
 
 def option(
-    name: str, default: object, kind: object, text: str, *, prefix: str = "STEPSTATE_"
+    name: str, default: object, kind: object, text: str, *, variable: bool = True
 ) -> Callable[[Command], Command]:
     """The option --some-name, which the variable STEPSTATE_SOME_NAME sets too.
 
@@ -24,17 +24,17 @@ def option(
         default: its value if neither sets it.
         kind: what click calls its type; of a bool, the bare option means true.
         text: for --help.
-        prefix: of the variable.
+        variable: False: no variable sets it.
     """
-    variable = prefix + name.removeprefix("--").replace("-", "_").upper()
+    usual = "STEPSTATE_" + name.removeprefix("--").replace("-", "_").upper()
     made = partial(
         click.option,
         name,
         type=kind,
         default=default,
         help=text,
-        envvar=_VARIABLES.get(name, variable),
-        show_envvar=True,
+        envvar=_VARIABLES.get(name, usual) if variable else None,
+        show_envvar=variable,
         show_default=True,
     )
     return made(is_flag=False, flag_value=True) if kind is bool else made()

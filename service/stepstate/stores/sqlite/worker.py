@@ -60,12 +60,12 @@ class Worker:
 
     Args:
         file: the open file.
-        clock: Unix seconds.
+        wall: Unix seconds.
     """
 
-    def __init__(self, file: SessionFile, clock: Callable[[], float]) -> None:
+    def __init__(self, file: SessionFile, wall: Callable[[], float]) -> None:
         self._file = file
-        self._clock = clock
+        self._wall = wall
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._closed = False
@@ -130,7 +130,8 @@ class Worker:
     def _try_to_write(self, jobs: list[Job]) -> Exception | None:
         try:
             connection = self._file.connection()
-            write(connection, [part for job in jobs for part in job.parts], self._clock())
+            parts = [part for job in jobs for part in job.parts]
+            write(connection, parts, now=self._file.clock(), wall=self._wall())
         except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
             self._file.failed(error)
             return error

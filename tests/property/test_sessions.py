@@ -29,7 +29,15 @@ from stepstate.errors import (
 from stepstate.stores.base import ENDING_SECONDS
 from tests.networks import make_network
 from tests.reference import lstm
-from tests.unit.rig import IDLE_SECONDS, MOST_IDLE_SECONDS, Caller, Rig, model_of, outputs
+from tests.unit.rig import (
+    GRACE_SECONDS,
+    IDLE_SECONDS,
+    MOST_IDLE_SECONDS,
+    Caller,
+    Rig,
+    model_of,
+    outputs,
+)
 
 NETWORK = make_network("lstm", hidden=8, seed=1)
 MODEL = model_of(NETWORK)

@@ -316,6 +316,13 @@ class SessionStore(Protocol):
         """Sessions that are marked as expired."""
         ...
 
+    async def probe(self) -> None:
+        """Writes something small wherever sessions are written, to see whether that is possible.
+
+        A store that can be read but not written (a replica, a full disk) raises.
+        """
+        ...
+
     async def close(self) -> None:
         """Lets go of files and connections; further calls are harmless."""
         ...

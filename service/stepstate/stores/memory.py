@@ -167,6 +167,9 @@ class MemoryStore:
         """See `SessionStore.count_expired`."""
         return len(self._expired)
 
+    async def probe(self) -> None:
+        """See `SessionStore.probe`; memory can always be written."""
+
     async def close(self) -> None:
         """See `SessionStore.close`; nothing to let go of."""
 

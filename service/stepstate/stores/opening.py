@@ -12,8 +12,11 @@ from stepstate.stores.memory import MemoryStore
 from stepstate.stores.redis import open_redis
 from stepstate.stores.sqlite import SqliteStore
 
-REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster")
-KINDS = "sqlite:PATH, redis://HOST:PORT/DB, rediss://, redis+cluster://HOST:PORT or memory:"
+REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster", "redis+sentinel")
+KINDS = (
+    "sqlite:PATH, redis://HOST:PORT/DB, rediss://, redis+cluster://HOST:PORT, "
+    "redis+sentinel://HOST:PORT/SERVICE or memory:"
+)
 
 
 async def open_store(
@@ -27,7 +30,8 @@ async def open_store(
 
     Args:
         url: `sqlite:PATH`, `redis://[USER:PASSWORD@]HOST:PORT/DB` (`rediss://` with TLS),
-            `redis+cluster://HOST:PORT` (`rediss+cluster://`) or `memory:`.
+            `redis+cluster://HOST:PORT` (`rediss+cluster://`),
+            `redis+sentinel://HOST:PORT/SERVICE/DB` or `memory:`.
         clock: seconds in which this process ran; may be called from a thread.
         wall: Unix seconds, for epochs, and for where the clock of a new store begins; may be
             called from a thread.

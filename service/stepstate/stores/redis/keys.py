@@ -10,6 +10,7 @@ so they are on one node of a cluster, and a script may change them together:
     stepstate:{17}:expired      zset   "ID MODEL/VERSION" of expired ones, by time to delete
     stepstate:{17}:endings      zset   ID of those that ended, by time to forget
     stepstate:clock             text   microseconds of the store's own clock: see `base`
+    stepstate:{17}:probe        text   written to see whether that is possible
 
 No key has a time to live: that goes by the wall clock of Redis' machine, which may be set.
 """
@@ -58,3 +59,8 @@ def expired(number: int) -> str:
 def endings(number: int) -> str:
     """The key of a bucket's endings by the time when they are forgotten."""
     return f"stepstate:{{{number}}}:endings"
+
+
+def probe(number: int) -> str:
+    """The key that shows whether a bucket's node can be written."""
+    return f"stepstate:{{{number}}}:probe"

@@ -309,3 +309,6 @@ return 1
 """
 )
 """ Forgets a member whose session is gone, as those of earlier versions went by themselves. """
+
+PROBE = Script("return redis.call('SET', KEYS[1], ARGV[1])")
+""" Whether a node can be written. """

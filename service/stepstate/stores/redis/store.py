@@ -22,8 +22,9 @@ SAVES_AT_ONCE = 64
 BUCKETS_AT_ONCE = 32
 """Of a cluster that are asked together for what is overdue."""
 
-FORGOTTEN_AT_ONCE = 4096
-"""Endings, in one beat: a server that ends more of them in a second is not known."""
+FORGET_SECONDS = 60.0
+"""How much longer than they need to endings are remembered."""
+FORGOTTEN_AT_ONCE = 256
 PERSISTED_AT_ONCE = 256
 
 _ALL = 2**53
@@ -52,6 +53,7 @@ class RedisStore:
         self._link = link
         self._wall = wall
         self._clock = UptimeClock(clock, start=wall())
+        self._forget_at = 0.0
         self._started = False
         self._starting = asyncio.Lock()
         self._lanes: dict[str, Lane] = {}
@@ -69,10 +71,9 @@ class RedisStore:
         """See `SessionStore.beat`."""
         await self._start()
         await self._move_clock(begin=micros(self._clock()))
-        where = [keys.endings(number) for number in range(keys.BUCKETS)]
-        now = self._now()
-        ids = await self._members(where, str(now), FORGOTTEN_AT_ONCE)
-        await self._ask_all([_forget(session_id, now) for session_id in ids])
+        if self._clock() >= self._forget_at:
+            await self._forget()
+            self._forget_at = self._clock() + FORGET_SECONDS
 
     async def create(
         self,
@@ -196,6 +197,13 @@ class RedisStore:
         where = [keys.expired(number) for number in range(keys.BUCKETS)]
         return sum(await self._each(scripts.SIZES, where))
 
+    async def probe(self) -> None:
+        """See `SessionStore.probe`: a key on each node that has buckets."""
+        where = {self._link.node(key): key for key in map(keys.probe, range(keys.BUCKETS))}
+        await self._ask_all(
+            [Command(scripts.PROBE, (key,), (self._name,)) for key in where.values()]
+        )
+
     async def close(self) -> None:
         """See `SessionStore.close`."""
         self._closed = True
@@ -212,6 +220,15 @@ class RedisStore:
                 begin = await self._bring_up()
                 await self._move_clock(begin=begin)
             self._started = True
+
+    async def _forget(self) -> None:
+        where = [keys.endings(number) for number in range(keys.BUCKETS)]
+        now = self._now()
+        while True:
+            ids = await self._members(where, str(now), FORGOTTEN_AT_ONCE)
+            await self._ask_all([_forget(session_id, now) for session_id in ids])
+            if len(ids) < FORGOTTEN_AT_ONCE:
+                return
 
     async def _move_clock(self, *, begin: int | None) -> bool:
         """Moves the clock on; False: there is none, and `begin` is None."""

@@ -7,6 +7,7 @@ import uuid
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from stepstate.config import LONGEST_IDLE_SECONDS
 from stepstate.errors import InvalidField
 from stepstate.models import LEAST_LEVEL, MOST_LEVEL, Manifest
 from stepstate.stores import Durability, MissingPolicy, SessionRecord
@@ -173,7 +174,7 @@ def max_idle_timeout(manifest: Manifest, limits: Limits) -> float:
 
 
 def _some_intervals(manifest: Manifest) -> float:
-    return IDLE_INTERVALS * float(manifest.step_interval_seconds or 0)
+    return min(IDLE_INTERVALS * float(manifest.step_interval_seconds or 0), LONGEST_IDLE_SECONDS)
 
 
 def _idle_timeout(asked: float | None, manifest: Manifest, limits: Limits) -> float:

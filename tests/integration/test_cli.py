@@ -114,8 +114,8 @@ def write_broken(folder: Path, network: Network, how: str) -> None:
         case "swapped weights":
             other = Network("other", network.module, network.head, network.manifest)
             with_noise = {name: tensor + 1 for name, tensor in other.tensors().items()}
-            write_model(folder / "aside" / "1", network.manifest, with_noise)
-            shutil.move(folder / "aside" / "1" / "model.safetensors", weights)
+            write_model(folder / "aside" / "lstm" / "1", network.manifest, with_noise)
+            shutil.move(folder / "aside" / "lstm" / "1" / "model.safetensors", weights)
             shutil.rmtree(folder / "aside")
         case "no weights":
             weights.unlink()

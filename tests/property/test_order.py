@@ -1,9 +1,9 @@
-"""What arrives first for a session is first in its line: every door, request and state of a session.
+"""What arrives first for a session is first in its line, by every door, whatever is asked for.
 
-Requests arrive at the real doors, without sockets between, while the store answers after delays that
-Hypothesis chooses, so at any point of an opening, a load, a spill, a takeover or a close. Carried out
-one by one in the order of their arrival they have one outcome each, and that is demanded: outputs
-are compared with the network's, run over the rows in that order.
+Requests arrive at the real doors, without sockets between, while the store answers after delays
+that Hypothesis chooses: at any point of an opening, a load, a spill, a takeover or a close. Carried
+out one by one in the order of their arrival they have one outcome each, and that is demanded:
+outputs are compared with the network's, run over the rows in that order.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from tests.integration.packed import packed
 from tests.integration.triton import infer, tensor
 from tests.integration.wire import refusal_of
 from tests.networks import make_network
-from tests.unit.rig import IDLE_SECONDS, Clock, Lasting, Rig, model_of, opening
+from tests.unit.rig import Clock, Lasting, Rig, model_of, opening
 
 NETWORK = make_network("ordered", hidden=4, layers=1, seed=13)
 NETWORK.manifest["outputs"] = [{"name": name, "horizons": [1]} for name in ("y0", "y1")]
@@ -87,6 +87,12 @@ class Delayed(Lasting):
     async def save(self, saves):
         await self._pause()
         verdicts = await super().save(saves)
+        await self._pause()
+        return verdicts
+
+    async def expire(self, saves, *, delete_at):
+        await self._pause()
+        verdicts = await super().expire(saves, delete_at=delete_at)
         await self._pause()
         return verdicts
 
@@ -145,7 +151,7 @@ class Doors:
     def __post_init__(self) -> None:
         sessions, outgoing = self.rig.sessions, Outgoing()
         self.native = NativeService(sessions, outgoing=outgoing, refused=_ignore)
-        self.triton = TritonService(sessions, self.rig.metrics, outgoing, IDLE_SECONDS)
+        self.triton = TritonService(sessions, self.rig.metrics, outgoing)
         sequences: Sequences = self.triton._sequences
         self.wires = {kind: Wire() for kind in STREAMS}
         streams: list[Exchange[Any, Any, Any]] = [
@@ -280,26 +286,17 @@ class OneByOne:
             self.open.setdefault(name, [])
             return 0 if rows is None else "SESSION_EXISTS"
         if kind.endswith("start"):
-            self.open[name] = [place]
-            return self._y(name)
+            rows = self.open[name] = []
         if rows is None:
             return "GONE"
-        if kind in STEPS:
-            rows.append(place)
-            return self._y(name)
-        if kind == TWO_ROWS:
-            rows.extend((place, -place))
-            return self._y(name)
-        if kind.endswith("end"):
-            rows.append(place)
-            y = self._y(name)
+        if kind.startswith(STEPS):
+            rows += (place, -place) if kind == TWO_ROWS else (place,)
+            told: object = self._y(name)
+        else:
+            told = "FORECAST_IMPOSSIBLE" if kind == "Forecast" and not rows else len(rows)
+        if kind.endswith("end") or kind == "CloseSession":
             del self.open[name]
-            return y
-        if kind == "CloseSession":
-            del self.open[name]
-        if kind == "Forecast" and not rows:
-            return "FORECAST_IMPOSSIBLE"
-        return len(rows)
+        return told
 
     def _y(self, name: str) -> np.ndarray:
         x = [self._x[place] if place >= 0 else -self._x[-place] for place in self.open[name]]
@@ -320,7 +317,9 @@ async def carry_out(
     clock = Clock()
     store = Delayed(clock, delays)
     rig = Rig(MODEL, store=store, clock=clock, max_sessions=3)
-    opened = await _prepare(rig, store, states, durability, rows, len(arrivals) + 1)
+    opened = await _prepare(
+        rig, store, states, durability=durability, rows=rows, first=len(arrivals) + 1
+    )
     doors = Doors(rig, rows)
     await asyncio.sleep(0)
     await asyncio.sleep(0)
@@ -386,6 +385,7 @@ async def _prepare(
     rig: Rig,
     store: Delayed,
     states: Sequence[str],
+    *,
     durability: Durability,
     rows: np.ndarray,
     first: int,

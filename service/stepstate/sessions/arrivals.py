@@ -13,16 +13,13 @@ A line with someone in it is moved by exactly one of: a load, a hold at its head
 from __future__ import annotations
 
 import asyncio
-import logging
-import secrets
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
 from typing import Any, Generic, Protocol, Self, TypeVar
 
-from stepstate.errors import Internal, QueueFull, StepstateError
+from stepstate.errors import QueueFull, StepstateError
 from stepstate.sessions.session import Session
-
-log = logging.getLogger(__name__)
+from stepstate.sessions.surprise import surprise
 
 RETRY_SECONDS = 0.02
 """How often one at the head of its line asks again for room in the queue."""
@@ -228,11 +225,8 @@ class Arrivals:
         """Makes a session ready for all who wait for it, or tells them why that can't be."""
         try:
             await self._make_ready(session_id)
-        except StepstateError as error:
-            # Its traceback would lead back here, in a circle that keeps the requests.
-            _fail(line, error.with_traceback(None))
-        except Exception as error:  # noqa: BLE001 - it is logged
-            _fail(line, _surprise(error))
+        except Exception as error:  # noqa: BLE001 - a surprise is logged
+            _fail(line, surprise("a load failed", error, session_id))
         self._move(session_id)
 
     def _end(self, session_id: str) -> None:
@@ -249,10 +243,8 @@ def served(waiter: Waiter, session: Session) -> bool:
         if asyncio.get_running_loop().time() < waiter.deadline:
             return False
         waiter.failed(full.with_traceback(None))
-    except StepstateError as error:
-        waiter.failed(error.with_traceback(None))
-    except Exception as error:  # noqa: BLE001 - it is logged
-        waiter.failed(_surprise(error))
+    except Exception as error:  # noqa: BLE001 - a surprise is logged
+        waiter.failed(surprise("a request failed", error, session.session_id))
     return True
 
 
@@ -264,12 +256,6 @@ def _fail(line: _Line, error: StepstateError) -> None:
             return
         del line.waiters[head]
         head.failed(error)
-
-
-def _surprise(error: Exception) -> Internal:
-    surprise = Internal(secrets.token_hex(8))
-    log.error("a request failed", exc_info=error, extra={"error_id": surprise.error_id})
-    return surprise
 
 
 def _retrieve(task: asyncio.Future[Any]) -> None:

@@ -115,11 +115,24 @@ class Network:
         Returns:
             y [B, O] in raw units, and the new states [B, Rc].
         """
-        seen = self._scaled(x, phase)
+        seen = self.scaled(x, phase)
+        window = None
+        if past is not None and self.lagged:
+            window = self.window(past, phase, seen[:, None])
+        return self.step_seen(seen, phase, state, window, trace)
+
+    def step_seen(
+        self,
+        seen: Tensor,
+        phase: Tensor,
+        state: Tensor,
+        window: Tensor | None,
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same with `scaled` rows [B, D], the last ones of a `window` where it is `lagged`."""
         inputs = self._with_calendar(seen, phase)
         features = None
-        if past is not None and self.lagged:
-            window = self._window(past, phase, seen[:, None])
+        if window is not None:
             inputs, features = self._with_lags(inputs[:, None], window)
             inputs, features = inputs[:, 0], None if features is None else features[:, 0]
         h, state = self._cell.step(inputs, state, trace)
@@ -140,12 +153,21 @@ class Network:
             y [B, T, O] in raw units, and the new states [B, Rc].
         """
         batch, rows, width = x.shape
-        flat = phase.flatten()
-        seen = self._scaled(x.reshape(batch * rows, width), flat)
-        inputs = self._with_calendar(seen, flat).view(batch, rows, -1)
-        features = None
+        seen = self.scaled(x.reshape(batch * rows, width), phase.flatten()).view(x.shape)
+        window = None
         if past is not None and self.lagged:
-            window = self._window(past, phase[:, 0], seen.view(batch, rows, width))
+            window = self.window(past, phase[:, 0], seen)
+        return self.sequence_seen(seen, phase, state, window)
+
+    def sequence_seen(
+        self, seen: Tensor, phase: Tensor, state: Tensor, window: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same with `scaled` rows [B, T, D], the last ones of a `window`."""
+        batch, rows, width = seen.shape
+        flat = phase.flatten()
+        inputs = self._with_calendar(seen.reshape(batch * rows, width), flat)
+        inputs, features = inputs.view(batch, rows, -1), None
+        if window is not None:
             inputs, features = self._with_lags(inputs, window)
         h, state = self._cell.sequence(inputs, state)
         if features is not None:
@@ -164,7 +186,7 @@ class Network:
         last = (phase - 1).remainder_(self._phases)
         features = None
         if past is not None and self._into_head:
-            features = self._into_head.of(self._window(past, phase), 1)[:, 0]
+            features = self._into_head.of(self.window(past, phase), 1)[:, 0]
         return self._outputs(state[:, self._cell.output], last, features)
 
     def _outputs(self, h: Tensor, phase: Tensor, features: Tensor | None) -> Tensor:
@@ -188,7 +210,7 @@ class Network:
             inputs = torch.cat((inputs, self._into_cell.of(window, rows)), dim=2)
         return inputs, self._into_head.of(window, rows) if self._into_head else None
 
-    def _window(self, past: Past, phase: Tensor, seen: Tensor | None = None) -> Tensor:
+    def window(self, past: Past, phase: Tensor, seen: Tensor | None = None) -> Tensor:
         """Past rows, and those being applied, [B, N + T, D] as the network sees them, without gaps.
 
         Args:
@@ -208,7 +230,8 @@ class Network:
         seen = self._level_free(past.rows.reshape(batch * length, width), phases.flatten())
         return seen.view(batch, length, width)
 
-    def _scaled(self, x: Tensor, phase: Tensor) -> Tensor:
+    def scaled(self, x: Tensor, phase: Tensor) -> Tensor:
+        """Raw rows [B, D] as the network sees them; NaN where they are too large to be applied."""
         x = self._level_free(x, phase)
         if not self._branches or x.abs().max().item() > self._largest:
             x = x.masked_fill(x.abs() > self._largest, math.nan)
@@ -217,8 +240,11 @@ class Network:
     def _level_free(self, x: Tensor, phase: Tensor) -> Tensor:
         if self._plain:
             return x
-        levels = self._levels.index_select(0, phase) if self._timed else self._levels
-        return (x - levels) * self._inverse_scale
+        return (x - self.levels(phase)) * self._inverse_scale
+
+    def levels(self, phase: Tensor) -> Tensor:
+        """What the columns of rows [B] are taken to be where nothing is known: [B or 1, D], raw."""
+        return self._levels.index_select(0, phase) if self._timed else self._levels
 
 
 def _output_scale(manifest: Manifest) -> Tensor:

@@ -69,7 +69,8 @@ class StandIns:
         _carry_on(x, past.rows[:, -1])
         unknown = x.isnan()
         if unknown.any():
-            levels = self._network.levels(phase.flatten()).expand(phase.numel(), x.shape[2])
+            place = self._network.place(phase.flatten())
+            levels = self._network.levels(place).expand(phase.numel(), x.shape[2])
             x = torch.where(unknown, levels.view(x.shape), x)
         stretch = Stretch(self._network, phase, state, past, first=x[:, 0], trace=trace)
         y = self._run(stretch, x, own, past, phase)

@@ -43,26 +43,27 @@ class Stretch:
         self._window: Tensor | None = None
         if network.lagged:  # made once for all T rows, and completed as they are applied
             self._history = past.rows.shape[1]
-            seen = network.scaled(first, phase[:, 0])[:, None]
+            seen = network.scaled(first, network.place(phase[:, 0]))[:, None]
             known = network.window(past, phase[:, 0], seen)
             later = known.new_zeros(known.shape[0], phase.shape[1] - 1, known.shape[2])
             self._window = torch.cat((known, later), dim=1)
 
     def step(self, x: Tensor) -> Tensor:
         """Applies the next row x [B, D], raw; returns its y [B, O]."""
-        phase = self._phase[:, self._done]
-        seen = self._network.scaled(x, phase)
+        place = self._network.place(self._phase[:, self._done])
+        seen = self._network.scaled(x, place)
         window = self._completed(seen[:, None])
-        y, self.state = self._network.step_seen(seen, phase, self.state, window, self._trace)
+        y, self.state = self._network.step_seen(seen, place, self.state, window, self._trace)
         return y
 
     def sequence(self, x: Tensor) -> Tensor:
         """Applies the next rows x [B, k, D], raw; returns their y [B, k, O]."""
         batch, rows, width = x.shape
         phase = self._phase[:, self._done : self._done + rows]
-        seen = self._network.scaled(x.reshape(batch * rows, width), phase.flatten()).view(x.shape)
+        place = self._network.place(phase.flatten())
+        seen = self._network.scaled(x.reshape(batch * rows, width), place).view(x.shape)
         window = self._completed(seen)
-        y, self.state = self._network.sequence_seen(seen, phase, self.state, window)
+        y, self.state = self._network.sequence_seen(seen, place, self.state, window)
         return y
 
     def _completed(self, seen: Tensor) -> Tensor | None:

@@ -105,7 +105,7 @@ def write_broken(folder: Path, network: Network, how: str) -> None:
             del document["cell"]["num_layers"]
             manifest.write_text(json.dumps(document))
         case "a changed value":
-            document["description"] = "edited"
+            document["inputs"][0]["unit"] = "edited"
             manifest.write_text(json.dumps(document))
         case "no JSON":
             manifest.write_text(manifest.read_text()[:100])
@@ -114,8 +114,8 @@ def write_broken(folder: Path, network: Network, how: str) -> None:
         case "swapped weights":
             other = Network("other", network.module, network.head, network.manifest)
             with_noise = {name: tensor + 1 for name, tensor in other.tensors().items()}
-            write_model(folder / "aside" / "1", network.manifest, with_noise)
-            shutil.move(folder / "aside" / "1" / "model.safetensors", weights)
+            write_model(folder / "aside" / "lstm" / "1", network.manifest, with_noise)
+            shutil.move(folder / "aside" / "lstm" / "1" / "model.safetensors", weights)
             shutil.rmtree(folder / "aside")
         case "no weights":
             weights.unlink()

@@ -8,7 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores.base import ENDING_SECONDS, Ending, Entry, Save, Saved, SessionRecord
+from stepstate.stores.base import (
+    ENDING_SECONDS,
+    DiskUsage,
+    Ending,
+    Entry,
+    Save,
+    Saved,
+    SessionRecord,
+)
 from stepstate.stores.redis import keys, scripts
 from stepstate.stores.redis.lane import Lane
 from stepstate.stores.redis.link import Argument, Command, Link, Reply
@@ -146,6 +154,10 @@ class RedisStore:
         where = {self._link.node(key): key for key in map(keys.probe, range(keys.BUCKETS))}
         arguments = (self._now(), _PROBE)
         await self._ask_all([Command(scripts.PROBE, (key,), arguments) for key in where.values()])
+
+    def disk_usage(self) -> DiskUsage | None:
+        """See `SessionStore.disk_usage`."""
+        return None
 
     async def close(self) -> None:
         """See `SessionStore.close`."""

@@ -21,7 +21,8 @@ from threading import Thread
 
 from stepstate.errors import StoreUnavailable
 from stepstate.stores.sqlite.file import SessionFile
-from stepstate.stores.sqlite.writes import Part, write
+from stepstate.stores.sqlite.reserve import NoRoom
+from stepstate.stores.sqlite.writes import Part, SaveOne, write
 
 log = logging.getLogger(__name__)
 
@@ -32,6 +33,10 @@ FAIR_SECONDS = 0.0005
 
 Python's 5 ms begin anew whenever the event loop lets go of the lock, if only for a microsecond;
 a loop whose turns take 2 ms keeps a thread waiting for seconds (measured: 3 s, with uvloop)."""
+
+PAGE_BYTES = 4096
+PAGES_OF_A_ROW = 8
+"""The leaves of its table and indexes and of its ending, some of which split."""
 
 
 @dataclass(slots=True, eq=False)
@@ -65,7 +70,7 @@ class Worker:
     """
 
     def __init__(self, file: SessionFile, clock: Callable[[], float]) -> None:
-        self._file = file
+        self.file = file
         self._clock = clock
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
@@ -81,14 +86,14 @@ class Worker:
             StoreUnavailable: it is not, or it is not known.
         """
         if self._closed:
-            raise StoreUnavailable(f"{self._file.path} was closed")
+            raise StoreUnavailable(f"{self.file.path} was closed")
         self._jobs.put(job)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 await job.done
         except TimeoutError:
             raise StoreUnavailable(
-                f"{self._file.path}: no answer for {ANSWER_SECONDS:g} s; does its disk hang?",
+                f"{self.file.path}: no answer for {ANSWER_SECONDS:g} s; does its disk hang?",
                 cause="timeout",
             ) from None
 
@@ -131,13 +136,15 @@ class Worker:
 
     def _try_to_write(self, jobs: list[Job]) -> Exception | None:
         try:
-            connection = self._file.connection()
-            if parts := [part for job in jobs for part in job.parts]:
+            parts = [part for job in jobs for part in job.parts]
+            connection = self.file.connection()
+            self.file.make_room(sum(map(_size_of, parts)))
+            if parts:
                 write(connection, parts, self._clock())
             if any(job.probe for job in jobs):
-                self._file.probe()
+                self.file.probe()
         except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
-            self._file.failed(error)
+            self.file.failed(error)
             return error
         return None
 
@@ -145,9 +152,9 @@ class Worker:
         for job in jobs:
             assert job.read is not None
             try:
-                job.read(self._file.connection())
+                job.read(self.file.connection())
             except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
-                self._file.failed(error)
+                self.file.failed(error)
                 self._fail([job], error)
         if jobs:
             self._hand_back(jobs)
@@ -155,7 +162,7 @@ class Worker:
     def _fail(self, jobs: list[Job], error: Exception | None) -> None:
         for job in jobs:
             if error is not None and _is_the_files(error):
-                problem = f"{self._file.path}: {error}"
+                problem = f"{self.file.path}: {error}"
                 job.error = StoreUnavailable(problem, cause=_cause_of(error))
             else:
                 job.error = error  # a surprise is told as it is
@@ -168,14 +175,20 @@ class Worker:
 
     def _close(self) -> None:
         try:
-            self._file.close()
+            self.file.close()
         except sqlite3.Error:
-            log.exception("closing failed", extra={"path": str(self._file.path)})
+            log.exception("closing failed", extra={"path": str(self.file.path)})
 
 
 def _finish(jobs: list[Job]) -> None:
     for job in jobs:
         job.finish()
+
+
+def _size_of(part: Part) -> int:
+    """About what a part adds to the WAL: its snapshot, and the pages of its row and indexes."""
+    snapshot = part.save.snapshot if isinstance(part, SaveOne) else getattr(part, "snapshot", None)
+    return len(snapshot or b"") + PAGE_BYTES * PAGES_OF_A_ROW
 
 
 def _is_the_files(error: Exception) -> bool:
@@ -198,6 +211,8 @@ _CAUSES = {
 
 def _cause_of(error: Exception) -> str:
     """One of `errors.STORE_CAUSES`."""
+    if isinstance(error, NoRoom):
+        return error.cause
     if isinstance(error, OSError):
         return "io"
     return _CAUSES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "other")

@@ -496,7 +496,10 @@ class UnexpectedStatus(StepstateError):
     detail: str
 
     def __str__(self) -> str:
-        return f"the server answered {self.code}: {self.detail}; is it a Stepstate server?"
+        hint = "is it a Stepstate server?"
+        if self.code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            hint = "give the client `credentials` or `metadata` that what is at this address takes"
+        return f"the server answered {self.code}: {self.detail}; {hint}"
 
 
 @dataclass(eq=False)

@@ -159,8 +159,7 @@ async def test_row_t_has_the_calendar_of_start_time_plus_t_steps(make_rig):
     early = await rig.open("early", start=start)
     late = await rig.open("late", start=start + timedelta(hours=3))
     x = np.ones((3, 2), np.float32)
-    phases = rig.lane.timeline.phases
-    assert late.phase == (early.phase + 3) % phases
+    assert late.phase == early.phase + 3
     whole = await rig.y(early, x, 0)
     again = await rig.open("again", start=start)
     single = np.concatenate([await rig.y(again, row) for row in x])

@@ -187,7 +187,7 @@ class Residency:
         return lane.model.manifest.fingerprint if lane is not None else ""
 
     async def _take(self, session_id: str) -> tuple[Entry, Snapshot]:
-        fingerprints = [lane.model.manifest.fingerprint for lane in self._lanes.values()]
+        fingerprints = [one for lane in self._lanes.values() for one in lane.model.fingerprints]
         found = await self._link.ask(
             self._link.store.acquire(session_id, owner=self._owner, fingerprints=fingerprints)
         )
@@ -208,12 +208,14 @@ class Residency:
             SnapshotCorrupt: it is no state.
         """
         record = snapshot.record
-        loaded = self.loaded(record.model_key)
-        if loaded == record.fingerprint:
-            fitted = self._lanes[record.model_key].fitted(snapshot)
+        lane = self._lanes.get(record.model_key)
+        if lane is not None and record.fingerprint in lane.model.fingerprints:
+            fitted = lane.fitted(snapshot)
             if fitted is not None:
                 return fitted
-        raise SnapshotForeign(record.session_id, record.model_key, record.fingerprint, loaded)
+        raise SnapshotForeign(
+            record.session_id, record.model_key, record.fingerprint, self.loaded(record.model_key)
+        )
 
     async def _end_in_store(self, entry: Entry, reason: EndReason) -> StepstateError:
         record = entry.record

@@ -168,7 +168,7 @@ def encode_session(standing: Standing) -> pb.Session:
         version=record.version,
         fingerprint=record.fingerprint,
         t=standing.t,
-        idle_timeout=_duration(record.idle_timeout_seconds),
+        idle_timeout=duration(record.idle_timeout_seconds),
         start_time=None if record.start_time is None else timestamp(record.start_time),
         open_time=timestamp(record.open_time),
         expire_time=timestamp(datetime.now(UTC) + timedelta(seconds=standing.seconds_left)),
@@ -232,7 +232,7 @@ def encode_model(model: Model) -> pb.Model:
             )
             for output in manifest.outputs
         ],
-        step_interval=None if interval is None else _duration(interval),
+        step_interval=None if interval is None else duration(interval),
         needs_start_time=manifest.needs_time,
         lag_rows=manifest.lag_rows,
         tracked_horizons=manifest.tracking.horizons if manifest.tracking else (),
@@ -349,9 +349,10 @@ def _moment(request: pb.OpenSessionRequest) -> datetime:
         raise InvalidField("start_time", f"is not a time: {error}") from error
 
 
-def _duration(seconds: float) -> Duration:
+def duration(seconds: float) -> Duration:
+    """A span of time as a message."""
     duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
+    duration.FromNanoseconds(round(seconds * 1e6) * 1_000)
     return duration
 
 

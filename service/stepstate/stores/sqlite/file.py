@@ -95,13 +95,13 @@ class SessionFile:
         if code not in _KEPT:
             self.close()
 
-    def make_room(self, size: int) -> None:
-        """Sees that a write of about so many bytes has room, and can be written back.
+    def make_room(self, rows: int, size: int) -> None:
+        """Sees that a write of so many rows, with so many bytes of snapshots, has room.
 
         Raises:
-            sqlite3.Error: it has not; nothing may be written.
+            sqlite3.Error: it has not, or could not be written back; nothing may be written.
         """
-        self._reserve.ensure(self.connection(), size)
+        self._reserve.ensure(self.connection(), rows, size)
 
     def disk_usage(self) -> DiskUsage | None:
         """See `SessionStore.disk_usage`."""

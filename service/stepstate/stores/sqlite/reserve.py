@@ -19,6 +19,10 @@ from pathlib import Path
 
 from stepstate.stores.base import DiskUsage
 
+PAGE_BYTES = 4096
+PAGES_OF_A_ROW = 8
+"""The leaves of its table and indexes and of its ending, some of which split. A transaction writes
+a page once, so many rows don't write more than the database has."""
 RESERVE_BYTES = 16 * 2**20
 """At the least; on a small disk a sixteenth of it."""
 MAX_WAL_BYTES = 2**30
@@ -61,7 +65,7 @@ class Reserve:
         """Takes the reserve, as far as there is room."""
         volume = os.statvfs(self._database.parent)
         self._least = min(RESERVE_BYTES, volume.f_blocks * volume.f_frsize // 16)
-        self.full = not self._take(self._wal_bytes())
+        self.full |= not self._take(self._wal_bytes())
 
     def give_back(self) -> None:
         """Lets go of the room."""
@@ -78,23 +82,29 @@ class Reserve:
                 os.truncate(self._path, wanted)
             self._held = _size(self._path)
 
-    def ensure(self, connection: sqlite3.Connection, size: int) -> None:
-        """Sees that a write of about so many bytes has room and can be written back.
+    def ensure(self, connection: sqlite3.Connection, rows: int, size: int) -> None:
+        """Sees that a write has room, and can be written back.
+
+        Args:
+            connection: to the database.
+            rows: how many rows are written.
+            size: the bytes of their snapshots.
 
         Raises:
             NoRoom: it has not.
             sqlite3.Error: the WAL can't be written back now.
         """
-        wal = self._wal_bytes()
-        if not self.full:
-            if wal + size <= self._held:
-                return
-            if wal <= MAX_WAL_BYTES and self._take(wal + size):
-                return
+        wal, pages = self._wal_bytes(), rows * PAGES_OF_A_ROW * PAGE_BYTES
+        if not self.full and wal + size + pages <= self._held:
+            return
+        size += min(pages, _size(self._database) + wal + PAGES_OF_A_ROW * PAGE_BYTES)
+        if not self.full and self._has_room(wal, size, spare=self._least // 4):
+            return
         self.full = True
         emptied = self._write_back(connection)
+        self.look()
         wal = self._wal_bytes()
-        if wal > MAX_WAL_BYTES or not self._take(wal + size) or self._free_bytes() < self._least:
+        if not self._has_room(wal, size, spare=self._least):
             raise _no_room(0 if emptied else wal)
         self.full = False
 
@@ -111,6 +121,11 @@ class Reserve:
             free=volume.f_bavail * volume.f_frsize,
             volume=volume.f_blocks * volume.f_frsize,
         )
+
+    def _has_room(self, wal: int, size: int, *, spare: int) -> bool:
+        """Whether both the reserve and the WAL can grow for a write, and some more after it."""
+        fits = wal <= MAX_WAL_BYTES and self._take(wal + size)
+        return fits and self._free_bytes() >= size + spare
 
     def _wal_bytes(self) -> int:
         return _size(self._wal)

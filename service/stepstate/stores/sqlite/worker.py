@@ -22,7 +22,7 @@ from threading import Thread
 from stepstate.errors import StoreUnavailable
 from stepstate.stores.sqlite.file import SessionFile
 from stepstate.stores.sqlite.reserve import NoRoom
-from stepstate.stores.sqlite.writes import Part, SaveOne, write
+from stepstate.stores.sqlite.writes import Create, Part, SaveOne, write
 
 log = logging.getLogger(__name__)
 
@@ -33,10 +33,6 @@ FAIR_SECONDS = 0.0005
 
 Python's 5 ms begin anew whenever the event loop lets go of the lock, if only for a microsecond;
 a loop whose turns take 2 ms keeps a thread waiting for seconds (measured: 3 s, with uvloop)."""
-
-PAGE_BYTES = 4096
-PAGES_OF_A_ROW = 8
-"""The leaves of its table and indexes and of its ending, some of which split."""
 
 
 @dataclass(slots=True, eq=False)
@@ -138,7 +134,7 @@ class Worker:
         try:
             parts = [part for job in jobs for part in job.parts]
             connection = self.file.connection()
-            self.file.make_room(sum(map(_size_of, parts)))
+            self.file.make_room(len(parts), sum(map(_size_of, parts)))
             if parts:
                 write(connection, parts, self._clock())
             if any(job.probe for job in jobs):
@@ -186,9 +182,10 @@ def _finish(jobs: list[Job]) -> None:
 
 
 def _size_of(part: Part) -> int:
-    """About what a part adds to the WAL: its snapshot, and the pages of its row and indexes."""
-    snapshot = part.save.snapshot if isinstance(part, SaveOne) else getattr(part, "snapshot", None)
-    return len(snapshot or b"") + PAGE_BYTES * PAGES_OF_A_ROW
+    """The bytes of a part's snapshot."""
+    if isinstance(part, SaveOne):
+        return len(part.save.snapshot or b"")
+    return len(part.snapshot) if isinstance(part, Create) else 0
 
 
 def _is_the_files(error: Exception) -> bool:

@@ -19,10 +19,8 @@ from pathlib import Path
 
 from stepstate.stores.base import DiskUsage
 
-PAGE_BYTES = 4096
-PAGES_OF_A_ROW = 8
-"""The leaves of its table and indexes and of its ending, some of which split. A transaction writes
-a page once, so many rows don't write more than the database has."""
+BYTES_OF_A_ROW = 8 * 4096
+"""Without its snapshot: pages of its table, its indexes and its ending, some of which split."""
 RESERVE_BYTES = 16 * 2**20
 """At the least; on a small disk a sixteenth of it."""
 MAX_WAL_BYTES = 2**30
@@ -94,18 +92,16 @@ class Reserve:
             NoRoom: it has not.
             sqlite3.Error: the WAL can't be written back now.
         """
-        wal, pages = self._wal_bytes(), rows * PAGES_OF_A_ROW * PAGE_BYTES
-        if not self.full and wal + size + pages <= self._held:
-            return
-        size += min(pages, _size(self._database) + wal + PAGES_OF_A_ROW * PAGE_BYTES)
-        if not self.full and self._has_room(wal, size, spare=self._least // 4):
-            return
+        if not self.full:
+            if self._wal_bytes() + size + rows * BYTES_OF_A_ROW <= self._held:
+                return
+            if self._has_room(rows, size, spare=self._least // 4):
+                return
         self.full = True
         emptied = self._write_back(connection)
         self.look()
-        wal = self._wal_bytes()
-        if not self._has_room(wal, size, spare=self._least):
-            raise _no_room(0 if emptied else wal)
+        if not self._has_room(rows, size, spare=self._least):
+            raise _no_room(0 if emptied else self._wal_bytes())
         self.full = False
 
     def usage(self) -> DiskUsage | None:
@@ -122,8 +118,11 @@ class Reserve:
             volume=volume.f_blocks * volume.f_frsize,
         )
 
-    def _has_room(self, wal: int, size: int, *, spare: int) -> bool:
+    def _has_room(self, rows: int, size: int, *, spare: int) -> bool:
         """Whether both the reserve and the WAL can grow for a write, and some more after it."""
+        wal = self._wal_bytes()
+        # Many rows write no more pages than there are: each of them once.
+        size += min(rows * BYTES_OF_A_ROW, _size(self._database) + wal + BYTES_OF_A_ROW)
         fits = wal <= MAX_WAL_BYTES and self._take(wal + size)
         return fits and self._free_bytes() >= size + spare
 

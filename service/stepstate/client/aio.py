@@ -151,7 +151,8 @@ class AsyncClient:
             missing: what a NaN in a row means. "reject", the default: the row is
                 refused. "impute": the model's own forecast of the value stands
                 in, or the value of the row before where it makes none. "hold":
-                that of the row before.
+                that of the row before; before a column's first value, its level
+                (the mean and profile that the model takes off it).
             interval_level: the share of truths that the session's intervals are
                 to cover, for example 0.9; left out: the model's own.
             history: rows that the session is brought up to date with. See
@@ -216,9 +217,16 @@ class AsyncClient:
         reply = await self.call(self.stub.GetSession, pb.GetSessionRequest(session_id=session_id))
         return wire.session_info(reply.session)
 
-    async def sessions(self, model: str = "") -> AsyncIterator[SessionInfo]:
-        """All open sessions, page by page."""
-        request = pb.ListSessionsRequest(model=model, page_size=1000)
+    async def sessions(
+        self, model: str = "", *, show_expired: bool = False
+    ) -> AsyncIterator[SessionInfo]:
+        """All open sessions, page by page.
+
+        Args:
+            model: only those of this model; empty: of all.
+            show_expired: also those that were idle for too long and are still kept.
+        """
+        request = pb.ListSessionsRequest(model=model, page_size=1000, show_expired=show_expired)
         while True:
             reply = await self.call(self.stub.ListSessions, request)
             for session in reply.sessions:
@@ -272,6 +280,23 @@ class AsyncClient:
         request = pb.ExportSessionRequest(session_id=session_id)
         snapshot: bytes = (await self.call(self.stub.ExportSession, request)).snapshot
         return snapshot
+
+    async def restore_expired(self, session_id: str) -> AsyncSession:
+        """Opens a session again that was idle for too long, as it was.
+
+        Its state, its t and what it remembers of its replies are what they were, and its
+        idle time begins anew.
+
+        Raises:
+            SessionExists: it is open. If a first reply was lost, this call may have
+                opened it: `session` tells its t.
+            SessionExpired: it was kept until its `purge_time`, and is deleted.
+            SessionUnknown, SessionClosed, SessionLost: there is nothing to open again.
+            As `open`.
+        """
+        request = pb.RestoreSessionRequest(session_id=session_id)
+        reply = await self.call(self.stub.RestoreSession, request)
+        return await self._session(wire.session_info(reply.session))
 
     async def restore(
         self,

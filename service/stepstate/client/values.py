@@ -201,6 +201,8 @@ class SessionInfo:
     means. `interval_level`: the share of truths that its intervals are to
     cover, 0 where the model tracks no horizon. `accuracy` and `drift`: how good
     its forecasts were, told where it is resident and its model tracks them.
+    `status`: "open"; "expired", as it was idle for too long: it is kept until
+    `purge_time`, and `Client.restore_expired` opens it again.
     """
 
     session_id: str
@@ -221,6 +223,8 @@ class SessionInfo:
     interval_level: float = 0.0
     accuracy: tuple[Accuracy, ...] = ()
     drift: Drift = Drift()
+    status: str = "open"
+    purge_time: datetime | None = None
 
     @property
     def resumable(self) -> bool:

@@ -160,8 +160,8 @@ def decode_import(request: pb.ImportSessionRequest) -> Copying:
 
 
 def encode_session(standing: Standing) -> pb.Session:
-    """Where an open session stands."""
-    record = standing.record
+    """Where a session stands."""
+    record, now = standing.record, datetime.now(UTC)
     return pb.Session(
         session_id=record.session_id,
         model=record.model,
@@ -171,7 +171,7 @@ def encode_session(standing: Standing) -> pb.Session:
         idle_timeout=duration(record.idle_timeout_seconds),
         start_time=None if record.start_time is None else timestamp(record.start_time),
         open_time=timestamp(record.open_time),
-        expire_time=timestamp(datetime.now(UTC) + timedelta(seconds=standing.seconds_left)),
+        expire_time=timestamp(now + timedelta(seconds=standing.seconds_left)),
         queued_requests=standing.queued_requests,
         durable_t=standing.durable_t,
         durability=_DURABILITY_NUMBERS[record.durability],
@@ -180,7 +180,15 @@ def encode_session(standing: Standing) -> pb.Session:
         epoch=standing.epoch,
         missing=_MISSING_NUMBERS[record.missing],
         **_quality(standing.quality),
+        **_status(standing.delete_seconds, now),
     )
+
+
+def _status(delete_seconds: float | None, now: datetime) -> dict[str, Any]:
+    if delete_seconds is None:
+        return {"status": pb.SESSION_STATUS_OPEN}
+    purge_time = timestamp(now + timedelta(seconds=delete_seconds))
+    return {"status": pb.SESSION_STATUS_EXPIRED, "purge_time": purge_time}
 
 
 def _quality(quality: Quality | None) -> dict[str, Any]:

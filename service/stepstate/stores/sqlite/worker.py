@@ -62,12 +62,12 @@ class Worker:
 
     Args:
         file: the open file.
-        clock: Unix seconds.
+        wall: Unix seconds.
     """
 
-    def __init__(self, file: SessionFile, clock: Callable[[], float]) -> None:
+    def __init__(self, file: SessionFile, wall: Callable[[], float]) -> None:
         self.file = file
-        self._clock = clock
+        self._wall = wall
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._closed = False
@@ -136,7 +136,7 @@ class Worker:
             connection = self.file.connection()
             self.file.make_room(len(parts), sum(map(_size_of, parts)))
             if parts:
-                write(connection, parts, self._clock())
+                write(connection, parts, now=self.file.clock(), wall=self._wall())
             if any(job.probe for job in jobs):
                 self.file.probe()
         except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)

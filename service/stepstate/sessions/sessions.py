@@ -253,7 +253,8 @@ class Sessions:
         found = await self.link.ask(self._store.find(session_id))
         if isinstance(found, Entry) and self._standings.past(found):
             record = found.record
-            if self._residency.loaded(record.model_key) == record.fingerprint:
+            lane = self.lanes.get(record.model_key)
+            if lane is not None and record.fingerprint in lane.model.fingerprints:
                 if found.delete_at is not None:
                     return found
                 await self._expiry.settle(found)

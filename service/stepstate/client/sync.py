@@ -305,8 +305,7 @@ class Client:
             durability: "async": steps are answered at once and saved a little
                 later, and the session sends again what a server lost. "sync": a
                 step is answered when it is saved. "none": the session is lost when
-                its server ends unexpectedly. Left out: that
-                of the source.
+                its server ends unexpectedly. Left out: as the source.
 
         Raises:
             SessionUnknown, SessionExpired, SessionClosed, SessionLost: the source is

@@ -432,8 +432,7 @@ class Session(Footing):
             durability: "async": steps are answered at once and saved a little
                 later, and the session sends again what a server lost. "sync": a
                 step is answered when it is saved. "none": the session is lost when
-                its server ends unexpectedly. Left out: that
-                of this one.
+                its server ends unexpectedly. Left out: as this one.
 
         Raises:
             SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session

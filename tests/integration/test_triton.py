@@ -286,6 +286,25 @@ async def test_quantiles_by_name(electricity_root: Path):
         await triton.ModelInfer(infer("electricity", 2, np.array([[22262.0]]), sequence_start=True))
 
 
+async def test_missing_values_are_stood_in_for_where_a_start_says_how(
+    triton: GRPCInferenceServiceStub, network: Network
+):
+    x = draw(3)
+    x[0, 1] = x[2, 0] = np.nan
+    want = np.array([[x[0, 0], 0.0, x[0, 2]], x[1], [x[1, 0], *x[2, 1:]]])  # a level of 0, held
+    replies = [
+        await triton.ModelInfer(
+            infer("lstm", 5, x[0], sequence_start=True, missing="hold", step_t=0)
+        ),
+        await triton.ModelInfer(infer("lstm", 5, x[1])),
+        await triton.ModelInfer(infer("lstm", 5, x[2])),
+    ]
+    y = np.array([tensor(reply) for reply in replies])
+    assert np.abs(y - network.offline(want)).max() <= TOLERANCE
+    imputed = [reply.parameters["imputed_rows"].int64_param for reply in replies]
+    assert imputed == [1, 0, 1]
+
+
 async def test_the_final_response_is_marked_where_a_client_asks(triton: GRPCInferenceServiceStub):
     x = draw(2)
     requests = [
@@ -384,6 +403,9 @@ def _malformed() -> dict[str, tuple[pb.ModelInferRequest, str]]:
     bad("bad start", "data-type", sequence_start=True).inputs[0].datatype = "BYTES"
     start = bad("start with nan", "nan", sequence_start=True)
     start.raw_input_contents[0] = np.full(3, np.nan, "<f4").tobytes()
+    held = bad("start with infinity", "inf", sequence_start=True, missing="hold")
+    held.raw_input_contents[0] = np.array([np.inf, np.nan, 0], "<f4").tobytes()
+    bad("start with a policy", "reject, impute, hold", sequence_start=True, missing="zero")
     bad("start of another model's", "id of a session", sequence_start=True).model_name = "gru"
     bad("start ahead", "starts at 0", sequence_start=True, step_t=4)
     bad("start of no model", "not loaded", sequence_start=True).model_name = "nothing"

@@ -153,13 +153,13 @@ class AsyncClient:
             missing: what a NaN in a row means. "reject", the default: the row is
                 refused. "impute": the model's own forecast of the value stands in,
                 or the value of the row before where it makes none. "hold": that of
-                the row before.
+                the row before; before a column's first value, its level (the mean
+                and profile that the model takes off it).
             interval_level: the share of truths that the session's intervals are to
                 cover, for example 0.9; left out: the model's own.
             history: rows [T, D] that the session is brought up to date with: an
                 array, a DataFrame, `TimedRows`, or an iterable of such chunks, also
-                an asynchronous one. If
-                it can't be, the session is closed again, unless the server was out
+                an asynchronous one. If it can't be, the session is closed again, unless the server was out
                 of reach: it then stays open as far as it got.
             progress: called with the rows of the history that are done, and with
                 how many there are, None where that is not known.

@@ -260,7 +260,7 @@ class AsyncSession(Footing):
 
         Raises:
             NonFiniteInput: the session was opened without `missing`.
-            InvalidField: n is less than 1, or the session can't begin with such rows.
+            InvalidField: n is less than 1.
             SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
                 is gone.
             StepMismatch, StepTooOld: someone else steps it too.

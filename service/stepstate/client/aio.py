@@ -159,8 +159,9 @@ class AsyncClient:
                 cover, for example 0.9; left out: the model's own.
             history: rows [T, D] that the session is brought up to date with: an
                 array, a DataFrame, `TimedRows`, or an iterable of such chunks, also
-                an asynchronous one. If it can't be, the session is closed again, unless the server was out
-                of reach: it then stays open as far as it got.
+                an asynchronous one. If it can't be, the session is closed again,
+                unless the server was out of reach: it then stays open as far as it
+                got.
             progress: called with the rows of the history that are done, and with
                 how many there are, None where that is not known.
 

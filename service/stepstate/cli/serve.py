@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from stepstate.cli.options import option
+from stepstate.cli.options import INTERRUPTED, option
 from stepstate.config import ConfigError, ServerConfig
-from stepstate.engine import NoAccelerator
 from stepstate.errors import ModelInvalid
 from stepstate.events import ServerLoop, set_up_grpc
 from stepstate.logs import configure_logs
 
-set_up_grpc()  # before gRPC is imported, as it is from here on
+if TYPE_CHECKING:
+    from stepstate.server import Server
 
-from stepstate.server import CannotListen, Server, serve  # noqa: E402
-from stepstate.stores import CannotOpenStore  # noqa: E402
+set_up_grpc()  # before gRPC is imported
 
 
 def _settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,19 +39,49 @@ def _settings(command: Callable[..., None]) -> Callable[..., None]:
 @option("--log-level", "INFO", click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), "Least level.")
 @option("--log-format", "auto", click.Choice(["auto", "json", "text"]), "auto: text on a terminal.")
 def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
-    """Serves the models of a folder until SIGTERM, then drains; a second signal forces."""
+    """Serves the models of a folder until SIGTERM, then drains; a second signal forces.
+
+    SIGINT (Ctrl-C) and SIGHUP (a terminal that closes) drain too. The exit status is 0 after a
+    whole drain, 1 if it was cut short or the server could not start.
+    """
     configure_logs(log_level, log_format)
     try:
         config = ServerConfig(**settings)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+    with _ended_by_ctrl_c():
+        drained = _run(config)
+    sys.exit(0 if drained else 1)
+
+
+def _run(config: ServerConfig) -> bool:
+    # Only now, since they import torch: a wrong option and --help are answered at once.
+    from stepstate.engine import NoAccelerator  # noqa: PLC0415
+    from stepstate.server import CannotListen, serve  # noqa: PLC0415
+    from stepstate.stores import CannotOpenStore  # noqa: PLC0415
+
+    try:
         with asyncio.Runner(loop_factory=ServerLoop) as runner:
-            drained = runner.run(serve(config, _announce))
-    except (ConfigError, ModelInvalid, CannotListen, CannotOpenStore, NoAccelerator) as error:
+            return runner.run(serve(config, _announce))
+    except (ModelInvalid, CannotListen, CannotOpenStore, NoAccelerator) as error:
         raise click.ClickException(str(error)) from error
     except MemoryError as error:
         raise click.ClickException(
             f"not enough memory for slots={config.slots}: choose fewer ({error})"
         ) from error
-    sys.exit(0 if drained else 1)
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Lets SIGINT end a start at once; the server's own handler takes its place.
+
+    Nothing is to be lost yet, and KeyboardInterrupt can be swallowed within an import.
+    """
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _announce(server: Server) -> None:

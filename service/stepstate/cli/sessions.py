@@ -27,16 +27,23 @@ def sessions_group() -> None:
 @server_option
 @option("--model", "", str, "Only sessions of this model.")
 def list_command(server: str, model: str) -> None:
-    """Prints a line for each open session: `durable` of its t rows survive the server's end."""
+    """Prints a line for each open session: `durable` of its t rows survive the server's end.
+
+    Sessions whose status is not `open` take no steps, and can be closed.
+    """
     with _client(server) as client:
         click.echo(
-            f"{'session':<40} {'model':<20} {'t':>10} {'durable':>10}  {'where':<8}  expires"
+            f"{'session':<40} {'model':<20} {'t':>10} {'durable':>10}  {'where':<8}  "
+            f"{'status':<13}  expires"
         )
         for info in client.sessions(model):
+            if info.status == "unreadable":
+                click.echo(f"{info.session_id:<40} {'':<53}  {info.status}")
+                continue
             name = f"{info.model}/{info.version}"
             click.echo(
                 f"{info.session_id:<40} {name:<20} {info.t:>10} {info.durable_t:>10}  "
-                f"{info.residency:<8}  {info.expire_time:%F %T}Z"
+                f"{info.residency:<8}  {info.status:<13}  {info.expire_time:%F %T}Z"
             )
 
 

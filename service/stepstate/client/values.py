@@ -171,6 +171,9 @@ class SessionInfo:
     means. `interval_level`: the share of truths that its intervals are to
     cover, 0 where the model tracks no horizon. `accuracy` and `drift`: how good
     its forecasts were, told where it is resident and its model tracks them.
+    `status`: "open"; "model_missing": its model is not loaded by the server, or
+    is another one by now; "unreadable": what the store has of it is damaged, and
+    only its id is told. Such sessions take no steps, and can be closed.
     """
 
     session_id: str
@@ -191,6 +194,7 @@ class SessionInfo:
     interval_level: float = 0.0
     accuracy: tuple[Accuracy, ...] = ()
     drift: Drift = Drift()
+    status: str = ""
 
     @property
     def resumable(self) -> bool:

@@ -67,6 +67,12 @@ _MISSING_NUMBERS = {
 }
 _MISSING = {number: name for name, number in _MISSING_NUMBERS.items()}
 _RESIDENCIES = {pb.RESIDENCY_RESIDENT: "resident", pb.RESIDENCY_SPILLED: "spilled"}
+_STATUSES = {
+    pb.SESSION_STATUS_OPEN: "open",
+    pb.SESSION_STATUS_EXPIRED: "expired",
+    pb.SESSION_STATUS_MODEL_MISSING: "model_missing",
+    pb.SESSION_STATUS_UNREADABLE: "unreadable",
+}
 _DETAILS_KEY = "grpc-status-details-bin"
 # What gRPC itself says of a connection that broke, beside UNAVAILABLE; Stepstate's own errors,
 # INTERNAL too, carry details.
@@ -253,6 +259,7 @@ def session_info(session: pb.Session) -> SessionInfo:
         interval_level=session.interval_level,
         accuracy=tuple(_accuracy(one) for one in session.accuracy),
         drift=_drift(session.drift),
+        status=_STATUSES.get(session.status, ""),
     )
 
 

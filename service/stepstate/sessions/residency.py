@@ -19,6 +19,8 @@ from stepstate.errors import (
     SessionExpired,
     SessionLost,
     SessionUnknown,
+    SessionUnreadable,
+    SnapshotCorrupt,
     SnapshotForeign,
     StepstateError,
 )
@@ -29,8 +31,9 @@ from stepstate.sessions.saver import Saver, SaverObserver
 from stepstate.sessions.session import Session
 from stepstate.sessions.snapshot import Snapshot, decode, identity_of
 from stepstate.sessions.standing import Standings
+from stepstate.sessions.survey import Survey
 from stepstate.sessions.table import Table
-from stepstate.stores import Durability, Ending, EndReason, Entry
+from stepstate.stores import Durability, Ending, EndReason, Entry, Unreadable
 
 log = logging.getLogger(__name__)
 
@@ -58,6 +61,7 @@ class Residency:
         link: the store.
         table: the resident sessions.
         lanes: by model "name/version".
+        survey: told of sessions that can't be read.
         standings: tell what the store's entries mean.
         owner: the name under which this process, and no other, holds leases.
         clock: monotonic seconds.
@@ -70,6 +74,7 @@ class Residency:
         link: StoreLink,
         table: Table,
         lanes: Mapping[str, Lane],
+        survey: Survey,
         standings: Standings,
         *,
         owner: str,
@@ -96,6 +101,7 @@ class Residency:
         self._link = link
         self._table = table
         self._lanes = lanes
+        self._survey = survey
         self._standings = standings
         self._owner = owner
         self._clock = clock
@@ -124,6 +130,7 @@ class Residency:
         if record.durability is Durability.NONE:
             self._table.touch(session, self._clock() + record.idle_timeout_seconds / 2)
         self.room.take_up()
+        self._survey.loaded(record.session_id)
         return session
 
     async def load(self, session_id: str) -> Session:
@@ -131,7 +138,7 @@ class Residency:
 
         Raises:
             SessionUnknown, SessionExpired, SessionClosed, SessionLost, SnapshotForeign,
-            SnapshotCorrupt, QueueFull, StoreUnavailable.
+            SessionUnreadable, QueueFull, StoreUnavailable.
         """
         if not self._link.store.durable:  # what is not here already is not there either
             raise await self.untaken(await self._link.store.find(session_id), session_id)
@@ -168,23 +175,22 @@ class Residency:
         else:
             self._drop(session)
 
-    async def untaken(self, found: Entry | Ending | None, session_id: str) -> StepstateError:
+    async def untaken(
+        self, found: Entry | Unreadable | Ending | None, session_id: str
+    ) -> StepstateError:
         """Why what the store knows of an id is no session to step; ends it if its time is past."""
         if found is None:
             return SessionUnknown(session_id)
         if isinstance(found, Ending):
             return told(session_id, found)
+        if isinstance(found, Unreadable):
+            self._survey.met(found)
+            return SessionUnreadable(session_id, found.problem)
         record = found.record
         if self._standings.past(found):
             return await self._end_in_store(found, EndReason.EXPIRED)
-        return SnapshotForeign(
-            session_id, record.model_key, record.fingerprint, self.loaded(record.model_key)
-        )
-
-    def loaded(self, model_key: str) -> str:
-        """The fingerprint under which a model is loaded here; empty: it is not."""
-        lane = self._lanes.get(model_key)
-        return lane.model.manifest.fingerprint if lane is not None else ""
+        loaded = self._standings.loaded(record.model_key)
+        return SnapshotForeign(session_id, record.model_key, record.fingerprint, loaded)
 
     async def _take(self, session_id: str) -> tuple[Entry, Snapshot]:
         fingerprints = [lane.model.manifest.fingerprint for lane in self._lanes.values()]
@@ -198,7 +204,14 @@ class Residency:
             # Its lease was not given up: what is stored may be old. A lease in this process' own
             # name is no better, it may come from an acquire whose answer was lost.
             raise await self._end_in_store(entry, EndReason.LOST)
-        return entry, self.fitted(decode(data))
+        try:
+            snapshot = self.fitted(decode(data))
+        except SnapshotCorrupt as error:
+            raise await self.untaken(Unreadable(session_id, error.problem), session_id) from error
+        if snapshot.record.session_id != session_id:
+            problem = f"it has the snapshot of {snapshot.record.session_id!r}"
+            raise await self.untaken(Unreadable(session_id, problem), session_id)
+        return entry, snapshot
 
     def fitted(self, snapshot: Snapshot) -> Snapshot:
         """A snapshot as the states of its model are here.
@@ -208,7 +221,7 @@ class Residency:
             SnapshotCorrupt: it is no state.
         """
         record = snapshot.record
-        loaded = self.loaded(record.model_key)
+        loaded = self._standings.loaded(record.model_key)
         if loaded == record.fingerprint:
             fitted = self._lanes[record.model_key].fitted(snapshot)
             if fitted is not None:

@@ -21,6 +21,7 @@ from stepstate.errors import (
     SessionExists,
     SessionLimit,
     SessionLost,
+    SessionUnreadable,
     StaleOwner,
     StepstateError,
     StoreUnavailable,
@@ -43,15 +44,16 @@ from stepstate.sessions.residency import Residency, ResidencyObserver, told
 from stepstate.sessions.session import ReplyTo, Session, Step
 from stepstate.sessions.snapshot import Snapshot, decode, encode
 from stepstate.sessions.standing import Standing, Standings
+from stepstate.sessions.survey import Survey
 from stepstate.sessions.table import Table
 from stepstate.sessions.turn import Turn
-from stepstate.stores import Ending, EndReason, Entry, SessionStore
+from stepstate.stores import Ending, EndReason, Entry, SessionStore, Unreadable
 
 log = logging.getLogger(__name__)
 
 _SAVED_AT_ONCE = 500
 _ENDED_AT_ONCE = 32  # about a millisecond of work in one turn of the loop
-_PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:-]{0,160}")
+_PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:~-]{0,300}")
 
 
 class Sessions:
@@ -90,11 +92,13 @@ class Sessions:
         self._clock = clock
         self._wall = wall
         self._observer = observer
-        self._standings = Standings(table, owner=owner, clock=clock, wall=wall)
+        self._standings = Standings(table, loaded=self._loaded, owner=owner, clock=clock, wall=wall)
+        self.survey = Survey(self.link, self._standings)
         self._residency = Residency(
             self.link,
             table,
             self.lanes,
+            self.survey,
             self._standings,
             owner=owner,
             clock=clock,
@@ -134,6 +138,16 @@ class Sessions:
     def spilled(self, model_key: str) -> int:
         """Open sessions of a model that are in the store only, or on another server."""
         return max(0, self._census[model_key] - self.lanes[model_key].open_sessions)
+
+    @property
+    def orphaned_sessions(self) -> int:
+        """Sessions in the store whose very model is not loaded here, when it was last looked."""
+        return self.survey.orphaned.total()
+
+    @property
+    def unreadable_sessions(self) -> int:
+        """Sessions in the store that can't be read, as far as they were met."""
+        return len(self.survey.unreadable)
 
     async def start(self) -> None:
         """Asks the store how many sessions it has; one that is away may come back later."""
@@ -241,21 +255,30 @@ class Sessions:
             return self._standings.stored(found)
         raise await self._residency.untaken(found, session_id)
 
-    async def page(self, token: str, size: int, model: str) -> tuple[list[Standing], str]:
+    async def page(
+        self, token: str, size: int, model: str
+    ) -> tuple[list[Standing | Unreadable], str]:
         """Up to `size` open sessions, and the token to go on from; empty: these were the last.
+
+        Args:
+            token: empty for the first page, else that of the page before.
+            size: the most sessions wanted.
+            model: of the model of this name only; empty: of all, loaded or not.
 
         Raises:
             InvalidField, StoreUnavailable.
         """
         if not _PAGE_TOKEN.fullmatch(token):
             raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
-        models = [m.key for m in self.catalog if model in ("", m.manifest.name)]
-        entries, following = await self.link.ask(self._store.page(token, size, models))
-        told_of: list[Standing] = []
+        entries, following = await self.link.ask(self._store.page(token, size, model))
+        told_of: list[Standing | Unreadable] = []
         for entry in entries:
-            session = self.find(entry.record.session_id)
+            session = self.find(entry.session_id)
             if session is not None:
                 told_of.append(self.standing(session))
+            elif isinstance(entry, Unreadable):
+                self.survey.met(entry)
+                told_of.append(entry)
             elif self._open_elsewhere(entry):
                 told_of.append(self._standings.stored(entry))
         return told_of, following
@@ -337,6 +360,31 @@ class Sessions:
         if not await self._end(session, ending):
             raise session.lost or StaleOwner(session.session_id, ending.t)
         return ending.t
+
+    async def close_stored(self, session_id: str) -> Standing | Unreadable:
+        """Closes a session that can't be loaded here; returns how it stood.
+
+        Raises:
+            as `look`, and StaleOwner: it changed meanwhile.
+        """
+        found = await self.link.ask(self._store.find(session_id))
+        if isinstance(found, Unreadable):
+            ended = await self.link.ask(
+                self._store.discard(session_id, Ending(EndReason.CLOSED, 0, 0.0))
+            )
+        elif isinstance(found, Entry) and not self._standings.past(found):
+            ending = Ending(EndReason.CLOSED, found.t, found.record.idle_timeout_seconds)
+            ended = await self.link.ask(self._store.end(session_id, found.epoch, ending))
+        else:
+            raise await self._residency.untaken(found, session_id)
+        if not ended:
+            raise StaleOwner(session_id, 0)
+        self.survey.ended(found)
+        if isinstance(found, Unreadable):
+            self._observer.closed(EndReason.CLOSED.value)  # it is counted by no model
+            return found
+        self._census.ended(found.record.model_key, ending)
+        return self._standings.stored(found)
 
     async def forecast(
         self, session_ids: Sequence[str], wish: Wish
@@ -445,6 +493,8 @@ class Sessions:
         )
         if isinstance(epoch, Entry):
             raise SessionExists(record.session_id, epoch.t)
+        if isinstance(epoch, Unreadable):
+            raise SessionUnreadable(record.session_id, epoch.problem)
         if self._draining:  # began meanwhile: nobody would save it
             ending = Ending(EndReason.CLOSED, snapshot.t, record.idle_timeout_seconds)
             await self.link.ask(self._store.end(record.session_id, epoch, ending))
@@ -507,6 +557,10 @@ class Sessions:
             if ended:
                 self._census.ended(session.record.model_key, ending)
         return ended
+
+    def _loaded(self, model_key: str) -> str:
+        lane = self.lanes.get(model_key)
+        return lane.model.manifest.fingerprint if lane is not None else ""
 
     def _ending(self, session: Session, reason: EndReason) -> Ending:
         return Ending(reason, self.t(session), session.record.idle_timeout_seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,15 @@ from stepstate.engine import Quality
 from stepstate.sessions.session import Session
 from stepstate.sessions.table import Table
 from stepstate.stores import Durability, Entry, SessionRecord
+
+
+class SessionStatus(enum.Enum):
+    """What can be done with a session."""
+
+    OPEN = "open"
+    """It takes steps."""
+    MODEL_MISSING = "model_missing"
+    """Its model is not loaded here, or is another one by now: it can be closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +37,7 @@ class Standing:
     epoch: int
     quality: Quality | None = None
     """Of its forecasts, where it is resident and its model tracks them."""
+    status: SessionStatus = SessionStatus.OPEN
 
 
 class Standings:
@@ -34,6 +45,7 @@ class Standings:
 
     Args:
         table: the resident sessions.
+        loaded: the fingerprint under which a model "name/version" is loaded here; empty: it is not.
         owner: the name under which this server holds leases.
         clock: monotonic seconds.
         wall: Unix seconds.
@@ -43,11 +55,13 @@ class Standings:
         self,
         table: Table,
         *,
+        loaded: Callable[[str], str],
         owner: str,
         clock: Callable[[], float],
         wall: Callable[[], float],
     ) -> None:
         self._table = table
+        self.loaded = loaded
         self._owner = owner
         self._clock = clock
         self._wall = wall
@@ -80,7 +94,12 @@ class Standings:
             resident=False,
             owner=entry.owner,
             epoch=entry.epoch,
+            status=SessionStatus.MODEL_MISSING if self.orphaned(entry) else SessionStatus.OPEN,
         )
+
+    def orphaned(self, entry: Entry) -> bool:
+        """Whether its very model is not loaded here."""
+        return self.loaded(entry.record.model_key) != entry.record.fingerprint
 
     def past(self, entry: Entry) -> bool:
         """Whether the time of one in the store is up."""

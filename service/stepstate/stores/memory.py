@@ -14,6 +14,7 @@ from stepstate.stores.base import (
     Save,
     Saved,
     SessionRecord,
+    Unreadable,
 )
 
 MOST_ENDINGS = 100_000
@@ -93,20 +94,27 @@ class MemoryStore:
         self._forget()
         return True
 
+    async def discard(self, session_id: str, ending: Ending) -> bool:
+        """See `SessionStore.discard`: what is in memory can be read."""
+        del session_id, ending
+        return False
+
     async def overdue(self, before: float, limit: int) -> list[Entry]:
         """See `SessionStore.overdue`."""
         due = (kept.entry for kept in self._sessions.values() if kept.entry.expires_at < before)
         return [entry for entry, _ in zip(due, range(limit), strict=False)]
 
-    async def page(self, token: str, size: int, models: Collection[str]) -> tuple[list[Entry], str]:
+    async def page(
+        self, token: str, size: int, model: str = ""
+    ) -> tuple[list[Entry | Unreadable], str]:
         """See `SessionStore.page`; the token is the last id."""
         later = (
             (session_id, kept.entry)
             for session_id, kept in self._sessions.items()
-            if session_id > token and kept.entry.record.model_key in models
+            if session_id > token and model in ("", kept.entry.record.model)
         )
         found = heapq.nsmallest(size + 1, later, key=lambda pair: pair[0])
-        entries = [entry for _, entry in found[:size]]
+        entries: list[Entry | Unreadable] = [entry for _, entry in found[:size]]
         return entries, found[size - 1][0] if len(found) > size else ""
 
     async def count(self) -> Mapping[str, int]:

@@ -14,8 +14,17 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from stepstate.engine import Quality
 from stepstate.errors import InvalidField, NonFiniteInput
 from stepstate.models import Manifest, Model
-from stepstate.sessions import Copying, Opening, ReplyTo, Session, Standing, Step, new_id
-from stepstate.stores import Durability, MissingPolicy
+from stepstate.sessions import (
+    Copying,
+    Opening,
+    ReplyTo,
+    Session,
+    SessionStatus,
+    Standing,
+    Step,
+    new_id,
+)
+from stepstate.stores import Durability, MissingPolicy, Unreadable
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
 
@@ -45,6 +54,10 @@ _MISSING_NUMBERS = {
 _MISSING: dict[int, MissingPolicy] = {
     pb.MISSING_POLICY_UNSPECIFIED: MissingPolicy.REJECT,
     **{number: policy for policy, number in _MISSING_NUMBERS.items()},
+}
+_STATUS_NUMBERS = {
+    SessionStatus.OPEN: pb.SESSION_STATUS_OPEN,
+    SessionStatus.MODEL_MISSING: pb.SESSION_STATUS_MODEL_MISSING,
 }
 _Y = pb.StepResponse.Y_FIELD_NUMBER
 _LAYER_FIELDS = {field.name: field.number for field in pb.LayerTrace.DESCRIPTOR.fields}
@@ -159,8 +172,10 @@ def decode_import(request: pb.ImportSessionRequest) -> Copying:
     return Copying(request.session_id, _idle_timeout(request), _durability(request.durability))
 
 
-def encode_session(standing: Standing) -> pb.Session:
-    """Where an open session stands."""
+def encode_session(standing: Standing | Unreadable) -> pb.Session:
+    """Where a session stands."""
+    if isinstance(standing, Unreadable):
+        return pb.Session(session_id=standing.session_id, status=pb.SESSION_STATUS_UNREADABLE)
     record = standing.record
     return pb.Session(
         session_id=record.session_id,
@@ -179,6 +194,7 @@ def encode_session(standing: Standing) -> pb.Session:
         owner=standing.owner,
         epoch=standing.epoch,
         missing=_MISSING_NUMBERS[record.missing],
+        status=_STATUS_NUMBERS[standing.status],
         **_quality(standing.quality),
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from stepstate.errors import InvalidField
+from stepstate.errors import InvalidField, SessionUnreadable, SnapshotForeign
 from stepstate.sessions import Session, Sessions
 from stepstate.transport.codec import (
     decode_fork,
@@ -73,7 +73,12 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context
     ) -> pb.CloseSessionResponse:
-        before = self._resident(await self._sessions.get(request.session_id))
+        try:
+            session = await self._sessions.get(request.session_id)
+        except (SnapshotForeign, SessionUnreadable):  # it can't be loaded, and closed all the same
+            stored = await self._sessions.close_stored(request.session_id)
+            return pb.CloseSessionResponse(session=encode_session(stored))
+        before = self._resident(session)
         before.t = await self._sessions.close(request.session_id)
         before.queued_requests = 0
         return pb.CloseSessionResponse(session=before)

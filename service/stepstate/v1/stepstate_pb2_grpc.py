@@ -109,7 +109,8 @@ class StepstateServiceServicer(object):
     def OpenSession(self, request, context):
         """Opens a session with zero state at t = 0.
         Errors: ALREADY_EXISTS SESSION_EXISTS; NOT_FOUND MODEL_UNKNOWN;
-        INVALID_ARGUMENT INVALID_FIELD; RESOURCE_EXHAUSTED SESSION_LIMIT;
+        INVALID_ARGUMENT INVALID_FIELD; RESOURCE_EXHAUSTED SESSION_LIMIT; DATA_LOSS
+        SESSION_UNREADABLE, of the session that has the id;
         UNAVAILABLE DRAINING, STORE_UNAVAILABLE, QUEUE_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -120,16 +121,17 @@ class StepstateServiceServicer(object):
         """Tells where a session stands. It does not count as use, and takes nothing
         over: of a session that another server holds it tells what is saved.
         Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
-        SESSION_LOST; UNAVAILABLE STORE_UNAVAILABLE.
+        SESSION_LOST; DATA_LOSS SESSION_UNREADABLE; UNAVAILABLE STORE_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists the open sessions of the loaded models, spilled ones too, a page at
-        a time, in no promised order. A session that is open during the whole
-        listing appears in it exactly once.
+        """Lists the open sessions, spilled ones too, a page at a time, in no promised
+        order. A session that is open during the whole listing appears in it
+        exactly once. Sessions that can't be stepped by this server are in it, with
+        a status that says why; they can be closed.
         Errors: INVALID_ARGUMENT INVALID_FIELD; UNAVAILABLE STORE_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -138,7 +140,8 @@ class StepstateServiceServicer(object):
 
     def CloseSession(self, request, context):
         """Closes a session. Steps accepted before it are finished first. The server
-        remembers for a while that the session was closed.
+        remembers for a while that the session was closed. Closes those too that
+        take no steps here: see SessionStatus.
         Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
         SESSION_LOST; ABORTED STALE_OWNER; UNAVAILABLE STORE_UNAVAILABLE.
         """
@@ -156,7 +159,7 @@ class StepstateServiceServicer(object):
         SESSION_LOST; INVALID_ARGUMENT INVALID_FIELD, NON_FINITE_INPUT,
         NON_FINITE_RESULT, STEP_MISMATCH; ABORTED STEP_AHEAD, STALE_OWNER,
         STEP_UNPLACED; OUT_OF_RANGE STEP_TOO_OLD; FAILED_PRECONDITION
-        SNAPSHOT_FOREIGN; DATA_LOSS SNAPSHOT_CORRUPT; UNAVAILABLE QUEUE_FULL,
+        SNAPSHOT_FOREIGN; DATA_LOSS SESSION_UNREADABLE; UNAVAILABLE QUEUE_FULL,
         DRAINING, STORE_UNAVAILABLE.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from stepstate.stores.base import Ending, EndReason, Entry, SessionRecord
+from stepstate.stores.base import Ending, Entry, Unreadable
+from stepstate.stores.decoding import ending_of, entry_of
 from stepstate.stores.redis.link import Reply
 
 
-def entry_of(reply: Reply) -> Entry:
-    """A session, from [record, t, expiry, epoch, owner]."""
-    record, t, expires, epoch, owner = reply
-    return Entry(
-        SessionRecord.from_json(record), int(t), int(expires) / 1e6, int(epoch), owner.decode()
-    )
+def read_entry(session_id: str, reply: Reply) -> Entry | Unreadable:
+    """A session, from [record, t, expiry, epoch, owner, model]."""
+    record, t, expires, epoch, owner, model = reply
+    name = model.decode(errors="backslashreplace")
+    return entry_of(session_id, name, record=record, t=t, expires=expires, epoch=epoch, owner=owner)
 
 
-def ending_of(reply: Reply, now: float) -> Ending | None:
+def read_ending(reply: Reply, now: float) -> Ending | None:
     """How a session ended, from [reason, t, idle timeout, when to forget it]; None: unknown."""
     reason, t, idle, forget = reply
-    if reason is None or int(forget) / 1e6 <= now:
+    if not forget.isdigit() or int(forget) / 1e6 <= now:
         return None
-    return Ending(EndReason(reason.decode()), int(t), float(idle))
+    return ending_of(reason, t, idle)
 
 
 def micros(seconds: float) -> int:

@@ -10,6 +10,7 @@ Rule 1: a script sent twice does what it does once, because `q` and `w` tell it:
 Rule 2: a save does not undo a later one of its store: one that timed out may still wait in
         Redis when its server has long gone on.
 Rule 3: keys that a script touches are its KEYS, in one slot, so that a cluster runs it.
+Rule 4: a damaged hash, or what is no hash, fails no script: it may be one of many.
 """
 
 from __future__ import annotations
@@ -33,16 +34,32 @@ class Script:
 
 _COMMON = """
 local function number(n) return string.format('%.0f', n) end
-local function entry(key) return redis.call('HMGET', key, 'r', 't', 'x', 'e', 'o') end
-local function ending(key) return redis.call('HMGET', key, 'r', 't', 'i', 'x') end
+local function whole(text)
+    return type(text) == 'string' and #text <= 18 and string.match(text, '^%d+$') ~= nil
+end
+local function fields(key, ...)
+    local found = redis.pcall('HMGET', key, ...)
+    if found.err then return {} end
+    return found
+end
+local function entry(key)
+    local found = fields(key, 'r', 't', 'x', 'e', 'o', 'm')
+    for i = 1, 6 do found[i] = found[i] or '' end
+    return found
+end
+local function ending(key)
+    local found = fields(key, 'r', 't', 'i', 'x')
+    for i = 1, 4 do found[i] = found[i] or '' end
+    return found
+end
 local function raised(epoch, now)
-    return number(math.max(tonumber(epoch or 0) + 1, tonumber(now)))
+    return number(math.max((whole(epoch) and tonumber(epoch) or 0) + 1, tonumber(now)))
 end
 local function leave(key, due, counts)
-    local name = redis.call('HMGET', key, 'i', 'm')
+    local name = fields(key, 'i', 'm')
     redis.call('DEL', key)
-    if redis.call('ZREM', due, name[1] .. ' ' .. name[2]) == 1 then
-        redis.call('HINCRBY', counts, name[2], -1)
+    if redis.call('ZREM', due, (name[1] or '') .. ' ' .. (name[2] or '')) == 1 then
+        redis.pcall('HINCRBY', counts, name[2], -1)
     end
 end
 local function keep(key, expires, grace)
@@ -55,18 +72,20 @@ CREATE = Script(
     + """
 local key, gone, due, counts = unpack(KEYS)
 local id, model, fingerprint, record, owner, t, expires, snapshot, now, grace, q, w = unpack(ARGV)
-local old = redis.call('HMGET', key, 'e', 'x', 'q', 'w')
-if old[1] then
+local old = fields(key, 'e', 'x', 'q', 'w')
+local there = redis.call('EXISTS', key) == 1
+if there then
     if old[3] == q and old[4] == w then return {1, old[1]} end
+    if not (whole(old[1]) and whole(old[2])) then return {0, entry(key)} end
     if tonumber(old[2]) > tonumber(now) then return {0, entry(key)} end
 end
-local epoch = raised(old[1] or redis.call('HGET', gone, 'e'), now)
-if old[1] then leave(key, due, counts) end
+local epoch = raised(old[1] or fields(gone, 'e')[1], now)
+if there then leave(key, due, counts) end
 redis.call('HSET', key, 'i', id, 'm', model, 'f', fingerprint, 'r', record, 'o', owner, 'p', '',
     'e', epoch, 't', t, 'x', expires, 's', snapshot, 'q', q, 'w', w)
 keep(key, expires, grace)
 if redis.call('ZADD', due, expires, id .. ' ' .. model) == 1 then
-    redis.call('HINCRBY', counts, model, 1)
+    redis.pcall('HINCRBY', counts, model, 1)
 end
 redis.call('DEL', gone)
 return {1, epoch}
@@ -79,20 +98,22 @@ ACQUIRE = Script(
     + """
 local key, gone = unpack(KEYS)
 local owner, now, q, w = unpack(ARGV)
-local old = redis.call('HMGET', key, 'e', 'x', 'q', 'w', 'f', 'o', 'p')
-if not old[1] then return {0, ending(gone)} end
+local old = fields(key, 'e', 'x', 'q', 'w', 'f', 'o', 'p', 't', 'r')
+if redis.call('EXISTS', key) == 0 then return {0, ending(gone)} end
+for i = 1, 2 do if not whole(old[i]) then return {1, entry(key)} end end
+if not (whole(old[8]) and old[9]) then return {1, entry(key)} end
 local mine = old[3] == q and old[4] == w
 local wanted = false
 for i = 5, #ARGV do wanted = wanted or ARGV[i] == old[5] end
 if not mine then
     if not wanted or tonumber(old[2]) <= tonumber(now) then return {1, entry(key)} end
     local epoch = raised(old[1], now)
-    redis.call('HSET', key, 'e', epoch, 'o', owner, 'p', old[6], 'q', q, 'w', w)
-    old[7] = old[6]
+    old[7] = old[6] or ''
+    redis.call('HSET', key, 'e', epoch, 'o', owner, 'p', old[7], 'q', q, 'w', w)
 end
 local taken = entry(key)
-taken[5] = old[7]
-return {2, taken, redis.call('HGET', key, 's')}
+taken[5] = old[7] or ''
+return {2, taken, redis.call('HGET', key, 's') or ''}
 """
 )
 """ {0, ending}, {1, entry} of one that was not taken, or {2, entry, snapshot}. With no
@@ -106,14 +127,14 @@ local numbers = '^(%d+) (%d+) (%d+) (%d+) (%d) (.*)$'
 for i = 1, #KEYS / 3 do
     local key, gone, due = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
     local epoch, q, t, expires, has_snapshot, owner = string.match(ARGV[2 * i], numbers)
-    local old = redis.call('HMGET', key, 'e', 'q', 'i', 'm')
-    if not old[1] then
+    local old = fields(key, 'e', 'q', 'i', 'm')
+    if redis.call('EXISTS', key) == 0 then
         verdicts[i] = redis.call('EXISTS', gone) == 1 and 'fenced' or 'missing'
     elseif old[1] ~= epoch then
         verdicts[i] = 'fenced'
     else
         verdicts[i] = 'done'
-        if tonumber(q) >= tonumber(old[2]) then
+        if tonumber(q) >= (tonumber(old[2]) or 0) then
             if has_snapshot == '1' then
                 redis.call('HSET', key, 's', ARGV[2 * i + 1], 'q', q, 't', t, 'x', expires,
                     'o', owner)
@@ -121,7 +142,9 @@ for i = 1, #KEYS / 3 do
                 redis.call('HSET', key, 'q', q, 't', t, 'x', expires, 'o', owner)
             end
             keep(key, expires, grace)
-            redis.call('ZADD', due, expires, old[3] .. ' ' .. old[4])
+            if old[3] and old[4] then
+                redis.call('ZADD', due, expires, old[3] .. ' ' .. old[4])
+            end
         end
     end
 end
@@ -136,11 +159,12 @@ END = Script(
     + """
 local key, gone, due, counts = unpack(KEYS)
 local epoch, reason, t, idle, forget, keep_ms, q, w = unpack(ARGV)
-if redis.call('HGET', key, 'e') ~= epoch then
-    local done = redis.call('HMGET', gone, 'q', 'w')
+if fields(key, 'e')[1] ~= epoch then
+    local done = fields(gone, 'q', 'w')
     return (done[1] == q and done[2] == w) and 1 or 0
 end
 leave(key, due, counts)
+redis.call('DEL', gone)
 redis.call('HSET', gone, 'e', epoch, 'r', reason, 't', t, 'i', idle, 'x', forget, 'q', q, 'w', w)
 redis.call('PEXPIRE', gone, keep_ms)
 return 1
@@ -148,14 +172,38 @@ return 1
 )
 """ 1 if it was ended. """
 
+DISCARD = Script(
+    _COMMON
+    + """
+local key, gone, due, counts = unpack(KEYS)
+local reason, t, idle, forget, keep_ms, q, w = unpack(ARGV)
+if redis.call('EXISTS', key) == 0 then
+    local done = fields(gone, 'q', 'w')
+    return (done[1] == q and done[2] == w) and 1 or 0
+end
+local found = entry(key)
+for i = 1, #found do if found[i] ~= ARGV[7 + i] then return 0 end end
+leave(key, due, counts)
+local epoch = whole(found[4]) and found[4] or '0'
+redis.call('DEL', gone)
+redis.call('HSET', gone, 'e', epoch, 'r', reason, 't', t, 'i', idle, 'x', forget, 'q', q, 'w', w)
+redis.call('PEXPIRE', gone, keep_ms)
+return 1
+"""
+)
+""" 1 if it was ended: a session whose entry is still the one of the last arguments. """
+
 ENTRIES = Script(
     _COMMON
     + """
 local entries = {}
-for i, key in ipairs(KEYS) do entries[i] = entry(key) end
+for i, key in ipairs(KEYS) do
+    entries[i] = redis.call('EXISTS', key) == 1 and entry(key) or {}
+end
 return entries
 """
 )
+""" The entry of each key; an empty one: there is none. """
 
 MEMBERS = Script(
     """
@@ -182,13 +230,22 @@ return counts
 )
 
 TIDY = Script(
-    """
+    _COMMON
+    + """
 local key, due, counts = unpack(KEYS)
 local member, model = unpack(ARGV)
-if redis.call('HGET', key, 'm') == model then return 0 end
-if redis.call('ZREM', due, member) == 0 then return 0 end
-redis.call('HINCRBY', counts, model, -1)
+local name = fields(key, 'i', 'm')
+if redis.call('EXISTS', key) == 1 then
+    local other = (name[1] or '') .. ' ' .. (name[2] or '')
+    if other ~= member and not redis.call('ZSCORE', due, other) then return 0 end
+    if other == member then return 1 end
+end
+if redis.call('ZREM', due, member) == 1 then redis.pcall('HINCRBY', counts, model, -1) end
 return 1
 """
 )
-""" Forgets a member whose session went by itself, long after its expiry. """
+""" Forgets a member whose session went by itself, long after its expiry; another one of its id
+may be there. 0: it is there, and its own name is damaged. """
+
+POSTPONE = Script("""return redis.call('ZADD', KEYS[1], 'XX', ARGV[1], ARGV[2])""")
+""" Gives a member a later score. """

@@ -8,12 +8,27 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores.base import ENDING_SECONDS, Ending, Entry, Save, Saved, SessionRecord
+from stepstate.stores.base import (
+    ENDING_SECONDS,
+    Ending,
+    Entry,
+    Save,
+    Saved,
+    SessionRecord,
+    Unreadable,
+)
 from stepstate.stores.redis import keys, scripts
 from stepstate.stores.redis.lane import Lane
 from stepstate.stores.redis.link import Argument, Command, Link, Reply
-from stepstate.stores.redis.members import id_of, model_of, place_after, place_of, token_of
-from stepstate.stores.redis.replies import ending_of, entry_of, micros
+from stepstate.stores.redis.members import (
+    id_of,
+    is_of,
+    model_of,
+    place_after,
+    place_of,
+    token_of,
+)
+from stepstate.stores.redis.replies import micros, read_ending, read_entry
 from stepstate.stores.redis.scripts import Script
 
 GRACE_SECONDS = 3600.0
@@ -22,6 +37,9 @@ SAVES_AT_ONCE = 64
 """Of one script: some hundred microseconds in which Redis does nothing else."""
 BUCKETS_AT_ONCE = 32
 """Of a cluster that are asked together for what is overdue."""
+
+UNREADABLE_SECONDS = 3600.0
+"""How long the sweep leaves alone a session whose record can't be read."""
 
 _GRACE = round(GRACE_SECONDS * 1e3)
 _ALL = 2**53
@@ -53,29 +71,30 @@ class RedisStore:
 
     async def create(
         self, record: SessionRecord, *, owner: str, t: int, expires_at: float, snapshot: bytes
-    ) -> int | Entry:
+    ) -> int | Entry | Unreadable:
         """See `SessionStore.create`."""
         what = (record.session_id, record.model_key, record.fingerprint, record.to_json())
         arguments: list[Argument] = [*what, owner, t, micros(expires_at), snapshot]
         arguments += (self._now(), _GRACE, *self._mark())
         command = Command(scripts.CREATE, _all_keys(record.session_id), arguments)
         taken, reply = await self._ask(command)
-        return int(reply) if taken else entry_of(reply)
+        return int(reply) if taken else read_entry(record.session_id, reply)
 
     async def acquire(
         self, session_id: str, *, owner: str, fingerprints: Collection[str]
-    ) -> tuple[Entry, bytes] | Entry | Ending | None:
+    ) -> tuple[Entry, bytes] | Entry | Unreadable | Ending | None:
         """See `SessionStore.acquire`."""
         where = (keys.session(session_id), keys.ending(session_id))
         arguments: list[Argument] = [owner, self._now(), *self._mark(), *fingerprints]
         found, *reply = await self._ask(Command(scripts.ACQUIRE, where, arguments))
         if found == 0:
-            return ending_of(reply[0], self._clock())
-        if found == 1:
-            return entry_of(reply[0])
-        return entry_of(reply[0]), bytes(reply[1])
+            return read_ending(reply[0], self._clock())
+        entry = read_entry(session_id, reply[0])
+        if found == 1 or isinstance(entry, Unreadable):
+            return entry
+        return entry, bytes(reply[1])
 
-    async def find(self, session_id: str) -> Entry | Ending | None:
+    async def find(self, session_id: str) -> Entry | Unreadable | Ending | None:
         """See `SessionStore.find`."""
         found = await self.acquire(session_id, owner="", fingerprints=())
         assert not isinstance(found, tuple)  # of no model it takes none
@@ -93,11 +112,17 @@ class RedisStore:
 
     async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
         """See `SessionStore.end`."""
-        how = (ending.reason.value, ending.t, repr(ending.idle_timeout_seconds))
-        forget = self._now() + micros(ENDING_SECONDS)
-        arguments = (epoch, *how, forget, round(ENDING_SECONDS * 1e3), *self._mark())
+        arguments = (epoch, *self._ended(ending))
         command = Command(scripts.END, _all_keys(session_id), arguments)
         return bool(await self._ask(command))
+
+    async def discard(self, session_id: str, ending: Ending) -> bool:
+        """See `SessionStore.discard`."""
+        (found,) = await self._each(scripts.ENTRIES, [keys.session(session_id)])
+        if not found or isinstance(read_entry(session_id, found), Entry):
+            return False
+        arguments = (*self._ended(ending), *found)
+        return bool(await self._ask(Command(scripts.DISCARD, _all_keys(session_id), arguments)))
 
     async def overdue(self, before: float, limit: int) -> list[Entry]:
         """See `SessionStore.overdue`."""
@@ -107,12 +132,19 @@ class RedisStore:
             buckets = range(first, first + step)
             score = f"({micros(before)}"
             members = await self._members(buckets, score, limit - len(entries))
-            entries += await self._entries(members[: limit - len(entries)])
+            found = await self._entries(members[: limit - len(entries)])
+            # Unreadable ones would come first for ever, and hide those behind them.
+            later = micros(before + UNREADABLE_SECONDS)
+            unreadable = [m for m, entry in found if isinstance(entry, Unreadable)]
+            await self._ask_all([_postpone(member, later) for member in unreadable])
+            entries += [entry for _, entry in found if isinstance(entry, Entry)]
             if len(members) >= limit:
                 break
         return entries
 
-    async def page(self, token: str, size: int, models: Collection[str]) -> tuple[list[Entry], str]:
+    async def page(
+        self, token: str, size: int, model: str = ""
+    ) -> tuple[list[Entry | Unreadable], str]:
         """See `SessionStore.page`: in the order of buckets, and of ids in each.
 
         Raises:
@@ -124,10 +156,10 @@ class RedisStore:
         while first < keys.BUCKETS and len(members) <= size:
             buckets = range(first, min(first + step, keys.BUCKETS))
             found = await self._members(buckets, "+inf", _ALL)
-            later = (m for m in found if model_of(m) in models and place_of(m) > last)
+            later = (m for m in found if is_of(m, model) and place_of(m) > last)
             members += sorted(later, key=place_of)
             first, step = first + step, step * 4
-        entries = await self._entries(members[:size])
+        entries = [entry for _, entry in await self._entries(members[:size])]
         return entries, token_of(place_of(members[size - 1])) if len(members) > size else ""
 
     async def count(self) -> Mapping[str, int]:
@@ -136,7 +168,8 @@ class RedisStore:
         values = await self._each(scripts.COUNTS, where)
         counts: Counter[str] = Counter()
         for model, sessions in zip(values[::2], values[1::2], strict=True):
-            counts[model.decode()] += int(sessions)
+            if sessions.isdigit():
+                counts[model.decode(errors="backslashreplace")] += int(sessions)
         return +counts  # only those above 0
 
     async def close(self) -> None:
@@ -171,17 +204,25 @@ class RedisStore:
         """Sessions in some buckets, up to a score, as "ID MODEL/VERSION"."""
         where = [keys.due(number) for number in buckets]
         members = await self._each(scripts.MEMBERS, where, score, most)
-        return [member.decode() for member in members]
+        return [member.decode(errors="backslashreplace") for member in members]
 
-    async def _entries(self, members: Sequence[str]) -> list[Entry]:
+    async def _entries(self, members: Sequence[str]) -> list[tuple[str, Entry | Unreadable]]:
         """Those of the members that are there; those that went by themselves are forgotten."""
         where = [keys.session(id_of(member)) for member in members]
         replies = await self._each(scripts.ENTRIES, where)
-        entries = [None if reply[0] is None else entry_of(reply) for reply in replies]
-        pairs = list(zip(members, entries, strict=True))
-        gone = [m for m, e in pairs if e is None or e.record.model_key != model_of(m)]
-        await self._ask_all([_tidy(member) for member in gone])
-        return [entry for m, entry in pairs if entry is not None and m not in gone]
+        entries: list[tuple[str, Entry | Unreadable]] = []
+        strange: list[str] = []
+        for member, reply in zip(members, replies, strict=True):
+            if reply and reply[5].decode(errors="backslashreplace") == model_of(member):
+                entries.append((member, read_entry(id_of(member), reply)))
+            else:
+                strange.append(member)
+        tidied = await self._ask_all([_tidy(member) for member in strange])
+        damaged = [member for member, gone in zip(strange, tidied, strict=True) if not gone]
+        return entries + [
+            (member, Unreadable(id_of(member), "its model is not the one it is kept by"))
+            for member in damaged
+        ]
 
     async def _each(
         self, script: Script, where: Sequence[str], *arguments: str | int
@@ -208,6 +249,12 @@ class RedisStore:
             self._lanes[node] = Lane(self._link)
         return self._lanes[node]
 
+    def _ended(self, ending: Ending) -> tuple[str | int, ...]:
+        """The arguments of the scripts that end a session, from its reason on."""
+        how = (ending.reason.value, ending.t, repr(ending.idle_timeout_seconds))
+        forget = self._now() + micros(ENDING_SECONDS)
+        return (*how, forget, round(ENDING_SECONDS * 1e3), *self._mark())
+
     def _now(self) -> int:
         return micros(self._clock())
 
@@ -220,6 +267,11 @@ class RedisStore:
 def _all_keys(session_id: str) -> tuple[str, str, str, str]:
     number = keys.bucket(session_id)
     return keys.session(session_id), keys.ending(session_id), keys.due(number), keys.counts(number)
+
+
+def _postpone(member: str, score: int) -> Command:
+    number, _ = place_of(member)
+    return Command(scripts.POSTPONE, [keys.due(number)], (score, member))
 
 
 def _tidy(member: str) -> Command:

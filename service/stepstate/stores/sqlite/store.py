@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
-from stepstate.stores.base import Ending, Entry, Save, Saved, SessionRecord
+from stepstate.stores.base import Ending, Entry, Save, Saved, SessionRecord, Unreadable
 from stepstate.stores.sqlite import reads
 from stepstate.stores.sqlite.file import SessionFile
 from stepstate.stores.sqlite.worker import Job, Worker
-from stepstate.stores.sqlite.writes import Acquire, Create, End, SaveOne
+from stepstate.stores.sqlite.writes import Acquire, Create, Discard, End, SaveOne
 
 T = TypeVar("T")
 
@@ -52,7 +52,7 @@ class SqliteStore:
 
     async def create(
         self, record: SessionRecord, *, owner: str, t: int, expires_at: float, snapshot: bytes
-    ) -> int | Entry:
+    ) -> int | Entry | Unreadable:
         """See `SessionStore.create`."""
         part = Create(record, owner, t, expires_at, snapshot)
         await self._worker.do(Job([part]))
@@ -60,13 +60,13 @@ class SqliteStore:
 
     async def acquire(
         self, session_id: str, *, owner: str, fingerprints: Collection[str]
-    ) -> tuple[Entry, bytes] | Entry | Ending | None:
+    ) -> tuple[Entry, bytes] | Entry | Unreadable | Ending | None:
         """See `SessionStore.acquire`."""
         part = Acquire(session_id, owner, fingerprints)
         await self._worker.do(Job([part]))
         return part.answer
 
-    async def find(self, session_id: str) -> Entry | Ending | None:
+    async def find(self, session_id: str) -> Entry | Unreadable | Ending | None:
         """See `SessionStore.find`."""
         return await self._read(lambda file: reads.find(file, session_id, self._clock()))
 
@@ -83,13 +83,21 @@ class SqliteStore:
         await self._worker.do(Job([part]))
         return part.answer
 
+    async def discard(self, session_id: str, ending: Ending) -> bool:
+        """See `SessionStore.discard`."""
+        part = Discard(session_id, ending)
+        await self._worker.do(Job([part]))
+        return part.answer
+
     async def overdue(self, before: float, limit: int) -> list[Entry]:
         """See `SessionStore.overdue`."""
         return await self._read(lambda file: reads.overdue(file, before, limit))
 
-    async def page(self, token: str, size: int, models: Collection[str]) -> tuple[list[Entry], str]:
-        """See `SessionStore.page`; the token is the last id, and any text is one."""
-        return await self._read(lambda file: reads.page(file, token, size, models))
+    async def page(
+        self, token: str, size: int, model: str = ""
+    ) -> tuple[list[Entry | Unreadable], str]:
+        """See `SessionStore.page`; the token is the last id, and nearly any text is one."""
+        return await self._read(lambda file: reads.page(file, token, size, model))
 
     async def count(self) -> Mapping[str, int]:
         """See `SessionStore.count`."""

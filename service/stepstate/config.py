@@ -49,7 +49,7 @@ class ServerConfig:
     store: str = _setting(
         "sqlite:stepstate.db",
         "Where sessions are kept: sqlite:PATH, redis://HOST:PORT/DB, redis+cluster://HOST:PORT, "
-        "or memory: (lost with the process).",
+        "redis+sentinel://HOST:PORT/SERVICE, or memory: (lost with the process).",
     )
     # kill -9 loses nothing without it; it costs a disk write for each group of steps.
     store_fsync: bool = _setting(

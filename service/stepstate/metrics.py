@@ -195,7 +195,12 @@ class StoreGauges(Protocol):
 
     @property
     def store_up(self) -> bool:
-        """Whether the store answers."""
+        """Whether the store can be written."""
+        ...
+
+    @property
+    def store_failures(self) -> Mapping[str, int]:
+        """Calls of the store that failed, by cause."""
         ...
 
     @property
@@ -517,9 +522,18 @@ class Metrics(Collector):
             )
             yield GaugeMetricFamily(
                 "stepstate_store_up",
-                "1 if the store gave its last answer, 0 if it is away.",
+                "1 if the store can be written, 0 if it is away, full or a replica.",
                 value=self.store.store_up,
             )
+            away = CounterMetricFamily(
+                "stepstate_store_failures",
+                "Calls of the store that failed, by cause: Redis's error codes, SQLite's or the "
+                "network's.",
+                labels=["cause"],
+            )
+            for cause, count in list(self.store.store_failures.items()):
+                away.add_metric([cause], count)
+            yield away
 
     def _of_rpcs(self) -> Iterator[Metric]:
         labels = ["grpc_type", "grpc_service", "grpc_method"]

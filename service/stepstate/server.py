@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STORE_SERVICE = "stepstate.store"
-"""Its health tells whether the store answers; the server's own stays SERVING without it."""
+"""Its health tells whether the store takes writes; the server's own stays SERVING without it."""
 SERVICE = DESCRIPTOR.services_by_name["StepstateService"]
 LAST_CALLS_SECONDS = 0.5
 """For the replies of unary calls on their way out; a watch of health would never end by itself."""
@@ -308,6 +308,7 @@ class Server:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
+                await self.sessions.link.check()
                 await self.sessions.sweep()
             except StoreUnavailable:
                 pass  # noted where it was asked; health tells it

@@ -261,3 +261,12 @@ async def test_closing_twice_is_harmless(store):
 
 async def overdue(store, before: float) -> set[str]:
     return {entry.record.session_id for entry in await store.overdue(before, 100)}
+
+
+async def test_a_probe_leaves_sessions_as_they_are(home, store):
+    await create(home, store, "a")
+    before = await store.find("a")
+    for _ in range(2):
+        await store.probe()
+    assert await store.find("a") == before
+    assert await store.count() == {"lstm/1": 1}

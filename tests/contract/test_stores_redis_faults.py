@@ -161,9 +161,12 @@ async def test_a_replica_that_may_not_write_says_so_until_it_leads_again(home, s
     store = await home.open()
     epoch = await create(home, store, "a")
     server.command("REPLICAOF", "127.0.0.1", free_port())
-    with pytest.raises(StoreUnavailable, match="read only replica"):
-        await store.save([saving(home, "a", epoch)])
+    for call in (store.save([saving(home, "a", epoch)]), store.probe()):
+        with pytest.raises(StoreUnavailable, match="read only replica") as refused:
+            await call
+        assert refused.value.cause == "readonly"
     server.command("REPLICAOF", "NO", "ONE")
+    await store.probe()
     assert await store.save([saving(home, "a", epoch)]) == [Saved.DONE]
 
 
@@ -171,8 +174,9 @@ async def test_a_redis_without_memory_says_so_and_still_ends_sessions(home, serv
     store = await home.open()
     epoch = await create(home, store, "a")
     server.command("CONFIG", "SET", "maxmemory", 1)
-    with pytest.raises(StoreUnavailable, match="maxmemory"):
-        await store.save([saving(home, "a", epoch)])
+    for call in (store.save([saving(home, "a", epoch)]), store.probe()):
+        with pytest.raises(StoreUnavailable, match="maxmemory"):
+            await call
     assert (await store.find("a")).t == 0
     assert await store.end("a", epoch, CLOSED)
     assert await store.find("a") == CLOSED
@@ -183,7 +187,7 @@ async def test_a_redis_without_memory_says_so_and_still_ends_sessions(home, serv
 async def test_one_that_fails_in_a_group_fails_alone(home, server):
     store = await home.open()
     await create(home, store, "a")
-    server.command("SET", keys.session("b"), "of another type")
+    server.command("SET", keys.due(keys.bucket("b")), "of another type")
     answers = await asyncio.gather(
         create(home, store, "b"), create(home, store, "c"), return_exceptions=True
     )
@@ -259,6 +263,20 @@ async def test_a_slot_that_moves_to_another_node_is_found_there(cluster_home, on
         assert await store.save([saving(cluster_home, "a", epoch)]) == [Saved.DONE]
         assert taker.command("CLUSTER", "COUNTKEYSINSLOT", slot)
         cluster_home.empty()
+
+
+async def test_a_probe_of_a_cluster_fails_while_one_of_its_nodes_takes_no_writes(
+    cluster_home, one_cluster
+):
+    store = await cluster_home.open()
+    await create(cluster_home, store, "a")
+    await store.probe()
+    for server in one_cluster:
+        server.command("CONFIG", "SET", "min-replicas-to-write", 1)
+        with pytest.raises(StoreUnavailable, match="replicas"):
+            await store.probe()
+        server.command("CONFIG", "SET", "min-replicas-to-write", 0)
+        await store.probe()
 
 
 async def test_one_node_of_a_cluster_is_opened_only_as_a_cluster(one_cluster, server):

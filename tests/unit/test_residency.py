@@ -317,7 +317,6 @@ async def test_async_sessions_go_on_without_the_store_up_to_their_backlog(start,
     assert not rig.sessions.store_up
     store.away = False
     await rig.sessions.saver.save_round()
-    assert rig.sessions.store_up
     assert rig.sessions.undurable_rows == 0
     y = np.concatenate((y, await play(rig, "a", x[5:9], 5)))
     assert np.abs(y - network.offline(x[:9])).max() <= CLOSE

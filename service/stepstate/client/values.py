@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, Literal, TypeVar
@@ -38,6 +38,21 @@ class Output:
     def width(self) -> int:
         """Columns of y."""
         return len(self.horizons) * max(1, len(self.quantiles))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Those columns as [K], or [K, Q] with quantiles."""
+        horizons, levels = len(self.horizons), len(self.quantiles)
+        return (horizons, levels) if levels else (horizons,)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Their names: "demand" of the row itself, "demand+2" two steps ahead, "demand+2@0.5"."""
+        return tuple(
+            (f"{self.name}+{horizon}" if horizon else self.name) + quantile
+            for horizon in self.horizons
+            for quantile in [f"@{level:g}" for level in self.quantiles] or [""]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +90,11 @@ class ModelInfo:
         """O."""
         return sum(output.width for output in self.outputs)
 
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        """The names of the O columns of y, such as "demand+1@0.5": see `Output.columns`."""
+        return tuple(name for output in self.outputs for name in output.columns)
+
     def rows(self, x: ArrayLike, field: str = "x") -> tuple[Floats, bool]:
         """x as rows [T, D], and whether it was given as one row.
 
@@ -101,6 +121,8 @@ class ModelInfo:
 
     def _array(self, x: ArrayLike, field: str) -> Floats:
         columns = getattr(x, "columns", None)
+        if columns is None and self.input_width > 1:
+            columns = _labels(x)
         if columns is not None:
             if set(columns) != set(self.inputs):
                 raise InvalidField(
@@ -111,6 +133,14 @@ class ModelInfo:
             frame: Any = x
             x = frame[list(self.inputs)]
         return floats(x, field)
+
+
+def _labels(x: Any) -> Sequence[str] | None:
+    """The names of a row's values, where it has some: a Series of pandas, a row of a DataFrame."""
+    index = getattr(x, "index", None)
+    if index is None or callable(index) or getattr(x, "ndim", 0) != 1:
+        return None
+    return list(index) if isinstance(next(iter(index), None), str) else None
 
 
 def floats(x: ArrayLike, field: str) -> Floats:
@@ -222,7 +252,9 @@ class Result(Generic[S]):
     `outputs` [O] of the item's last row, or None and the `error` that ended its
     session's part of the stream. `imputed_rows`: rows of the item in which
     something stood in for a missing value. `fallback_rows`: those for which the
-    model's lagged inputs reached back before the session's first row.
+    model's lagged inputs reached back before the session's first row. `t`: rows
+    applied to the session after the item. `time`: of the item's last row, in
+    UTC, where it is known.
     """
 
     session: S
@@ -230,6 +262,8 @@ class Result(Generic[S]):
     error: StepstateError | None
     imputed_rows: int = 0
     fallback_rows: int = 0
+    t: int = 0
+    time: datetime | None = None
 
     @property
     def y(self) -> Floats:

@@ -76,5 +76,5 @@ class Owner(Protocol[W_contra]):
         ...
 
     def failed(self, work: W_contra, error: Exception) -> None:
-        """The forward raised; the state is as it was."""
+        """Its rows raised, by themselves; the state is as it was."""
         ...

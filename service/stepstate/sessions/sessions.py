@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -84,7 +84,7 @@ class Sessions:
     ) -> None:
         self.catalog = catalog
         self.lanes: dict[str, Lane] = {}
-        self.link = StoreLink(store)
+        self.link = StoreLink(store, clock=clock)
         self._table = table
         self._store = store
         self._limits = limits
@@ -127,8 +127,13 @@ class Sessions:
 
     @property
     def store_up(self) -> bool:
-        """Whether the store gave its last answer."""
+        """Whether the store can be written."""
         return self.link.up
+
+    @property
+    def store_failures(self) -> Mapping[str, int]:
+        """Calls of the store that failed, by cause."""
+        return self.link.failures
 
     @property
     def undurable_rows(self) -> int:

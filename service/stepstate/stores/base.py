@@ -290,6 +290,13 @@ class SessionStore(Protocol):
         """Open sessions by model "name/version"; those that are past their time may be in it."""
         ...
 
+    async def probe(self) -> None:
+        """Writes something small wherever sessions are written, to see whether that is possible.
+
+        A store that can be read but not written (a replica, a full disk) raises.
+        """
+        ...
+
     async def close(self) -> None:
         """Lets go of files and connections; further calls are harmless."""
         ...

@@ -121,6 +121,9 @@ class MemoryStore:
         """See `SessionStore.count`."""
         return Counter(kept.entry.record.model_key for kept in self._sessions.values())
 
+    async def probe(self) -> None:
+        """See `SessionStore.probe`; memory can always be written."""
+
     async def close(self) -> None:
         """See `SessionStore.close`; nothing to let go of."""
 

@@ -11,8 +11,11 @@ from stepstate.stores.memory import MemoryStore
 from stepstate.stores.redis import open_redis
 from stepstate.stores.sqlite import SqliteStore
 
-REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster")
-KINDS = "sqlite:PATH, redis://HOST:PORT/DB, rediss://, redis+cluster://HOST:PORT or memory:"
+REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster", "redis+sentinel")
+KINDS = (
+    "sqlite:PATH, redis://HOST:PORT/DB, rediss://, redis+cluster://HOST:PORT, "
+    "redis+sentinel://HOST:PORT/SERVICE or memory:"
+)
 
 
 async def open_store(url: str, *, clock: Callable[[], float], fsync: bool = False) -> SessionStore:
@@ -20,7 +23,8 @@ async def open_store(url: str, *, clock: Callable[[], float], fsync: bool = Fals
 
     Args:
         url: `sqlite:PATH`, `redis://[USER:PASSWORD@]HOST:PORT/DB` (`rediss://` with TLS),
-            `redis+cluster://HOST:PORT` (`rediss+cluster://`) or `memory:`.
+            `redis+cluster://HOST:PORT` (`rediss+cluster://`),
+            `redis+sentinel://HOST:PORT/SERVICE/DB` or `memory:`.
         clock: Unix seconds; may be called from a thread.
         fsync: whether a commit of sqlite waits for the disk. Redis is configured by itself.
 

@@ -7,6 +7,7 @@ so they are on one node of a cluster, and a script may change them together:
     stepstate:{17}:ending:ID    hash   how it ended, for an hour
     stepstate:{17}:due          zset   "ID MODEL/VERSION" of all its sessions, by expiry
     stepstate:{17}:counts       hash   sessions by "MODEL/VERSION"
+    stepstate:{17}:probe        string for a minute; written to see whether that is possible
 """
 
 from __future__ import annotations
@@ -40,3 +41,8 @@ def due(number: int) -> str:
 def counts(number: int) -> str:
     """The key of a bucket's sessions by model."""
     return f"stepstate:{{{number}}}:counts"
+
+
+def probe(number: int) -> str:
+    """The key that shows whether a bucket's node can be written."""
+    return f"stepstate:{{{number}}}:probe"

@@ -39,8 +39,9 @@ local function whole(text)
 end
 local function fields(key, ...)
     local found = redis.pcall('HMGET', key, ...)
-    if found.err then return {} end
-    return found
+    if not found.err then return found end
+    if string.find(found.err, 'WRONGTYPE', 1, true) then return {} end
+    error(found.err)
 end
 local function entry(key)
     local found = fields(key, 'r', 't', 'x', 'e', 'o', 'm')
@@ -249,3 +250,6 @@ may be there. 0: it is there, and its own name is damaged. """
 
 POSTPONE = Script("""return redis.call('ZADD', KEYS[1], 'XX', ARGV[1], ARGV[2])""")
 """ Gives a member a later score. """
+
+PROBE = Script("return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])")
+""" Whether a node can be written. """

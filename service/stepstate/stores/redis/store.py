@@ -42,6 +42,8 @@ UNREADABLE_SECONDS = 3600.0
 """How long the sweep leaves alone a session whose record can't be read."""
 
 _GRACE = round(GRACE_SECONDS * 1e3)
+_PROBE = 60_000
+"""Milliseconds that a probe's key stays."""
 _ALL = 2**53
 """More members than there are."""
 
@@ -171,6 +173,12 @@ class RedisStore:
             if sessions.isdigit():
                 counts[model.decode(errors="backslashreplace")] += int(sessions)
         return +counts  # only those above 0
+
+    async def probe(self) -> None:
+        """See `SessionStore.probe`: a key on each node that has buckets."""
+        where = {self._link.node(key): key for key in map(keys.probe, range(keys.BUCKETS))}
+        arguments = (self._now(), _PROBE)
+        await self._ask_all([Command(scripts.PROBE, (key,), arguments) for key in where.values()])
 
     async def close(self) -> None:
         """See `SessionStore.close`."""

@@ -103,6 +103,10 @@ class SqliteStore:
         """See `SessionStore.count`."""
         return await self._read(reads.count)
 
+    async def probe(self) -> None:
+        """See `SessionStore.probe`."""
+        await self._worker.do(Job(probe=True))
+
     async def close(self) -> None:
         """See `SessionStore.close`."""
         await self._worker.close()

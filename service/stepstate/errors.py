@@ -22,6 +22,7 @@
     ├── RowsMissing             raised by the client: rows to send again are not kept any more
     ├── SnapshotForeign         a snapshot of a model that is not loaded here
     ├── SnapshotCorrupt         bytes that are no whole snapshot
+    ├── SnapshotTooLarge        a snapshot that no message can hold
     ├── SessionUnreadable       what the store has of a session can't be read
     ├── SessionLimit            no room for one more session
     ├── Unavailable             try again, after retry_after_seconds
@@ -371,6 +372,23 @@ class SnapshotCorrupt(StepstateError):
 
     def __str__(self) -> str:
         return f"the snapshot can't be read: {self.problem}; take it from its source again"
+
+
+@dataclass(eq=False)
+class SnapshotTooLarge(StepstateError):
+    """A snapshot that is larger than what was asked for it can hold."""
+
+    reason = "SNAPSHOT_TOO_LARGE"
+    session_id: str
+    size: int
+    limit: int
+
+    def __str__(self) -> str:
+        return (
+            f"the snapshot of session {self.session_id!r} takes {self.size} bytes, more than "
+            f"{self.limit}: StreamExport and StreamImport take up to 256 MiB in parts (the client "
+            "library uses them), and a server with smaller --replay-bytes keeps less"
+        )
 
 
 @dataclass(eq=False)

@@ -40,7 +40,7 @@ from stepstate.metrics import Metrics
 from stepstate.models import Model, load_catalog
 from stepstate.sessions import Lane, Limits, Sessions, Table
 from stepstate.stores import Durability, SessionStore, open_store
-from stepstate.transport import Guard, NativeService, Outgoing, add_reflection
+from stepstate.transport import Guard, NativeService, Outgoing, add_reflection, check_replies
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
 
@@ -226,6 +226,8 @@ class Server:
     def _wire_sessions(self) -> Sessions:
         config = self._config
         catalog = load_catalog(config.models)
+        for model in catalog:
+            check_replies(model)
         table = Table(self._slots)
         sessions = Sessions(
             catalog,

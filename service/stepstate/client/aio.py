@@ -269,9 +269,12 @@ class AsyncClient:
 
         The session stays open. Raises as `session`.
         """
-        request = pb.ExportSessionRequest(session_id=session_id)
-        snapshot: bytes = (await self.call(self.stub.ExportSession, request)).snapshot
-        return snapshot
+
+        async def parts(request: object, timeout: float | None = None) -> bytes:
+            call = self.stub.StreamExport(request, timeout=timeout)
+            return b"".join([reply.data async for reply in call])
+
+        return await self.call(parts, pb.StreamExportRequest(session_id=session_id))
 
     async def restore(
         self,
@@ -294,8 +297,8 @@ class AsyncClient:
                 this very snapshot that opened it: `session` tells its t.
             As `open`.
         """
-        request = wire.importing(snapshot, session_id, idle_timeout, durability)
-        reply = await self.call(self.stub.ImportSession, request)
+        requests = wire.importing(snapshot, session_id, idle_timeout, durability)
+        reply = await self.call(self.stub.StreamImport, requests)
         return await self._session(wire.session_info(reply.session))
 
     async def stream(
@@ -465,8 +468,13 @@ class AsyncClient:
 
     async def models(self) -> list[ModelInfo]:
         """The loaded models."""
-        reply = await self.call(self.stub.ListModels, pb.ListModelsRequest())
-        return [wire.model_info(model) for model in reply.models]
+        request, found = pb.ListModelsRequest(), []
+        while True:
+            reply = await self.call(self.stub.ListModels, request)
+            found += [wire.model_info(model) for model in reply.models]
+            if not reply.next_page_token:
+                return found
+            request.page_token = reply.next_page_token
 
     async def model(self, name: str = "", version: str = "") -> ModelInfo:
         """One loaded model; an empty version means the newest.

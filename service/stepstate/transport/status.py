@@ -37,6 +37,7 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.StepTooOld: StatusCode.OUT_OF_RANGE,
     errors.SnapshotForeign: StatusCode.FAILED_PRECONDITION,
     errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
+    errors.SnapshotTooLarge: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
     errors.SessionUnreadable: StatusCode.DATA_LOSS,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,

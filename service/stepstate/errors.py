@@ -104,13 +104,22 @@ class SessionExpired(NotFound):
     session_id: str
     t: int
     idle_timeout_seconds: float
+    restore_until: str
+    """When it is deleted, by the server's clock; empty: it is."""
 
     def __str__(self) -> str:
-        return (
+        told = (
             f"session {self.session_id!r} expired at t={self.t} after "
-            f"{self.idle_timeout_seconds:g} s without a step; open it again and send its "
-            "history, and ask for a longer idle_timeout if steps come less often"
+            f"{self.idle_timeout_seconds:g} s without a step"
         )
+        if self.restore_until:
+            told += (
+                f"; it is kept until {self.restore_until}: restore it (`stepstate sessions restore "
+                f"{self.session_id}`, RestoreSession), or open it again to start anew"
+            )
+        else:
+            told += " and was deleted: open it again and send its history"
+        return f"{told}; ask for a longer idle_timeout if steps come less often"
 
 
 @dataclass(eq=False)

@@ -51,6 +51,7 @@ STAGES = ("queue", "compute", "total")
 # Series exist from the start, at 0: `increase()` would not see the first event of a new one.
 RESULTS = ("applied", "replayed", "refused", "cancelled", "failed")
 END_REASONS = ("closed", "expired", "lost")
+DELETION_REASONS = ("grace_over", "limit", "replaced")
 NOT_SAVED = ("failed", "fenced")
 SCORES = (
     ("scored", "s_scored", "Forecasts whose truth has come, primed rows too."),
@@ -209,6 +210,11 @@ class StoreGauges(Protocol):
         ...
 
     @property
+    def expired(self) -> int:
+        """Expired sessions that are kept."""
+        ...
+
+    @property
     def orphaned_sessions(self) -> int:
         """Stored sessions whose model is not loaded here."""
         ...
@@ -280,6 +286,8 @@ class Metrics(Collector):
         self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._rpcs: dict[tuple[str, str, str], RpcMetrics] = {}
         self._closed = dict.fromkeys(END_REASONS, 0)
+        self._deleted = dict.fromkeys(DELETION_REASONS, 0)
+        self._expired_restored = 0
         self._not_saved = dict.fromkeys(NOT_SAVED, 0)
         self._saved = 0
         self._saved_bytes = 0
@@ -307,6 +315,14 @@ class Metrics(Collector):
     def closed(self, reason: str) -> None:
         """A session ended."""
         self._closed[reason] += 1
+
+    def deleted(self, reason: str, count: int) -> None:
+        """Expired sessions were deleted."""
+        self._deleted[reason] += count
+
+    def expired_restored(self) -> None:
+        """An expired session was restored."""
+        self._expired_restored += 1
 
     def restarted(self, model: str, version: str) -> None:
         """A client of the Triton door began a sequence anew before it had ended."""
@@ -413,6 +429,7 @@ class Metrics(Collector):
         )
         for reason, count in list(self._closed.items()):
             closed.add_metric([reason], count)
+        yield from self._of_expired()
         refused = CounterMetricFamily(
             "stepstate_requests_refused",
             "Requests answered with an error, in band ones too, by ErrorInfo reason.",
@@ -453,6 +470,29 @@ class Metrics(Collector):
                 state.add_metric(key, model.lane.state_bytes)
                 replay.add_metric(key, model.lane.replay_bytes)
         yield from (sessions, queue, requests, state, replay)
+
+    def _of_expired(self) -> Iterator[Metric]:
+        if self.store is not None:
+            yield GaugeMetricFamily(
+                "stepstate_expired_sessions",
+                "Expired sessions that are kept and can be restored, by a count that is some "
+                "seconds old.",
+                value=self.store.expired,
+            )
+        deleted = CounterMetricFamily(
+            "stepstate_expired_sessions_deleted",
+            "Expired sessions that were deleted: --expired-grace was over (grace_over), "
+            "--max-sessions were kept (limit), or the id was opened anew (replaced).",
+            labels=["reason"],
+        )
+        for reason, count in list(self._deleted.items()):
+            deleted.add_metric([reason], count)
+        yield deleted
+        yield CounterMetricFamily(
+            "stepstate_expired_sessions_restored",
+            "Expired sessions that were restored on request.",
+            value=self._expired_restored,
+        )
 
     def _of_residency(self) -> Iterator[Metric]:
         labels = ["model", "version"]

@@ -41,6 +41,7 @@ from stepstate.models import Model, load_catalog
 from stepstate.sessions import Lane, Limits, Sessions, Table
 from stepstate.stores import Durability, SessionStore, open_store
 from stepstate.transport import Guard, NativeService, Outgoing, add_reflection, check_replies
+from stepstate.uptime import BEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
 
@@ -56,6 +57,10 @@ LAST_CALLS_SECONDS = 0.5
 """For the replies of unary calls on their way out; a watch of health would never end by itself."""
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
+
+TICK_SECONDS = 1.0
+UPTIME = UptimeClock(time.monotonic)
+"""Seconds in which this process ran: idle times are measured in it. Every server keeps it going."""
 
 CHANNEL_OPTIONS = (
     # With it two servers could share a port unseen, each with half of the sessions.
@@ -160,7 +165,9 @@ class Server:
         self.metrics_address = self._listen_metrics()
         self.address = self._listen_grpc()
         await self._grpc.start()
-        self._tasks = [asyncio.create_task(self._sweep())]
+        self._tasks = [
+            asyncio.create_task(loop()) for loop in (self._sweep, self._tick, self._beat)
+        ]
         if self._store.durable:
             saving = self.sessions.saver.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))
@@ -220,8 +227,7 @@ class Server:
         except ImportError as error:
             log.info("no door for Triton's clients: install stepstate[triton]", exc_info=error)
             return None
-        idle_timeout = self._config.idle_timeout
-        return TritonService(self.sessions, self._metrics, outgoing, idle_timeout)
+        return TritonService(self.sessions, self._metrics, outgoing)
 
     def _wire_sessions(self) -> Sessions:
         config = self._config
@@ -238,12 +244,13 @@ class Server:
                 queued_rows=config.queue_rows,
                 default_idle_seconds=config.idle_timeout,
                 most_idle_seconds=config.max_idle_timeout,
+                expired_grace_seconds=config.expired_grace,
                 sessions=self._most_sessions,
                 durability=Durability(config.durability),
                 durable=self._store.durable,
             ),
             owner=f"{config.server_name or _host_and_port(config)}#{secrets.token_hex(4)}",
-            clock=time.monotonic,
+            clock=UPTIME,
             wall=time.time,
             observer=self._metrics,
         )
@@ -254,7 +261,7 @@ class Server:
                 model,
                 table,
                 number=number,
-                clock=time.monotonic,
+                clock=UPTIME,
                 observer=metrics,
                 settled=sessions.settled,
                 commit=sessions.saver.commit,
@@ -318,6 +325,21 @@ class Server:
                 log.exception("a sweep for expired sessions failed; the next one tries again")
             await self._tell_store_health()
 
+    async def _tick(self) -> None:
+        while True:
+            UPTIME.beat()
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            try:
+                await self.sessions.beat()
+            except StoreUnavailable:
+                pass  # noted where it was asked
+            except Exception:
+                log.exception("the store's clock was not moved on; the next beat tries again")
+
     async def _tell_store_health(self) -> None:
         """A service of its own, so that no load balancer turns away from all servers at once."""
         up = self.sessions.link.up
@@ -340,7 +362,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
 
 
 async def _store(config: ServerConfig) -> SessionStore:
-    return await open_store(config.store, clock=time.time, fsync=config.store_fsync)
+    return await open_store(config.store, clock=UPTIME, wall=time.time, fsync=config.store_fsync)
 
 
 def _host_and_port(config: ServerConfig) -> str:

@@ -152,6 +152,7 @@ async def survive(home: FileHome | RedisHome | MemoryHome, damage: object) -> No
     clock.now = float(int(time.time()))
     store = await home.open(clock)
     first = Door(store, clock, "first")
+    await first.rig.sessions.start()
     for name in (*GOOD, ODD):
         await first.rig.open(name, durability=Durability.SYNC)
         await first.step(name, 0)
@@ -206,7 +207,7 @@ class FileHome:
         self.path = folder / "sessions.db"
 
     async def open(self, clock: Clock) -> SessionStore:
-        return await open_store(f"sqlite:{self.path}", clock=clock)
+        return await open_store(f"sqlite:{self.path}", clock=clock, wall=clock)
 
     def damage(self, columns: dict[str, object]) -> None:
         with closing(sqlite3.connect(self.path, isolation_level=None)) as file:
@@ -225,7 +226,7 @@ class RedisHome:
         server.command("FLUSHALL")
 
     async def open(self, clock: Clock) -> SessionStore:
-        return await open_store(self.server.url, clock=clock)
+        return await open_store(self.server.url, clock=clock, wall=clock)
 
     def damage(self, fields: dict[str, bytes | None] | bytes) -> None:
         key = keys.session(ODD)
@@ -270,6 +271,7 @@ def texts(of: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes | bytearray]:
             "t": numbers,
             "expires": numbers,
             "due": numbers,
+            "expired": st.one_of(st.just(1), numbers),
             "epoch": numbers,
             "owner": st.one_of(texts(st.binary(max_size=20)), st.text(max_size=2000)),
             "model": st.one_of(texts(st.binary(max_size=20)), st.just("lstm/2"), numbers),
@@ -293,7 +295,7 @@ def test_a_damaged_row_of_sqlite_is_a_matter_of_its_session(columns):
             {},
             optional={
                 "r": st.none() | records,
-                **{name: st.none() | digits for name in "txeq"},
+                **{name: st.none() | digits for name in "txeqd"},
                 **{name: st.none() | st.binary(max_size=20) for name in "ompfiws"},
             },
         ),

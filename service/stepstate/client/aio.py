@@ -216,9 +216,16 @@ class AsyncClient:
         reply = await self.call(self.stub.GetSession, pb.GetSessionRequest(session_id=session_id))
         return wire.session_info(reply.session)
 
-    async def sessions(self, model: str = "") -> AsyncIterator[SessionInfo]:
-        """All open sessions, page by page."""
-        request = pb.ListSessionsRequest(model=model, page_size=1000)
+    async def sessions(
+        self, model: str = "", *, show_expired: bool = False
+    ) -> AsyncIterator[SessionInfo]:
+        """All open sessions, page by page.
+
+        Args:
+            model: only those of this model; empty: of all.
+            show_expired: also those that were idle for too long and are still kept.
+        """
+        request = pb.ListSessionsRequest(model=model, page_size=1000, show_expired=show_expired)
         while True:
             reply = await self.call(self.stub.ListSessions, request)
             for session in reply.sessions:
@@ -275,6 +282,23 @@ class AsyncClient:
             return b"".join([reply.data async for reply in call])
 
         return await self.call(parts, pb.StreamExportRequest(session_id=session_id))
+
+    async def restore_expired(self, session_id: str) -> AsyncSession:
+        """Opens a session again that was idle for too long, as it was.
+
+        Its state, its t and what it remembers of its replies are what they were, and its
+        idle time begins anew.
+
+        Raises:
+            SessionExists: it is open. If a first reply was lost, this call may have
+                opened it: `session` tells its t.
+            SessionExpired: it was kept until its `purge_time`, and is deleted.
+            SessionUnknown, SessionClosed, SessionLost: there is nothing to open again.
+            As `open`.
+        """
+        request = pb.RestoreSessionRequest(session_id=session_id)
+        reply = await self.call(self.stub.RestoreSession, request)
+        return await self._session(wire.session_info(reply.session))
 
     async def restore(
         self,

@@ -161,9 +161,14 @@ class Client:
         request = pb.GetSessionRequest(session_id=session_id)
         return wire.session_info(self.call(self.stub.GetSession, request).session)
 
-    def sessions(self, model: str = "") -> Iterator[SessionInfo]:
-        """All open sessions, page by page."""
-        request = pb.ListSessionsRequest(model=model, page_size=1000)
+    def sessions(self, model: str = "", *, show_expired: bool = False) -> Iterator[SessionInfo]:
+        """All open sessions, page by page.
+
+        Args:
+            model: only those of this model; empty: of all.
+            show_expired: also those that were idle for too long and are still kept.
+        """
+        request = pb.ListSessionsRequest(model=model, page_size=1000, show_expired=show_expired)
         while True:
             reply = self.call(self.stub.ListSessions, request)
             yield from map(wire.session_info, reply.sessions)
@@ -206,6 +211,23 @@ class Client:
             return b"".join(reply.data for reply in call)
 
         return self.call(parts, pb.StreamExportRequest(session_id=session_id))
+
+    def restore_expired(self, session_id: str) -> Session:
+        """Opens a session again that was idle for too long, as it was.
+
+        Its state, its t and what it remembers of its replies are what they were, and its
+        idle time begins anew.
+
+        Raises:
+            SessionExists: it is open. If a first reply was lost, this call may have
+                opened it: `session` tells its t.
+            SessionExpired: it was kept until its `purge_time`, and is deleted.
+            SessionUnknown, SessionClosed, SessionLost: there is nothing to open again.
+            As `open`.
+        """
+        request = pb.RestoreSessionRequest(session_id=session_id)
+        reply = self.call(self.stub.RestoreSession, request)
+        return self._session(wire.session_info(reply.session))
 
     def restore(
         self,

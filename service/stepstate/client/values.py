@@ -201,9 +201,11 @@ class SessionInfo:
     means. `interval_level`: the share of truths that its intervals are to
     cover, 0 where the model tracks no horizon. `accuracy` and `drift`: how good
     its forecasts were, told where it is resident and its model tracks them.
-    `status`: "open"; "model_missing": its model is not loaded by the server, or
-    is another one by now; "unreadable": what the store has of it is damaged, and
-    only its id is told. Such sessions take no steps, and can be closed.
+    `status`: "open"; "expired", as it was idle for too long: it is kept until
+    `purge_time`, and `Client.restore_expired` opens it again; "model_missing":
+    its model is not loaded by the server, or is another one by now; "unreadable":
+    what the store has of it is damaged, and only its id is told. All but the open
+    ones take no steps, and can be closed.
     """
 
     session_id: str
@@ -224,7 +226,8 @@ class SessionInfo:
     interval_level: float = 0.0
     accuracy: tuple[Accuracy, ...] = ()
     drift: Drift = Drift()
-    status: str = ""
+    status: str = "open"
+    purge_time: datetime | None = None
 
     @property
     def resumable(self) -> bool:

@@ -239,6 +239,7 @@ def inspection(
 def session_info(session: pb.Session) -> SessionInfo:
     """A session by the server's word."""
     started = session.start_time.ToDatetime(tzinfo=UTC) if session.HasField("start_time") else None
+    purge = session.purge_time.ToDatetime(tzinfo=UTC) if session.HasField("purge_time") else None
     return SessionInfo(
         session_id=session.session_id,
         model=session.model,
@@ -259,6 +260,7 @@ def session_info(session: pb.Session) -> SessionInfo:
         accuracy=tuple(_accuracy(one) for one in session.accuracy),
         drift=_drift(session.drift),
         status=_STATUSES.get(session.status, ""),
+        purge_time=purge,
     )
 
 

@@ -26,7 +26,7 @@ class Pack(ABC):
         x: [B, D], raw units, finite.
         slots: [B], all different.
         at: [B], rows applied to each slot's state before.
-        phase: [B], phases of the rows in the model's timeline.
+        phase: [B], steps of the rows in the model's timeline.
     """
 
     def __init__(

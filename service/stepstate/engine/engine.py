@@ -66,7 +66,7 @@ class Engine(Generic[W]):
 
     Args:
         model: the verified model.
-        timeline: its table of phases.
+        timeline: what depends on the time of its rows.
         owner: told how each piece of work ended.
         observer: told of every forward.
         capacity: slots of the arena.
@@ -116,7 +116,6 @@ class Engine(Generic[W]):
             tracker=self._tracker,
             tally=self.tally,
         )
-        self._phases = timeline.phases
         self._owner = owner
         self._observer = observer
         self._batch_rows = batch_rows
@@ -220,7 +219,7 @@ class Engine(Generic[W]):
         if work.single:
             self._queue.append(work)
         else:
-            self._jobs.append(Job(work, self._phases, self.layout, self._tracker))
+            self._jobs.append(Job(work, self.layout, self._tracker))
         self._wake()
 
     def submit_pack(self, pack: Pack) -> None:

@@ -41,12 +41,11 @@ class Job(Generic[W]):
 
     Args:
         work: the request.
-        phases: after so many rows the model's calendar repeats.
         layout: the parts of a state.
         tracker: tracks its forecasts, if the model has that.
     """
 
-    def __init__(self, work: W, phases: int, layout: Layout, tracker: Tracker | None) -> None:
+    def __init__(self, work: W, layout: Layout, tracker: Tracker | None) -> None:
         self.work = work
         self.x: Floats = np.zeros((0, layout.inputs), np.float32)
         self.done = 0
@@ -58,7 +57,6 @@ class Job(Generic[W]):
         self.tally = tracker.tally() if tracker else Tally()
         self._tracker = tracker
         self._layout = layout
-        self._phases = phases
         self._outputs: list[Floats] = []
         self._layers: list[Layers] = []
 
@@ -113,10 +111,8 @@ class Job(Generic[W]):
         return bool(self.left) and not self.over and not self.whole
 
     def phases(self, rows: int) -> Tensor:
-        """The phases of the next rows."""
-        return (
-            torch.arange(self.done, self.done + rows).add_(self.work.phase).remainder_(self._phases)
-        )
+        """The steps of the next rows in the model's timeline."""
+        return torch.arange(self.done, self.done + rows).add_(self.work.phase)
 
     @property
     def cell(self) -> Floats:

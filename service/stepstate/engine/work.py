@@ -38,7 +38,7 @@ class Work:
     at: int = field(init=False, default=0)
     """Rows applied to the slot's state before it."""
     phase: int = field(init=False, default=0)
-    """Phase of the first row in the model's timeline."""
+    """Step of the first row in the model's timeline."""
     queued_at: float = field(init=False, default=0.0)
     """Seconds of `time.perf_counter`."""
 

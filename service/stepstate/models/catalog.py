@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from stepstate.errors import InvalidField, ModelInvalid, ModelUnknown
-from stepstate.models.files import MANIFEST, Model, load_model
+from stepstate.models.files import load_model
+from stepstate.models.validate import MANIFEST, Model
 
 
 class Catalog:

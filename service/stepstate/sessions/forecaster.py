@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Protocol
 
 import numpy as np
@@ -83,7 +83,7 @@ class SessionForecast:
     t: int
     first_time: datetime | None
     """Of the row at horizon 1."""
-    step_interval_seconds: int | None
+    step_interval_seconds: float | None
     levels: tuple[float, ...]
     outputs: tuple[OutputForecast, ...]
     reply_bytes: int
@@ -290,7 +290,7 @@ async def _run(
     origins = [origin for origin, _ in block]
     states = np.stack([origin.state for origin in origins])
     at = np.array([origin.t for origin in origins])
-    phases = (np.array([origin.session.phase for origin in origins]) + at) % lane.timeline.phases
+    phases = np.array([origin.session.phase for origin in origins]) + at
     ahead = course.ahead[[place for _, place in block]]
     outlooks = await lane.engine.forecast(Origins(states, at, phases), course.plan, ahead)
     levels = [_levels(lane, origin, wish) for origin in origins]
@@ -360,11 +360,11 @@ def _quantiles(manifest: Manifest) -> Sequence[float]:
 
 
 def _first_time(manifest: Manifest, origin: _Origin) -> datetime | None:
-    start, interval = origin.session.record.start_time, manifest.step_interval_seconds
+    start, interval = origin.session.record.start_time, manifest.step_interval
     if start is None or interval is None:
         return None
     try:
-        return start + timedelta(seconds=origin.t * interval)
+        return start + origin.t * interval
     except OverflowError:  # beyond the year 9999
         return None
 

@@ -399,7 +399,7 @@ class Lane:
             self._observer.ended("refused")
             self._settle(step)
         else:
-            step.phase = (session.phase + t) % self.timeline.phases
+            step.phase = session.phase + t
             step.at = t
             self._busy[session.handle] = True
             self.engine.submit(step)

@@ -75,7 +75,7 @@ class PackedRows(Pack):
             columns.x,
             table.slot_array[handles],
             at,
-            (table.phase_array[handles] + at) % lane.timeline.phases,
+            table.phase_array[handles] + at,
         )
         self.handles = handles
         self.generations = columns.generations

@@ -17,6 +17,8 @@ class SessionStatus(enum.Enum):
 
     OPEN = "open"
     """It takes steps."""
+    EXPIRED = "expired"
+    """It was idle for too long, and is kept for a while: it can be restored."""
     MODEL_MISSING = "model_missing"
     """Its model is not loaded here, or is another one by now: it can be closed."""
 
@@ -35,6 +37,8 @@ class Standing:
     owner: str
     """The server that holds its lease; empty: none."""
     epoch: int
+    delete_seconds: float | None = None
+    """Until it is deleted, if it is marked as expired."""
     quality: Quality | None = None
     """Of its forecasts, where it is resident and its model tracks them."""
     status: SessionStatus = SessionStatus.OPEN
@@ -45,26 +49,26 @@ class Standings:
 
     Args:
         table: the resident sessions.
-        loaded: the fingerprint under which a model "name/version" is loaded here; empty: it is not.
+        served: whether the very model of a session is loaded here.
         owner: the name under which this server holds leases.
         clock: monotonic seconds.
-        wall: Unix seconds.
+        now: the time by the store's clock.
     """
 
     def __init__(
         self,
         table: Table,
         *,
-        loaded: Callable[[str], str],
+        served: Callable[[SessionRecord], bool],
         owner: str,
         clock: Callable[[], float],
-        wall: Callable[[], float],
+        now: Callable[[], float],
     ) -> None:
         self._table = table
-        self.loaded = loaded
+        self._served = served
         self._owner = owner
         self._clock = clock
-        self._wall = wall
+        self._now = now
 
     def resident(self, session: Session) -> Standing:
         """Of a resident session; a sync step counts when it is committed."""
@@ -85,25 +89,32 @@ class Standings:
     def stored(self, entry: Entry) -> Standing:
         """Of one that is in the store."""
         kept = entry.record.durability is not Durability.NONE
+        now, delete_at = self._now(), entry.delete_at
         return Standing(
             entry.record,
             t=entry.t,
             durable_t=entry.t if kept else 0,
-            seconds_left=entry.expires_at - self._wall(),
+            seconds_left=entry.expires_at - now,
             queued_requests=0,
             resident=False,
             owner=entry.owner,
             epoch=entry.epoch,
-            status=SessionStatus.MODEL_MISSING if self.orphaned(entry) else SessionStatus.OPEN,
+            delete_seconds=None if delete_at is None else delete_at - now,
+            status=self._status(entry),
         )
+
+    def _status(self, entry: Entry) -> SessionStatus:
+        if entry.delete_at is not None:
+            return SessionStatus.EXPIRED
+        return SessionStatus.MODEL_MISSING if self.orphaned(entry) else SessionStatus.OPEN
 
     def orphaned(self, entry: Entry) -> bool:
         """Whether its very model is not loaded here."""
-        return self.loaded(entry.record.model_key) != entry.record.fingerprint
+        return not self._served(entry.record)
 
     def past(self, entry: Entry) -> bool:
         """Whether the time of one in the store is up."""
-        return entry.expires_at <= self._wall()
+        return entry.delete_at is not None or entry.expires_at <= self._now()
 
     def lost(self, entry: Entry) -> bool:
         """Whether it was in the memory of another server, or of an earlier one, only."""

@@ -40,6 +40,7 @@ def entry_of(
     expires: object,
     epoch: object,
     owner: object,
+    delete: object,
 ) -> Entry | Unreadable:
     """A session, from what a store has under its id.
 
@@ -48,9 +49,10 @@ def entry_of(
         model: the model "name/version" under which it was found.
         record: the text of its `SessionRecord`, in UTF-8.
         t: rows; an integer, or its digits.
-        expires: microseconds since 1970, as `t`.
+        expires: microseconds of the store's clock, as `t`.
         epoch: as `t`.
         owner: in UTF-8.
+        delete: as `expires`; None: it is not marked as expired.
     """
     try:
         read = SessionRecord.from_json(_bytes("record", record))
@@ -60,6 +62,7 @@ def entry_of(
             expires_at=whole("expires", expires, MAX_MICROSECONDS) / 1e6,
             epoch=whole("epoch", epoch, MAX_EPOCH),
             owner=_text("owner", owner, MAX_OWNER),
+            delete_at=None if delete is None else whole("delete", delete, MAX_MICROSECONDS) / 1e6,
         )
     except ValueError as error:
         return Unreadable(session_id, _problem(error))

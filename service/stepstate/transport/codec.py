@@ -62,6 +62,7 @@ _MISSING: dict[int, MissingPolicy] = {
 }
 _STATUS_NUMBERS = {
     SessionStatus.OPEN: pb.SESSION_STATUS_OPEN,
+    SessionStatus.EXPIRED: pb.SESSION_STATUS_EXPIRED,
     SessionStatus.MODEL_MISSING: pb.SESSION_STATUS_MODEL_MISSING,
 }
 _Y = pb.StepResponse.Y_FIELD_NUMBER
@@ -181,17 +182,17 @@ def encode_session(standing: Standing | Unreadable) -> pb.Session:
     """Where a session stands."""
     if isinstance(standing, Unreadable):
         return pb.Session(session_id=standing.session_id, status=pb.SESSION_STATUS_UNREADABLE)
-    record = standing.record
+    record, now = standing.record, datetime.now(UTC)
     return pb.Session(
         session_id=record.session_id,
         model=record.model,
         version=record.version,
         fingerprint=record.fingerprint,
         t=standing.t,
-        idle_timeout=_duration(record.idle_timeout_seconds),
+        idle_timeout=duration(record.idle_timeout_seconds),
         start_time=None if record.start_time is None else timestamp(record.start_time),
         open_time=timestamp(record.open_time),
-        expire_time=timestamp(datetime.now(UTC) + timedelta(seconds=standing.seconds_left)),
+        expire_time=_later(now, standing.seconds_left),
         queued_requests=standing.queued_requests,
         durable_t=standing.durable_t,
         durability=_DURABILITY_NUMBERS[record.durability],
@@ -201,7 +202,17 @@ def encode_session(standing: Standing | Unreadable) -> pb.Session:
         missing=_MISSING_NUMBERS[record.missing],
         status=_STATUS_NUMBERS[standing.status],
         **_quality(standing.quality),
+        purge_time=None
+        if standing.delete_seconds is None
+        else _later(now, standing.delete_seconds),
     )
+
+
+def _later(now: datetime, seconds: float) -> Timestamp:
+    try:
+        return timestamp(now + timedelta(seconds=seconds))
+    except OverflowError:  # a damaged store may tell of the year 10,000
+        return timestamp(datetime.max.replace(tzinfo=UTC))
 
 
 def _quality(quality: Quality | None) -> dict[str, Any]:
@@ -253,7 +264,7 @@ def encode_model(model: Model) -> pb.Model:
             )
             for output in manifest.outputs
         ],
-        step_interval=None if interval is None else _duration(interval),
+        step_interval=None if interval is None else duration(interval),
         needs_start_time=manifest.needs_time,
         lag_rows=manifest.lag_rows,
         tracked_horizons=manifest.tracking.horizons if manifest.tracking else (),
@@ -396,9 +407,10 @@ def _moment(request: pb.OpenSessionRequest) -> datetime:
         raise InvalidField("start_time", f"is not a time: {error}") from error
 
 
-def _duration(seconds: float) -> Duration:
+def duration(seconds: float) -> Duration:
+    """A span of time as a message."""
     duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
+    duration.FromNanoseconds(round(seconds * 1e6) * 1_000)
     return duration
 
 

@@ -65,6 +65,12 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
     ) -> pb.ListSessionsResponse:
         return await list_sessions(self._sessions, request)
 
+    async def RestoreSession(
+        self, request: pb.RestoreSessionRequest, context: Context
+    ) -> pb.RestoreSessionResponse:
+        session = await self._sessions.restore_expired(request.session_id)
+        return pb.RestoreSessionResponse(session=self._resident(session))
+
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context
     ) -> pb.CloseSessionResponse:

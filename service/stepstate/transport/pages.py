@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -19,6 +20,8 @@ ENCODED_AT_ONCE = 16_384
 _ITEM_BYTES = 8
 """The tag and the length of an item, at most."""
 _TOKEN_BYTES = 512
+
+_DIGITS = re.compile(r"[0-9]{1,9}")
 
 M = TypeVar("M", pb.Session, pb.Model)
 
@@ -52,7 +55,9 @@ async def list_sessions(
     if size > MOST_PAGE_SIZE:
         raise InvalidField("page_size", f"is {size}, expected at most {MOST_PAGE_SIZE}")
     while True:
-        found, following = await sessions.page(request.page_token, size, request.model)
+        found, following = await sessions.page(
+            request.page_token, size, request.model, expired=request.show_expired
+        )
         page = await _encoded(found)
         if len(page) == len(found):
             return pb.ListSessionsResponse(sessions=page, next_page_token=following)
@@ -78,7 +83,7 @@ def list_models(models: Sequence[Model], request: pb.ListModelsRequest) -> pb.Li
         InvalidField: page_token.
     """
     token = request.page_token or "0"
-    if not token.isdecimal() or len(token) > 9 or int(token) > len(models):
+    if not _DIGITS.fullmatch(token) or int(token) > len(models):
         raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
     first = int(token)
     rest = models[first : first + request.page_size] if request.page_size else models[first:]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
@@ -41,7 +42,9 @@ _OPTIONS: Mapping[str, Any] = {
 }
 
 
-async def open_redis(url: str, *, clock: Callable[[], float]) -> RedisStore:
+async def open_redis(
+    url: str, *, clock: Callable[[], float], wall: Callable[[], float] = time.time
+) -> RedisStore:
     """A store on the Redis, or the cluster, that a URL names.
 
     One that is away is no error here: the store's methods say so until it is back.
@@ -53,7 +56,8 @@ async def open_redis(url: str, *, clock: Callable[[], float]) -> RedisStore:
             `redis+sentinel://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]/SERVICE[/DB]`, where user
             and password are Redis's, and `?sentinel_password=` and `&sentinel_username=` the
             Sentinels'.
-        clock: Unix seconds.
+        clock: monotonic seconds.
+        wall: Unix seconds.
 
     Raises:
         CannotOpenStore: the URL can't be read, or Redis refuses what it says.
@@ -74,7 +78,7 @@ async def open_redis(url: str, *, clock: Callable[[], float]) -> RedisStore:
     if problem:
         await link.close()
         raise CannotOpenStore(name, problem)
-    return RedisStore(link, clock=clock)
+    return RedisStore(link, clock=clock, wall=wall)
 
 
 def _link(url: str) -> Link:

@@ -8,10 +8,18 @@ from stepstate.stores.redis.link import Reply
 
 
 def read_entry(session_id: str, reply: Reply) -> Entry | Unreadable:
-    """A session, from [record, t, expiry, epoch, owner, model]."""
-    record, t, expires, epoch, owner, model = reply
-    name = model.decode(errors="backslashreplace")
-    return entry_of(session_id, name, record=record, t=t, expires=expires, epoch=epoch, owner=owner)
+    """A session, from [record, t, expiry, epoch, owner, when to delete it, model]."""
+    record, t, expires, epoch, owner, delete, model = reply
+    return entry_of(
+        session_id,
+        text_of(model),
+        record=record,
+        t=t,
+        expires=expires,
+        epoch=epoch,
+        owner=owner,
+        delete=delete or None,
+    )
 
 
 def read_ending(reply: Reply, now: float) -> Ending | None:
@@ -20,6 +28,11 @@ def read_ending(reply: Reply, now: float) -> Ending | None:
     if not forget.isdigit() or int(forget) / 1e6 <= now:
         return None
     return ending_of(reason, t, idle)
+
+
+def text_of(reply: bytes) -> str:
+    """A text that may be damaged; then it is told what it holds."""
+    return reply.decode(errors="backslashreplace")
 
 
 def micros(seconds: float) -> int:

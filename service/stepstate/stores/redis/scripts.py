@@ -1,9 +1,10 @@
 """The scripts: what has to be one step in Redis.
 
 A session's hash: `r` record, `i` id, `m` model, `f` fingerprint, `o` owner, `p` previous owner,
-`e` epoch, `t` rows, `x` expiry, `s` snapshot, `q` and `w`: number and store of the last
-operation. An ending's: `e`, `r` reason, `t`, `i` idle timeout, `x` when to forget it, `q`, `w`.
-Times are microseconds since 1970: whole numbers below 2^53, which is what Lua can count to.
+`e` epoch, `t` rows, `x` expiry, `s` snapshot, `d` when to delete it, if it has expired, `q` and
+`w`: number and store of the last operation. An ending's: `e`, `r` reason, `t`, `i` idle timeout,
+`x` when to forget it, `q`, `w`. Times are microseconds of the store's clock, and epochs such as
+the Unix time: whole numbers below 2^53, which is what Lua can count to.
 
 Rule 1: a script sent twice does what it does once, because `q` and `w` tell it: so a command
         whose answer was lost with its connection can be sent again.
@@ -43,74 +44,80 @@ local function fields(key, ...)
     if string.find(found.err, 'WRONGTYPE', 1, true) then return {} end
     error(found.err)
 end
-local function entry(key)
-    local found = fields(key, 'r', 't', 'x', 'e', 'o', 'm')
-    for i = 1, 6 do found[i] = found[i] or '' end
+local function texts(key, ...)
+    local found = fields(key, ...)
+    for i = 1, select('#', ...) do found[i] = found[i] or '' end
     return found
 end
-local function ending(key)
-    local found = fields(key, 'r', 't', 'i', 'x')
-    for i = 1, 4 do found[i] = found[i] or '' end
-    return found
+local function entry(key) return texts(key, 'r', 't', 'x', 'e', 'o', 'd', 'm') end
+local function ending(key) return texts(key, 'r', 't', 'i', 'x') end
+local function raised(epoch, wall)
+    return number(math.max((whole(epoch) and tonumber(epoch) or 0) + 1, tonumber(wall)))
 end
-local function raised(epoch, now)
-    return number(math.max((whole(epoch) and tonumber(epoch) or 0) + 1, tonumber(now)))
-end
-local function leave(key, due, counts)
-    local name = fields(key, 'i', 'm')
-    redis.call('DEL', key)
-    if redis.call('ZREM', due, (name[1] or '') .. ' ' .. (name[2] or '')) == 1 then
-        redis.pcall('HINCRBY', counts, name[2], -1)
+local function member_of(name) return (name[1] or '') .. ' ' .. (name[2] or '') end
+local function arrive(name, due, counts, expires)
+    if redis.call('ZADD', due, expires, member_of(name)) == 1 then
+        redis.pcall('HINCRBY', counts, name[2] or '', 1)
     end
 end
-local function keep(key, expires, grace)
-    redis.call('PEXPIREAT', key, number(math.floor(tonumber(expires) / 1000) + tonumber(grace)))
+local function leave(name, due, counts, expired)
+    local member = member_of(name)
+    if redis.call('ZREM', due, member) == 1 then
+        redis.pcall('HINCRBY', counts, name[2] or '', -1)
+    else
+        redis.call('ZREM', expired, member)
+    end
 end
+local function past(expires, delete, now) return delete or tonumber(expires) <= tonumber(now) end
 """
 
 CREATE = Script(
     _COMMON
     + """
-local key, gone, due, counts = unpack(KEYS)
-local id, model, fingerprint, record, owner, t, expires, snapshot, now, grace, q, w = unpack(ARGV)
-local old = fields(key, 'e', 'x', 'q', 'w')
+local key, gone, due, counts, expired, endings = unpack(KEYS)
+local id, model, fingerprint, record, owner, t, expires, snapshot = unpack(ARGV)
+local now, wall, replacing, q, w = unpack(ARGV, 9)
+local old = fields(key, 'e', 'x', 'd', 'q', 'w', 'i', 'm')
 local there = redis.call('EXISTS', key) == 1
 if there then
-    if old[3] == q and old[4] == w then return {1, old[1]} end
+    if old[4] == q and old[5] == w then return {1, old[1]} end
     if not (whole(old[1]) and whole(old[2])) then return {0, entry(key)} end
-    if tonumber(old[2]) > tonumber(now) then return {0, entry(key)} end
+    if old[1] ~= replacing or not past(old[2], old[3], now) then return {0, entry(key)} end
 end
-local epoch = raised(old[1] or fields(gone, 'e')[1], now)
-if there then leave(key, due, counts) end
+local epoch = raised(old[1] or fields(gone, 'e')[1], wall)
+if there then
+    redis.call('DEL', key)
+    leave({old[6], old[7]}, due, counts, expired)
+end
 redis.call('HSET', key, 'i', id, 'm', model, 'f', fingerprint, 'r', record, 'o', owner, 'p', '',
     'e', epoch, 't', t, 'x', expires, 's', snapshot, 'q', q, 'w', w)
-keep(key, expires, grace)
-if redis.call('ZADD', due, expires, id .. ' ' .. model) == 1 then
-    redis.pcall('HINCRBY', counts, model, 1)
-end
+arrive({id, model}, due, counts, expires)
 redis.call('DEL', gone)
+redis.call('ZREM', endings, id)
 return {1, epoch}
 """
 )
-""" {1, epoch}, or {0, entry} of the one that is open. """
+""" {1, epoch}, or {0, entry} of the one that has its id. """
 
 ACQUIRE = Script(
     _COMMON
     + """
 local key, gone = unpack(KEYS)
-local owner, now, q, w = unpack(ARGV)
-local old = fields(key, 'e', 'x', 'q', 'w', 'f', 'o', 'p', 't', 'r')
+local owner, now, wall, q, w = unpack(ARGV)
+local old = fields(key, 'e', 'x', 'q', 'w', 'f', 'o', 'p', 'd', 't', 'r')
 if redis.call('EXISTS', key) == 0 then return {0, ending(gone)} end
-for i = 1, 2 do if not whole(old[i]) then return {1, entry(key)} end end
-if not (whole(old[8]) and old[9]) then return {1, entry(key)} end
+if not (whole(old[1]) and whole(old[2]) and whole(old[9]) and old[10]) then
+    return {1, entry(key)}
+end
 local mine = old[3] == q and old[4] == w
 local wanted = false
-for i = 5, #ARGV do wanted = wanted or ARGV[i] == old[5] end
+for i = 6, #ARGV do wanted = wanted or ARGV[i] == old[5] end
 if not mine then
-    if not wanted or tonumber(old[2]) <= tonumber(now) then return {1, entry(key)} end
-    local epoch = raised(old[1], now)
+    if not wanted or past(old[2], old[8], now) then return {1, entry(key)} end
+    local epoch = raised(old[1], wall)
     old[7] = old[6] or ''
     redis.call('HSET', key, 'e', epoch, 'o', owner, 'p', old[7], 'q', q, 'w', w)
+    redis.call('PERSIST', key)
 end
 local taken = entry(key)
 taken[5] = old[7] or ''
@@ -123,11 +130,11 @@ fingerprints it takes nothing: `find`. """
 SAVE = Script(
     _COMMON
     + """
-local grace, verdicts = ARGV[1], {}
+local verdicts = {}
 local numbers = '^(%d+) (%d+) (%d+) (%d+) (%d) (.*)$'
 for i = 1, #KEYS / 3 do
     local key, gone, due = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
-    local epoch, q, t, expires, has_snapshot, owner = string.match(ARGV[2 * i], numbers)
+    local epoch, q, t, expires, has_snapshot, owner = string.match(ARGV[2 * i - 1], numbers)
     local old = fields(key, 'e', 'q', 'i', 'm')
     if redis.call('EXISTS', key) == 0 then
         verdicts[i] = redis.call('EXISTS', gone) == 1 and 'fenced' or 'missing'
@@ -137,12 +144,11 @@ for i = 1, #KEYS / 3 do
         verdicts[i] = 'done'
         if tonumber(q) >= (tonumber(old[2]) or 0) then
             if has_snapshot == '1' then
-                redis.call('HSET', key, 's', ARGV[2 * i + 1], 'q', q, 't', t, 'x', expires,
+                redis.call('HSET', key, 's', ARGV[2 * i], 'q', q, 't', t, 'x', expires,
                     'o', owner)
             else
                 redis.call('HSET', key, 'q', q, 't', t, 'x', expires, 'o', owner)
             end
-            keep(key, expires, grace)
             if old[3] and old[4] then
                 redis.call('ZADD', due, expires, old[3] .. ' ' .. old[4])
             end
@@ -155,19 +161,67 @@ return verdicts
 """ The verdict of each: three keys, "epoch q t expiry has_snapshot owner", and the snapshot.
 Few arguments, because redis-py takes most of its time for each. """
 
+EXPIRE = Script(
+    _COMMON
+    + """
+local delete, w, verdicts = ARGV[1], ARGV[2], {}
+for i = 1, #KEYS / 5 do
+    local key, gone, due, counts, expired = unpack(KEYS, 5 * i - 4, 5 * i)
+    local numbers = '^(%d+) (%d+) (%d+) (%d) (.*)$'
+    local epoch, q, t, has_snapshot, owner = string.match(ARGV[2 * i + 1], numbers)
+    local old = fields(key, 'e', 'q', 'w', 'd', 'i', 'm')
+    if redis.call('EXISTS', key) == 0 then
+        verdicts[i] = redis.call('EXISTS', gone) == 1 and 'fenced' or 'missing'
+    elseif old[2] == q and old[3] == w and old[4] then
+        verdicts[i] = 'done'
+    elseif old[1] ~= epoch then
+        verdicts[i] = 'fenced'
+    else
+        verdicts[i] = 'done'
+        redis.call('HSET', key, 'e', raised(epoch, 0), 'o', owner, 't', t, 'd', delete,
+            'q', q, 'w', w)
+        if has_snapshot == '1' then redis.call('HSET', key, 's', ARGV[2 * i + 2]) end
+        redis.call('PERSIST', key)
+        leave({old[5], old[6]}, due, counts, expired)
+        redis.call('ZADD', expired, delete, member_of({old[5], old[6]}))
+    end
+end
+return verdicts
+"""
+)
+""" The verdict of each: five keys, "epoch q t has_snapshot owner", and the snapshot. """
+
+RESTORE = Script(
+    _COMMON
+    + """
+local key, due, counts, expired = unpack(KEYS)
+local epoch, expires, q, w = unpack(ARGV)
+local old = fields(key, 'e', 'd', 'q', 'w', 'i', 'm')
+if old[3] == q and old[4] == w then return 1 end
+if old[1] ~= epoch or not old[2] then return 0 end
+redis.call('HDEL', key, 'd')
+redis.call('HSET', key, 'e', raised(epoch, 0), 'x', expires, 'q', q, 'w', w)
+redis.call('ZREM', expired, member_of({old[5], old[6]}))
+arrive({old[5], old[6]}, due, counts, expires)
+return 1
+"""
+)
+""" 1 if it was expired and is open. """
+
 END = Script(
     _COMMON
     + """
-local key, gone, due, counts = unpack(KEYS)
-local epoch, reason, t, idle, forget, keep_ms, q, w = unpack(ARGV)
+local key, gone, due, counts, expired, endings = unpack(KEYS)
+local epoch, reason, t, idle, forget, q, w = unpack(ARGV)
 if fields(key, 'e')[1] ~= epoch then
     local done = fields(gone, 'q', 'w')
     return (done[1] == q and done[2] == w) and 1 or 0
 end
-leave(key, due, counts)
-redis.call('DEL', gone)
+local name = fields(key, 'i', 'm')
+redis.call('DEL', key, gone)
+leave(name, due, counts, expired)
 redis.call('HSET', gone, 'e', epoch, 'r', reason, 't', t, 'i', idle, 'x', forget, 'q', q, 'w', w)
-redis.call('PEXPIRE', gone, keep_ms)
+if name[1] then redis.call('ZADD', endings, forget, name[1]) end
 return 1
 """
 )
@@ -176,19 +230,19 @@ return 1
 DISCARD = Script(
     _COMMON
     + """
-local key, gone, due, counts = unpack(KEYS)
-local reason, t, idle, forget, keep_ms, q, w = unpack(ARGV)
+local key, gone, due, counts, expired, endings = unpack(KEYS)
+local id, reason, t, idle, forget, q, w = unpack(ARGV)
 if redis.call('EXISTS', key) == 0 then
     local done = fields(gone, 'q', 'w')
     return (done[1] == q and done[2] == w) and 1 or 0
 end
 local found = entry(key)
 for i = 1, #found do if found[i] ~= ARGV[7 + i] then return 0 end end
-leave(key, due, counts)
+leave(fields(key, 'i', 'm'), due, counts, expired)
+redis.call('DEL', key, gone)
 local epoch = whole(found[4]) and found[4] or '0'
-redis.call('DEL', gone)
 redis.call('HSET', gone, 'e', epoch, 'r', reason, 't', t, 'i', idle, 'x', forget, 'q', q, 'w', w)
-redis.call('PEXPIRE', gone, keep_ms)
+redis.call('ZADD', endings, forget, id)
 return 1
 """
 )
@@ -208,17 +262,80 @@ return entries
 
 MEMBERS = Script(
     """
-local members, most = {}, tonumber(ARGV[2])
+local members, most, each = {}, tonumber(ARGV[2]), tonumber(ARGV[3])
 for _, key in ipairs(KEYS) do
     if #members >= most then break end
-    local limit = most - #members
+    local limit = math.min(most - #members, each)
     local found = redis.call('ZRANGEBYSCORE', key, '-inf', ARGV[1], 'LIMIT', 0, limit)
     for _, member in ipairs(found) do members[#members + 1] = member end
 end
 return members
 """
 )
-""" Members of some buckets up to a score, at most so many. """
+""" Members of some buckets up to a score, at most so many, and so many of each. """
+
+LATEST = Script(
+    """
+local members = {}
+for _, key in ipairs(KEYS) do
+    for _, member in ipairs(redis.call('ZREVRANGE', key, 0, 0)) do
+        members[#members + 1] = member
+    end
+end
+return members
+"""
+)
+""" The member with the highest score of each bucket. """
+
+SIZES = Script(
+    """
+local sizes = {}
+for i, key in ipairs(KEYS) do sizes[i] = redis.call('ZCARD', key) end
+return sizes
+"""
+)
+
+PERSIST = Script(
+    """
+for _, key in ipairs(KEYS) do redis.call('PERSIST', key) end
+return {}
+"""
+)
+""" Takes the time to live away that earlier versions gave. """
+
+FORGET = Script(
+    _COMMON
+    + """
+local gone, endings = unpack(KEYS)
+local id, now = unpack(ARGV)
+local forget = fields(gone, 'x')[1]
+if whole(forget) and tonumber(forget) > tonumber(now) then
+    redis.call('ZADD', endings, 'XX', forget, id)
+    return 0
+end
+redis.call('DEL', gone)
+return redis.call('ZREM', endings, id)
+"""
+)
+""" Forgets an ending whose time is over. """
+
+CLOCK = Script(
+    """
+local clock = redis.call('GET', KEYS[1])
+local now, since, begin = unpack(ARGV)
+if clock then
+    now = string.format('%.0f', math.max(clock, math.min(now, clock + since)))
+elseif begin == '' then
+    return false
+else
+    now = begin
+end
+redis.call('SET', KEYS[1], now)
+return now
+"""
+)
+""" Moves the clock on to `now`, by at most `since`; one that is missing begins at `begin`, or not
+at all if that is empty. """
 
 COUNTS = Script(
     """
@@ -233,23 +350,30 @@ return counts
 TIDY = Script(
     _COMMON
     + """
-local key, due, counts = unpack(KEYS)
+local key, due, counts, expired = unpack(KEYS)
 local member, model = unpack(ARGV)
-local name = fields(key, 'i', 'm')
 if redis.call('EXISTS', key) == 1 then
-    local other = (name[1] or '') .. ' ' .. (name[2] or '')
-    if other ~= member and not redis.call('ZSCORE', due, other) then return 0 end
+    local other = member_of(fields(key, 'i', 'm'))
     if other == member then return 1 end
+    if not (redis.call('ZSCORE', due, other) or redis.call('ZSCORE', expired, other)) then
+        return 0
+    end
 end
+redis.call('ZREM', expired, member)
 if redis.call('ZREM', due, member) == 1 then redis.pcall('HINCRBY', counts, model, -1) end
 return 1
 """
 )
-""" Forgets a member whose session went by itself, long after its expiry; another one of its id
-may be there. 0: it is there, and its own name is damaged. """
+""" Forgets a member whose session is gone, as those of earlier versions went by themselves; another
+one of its id may be there. 0: it is there, and its own name is damaged. """
 
-POSTPONE = Script("""return redis.call('ZADD', KEYS[1], 'XX', ARGV[1], ARGV[2])""")
-""" Gives a member a later score. """
+POSTPONE = Script(
+    """
+for _, key in ipairs(KEYS) do redis.call('ZADD', key, 'XX', ARGV[1], ARGV[2]) end
+return {}
+"""
+)
+""" Gives a member a later score, wherever it is. """
 
-PROBE = Script("return redis.call('SET', KEYS[1], ARGV[1], 'PX', ARGV[2])")
+PROBE = Script("return redis.call('SET', KEYS[1], ARGV[1])")
 """ Whether a node can be written. """

@@ -21,10 +21,14 @@ from stepstate.stores.base import Ending, Entry, Unreadable
 from stepstate.stores.decoding import ending_of, entry_of
 from stepstate.stores.sqlite.schema import microseconds
 
+LAST = 2**53 / 1e6
+"""The last time that a table can have."""
 DUE_AT_ONCE = 1024
 """Sessions whose time to look has come: how many are looked at in one call, some 10 ms."""
+
 UNREADABLE_SECONDS = 3600.0
 """How long the sweep leaves alone a session whose record can't be read."""
+
 _PLAIN = re.compile(r"[A-Za-z0-9._:-]*")
 
 
@@ -35,7 +39,7 @@ def _integer(column: str) -> str:
 def _row_of(key: str) -> str:
     """A session's row as JSON; `key` is what it is looked up by."""
     return f"""json_array(hex({key}), hex(model), hex(record), {_integer("t")},
-    {_integer("expires")}, {_integer("epoch")}, hex(owner),
+    {_integer("expires")}, {_integer("epoch")}, hex(owner), iif(expired, {_integer("due")}, NULL),
     CASE typeof(snapshot) WHEN 'blob' THEN length(snapshot) ELSE 0 END, sessions.rowid)"""
 
 
@@ -52,19 +56,26 @@ FROM endings WHERE session_id IN (SELECT value FROM json_each(?1)) AND forget > 
 """.replace(":epoch", _integer("epoch")).replace(":t", _integer("t"))
 _KNOWN = f"SELECT ({_SESSIONS}), ({_ENDINGS})"
 _DUE = """
-SELECT json_group_array(:row) FROM sessions
-WHERE rowid IN (SELECT rowid FROM sessions WHERE due < ?1 ORDER BY due LIMIT ?2)
+SELECT json_group_array(:row) FROM sessions WHERE rowid IN (
+    SELECT rowid FROM sessions WHERE expired = ?1 AND due < ?2 ORDER BY due LIMIT ?3)
 """.replace(":row", _row_of("session_id"))
 _LOOK_LATER = """
-UPDATE sessions SET due = ifnull(?2, expires) WHERE rowid IN (SELECT value FROM json_each(?1))
+UPDATE sessions SET due = expires WHERE rowid IN (SELECT value FROM json_each(?1))
+    AND expired = 0
 """
+_POSTPONE = "UPDATE sessions SET due = ?2 WHERE rowid IN (SELECT value FROM json_each(?1))"
 _IDS = """
 SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
     SELECT session_id, rowid FROM sessions
-    WHERE session_id > CAST(?1 AS TEXT) AND typeof(session_id) = 'text'
+    WHERE session_id > CAST(?1 AS TEXT) AND typeof(session_id) = 'text' AND (expired = 0 OR ?3)
     ORDER BY session_id LIMIT ?2)
 """
-_IDS_OF_MODEL = _IDS.replace("WHERE", "WHERE model = CAST(?3 AS TEXT) AND")
+_IDS_OF_MODEL = """
+SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
+    SELECT session_id, rowid FROM sessions
+    WHERE model = CAST(?4 AS TEXT) AND expired = ?3 AND session_id > CAST(?1 AS TEXT)
+    AND typeof(session_id) = 'text' ORDER BY session_id LIMIT ?2)
+"""
 _MODELS = """
 WITH RECURSIVE models (model) AS (
     SELECT min(model) FROM sessions WHERE model >= ?1 AND model < ?2
@@ -74,8 +85,9 @@ SELECT json_group_array(hex(model)) FROM models WHERE model IS NOT NULL
 """
 _COUNTS = """
 SELECT json_group_array(json_array(hex(model), sessions)) FROM
-(SELECT model, count(*) AS sessions FROM sessions GROUP BY model)
+(SELECT model, count(*) AS sessions FROM sessions WHERE +expired = 0 GROUP BY model)
 """
+_COUNT_EXPIRED = "SELECT count(*) FROM sessions WHERE expired = 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,37 +145,49 @@ def find(
 
 def overdue(connection: sqlite3.Connection, before: float, limit: int) -> list[Entry]:
     """See `SessionStore.overdue`. Sessions that were used meanwhile are looked at later."""
-    limits = (microseconds(before), max(limit, DUE_AT_ONCE))
-    rows = _rows(_one(connection, _DUE, limits))
-    due = [row.entry for row in rows if isinstance(row.entry, Entry)]
-    stale = [r.rowid for r in rows if isinstance(r.entry, Entry) and r.entry.expires_at >= before]
+    rows = _due(connection, 0, before, max(limit, DUE_AT_ONCE))
+    stale = [rowid for rowid, entry in rows if entry.expires_at >= before]
     if stale:
-        connection.execute(_LOOK_LATER, (json.dumps(stale), None))
+        connection.execute(_LOOK_LATER, (json.dumps(stale),))
+    return [entry for _, entry in rows if entry.expires_at < before][:limit]
+
+
+def expired(connection: sqlite3.Connection, before: float, limit: int) -> list[Entry]:
+    """See `SessionStore.expired`: the oldest."""
+    return [entry for _, entry in _due(connection, 1, min(before, LAST), limit)]
+
+
+def _due(
+    connection: sqlite3.Connection, marked: int, before: float, limit: int
+) -> list[tuple[int, Entry]]:
+    """Sessions whose time has come, by rowid; unreadable ones are left alone for a while."""
+    rows = _rows(_one(connection, _DUE, (marked, microseconds(before), limit)))
     unreadable = [row.rowid for row in rows if isinstance(row.entry, Unreadable)]
     if unreadable:  # or they would come first for ever, and hide those behind them
-        later = microseconds(before + UNREADABLE_SECONDS)
-        connection.execute(_LOOK_LATER, (json.dumps(unreadable), later))
-    return [entry for entry in due if entry.expires_at < before][:limit]
+        later = microseconds(min(before + UNREADABLE_SECONDS, LAST))
+        connection.execute(_POSTPONE, (json.dumps(unreadable), later))
+    return [(row.rowid, row.entry) for row in rows if isinstance(row.entry, Entry)]
 
 
 def page(
-    connection: sqlite3.Connection, token: str, size: int, model: str
+    connection: sqlite3.Connection, token: str, size: int, model: str, *, expired: bool
 ) -> tuple[list[Entry | Unreadable], str]:
     """See `SessionStore.page`: in the order of ids, which the index has for each model.
 
     Raises:
         InvalidField: page_token.
     """
-    after = _id_after(token)
+    limits = (_id_after(token), size + 1)
     if model:
         versions = json.loads(_one(connection, _MODELS, (f"{model}/", f"{model}0")))
         of_models = [
-            json.loads(_one(connection, _IDS_OF_MODEL, (after, size + 1, _text(version))))
+            json.loads(_one(connection, _IDS_OF_MODEL, (*limits, marked, _text(version))))
             for version in versions
+            for marked in range(1 + expired)
         ]
         ids = heapq.nsmallest(size + 1, chain.from_iterable(of_models))
     else:
-        ids = json.loads(_one(connection, _IDS, (after, size + 1)))
+        ids = json.loads(_one(connection, _IDS, (*limits, int(expired))))
     rows = _rows(_one(connection, _ROWS, (json.dumps([rowid for _, rowid in ids[:size]]),)))
     entries = [row.entry for row in sorted(rows, key=lambda row: row.session_id)]
     return entries, _token_of(ids[size - 1][0]) if len(ids) > size else ""
@@ -173,6 +197,12 @@ def count(connection: sqlite3.Connection) -> Mapping[str, int]:
     """See `SessionStore.count`."""
     counts = json.loads(_one(connection, _COUNTS, ()))
     return {_name(model): sessions for model, sessions in counts}
+
+
+def count_expired(connection: sqlite3.Connection) -> int:
+    """See `SessionStore.count_expired`."""
+    (expired,) = connection.execute(_COUNT_EXPIRED).fetchone()
+    return int(expired)
 
 
 def _one(connection: sqlite3.Connection, statement: str, values: tuple[Any, ...]) -> str:
@@ -185,7 +215,7 @@ def _rows(text: str) -> list[Row]:
     return [_row(*values) for values in json.loads(text)]
 
 
-def _row(  # noqa: PLR0917 - the columns of `_ROW`
+def _row(  # noqa: PLR0917 - the columns of `_row_of`
     session_id: str,
     model: str,
     record: str,
@@ -193,6 +223,7 @@ def _row(  # noqa: PLR0917 - the columns of `_ROW`
     expires: int | None,
     epoch: int | None,
     owner: str,
+    delete: int | None,
     size: int,
     rowid: int,
 ) -> Row:
@@ -204,6 +235,7 @@ def _row(  # noqa: PLR0917 - the columns of `_ROW`
         expires=expires,
         epoch=epoch,
         owner=_text(owner),
+        delete=delete,
     )
     return Row(_name(session_id), entry, epoch or 0, size, rowid)
 

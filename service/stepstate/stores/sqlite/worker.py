@@ -61,12 +61,12 @@ class Worker:
 
     Args:
         file: the open file.
-        clock: Unix seconds.
+        wall: Unix seconds.
     """
 
-    def __init__(self, file: SessionFile, clock: Callable[[], float]) -> None:
+    def __init__(self, file: SessionFile, wall: Callable[[], float]) -> None:
         self._file = file
-        self._clock = clock
+        self._wall = wall
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._closed = False
@@ -133,7 +133,7 @@ class Worker:
         try:
             connection = self._file.connection()
             if parts := [part for job in jobs for part in job.parts]:
-                write(connection, parts, self._clock())
+                write(connection, parts, now=self._file.clock(), wall=self._wall())
             if any(job.probe for job in jobs):
                 self._file.probe()
         except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)

@@ -1,4 +1,4 @@
-"""Creates, acquires, saves and ends: whatever came together goes into one transaction.
+"""Creates, acquires, saves, ends and so on: what came together goes into one transaction.
 
 A transaction goes in rounds. No id is twice in a round, so its parts may be written in any
 order: those of a kind together, in one statement. Between looking at a session and writing
@@ -48,6 +48,15 @@ _TAKE = """
 UPDATE sessions SET epoch = v.column2, owner = v.column3
 FROM (VALUES {}) AS v WHERE session_id = v.column1
 """
+_EXPIRE = """
+UPDATE sessions SET epoch = epoch + 1, owner = v.column3, t = v.column4, due = v.column5,
+    expired = 1, snapshot = coalesce(v.column6, snapshot)
+FROM (VALUES {}) AS v WHERE session_id = v.column1 AND epoch = v.column2
+"""
+_RESTORE = """
+UPDATE sessions SET epoch = epoch + 1, expires = v.column2, due = v.column2, expired = 0
+FROM (VALUES {}) AS v WHERE session_id = v.column1
+"""
 _SNAPSHOTS = """
 SELECT json_group_array(json_array(rowid, ifnull(length(CAST(snapshot AS BLOB)), 0))),
     CAST(group_concat(CAST(CAST(snapshot AS BLOB) AS TEXT), '') AS BLOB)
@@ -71,6 +80,7 @@ class Create:
     t: int
     expires_at: float
     snapshot: bytes
+    replacing: int = 0
     answer: int | Entry | Unreadable = 0
 
     @property
@@ -99,6 +109,26 @@ class SaveOne:
 
 
 @dataclass(slots=True, eq=False)
+class Expire:
+    """One of the saves of `SessionStore.expire`."""
+
+    session_id: str
+    save: Save
+    delete_at: float
+    answer: Saved = Saved.MISSING
+
+
+@dataclass(slots=True, eq=False)
+class Restore:
+    """See `SessionStore.restore`."""
+
+    session_id: str
+    epoch: int
+    expires_at: float
+    answer: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class End:
     """See `SessionStore.end`."""
 
@@ -117,11 +147,19 @@ class Discard:
     answer: bool = False
 
 
-Part = Create | Acquire | SaveOne | End | Discard
+Part = Create | Acquire | SaveOne | Expire | Restore | End | Discard
 
 
-def write(connection: sqlite3.Connection, parts: Sequence[Part], now: float) -> None:
+def write(
+    connection: sqlite3.Connection, parts: Sequence[Part], *, now: float, wall: float
+) -> None:
     """Writes all parts, or none, and gives each its answer.
+
+    Args:
+        connection: to the file.
+        parts: what to write.
+        now: by the store's clock.
+        wall: Unix seconds, for new epochs.
 
     Raises:
         sqlite3.Error: nothing was written, or it is not known; the transaction may be open.
@@ -133,7 +171,7 @@ def write(connection: sqlite3.Connection, parts: Sequence[Part], now: float) -> 
     connection.execute("BEGIN IMMEDIATE")
     for some in rounds:
         _save(connection, _of(SaveOne, some), now)
-        _change(connection, [part for part in some if not isinstance(part, SaveOne)], now)
+        _change(connection, [part for part in some if not isinstance(part, SaveOne)], now, wall)
     connection.execute("COMMIT")
 
 
@@ -168,7 +206,7 @@ def _saved(save: Save) -> Values:
     return (save.session_id, save.epoch, save.owner, save.t, expires, save.snapshot)
 
 
-def _tell_apart(known: Known, parts: list[SaveOne]) -> None:
+def _tell_apart(known: Known, parts: Sequence[SaveOne | Expire]) -> None:
     for part in parts:
         if part.session_id in known.rows:
             fenced = known.epoch(part.session_id) != part.save.epoch
@@ -177,23 +215,34 @@ def _tell_apart(known: Known, parts: list[SaveOne]) -> None:
             part.answer = Saved.FENCED if part.session_id in known.endings else Saved.MISSING
 
 
-def _change(connection: sqlite3.Connection, parts: list[Part], now: float) -> None:
+def _change(connection: sqlite3.Connection, parts: list[Part], now: float, wall: float) -> None:
     if not parts:
         return
     known = look(connection, [part.session_id for part in parts], now)
-    _create(connection, known, _of(Create, parts), now)
-    _acquire(connection, known, _of(Acquire, parts), now)
-    _end(connection, known, [*_of(End, parts), *_of(Discard, parts)], now)
+    _create(connection, known, _of(Create, parts), now, wall)
+    _acquire(connection, known, _of(Acquire, parts), now, wall)
+    _expire(connection, known, _of(Expire, parts))
+    _restore(connection, known, _of(Restore, parts))
+    ends: list[End | Discard] = [*_of(End, parts), *_of(Discard, parts)]
+    _end(connection, known, ends, now)
 
 
-def _create(connection: sqlite3.Connection, known: Known, parts: list[Create], now: float) -> None:
+def _past(entry: Entry | Unreadable, now: float) -> bool:
+    if isinstance(entry, Unreadable):
+        return False
+    return entry.delete_at is not None or entry.expires_at <= now
+
+
+def _create(
+    connection: sqlite3.Connection, known: Known, parts: list[Create], now: float, wall: float
+) -> None:
     new: list[Values] = []
     for part in parts:
         row = known.rows.get(part.session_id)
-        if row is not None and not (isinstance(row.entry, Entry) and row.entry.expires_at <= now):
+        if row is not None and not (row.epoch == part.replacing and _past(row.entry, now)):
             part.answer = row.entry
             continue
-        part.answer = next_epoch(known.epoch(part.session_id), now)
+        part.answer = next_epoch(known.epoch(part.session_id), wall)
         record, expires = part.record, microseconds(part.expires_at)
         what = (record.session_id, record.model_key, record.to_json(), part.answer)
         new.append((*what, part.owner, part.t, expires, part.snapshot))
@@ -204,17 +253,17 @@ def _create(connection: sqlite3.Connection, known: Known, parts: list[Create], n
 
 
 def _acquire(
-    connection: sqlite3.Connection, known: Known, parts: list[Acquire], now: float
+    connection: sqlite3.Connection, known: Known, parts: list[Acquire], now: float, wall: float
 ) -> None:
     taken: dict[int, tuple[Acquire, Entry]] = {}
     rows: list[Row] = []
     for part in parts:
         part.answer = known.of(part.session_id)
         row = known.rows.get(part.session_id)
-        if row is None or not isinstance(row.entry, Entry) or row.entry.expires_at <= now:
+        if row is None or not isinstance(row.entry, Entry) or _past(row.entry, now):
             continue
         if row.entry.record.fingerprint in part.fingerprints:
-            entry = replace(row.entry, epoch=next_epoch(row.entry.epoch, now))
+            entry = replace(row.entry, epoch=next_epoch(row.entry.epoch, wall))
             taken[row.rowid] = part, entry
             rows.append(row)
     owners = [(part.session_id, entry.epoch, part.owner) for part, entry in taken.values()]
@@ -245,6 +294,29 @@ def _chunks_of_bytes(rows: Sequence[Row]) -> Iterator[list[Row]]:
         size += row.snapshot_bytes
     if chunk:
         yield chunk
+
+
+def _expire(connection: sqlite3.Connection, known: Known, parts: list[Expire]) -> None:
+    _tell_apart(known, parts)
+    rows: list[Values] = []
+    for part in parts:
+        if part.answer is Saved.DONE:
+            save, due = part.save, microseconds(part.delete_at)
+            rows.append((save.session_id, save.epoch, save.owner, save.t, due, save.snapshot))
+    _execute_many(connection, _EXPIRE, rows)
+
+
+def _restore(connection: sqlite3.Connection, known: Known, parts: list[Restore]) -> None:
+    for part in parts:
+        row = known.rows.get(part.session_id)
+        part.answer = (
+            row is not None
+            and isinstance(row.entry, Entry)
+            and row.entry.epoch == part.epoch
+            and row.entry.delete_at is not None
+        )
+    done = [(part.session_id, microseconds(part.expires_at)) for part in parts if part.answer]
+    _execute_many(connection, _RESTORE, done)
 
 
 def _end(

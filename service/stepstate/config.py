@@ -41,6 +41,12 @@ class ServerConfig:
     """
 
     models: Path = _setting(Path("models"), "The folder that holds <name>/<version>/.")
+    # A model that is missing is noticed at once, not when its first session is opened.
+    skip_invalid_models: bool = _setting(
+        default=False,
+        text="Start with the good models beside bad ones; the log and "
+        'stepstate_models{state="skipped"} tell of those.',
+    )
     # Loopback: without credentials nobody else should reach it.
     listen: str = _setting("127.0.0.1:50051", "host:port for gRPC; port 0 takes a free one.")
     # The port that OpenTelemetry's exporter made usual.

@@ -283,6 +283,7 @@ class Metrics(Collector):
 
     def __init__(self, registry: CollectorRegistry, *, limits: Mapping[str, float]) -> None:
         self._limits = limits
+        self.skipped_models = 0
         self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._rpcs: dict[tuple[str, str, str], RpcMetrics] = {}
         self._closed = dict.fromkeys(END_REASONS, 0)
@@ -351,6 +352,7 @@ class Metrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """All samples, for a scrape."""
         yield from self._of_build()
+        yield from self._of_catalog()
         yield from self._of_models()
         yield from self._of_forecasts()
         yield from self._of_sessions()
@@ -370,6 +372,16 @@ class Metrics(Collector):
         for name, value in self._limits.items():
             limits.add_metric([name], value)
         yield limits
+
+    def _of_catalog(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "stepstate_models",
+            "Models in the server's folder: loaded, or skipped because they can't be served.",
+            labels=["state"],
+        )
+        family.add_metric(["loaded"], len(self._models))
+        family.add_metric(["skipped"], self.skipped_models)
+        yield family
 
     def _of_models(self) -> Iterator[Metric]:
         labels = ["model", "version"]

@@ -19,13 +19,7 @@ from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import (
-    CollectorRegistry,
-    GCCollector,
-    PlatformCollector,
-    ProcessCollector,
-    start_http_server,
-)
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
@@ -36,11 +30,12 @@ from stepstate.engine import (
     use_one_thread,
 )
 from stepstate.errors import StoreUnavailable
+from stepstate.http import start_http
 from stepstate.metrics import Metrics
-from stepstate.models import Model, load_catalog
+from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Lane, Limits, Sessions, Table
 from stepstate.stores import Durability, SessionStore, open_store
-from stepstate.transport import Guard, NativeService, Outgoing, add_reflection, check_replies
+from stepstate.transport import Guard, NativeService, Outgoing, add_reflection
 from stepstate.uptime import BEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
@@ -105,10 +100,8 @@ class CannotListen(Exception):
 class Server:
     """A server and its life: `start`, then `drain` (or `stop`)."""
 
-    def __init__(self, config: ServerConfig, store: SessionStore) -> None:
+    def __init__(self, config: ServerConfig, catalog: Catalog, store: SessionStore) -> None:
         use_one_thread()
-        if config.device != "cpu":
-            check_accelerator(config.device)
         self.phase = Phase.STARTING
         self.address = ""
         self.metrics_address = ""
@@ -129,9 +122,10 @@ class Server:
                 "replay_bytes": config.replay_bytes,
             },
         )
+        self._metrics.skipped_models = len(catalog.skipped)
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        self.sessions = self._wire_sessions()
+        self.sessions = self._wire_sessions(catalog)
         outgoing = Outgoing()
         self._native = NativeService(
             self.sessions, outgoing=outgoing, refused=self._metrics.refused
@@ -225,15 +219,15 @@ class Server:
         try:
             from stepstate.transport.triton import TritonService  # noqa: PLC0415 - an extra
         except ImportError as error:
-            log.info("no door for Triton's clients: install stepstate[triton]", exc_info=error)
+            if isinstance(error, ModuleNotFoundError) and "tritonclient" in (error.name or ""):
+                log.info("Triton's clients are not served: the extra `triton` is not installed")
+            else:
+                log.warning("Triton's clients are not served: %s", error)
             return None
         return TritonService(self.sessions, self._metrics, outgoing)
 
-    def _wire_sessions(self) -> Sessions:
+    def _wire_sessions(self, catalog: Catalog) -> Sessions:
         config = self._config
-        catalog = load_catalog(config.models)
-        for model in catalog:
-            check_replies(model)
         table = Table(self._slots)
         sessions = Sessions(
             catalog,
@@ -307,7 +301,9 @@ class Server:
     def _listen_metrics(self) -> str:
         host, port = split_address(self._config.metrics_listen)
         try:
-            self._http = start_http_server(port, host, self._registry)
+            self._http = start_http(
+                host, port, self._registry, serving=lambda: self.phase is Phase.SERVING
+            )
         except OSError as error:
             address = self._config.metrics_listen
             raise CannotListen("--metrics-listen", address, str(error)) from error
@@ -349,10 +345,26 @@ class Server:
             self._store_told = up
 
 
+async def build_server(config: ServerConfig) -> Server:
+    """A server that is to be started; where there are no models, nothing is left behind.
+
+    Raises:
+        ModelInvalid: there is no model to serve, or one can't be served.
+        NoAccelerator: the device is not here.
+        CannotOpenStore: the store is not to be had.
+    """
+    if config.device != "cpu":
+        check_accelerator(config.device)
+    catalog = load_catalog(config.models, skip_invalid=config.skip_invalid_models)
+    for error in catalog.skipped:
+        log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
+    return Server(config, catalog, await _store(config))
+
+
 @asynccontextmanager
 async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained at its end."""
-    server = Server(config, await _store(config))
+    server = await build_server(config)
     try:
         await server.start()
         yield server
@@ -391,9 +403,12 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
     """
     signals = asyncio.Semaphore(0)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         loop.add_signal_handler(number, signals.release)
-    server = Server(config, await _store(config))
+    server = await build_server(config)
     try:
         await server.start()
         _calm_collector()

@@ -18,16 +18,15 @@ from stepstate.client import Outputs, TimedRows
 from stepstate.config import ServerConfig
 from stepstate.server import Server, running_server
 from tests.integration.clients import AnyClient, AnySession, Connect
-from tests.networks import make_network
+from tests.networks import Network, make_network
 
 START = datetime(2026, 3, 2, tzinfo=UTC)
 STEP = timedelta(minutes=30)
 COLUMNS = ["level", "heat"]
 
 
-@pytest.fixture
-async def server(config: ServerConfig, tmp_path: Path) -> AsyncIterator[Server]:
-    """A server of `boiler`: two inputs every half-hour, and the hour of the day."""
+def boiler() -> Network:
+    """A model of two inputs every half-hour, and the hour of the day."""
     network = make_network("boiler", inputs=4, outputs=3, seed=7)
     network.manifest.update(
         step_interval_seconds=1800,
@@ -35,7 +34,13 @@ async def server(config: ServerConfig, tmp_path: Path) -> AsyncIterator[Server]:
         calendar=[{"kind": "fourier", "period_seconds": 86_400, "harmonics": 1}],
         outputs=[{"name": "level", "horizons": [1, 2]}, {"name": "heat", "horizons": [1]}],
     )
-    network.write(tmp_path / "timed")
+    return network
+
+
+@pytest.fixture
+async def server(config: ServerConfig, tmp_path: Path) -> AsyncIterator[Server]:
+    """A server of `boiler`."""
+    boiler().write(tmp_path / "timed")
     async with running_server(replace(config, models=tmp_path / "timed")) as running:
         yield running
 

@@ -5,15 +5,12 @@ from datetime import UTC, datetime, timedelta
 import numpy as np
 import pytest
 
-from stepstate.errors import InvalidField, ModelInvalid, NonFiniteInput
-from stepstate.models import Manifest, Model
+from stepstate.errors import InvalidField, NonFiniteInput
 from stepstate.sessions import Step
 from stepstate.stores import MissingPolicy
-from stepstate.transport import codec
 from stepstate.transport.codec import (
     REPLY_BYTES,
     REQUEST_ROWS,
-    check_replies,
     decode_opening,
     decode_step,
     encode_model,
@@ -299,29 +296,3 @@ async def test_an_interval_level_is_between_0_and_1(make_rig, level):
 async def test_an_interval_level_needs_a_model_that_tracks(rig):
     with pytest.raises(InvalidField, match="tracks no horizon"):
         await rig.open(level=0.9)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "horizons", "tracked", "what"),
-    [
-        (1, 1_000, 0, "the outputs of a row"),
-        (1, 400, 400, "what is tracked"),
-        (4_000, 1, 0, "its description"),
-    ],
-)
-def test_a_model_with_a_reply_that_no_default_client_could_read_is_refused(
-    monkeypatch, inputs, horizons, tracked, what
-):
-    if inputs == 1:
-        monkeypatch.setattr(codec, "REPLY_BYTES", codec._SLACK_BYTES + 3_999)
-        monkeypatch.setattr(codec, "_ACCURACY_BYTES", 9)
-    manifest = make_network("big", inputs=inputs, hidden=1, layers=1, outputs=horizons).manifest
-    for number, column in enumerate(manifest["inputs"]):
-        column["name"] = "y" if inputs == 1 else f"input-{number}"
-        column["unit"] = "x" * 1_000
-    ahead = list(range(1, horizons + 1))
-    manifest["outputs"] = [{"name": "y", "mean": 0.0, "scale": 1.0, "horizons": ahead}]
-    if tracked:
-        manifest["tracking"] = {"horizons": ahead}
-    with pytest.raises(ModelInvalid, match=what):
-        check_replies(Model(Manifest.model_validate(manifest), {}))

@@ -14,6 +14,7 @@ from tests.offline import forecasting_network, outputs, track
 from tests.unit.rig import Lasting, model_of, rows_of
 
 LABELS = {
+    "state",
     "version",
     "model",
     "result",

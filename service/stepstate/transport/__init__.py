@@ -1,9 +1,8 @@
 """The gRPC front doors."""
 
-from stepstate.transport.codec import check_replies
 from stepstate.transport.guard import Guard
 from stepstate.transport.native import NativeService
 from stepstate.transport.outgoing import Outgoing
 from stepstate.transport.reflection import add_reflection
 
-__all__ = ["Guard", "NativeService", "Outgoing", "add_reflection", "check_replies"]
+__all__ = ["Guard", "NativeService", "Outgoing", "add_reflection"]

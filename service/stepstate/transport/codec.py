@@ -12,7 +12,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from stepstate.engine import Quality
-from stepstate.errors import InvalidField, ModelInvalid, NonFiniteInput
+from stepstate.errors import InvalidField, NonFiniteInput
 from stepstate.models import Manifest, Model
 from stepstate.sessions import (
     Copying,
@@ -36,11 +36,6 @@ REQUEST_VALUES = 4_000_000
 """What the longest message holds; `advance` must not ask for more in ten bytes."""
 REQUEST_ROWS = 100_000
 """About ten weeks of minutes in one request; more history goes in several."""
-
-_ACCURACY_BYTES = 256
-"""Of one output at one horizon, beside its name."""
-_SLACK_BYTES = 10_000
-"""For the rest of the message."""
 
 _DURABILITY_NUMBERS = {
     Durability.NONE: pb.DURABILITY_NONE,
@@ -269,29 +264,6 @@ def encode_model(model: Model) -> pb.Model:
         lag_rows=manifest.lag_rows,
         tracked_horizons=manifest.tracking.horizons if manifest.tracking else (),
     )
-
-
-def check_replies(model: Model) -> None:
-    """Refuses a model of which a client with gRPC's default limit could not read every reply.
-
-    Raises:
-        ModelInvalid: it says which reply would be too large.
-    """
-    manifest = model.manifest
-    tracked = len(manifest.tracking.horizons) if manifest.tracking else 0
-    names = sum(len(output.name.encode()) + _ACCURACY_BYTES for output in manifest.outputs)
-    for what, size in (
-        ("the outputs of a row", 4 * manifest.output_width),
-        ("what is tracked of a session", tracked * names),
-        ("its description to clients", encode_model(model).ByteSize()),
-    ):
-        if size > REPLY_BYTES - _SLACK_BYTES:
-            raise ModelInvalid(
-                model.key,
-                f"{what} would take {size} bytes, and a reply holds at most "
-                f"{REPLY_BYTES - _SLACK_BYTES}: declare fewer inputs, outputs, horizons or "
-                "quantiles",
-            )
 
 
 def _wrong_width(session: Session, count: int) -> InvalidField:

@@ -76,7 +76,8 @@ def _utc(moment: datetime) -> datetime:
         raise ValueError("is before the year 1 or after 9999") from None
 
 
-Name = Annotated[str, Field(min_length=1, max_length=256)]
+Id = Annotated[str, Field(min_length=1, max_length=256)]
+Name = Annotated[str, Field(max_length=256)]
 Seconds = Annotated[float, Field(gt=0, le=MAX_IDLE_SECONDS, allow_inf_nan=False)]
 Moment = Annotated[AwareDatetime, AfterValidator(_utc)]
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
@@ -91,10 +92,10 @@ class SessionRecord:
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="ignore")
 
-    session_id: Name
+    session_id: Id
     model: Name
     version: Name
-    fingerprint: Annotated[str, Field(max_length=256)]
+    fingerprint: Name
     idle_timeout_seconds: Seconds
     start_time: Moment | None
     open_time: Moment

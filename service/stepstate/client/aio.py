@@ -151,7 +151,8 @@ class AsyncClient:
             missing: what a NaN in a row means. "reject", the default: the row is
                 refused. "impute": the model's own forecast of the value stands
                 in, or the value of the row before where it makes none. "hold":
-                that of the row before.
+                that of the row before; before a column's first value, its level
+                (the mean and profile that the model takes off it).
             interval_level: the share of truths that the session's intervals are
                 to cover, for example 0.9; left out: the model's own.
             history: rows that the session is brought up to date with. See

@@ -24,7 +24,7 @@ from stepstate.transport.packed import PackedStream
 from stepstate.transport.pages import list_models, list_sessions
 from stepstate.transport.snapshots import export_parts, export_whole, import_parts
 from stepstate.transport.stream import StepStream
-from stepstate.transport.waiting import WaitingCall
+from stepstate.transport.waiting import apply_step
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceServicer
 
@@ -74,13 +74,14 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context
     ) -> pb.CloseSessionResponse:
-        try:
-            session = await self._sessions.get(request.session_id)
-        except (SnapshotForeign, SessionUnreadable):  # it can't be loaded, and closed all the same
-            stored = await self._sessions.close_stored(request.session_id)
-            return pb.CloseSessionResponse(session=encode_session(stored))
-        before = self._resident(session)
-        before.t = await self._sessions.close(request.session_id)
+        async with self._sessions.hold(request.session_id) as hold:
+            try:
+                session = await self._sessions.get(request.session_id, hold=hold)
+            except (SnapshotForeign, SessionUnreadable):  # it can't be loaded, and is closed so
+                stored = await hold.finish(self._sessions.close_stored(request.session_id))
+                return pb.CloseSessionResponse(session=encode_session(stored))
+            before = self._resident(session)
+            before.t = await self._sessions.close(request.session_id, hold=hold)
         before.queued_requests = 0
         return pb.CloseSessionResponse(session=before)
 
@@ -111,18 +112,15 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         return pb.StreamImportResponse(session=self._resident(session))
 
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
-        call = WaitingCall()
-        session = await self._sessions.get(request.session_id)
-        step = decode_step(request, session, call)
-        self._outgoing.reserve(step.reply_bytes)
-        try:
-            self._sessions.submit(step)
-            await call.outcome()
-            if step.error is not None:
-                raise step.error
-            return encode_step(step)
-        finally:
-            self._outgoing.release(step.reply_bytes)
+        step = await apply_step(
+            self._sessions,
+            self._outgoing,
+            request.session_id,
+            lambda session, call: decode_step(request, session, call),
+        )
+        if step.error is not None:
+            raise step.error
+        return encode_step(step)
 
     async def StreamSteps(self, _requests: object, context: Context) -> None:
         await self._streams.serve(

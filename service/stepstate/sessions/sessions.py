@@ -58,6 +58,7 @@ from stepstate.sessions.survey import Survey
 from stepstate.sessions.table import Table
 from stepstate.sessions.turn import Turn
 from stepstate.stores import (
+    DiskUsage,
     Ending,
     EndReason,
     Entry,
@@ -168,6 +169,11 @@ class Sessions:
     def store_failures(self) -> Mapping[str, int]:
         """Calls of the store that failed, by cause."""
         return self.link.failures
+
+    @property
+    def disk_usage(self) -> DiskUsage | None:
+        """What the store takes of a disk of this machine; None: it has none."""
+        return self._store.disk_usage()
 
     @property
     def undurable_rows(self) -> int:

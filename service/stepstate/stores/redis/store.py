@@ -10,6 +10,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from stepstate.errors import StoreUnavailable
 from stepstate.stores.base import (
     ENDING_SECONDS,
+    DiskUsage,
     Ending,
     Entry,
     Save,
@@ -233,6 +234,10 @@ class RedisStore:
         await self._ask_all(
             [Command(scripts.PROBE, (key,), (self._name,)) for key in where.values()]
         )
+
+    def disk_usage(self) -> DiskUsage | None:
+        """See `SessionStore.disk_usage`."""
+        return None
 
     async def close(self) -> None:
         """See `SessionStore.close`."""

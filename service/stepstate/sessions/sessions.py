@@ -313,17 +313,18 @@ class Sessions:
     async def _expired_entry(self, session_id: str) -> Entry:
         """An expired session of a model that is loaded here, marked as such."""
         found = await self.link.ask(self._store.find(session_id))
-        if isinstance(found, Entry) and self._standings.past(found):
-            record = found.record
-            lane = self.lanes.get(record.model_key)
-            if lane is not None and record.fingerprint in lane.model.fingerprints:
-                if found.delete_at is not None:
-                    return found
-                await self._expiry.settle(found)
-                return await self._expired_entry(session_id)
-        elif isinstance(found, Entry):
+        if not isinstance(found, Entry):
+            raise await self._residency.untaken(found, session_id)
+        if not self._standings.past(found):
             raise SessionExists(session_id, found.t)
-        raise await self._residency.untaken(found, session_id)
+        record = found.record
+        lane = self.lanes.get(record.model_key)
+        if lane is None or record.fingerprint not in lane.model.fingerprints:
+            raise self._residency.foreign(record)
+        if found.delete_at is not None:
+            return found
+        await self._expiry.settle(found)
+        return await self._expired_entry(session_id)
 
     def find(self, session_id: str) -> Session | None:
         """The resident session of this id if it takes steps now, and nobody waits for it."""

@@ -697,15 +697,6 @@ async def test_a_sweep_ends_spilled_sessions_whose_time_is_up(start, store, cloc
     assert await store.count() == {}
 
 
-async def test_time_without_a_server_counts_as_idle(start, clock):
-    start_first = start()
-    await start_first.open("a")
-    clock.advance(IDLE_SECONDS)
-    second = start()
-    with pytest.raises(SessionExpired):
-        await second.sessions.get("a")
-
-
 async def test_a_living_session_without_durability_is_not_swept_by_another_server(start, clock, x):
     one, two = start(), start()
     session = await one.open("a", durability=Durability.NONE)

@@ -106,7 +106,7 @@ async def test_endings_that_were_forgotten_leave_the_file(home, store):
 
 
 async def test_the_wal_stays_bounded(home, store):
-    connection = store._worker._file.connection()
+    connection = store._worker.file.connection()
     connection.execute("PRAGMA wal_autocheckpoint = 100")
     epoch = await create(home, store, "a")
     for t in range(1, 60):

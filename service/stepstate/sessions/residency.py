@@ -32,7 +32,7 @@ from stepstate.sessions.session import Session
 from stepstate.sessions.snapshot import Snapshot, decode, identity_of
 from stepstate.sessions.standing import Standings
 from stepstate.sessions.table import Table
-from stepstate.stores import Durability, Ending, EndReason, Entry
+from stepstate.stores import Durability, Ending, EndReason, Entry, SessionRecord
 
 log = logging.getLogger(__name__)
 
@@ -176,12 +176,14 @@ class Residency:
             return SessionUnknown(session_id)
         if isinstance(found, Ending):
             return told(session_id, found)
-        record = found.record
         if self._standings.past(found):
             return await self._expired(found)
-        return SnapshotForeign(
-            session_id, record.model_key, record.fingerprint, self.loaded(record.model_key)
-        )
+        return self.foreign(found.record)
+
+    def foreign(self, record: SessionRecord) -> SnapshotForeign:
+        """That a session is of another model than is loaded here."""
+        key = record.model_key
+        return SnapshotForeign(record.session_id, key, record.fingerprint, self.loaded(key))
 
     def loaded(self, model_key: str) -> str:
         """The fingerprint under which a model is loaded here; empty: it is not."""
@@ -215,9 +217,7 @@ class Residency:
             fitted = lane.fitted(snapshot)
             if fitted is not None:
                 return fitted
-        raise SnapshotForeign(
-            record.session_id, record.model_key, record.fingerprint, self.loaded(record.model_key)
-        )
+        raise self.foreign(record)
 
     async def _end_in_store(self, entry: Entry, reason: EndReason) -> StepstateError:
         record = entry.record

@@ -55,7 +55,7 @@ from stepstate.sessions.snapshot import Snapshot, decode, encode
 from stepstate.sessions.standing import Standing, Standings
 from stepstate.sessions.table import Table
 from stepstate.sessions.turn import Turn
-from stepstate.stores import Ending, EndReason, Entry, Saved, SessionStore
+from stepstate.stores import DiskUsage, Ending, EndReason, Entry, Saved, SessionStore
 
 log = logging.getLogger(__name__)
 
@@ -154,6 +154,11 @@ class Sessions:
     def store_failures(self) -> Mapping[str, int]:
         """Calls of the store that failed, by cause."""
         return self.link.failures
+
+    @property
+    def disk_usage(self) -> DiskUsage | None:
+        """What the store takes of a disk of this machine; None: it has none."""
+        return self._store.disk_usage()
 
     @property
     def undurable_rows(self) -> int:
@@ -283,17 +288,18 @@ class Sessions:
     async def _expired_entry(self, session_id: str) -> Entry:
         """An expired session of a model that is loaded here, marked as such."""
         found = await self.link.ask(self._store.find(session_id))
-        if isinstance(found, Entry) and self._standings.past(found):
-            record = found.record
-            lane = self.lanes.get(record.model_key)
-            if lane is not None and record.fingerprint in lane.model.fingerprints:
-                if found.delete_at is not None:
-                    return found
-                await self._expiry.settle(found)
-                return await self._expired_entry(session_id)
-        elif isinstance(found, Entry):
+        if not isinstance(found, Entry):
+            raise await self._residency.untaken(found, session_id)
+        if not self._standings.past(found):
             raise SessionExists(session_id, found.t)
-        raise await self._residency.untaken(found, session_id)
+        record = found.record
+        lane = self.lanes.get(record.model_key)
+        if lane is None or record.fingerprint not in lane.model.fingerprints:
+            raise self._residency.foreign(record)
+        if found.delete_at is not None:
+            return found
+        await self._expiry.settle(found)
+        return await self._expired_entry(session_id)
 
     def find(self, session_id: str) -> Session | None:
         """The resident session of this id if it takes steps now, and nobody waits for it."""

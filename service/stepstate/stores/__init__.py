@@ -1,6 +1,7 @@
 """Stores: where sessions are kept beyond the arena."""
 
 from stepstate.stores.base import (
+    DiskUsage,
     Durability,
     Ending,
     EndReason,
@@ -18,6 +19,7 @@ from stepstate.stores.sqlite import SqliteStore
 
 __all__ = [
     "CannotOpenStore",
+    "DiskUsage",
     "Durability",
     "EndReason",
     "Ending",

@@ -168,6 +168,19 @@ class Saved(enum.Enum):
     """The store has lost the session: it knows neither it nor how it ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class DiskUsage:
+    """What a store's files take of the volume that they are on, in bytes."""
+
+    database: int
+    wal: int
+    """Written and not yet copied into the database."""
+    reserve: int
+    """Kept so that it can be copied when the disk is full."""
+    free: int
+    volume: int
+
+
 class SessionStore(Protocol):
     """Keeps sessions and their endings.
 
@@ -321,6 +334,10 @@ class SessionStore(Protocol):
 
         A store that can be read but not written (a replica, a full disk) raises.
         """
+        ...
+
+    def disk_usage(self) -> DiskUsage | None:
+        """What it takes of a disk of this machine; None: it has none. Any thread may ask."""
         ...
 
     async def close(self) -> None:

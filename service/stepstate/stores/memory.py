@@ -10,6 +10,7 @@ from itertools import chain, islice
 
 from stepstate.stores.base import (
     ENDING_SECONDS,
+    DiskUsage,
     Ending,
     Entry,
     Save,
@@ -169,6 +170,10 @@ class MemoryStore:
 
     async def probe(self) -> None:
         """See `SessionStore.probe`; memory can always be written."""
+
+    def disk_usage(self) -> DiskUsage | None:
+        """See `SessionStore.disk_usage`."""
+        return None
 
     async def close(self) -> None:
         """See `SessionStore.close`; nothing to let go of."""

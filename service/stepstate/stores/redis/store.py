@@ -8,7 +8,15 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores.base import ENDING_SECONDS, Ending, Entry, Save, Saved, SessionRecord
+from stepstate.stores.base import (
+    ENDING_SECONDS,
+    DiskUsage,
+    Ending,
+    Entry,
+    Save,
+    Saved,
+    SessionRecord,
+)
 from stepstate.stores.redis import keys, scripts
 from stepstate.stores.redis.lane import Lane
 from stepstate.stores.redis.link import Argument, Command, Link, Reply
@@ -203,6 +211,10 @@ class RedisStore:
         await self._ask_all(
             [Command(scripts.PROBE, (key,), (self._name,)) for key in where.values()]
         )
+
+    def disk_usage(self) -> DiskUsage | None:
+        """See `SessionStore.disk_usage`."""
+        return None
 
     async def close(self) -> None:
         """See `SessionStore.close`."""

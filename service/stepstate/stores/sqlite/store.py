@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
-from stepstate.stores.base import Ending, Entry, Save, Saved, SessionRecord
+from stepstate.stores.base import DiskUsage, Ending, Entry, Save, Saved, SessionRecord
 from stepstate.stores.sqlite import reads, schema
 from stepstate.stores.sqlite.file import SessionFile
 from stepstate.stores.sqlite.worker import Job, Worker
@@ -147,6 +147,10 @@ class SqliteStore:
     async def probe(self) -> None:
         """See `SessionStore.probe`."""
         await self._worker.do(Job(probe=True))
+
+    def disk_usage(self) -> DiskUsage | None:
+        """See `SessionStore.disk_usage`."""
+        return self._worker.file.disk_usage()
 
     async def close(self) -> None:
         """See `SessionStore.close`."""

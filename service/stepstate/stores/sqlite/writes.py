@@ -40,6 +40,10 @@ _TAKE = """
 UPDATE sessions SET epoch = v.column2, owner = v.column3
 FROM (VALUES {}) AS v WHERE session_id = v.column1
 """
+_HELD = """
+SELECT count(*) FROM json_each(?1) JOIN sessions
+    ON session_id = json_extract(value, '$[0]') AND epoch = json_extract(value, '$[1]')
+"""
 _EXPIRE = """
 UPDATE sessions SET epoch = epoch + 1, owner = v.column3, t = v.column4, due = v.column5,
     expired = 1, snapshot = coalesce(v.column6, snapshot)
@@ -154,7 +158,9 @@ def write(
     connection.execute("BEGIN IMMEDIATE")
     for some in rounds:
         _save(connection, _of(SaveOne, some), now)
-        _change(connection, [part for part in some if not isinstance(part, SaveOne)], now, wall)
+        _expire(connection, _of(Expire, some), now)
+        others: list[Part] = [p for p in some if not isinstance(p, SaveOne | Expire)]
+        _change(connection, others, now, wall)
     connection.execute("COMMIT")
 
 
@@ -184,6 +190,25 @@ def _save(connection: sqlite3.Connection, parts: list[SaveOne], now: float) -> N
         _tell_apart(look(connection, [part.session_id for part in parts], now), parts)
 
 
+def _expire(connection: sqlite3.Connection, parts: list[Expire], now: float) -> None:
+    """Like `_save`; but its epoch rises, so what is known is looked at before."""
+    if not parts:
+        return
+    ids = json.dumps([[part.session_id, part.save.epoch] for part in parts])
+    (known,) = connection.execute(_HELD, (ids,)).fetchone()
+    for part in parts:
+        part.answer = Saved.DONE
+    if known < len(parts):
+        _tell_apart(look(connection, [part.session_id for part in parts], now), parts)
+    rows = [_expired(part) for part in parts if part.answer is Saved.DONE]
+    _execute_many(connection, _EXPIRE, rows)
+
+
+def _expired(part: Expire) -> Values:
+    save, due = part.save, microseconds(part.delete_at)
+    return (save.session_id, save.epoch, save.owner, save.t, due, save.snapshot)
+
+
 def _saved(save: Save) -> Values:
     expires = microseconds(save.expires_at)
     return (save.session_id, save.epoch, save.owner, save.t, expires, save.snapshot)
@@ -204,7 +229,6 @@ def _change(connection: sqlite3.Connection, parts: list[Part], now: float, wall:
     known = look(connection, [part.session_id for part in parts], now)
     _create(connection, known, _of(Create, parts), now, wall)
     _acquire(connection, known, _of(Acquire, parts), now, wall)
-    _expire(connection, known, _of(Expire, parts))
     _restore(connection, known, _of(Restore, parts))
     _end(connection, known, _of(End, parts), now)
 
@@ -272,16 +296,6 @@ def _chunks_of_bytes(rows: Sequence[Row]) -> Iterator[list[Row]]:
         size += row.snapshot_bytes
     if chunk:
         yield chunk
-
-
-def _expire(connection: sqlite3.Connection, known: Known, parts: list[Expire]) -> None:
-    _tell_apart(known, parts)
-    rows: list[Values] = []
-    for part in parts:
-        if part.answer is Saved.DONE:
-            save, due = part.save, microseconds(part.delete_at)
-            rows.append((save.session_id, save.epoch, save.owner, save.t, due, save.snapshot))
-    _execute_many(connection, _EXPIRE, rows)
 
 
 def _restore(connection: sqlite3.Connection, known: Known, parts: list[Restore]) -> None:

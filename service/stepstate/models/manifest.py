@@ -160,7 +160,8 @@ class Input(_Part):
 class Output(_Part):
     """A column of y for each horizon h: network * scale + mean + profile[phase(t + h)].
 
-    With `quantiles` there is one for each horizon and each quantile level.
+    With `quantiles` there is one for each horizon and each quantile level; the server sorts those
+    of a horizon, in raw units.
     """
 
     name: Name

@@ -248,6 +248,16 @@ class StoreGauges(Protocol):
         """Expired sessions that are kept."""
         ...
 
+    @property
+    def orphaned_sessions(self) -> int:
+        """Stored sessions whose model is not loaded here."""
+        ...
+
+    @property
+    def unreadable_sessions(self) -> int:
+        """Stored sessions that can't be read."""
+        ...
+
     def spilled(self, model_key: str) -> int:
         """Open sessions of a model that are not resident here."""
         ...
@@ -583,6 +593,18 @@ class Metrics(Collector):
                 "stepstate_snapshot_backlog_rows",
                 "Rows of async sessions that are applied and not saved.",
                 value=self.store.undurable_rows,
+            )
+            yield GaugeMetricFamily(
+                "stepstate_sessions_orphaned",
+                "Sessions in the store whose model is not loaded here, or is another one by now; "
+                "counted at start and every ten minutes. They can be closed.",
+                value=self.store.orphaned_sessions,
+            )
+            yield GaugeMetricFamily(
+                "stepstate_sessions_unreadable",
+                "Sessions in the store that can't be read, as far as they were met. "
+                "They can be closed.",
+                value=self.store.unreadable_sessions,
             )
             yield GaugeMetricFamily(
                 "stepstate_store_up",

@@ -18,6 +18,7 @@ from stepstate.errors import (
     SessionLimit,
     SessionLost,
     SessionUnknown,
+    SessionUnreadable,
     SnapshotCorrupt,
     SnapshotForeign,
     StaleOwner,
@@ -763,7 +764,7 @@ async def test_a_damaged_snapshot_in_the_store_is_told_and_kept(start, store, x)
     good = store._sessions["a"].snapshot
     store._sessions["a"].snapshot = good[:-9] + b"!" + good[-8:]
     second = start()
-    with pytest.raises(SnapshotCorrupt):
+    with pytest.raises(SessionUnreadable, match="checksum"):
         await second.sessions.get("a")
     assert len(second.sessions) == second.lane.open_sessions == 0
     store._sessions["a"].snapshot = good

@@ -11,6 +11,7 @@ from stepstate.stores.base import (
     Saved,
     SessionRecord,
     SessionStore,
+    Unreadable,
 )
 from stepstate.stores.failures import CannotOpenStore
 from stepstate.stores.memory import MemoryStore
@@ -31,5 +32,6 @@ __all__ = [
     "SessionRecord",
     "SessionStore",
     "SqliteStore",
+    "Unreadable",
     "open_store",
 ]

@@ -16,6 +16,7 @@ from stepstate.stores.base import (
     Save,
     Saved,
     SessionRecord,
+    Unreadable,
 )
 
 MOST_ENDINGS = 100_000
@@ -136,6 +137,11 @@ class MemoryStore:
         self._forget()
         return True
 
+    async def discard(self, session_id: str, ending: Ending) -> bool:
+        """See `SessionStore.discard`: what is in memory can be read."""
+        del session_id, ending
+        return False
+
     async def overdue(self, before: float, limit: int) -> list[Entry]:
         """See `SessionStore.overdue`."""
         due = (kept.entry for kept in self._sessions.values() if kept.entry.expires_at < before)
@@ -147,17 +153,17 @@ class MemoryStore:
         return [e for e in oldest if e.delete_at is not None and e.delete_at < before]
 
     async def page(
-        self, token: str, size: int, models: Collection[str], *, expired: bool = False
-    ) -> tuple[list[Entry], str]:
+        self, token: str, size: int, model: str = "", *, expired: bool = False
+    ) -> tuple[list[Entry | Unreadable], str]:
         """See `SessionStore.page`; the token is the last id."""
         everything = chain(self._sessions.items(), self._expired.items() if expired else ())
         later = (
             (session_id, kept.entry)
             for session_id, kept in everything
-            if session_id > token and kept.entry.record.model_key in models
+            if session_id > token and model in ("", kept.entry.record.model)
         )
         found = heapq.nsmallest(size + 1, later, key=lambda pair: pair[0])
-        entries = [entry for _, entry in found[:size]]
+        entries: list[Entry | Unreadable] = [entry for _, entry in found[:size]]
         return entries, found[size - 1][0] if len(found) > size else ""
 
     async def count(self) -> Mapping[str, int]:

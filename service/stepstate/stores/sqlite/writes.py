@@ -13,7 +13,15 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from stepstate.stores.base import ENDING_SECONDS, Ending, Entry, Save, Saved, SessionRecord
+from stepstate.stores.base import (
+    ENDING_SECONDS,
+    Ending,
+    Entry,
+    Save,
+    Saved,
+    SessionRecord,
+    Unreadable,
+)
 from stepstate.stores.epochs import next_epoch
 from stepstate.stores.sqlite.reads import Known, Row, look
 from stepstate.stores.sqlite.schema import microseconds
@@ -54,9 +62,9 @@ UPDATE sessions SET epoch = epoch + 1, expires = v.column2, due = v.column2, exp
 FROM (VALUES {}) AS v WHERE session_id = v.column1
 """
 _SNAPSHOTS = """
-SELECT json_group_array(json_array(session_id, length(snapshot))),
-    CAST(group_concat(CAST(snapshot AS TEXT), '') AS BLOB)
-FROM sessions WHERE session_id IN (SELECT value FROM json_each(?1))
+SELECT json_group_array(json_array(rowid, ifnull(length(CAST(snapshot AS BLOB)), 0))),
+    CAST(group_concat(CAST(CAST(snapshot AS BLOB) AS TEXT), '') AS BLOB)
+FROM sessions WHERE rowid IN (SELECT value FROM json_each(?1))
 """
 _FORGET_SESSIONS = "DELETE FROM sessions WHERE session_id IN (SELECT value FROM json_each(?1))"
 _FORGET_ENDINGS = "DELETE FROM endings WHERE session_id IN (SELECT value FROM json_each(?1))"
@@ -77,7 +85,7 @@ class Create:
     expires_at: float
     snapshot: bytes
     replacing: int = 0
-    answer: int | Entry = 0
+    answer: int | Entry | Unreadable = 0
 
     @property
     def session_id(self) -> str:
@@ -92,7 +100,7 @@ class Acquire:
     session_id: str
     owner: str
     fingerprints: Collection[str]
-    answer: tuple[Entry, bytes] | Entry | Ending | None = None
+    answer: tuple[Entry, bytes] | Entry | Unreadable | Ending | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -134,7 +142,16 @@ class End:
     answer: bool = False
 
 
-Part = Create | Acquire | SaveOne | Expire | Restore | End
+@dataclass(slots=True, eq=False)
+class Discard:
+    """See `SessionStore.discard`."""
+
+    session_id: str
+    ending: Ending
+    answer: bool = False
+
+
+Part = Create | Acquire | SaveOne | Expire | Restore | End | Discard
 
 
 def write(
@@ -230,10 +247,13 @@ def _change(connection: sqlite3.Connection, parts: list[Part], now: float, wall:
     _create(connection, known, _of(Create, parts), now, wall)
     _acquire(connection, known, _of(Acquire, parts), now, wall)
     _restore(connection, known, _of(Restore, parts))
-    _end(connection, known, _of(End, parts), now)
+    ends: list[End | Discard] = [*_of(End, parts), *_of(Discard, parts)]
+    _end(connection, known, ends, now)
 
 
-def _past(entry: Entry, now: float) -> bool:
+def _past(entry: Entry | Unreadable, now: float) -> bool:
+    if isinstance(entry, Unreadable):
+        return False
     return entry.delete_at is not None or entry.expires_at <= now
 
 
@@ -243,7 +263,7 @@ def _create(
     new: list[Values] = []
     for part in parts:
         row = known.rows.get(part.session_id)
-        if row is not None and not (row.entry.epoch == part.replacing and _past(row.entry, now)):
+        if row is not None and not (row.epoch == part.replacing and _past(row.entry, now)):
             part.answer = row.entry
             continue
         part.answer = next_epoch(known.epoch(part.session_id), wall)
@@ -259,29 +279,31 @@ def _create(
 def _acquire(
     connection: sqlite3.Connection, known: Known, parts: list[Acquire], now: float, wall: float
 ) -> None:
-    taken: dict[str, tuple[Acquire, Row]] = {}
+    taken: dict[int, tuple[Acquire, Entry]] = {}
+    rows: list[Row] = []
     for part in parts:
-        row = known.rows.get(part.session_id)
         part.answer = known.of(part.session_id)
-        if row is None or _past(row.entry, now):
+        row = known.rows.get(part.session_id)
+        if row is None or not isinstance(row.entry, Entry) or _past(row.entry, now):
             continue
         if row.entry.record.fingerprint in part.fingerprints:
             entry = replace(row.entry, epoch=next_epoch(row.entry.epoch, wall))
-            taken[part.session_id] = part, replace(row, entry=entry)
-    owners = [(name, row.entry.epoch, part.owner) for name, (part, row) in taken.items()]
+            taken[row.rowid] = part, entry
+            rows.append(row)
+    owners = [(part.session_id, entry.epoch, part.owner) for part, entry in taken.values()]
     _execute_many(connection, _TAKE, owners)
-    for session_id, snapshot in _snapshots(connection, [row for _, row in taken.values()]):
-        part, row = taken[session_id]
-        part.answer = row.entry, snapshot
+    for rowid, snapshot in _snapshots(connection, rows):
+        part, entry = taken[rowid]
+        part.answer = entry, snapshot
 
 
-def _snapshots(connection: sqlite3.Connection, rows: Sequence[Row]) -> Iterator[tuple[str, bytes]]:
+def _snapshots(connection: sqlite3.Connection, rows: Sequence[Row]) -> Iterator[tuple[int, bytes]]:
     for some in _chunks_of_bytes(rows):
-        ids = json.dumps([row.entry.record.session_id for row in some])
-        sizes, joined = connection.execute(_SNAPSHOTS, (ids,)).fetchone()
+        rowids = json.dumps([row.rowid for row in some])
+        sizes, joined = connection.execute(_SNAPSHOTS, (rowids,)).fetchone()
         start = 0
-        for session_id, size in json.loads(sizes):
-            yield session_id, joined[start : start + size]
+        for rowid, size in json.loads(sizes):
+            yield rowid, joined[start : start + size]
             start += size
 
 
@@ -302,26 +324,38 @@ def _restore(connection: sqlite3.Connection, known: Known, parts: list[Restore])
     for part in parts:
         row = known.rows.get(part.session_id)
         part.answer = (
-            row is not None and row.entry.epoch == part.epoch and row.entry.delete_at is not None
+            row is not None
+            and isinstance(row.entry, Entry)
+            and row.entry.epoch == part.epoch
+            and row.entry.delete_at is not None
         )
     done = [(part.session_id, microseconds(part.expires_at)) for part in parts if part.answer]
     _execute_many(connection, _RESTORE, done)
 
 
-def _end(connection: sqlite3.Connection, known: Known, parts: list[End], now: float) -> None:
+def _end(
+    connection: sqlite3.Connection, known: Known, parts: Sequence[End | Discard], now: float
+) -> None:
     forget = microseconds(now + ENDING_SECONDS)
     rows: list[Values] = []
     for part in parts:
-        row = known.rows.get(part.session_id)
-        part.answer = row is not None and row.entry.epoch == part.epoch
+        part.answer = _may_end(part, known.rows.get(part.session_id))
         if part.answer:
             ending, idle = part.ending, repr(part.ending.idle_timeout_seconds)
             how = (ending.reason.value, ending.t, idle, forget)
-            rows.append((part.session_id, part.epoch, *how))
+            rows.append((part.session_id, known.epoch(part.session_id), *how))
     if rows:
         connection.execute(_FORGET_SESSIONS, (json.dumps([row[0] for row in rows]),))
         connection.execute(_FORGET_OLD, (microseconds(now),))
         _execute_many(connection, _ENDED, rows)
+
+
+def _may_end(part: End | Discard, row: Row | None) -> bool:
+    if row is None:
+        return False
+    if isinstance(part, Discard):
+        return isinstance(row.entry, Unreadable)
+    return row.epoch == part.epoch
 
 
 def _execute_many(connection: sqlite3.Connection, statement: str, rows: list[Values]) -> int:

@@ -77,6 +77,8 @@ class Session:
     """Steps that came meanwhile, in order; made when first needed."""
     placed_at: float = field(init=False, default=0.0)
     """When it became resident."""
+    changed: bool = field(init=False, default=False)
+    """Its state changed without a row since it was saved, so that its t does not tell."""
     wanted: bool = field(init=False, default=False)
     """Whoever made it resident has not come for it yet."""
     barred: bool = field(init=False, default=False)

@@ -15,6 +15,8 @@ RUN python3 -m pip --python /opt/stepstate/bin/python3 install --no-cache-dir \
         --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" torch
 COPY pyproject.toml README.md LICENSE ./
 COPY service service
+# What the link in service/stepstate/examples points to.
+COPY models/electricity/2 models/electricity/2
 RUN python3 -m pip --python /opt/stepstate/bin/python3 install --no-cache-dir \
         --constraint constraints.txt --extra-index-url "${TORCH_INDEX}" ".[server,triton]"
 COPY models /app/models

@@ -19,7 +19,9 @@ from typing import Any
 from stepstate.cli import main
 
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["stepstate.cli.serve", "stepstate.transport.triton", __name__])
+_FORKS.set_forkserver_preload(
+    ["stepstate.cli.serve", "stepstate.server", "stepstate.transport.triton", __name__]
+)
 
 
 class Forked:

@@ -49,9 +49,18 @@ class RedisProcess:
 
     def start(self) -> None:
         """Starts it, and waits until it answers."""
+        self.launch()
+        self.wait()
+
+    def launch(self, *more: str) -> None:
+        """Starts it, perhaps with more options; it may not answer yet."""
         command = [redis_server(), "--port", str(self.port), "--bind", "127.0.0.1"]
-        command += ["--dir", str(self.folder), "--save", "", *self._options]
+        command += ["--dir", str(self.folder), "--save", "", *self._options, *more]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+    def wait(self) -> None:
+        """Waits until it answers."""
+        assert self._process is not None
         until = time.monotonic() + START_SECONDS
         while not self._answers():
             assert self._process.poll() is None, "redis-server ended"
@@ -93,6 +102,42 @@ class RedisProcess:
             return self.command("PING") is True
         except redis.RedisError:
             return False
+
+
+class SentinelProcess(RedisProcess):
+    """A Redis Sentinel that watches one primary as the service "sessions".
+
+    Args:
+        folder: its configuration is there; it writes it anew.
+        primary: whom it watches.
+    """
+
+    def __init__(self, folder: Path, primary: RedisProcess) -> None:
+        super().__init__(folder)
+        self._primary = primary
+
+    def launch(self, *more: str) -> None:
+        """See `RedisProcess.launch`."""
+        config = self.folder / "sentinel.conf"
+        config.write_text(
+            f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n"
+            f"sentinel monitor sessions 127.0.0.1 {self._primary.port} 1\n"
+            "sentinel down-after-milliseconds sessions 1000\n"
+        )
+        command = [redis_server(), str(config), "--sentinel", *more]
+        self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+
+
+@contextmanager
+def redis_sentinel(folder: Path, primary: RedisProcess) -> Iterator[SentinelProcess]:
+    """One Sentinel, for the time of the block."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sentinel = SentinelProcess(folder, primary)
+    sentinel.start()
+    try:
+        yield sentinel
+    finally:
+        sentinel.kill()
 
 
 @contextmanager

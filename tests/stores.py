@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
+from stepstate.errors import StoreUnavailable
 from stepstate.stores import (
     Durability,
     Ending,
@@ -16,6 +18,7 @@ from stepstate.stores import (
     SessionStore,
     open_store,
 )
+from stepstate.uptime import BEAT_SECONDS
 from tests.redis_process import RedisProcess
 
 OPENED = datetime(2026, 1, 2, 3, 4, 5, 678_901, tzinfo=UTC)
@@ -51,9 +54,19 @@ class Home:
         """One more store in the same place. In memory there is one only."""
         if self.url == "memory:" and self._opened:
             return self._opened[0]
-        store = await open_store(self.url, clock=self.clock)
+        store = await open_store(self.url, clock=self.clock, wall=self.clock)
         self._opened.append(store)
+        with suppress(StoreUnavailable):
+            await store.beat()  # as a server does when it starts
         return store
+
+    async def pass_time(self, seconds: float) -> None:
+        """Lets time pass while all servers are up."""
+        while seconds > 0:
+            self.clock.advance(min(seconds, BEAT_SECONDS))
+            seconds -= BEAT_SECONDS
+            for store in self._opened:
+                await store.beat()
 
     async def close(self) -> None:
         """Closes all stores."""
@@ -105,7 +118,13 @@ def record(session_id: str, model: str = "lstm", start: datetime | None = STARTE
 
 
 async def create(
-    home: Home, store: SessionStore, session_id: str, model: str = "lstm", owner: str = "A"
+    home: Home,
+    store: SessionStore,
+    session_id: str,
+    model: str = "lstm",
+    owner: str = "A",
+    *,
+    replacing: int = 0,
 ) -> int:
     """A session that is open for a minute; returns its epoch."""
     epoch = await store.create(
@@ -114,6 +133,7 @@ async def create(
         t=0,
         expires_at=home.clock() + 60.0,
         snapshot=SNAPSHOT,
+        replacing=replacing,
     )
     assert isinstance(epoch, int)
     return epoch

@@ -41,6 +41,12 @@ class ServerConfig:
     """
 
     models: Path = _setting(Path("models"), "The folder that holds <name>/<version>/.")
+    # A model that is missing is noticed at once, not when its first session is opened.
+    skip_invalid_models: bool = _setting(
+        default=False,
+        text="Start with the good models beside bad ones; the log and "
+        'stepstate_models{state="skipped"} tell of those.',
+    )
     # Loopback: without credentials nobody else should reach it.
     listen: str = _setting("127.0.0.1:50051", "host:port for gRPC; port 0 takes a free one.")
     # The port that OpenTelemetry's exporter made usual.
@@ -49,7 +55,7 @@ class ServerConfig:
     store: str = _setting(
         "sqlite:stepstate.db",
         "Where sessions are kept: sqlite:PATH, redis://HOST:PORT/DB, redis+cluster://HOST:PORT, "
-        "or memory: (lost with the process).",
+        "redis+sentinel://HOST:PORT/SERVICE, or memory: (lost with the process).",
     )
     # kill -9 loses nothing without it; it costs a disk write for each group of steps.
     store_fsync: bool = _setting(
@@ -73,9 +79,20 @@ class ServerConfig:
     # Some 4 GB on disk.
     max_sessions: int = _setting(1_000_000, "Open sessions at the most, in memory or not.")
     # A day: a meter that reports hourly survives a night's outage.
-    idle_timeout: float = _setting(86_400.0, "Seconds without a step after which one expires.")
+    idle_timeout: float = _setting(
+        86_400.0,
+        "Seconds without a step, while a server is up, after which a session expires; "
+        "5 step intervals of the model if they are longer.",
+    )
     # A month: what was forgotten for longer is not coming back.
-    max_idle_timeout: float = _setting(31 * 86_400.0, "The longest that a client may ask for.")
+    max_idle_timeout: float = _setting(
+        31 * 86_400.0,
+        "The longest that a client may ask for; 5 step intervals of the model if they are longer.",
+    )
+    # A week: somebody who was on holiday, or a feed that was down, can still be helped.
+    expired_grace: float = _setting(
+        7 * 86_400.0, "Seconds for which an expired session is kept and can be restored."
+    )
     # A GPU pays where thousands of sessions step at once.
     device: str = _setting("cpu", "Where states are and steps run: cpu, cuda or cuda:N.")
     # Exact; the others are coarser, and faster on some processors only.
@@ -119,10 +136,11 @@ class ServerConfig:
                 raise ConfigError(
                     f"{setting.name} is {value}, expected more than 0 and at most {LARGEST}"
                 )
-        if self.max_idle_timeout > LONGEST_IDLE_SECONDS:
-            raise ConfigError(
-                f"max_idle_timeout is {self.max_idle_timeout:g} s, at most {LONGEST_IDLE_SECONDS:g}"
-            )
+        for name in ("max_idle_timeout", "expired_grace"):
+            if getattr(self, name) > LONGEST_IDLE_SECONDS:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name):g} s, at most {LONGEST_IDLE_SECONDS:g}"
+                )
         if self.slots > MOST_SLOTS:
             raise ConfigError(f"slots is {self.slots}, at most {MOST_SLOTS}")
         if self.idle_timeout > self.max_idle_timeout:

@@ -70,8 +70,9 @@ def restore(reason: str, metadata: dict[str, str]) -> StepstateError | None:
         return None
     cast = {"int": int, "float": float, "str": str}
     try:
-        return cls(**{f.name: cast[str(f.type)](metadata[f.name]) for f in fields(cls)})
-    except (KeyError, ValueError):
+        known = (f for f in fields(cls) if f.name in metadata)  # others have defaults, or fail
+        return cls(**{f.name: cast[str(f.type)](metadata[f.name]) for f in known})
+    except (KeyError, TypeError, ValueError):
         return None
 
 
@@ -101,13 +102,22 @@ class SessionExpired(NotFound):
     session_id: str
     t: int
     idle_timeout_seconds: float
+    restore_until: str
+    """When it is deleted, by the server's clock; empty: it is."""
 
     def __str__(self) -> str:
-        return (
+        told = (
             f"session {self.session_id!r} expired at t={self.t} after "
-            f"{self.idle_timeout_seconds:g} s without a step; open it again and send its "
-            "history, and ask for a longer idle_timeout if steps come less often"
+            f"{self.idle_timeout_seconds:g} s without a step"
         )
+        if self.restore_until:
+            told += (
+                f"; it is kept until {self.restore_until}: restore it (`stepstate sessions restore "
+                f"{self.session_id}`, RestoreSession), or open it again to start anew"
+            )
+        else:
+            told += " and was deleted: open it again and send its history"
+        return f"{told}; ask for a longer idle_timeout if steps come less often"
 
 
 @dataclass(eq=False)
@@ -419,17 +429,40 @@ class Draining(Unavailable):
         )
 
 
+STORE_CAUSES = (
+    "disconnected",
+    "timeout",
+    "readonly",
+    "masterdown",
+    "loading",
+    "noreplicas",
+    "oom",
+    "misconf",
+    "cluster",
+    "full",
+    "wal",
+    "busy",
+    "io",
+    "corrupt",
+    "other",
+)
+"""Why a store can't do what it is asked: Redis's error codes (those of a cluster that changes are
+one), what SQLite says of its file, and the network between."""
+
+
 @dataclass(eq=False)
 class StoreUnavailable(Unavailable):
-    """The store of sessions does not answer, or can't write."""
+    """The store of sessions does not answer, or can't write; `cause` is one of STORE_CAUSES."""
 
     reason = "STORE_UNAVAILABLE"
     problem: str
     retry_after_seconds: float = 0.25
+    cause: str = "other"
 
     def __str__(self) -> str:
         return (
-            f"the server's store of sessions is away: {self.problem}; whether the request was "
+            f"the server's store of sessions is away ({self.cause}): {self.problem}; "
+            "whether the request was "
             "committed is settled by a retry with the same t: it is applied once"
         )
 
@@ -472,7 +505,10 @@ class UnexpectedStatus(StepstateError):
     detail: str
 
     def __str__(self) -> str:
-        return f"the server answered {self.code}: {self.detail}; is it a Stepstate server?"
+        hint = "is it a Stepstate server?"
+        if self.code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
+            hint = "give the client `credentials` or `metadata` that what is at this address takes"
+        return f"the server answered {self.code}: {self.detail}; {hint}"
 
 
 @dataclass(eq=False)

@@ -51,6 +51,7 @@ STAGES = ("queue", "compute", "total")
 # Series exist from the start, at 0: `increase()` would not see the first event of a new one.
 RESULTS = ("applied", "replayed", "refused", "cancelled", "failed")
 END_REASONS = ("closed", "expired", "lost")
+DELETION_REASONS = ("grace_over", "limit", "replaced")
 NOT_SAVED = ("failed", "fenced")
 SCORES = (
     ("scored", "s_scored", "Forecasts whose truth has come, primed rows too."),
@@ -201,12 +202,22 @@ class StoreGauges(Protocol):
 
     @property
     def store_up(self) -> bool:
-        """Whether the store answers."""
+        """Whether the store can be written."""
+        ...
+
+    @property
+    def store_failures(self) -> Mapping[str, int]:
+        """Calls of the store that failed, by cause."""
         ...
 
     @property
     def undurable_rows(self) -> int:
         """Rows of async sessions that are applied and not saved."""
+        ...
+
+    @property
+    def expired(self) -> int:
+        """Expired sessions that are kept."""
         ...
 
     def spilled(self, model_key: str) -> int:
@@ -268,9 +279,12 @@ class Metrics(Collector):
 
     def __init__(self, registry: CollectorRegistry, *, limits: Mapping[str, float]) -> None:
         self._limits = limits
+        self.skipped_models = 0
         self._models: dict[tuple[str, str], ModelMetrics] = {}
         self._rpcs: dict[tuple[str, str, str], RpcMetrics] = {}
         self._closed = dict.fromkeys(END_REASONS, 0)
+        self._deleted = dict.fromkeys(DELETION_REASONS, 0)
+        self._expired_restored = 0
         self._not_saved = dict.fromkeys(NOT_SAVED, 0)
         self._saved = 0
         self._saved_bytes = 0
@@ -299,6 +313,14 @@ class Metrics(Collector):
         """A session ended."""
         self._closed[reason] += 1
 
+    def deleted(self, reason: str, count: int) -> None:
+        """Expired sessions were deleted."""
+        self._deleted[reason] += count
+
+    def expired_restored(self) -> None:
+        """An expired session was restored."""
+        self._expired_restored += 1
+
     def restarted(self, model: str, version: str) -> None:
         """A client of the Triton door began a sequence anew before it had ended."""
         self.model(model, version).sequences_restarted += 1
@@ -326,6 +348,7 @@ class Metrics(Collector):
     def collect(self) -> Iterable[Metric]:
         """All samples, for a scrape."""
         yield from self._of_build()
+        yield from self._of_catalog()
         yield from self._of_models()
         yield from self._of_forecasts()
         yield from self._of_sessions()
@@ -345,6 +368,16 @@ class Metrics(Collector):
         for name, value in self._limits.items():
             limits.add_metric([name], value)
         yield limits
+
+    def _of_catalog(self) -> Iterator[Metric]:
+        family = GaugeMetricFamily(
+            "stepstate_models",
+            "Models in the server's folder: loaded, or skipped because they can't be served.",
+            labels=["state"],
+        )
+        family.add_metric(["loaded"], len(self._models))
+        family.add_metric(["skipped"], self.skipped_models)
+        yield family
 
     def _of_models(self) -> Iterator[Metric]:
         labels = ["model", "version"]
@@ -404,6 +437,7 @@ class Metrics(Collector):
         )
         for reason, count in list(self._closed.items()):
             closed.add_metric([reason], count)
+        yield from self._of_expired()
         refused = CounterMetricFamily(
             "stepstate_requests_refused",
             "Requests answered with an error, in band ones too, by ErrorInfo reason.",
@@ -444,6 +478,29 @@ class Metrics(Collector):
                 state.add_metric(key, model.lane.state_bytes)
                 replay.add_metric(key, model.lane.replay_bytes)
         yield from (sessions, queue, requests, state, replay)
+
+    def _of_expired(self) -> Iterator[Metric]:
+        if self.store is not None:
+            yield GaugeMetricFamily(
+                "stepstate_expired_sessions",
+                "Expired sessions that are kept and can be restored, by a count that is some "
+                "seconds old.",
+                value=self.store.expired,
+            )
+        deleted = CounterMetricFamily(
+            "stepstate_expired_sessions_deleted",
+            "Expired sessions that were deleted: --expired-grace was over (grace_over), "
+            "--max-sessions were kept (limit), or the id was opened anew (replaced).",
+            labels=["reason"],
+        )
+        for reason, count in list(self._deleted.items()):
+            deleted.add_metric([reason], count)
+        yield deleted
+        yield CounterMetricFamily(
+            "stepstate_expired_sessions_restored",
+            "Expired sessions that were restored on request.",
+            value=self._expired_restored,
+        )
 
     def _of_residency(self) -> Iterator[Metric]:
         labels = ["model", "version"]
@@ -501,9 +558,18 @@ class Metrics(Collector):
             )
             yield GaugeMetricFamily(
                 "stepstate_store_up",
-                "1 if the store gave its last answer, 0 if it is away.",
+                "1 if the store can be written, 0 if it is away, full or a replica.",
                 value=self.store.store_up,
             )
+            away = CounterMetricFamily(
+                "stepstate_store_failures",
+                "Calls of the store that failed, by cause: Redis's error codes, SQLite's or the "
+                "network's.",
+                labels=["cause"],
+            )
+            for cause, count in list(self.store.store_failures.items()):
+                away.add_metric([cause], count)
+            yield away
 
     def _of_rpcs(self) -> Iterator[Metric]:
         labels = ["grpc_type", "grpc_service", "grpc_method"]

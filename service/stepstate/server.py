@@ -19,13 +19,7 @@ from wsgiref.simple_server import WSGIServer
 
 import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
-from prometheus_client import (
-    CollectorRegistry,
-    GCCollector,
-    PlatformCollector,
-    ProcessCollector,
-    start_http_server,
-)
+from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
@@ -36,11 +30,13 @@ from stepstate.engine import (
     use_one_thread,
 )
 from stepstate.errors import StoreUnavailable
+from stepstate.http import start_http
 from stepstate.metrics import Metrics
-from stepstate.models import Model, load_catalog
+from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Lane, Limits, Sessions, Table
 from stepstate.stores import Durability, SessionStore, open_store
 from stepstate.transport import Guard, NativeService, Outgoing, add_reflection
+from stepstate.uptime import BEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
 
@@ -50,12 +46,16 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 STORE_SERVICE = "stepstate.store"
-"""Its health tells whether the store answers; the server's own stays SERVING without it."""
+"""Its health tells whether the store takes writes; the server's own stays SERVING without it."""
 SERVICE = DESCRIPTOR.services_by_name["StepstateService"]
 LAST_CALLS_SECONDS = 0.5
 """For the replies of unary calls on their way out; a watch of health would never end by itself."""
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
+
+TICK_SECONDS = 1.0
+UPTIME = UptimeClock(time.monotonic)
+"""Seconds in which this process ran: idle times are measured in it. Every server keeps it going."""
 
 CHANNEL_OPTIONS = (
     # With it two servers could share a port unseen, each with half of the sessions.
@@ -100,10 +100,8 @@ class CannotListen(Exception):
 class Server:
     """A server and its life: `start`, then `drain` (or `stop`)."""
 
-    def __init__(self, config: ServerConfig, store: SessionStore) -> None:
+    def __init__(self, config: ServerConfig, catalog: Catalog, store: SessionStore) -> None:
         use_one_thread()
-        if config.device != "cpu":
-            check_accelerator(config.device)
         self.phase = Phase.STARTING
         self.address = ""
         self.metrics_address = ""
@@ -124,9 +122,10 @@ class Server:
                 "replay_bytes": config.replay_bytes,
             },
         )
+        self._metrics.skipped_models = len(catalog.skipped)
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        self.sessions = self._wire_sessions()
+        self.sessions = self._wire_sessions(catalog)
         outgoing = Outgoing()
         self._native = NativeService(
             self.sessions, outgoing=outgoing, refused=self._metrics.refused
@@ -160,7 +159,9 @@ class Server:
         self.metrics_address = self._listen_metrics()
         self.address = self._listen_grpc()
         await self._grpc.start()
-        self._tasks = [asyncio.create_task(self._sweep())]
+        self._tasks = [
+            asyncio.create_task(loop()) for loop in (self._sweep, self._tick, self._beat)
+        ]
         if self._store.durable:
             saving = self.sessions.saver.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))
@@ -217,14 +218,15 @@ class Server:
         try:
             from stepstate.transport.triton import TritonService  # noqa: PLC0415 - an extra
         except ImportError as error:
-            log.info("no door for Triton's clients: install stepstate[triton]", exc_info=error)
+            if isinstance(error, ModuleNotFoundError) and "tritonclient" in (error.name or ""):
+                log.info("Triton's clients are not served: the extra `triton` is not installed")
+            else:
+                log.warning("Triton's clients are not served: %s", error)
             return None
-        idle_timeout = self._config.idle_timeout
-        return TritonService(self.sessions, self._metrics, outgoing, idle_timeout)
+        return TritonService(self.sessions, self._metrics, outgoing)
 
-    def _wire_sessions(self) -> Sessions:
+    def _wire_sessions(self, catalog: Catalog) -> Sessions:
         config = self._config
-        catalog = load_catalog(config.models)
         table = Table(self._slots)
         sessions = Sessions(
             catalog,
@@ -235,12 +237,13 @@ class Server:
                 queued_rows=config.queue_rows,
                 default_idle_seconds=config.idle_timeout,
                 most_idle_seconds=config.max_idle_timeout,
+                expired_grace_seconds=config.expired_grace,
                 sessions=self._most_sessions,
                 durability=Durability(config.durability),
                 durable=self._store.durable,
             ),
             owner=f"{config.server_name or _host_and_port(config)}#{secrets.token_hex(4)}",
-            clock=time.monotonic,
+            clock=UPTIME,
             wall=time.time,
             observer=self._metrics,
         )
@@ -251,7 +254,7 @@ class Server:
                 model,
                 table,
                 number=number,
-                clock=time.monotonic,
+                clock=UPTIME,
                 observer=metrics,
                 settled=sessions.settled,
                 commit=sessions.saver.commit,
@@ -297,7 +300,9 @@ class Server:
     def _listen_metrics(self) -> str:
         host, port = split_address(self._config.metrics_listen)
         try:
-            self._http = start_http_server(port, host, self._registry)
+            self._http = start_http(
+                host, port, self._registry, serving=lambda: self.phase is Phase.SERVING
+            )
         except OSError as error:
             address = self._config.metrics_listen
             raise CannotListen("--metrics-listen", address, str(error)) from error
@@ -307,12 +312,28 @@ class Server:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
+                await self.sessions.link.check()
                 await self.sessions.sweep()
             except StoreUnavailable:
                 pass  # noted where it was asked; health tells it
             except Exception:
                 log.exception("a sweep for expired sessions failed; the next one tries again")
             await self._tell_store_health()
+
+    async def _tick(self) -> None:
+        while True:
+            UPTIME.beat()
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def _beat(self) -> None:
+        while True:
+            await asyncio.sleep(BEAT_SECONDS)
+            try:
+                await self.sessions.beat()
+            except StoreUnavailable:
+                pass  # noted where it was asked
+            except Exception:
+                log.exception("the store's clock was not moved on; the next beat tries again")
 
     async def _tell_store_health(self) -> None:
         """A service of its own, so that no load balancer turns away from all servers at once."""
@@ -323,10 +344,26 @@ class Server:
             self._store_told = up
 
 
+async def build_server(config: ServerConfig) -> Server:
+    """A server that is to be started; where there are no models, nothing is left behind.
+
+    Raises:
+        ModelInvalid: there is no model to serve, or one can't be served.
+        NoAccelerator: the device is not here.
+        CannotOpenStore: the store is not to be had.
+    """
+    if config.device != "cpu":
+        check_accelerator(config.device)
+    catalog = load_catalog(config.models, skip_invalid=config.skip_invalid_models)
+    for error in catalog.skipped:
+        log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
+    return Server(config, catalog, await _store(config))
+
+
 @asynccontextmanager
 async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained at its end."""
-    server = Server(config, await _store(config))
+    server = await build_server(config)
     try:
         await server.start()
         yield server
@@ -336,7 +373,7 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
 
 
 async def _store(config: ServerConfig) -> SessionStore:
-    return await open_store(config.store, clock=time.time, fsync=config.store_fsync)
+    return await open_store(config.store, clock=UPTIME, wall=time.time, fsync=config.store_fsync)
 
 
 def _host_and_port(config: ServerConfig) -> str:
@@ -365,9 +402,12 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
     """
     signals = asyncio.Semaphore(0)
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    numbers = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         loop.add_signal_handler(number, signals.release)
-    server = Server(config, await _store(config))
+    server = await build_server(config)
     try:
         await server.start()
         _calm_collector()

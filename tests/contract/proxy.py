@@ -18,7 +18,8 @@ class Proxy:
         """The next reply is lost with its connection."""
         self.holding = False
         """Requests are kept, even beyond the end of their connections, until `let_go`."""
-        self._redis_port = redis_port
+        self.redis_port = redis_port
+        """Where new connections go; those that are there stay where they are."""
         self._held: list[tuple[asyncio.StreamWriter, bytes]] = []
         self._pumps: set[asyncio.Task[None]] = set()
 
@@ -32,7 +33,11 @@ class Proxy:
 
     async def serve(self, client: asyncio.StreamReader, to_client: asyncio.StreamWriter) -> None:
         """One connection."""
-        redis, to_redis = await asyncio.open_connection("127.0.0.1", self._redis_port)
+        try:
+            redis, to_redis = await asyncio.open_connection("127.0.0.1", self.redis_port)
+        except OSError:  # it is away
+            to_client.close()
+            return
         for pump in (self._requests(client, to_redis), self._replies(redis, to_client)):
             task = asyncio.create_task(pump)
             self._pumps.add(task)

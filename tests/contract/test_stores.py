@@ -50,10 +50,14 @@ async def test_an_id_that_is_open_is_not_created_again(home, store):
     assert await store.count() == {"lstm/1": 1}
 
 
-async def test_a_session_past_its_time_is_replaced_with_a_higher_epoch(home, store):
+async def test_a_session_past_its_time_is_replaced_on_request_with_a_higher_epoch(home, store):
     first = await create(home, store, "a")
-    home.clock.advance(60)
-    second = await create(home, store, "a", model="gru", owner="B")
+    new = {"owner": "B", "t": 0, "expires_at": home.clock() + 999, "snapshot": b""}
+    assert await store.create(record("a"), **new, replacing=first) == await store.find("a")
+    await home.pass_time(60)
+    assert await store.create(record("a"), **new) == await store.find("a")
+    assert await store.create(record("a"), **new, replacing=first - 1) == await store.find("a")
+    second = await create(home, store, "a", model="gru", owner="B", replacing=first)
     assert second > first
     found = await store.find("a")
     assert (found.record.model, found.owner, found.t) == ("gru", "B", 0)
@@ -82,7 +86,7 @@ async def test_a_session_of_another_model_is_shown_and_not_taken(home, store):
 async def test_a_session_past_its_time_is_shown_and_not_taken(home, store):
     await create(home, store, "a")
     before = await store.find("a")
-    home.clock.advance(60)
+    await home.pass_time(60)
     assert await store.acquire("a", owner="B", fingerprints={FINGERPRINT}) == before
     assert await store.find("a") == before
 
@@ -154,9 +158,9 @@ async def test_an_older_epoch_ends_nothing(home, store):
 
 async def test_an_ending_is_forgotten_after_its_time(home, store):
     assert await store.end("a", await create(home, store, "a"), CLOSED)
-    home.clock.advance(ENDING_SECONDS - 1)
+    await home.pass_time(ENDING_SECONDS - 1)
     assert await store.find("a") == CLOSED
-    home.clock.advance(1)
+    await home.pass_time(1)
     assert await store.find("a") is None
 
 
@@ -232,7 +236,7 @@ async def test_a_session_that_stays_is_listed_once_whatever_else_happens(home, s
         listed += [entry.record.session_id for entry in entries]
         await create(home, store, f"come.{turn}")
         await store.end(f"go.{turn}", epochs[f"go.{turn}"], CLOSED)
-        home.clock.advance(1)
+        await home.pass_time(1)
         await store.save([saving(home, n, epochs[n]) for n in stay[turn % 3 :: 3]])
         turn += 1
     assert sorted(name for name in listed if name in stay) == sorted(stay)
@@ -260,3 +264,12 @@ async def test_closing_twice_is_harmless(store):
 
 async def overdue(store, before: float) -> set[str]:
     return {entry.record.session_id for entry in await store.overdue(before, 100)}
+
+
+async def test_a_probe_leaves_sessions_as_they_are(home, store):
+    await create(home, store, "a")
+    before = await store.find("a")
+    for _ in range(2):
+        await store.probe()
+    assert await store.find("a") == before
+    assert await store.count() == {"lstm/1": 1}

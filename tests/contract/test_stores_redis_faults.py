@@ -11,10 +11,11 @@ from redis.crc import key_slot
 
 from stepstate.errors import StoreUnavailable
 from stepstate.stores import CannotOpenStore, Saved, open_store
+from stepstate.stores.base import ENDING_SECONDS
 from stepstate.stores.redis import keys, link
 from tests.contract.proxy import proxy
 from tests.redis_process import free_port, redis_process
-from tests.stores import CLOSED, SNAPSHOT, RedisHome, acquire, create, saving
+from tests.stores import CLOSED, FINGERPRINT, SNAPSHOT, RedisHome, acquire, create, saving
 
 
 @pytest.fixture
@@ -161,9 +162,12 @@ async def test_a_replica_that_may_not_write_says_so_until_it_leads_again(home, s
     store = await home.open()
     epoch = await create(home, store, "a")
     server.command("REPLICAOF", "127.0.0.1", free_port())
-    with pytest.raises(StoreUnavailable, match="read only replica"):
-        await store.save([saving(home, "a", epoch)])
+    for call in (store.save([saving(home, "a", epoch)]), store.probe()):
+        with pytest.raises(StoreUnavailable, match="read only replica") as refused:
+            await call
+        assert refused.value.cause == "readonly"
     server.command("REPLICAOF", "NO", "ONE")
+    await store.probe()
     assert await store.save([saving(home, "a", epoch)]) == [Saved.DONE]
 
 
@@ -171,8 +175,9 @@ async def test_a_redis_without_memory_says_so_and_still_ends_sessions(home, serv
     store = await home.open()
     epoch = await create(home, store, "a")
     server.command("CONFIG", "SET", "maxmemory", 1)
-    with pytest.raises(StoreUnavailable, match="maxmemory"):
-        await store.save([saving(home, "a", epoch)])
+    for call in (store.save([saving(home, "a", epoch)]), store.probe()):
+        with pytest.raises(StoreUnavailable, match="maxmemory"):
+            await call
     assert (await store.find("a")).t == 0
     assert await store.end("a", epoch, CLOSED)
     assert await store.find("a") == CLOSED
@@ -191,14 +196,52 @@ async def test_one_that_fails_in_a_group_fails_alone(home, server):
     assert isinstance(answers[1], int)
 
 
-async def test_sessions_that_no_server_ends_go_by_themselves_and_are_not_counted(home, server):
+async def test_nothing_in_redis_goes_by_the_wall_clock_of_its_machine(home, server):
+    store = await home.open()
+    epochs = {name: await create(home, store, name) for name in "abc"}
+    await store.save([saving(home, "a", epochs["a"])])
+    await store.expire([saving(home, "b", epochs["b"])], delete_at=store.now() + 60)
+    await store.end("c", epochs["c"], CLOSED)
+    with server.client() as client:
+        assert {client.ttl(key) for key in client.keys("stepstate:*")} == {-1}
+
+
+async def test_endings_leave_redis_when_they_are_forgotten(home, server):
+    store = await home.open()
+    for i in range(50):
+        await store.end(f"s{i}", await create(home, store, f"s{i}"), CLOSED)
+    await home.pass_time(ENDING_SECONDS + 61)
+    assert server.command("KEYS", "stepstate:*end*") == []
+
+
+async def test_sessions_of_a_version_without_a_clock_keep_the_time_they_had_left(home, server):
+    """Its times were Unix times, and its keys had a time to live, by which Redis deletes them."""
+    store = await home.open()
+    epochs = {name: await create(home, store, name) for name in "ab"}
+    await home.pass_time(20)
+    await store.save([saving(home, "b", epochs["b"])])
+    await home.close()
+    server.command("DEL", "stepstate:clock")
+    for name in "ab":
+        server.command("PEXPIRE", keys.session(name), 10_000_000)
+    for jump in (-21 * 86_400, 400 * 86_400):  # a wrong clock, or years in a cupboard
+        home.clock.now += jump
+        server.command("DEL", "stepstate:clock")
+        store = await home.open()
+        left = {n: (await store.find(n)).expires_at - store.now() for n in "ab"}
+        assert left["b"] - left["a"] == pytest.approx(20)
+        assert left["b"] >= 60 if jump < 0 else left["b"] == pytest.approx(60)
+        assert {server.command("PTTL", keys.session(name)) for name in "ab"} == {-1}
+        assert isinstance(await store.acquire("a", owner="B", fingerprints={FINGERPRINT}), tuple)
+
+
+async def test_sessions_whose_keys_are_gone_are_not_counted(home, server):
     store = await home.open()
     for name in "abc":
         await create(home, store, name)
     with server.client() as client:
-        assert 3600 < client.ttl(keys.session("a")) <= 3660
         client.delete(keys.session("a"), keys.session("b"))
-    home.clock.advance(61)
+    await home.pass_time(61)
     assert [e.record.session_id for e in await store.overdue(home.clock(), 10)] == ["c"]
     assert await store.count() == {"lstm/1": 1}
     assert [e.record.session_id for e in (await store.page("", 10, {"lstm/1"}))[0]] == ["c"]
@@ -255,11 +298,25 @@ async def test_a_slot_that_moves_to_another_node_is_found_there(cluster_home, on
         for server in (taker, *one_cluster):
             server.command("CLUSTER", "SETSLOT", slot, "NODE", name)
         await create(cluster_home, store, f"{taker.port}")
-        cluster_home.clock.advance(61)
+        await cluster_home.pass_time(61)
         epoch = await create(cluster_home, store, "a")
         assert await store.save([saving(cluster_home, "a", epoch)]) == [Saved.DONE]
         assert taker.command("CLUSTER", "COUNTKEYSINSLOT", slot)
         cluster_home.empty()
+
+
+async def test_a_probe_of_a_cluster_fails_while_one_of_its_nodes_takes_no_writes(
+    cluster_home, one_cluster
+):
+    store = await cluster_home.open()
+    await create(cluster_home, store, "a")
+    await store.probe()
+    for server in one_cluster:
+        server.command("CONFIG", "SET", "min-replicas-to-write", 1)
+        with pytest.raises(StoreUnavailable, match="replicas"):
+            await store.probe()
+        server.command("CONFIG", "SET", "min-replicas-to-write", 0)
+        await store.probe()
 
 
 async def test_one_node_of_a_cluster_is_opened_only_as_a_cluster(one_cluster, server):

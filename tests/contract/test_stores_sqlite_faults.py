@@ -139,8 +139,10 @@ async def test_a_lock_of_another_process_is_waited_for_and_then_told(home, monke
     epoch = await create(home, store, "a")
     other = sqlite3.connect(home.path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")
-    with pytest.raises(StoreUnavailable, match="locked"):
-        await store.save([saving(home, "a", epoch)])
+    for call in (store.save([saving(home, "a", epoch)]), store.probe()):
+        with pytest.raises(StoreUnavailable, match="locked") as refused:
+            await call
+        assert refused.value.cause == "busy"
     assert (await store.find("a")).t == 0
     waiting = asyncio.create_task(store.save([saving(home, "a", epoch)]))
     await asyncio.sleep(0.1)

@@ -70,7 +70,7 @@ async def test_what_one_server_writes_another_reads(home):
 
 async def test_a_store_that_lost_everything_gives_no_epoch_again(home, store):
     first = (await acquire(store, "a", "B"))[0].epoch if await create(home, store, "a") else 0
-    home.clock.advance(1)
+    await home.pass_time(1)
     store = await home.lose()
     assert await store.find("a") is None
     assert await store.save([saving(home, "a", first)]) == [Saved.MISSING]

@@ -59,7 +59,10 @@ class InThreadSession:
     def fallback_rows(self) -> int:
         return self.real.fallback_rows
 
-    async def step(self, x: ArrayLike, **options: float) -> np.ndarray:
+    def time(self, t: int | None = None) -> datetime | None:
+        return self.real.time(t)
+
+    async def step(self, x: ArrayLike, **options: Any) -> Any:
         return await asyncio.to_thread(self.real.step, x, **options)
 
     async def inspect(self, x: ArrayLike) -> Inspection:
@@ -83,8 +86,8 @@ class InThreadSession:
     async def fork(self, new_id: str | None = None, **options: Any) -> InThreadSession:
         return InThreadSession(await asyncio.to_thread(self.real.fork, new_id, **options))
 
-    async def stream(self, xs: Iterable[ArrayLike]) -> AsyncIterator[np.ndarray]:
-        ys = self.real.stream(xs)
+    async def stream(self, xs: Iterable[ArrayLike], **options: Any) -> AsyncIterator[Any]:
+        ys = self.real.stream(xs, **options)
         try:
             while (y := await asyncio.to_thread(next, ys, None)) is not None:
                 yield y
@@ -194,14 +197,9 @@ class InThreadClient:
 
 
 @asynccontextmanager
-async def in_thread(
-    target: str,
-    *,
-    timeout: float = 10.0,  # noqa: ASYNC109
-    resume_rows: int = 200_000,
-) -> AsyncIterator[InThreadClient]:
+async def in_thread(target: str, **options: Any) -> AsyncIterator[InThreadClient]:
     """A synchronous client."""
-    with Client(target, timeout=timeout, resume_rows=resume_rows) as client:
+    with Client(target, **options) as client:
         yield InThreadClient(client)
 
 
@@ -210,11 +208,9 @@ AnySession = AsyncSession | InThreadSession
 
 
 class Connect(Protocol):
-    """Makes a client of a server."""
+    """Makes a client of a server, with the options of both clients."""
 
-    def __call__(
-        self, target: str, *, timeout: float = 10.0, resume_rows: int = 200_000
-    ) -> AbstractAsyncContextManager[AnyClient]: ...
+    def __call__(self, target: str, **options: Any) -> AbstractAsyncContextManager[AnyClient]: ...
 
 
 KINDS: dict[str, Callable[..., AbstractAsyncContextManager[AnyClient]]] = {

@@ -105,7 +105,7 @@ def write_broken(folder: Path, network: Network, how: str) -> None:
             del document["cell"]["num_layers"]
             manifest.write_text(json.dumps(document))
         case "a changed value":
-            document["description"] = "edited"
+            document["inputs"][0]["unit"] = "edited"
             manifest.write_text(json.dumps(document))
         case "no JSON":
             manifest.write_text(manifest.read_text()[:100])
@@ -114,8 +114,8 @@ def write_broken(folder: Path, network: Network, how: str) -> None:
         case "swapped weights":
             other = Network("other", network.module, network.head, network.manifest)
             with_noise = {name: tensor + 1 for name, tensor in other.tensors().items()}
-            write_model(folder / "aside" / "1", network.manifest, with_noise)
-            shutil.move(folder / "aside" / "1" / "model.safetensors", weights)
+            write_model(folder / "aside" / "lstm" / "1", network.manifest, with_noise)
+            shutil.move(folder / "aside" / "lstm" / "1" / "model.safetensors", weights)
             shutil.rmtree(folder / "aside")
         case "no weights":
             weights.unlink()
@@ -248,7 +248,9 @@ def test_step_names_the_line_that_is_bad_after_answering_those_before(ask, bad: 
 
 def test_a_line_has_as_many_cells_as_the_header(ask):
     done = ask("step", "--model", "lstm", given="x0,x1,x2,note\n1,1,1,a\n\n1,1,1\n")
-    assert "line 4 of the input is '1,1,1': expected 4 cells" in complaint(done)
+    warned, said = done.stderr.splitlines()
+    assert warned == "columns of the input that are not used: note"
+    assert "line 4 of the input is '1,1,1': expected 4 cells" in said
     assert len(done.stdout.splitlines()) == 2
 
 

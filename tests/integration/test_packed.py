@@ -120,7 +120,7 @@ async def test_rows_of_one_session_are_applied_in_order_within_and_across_messag
         assert largest_difference(y[handle], network.offline(x[handle])) <= TOLERANCE
 
 
-async def test_a_message_sent_again_is_applied_once_and_answered_with_the_same_bytes(stub: Stub):
+async def test_a_message_sent_again_is_applied_once_and_answered_with_the_same_outputs(stub: Stub):
     names, x = await crowd(stub, 9), series(9, 3)
     message = packed(
         list(range(9)) * 2, [0] * 9 + [1] * 9, np.concatenate((x[:, 0], x[:, 1])), bind=names

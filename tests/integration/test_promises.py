@@ -251,20 +251,25 @@ async def streamed(stub: StepstateServiceStub, sent: pb.StepRequest) -> pb.StepR
     return reply
 
 
-def as_sent(reply: pb.StepResponse) -> bytes:
-    return reply.SerializeToString(deterministic=True)
+def assert_repeats(again: pb.StepResponse, first: pb.StepResponse) -> None:
+    """A retry has the reply of the first time, bit for bit; only durable_t may have moved on."""
+    assert (first.replayed, again.replayed) == (False, True)
+    assert first.durable_t <= again.durable_t
+    assert answered(again) == answered(first)
 
 
-def as_first_sent(reply: pb.StepResponse) -> bytes:
-    """The bytes of a reply, were it not marked as replayed."""
-    assert reply.replayed
-    reply.replayed = False
-    return as_sent(reply)
+def answered(reply: pb.StepResponse) -> bytes:
+    """The bytes of all that is the same in a reply and its repetition."""
+    kept = pb.StepResponse()
+    kept.CopyFrom(reply)
+    kept.ClearField("replayed")
+    kept.ClearField("durable_t")
+    return kept.SerializeToString(deterministic=True)
 
 
 @pytest.mark.parametrize("send", [unary, streamed])
 @pytest.mark.parametrize("again", [unary, streamed])
-async def test_a_retry_gets_the_same_bytes_and_is_applied_once(
+async def test_a_retry_gets_the_same_t_and_outputs_and_is_applied_once(
     stub: StepstateServiceStub,
     other_stub: StepstateServiceStub,
     networks: dict[str, Network],
@@ -279,15 +284,28 @@ async def test_a_retry_gets_the_same_bytes_and_is_applied_once(
 
         first = await send(stub, sent)
         for retrying in (stub, other_stub):
-            assert as_first_sent(await again(retrying, sent)) == as_sent(first)
-        assert not first.replayed
+            assert_repeats(await again(retrying, sent), first)
         assert first.t == (await where(stub, name)).t == 2 + rows
 
         # The state did not move by the retries, and a later step does not spoil the window.
         after = [await stub.Step(request(name, 2 + rows + k, x[2 + rows + k])) for k in range(2)]
-        assert as_first_sent(await again(stub, sent)) == as_sent(first)
+        assert_repeats(await again(stub, sent), first)
         offline = networks["lstm"].offline(x)[-2:].ravel()
         assert largest_difference(outputs(after), offline) <= TOLERANCE
+
+
+@pytest.mark.parametrize("again", [unary, streamed])
+async def test_a_retry_is_the_same_and_tells_what_became_durable_since(
+    stub: StepstateServiceStub, server: Server, again
+):
+    """A snapshot between the two replies moves durable_t, and nothing else."""
+    await opened(stub, "a")
+    sent = request("a", 0, draw(3))
+    first = await stub.Step(sent)
+    await server.sessions.saver.save_round()
+    second = await again(stub, sent)
+    assert_repeats(second, first)
+    assert second.durable_t == 3
 
 
 @pytest.mark.parametrize("again", [unary, streamed])
@@ -305,8 +323,8 @@ async def test_a_retry_on_another_connection_while_the_first_is_queued_is_applie
     long_again = asyncio.ensure_future(again(other_stub, blocker("a", rows=BLOCKER_ROWS)))
     await queued(stub, "a", 4)
 
-    assert as_first_sent(await second) == as_sent(await first)
-    assert as_first_sent(await long_again) == as_sent(await long)
+    assert_repeats(await second, await first)
+    assert_repeats(await long_again, await long)
     assert (await where(stub, "a")).t == BLOCKER_ROWS + 1
     offline = networks["lstm"].offline(x)[-1]
     assert largest_difference((await first).y, offline) <= TOLERANCE

@@ -7,7 +7,7 @@ float64 reference; errors are what the rules of DESIGN say they are.
 from __future__ import annotations
 
 import asyncio
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
@@ -29,7 +29,15 @@ from stepstate.errors import (
 from stepstate.stores.base import ENDING_SECONDS
 from tests.networks import make_network
 from tests.reference import lstm
-from tests.unit.rig import IDLE_SECONDS, MOST_IDLE_SECONDS, Caller, Rig, model_of, outputs
+from tests.unit.rig import (
+    GRACE_SECONDS,
+    IDLE_SECONDS,
+    MOST_IDLE_SECONDS,
+    Caller,
+    Rig,
+    model_of,
+    outputs,
+)
 
 NETWORK = make_network("lstm", hidden=8, seed=1)
 MODEL = model_of(NETWORK)
@@ -92,6 +100,23 @@ class Ended:
     told_until: float
 
 
+@dataclass
+class Expired:
+    """A session that was idle for too long, and is kept."""
+
+    session: Open
+    error: SessionExpired
+    delete_at: float
+
+
+def told(error: StepstateError) -> dict[str, str]:
+    """What an error tells; of a time only whether there is one."""
+    fields = error.fields()
+    if fields.get("restore_until"):
+        fields["restore_until"] = "kept"
+    return fields
+
+
 def rows(count: int, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, 3)).astype(np.float32)
 
@@ -104,7 +129,7 @@ class SessionsMachine(RuleBasedStateMachine):
         self.surprises: list[dict[str, object]] = []
         self.loop = asyncio.new_event_loop()
         self.loop.set_exception_handler(lambda _, why: self.surprises.append(why))
-        self.model: dict[str, Open | Ended] = {}
+        self.model: dict[str, Open | Ended | Expired] = {}
 
     @initialize(chunk_rows=st.sampled_from([1, 4, 128]), batch_rows=st.sampled_from([1, 2, 256]))
     def start(self, chunk_rows: int, batch_rows: int) -> None:
@@ -135,7 +160,7 @@ class SessionsMachine(RuleBasedStateMachine):
     def refused(self, story, error: StepstateError) -> None:
         with pytest.raises(type(error)) as raised:
             self.run(story)
-        assert raised.value.fields() == error.fields()
+        assert told(raised.value) == told(error)
 
     # The model's side.
 
@@ -148,8 +173,11 @@ class SessionsMachine(RuleBasedStateMachine):
         found = self.model.get(name)
         if isinstance(found, Open) and found.expires_at <= self.now:
             # Told of from now on: its end is noticed when it is used, or swept.
-            error = SessionExpired(name, found.t, found.idle)
-            found = self.model[name] = Ended(error, self.now + ENDING_SECONDS)
+            error = SessionExpired(name, found.t, found.idle, "kept")
+            found = self.model[name] = Expired(found, error, self.now + GRACE_SECONDS)
+        if isinstance(found, Expired):
+            kept = found.delete_at > self.now
+            return found.error if kept else replace(found.error, restore_until="")
         if isinstance(found, Ended) and found.told_until <= self.now:
             found = None
         if found is None:
@@ -337,16 +365,47 @@ class SessionsMachine(RuleBasedStateMachine):
             self.sweep()
 
     @precondition(lambda self: self.model and not self.held())
-    @rule()
-    def let_endings_be_forgotten(self) -> None:
-        self.rig.clock.advance(ENDING_SECONDS)
+    @rule(seconds=st.sampled_from([ENDING_SECONDS, GRACE_SECONDS, GRACE_SECONDS + 1.0]))
+    def let_endings_be_forgotten(self, seconds: float) -> None:
+        self.rig.clock.advance(seconds)
         self.sweep()
+
+    @rule(name=names)
+    def restore(self, name: str) -> None:
+        """An expired session comes back with its state, its t and what it remembers."""
+        found, known = self.look(name), self.model.get(name)
+        story = self.rig.sessions.restore_expired(name)
+        if isinstance(found, Open):
+            self.refused(story, SessionExists(name, found.t))
+        elif not isinstance(known, Expired):
+            self.refused(story, found)
+        elif self.held() >= MOST_SESSIONS:
+            self.refused(story, SessionLimit(MOST_SESSIONS))
+        else:
+            session = self.run(story)
+            assert self.rig.sessions.t(session) == known.session.t
+            known.session.expires_at = self.now + known.session.idle
+            self.model[name] = known.session
 
     def sweep(self) -> None:
         overdue = self.held()
         for name in list(self.model):
             self.look(name)
         assert self.run(self.rig.sessions.sweep()) == overdue - self.held()
+        self.see_deletions()
+
+    def see_deletions(self) -> None:
+        """Expired sessions leave when their grace is over, or when too many are kept."""
+        kept = [name for name, known in self.model.items() if isinstance(known, Expired)]
+        gone = [name for name in kept if name not in self.rig.store._expired]
+        early = [name for name in gone if self.model[name].delete_at >= self.now]
+        assert len(early) == max(
+            0, self.held() + len(kept) - len(gone) + len(early) - MOST_SESSIONS
+        )
+        for name in gone:
+            error = replace(self.model[name].error, restore_until="")
+            self.model[name] = Ended(error, self.now + ENDING_SECONDS)
+        assert all(self.model[n].delete_at >= self.now for n in kept if n not in gone)
 
     @invariant()
     def t_and_counts_are_the_models(self) -> None:

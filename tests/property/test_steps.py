@@ -138,7 +138,7 @@ def test_a_sequence_split_into_requests_equals_the_whole(kind, seed, sizes, chun
         max_size=12,
     ),
 )
-def test_retries_change_nothing_and_give_the_same_bytes(seed, requests):
+def test_retries_change_nothing_and_give_the_same_outputs(seed, requests):
     network = NETWORKS["lstm"]
     x = rows_of(network, sum(rows for rows, *_ in requests), seed)
 

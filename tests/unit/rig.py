@@ -19,6 +19,7 @@ use_one_thread()  # as the server does
 
 IDLE_SECONDS = 100.0
 MOST_IDLE_SECONDS = 1000.0
+GRACE_SECONDS = 10_000.0
 
 
 class Clock:
@@ -102,6 +103,7 @@ class Rig:
                 queued_rows=queued_rows,
                 default_idle_seconds=IDLE_SECONDS,
                 most_idle_seconds=MOST_IDLE_SECONDS,
+                expired_grace_seconds=GRACE_SECONDS,
                 sessions=most_sessions if durable else max_sessions,
                 durability=Durability.ASYNC,
                 durable=durable,

@@ -108,7 +108,7 @@ async def test_a_reply_carries_the_outputs_to_the_bit(rig, session, network, row
     assert pb.StepResponse.FromString(reply.SerializeToString()) == reply
 
 
-async def test_a_replayed_reply_says_so_and_is_otherwise_the_same(rig, session, network):
+async def test_a_replayed_reply_says_so_and_has_the_same_t_and_outputs(rig, session, network):
     x = rows_of(network, 3)
     first, again = [encode_step(await rig.step(session, x, 0, inspect=True)) for _ in range(2)]
     assert again.replayed

@@ -25,14 +25,15 @@ class Watch:
             print(os.environ.get("GRPC_EXPERIMENTS"))
 
 sys.meta_path.insert(0, Watch())
-__import__(sys.argv[1])
+for module in sys.argv[1].split(","):
+    __import__(module)
 """
 
 
 @pytest.mark.parametrize(
     ("module", "set_up"),
     [
-        (("stepstate.cli.serve",), "-event_engine_listener"),
+        (("stepstate.cli.serve,stepstate.server",), "-event_engine_listener"),
         (("stepstate.bench.echo", "--tuned"), "-event_engine_listener"),
         (("stepstate.bench.echo",), None),
         (("stepstate.client",), None),

@@ -42,7 +42,7 @@ async def test_steps_advance_t_and_equal_the_offline_network(rig, session, x, ne
     assert rig.results == {"applied": 12}
 
 
-async def test_a_retried_step_is_applied_once_and_answered_with_the_same_bytes(
+async def test_a_retried_step_is_applied_once_and_answered_with_the_same_outputs(
     rig, session, x, network
 ):
     first = await rig.step(session, x[0], 0)
@@ -57,7 +57,7 @@ async def test_a_retried_step_is_applied_once_and_answered_with_the_same_bytes(
 @pytest.mark.parametrize(
     "options", [{}, {"last_only": True}, {"inspect": True}, {"inspect": True, "last_only": True}]
 )
-async def test_a_retried_request_of_many_rows_gets_the_same_bytes(
+async def test_a_retried_request_of_many_rows_gets_the_same_outputs(
     rig, session, x, network, options
 ):
     first = await rig.step(session, x[:5], 0, **options)

@@ -50,7 +50,7 @@ def test_a_column_can_only_use_a_profile_that_is_declared(timed, column):
     ("change", "named"),
     [
         ({"cell": {"kind": "lstm", "hidden_size": "16", "num_layers": 1}}, "cell.hidden_size"),
-        ({"step_interval_seconds": 1800.5}, "step_interval_seconds"),
+        ({"step_interval_seconds": 0.1234567}, "step_interval_seconds"),
         ({"profiles": {"head.weight": {"period_steps": 2, "origin": "2000-01-03"}}}, "head.weight"),
     ],
 )

@@ -9,15 +9,18 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stepstate.errors import StoreUnavailable
 from stepstate.metrics import ROWS, SECONDS, Histogram, Metrics
+from stepstate.sessions.link import STEADY_SECONDS
 from tests.offline import forecasting_network, outputs, track
 from tests.unit.rig import Lasting, model_of, rows_of
 
 LABELS = {
+    "state",
     "version",
     "model",
     "result",
     "stage",
     "reason",
+    "cause",
     "of",
     "residency",
     "output",
@@ -202,7 +205,7 @@ class Away(Lasting):
 
     async def save(self, saves):
         if self.away:
-            raise StoreUnavailable("it is away")
+            raise StoreUnavailable("it is away", cause="full")
         return await super().save(saves)
 
 
@@ -234,8 +237,13 @@ async def test_the_gauges_are_those_of_the_store(make_watched, network, clock):
     assert found["stepstate_snapshot_failures_total", "reason=failed"] == 1
     assert found["stepstate_snapshots_total",] == 0
 
+    assert found["stepstate_store_failures_total", "cause=full"] == 1
+    assert found["stepstate_store_failures_total", "cause=other"] == 0
+
     store.away = False
     await rig.sessions.saver.save_round()
+    clock.advance(STEADY_SECONDS)
+    await rig.sessions.link.check()
     found = exposed(rig.registry)
     assert found["stepstate_snapshot_backlog_rows",] == 0
     assert found["stepstate_store_up",] == 1

@@ -54,6 +54,10 @@ async def test_sqlite_names_a_file_which_is_made(tmp_path, slashes):
         ("redis+cluster://u:secret@a:1,b:two", "can't be read"),
         ("redis://u:secret@localhost:1/0?colour=secret", "an option after the ?"),
         ("redis+cluster://u:secret@localhost:1/?colour=secret", "can't be read"),
+        ("redis+sentinel://u:secret@localhost:1", "HOST:PORT[,HOST:PORT...]/SERVICE"),
+        ("redis+sentinel://u:secret@localhost:1/", "HOST:PORT[,HOST:PORT...]/SERVICE"),
+        ("redis+sentinel://u:secret@localhost:1/sessions/one", "/SERVICE[/DB]"),
+        ("redis+sentinel://u:secret@localhost:1/sessions?colour=secret", "an option after the ?"),
     ],
 )
 async def test_a_url_that_names_no_store_is_refused_without_its_password(url, told):

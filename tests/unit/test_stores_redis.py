@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import pytest
+from redis._parsers import BaseParser
 from redis.crc import key_slot
+from redis.exceptions import (
+    AuthenticationError,
+    MaxConnectionsError,
+    NoScriptError,
+    ResponseError,
+)
+from redis.exceptions import ConnectionError as Disconnected
 
-from stepstate.errors import InvalidField
+from stepstate.errors import STORE_CAUSES, InvalidField
 from stepstate.stores.redis import keys, scripts
+from stepstate.stores.redis.causes import cause_of, may_pass
 from stepstate.stores.redis.link import Command
 from stepstate.stores.redis.members import id_of, model_of, place_after, place_of, token_of
 
@@ -52,3 +61,54 @@ def test_a_command_is_sent_by_name_or_whole():
     command = Command(scripts.COUNTS, ["k"], [1, b"x"])
     assert command.words(whole=False) == ("EVALSHA", scripts.COUNTS.sha, 1, "k", 1, b"x")
     assert command.words(whole=True) == ("EVAL", scripts.COUNTS.text, 1, "k", 1, b"x")
+
+
+SCRIPT = "script: 2f5c, on @user_script:12."
+ERRORS = {
+    "READONLY You can't write against a read only replica.": "readonly",
+    f"READONLY You can't write against a read only replica. {SCRIPT}": "readonly",
+    "ERR Error running script (call to f_2f5c): @user_script:12: @user_script: 12: "
+    "-READONLY You can't write against a read only replica. ": "readonly",  # Redis 6
+    "MASTERDOWN Link with MASTER is down and replica-serve-stale-data is set to 'no'.": (
+        "masterdown"
+    ),
+    "LOADING Redis is loading the dataset in memory": "loading",
+    "NOREPLICAS Not enough good replicas to write.": "noreplicas",
+    f"NOREPLICAS Not enough good replicas to write. {SCRIPT}": "noreplicas",
+    "OOM command not allowed when used memory > 'maxmemory'.": "oom",
+    "MISCONF Redis is configured to save RDB snapshots, but it's currently unable to": "misconf",
+    "CLUSTERDOWN Hash slot not served": "cluster",
+    "MOVED 3999 127.0.0.1:6381": "cluster",
+    "ASK 3999 127.0.0.1:6381": "cluster",
+    "TRYAGAIN Multiple keys request during rehashing of slot": "cluster",
+}
+
+
+@pytest.mark.parametrize(("text", "cause"), ERRORS.items(), ids=[*ERRORS.values()])
+def test_a_server_that_cant_serve_now_is_known_by_its_error(text, cause):
+    error = BaseParser.parse_error(text)
+    assert cause_of(error) == cause
+    assert cause in STORE_CAUSES
+    assert may_pass(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ResponseError("WRONGTYPE Operation against a key holding the wrong kind of value"),
+        ResponseError("ERR a session called -OOM"),
+        AuthenticationError("invalid password"),
+        MaxConnectionsError("too many"),
+        NoScriptError("No matching script"),
+    ],
+)
+def test_what_another_connection_would_be_told_too_is_not_tried_again(error):
+    assert cause_of(error) == "other"
+    assert not may_pass(error)
+
+
+def test_a_timeout_is_not_tried_again_and_a_broken_connection_is():
+    assert (cause_of(TimeoutError()), may_pass(TimeoutError())) == ("timeout", False)
+    for error in (Disconnected("gone"), ConnectionRefusedError()):
+        assert (cause_of(error), may_pass(error)) == ("disconnected", True)
+    assert not may_pass([b"a reply"])

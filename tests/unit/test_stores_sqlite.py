@@ -13,7 +13,10 @@ from stepstate.errors import StoreUnavailable
 from stepstate.stores import Ending, EndReason, Saved
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reads, worker, writes
+from stepstate.uptime import UptimeClock
 from tests.stores import FINGERPRINT, FileHome, acquire, create, saving
+
+UPTIME = UptimeClock(time.monotonic)
 
 
 @pytest.fixture
@@ -33,10 +36,10 @@ def groups(store, monkeypatch):
     """How many parts were written together, each time."""
     sizes: list[int] = []
 
-    def write(connection, parts, now):
+    def write(connection, parts, **clocks):
         sizes.append(len(parts))
         time.sleep(0.02)  # while more come
-        return writes.write(connection, parts, now)
+        return writes.write(connection, parts, **clocks)
 
     monkeypatch.setattr(worker, "write", write)
     return sizes
@@ -90,7 +93,7 @@ async def test_the_file_does_not_grow_with_sessions_that_come_and_go(home, store
         ending = Ending(EndReason.CLOSED, 1, 60.0)
         ends = (store.end(*pair, ending) for pair in zip(names, epochs, strict=True))
         assert all(await asyncio.gather(*ends))
-        home.clock.advance(4000)
+        await home.pass_time(4000)
         sizes.append(pages(home.path))
     assert sizes[2] <= sizes[1] + 2
 
@@ -98,7 +101,7 @@ async def test_the_file_does_not_grow_with_sessions_that_come_and_go(home, store
 async def test_endings_that_were_forgotten_leave_the_file(home, store):
     for name in "abc":
         await store.end(name, await create(home, store, name), Ending(EndReason.CLOSED, 1, 60.0))
-        home.clock.advance(4000)
+        await home.pass_time(4000)
     assert ask(home.path, "SELECT count(*) FROM endings") == 1
 
 
@@ -114,7 +117,7 @@ async def test_the_wal_stays_bounded(home, store):
 async def test_sessions_that_were_used_are_looked_at_again_later_and_not_again_now(home, store):
     epoch = await create(home, store, "a")
     now = home.clock()
-    home.clock.advance(50)
+    await home.pass_time(50)
     await store.save([saving(home, "a", epoch)])
     assert ask(home.path, "SELECT due FROM sessions") == (now + 60) * 1e6
     assert await store.overdue(now + 61, 10) == []
@@ -124,9 +127,9 @@ async def test_sessions_that_were_used_are_looked_at_again_later_and_not_again_n
 async def test_many_that_were_used_do_not_hide_one_that_was_not(home, store, monkeypatch):
     monkeypatch.setattr(reads, "DUE_AT_ONCE", 2)
     epochs = {name: await create(home, store, name) for name in "abcdefgh"}
-    home.clock.advance(50)
+    await home.pass_time(50)
     await store.save([saving(home, name, epochs[name]) for name in "abcdefg"])
-    home.clock.advance(11)
+    await home.pass_time(11)
     sweeps = [await store.overdue(home.clock(), 2) for _ in range(5)]
     assert "h" in {entry.record.session_id for found in sweeps for entry in found}
 
@@ -154,8 +157,10 @@ async def test_the_indexes_are_used(home, store):
         (reads._IDS, "sessions_by_model"),
         (reads._DUE, "sessions_by_due"),
         (reads._COUNTS, "COVERING INDEX sessions_by_model"),
+        (reads._COUNT_EXPIRED, "COVERING INDEX sessions_by_due"),
         (reads._SESSIONS, "sqlite_autoindex_sessions_1"),
         (writes._SAVE.format("(?,?,?,?,?,?)"), "sqlite_autoindex_sessions_1"),
+        (writes._EXPIRE.format("(?,?,?,?,?,?)"), "sqlite_autoindex_sessions_1"),
     ):
         assert index in plan(home.path, statement), statement
 
@@ -170,7 +175,9 @@ async def test_servers_that_make_the_file_together_all_open_it(home, attempt):
 
 async def test_a_commit_waits_for_the_disk_if_it_is_told_to(tmp_path):
     for fsync, synchronous in ((False, 1), (True, 2)):
-        opened = session_file.SessionFile(tmp_path / f"{fsync}.db", fsync=fsync)
+        opened = session_file.SessionFile(
+            tmp_path / f"{fsync}.db", fsync=fsync, clock=UptimeClock(time.time)
+        )
         opened.open()
         connection = opened.connection()
         assert connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
@@ -209,9 +216,68 @@ def marks(statement) -> int:
     return numbered or statement.count("?")
 
 
+async def test_a_file_of_version_1_keeps_its_sessions_and_the_time_they_had_left(home, store):
+    """Its times were Unix times; it knew no clock and no expired sessions."""
+    for name in "ab":
+        await create(home, store, name)
+    await home.pass_time(20)
+    await store.save([saving(home, "b", (await store.find("b")).epoch)])
+    await store.end("a", (await store.find("a")).epoch, Ending(EndReason.CLOSED, 1, 60.0))
+    await create(home, store, "c")
+    await home.close()
+    for jump in (-21 * 86_400, 400 * 86_400):  # a wrong clock, or years in a cupboard
+        _set_back_to_version_1(home.path)
+        home.clock.now += jump
+        opened = await home.open()
+        left = (await opened.find("b")).expires_at - opened.now()
+        assert left >= 60 if jump < 0 else left == pytest.approx(60)
+        assert isinstance(await opened.acquire("b", owner="B", fingerprints={FINGERPRINT}), tuple)
+        assert (await opened.find("a")).reason is EndReason.CLOSED
+        assert await opened.count() == {"lstm/1": 2}
+        await opened.expire([saving(home, "c", (await opened.find("c")).epoch)], delete_at=9e9)
+        assert await opened.count_expired() == 1
+        marked = await opened.find("c")
+        assert await opened.restore("c", marked.epoch, expires_at=opened.now() + 60)
+        await home.close()
+
+
+async def test_one_unreadable_record_does_not_keep_a_file_of_version_1_closed(home, store):
+    for name in "ab":
+        await create(home, store, name)
+    await home.close()
+    _set_back_to_version_1(home.path)
+    write(home.path, "UPDATE sessions SET record = '{no json' WHERE session_id = 'a'")
+    opened = await home.open()
+    assert await opened.acquire("b", owner="B", fingerprints={FINGERPRINT})
+
+
+def _set_back_to_version_1(path) -> None:
+    for statement in (
+        "DROP TABLE clock",
+        "DROP INDEX sessions_by_model",
+        "DROP INDEX sessions_by_due",
+        "ALTER TABLE sessions DROP COLUMN expired",
+        "CREATE INDEX sessions_by_model ON sessions (model, session_id)",
+        "CREATE INDEX sessions_by_due ON sessions (due)",
+        "PRAGMA user_version = 1",
+    ):
+        write(path, statement)
+
+
+def write(path, statement) -> None:
+    connection = sqlite3.connect(path)
+    try:
+        connection.execute(statement)
+        connection.commit()
+    finally:
+        connection.close()
+
+
 async def test_temporary_data_stays_in_memory(tmp_path):
     """A read-only container has no folder for it; groups beyond 64 KiB then failed."""
-    file = session_file.SessionFile(tmp_path / "sessions.db", fsync=False)
+    file = session_file.SessionFile(
+        tmp_path / "sessions.db", fsync=False, clock=UptimeClock(time.time)
+    )
     file.open()
     assert file.connection().execute("PRAGMA temp_store").fetchone() == (2,)
     file.close()

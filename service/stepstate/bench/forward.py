@@ -18,7 +18,7 @@ import numpy as np
 from stepstate.bench.machine import this_machine
 from stepstate.bench.model import NAME, write_bench_model
 from stepstate.engine import BareForward, NoAccelerator, check_accelerator, use_one_thread
-from stepstate.models import Model, build_timeline, load_model
+from stepstate.models import Model, load_model
 
 _SPREAD = 16
 """Slots are taken from so many times the rows: a server's sessions are not all in the cache."""
@@ -58,7 +58,7 @@ def bare_forward(
     slots = random.permutation(rows * _SPREAD).reshape(_SPREAD, rows)
     scales = [column.scale for column in loaded.manifest.inputs]
     noise = random.normal(size=(rows, len(scales))) * scales
-    x = (build_timeline(loaded).levels[0] + noise).astype(np.float32)
+    x = (forward.levels(1) + noise).astype(np.float32)
     _run(forward, slots, x, seconds / 5)
     started, used = time.perf_counter(), time.process_time()
     took = _run(forward, slots, x, seconds)

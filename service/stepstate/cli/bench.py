@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import click
@@ -22,8 +23,11 @@ from stepstate.bench.restart import RestartPlan, restart
 from stepstate.bench.scale import ScalePlan, scale
 from stepstate.bench.stores import DURABILITIES, DURABLE, STORES
 from stepstate.bench.sweeps import SweepsPlan, sweeps
-from stepstate.cli.options import Command, option
+from stepstate.cli.options import Command
+from stepstate.cli.options import option as any_option
 
+option = partial(any_option, variable=False)
+"""What a server or a client is told, such as STEPSTATE_STORE, says nothing to a benchmark."""
 MOST_RATE = 10_000_000
 """Beyond any machine."""
 MOST_IDLE = 10_000_000

@@ -11,14 +11,14 @@ from typing import Any
 
 import click
 
-from stepstate.cli.options import server_option
+from stepstate.cli.options import format_options, server_option
 from stepstate.cli.plot import plot_forecasts
-from stepstate.cli.rows import BadRow, Rows
+from stepstate.cli.rows import BadRow, Format, Rows, whole
 from stepstate.cli.values import short, without_nan
-from stepstate.client import Client, Forecast, ModelInfo, OutputForecast
+from stepstate.client import Client, Forecast, ModelInfo, OutputForecast, TimedRows
 from stepstate.errors import StepstateError
 
-Scenarios = dict[str, list[list[float]]]
+Scenarios = dict[str, list[list[float]] | TimedRows]
 
 
 def _levels(_context: click.Context, _parameter: click.Parameter, value: str) -> list[float]:
@@ -48,6 +48,7 @@ def _levels(_context: click.Context, _parameter: click.Parameter, value: str) ->
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="A CSV file of rows that might come, named after the file; may be given several times.",
 )
+@format_options
 @click.option(
     "--output",
     type=click.Choice(["table", "csv", "jsonl"]),
@@ -62,6 +63,8 @@ def forecast_command(
     horizon: int | None,
     quantiles: Sequence[float],
     files: Sequence[Path],
+    delimiter: str,
+    time_column: str,
     output: str,
     *,
     plot: bool | None,
@@ -70,14 +73,15 @@ def forecast_command(
 
     A scenario's file has a row for each step; a first line of names is a header, and columns
     may be missing. Where a cell is empty the model's own forecast stands in, and so it does
-    after the last row.
+    after the last row. A column named time must begin with the session's next row; where rows
+    are missing by it the model's own forecast stands in, too.
     """
     if plot and output != "table":
         raise click.UsageError(f"--plot draws below a table: leave out --output {output}")
     try:
         with Client(server) as client:
             session = client.session(session_id)
-            scenarios = _scenarios(session.model, files)
+            scenarios = _scenarios(session.model, files, Format(delimiter, time_column))
             told = session.forecast(horizon, quantiles=quantiles or None, scenarios=scenarios)
     except (StepstateError, BadRow) as error:
         raise click.ClickException(str(error)) from error
@@ -87,16 +91,15 @@ def forecast_command(
         click.echo(plot_forecasts(forecasts, color=sys.stdout.isatty()))
 
 
-def _scenarios(model: ModelInfo, files: Iterable[Path]) -> Scenarios | None:
+def _scenarios(model: ModelInfo, files: Iterable[Path], format_: Format) -> Scenarios | None:
     """The rows of each file by its name, without ending; None if there are none."""
     found: Scenarios = {}
     for file in files:
         if file.stem in found:
             raise BadRow(f"two scenarios have the name {file.stem!r}: rename {file}")
         with file.open("rb") as lines:
-            found[file.stem] = list(Rows(lines, model, str(file), empty=True, part=True))
-        if not found[file.stem]:
-            raise BadRow(f"{file} has no rows")
+            rows = Rows(lines, model, str(file), empty=True, part=True, format_=format_)
+            found[file.stem], _ = whole(rows)
     return found or None
 
 
@@ -110,7 +113,7 @@ def _moments(forecast: Forecast) -> list[str]:
     """The time of each horizon, empty where it is not known."""
     if forecast.times is None:
         return [""] * len(forecast)
-    return [f"{str(time)[:19]}Z" for time in forecast.times]
+    return [f"{time}Z" for time in forecast.times]
 
 
 def _table(forecasts: Sequence[Forecast]) -> None:

@@ -11,40 +11,50 @@ import click
 
 from stepstate import __version__
 
-_COMMANDS = {
-    "serve": "stepstate.cli.serve:serve_command",
-    "step": "stepstate.cli.step:step_command",
-    "forecast": "stepstate.cli.forecast:forecast_command",
-    "sessions": "stepstate.cli.sessions:sessions_group",
-    "models": "stepstate.cli.models:models_command",
-    "health": "stepstate.cli.health:health_command",
-    "bench": "stepstate.cli.bench:bench_command",
+COMMANDS = {
+    "serve": ("stepstate.cli.serve:serve_command", "Serves the models of a folder."),
+    "step": ("stepstate.cli.step:step_command", "Steps a session with rows of standard input."),
+    "forecast": ("stepstate.cli.forecast:forecast_command", "Prints a session's forecast."),
+    "sessions": ("stepstate.cli.sessions:sessions_group", "Lists, shows and moves sessions."),
+    "models": ("stepstate.cli.models:models_group", "Prints the loaded models, or writes one."),
+    "health": ("stepstate.cli.health:health_command", "Asks whether a server serves."),
+    "bench": ("stepstate.cli.bench:bench_command", "Measures what a step costs here."),
 }
+"""Where each command is, and what the list of all says of it: to show that imports none of them."""
+INTERRUPTED = 128 + 2
+"""The exit status that a shell gives to Ctrl-C (SIGINT is 2)."""
 
 
 class _Lazy(click.Group):
     """Imports a command when it is used: those of the client work without the server's extra."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
-        return list(_COMMANDS)
+        return list(COMMANDS)
+
+    def format_commands(self, _ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, text) in COMMANDS.items()])
 
     def get_command(self, _ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _COMMANDS:
+        if cmd_name not in COMMANDS:
             return None
-        module, name = _COMMANDS[cmd_name].split(":")
+        module, name = COMMANDS[cmd_name][0].split(":")
         try:
             command: click.Command = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
             raise click.ClickException(
-                f"`stepstate {cmd_name}` needs {error.name}: pip install 'stepstate[server]'"
+                f"`stepstate {cmd_name}` needs {error.name}, which comes with the extra `server`: "
+                "where `pip install X` installed stepstate, `pip install 'X[server]'` adds it"
             ) from error
         return command
 
     def invoke(self, ctx: click.Context) -> object:
-        """Runs a command; what it could not read or write ends it in one line."""
+        """Runs a command; what it could not read or write ends it in one line, Ctrl-C in none."""
         try:
             done: object = super().invoke(ctx)
             sys.stdout.flush()
+        except (KeyboardInterrupt, click.Abort):
+            ctx.exit(INTERRUPTED)
         except OSError as error:
             # Click knows what a reader that left means; a server's surprise keeps its traceback.
             if error.errno == errno.EPIPE or ctx.invoked_subcommand == "serve":

@@ -1,6 +1,10 @@
-"""`stepstate models`: what the server has loaded."""
+"""`stepstate models`: what the server has loaded; and an example to begin with."""
 
 from __future__ import annotations
+
+import shutil
+from importlib.resources import as_file, files
+from pathlib import Path
 
 import click
 
@@ -8,17 +12,37 @@ from stepstate.cli.options import server_option
 from stepstate.client import Client, ModelInfo
 from stepstate.errors import StepstateError
 
+EXAMPLE = "electricity/2"
 
-@click.command("models")
+
+@click.group("models", invoke_without_command=True)
 @server_option
-def models_command(server: str) -> None:
-    """Prints the loaded models with their inputs and outputs."""
+@click.pass_context
+def models_group(ctx: click.Context, server: str) -> None:
+    """Prints the models that a server has loaded, with their inputs and outputs."""
+    if ctx.invoked_subcommand is not None:
+        return
     try:
         with Client(server) as client:
             for model in client.models():
                 _print(model)
     except StepstateError as error:
         raise click.ClickException(str(error)) from error
+
+
+@models_group.command("example")
+@click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default="models")
+def example_command(folder: Path) -> None:
+    """Writes the example model into FOLDER (models): then `stepstate serve` has one to serve.
+
+    It forecasts the electricity demand of England and Wales, half an hour to a day ahead.
+    """
+    target = folder / EXAMPLE
+    if target.exists():
+        raise click.ClickException(f"{target} is there already; nothing was written")
+    with as_file(files("stepstate") / "examples" / EXAMPLE) as source:
+        shutil.copytree(source, target)
+    click.echo(f"{target} is written: stepstate serve --models {folder}")
 
 
 def _print(model: ModelInfo) -> None:

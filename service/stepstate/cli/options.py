@@ -3,24 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import click
 
 Command = Callable[..., None]
 
 
-def option(name: str, default: object, kind: object, text: str) -> Callable[[Command], Command]:
-    """The option --some-name, which the variable STEPSTATE_SOME_NAME sets too."""
-    variable = "STEPSTATE_" + name.removeprefix("--").replace("-", "_").upper()
-    return click.option(
+_VARIABLES = {"--version": "STEPSTATE_MODEL_VERSION"}
+"""STEPSTATE_VERSION is what images call the version of the software."""
+
+
+def option(
+    name: str, default: object, kind: object, text: str, *, variable: bool = True
+) -> Callable[[Command], Command]:
+    """The option --some-name, which the variable STEPSTATE_SOME_NAME sets too.
+
+    Args:
+        name: with its dashes.
+        default: its value if neither sets it.
+        kind: what click calls its type; of a bool, the bare option means true.
+        text: for --help.
+        variable: False: no variable sets it.
+    """
+    usual = "STEPSTATE_" + name.removeprefix("--").replace("-", "_").upper()
+    made = partial(
+        click.option,
         name,
         type=kind,
         default=default,
         help=text,
-        envvar=variable,
-        show_envvar=True,
+        envvar=_VARIABLES.get(name, usual) if variable else None,
+        show_envvar=variable,
         show_default=True,
     )
+    return made(is_flag=False, flag_value=True) if kind is bool else made()
 
 
 server_option = option("--server", "127.0.0.1:50051", str, "The server's host:port.")
+
+
+def format_options(command: Command) -> Command:
+    """How a file of rows is to be read, where it does not tell."""
+    command = click.option(
+        "--time-column",
+        default="",
+        help="The column with the times; left out: time, timestamp, datetime or date, if any.",
+    )(command)
+    return click.option(
+        "--delimiter",
+        type=click.Choice([",", ";", "tab"]),
+        callback=lambda _context, _option, value: {"tab": "\t"}.get(value, value or ""),
+        help="Between cells; left out: what the first line has. With ; and tab numbers may have a "
+        "decimal comma.",
+    )(command)

@@ -1,22 +1,59 @@
-"""Rows of CSV, by the columns of a model."""
+"""Rows of CSV, by the columns of a model, with their times where there are some."""
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from itertools import chain
+from typing import Any
 
-from stepstate.client import ModelInfo
+import click
+
+from stepstate.client import ModelInfo, TimedRows
+
+_TIME_NAMES = ("time", "timestamp", "datetime", "date")
+_MISSING = {"", "na", "n/a", "#n/a", "null", "none"}
+_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
 class BadRow(ValueError):
     """Something that was given can't be read."""
 
 
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How a file is to be read, where it does not tell.
+
+    `delimiter`: between cells; empty: that of the first line. `time_column`:
+    the name of the column with the times; empty: time, timestamp, datetime or
+    date, where there is one.
+    """
+
+    delimiter: str = ""
+    time_column: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    """Where a line has what: `inputs` in the model's order (None: it lacks it), and the time."""
+
+    inputs: Sequence[int | None]
+    time: int | None
+    width: int
+    named: bool = False
+
+
 class Rows:
     """Rows [D]. A first line that holds names is a header: its columns are taken by name.
 
-    `place`: where the last row stood, for errors.
+    Cells are separated by commas, semicolons or tabs; with the latter two
+    numbers may have a decimal comma. A row whose line has a time comes as
+    `TimedRows`.
+
+    `place`: where the last row was, for errors.
 
     Args:
         lines: of CSV, in UTF-8.
@@ -24,6 +61,7 @@ class Rows:
         where: what they come from, for errors.
         empty: an empty cell is a missing value, NaN; otherwise an error.
         part: a header may lack columns, which are then all NaN.
+        format_: what the file does not tell.
     """
 
     def __init__(
@@ -34,33 +72,44 @@ class Rows:
         *,
         empty: bool,
         part: bool = False,
+        format_: Format | None = None,
     ) -> None:
         self._lines = lines
         self._model = model
         self._where = where
         self._empty = empty
         self._part = part
+        self._format = format_ or Format()
+        self._delimiter = self._format.delimiter
+        self.line = 0
         self.place = where
 
-    def __iter__(self) -> Iterator[list[float]]:
+    def __iter__(self) -> Iterator[list[float] | TimedRows]:
         """The rows, as they come.
 
         Raises:
-            BadRow: it names the line.
+            BadRow: it names the line, and the columns that are expected.
         """
-        columns: list[int | None] = list(range(self._model.input_width))
-        width = len(columns)
-        for number, line in enumerate(self._cells()):
-            names = [name.strip() for name in line]
-            if number == 0 and self._is_header(names):
-                width = len(names)
-                columns = [names.index(one) if one in names else None for one in self._model.inputs]
-            elif line:
-                yield self._row(line, columns, width)
+        columns: _Columns | None = None
+        for line in self._cells():
+            if not line:
+                continue
+            if columns is None:
+                columns = self._columns([name.strip() for name in line])
+                if columns.named:
+                    continue
+            yield self._row(line, columns)
 
     def _cells(self) -> Iterator[list[str]]:
         """The cells of each line; none of a blank one."""
-        reader = csv.reader(_texts(self._lines))
+        texts, head = _texts(self._lines), list[str]()
+        try:
+            while not (head and head[-1].strip()) and (text := next(texts, None)) is not None:
+                head.append(text)
+        except UnicodeDecodeError as error:
+            raise BadRow(f"line {len(head) + 1} of {self._where}: {error}") from error
+        self._delimiter = self._delimiter or _delimiter_of(head[-1] if head else "")
+        reader = csv.reader(chain(head, texts), delimiter=self._delimiter)
         while True:
             try:
                 line = next(reader, None)
@@ -70,32 +119,119 @@ class Rows:
                 raise BadRow(f"line {number} of {self._where}: {error}") from error
             if line is None:
                 return
-            self.place = f"line {reader.line_num} of {self._where}"
+            self.line = reader.line_num
+            self.place = f"line {self.line} of {self._where}"
             yield line
 
-    def _is_header(self, names: list[str]) -> bool:
-        inputs = set(self._model.inputs)
-        return bool(inputs & set(names)) if self._part else inputs <= set(names)
+    def _columns(self, cells: list[str]) -> _Columns:
+        """Where the first line says that everything is; without a header it is in order."""
+        inputs = list(self._model.inputs)
+        known = set(inputs) & set(cells)
+        if known and (self._part or len(known) == len(inputs)):
+            return self._by_name(cells)
+        if not any(self._is_value(cell) for cell in cells):
+            missing = ", ".join(name for name in inputs if name not in known)
+            raise BadRow(f"{self.place} is a header without {missing}: {self._expected()}")
+        timed = len(cells) == len(inputs) + 1 and _is_time(cells[0])
+        places = range(timed, timed + len(inputs))
+        return _Columns(places, time=0 if timed else None, width=timed + len(inputs))
 
-    def _row(self, line: list[str], columns: list[int | None], width: int) -> list[float]:
-        if len(line) != width:
-            raise self._bad(line, width, f"it has {len(line)}")
+    def _by_name(self, names: list[str]) -> _Columns:
+        inputs = self._model.inputs
+        twice = next((name for name in inputs if names.count(name) > 1), None)
+        if twice is not None:
+            raise BadRow(f"{self.place} has {twice} twice: {self._expected()}")
+        time = self._time_of(names)
+        others = [n for place, n in enumerate(names) if n not in inputs and place != time]
+        if others:
+            click.echo(f"columns of {self._where} that are not used: {', '.join(others)}", err=True)
+        places = [names.index(one) if one in names else None for one in inputs]
+        return _Columns(places, time, len(names), named=True)
+
+    def _time_of(self, names: list[str]) -> int | None:
+        """The place of the column with the times."""
+        wanted = self._format.time_column
+        if wanted:
+            if wanted not in names:
+                raise BadRow(f"{self.place} is a header without {wanted}, the column of the times")
+            return names.index(wanted)
+        inputs = self._model.inputs
+        found = [n for n in names if n.lower() in _TIME_NAMES and n not in inputs]
+        if len(found) > 1:
+            told = " or ".join(found)
+            raise BadRow(f"{self.place}: which of {told} holds the time? Say it by --time-column")
+        return names.index(found[0]) if found else None
+
+    def _row(self, line: list[str], columns: _Columns) -> list[float] | TimedRows:
+        if len(line) != columns.width:
+            raise self._bad(line, columns, f"it has {len(line)}")
         try:
-            return [math.nan if column is None else self._value(line[column]) for column in columns]
+            values = [
+                math.nan if place is None else self._value(line[place]) for place in columns.inputs
+            ]
+            return values if columns.time is None else TimedRows(values, _time(line[columns.time]))
         except ValueError as error:
-            raise self._bad(line, width, str(error)) from error
+            raise self._bad(line, columns, str(error)) from error
 
     def _value(self, cell: str) -> float:
-        if cell.strip():
-            return float(cell)
+        text = cell.strip()
+        if text.lower() not in _MISSING:
+            return self._number(text)
         if self._empty:
             return math.nan
-        raise ValueError("an empty cell is a missing value, which takes --missing impute or hold")
+        what = f"{text!r}" if text else "an empty cell"
+        raise ValueError(f"{what} is a missing value, which takes --missing impute or hold")
 
-    def _bad(self, line: list[str], width: int, problem: str) -> BadRow:
-        thing = "number" if width == self._model.input_width else "cell"
-        expected = f"1 {thing}" if width == 1 else f"{width} {thing}s separated by commas"
-        return BadRow(f"{self.place} is {','.join(line)[:80]!r}: expected {expected} ({problem})")
+    def _number(self, text: str) -> float:
+        decimal_comma = self._delimiter != "," and text.count(",") == 1 and "." not in text
+        return float(text.replace(",", ".") if decimal_comma else text)
+
+    def _is_value(self, cell: str) -> bool:
+        """Whether it may be in a row, and is no name."""
+        try:
+            self._number(cell)
+        except ValueError:
+            return cell.lower() in _MISSING or _is_time(cell)
+        return True
+
+    def _bad(self, line: list[str], columns: _Columns, problem: str) -> BadRow:
+        width = columns.width
+        thing = "cell" if columns.named or columns.time is not None else "number"
+        between = _DELIMITERS.get(self._delimiter, repr(self._delimiter))
+        expected = f"1 {thing}" if width == 1 else f"{width} {thing}s separated by {between}"
+        shown = self._delimiter.join(line)[:80]
+        hint = ""
+        if width == 1 and len(line) == 2 and self._delimiter == ",":
+            hint = "; for numbers with a decimal comma give --delimiter ';'"
+        told = f"{self.place} is {shown!r}: expected {expected} ({problem}); {self._expected()}"
+        return BadRow(told + hint)
+
+    def _expected(self) -> str:
+        model = f"{self._model.name}/{self._model.version}"
+        return (
+            f"the columns of {model} are {', '.join(self._model.inputs)}, and time if it is known"
+        )
+
+
+def _time(cell: str) -> datetime:
+    try:
+        return datetime.fromisoformat(cell.strip())
+    except ValueError as error:
+        raise ValueError(
+            f"{cell.strip()!r} is no time such as 2026-03-29T02:30 or 2026-03-29T02:30+02:00"
+        ) from error
+
+
+def _is_time(cell: str) -> bool:
+    try:
+        _time(cell)
+    except ValueError:
+        return False
+    return "-" in cell or ":" in cell  # 20260329 is a number
+
+
+def _delimiter_of(line: str) -> str:
+    return next((one for one in (";", "\t") if one in line), ",")
 
 
 def _texts(lines: Iterable[bytes]) -> Iterator[str]:
@@ -104,3 +240,22 @@ def _texts(lines: Iterable[bytes]) -> Iterator[str]:
     for line in lines:
         yield line.decode(encoding)
         encoding = "utf-8"
+
+
+def whole(rows: Rows) -> tuple[TimedRows | list[list[float]], list[int]]:
+    """All rows at once, with the number of each one's line.
+
+    Raises:
+        BadRow: a line can't be read, or there are none.
+    """
+    values: list[Any] = []
+    times: list[datetime] = []
+    lines: list[int] = []
+    for row in rows:
+        lines.append(rows.line)
+        values.append(row.values if isinstance(row, TimedRows) else row)
+        if isinstance(row, TimedRows):
+            times.append(row.times)
+    if not values:
+        raise BadRow(f"{rows.place} has no rows")
+    return (TimedRows(values, times) if times else values), lines

@@ -6,21 +6,20 @@ import asyncio
 import sys
 from collections.abc import Callable
 from dataclasses import fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from stepstate.cli.options import option
 from stepstate.config import ConfigError, ServerConfig
-from stepstate.engine import NoAccelerator
 from stepstate.errors import ModelInvalid
 from stepstate.events import ServerLoop, set_up_grpc
 from stepstate.logs import configure_logs
 
-set_up_grpc()  # before gRPC is imported, as it is from here on
+if TYPE_CHECKING:
+    from stepstate.server import Server
 
-from stepstate.server import CannotListen, Server, serve  # noqa: E402
-from stepstate.stores import CannotOpenStore  # noqa: E402
+set_up_grpc()  # before gRPC is imported
 
 
 def _settings(command: Callable[..., None]) -> Callable[..., None]:
@@ -37,13 +36,25 @@ def _settings(command: Callable[..., None]) -> Callable[..., None]:
 @option("--log-level", "INFO", click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), "Least level.")
 @option("--log-format", "auto", click.Choice(["auto", "json", "text"]), "auto: text on a terminal.")
 def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
-    """Serves the models of a folder until SIGTERM, then drains; a second signal forces."""
+    """Serves the models of a folder until SIGTERM, then drains; a second signal forces.
+
+    SIGINT (Ctrl-C) and SIGHUP (a terminal that closes) drain too. The exit status is 0 after a
+    whole drain, 1 if it was cut short or the server could not start.
+    """
     configure_logs(log_level, log_format)
     try:
         config = ServerConfig(**settings)
+    except ConfigError as error:
+        raise click.ClickException(str(error)) from error
+    # Only now, since they import torch: a wrong option and --help are answered at once.
+    from stepstate.engine import NoAccelerator  # noqa: PLC0415
+    from stepstate.server import CannotListen, serve  # noqa: PLC0415
+    from stepstate.stores import CannotOpenStore  # noqa: PLC0415
+
+    try:
         with asyncio.Runner(loop_factory=ServerLoop) as runner:
             drained = runner.run(serve(config, _announce))
-    except (ConfigError, ModelInvalid, CannotListen, CannotOpenStore, NoAccelerator) as error:
+    except (ModelInvalid, CannotListen, CannotOpenStore, NoAccelerator) as error:
         raise click.ClickException(str(error)) from error
     except MemoryError as error:
         raise click.ClickException(

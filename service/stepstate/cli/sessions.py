@@ -1,4 +1,4 @@
-"""`stepstate sessions`: lists, shows, closes, copies and moves sessions; resets accuracy."""
+"""`stepstate sessions`: lists, shows, closes, copies, moves, restores; resets accuracy."""
 
 from __future__ import annotations
 
@@ -20,23 +20,31 @@ from stepstate.errors import StepstateError
 
 @click.group("sessions")
 def sessions_group() -> None:
-    """Lists, shows, closes, copies and moves sessions, and resets their accuracy."""
+    """Lists, shows, closes, copies, moves and restores sessions, and resets their accuracy."""
 
 
 @sessions_group.command("list")
 @server_option
 @option("--model", "", str, "Only sessions of this model.")
-def list_command(server: str, model: str) -> None:
-    """Prints a line for each open session: `durable` of its t rows survive the server's end."""
+@click.option("--expired", is_flag=True, help="Also expired sessions that can be restored.")
+def list_command(server: str, model: str, *, expired: bool) -> None:
+    """Prints a line for each open session: `durable` of its t rows survive the server's end.
+
+    With --expired also for each that expired, with the time until which it can be restored.
+    """
     with _client(server) as client:
         click.echo(
             f"{'session':<40} {'model':<20} {'t':>10} {'durable':>10}  {'where':<8}  expires"
         )
-        for info in client.sessions(model):
+        for info in client.sessions(model, show_expired=expired):
             name = f"{info.model}/{info.version}"
+            where = info.residency if info.purge_time is None else info.status
+            until = f"{info.expire_time:%F %T}Z"
+            if info.purge_time is not None:
+                until = f"can be restored until {info.purge_time:%F %T}Z"
             click.echo(
                 f"{info.session_id:<40} {name:<20} {info.t:>10} {info.durable_t:>10}  "
-                f"{info.residency:<8}  {info.expire_time:%F %T}Z"
+                f"{where:<8}  {until}"
             )
 
 
@@ -68,6 +76,15 @@ def reset_accuracy_command(server: str, session_id: str) -> None:
     """
     with _client(server) as client:
         _print(client.reset_accuracy(session_id))
+
+
+@sessions_group.command("restore")
+@server_option
+@click.argument("session_id")
+def restore_command(server: str, session_id: str) -> None:
+    """Opens an expired session again, as it was, and prints where it stands, as JSON."""
+    with _client(server) as client:
+        _print(client.restore_expired(session_id).info)
 
 
 @sessions_group.command("fork")

@@ -5,25 +5,24 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
+from pathlib import Path
 
 import click
 
-from stepstate.cli.options import option, server_option
-from stepstate.cli.rows import BadRow, Rows
+from stepstate.cli.inputs import History, Input
+from stepstate.cli.options import format_options, option, server_option
+from stepstate.cli.rows import BadRow, Format
 from stepstate.client import (
     Client,
     Durability,
     MissingPolicy,
-    ModelInfo,
     Session,
     SessionInfo,
 )
 from stepstate.errors import (
-    NonFiniteInput,
-    NonFiniteResult,
     NotFound,
     SessionClosed,
     SessionUnknown,
@@ -37,7 +36,12 @@ from stepstate.errors import (
 @option("--model", "", str, "The model's name; may be left out if there is one only.")
 @option("--version", "", str, "The model's version; left out: the newest.")
 @option("--session-id", "", str, "Opens this session, or goes on with it; left out: a new one.")
-@option("--start-time", "", str, "Time of the first row, for models that need it.")
+@option(
+    "--start-time",
+    "",
+    str,
+    "Time of the first row; left out: that of the first line, if it has one.",
+)
 @click.option(
     "--durability",
     type=click.Choice(["none", "async", "sync"]),
@@ -49,6 +53,12 @@ from stepstate.errors import (
     help="What a missing value, an empty cell, means to a new session; left out: reject.",
 )
 @option("--output", "csv", click.Choice(["csv", "jsonl"]), "CSV with a header, or JSON lines.")
+@click.option(
+    "--history",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A CSV file of rows that a new session is brought up to date with first.",
+)
+@format_options
 @click.option("--keep", is_flag=True, help="Leave the session open at the end.")
 def step_command(
     server: str,
@@ -59,32 +69,32 @@ def step_command(
     durability: Durability | None,
     missing: MissingPolicy | None,
     output: str,
+    history: Path | None,
+    delimiter: str,
+    time_column: str,
     *,
     keep: bool,
 ) -> None:
     """Steps a session with each CSV row of standard input, and prints the outputs of each.
 
-    A first line that holds names is a header: its columns are taken by name. With --missing
-    impute or hold an empty cell is a missing value. A blank line is skipped: where there is
-    one column, a missing value is written "" or nan.
+    A first line that holds names is a header: its columns are taken by name, in any order. Cells
+    are separated by commas, semicolons or tabs. With --missing impute or hold an empty cell, or
+    NA, is a missing value. A blank line is skipped: where there is one column, a missing value is
+    written "", NA or nan.
+
+    A column named time holds the time of each row, in ISO 8601, UTC where it says no zone: the
+    session starts with the first one, and each line has to be that of the session's next row.
+    With --missing impute or hold rows may be missing between two lines.
 
     After an error a session that was given no name is closed; one with --session-id or
     --keep is left open, to go on with.
     """
+    format_ = Format(delimiter, time_column)
     try:
         started = _moment(start_time)
         with Client(server) as client:
             session = _old_session(client, session_id)
-            if session is None:
-                session = client.open(
-                    model,
-                    version=version,
-                    session_id=session_id or None,
-                    start_time=started,
-                    durability=durability,
-                    missing=missing,
-                )
-            else:
+            if session is not None:
                 wishes = {
                     "model": model,
                     "version": version,
@@ -92,9 +102,24 @@ def step_command(
                     "durability": durability,
                     "missing": missing,
                 }
-                _agree(session.info, wishes)
+                _agree(session.info, wishes, history)
+            info = client.model(model, version) if session is None else session.model
+            empty = (missing if session is None else session.info.missing) in ("impute", "hold")
+            past = None if history is None else History(history, info, format_, empty=empty)
+            given = Input(info, format_, empty=empty)
+            if session is None:
+                session = client.open(
+                    model,
+                    version=version,
+                    session_id=session_id or None,
+                    start_time=started or (past or given).start,
+                    durability=durability,
+                    missing=missing,
+                )
             with _ending(session, named=bool(session_id), keep=keep):
-                _run(session, output)
+                if past is not None:
+                    past.prime(session)
+                _run(session, given, output)
     except (StepstateError, BadRow) as error:
         raise click.ClickException(str(error)) from error
 
@@ -119,8 +144,13 @@ def _moment(text: str) -> datetime | None:
     return moment.replace(tzinfo=UTC) if moment and not moment.tzinfo else moment
 
 
-def _agree(info: SessionInfo, wishes: Mapping[str, object]) -> None:
+def _agree(info: SessionInfo, wishes: Mapping[str, object], history: Path | None) -> None:
     """Refuses wishes that an open session does not meet: they are for a new one."""
+    if history is not None and info.t:
+        raise click.ClickException(
+            f"session {info.session_id!r} is open at t={info.t}, and --history is for a new one: "
+            "leave it out to go on, or choose another --session-id"
+        )
     for field, wish in wishes.items():
         if wish and wish != (has := getattr(info, field)):
             flag = "--" + field.replace("_", "-")
@@ -155,44 +185,19 @@ def _ending(session: Session, *, named: bool, keep: bool) -> Iterator[None]:
         session.close()
 
 
-def _run(session: Session, output: str) -> None:
-    names = _output_names(session.model)
+def _run(session: Session, given: Input, output: str) -> None:
+    names = session.model.output_columns
+    timed = session.time(0) is not None
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if output == "csv":
-        writer.writerow(["t", *names])
-    for y in _outputs(session):
+        writer.writerow(["t", *(["time"] if timed else []), *names])
+    for y in given.outputs(session):
         values = [float(f"{value:.9g}") for value in y]
+        moment = session.time()
+        time = {"time": f"{moment:%FT%T}Z"} if timed else {}
         if output == "csv":
-            writer.writerow([session.t, *values])
+            writer.writerow([session.t, *time.values(), *values])
         else:
-            click.echo(json.dumps({"t": session.t, **dict(zip(names, values, strict=True))}))
+            line = {"t": session.t, **time, **dict(zip(names, values, strict=True))}
+            click.echo(json.dumps(line))
         sys.stdout.flush()
-
-
-def _outputs(session: Session) -> Iterator[Iterable[float]]:
-    """The outputs of each row of standard input.
-
-    Raises:
-        BadRow: it names the line.
-    """
-    # In a file of one column an empty cell is "": an empty line is none.
-    empty = session.info.missing in ("impute", "hold")
-    rows = Rows(sys.stdin.buffer, session.model, "the input", empty=empty)
-    try:
-        yield from session.stream(rows)
-    except NonFiniteInput as error:  # of the last row: one is in flight at a time
-        hint = ""
-        if error.value == "nan":
-            hint = "; a missing value takes a session that was opened with --missing impute or hold"
-        raise BadRow(f"{rows.place}: {error.column!r} is {error.value}{hint}") from error
-    except NonFiniteResult as error:
-        raise BadRow(f"{rows.place}: {error}") from error
-
-
-def _output_names(model: ModelInfo) -> list[str]:
-    return [
-        (f"{output.name}+{horizon}" if horizon else output.name) + quantile
-        for output in model.outputs
-        for horizon in output.horizons
-        for quantile in [f"@{level:g}" for level in output.quantiles] or [""]
-    ]

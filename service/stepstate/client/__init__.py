@@ -9,10 +9,12 @@ from stepstate.client.aio import AsyncClient
 from stepstate.client.aio_pack import AsyncPack
 from stepstate.client.aio_session import AsyncSession
 from stepstate.client.forecast import Forecast, OutputForecast
+from stepstate.client.outputs import Outputs
 from stepstate.client.packing import PackedResult
 from stepstate.client.sync import Client
 from stepstate.client.sync_pack import Pack
 from stepstate.client.sync_session import Session
+from stepstate.client.times import TimedRows
 from stepstate.client.values import (
     Accuracy,
     Drift,
@@ -39,9 +41,11 @@ __all__ = [
     "ModelInfo",
     "Output",
     "OutputForecast",
+    "Outputs",
     "Pack",
     "PackedResult",
     "Result",
     "Session",
     "SessionInfo",
+    "TimedRows",
 ]

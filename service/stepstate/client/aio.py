@@ -17,22 +17,29 @@ from stepstate.client.aio_pack import AsyncPack
 from stepstate.client.aio_session import AsyncSession
 from stepstate.client.asking import Asking, Told, listed
 from stepstate.client.backlog import RESUME_ROWS
-from stepstate.client.backoff import Backoff
+from stepstate.client.channel import (
+    CONNECT_TIMEOUT,
+    TIMEOUT,
+    Metadata,
+    MetadataChannel,
+    Options,
+    Reach,
+    Tries,
+    channel_options,
+)
 from stepstate.client.forecast import Forecast, Levels, Scenarios
-from stepstate.client.history import History, Progress
+from stepstate.client.history import History, Progress, start_of_async
 from stepstate.client.pipeline import MOST_ITEMS, Items, Pipeline
+from stepstate.client.times import TimedRows
 from stepstate.client.track import WINDOW
 from stepstate.client.values import Durability, MissingPolicy, ModelInfo, Result, SessionInfo
 from stepstate.errors import Cancelled, SessionExists, StepstateError, Unavailable
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
-__all__ = ["TIMEOUT", "WINDOW", "AsyncClient"]
+__all__ = ["WINDOW", "AsyncClient"]
 
 R = TypeVar("R")
-
-TIMEOUT = 10.0
-"""Seconds a call may take with all its retries."""
 
 
 class AsyncClient:
@@ -41,21 +48,46 @@ class AsyncClient:
     Its sessions survive the end of the server: see `AsyncSession`.
 
     Args:
-        target: host:port.
+        target: host:port, or another name that gRPC resolves.
         timeout: seconds that a call may take with all its retries, and that a
-            stream goes on without an answer.
+            stream goes on without an answer. The default survives the restart
+            of a server. Many methods take one of their own.
+        connect_timeout: seconds until a server must have answered for the first
+            time; a wrong address is told after them.
         resume_rows: most rows that each session keeps, to send them again to a
             server that was set back. What a server has saved is not kept.
+        credentials: of the channel, for a server or proxy with TLS:
+            `grpc.ssl_channel_credentials(...)`, also composed with call
+            credentials. Left out: plain text.
+        metadata: keys and values that go with every call, such as
+            ("authorization", "Bearer ..."). Over plain text anyone on the way
+            can read them.
+        options: gRPC's channel options, such as
+            ("grpc.ssl_target_name_override", "stepstate"); they take the place
+            of the client's own of the same name.
     """
 
     def __init__(
-        self, target: str, *, timeout: float = TIMEOUT, resume_rows: int = RESUME_ROWS
+        self,
+        target: str,
+        *,
+        timeout: float = TIMEOUT,
+        connect_timeout: float = CONNECT_TIMEOUT,
+        resume_rows: int = RESUME_ROWS,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Metadata = (),
+        options: Options = (),
     ) -> None:
         self.target = target
         self.timeout = timeout
         self.resume_rows = resume_rows
-        self._channel = grpc.aio.insecure_channel(target, options=list(wire.CHANNEL_OPTIONS))
-        self._stub = StepstateServiceStub(self._channel)
+        all_options = channel_options(options)
+        if credentials is None:
+            self._channel = grpc.aio.insecure_channel(target, options=all_options)
+        else:
+            self._channel = grpc.aio.secure_channel(target, credentials, options=all_options)
+        self._stub = StepstateServiceStub(MetadataChannel(self._channel, metadata))
+        self._reach = Reach(connect_timeout)
         self._disconnected = False
         self._models: dict[tuple[str, str], ModelInfo] = {}
 
@@ -69,6 +101,9 @@ class AsyncClient:
         trace: TracebackType | None,
     ) -> None:
         await self.disconnect()
+
+    def __repr__(self) -> str:
+        return f"AsyncClient({self.target!r}{', disconnected' if self._disconnected else ''})"
 
     @property
     def stub(self) -> StepstateServiceStub:
@@ -97,7 +132,7 @@ class AsyncClient:
         durability: Durability | None = None,
         missing: MissingPolicy | None = None,
         interval_level: float | None = None,
-        history: History | AsyncIterable[ArrayLike] | None = None,
+        history: History | AsyncIterable[ArrayLike | TimedRows] | None = None,
         progress: Progress | None = None,
     ) -> AsyncSession:
         """Opens a session with zero state.
@@ -129,6 +164,8 @@ class AsyncClient:
             SessionExists, ModelUnknown, InvalidField, SessionLimit, Unavailable.
             As `AsyncSession.prime`, with a history.
         """
+        if history is not None and start_time is None:
+            start_time, history = await start_of_async(history)
         request = wire.opening(
             model,
             version,
@@ -179,9 +216,16 @@ class AsyncClient:
         reply = await self.call(self.stub.GetSession, pb.GetSessionRequest(session_id=session_id))
         return wire.session_info(reply.session)
 
-    async def sessions(self, model: str = "") -> AsyncIterator[SessionInfo]:
-        """All open sessions, page by page."""
-        request = pb.ListSessionsRequest(model=model, page_size=1000)
+    async def sessions(
+        self, model: str = "", *, show_expired: bool = False
+    ) -> AsyncIterator[SessionInfo]:
+        """All open sessions, page by page.
+
+        Args:
+            model: only those of this model; empty: of all.
+            show_expired: also those that were idle for too long and are still kept.
+        """
+        request = pb.ListSessionsRequest(model=model, page_size=1000, show_expired=show_expired)
         while True:
             reply = await self.call(self.stub.ListSessions, request)
             for session in reply.sessions:
@@ -244,6 +288,23 @@ class AsyncClient:
         request = pb.ExportSessionRequest(session_id=session_id)
         snapshot: bytes = (await self.call(self.stub.ExportSession, request)).snapshot
         return snapshot
+
+    async def restore_expired(self, session_id: str) -> AsyncSession:
+        """Opens a session again that was idle for too long, as it was.
+
+        Its state, its t and what it remembers of its replies are what they were, and its
+        idle time begins anew.
+
+        Raises:
+            SessionExists: it is open. If a first reply was lost, this call may have
+                opened it: `session` tells its t.
+            SessionExpired: it was kept until its `purge_time`, and is deleted.
+            SessionUnknown, SessionClosed, SessionLost: there is nothing to open again.
+            As `open`.
+        """
+        request = pb.RestoreSessionRequest(session_id=session_id)
+        reply = await self.call(self.stub.RestoreSession, request)
+        return await self._session(wire.session_info(reply.session))
 
     async def restore(
         self,
@@ -462,15 +523,29 @@ class AsyncClient:
         Raises:
             StepstateError: as the server answered.
         """
-        backoff = Backoff(self.timeout if timeout is None else timeout)
+        tries = Tries(self._reach, self.timeout if timeout is None else timeout)
         while True:
+            connected = await self._connected(tries.connecting)
             try:
-                return await rpc(request, timeout=max(backoff.left, 0.001))
+                reply = await rpc(request, timeout=tries.left(connected=connected))
             except grpc.aio.AioRpcError as failure:
                 error = wire.from_rpc(failure, self.target)
-            if not wire.passing(error):
-                raise error
-            await asyncio.sleep(backoff.wait(error))
+            else:
+                self._reach.reached = True
+                return reply
+            await asyncio.sleep(tries.wait(error))
+
+    async def _connected(self, seconds: float | None) -> bool:
+        """Waits for a connection, where there never was one; whether it came in time."""
+        if seconds is None:
+            return True
+        try:
+            await asyncio.wait_for(self._channel.channel_ready(), seconds)
+        except TimeoutError:
+            return False
+        except grpc.aio.UsageError:  # disconnected meanwhile
+            raise Cancelled(wire.DISCONNECTED) from None
+        return True
 
     async def _session(self, info: SessionInfo, t: int | None = None) -> AsyncSession:
         return AsyncSession(self, await self.model(info.model, info.version), info, t=t)

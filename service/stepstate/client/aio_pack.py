@@ -14,6 +14,7 @@ from numpy.typing import ArrayLike
 from stepstate.client import wire
 from stepstate.client.aio_session import AsyncSession
 from stepstate.client.packing import Members, Message, PackedCall, PackedResult
+from stepstate.client.times import TimedRows
 from stepstate.errors import ServerUnreachable, StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 
@@ -51,7 +52,11 @@ class AsyncPack:
         await self.end()
 
     async def step(
-        self, x: ArrayLike, *, which: ArrayLike | None = None, timeout: float | None = None
+        self,
+        x: ArrayLike | TimedRows,
+        *,
+        which: ArrayLike | None = None,
+        timeout: float | None = None,
     ) -> PackedResult:
         """Applies one row to each session, or rows to some of them, each row exactly once.
 

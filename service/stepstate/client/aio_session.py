@@ -7,13 +7,13 @@ from collections.abc import AsyncIterable, AsyncIterator, Iterable
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, overload
+from typing import TYPE_CHECKING, Literal, Self, overload
 
 import grpc
 from numpy.typing import ArrayLike
 
 from stepstate.client import wire
-from stepstate.client.footing import Footing
+from stepstate.client.footing import Footing, PlacedRows
 from stepstate.client.forecast import Forecast, Levels, Scenarios
 from stepstate.client.history import (
     IN_FLIGHT,
@@ -24,14 +24,18 @@ from stepstate.client.history import (
     nothing,
     nothings,
 )
+from stepstate.client.outputs import Outputs
 from stepstate.client.pipeline import Pipeline
+from stepstate.client.times import TimedRows
 from stepstate.client.track import WINDOW, Track
 from stepstate.client.values import Durability, Floats, Inspection, ModelInfo, SessionInfo
-from stepstate.errors import SessionClosed, StepstateError
+from stepstate.errors import NonFiniteInput, SessionClosed, StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 
 if TYPE_CHECKING:
     from stepstate.client.aio import AsyncClient
+
+Rows = Iterable[ArrayLike | TimedRows] | AsyncIterable[ArrayLike | TimedRows]
 
 
 class AsyncSession(Footing):
@@ -66,9 +70,34 @@ class AsyncSession(Footing):
     ) -> None:
         await self.close()
 
+    @overload
     async def step(
-        self, x: ArrayLike, *, last_only: bool = False, timeout: float | None = None
-    ) -> Floats:
+        self,
+        x: ArrayLike | TimedRows,
+        *,
+        last_only: bool = False,
+        named: Literal[False] = False,
+        timeout: float | None = None,
+    ) -> Floats: ...
+
+    @overload
+    async def step(
+        self,
+        x: ArrayLike | TimedRows,
+        *,
+        last_only: bool = False,
+        named: Literal[True],
+        timeout: float | None = None,
+    ) -> Outputs: ...
+
+    async def step(
+        self,
+        x: ArrayLike | TimedRows,
+        *,
+        last_only: bool = False,
+        named: bool = False,
+        timeout: float | None = None,
+    ) -> Floats | Outputs:
         """Applies one row or many, all or none of them, and returns their outputs.
 
         A lost reply is asked for again with the same t, which applies nothing
@@ -97,23 +126,26 @@ class AsyncSession(Footing):
                 again.
             Unavailable, StaleOwner: no answer in time.
         """
-        rows, alone = self.model.rows(x)
-        response = await self._apply(rows, last_only=last_only, timeout=timeout)
+        placed = self.place(x, self.t)
+        response = await self._apply(placed, last_only=last_only, timeout=timeout)
         y = wire.outputs(response, self.model)
         self.arrived(response.t, **wire.stand_ins(response))
-        return y[0] if alone or last_only else y
+        y = y[-1] if placed.alone or last_only else placed.of_given(y)
+        return self.named(y, placed) if named else y
 
-    async def inspect(self, x: ArrayLike, *, timeout: float | None = None) -> Inspection:
+    async def inspect(
+        self, x: ArrayLike | TimedRows, *, timeout: float | None = None
+    ) -> Inspection:
         """Applies rows like `step`, and also returns the gates and states of every layer."""
-        rows, _ = self.model.rows(x)
-        response = await self._apply(rows, inspect=True, timeout=timeout)
-        found = wire.inspection(response, self.model)
+        placed = self.place(x, self.t)
+        response = await self._apply(placed, inspect=True, timeout=timeout)
+        found = wire.inspection(response, self.model, placed.of_given)
         self.arrived(response.t, **wire.stand_ins(response))
         return found
 
     async def prime(
         self,
-        history: History | AsyncIterable[ArrayLike],
+        history: History | AsyncIterable[ArrayLike | TimedRows],
         *,
         progress: Progress | None = None,
         timeout: float | None = None,
@@ -250,9 +282,13 @@ class AsyncSession(Footing):
             track.repeat(t)
             await self._bring(track)
 
-    async def stream(
-        self, xs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]
-    ) -> AsyncIterator[Floats]:
+    @overload
+    def stream(self, xs: Rows, *, named: Literal[False] = False) -> AsyncIterator[Floats]: ...
+
+    @overload
+    def stream(self, xs: Rows, *, named: Literal[True]) -> AsyncIterator[Outputs]: ...
+
+    async def stream(self, xs: Rows, *, named: bool = False) -> AsyncIterator[Floats | Outputs]:
         """Applies rows as they come and yields the outputs [O] of each, in order.
 
         Up to `WINDOW` items are in flight; an item may also be many rows [T, D],
@@ -278,7 +314,7 @@ class AsyncSession(Footing):
         )
         try:
             while (result := await pipeline.next()) is not None:
-                yield result.y
+                yield self.named(result.y) if named else result.y
         finally:
             await pipeline.end()
 
@@ -311,21 +347,26 @@ class AsyncSession(Footing):
     async def close(self) -> SessionInfo:
         """Closes the session on the server; that it is closed already is no error."""
         try:
-            return await self.client.close(self.session_id)
+            info = await self.client.close(self.session_id)
         except SessionClosed as closed:  # perhaps by a first try, whose reply was lost
-            return replace(self.info, t=closed.t)
+            info = replace(self.info, t=closed.t)
+        self.closed = True
+        return info
 
     async def _apply(
         self,
-        rows: Floats,
+        placed: PlacedRows,
         *,
         inspect: bool = False,
         last_only: bool = False,
         timeout: float | None,
     ) -> pb.StepResponse:
         track = self._track(timeout)
-        track.add(rows, inspect=inspect, last_only=last_only)
-        return await self._bring(track)
+        track.add(placed.rows, inspect=inspect, last_only=last_only)
+        try:
+            return await self._bring(track)
+        except NonFiniteInput as error:
+            raise placed.named(error) from None
 
     def _track(self, timeout: float | None) -> Track:
         return Track(self, timeout=self.client.timeout if timeout is None else timeout)
@@ -343,9 +384,7 @@ class AsyncSession(Footing):
                 if track.answered(response.durable_t) is not None:
                     return response
 
-    async def _items(
-        self, xs: Iterable[ArrayLike] | AsyncIterable[ArrayLike]
-    ) -> AsyncIterator[tuple[Self, ArrayLike]]:
+    async def _items(self, xs: Rows) -> AsyncIterator[tuple[Self, ArrayLike | TimedRows]]:
         if isinstance(xs, AsyncIterable):
             async for x in xs:
                 yield self, x

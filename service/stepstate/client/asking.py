@@ -18,8 +18,9 @@ import numpy as np
 
 from stepstate.client import wire
 from stepstate.client.backoff import Backoff
-from stepstate.client.footing import Footing
+from stepstate.client.footing import Footing, fill
 from stepstate.client.forecast import Forecast, Levels, Scenarios
+from stepstate.client.times import Times, read_rows, split_times
 from stepstate.client.values import Floats, ModelInfo, floats
 from stepstate.errors import (
     Cancelled,
@@ -48,7 +49,18 @@ MOST_HORIZON = 10_000
 """What a server looks ahead."""
 USUAL_HORIZON = 48
 """Where neither the horizon nor the model is known."""
+MAX_TIMES_AHEAD = 10
+"""So often scenarios are laid out anew, for a session that is stepped at the same time."""
 _OF_THE_CALL = (InvalidField, ServerUnreachable, Draining, Cancelled, UnexpectedStatus)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Path:
+    """A scenario: its rows [P, D], and their times if it has some."""
+
+    name: str
+    rows: Floats
+    times: Times | None
 
 
 @dataclass(slots=True, eq=False)
@@ -57,6 +69,7 @@ class Wanted(Generic[S]):
 
     `t`: where the application stood in it when it was asked for. `behind`: the
     server stands there, before that. `error`: why it has no result yet.
+    `ahead`: the server stood there, after that, `times_ahead` times.
     """
 
     session_id: str
@@ -65,6 +78,8 @@ class Wanted(Generic[S]):
     t: int = 0
     behind: int | None = None
     error: StepstateError | None = None
+    ahead: int = 0
+    times_ahead: int = 0
 
 
 class Asking(Generic[S]):
@@ -101,7 +116,13 @@ class Asking(Generic[S]):
             _check_scenarios(scenarios)
         known = [one.session.model for one in self._wanted if one.session is not None]
         self._named = scenarios is not None
-        self._request = _request(horizon, quantiles, scenarios or {}, known or models)
+        self._request = _request(horizon, quantiles)
+        self._paths = [_path(name, x, known or models) for name, x in (scenarios or {}).items()]
+        self._timed = any(path.times is not None for path in self._paths)
+        if self._timed:
+            self._check_sessions()
+        for path in self._paths:
+            _add(self._request, path.name, path.rows)
         self._together = _together(self._request, [*known, *models])
         self.backoff = Backoff(timeout)
 
@@ -131,14 +152,57 @@ class Asking(Generic[S]):
 
     def calls(self) -> Iterator[tuple[list[Wanted[S]], pb.ForecastRequest]]:
         """A request for each part of the sessions that have no result yet."""
-        waiting = [one for one in self._wanted if one.told is None]
-        for first in range(0, len(waiting), self._together):
-            some = waiting[first : first + self._together]
-            for one in some:
-                one.t = one.session.t if one.session is not None else 0
-            request = pb.ForecastRequest(session_id=[one.session_id for one in some])
-            request.MergeFrom(self._request)
-            yield some, request
+        for waiting, common in self._groups([one for one in self._wanted if one.told is None]):
+            for first in range(0, len(waiting), self._together):
+                some = waiting[first : first + self._together]
+                request = pb.ForecastRequest(session_id=[one.session_id for one in some])
+                request.MergeFrom(common)
+                yield some, request
+
+    def _groups(self, waiting: list[Wanted[S]]) -> list[tuple[list[Wanted[S]], pb.ForecastRequest]]:
+        """Sessions whose scenarios are the same rows: all, where those have no times."""
+        for one in waiting:
+            one.t = one.session.t if one.session is not None else 0
+        if not self._timed:
+            return [(waiting, self._request)]
+        groups: dict[bytes, tuple[list[Wanted[S]], pb.ForecastRequest]] = {}
+        for one in waiting:
+            try:
+                request = self._laid_out(one)
+            except InvalidField as error:
+                one.told = error
+                continue
+            key = request.SerializeToString(deterministic=True)
+            groups.setdefault(key, ([], request))[0].append(one)
+        return list(groups.values())
+
+    def _laid_out(self, one: Wanted[S]) -> pb.ForecastRequest:
+        """The request for a session, with each scenario from the session's next row on.
+
+        Raises:
+            InvalidField: the times of a scenario do not go on from there.
+        """
+        request = pb.ForecastRequest(horizon=self._request.horizon)
+        request.quantiles.extend(self._request.quantiles)
+        for path in self._paths:
+            rows = path.rows
+            if path.times is not None and one.session is not None:
+                t, field = max(one.t, one.ahead), f"scenarios[{path.name!r}]"
+                after = one.session.clock.lay_out(path.times, t, field)
+                if after[-1] >= MOST_HORIZON:
+                    raise InvalidField(field, f"goes on for more than {MOST_HORIZON:,} steps")
+                rows = fill(rows, after, alone=False).rows
+            _add(request, path.name, rows)
+        return request
+
+    def _check_sessions(self) -> None:
+        for one in self._wanted:
+            if one.session is None:
+                raise InvalidField(
+                    "scenarios",
+                    f"have times, and session {one.session_id!r} is given by its id: give "
+                    f"client.session({one.session_id!r}), which knows its own",
+                )
 
     def answered(self, some: Sequence[Wanted[S]], reply: pb.ForecastResponse) -> None:
         """Takes the reply to a call."""
@@ -152,6 +216,8 @@ class Asking(Generic[S]):
             group = [first, *(next(messages) for _ in range(others))]
             if first.t < one.t:
                 self._set_back(one, first.t)
+            elif self._timed and first.t != max(one.t, one.ahead):
+                self._moved_on(one, first.t)
             else:
                 forecasts = [wire.forecast(message) for message in group]
                 named = {forecast.scenario: forecast for forecast in forecasts}
@@ -190,6 +256,17 @@ class Asking(Generic[S]):
             one.told = error
 
     @staticmethod
+    def _moved_on(one: Wanted[S], t: int) -> None:
+        """Rows were applied meanwhile: its scenarios are to begin after them."""
+        one.ahead, one.times_ahead = t, one.times_ahead + 1
+        if one.times_ahead > MAX_TIMES_AHEAD:
+            one.told = ForecastImpossible(
+                f"session {one.session_id!r}",
+                "rows are applied while scenarios with times are asked for, so that these never "
+                "begin at its next row: ask between its steps",
+            )
+
+    @staticmethod
     def _set_back(one: Wanted[S], t: int) -> None:
         one.behind, one.error = t, StepAhead(one.session_id, one.t, t)
 
@@ -219,26 +296,28 @@ def _check_scenarios(scenarios: object) -> None:
         raise InvalidField("scenarios", "are none: leave them out, or name one")
 
 
-def _request(
-    horizon: int | None,
-    quantiles: Levels | None,
-    scenarios: Scenarios,
-    models: Sequence[ModelInfo],
-) -> pb.ForecastRequest:
-    """What is the same for all sessions."""
+def _request(horizon: int | None, quantiles: Levels | None) -> pb.ForecastRequest:
+    """What is the same for all sessions, without scenarios."""
     if horizon is not None and horizon < 1:
         raise InvalidField("horizon", f"is {horizon}, expected 1 or more")
     if horizon is not None and horizon > MOST_HORIZON:
         raise InvalidField("horizon", f"is {horizon}, expected at most {MOST_HORIZON}")
-    request = pb.ForecastRequest(horizon=horizon or 0, quantiles=_levels(quantiles))
-    for name, path in scenarios.items():
-        scenario, field = request.scenarios.add(name=name), f"scenarios[{name!r}]"
-        rows = _rows(field, path, models)
-        if np.isinf(rows).any():
-            raise InvalidField(field, "holds an infinite value; NaN is the model's own forecast")
-        data = np.ascontiguousarray(rows, "<f4").tobytes()
-        put_floats(scenario, pb.Scenario.X_FIELD_NUMBER, data)
-    return request
+    return pb.ForecastRequest(horizon=horizon or 0, quantiles=_levels(quantiles))
+
+
+def _path(name: str, x: Any, models: Sequence[ModelInfo]) -> Path:
+    """A scenario as it was given."""
+    field = f"scenarios[{name!r}]"
+    rows, times = _rows(field, x, models)
+    if np.isinf(rows).any():
+        raise InvalidField(field, "holds an infinite value; NaN is the model's own forecast")
+    return Path(name, rows, times)
+
+
+def _add(request: pb.ForecastRequest, name: str, rows: Floats) -> None:
+    scenario = request.scenarios.add(name=name)
+    data = np.ascontiguousarray(rows, "<f4").tobytes()
+    put_floats(scenario, pb.Scenario.X_FIELD_NUMBER, data)
 
 
 def _levels(quantiles: Levels | None) -> list[float]:
@@ -249,17 +328,20 @@ def _levels(quantiles: Levels | None) -> list[float]:
         raise InvalidField("quantiles", f"are not numbers: {error}") from error
 
 
-def _rows(field: str, path: Any, models: Sequence[ModelInfo]) -> Floats:
+def _rows(field: str, x: Any, models: Sequence[ModelInfo]) -> tuple[Floats, Times | None]:
     """A scenario's rows; the server checks them where it is not known of which model they are."""
-    columns = getattr(path, "columns", None)
+    columns = getattr(x, "columns", None)
     if columns is None:
         if len({model.input_width for model in models}) == 1:
-            return models[0].rows(path, field)[0]
-        return floats(path, field)
+            rows, _, times = read_rows(models[0], x, field)
+            return rows, times
+        values, times = split_times(x, field)
+        return floats(values, field), times
     for model in models:
         if set(columns) <= set(model.inputs):
             missing = {name: np.nan for name in model.inputs if name not in columns}
-            return model.rows(path.assign(**missing), field)[0]
+            rows, _, times = read_rows(model, x.assign(**missing), field)
+            return rows, times
     told = ", ".join(map(str, columns))
     raise InvalidField(field, f"has the columns {told}, which no model takes")
 

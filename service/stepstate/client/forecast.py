@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from stepstate.client.times import TimedRows
 from stepstate.client.values import Floats
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 Method = Literal["direct", "fed back", "given", ""]
 """How a value came about: read from the state as it stands; read after forecasts, or a scenario's
 rows, were fed back on a copy of it; given by the scenario. Empty: there is none."""
-Scenarios = Mapping[str, ArrayLike]
+Scenarios = Mapping[str, ArrayLike | TimedRows]
 """Rows that might come, [P, D] by name; NaN is the model's own forecast of a value."""
 Levels = Sequence[float] | NDArray[np.floating]
 """Quantile levels, each more than 0 and less than 1."""

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TypeGuard, TypeVar
+from datetime import datetime
+from itertools import chain
+from typing import TypeGuard, TypeVar, cast
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from stepstate.client.footing import Footing
+from stepstate.client.times import TimedRows, first_time
 from stepstate.client.values import Floats, ModelInfo
 from stepstate.errors import InvalidField, NonFiniteInput, StepstateError
 
@@ -25,7 +28,7 @@ IN_FLIGHT = 4
 """Pieces: enough that the server never waits for the next one."""
 
 S = TypeVar("S", bound=Footing)
-History = ArrayLike | Iterable[ArrayLike]
+History = ArrayLike | TimedRows | Iterable[ArrayLike | TimedRows]
 """Rows [T, D], or an iterable of such, which needs not be in memory as a whole."""
 Progress = Callable[[int, int | None], object]
 """Called with the rows that are done, and with all there are, None where that is not known."""
@@ -46,7 +49,7 @@ class Feed:
     def __init__(
         self,
         session: Footing,
-        history: History | AsyncIterable[ArrayLike],
+        history: History | AsyncIterable[ArrayLike | TimedRows],
         progress: Progress | None = None,
     ) -> None:
         self._session = session
@@ -54,13 +57,14 @@ class Feed:
         self._progress = progress
         self._y: Floats | None = None
         self._imputed_rows = self._fallback_rows = 0
-        self._total: int | None = None
-        self._chunks: Iterable[ArrayLike] | AsyncIterable[ArrayLike]
+        self._rows = self._given = 0  # so far, with those that are missing and without
+        self._gaps: list[tuple[int, int]] = []  # rows before it, and how many are missing
+        self._whole: Floats | None = None
+        self._chunks: Iterable[ArrayLike | TimedRows] | AsyncIterable[ArrayLike | TimedRows] = ()
         if isinstance(history, AsyncIterable) or not _is_rows(history):
             self._chunks = history  # type: ignore[assignment] # not rows, so an iterable of them
         else:
-            rows = self._rows(history)
-            self._chunks, self._total = (rows,), len(rows)
+            self._whole = self._place(history)
 
     def pieces(self) -> Iterator[Floats]:
         """The rows [n, D], some thousand at a time.
@@ -70,15 +74,19 @@ class Feed:
         """
         if isinstance(self._chunks, AsyncIterable):
             raise InvalidField("history", "is asynchronous, which takes an AsyncClient")
+        if self._whole is not None:
+            yield from _cut(self._whole)
         for chunk in self._chunks:
-            yield from self._cut(chunk)
+            if not _is_empty(chunk):
+                yield from _cut(self._place(chunk))
 
     async def items(self, session: S) -> AsyncIterator[tuple[S, Floats]]:
         """The pieces as items of a stream."""
         if isinstance(self._chunks, AsyncIterable):
             async for chunk in self._chunks:
-                for piece in self._cut(chunk):
-                    yield session, piece
+                if not _is_empty(chunk):
+                    for piece in _cut(self._place(chunk)):
+                        yield session, piece
         else:
             for piece in self.pieces():
                 yield session, piece
@@ -90,7 +98,8 @@ class Feed:
         self._imputed_rows += session.imputed_rows
         self._fallback_rows += session.fallback_rows
         if self._progress is not None:
-            self._progress(session.t - self._start, self._total)
+            total = None if self._whole is None else len(self._whole)
+            self._progress(session.t - self._start, total)
 
     def finish(self) -> Floats:
         """The outputs [O] of the last row; the session tells of all rows what stood in.
@@ -107,30 +116,74 @@ class Feed:
     def placed(self, error: StepstateError) -> StepstateError:
         """An error about a row of a piece, as one about that row of the history."""
         if isinstance(error, NonFiniteInput):
-            return replace(error, row=error.row + self._session.t - self._start)
+            row = error.row + self._session.t - self._start
+            return replace(error, row=row - sum(n for at, n in self._gaps if at < row))
         return error
 
-    def _cut(self, chunk: ArrayLike) -> Iterator[Floats]:
-        if _is_empty(chunk):
-            return
-        rows = self._rows(chunk)
-        count = max(1, min(PIECE_ROWS, PIECE_BYTES // (4 * rows.shape[1])))
-        for first in range(0, len(rows), count):
-            yield rows[first : first + count]
+    def _place(self, chunk: ArrayLike | TimedRows) -> Floats:
+        """The rows of a chunk, with those that are missing by their times."""
+        at = self._start + self._rows
+        placed = self._session.place(chunk, at, "history", first_row=self._given)
+        self._given += len(placed.rows)
+        if placed.given is not None:
+            missing = np.diff(placed.given, prepend=-1) - 1
+            for row in np.flatnonzero(missing).tolist():
+                self._gaps.append((self._rows + int(placed.given[row]) - 1, int(missing[row])))
+            self._given -= int(missing.sum())
+        self._rows += len(placed.rows)
+        return placed.rows
 
-    def _rows(self, chunk: ArrayLike) -> Floats:
-        rows, _ = self._session.model.rows(chunk, "history")
-        return rows
+
+def _cut(rows: Floats) -> Iterator[Floats]:
+    count = max(1, min(PIECE_ROWS, PIECE_BYTES // (4 * rows.shape[1])))
+    for first in range(0, len(rows), count):
+        yield rows[first : first + count]
 
 
-def _is_empty(chunk: ArrayLike) -> bool:
+def start_of(history: History) -> tuple[datetime | None, History]:
+    """The time of a history's first row, where it has one, and the history from its beginning.
+
+    Raises:
+        InvalidField: its times can't be read.
+    """
+    if _is_rows(history):
+        return first_time(history, "history"), history
+    chunks = iter(cast("Iterable[ArrayLike | TimedRows]", history))
+    first = next((chunk for chunk in chunks if not _is_empty(chunk)), None)
+    if first is None:
+        return None, ()
+    return first_time(first, "history"), chain((first,), chunks)
+
+
+async def start_of_async(
+    history: History | AsyncIterable[ArrayLike | TimedRows],
+) -> tuple[datetime | None, History | AsyncIterable[ArrayLike | TimedRows]]:
+    """The same for a history that may come asynchronously."""
+    if not isinstance(history, AsyncIterable):
+        return start_of(history)
+    chunks = aiter(history)
+    async for first in chunks:
+        if not _is_empty(first):
+            return first_time(first, "history"), _chained(first, chunks)
+    return None, ()
+
+
+async def _chained(
+    first: ArrayLike | TimedRows, others: AsyncIterator[ArrayLike | TimedRows]
+) -> AsyncIterator[ArrayLike | TimedRows]:
+    yield first
+    async for chunk in others:
+        yield chunk
+
+
+def _is_empty(chunk: ArrayLike | TimedRows) -> bool:
     shape = getattr(chunk, "shape", None)
     return not chunk if isinstance(chunk, Sequence) else shape is not None and shape[:1] == (0,)
 
 
-def _is_rows(history: History) -> TypeGuard[ArrayLike]:
+def _is_rows(history: History) -> TypeGuard[ArrayLike | TimedRows]:
     """Whether it is rows, and not an iterable of chunks of rows."""
-    if hasattr(history, "columns") or hasattr(history, "__array__"):
+    if isinstance(history, TimedRows) or hasattr(history, "__array__"):
         return True
     if isinstance(history, Sequence):
         return not history or np.ndim(history[0]) < 2

@@ -21,6 +21,7 @@ from stepstate.client import wire
 from stepstate.client.backlog import Sent
 from stepstate.client.backoff import Backoff
 from stepstate.client.footing import Footing
+from stepstate.client.times import TimedRows, Times, read_rows
 from stepstate.client.values import Floats, ModelInfo
 from stepstate.errors import InvalidField, StepAhead, StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
@@ -114,17 +115,24 @@ class PackedCall(Generic[S]):
     """
 
     def __init__(
-        self, members: Members[S], x: ArrayLike, which: ArrayLike | None, *, timeout: float
+        self,
+        members: Members[S],
+        x: ArrayLike | TimedRows,
+        which: ArrayLike | None,
+        *,
+        timeout: float,
     ) -> None:
         self._members = members
         self._which = _places(members, which)
-        self._x = _rows(members.model, x, len(self._which))
+        self._x, times = _rows(members.model, x, len(self._which))
         count = len(self._which)
         self._named: list[int] = np.unique(self._which).tolist()
         if members.busy[self._named].any():
             raise InvalidField("which", "names a session that has rows on their way already")
         self._before = {place: members.sessions[place].t for place in self._named}
         self._t = _times(self._which, self._before)
+        if times is not None:
+            self._check_times(times)
         self._waiting = np.arange(count)
         self._refused: dict[int, StepstateError] = {}
         self._late: StepstateError | None = None
@@ -254,6 +262,14 @@ class PackedCall(Generic[S]):
         for place, t in self._before.items():
             self._members.sessions[place].t = t
 
+    def _check_times(self, times: Times) -> None:
+        """Rows of sessions can't wait for each other here, so that none may be missing."""
+        for place in self._named:
+            rows = np.flatnonzero(self._which == place)
+            clock, t = self._members.sessions[place].clock, self._before[place]
+            some = Times(times.utc[rows], times.naive)
+            clock.place(some, t, f"x of session {place}", takes_missing=False)
+
     def _keep(self) -> None:
         """Keeps the rows, to send them again to a server that is set back later."""
         x = self._x.astype("<f4", copy=False)
@@ -303,11 +319,11 @@ def _places(members: Members[S], which: ArrayLike | None) -> NDArray[np.int64]:
     return places.astype(np.int64)
 
 
-def _rows(model: ModelInfo, x: ArrayLike, count: int) -> Floats:
-    rows, _ = model.rows(x)
+def _rows(model: ModelInfo, x: ArrayLike | TimedRows, count: int) -> tuple[Floats, Times | None]:
+    rows, _, times = read_rows(model, x, "x")
     if len(rows) != count:
         raise InvalidField("x", f"has {len(rows)} rows for {count} sessions: one each")
-    return rows
+    return rows, times
 
 
 def _times(which: NDArray[np.int64], before: Mapping[int, int]) -> NDArray[np.int64]:

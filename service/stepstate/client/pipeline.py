@@ -21,6 +21,7 @@ from stepstate.client import wire
 from stepstate.client.backlog import Sent
 from stepstate.client.backoff import Backoff
 from stepstate.client.footing import Footing
+from stepstate.client.times import TimedRows
 from stepstate.client.track import WINDOW, Track
 from stepstate.client.values import Result
 from stepstate.errors import InvalidField, ServerUnreachable, StepstateError, Unavailable
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     Call = grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]
 
 S = TypeVar("S", bound=Footing)
-Items = Iterable[tuple[S, ArrayLike]] | AsyncIterable[tuple[S, ArrayLike]]
+Items = Iterable[tuple[S, ArrayLike | TimedRows]] | AsyncIterable[tuple[S, ArrayLike | TimedRows]]
 
 MOST_ITEMS = 10_000
 """Of all sessions together: some hundred a session for as many sessions."""
@@ -136,7 +137,8 @@ class Pipeline(Generic[S]):
             y = wire.outputs(response, way.session.model)
             told = wire.stand_ins(response)
             way.session.arrived(sent.end, **told)
-            result = Result(way.session, y[0], None, **told)
+            moment = way.session.time()
+            result = Result(way.session, y[0], None, **told, t=sent.end, time=moment)
         self._room.ring()
         return result
 
@@ -158,7 +160,7 @@ class Pipeline(Generic[S]):
         self._fed = True
         self._to_send.ring()
 
-    def _enter(self, session: S, x: ArrayLike) -> None:
+    def _enter(self, session: S, x: ArrayLike | TimedRows) -> None:
         way = self._way(session)
         self._inside += 1
         if way.ending:
@@ -166,8 +168,7 @@ class Pipeline(Generic[S]):
             self._settle(way)
             return
         try:
-            rows, _ = session.model.rows(x)
-            self._inside_bytes += way.add(rows, last_only=True)
+            self._inside_bytes += way.add(way.place(x), last_only=True)
         except InvalidField as error:
             way.unsent += 1
             way.end(error)
@@ -297,6 +298,8 @@ class Pipeline(Generic[S]):
             self._to_send.ring()
 
 
-async def _each(items: Iterable[tuple[S, ArrayLike]]) -> AsyncIterator[tuple[S, ArrayLike]]:
+async def _each(
+    items: Iterable[tuple[S, ArrayLike | TimedRows]],
+) -> AsyncIterator[tuple[S, ArrayLike | TimedRows]]:
     for item in items:
         yield item

@@ -13,14 +13,23 @@ import grpc
 from numpy.typing import ArrayLike
 
 from stepstate.client import wire
-from stepstate.client.aio import TIMEOUT
 from stepstate.client.asking import Asking, Told, listed
 from stepstate.client.backlog import RESUME_ROWS
-from stepstate.client.backoff import Backoff
+from stepstate.client.channel import (
+    CONNECT_TIMEOUT,
+    TIMEOUT,
+    Metadata,
+    MetadataChannel,
+    Options,
+    Reach,
+    Tries,
+    channel_options,
+)
 from stepstate.client.forecast import Forecast, Levels, Scenarios
-from stepstate.client.history import History, Progress
+from stepstate.client.history import History, Progress, start_of
 from stepstate.client.sync_pack import Pack
 from stepstate.client.sync_session import Session
+from stepstate.client.times import TimedRows
 from stepstate.client.turns import Turns
 from stepstate.client.values import (
     Durability,
@@ -48,13 +57,26 @@ class Client:
     """A connection to a server; threads may share it. See `AsyncClient`."""
 
     def __init__(
-        self, target: str, *, timeout: float = TIMEOUT, resume_rows: int = RESUME_ROWS
+        self,
+        target: str,
+        *,
+        timeout: float = TIMEOUT,
+        connect_timeout: float = CONNECT_TIMEOUT,
+        resume_rows: int = RESUME_ROWS,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Metadata = (),
+        options: Options = (),
     ) -> None:
         self.target = target
         self.timeout = timeout
         self.resume_rows = resume_rows
-        self._channel = grpc.insecure_channel(target, options=list(wire.CHANNEL_OPTIONS))
-        self._stub = StepstateServiceStub(self._channel)
+        all_options = channel_options(options)
+        if credentials is None:
+            self._channel = grpc.insecure_channel(target, options=all_options)
+        else:
+            self._channel = grpc.secure_channel(target, credentials, options=all_options)
+        self._stub = StepstateServiceStub(MetadataChannel(self._channel, metadata))
+        self._reach = Reach(connect_timeout)
         self._disconnected = False
         self._models: dict[tuple[str, str], ModelInfo] = {}
 
@@ -68,6 +90,9 @@ class Client:
         trace: TracebackType | None,
     ) -> None:
         self.disconnect()
+
+    def __repr__(self) -> str:
+        return f"Client({self.target!r}{', disconnected' if self._disconnected else ''})"
 
     @property
     def stub(self) -> StepstateServiceStub:
@@ -96,6 +121,8 @@ class Client:
         progress: Progress | None = None,
     ) -> Session:
         """Opens a session with zero state. See `AsyncClient.open`."""
+        if history is not None and start_time is None:
+            start_time, history = start_of(history)
         request = wire.opening(
             model,
             version,
@@ -134,9 +161,14 @@ class Client:
         request = pb.GetSessionRequest(session_id=session_id)
         return wire.session_info(self.call(self.stub.GetSession, request).session)
 
-    def sessions(self, model: str = "") -> Iterator[SessionInfo]:
-        """All open sessions, page by page."""
-        request = pb.ListSessionsRequest(model=model, page_size=1000)
+    def sessions(self, model: str = "", *, show_expired: bool = False) -> Iterator[SessionInfo]:
+        """All open sessions, page by page.
+
+        Args:
+            model: only those of this model; empty: of all.
+            show_expired: also those that were idle for too long and are still kept.
+        """
+        request = pb.ListSessionsRequest(model=model, page_size=1000, show_expired=show_expired)
         while True:
             reply = self.call(self.stub.ListSessions, request)
             yield from map(wire.session_info, reply.sessions)
@@ -182,6 +214,23 @@ class Client:
         snapshot: bytes = self.call(self.stub.ExportSession, request).snapshot
         return snapshot
 
+    def restore_expired(self, session_id: str) -> Session:
+        """Opens a session again that was idle for too long, as it was.
+
+        Its state, its t and what it remembers of its replies are what they were, and its
+        idle time begins anew.
+
+        Raises:
+            SessionExists: it is open. If a first reply was lost, this call may have
+                opened it: `session` tells its t.
+            SessionExpired: it was kept until its `purge_time`, and is deleted.
+            SessionUnknown, SessionClosed, SessionLost: there is nothing to open again.
+            As `open`.
+        """
+        request = pb.RestoreSessionRequest(session_id=session_id)
+        reply = self.call(self.stub.RestoreSession, request)
+        return self._session(wire.session_info(reply.session))
+
     def restore(
         self,
         snapshot: bytes,
@@ -194,7 +243,9 @@ class Client:
         request = wire.importing(snapshot, session_id, idle_timeout, durability)
         return self._session(wire.session_info(self.call(self.stub.ImportSession, request).session))
 
-    def stream(self, items: Iterable[tuple[Session, ArrayLike]]) -> Iterator[Result[Session]]:
+    def stream(
+        self, items: Iterable[tuple[Session, ArrayLike | TimedRows]]
+    ) -> Iterator[Result[Session]]:
         """Steps many sessions on one connection, and yields a result for every item.
 
         Results come in the order of the items: one is in flight at a time, so
@@ -220,7 +271,11 @@ class Client:
                 if y is None:
                     yield Result(session, None, ended[session.session_id])
                 else:
-                    yield Result(session, y, None, session.imputed_rows, session.fallback_rows)
+                    told = {
+                        "imputed_rows": session.imputed_rows,
+                        "fallback_rows": session.fallback_rows,
+                    }
+                    yield Result(session, y, None, **told, t=session.t, time=session.time())
         finally:
             turns.end()
 
@@ -321,15 +376,30 @@ class Client:
 
     def call(self, rpc: Callable[..., R], request: object, timeout: float | None = None) -> R:
         """Makes a unary call that may be repeated, until it is answered or time is up."""
-        backoff = Backoff(self.timeout if timeout is None else timeout)
+        tries = Tries(self._reach, self.timeout if timeout is None else timeout)
         while True:
+            connected = self._connected(tries.connecting)
             try:
-                return rpc(request, timeout=max(backoff.left, 0.001))
+                reply = rpc(request, timeout=tries.left(connected=connected))
             except grpc.RpcError as failure:
                 error = wire.from_rpc(failure, self.target)
-            if not wire.passing(error):
-                raise error
-            time.sleep(backoff.wait(error))
+            else:
+                self._reach.reached = True
+                return reply
+            time.sleep(tries.wait(error))
+
+    def _connected(self, seconds: float | None) -> bool:
+        """Waits for a connection, where there never was one; whether it came in time."""
+        if seconds is None:
+            return True
+        ready = grpc.channel_ready_future(self._channel)
+        try:
+            ready.result(timeout=seconds)
+        except grpc.FutureTimeoutError:
+            return False
+        finally:
+            ready.cancel()
+        return True
 
     def _session(self, info: SessionInfo, t: int | None = None) -> Session:
         return Session(self, self.model(info.model, info.version), info, t=t)

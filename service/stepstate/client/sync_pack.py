@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike
 from stepstate.client import wire
 from stepstate.client.packing import Members, Message, PackedCall, PackedResult
 from stepstate.client.sync_session import Session
+from stepstate.client.times import TimedRows
 from stepstate.errors import ServerUnreachable, StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 
@@ -47,7 +48,11 @@ class Pack:
         self.end()
 
     def step(
-        self, x: ArrayLike, *, which: ArrayLike | None = None, timeout: float | None = None
+        self,
+        x: ArrayLike | TimedRows,
+        *,
+        which: ArrayLike | None = None,
+        timeout: float | None = None,
     ) -> PackedResult:
         """Applies one row to each session, or rows to some of them. See `AsyncPack.step`."""
         seconds = self._client.timeout if timeout is None else timeout

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, overload
+from typing import TYPE_CHECKING, Literal, Self, overload
 
 from numpy.typing import ArrayLike
 
 from stepstate.client import wire
-from stepstate.client.footing import Footing
+from stepstate.client.footing import Footing, PlacedRows
 from stepstate.client.forecast import Forecast, Levels, Scenarios
 from stepstate.client.history import (
     IN_FLIGHT,
@@ -22,10 +22,12 @@ from stepstate.client.history import (
     nothing,
     nothings,
 )
+from stepstate.client.outputs import Outputs
+from stepstate.client.times import TimedRows
 from stepstate.client.track import Track
 from stepstate.client.turns import Turns, bring
 from stepstate.client.values import Durability, Floats, Inspection, ModelInfo, SessionInfo
-from stepstate.errors import SessionClosed, StepstateError
+from stepstate.errors import NonFiniteInput, SessionClosed, StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 
 if TYPE_CHECKING:
@@ -58,21 +60,47 @@ class Session(Footing):
     ) -> None:
         self.close()
 
+    @overload
     def step(
-        self, x: ArrayLike, *, last_only: bool = False, timeout: float | None = None
-    ) -> Floats:
+        self,
+        x: ArrayLike | TimedRows,
+        *,
+        last_only: bool = False,
+        named: Literal[False] = False,
+        timeout: float | None = None,
+    ) -> Floats: ...
+
+    @overload
+    def step(
+        self,
+        x: ArrayLike | TimedRows,
+        *,
+        last_only: bool = False,
+        named: Literal[True],
+        timeout: float | None = None,
+    ) -> Outputs: ...
+
+    def step(
+        self,
+        x: ArrayLike | TimedRows,
+        *,
+        last_only: bool = False,
+        named: bool = False,
+        timeout: float | None = None,
+    ) -> Floats | Outputs:
         """Applies one row or many, and returns their outputs. See `AsyncSession.step`."""
-        rows, alone = self.model.rows(x)
-        response = self._apply(rows, last_only=last_only, timeout=timeout)
+        placed = self.place(x, self.t)
+        response = self._apply(placed, last_only=last_only, timeout=timeout)
         y = wire.outputs(response, self.model)
         self.arrived(response.t, **wire.stand_ins(response))
-        return y[0] if alone or last_only else y
+        y = y[-1] if placed.alone or last_only else placed.of_given(y)
+        return self.named(y, placed) if named else y
 
-    def inspect(self, x: ArrayLike, *, timeout: float | None = None) -> Inspection:
+    def inspect(self, x: ArrayLike | TimedRows, *, timeout: float | None = None) -> Inspection:
         """Applies rows like `step`, and also returns the gates and states of every layer."""
-        rows, _ = self.model.rows(x)
-        response = self._apply(rows, inspect=True, timeout=timeout)
-        found = wire.inspection(response, self.model)
+        placed = self.place(x, self.t)
+        response = self._apply(placed, inspect=True, timeout=timeout)
+        found = wire.inspection(response, self.model, placed.of_given)
         self.arrived(response.t, **wire.stand_ins(response))
         return found
 
@@ -145,7 +173,19 @@ class Session(Footing):
             track.repeat(t)
             self._bring(track)
 
-    def stream(self, xs: Iterable[ArrayLike]) -> Iterator[Floats]:
+    @overload
+    def stream(
+        self, xs: Iterable[ArrayLike | TimedRows], *, named: Literal[False] = False
+    ) -> Iterator[Floats]: ...
+
+    @overload
+    def stream(
+        self, xs: Iterable[ArrayLike | TimedRows], *, named: Literal[True]
+    ) -> Iterator[Outputs]: ...
+
+    def stream(
+        self, xs: Iterable[ArrayLike | TimedRows], *, named: bool = False
+    ) -> Iterator[Floats | Outputs]:
         """Applies rows as they come and yields the outputs [O] of each.
 
         One row is in flight at a time, so that each output is there before the
@@ -155,7 +195,8 @@ class Session(Footing):
         turns = Turns(self.client.stub.StreamSteps, self.client.target)
         try:
             for x in xs:
-                yield turns.step(self, x, self.client.timeout)
+                y = turns.step(self, x, self.client.timeout)
+                yield self.named(y) if named else y
         finally:
             turns.end()
 
@@ -182,21 +223,26 @@ class Session(Footing):
     def close(self) -> SessionInfo:
         """Closes the session on the server; that it is closed already is no error."""
         try:
-            return self.client.close(self.session_id)
+            info = self.client.close(self.session_id)
         except SessionClosed as closed:  # perhaps by a first try, whose reply was lost
-            return replace(self.info, t=closed.t)
+            info = replace(self.info, t=closed.t)
+        self.closed = True
+        return info
 
     def _apply(
         self,
-        rows: Floats,
+        placed: PlacedRows,
         *,
         inspect: bool = False,
         last_only: bool = False,
         timeout: float | None,
     ) -> pb.StepResponse:
         track = self._track(timeout)
-        track.add(rows, inspect=inspect, last_only=last_only)
-        return self._bring(track)
+        track.add(placed.rows, inspect=inspect, last_only=last_only)
+        try:
+            return self._bring(track)
+        except NonFiniteInput as error:
+            raise placed.named(error) from None
 
     def _track(self, timeout: float | None) -> Track:
         return Track(self, timeout=self.client.timeout if timeout is None else timeout)

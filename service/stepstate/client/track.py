@@ -12,13 +12,16 @@ from __future__ import annotations
 from collections import deque
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from stepstate.client.backlog import AT_ONCE_ROWS, Sent
 from stepstate.client.backoff import Backoff
 from stepstate.client.footing import Footing
+from stepstate.client.times import TimedRows
 from stepstate.client.values import Floats
 from stepstate.errors import (
     InvalidField,
+    NotFound,
     StaleOwner,
     StepAhead,
     StepMismatch,
@@ -96,6 +99,14 @@ class Track:
     @property
     def _replaying(self) -> bool:
         return self._replayed is not None and self._replay < self._items[0].t
+
+    def place(self, x: ArrayLike | TimedRows) -> Floats:
+        """What the application gave as its next rows [T, D], to be added.
+
+        Raises:
+            InvalidField: it is no rows, or by its times not the next ones.
+        """
+        return self.footing.place(x, self._end).rows
 
     def add(self, rows: Floats, *, inspect: bool = False, last_only: bool = False) -> int:
         """Takes rows [T, D] from the application; returns their size in bytes.
@@ -216,6 +227,7 @@ class Track:
             self._decide(error, sent)
         except StepstateError as final:
             self.error = final
+            self.footing.closed |= isinstance(final, NotFound)
 
     def _decide(self, error: StepstateError, sent: Sent) -> None:
         """How to go on after a refusal; raises what ends the session's requests."""

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 
 from stepstate.client import wire
 from stepstate.client.footing import Footing
+from stepstate.client.times import TimedRows
 from stepstate.client.track import Track
 from stepstate.client.values import Floats
 from stepstate.errors import ServerUnreachable, StepstateError
@@ -57,15 +58,14 @@ class Turns:
         self._requests: queue.SimpleQueue[pb.StepRequest | None] = queue.SimpleQueue()
         self._replies: Any = None  # what grpc gives for a call has no name
 
-    def step(self, session: Footing, x: ArrayLike, timeout: float) -> Floats:
+    def step(self, session: Footing, x: ArrayLike | TimedRows, timeout: float) -> Floats:
         """Applies an item to a session and returns the outputs [O] of its last row.
 
         Raises:
             StepstateError: as `AsyncSession.step`.
         """
-        rows, _ = session.model.rows(x)
         track = Track(session, timeout=timeout)
-        track.add(rows, last_only=True)
+        track.add(track.place(x), last_only=True)
         return _taken(session, bring(track, self._ask, target=self._target))
 
     def flow(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, Literal, TypeVar
@@ -39,6 +39,21 @@ class Output:
     def width(self) -> int:
         """Columns of y."""
         return len(self.horizons) * max(1, len(self.quantiles))
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Those columns as [K], or [K, Q] with quantiles."""
+        horizons, levels = len(self.horizons), len(self.quantiles)
+        return (horizons, levels) if levels else (horizons,)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Their names: "demand" of the row itself, "demand+2" two steps ahead, "demand+2@0.5"."""
+        return tuple(
+            (f"{self.name}+{horizon}" if horizon else self.name) + quantile
+            for horizon in self.horizons
+            for quantile in [f"@{level:g}" for level in self.quantiles] or [""]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +91,11 @@ class ModelInfo:
         """O."""
         return sum(output.width for output in self.outputs)
 
+    @property
+    def output_columns(self) -> tuple[str, ...]:
+        """The names of the O columns of y, such as "demand+1@0.5": see `Output.columns`."""
+        return tuple(name for output in self.outputs for name in output.columns)
+
     def rows(self, x: ArrayLike, field: str = "x") -> tuple[Floats, bool]:
         """x as rows [T, D], and whether it was given as one row.
 
@@ -102,6 +122,8 @@ class ModelInfo:
 
     def _array(self, x: ArrayLike, field: str) -> Floats:
         columns = getattr(x, "columns", None)
+        if columns is None and self.input_width > 1:
+            columns = _labels(x)
         if columns is not None:
             if set(columns) != set(self.inputs):
                 raise InvalidField(
@@ -112,6 +134,14 @@ class ModelInfo:
             frame: Any = x
             x = frame[list(self.inputs)]
         return floats(x, field)
+
+
+def _labels(x: Any) -> Sequence[str] | None:
+    """The names of a row's values, where it has some: a Series of pandas, a row of a DataFrame."""
+    index = getattr(x, "index", None)
+    if index is None or callable(index) or getattr(x, "ndim", 0) != 1:
+        return None
+    return list(index) if isinstance(next(iter(index), None), str) else None
 
 
 def floats(x: ArrayLike, field: str) -> Floats:
@@ -186,6 +216,8 @@ class SessionInfo:
     means. `interval_level`: the share of truths that its intervals are to
     cover, 0 where the model tracks no horizon. `accuracy` and `drift`: how good
     its forecasts were, told where it is resident and its model tracks them.
+    `status`: "open"; "expired", as it was idle for too long: it is kept until
+    `purge_time`, and `Client.restore_expired` opens it again.
     """
 
     session_id: str
@@ -206,6 +238,8 @@ class SessionInfo:
     interval_level: float = 0.0
     accuracy: tuple[Accuracy, ...] = ()
     drift: Drift = Drift()
+    status: str = "open"
+    purge_time: datetime | None = None
 
     @property
     def resumable(self) -> bool:
@@ -233,7 +267,9 @@ class Result(Generic[S]):
     `outputs` [O] of the item's last row, or None and the `error` that ended its
     session's part of the stream. `imputed_rows`: rows of the item in which
     something stood in for a missing value. `fallback_rows`: those for which the
-    model's lagged inputs reached back before the session's first row.
+    model's lagged inputs reached back before the session's first row. `t`: rows
+    applied to the session after the item. `time`: of the item's last row, in
+    UTC, where it is known.
     """
 
     session: S
@@ -241,6 +277,8 @@ class Result(Generic[S]):
     error: StepstateError | None
     imputed_rows: int = 0
     fallback_rows: int = 0
+    t: int = 0
+    time: datetime | None = None
 
     @property
     def y(self) -> Floats:

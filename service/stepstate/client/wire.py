@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -36,19 +36,6 @@ from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import array_of, put_floats, y_of
 from stepstate.v1.google_rpc import ErrorInfo, Status
 
-CHANNEL_OPTIONS = (
-    # Find a server that vanished without a word, also while nothing is sent.
-    ("grpc.keepalive_time_ms", 20_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.keepalive_permit_without_calls", 1),
-    # The server's own limit for what it takes.
-    ("grpc.max_send_message_length", 16 * 2**20),
-    # Snapshots of wide models; other replies stay below 4 MiB.
-    ("grpc.max_receive_message_length", 64 * 2**20),
-    # Reconnect as fast as Backoff asks for, not by gRPC's own minute.
-    ("grpc.initial_reconnect_backoff_ms", 50),
-    ("grpc.max_reconnect_backoff_ms", 1_000),
-)
 _DURABILITY_NUMBERS = {
     "none": pb.DURABILITY_NONE,
     "async": pb.DURABILITY_ASYNC,
@@ -67,6 +54,12 @@ _MISSING_NUMBERS = {
 }
 _MISSING = {number: name for name, number in _MISSING_NUMBERS.items()}
 _RESIDENCIES = {pb.RESIDENCY_RESIDENT: "resident", pb.RESIDENCY_SPILLED: "spilled"}
+_STATUSES = {
+    pb.SESSION_STATUS_OPEN: "open",
+    pb.SESSION_STATUS_EXPIRED: "expired",
+    pb.SESSION_STATUS_MODEL_MISSING: "model_missing",
+    pb.SESSION_STATUS_UNREADABLE: "unreadable",
+}
 _DETAILS_KEY = "grpc-status-details-bin"
 # What gRPC itself says of a connection that broke, beside UNAVAILABLE; Stepstate's own errors,
 # INTERNAL too, carry details.
@@ -190,9 +183,12 @@ def forecast(message: pb.SessionForecast) -> Forecast:
     outputs = {one.name: _output_forecast(one, levels) for one in message.outputs}
     times = None
     if message.HasField("first_time"):
-        first = np.datetime64(message.first_time.ToDatetime(), "s")
+        first = np.datetime64(message.first_time.ToDatetime(), "us")
         count = max((len(output.values) for output in outputs.values()), default=0)
-        times = first + np.arange(count) * np.timedelta64(message.step_interval.seconds, "s")
+        step = np.timedelta64(message.step_interval.ToMicroseconds(), "us")
+        times = first + np.arange(count) * step
+        if not message.first_time.nanos and not message.step_interval.nanos:
+            times = times.astype("datetime64[s]")
     return Forecast(
         session_id=message.session_id,
         t=message.t,
@@ -218,22 +214,25 @@ def stand_ins(response: pb.StepResponse) -> dict[str, int]:
     return {"imputed_rows": response.imputed_rows, "fallback_rows": response.fallback_rows}
 
 
-def inspection(response: pb.StepResponse, model: ModelInfo) -> Inspection:
-    """Outputs and layers of a reply to a request with `inspect`."""
+def inspection(
+    response: pb.StepResponse, model: ModelInfo, of_given: Callable[[Floats], Floats]
+) -> Inspection:
+    """Outputs and layers of a reply to a request with `inspect`, of the rows that were given."""
     y = outputs(response, model)
     layers = [
         {
-            field.name: np.array(values, np.float32).reshape(len(y), -1)
+            field.name: of_given(np.array(values, np.float32).reshape(len(y), -1))
             for field, values in layer.ListFields()
         }
         for layer in response.layers
     ]
-    return Inspection(y, tuple(layers))
+    return Inspection(of_given(y), tuple(layers))
 
 
 def session_info(session: pb.Session) -> SessionInfo:
     """A session by the server's word."""
     started = session.start_time.ToDatetime(tzinfo=UTC) if session.HasField("start_time") else None
+    purge = session.purge_time.ToDatetime(tzinfo=UTC) if session.HasField("purge_time") else None
     return SessionInfo(
         session_id=session.session_id,
         model=session.model,
@@ -253,6 +252,8 @@ def session_info(session: pb.Session) -> SessionInfo:
         interval_level=session.interval_level,
         accuracy=tuple(_accuracy(one) for one in session.accuracy),
         drift=_drift(session.drift),
+        status=_STATUSES.get(session.status, ""),
+        purge_time=purge,
     )
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stepstate.engine.calendar import Calendar
 from stepstate.engine.device_forward import place_states
 from stepstate.engine.layout import Layout
 from stepstate.engine.network import Network, Past
@@ -37,7 +38,7 @@ class BareForward:
         manifest = model.manifest
         timeline = build_timeline(model)
         self._network = Network(model, timeline, precision)
-        self._phases = timeline.phases
+        self._calendar = Calendar(timeline)
         layout = Layout(
             cell=self._network.state_width,
             history=manifest.history_rows,
@@ -51,6 +52,11 @@ class BareForward:
         for _ in range(capacity):
             self._arena.claim()
 
+    def levels(self, rows: int) -> Floats:
+        """The levels of x [T, D] at the first T rows, raw units."""
+        found: Floats = self._calendar.levels(self._calendar.place(torch.arange(rows))).numpy()
+        return found
+
     def step(self, slots: NDArray[np.int64], x: Floats, t: int) -> Floats:
         """Applies raw row t, x [B, D], to the sessions in different slots [B].
 
@@ -59,17 +65,16 @@ class BareForward:
         """
         at = np.full(len(slots), t)
         if self._on_device is not None:
-            outputs, _ = self._on_device.step(slots, x, at % self._phases)
+            outputs, _ = self._on_device.step(slots, x, at)
             self._on_device.commit()
             self._arena.append(slots, at, x)
             return outputs
-        phase = torch.from_numpy(at % self._phases)
         past = None
         if self._network.lagged:
             past = Past(torch.from_numpy(self._arena.past(slots, at)), torch.from_numpy(at))
         with torch.inference_mode():
             states = torch.from_numpy(self._arena.gather(slots))
-            y, states = self._network.step(torch.from_numpy(x), phase, states, past)
+            y, states = self._network.step(torch.from_numpy(x), torch.from_numpy(at), states, past)
             self._arena.scatter(slots, states.numpy())
         self._arena.append(slots, at, x)
         return y.numpy()

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -25,7 +26,7 @@ class Pack(ABC):
         x: [B, D], raw units, finite.
         slots: [B], all different.
         at: [B], rows applied to each slot's state before.
-        phase: [B], phases of the rows in the model's timeline.
+        phase: [B], steps of the rows in the model's timeline.
     """
 
     def __init__(
@@ -46,19 +47,33 @@ class Pack(ABC):
         """Nobody waits for it any more."""
 
     @abstractmethod
-    def stepped(self, y: Floats, fine: NDArray[np.bool_] | None) -> None:
+    def stepped(
+        self, y: Floats, fine: NDArray[np.bool_] | None, failed: Mapping[int, Exception]
+    ) -> None:
         """Its rows were applied, their outputs are y [B, O]; but not those that are not `fine` [B].
 
-        A row that is not fine would have made the state or y non-finite; its state is as it was.
+        A row that is not fine would have made the state or y non-finite, or what it raised is in
+        `failed`, by its place; its state is as it was. `fine` is None: all are.
         """
 
     @abstractmethod
     def dropped(self) -> None:
         """It was cancelled before it was applied; the states are as they were."""
 
-    @abstractmethod
-    def failed(self, error: Exception) -> None:
-        """The forward raised; the states are as they were."""
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Single rows of different slots as columns [B]: x [B, D], and what `Work` says of each."""
+
+    x: Floats
+    slots: NDArray[np.int64]
+    at: NDArray[np.int64]
+    phase: NDArray[np.int64]
+    impute: NDArray[np.bool_] | None
+    """None: nothing is missing in any of them."""
+
+    def __len__(self) -> int:
+        return len(self.slots)
 
 
 class MicroBatch(Generic[W]):
@@ -67,31 +82,34 @@ class MicroBatch(Generic[W]):
     def __init__(self, works: list[W], packs: Sequence[Pack]) -> None:
         self.works = works
         self.packs = packs
-        self.x: Floats = _column([work.x for work in works], [pack.x for pack in packs], np.float32)
-        self.slots: NDArray[np.int64] = _column(
-            [work.slot for work in works], [pack.slots for pack in packs], np.int64
-        )
-        self.at: NDArray[np.int64] = _column(
-            [work.at for work in works], [pack.at for pack in packs], np.int64
-        )
-        self.phase: NDArray[np.int64] = _column(
-            [work.phase for work in works], [pack.phase for pack in packs], np.int64
-        )
+        self._rows = len(works) + sum(map(len, packs))
 
     def __len__(self) -> int:
-        return len(self.slots)
+        return self._rows
 
-    @property
-    def missing(self) -> bool:
-        """Whether something is missing in a row."""
-        return any(work.missing_rows for work in self.works)
+    def rows(self, first: int, last: int) -> Rows:
+        """Those from place `first` to before `last`, the works' before the packs'."""
+        works, packs = self.works[first:last], list(self._parts(first, last))
+        impute = None
+        if any(work.missing_rows for work in works):
+            impute = np.zeros(last - first, np.bool_)
+            impute[: len(works)] = [work.impute for work in works]
+        return Rows(
+            _column([work.x for work in works], [pack.x[part] for pack, part in packs], np.float32),
+            _column([work.slot for work in works], [pack.slots[p] for pack, p in packs], np.int64),
+            _column([work.at for work in works], [pack.at[p] for pack, p in packs], np.int64),
+            _column([work.phase for work in works], [pack.phase[p] for pack, p in packs], np.int64),
+            impute,
+        )
 
-    @property
-    def impute(self) -> NDArray[np.bool_]:
-        """Whether the model's own forecast stands in for what is missing in a row [B]."""
-        wanted = np.zeros(len(self), np.bool_)
-        wanted[: len(self.works)] = [work.impute for work in self.works]
-        return wanted
+    def _parts(self, first: int, last: int) -> Iterator[tuple[Pack, slice]]:
+        """Packs, and which of their rows lie between two places."""
+        start = len(self.works)
+        for pack in self.packs:
+            begin, end = max(first - start, 0), min(last - start, len(pack))
+            if begin < end:
+                yield pack, slice(begin, end)
+            start += len(pack)
 
     def queued_at(self) -> list[float]:
         """When each row was queued [B], seconds of `time.perf_counter`."""

@@ -117,7 +117,7 @@ class DeviceForward:
     def step(
         self, slots: NDArray[np.int64], x: Floats, phase: NDArray[np.int64]
     ) -> tuple[Floats, NDArray[np.bool_] | None]:
-        """Computes row x [B, D], raw units, of slots [B] in phases [B]; `commit` applies it.
+        """Computes row x [B, D], raw units, of slots [B] at steps [B]; `commit` applies it.
 
         Returns:
             y [B, O] in raw units, and for which rows [B] it and the state are finite; None: for
@@ -165,7 +165,7 @@ class _Bucket:
         self._cells = cells
         self._scratch = len(cells) - 1
         pinned = cells.device.type == "cuda"
-        # The host's, from which copies need not wait, and the device's: slots above phases.
+        # The host's, from which copies need not wait, and the device's: slots above steps.
         self._sent_places = torch.zeros(2, size, dtype=torch.int64, pin_memory=pinned)
         self._sent_x = torch.zeros(size, inputs, pin_memory=pinned)
         self._places = torch.full((2, size), self._scratch, device=cells.device)

@@ -16,10 +16,9 @@ the one place that decides it.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
@@ -29,10 +28,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepstate.engine.batch import MicroBatch, Pack
-from stepstate.engine.device_forward import DeviceForward, place_states
+from stepstate.engine.device_forward import place_states
 from stepstate.engine.forecasts import Origins, Outlook, Plan, Rollout
+from stepstate.engine.forward import Forward, Stepped
 from stepstate.engine.intervals import quantiles_of
-from stepstate.engine.jobs import Job
+from stepstate.engine.isolation import isolated
+from stepstate.engine.jobs import Job, Part, traced
 from stepstate.engine.layout import Layout
 from stepstate.engine.network import Network, Past
 from stepstate.engine.precision import Precision
@@ -66,7 +67,7 @@ class Engine(Generic[W]):
 
     Args:
         model: the verified model.
-        timeline: its table of phases.
+        timeline: what depends on the time of its rows.
         owner: told how each piece of work ended.
         observer: told of every forward.
         capacity: slots of the arena.
@@ -108,7 +109,14 @@ class Engine(Generic[W]):
         )
         if self._on_device is not None:
             self._on_device.make_ready(batch_rows)
-        self._phases = timeline.phases
+        self._forward = Forward(
+            self._arena,
+            self._network,
+            self._on_device,
+            stand_ins=self._stand_ins,
+            tracker=self._tracker,
+            tally=self.tally,
+        )
         self._owner = owner
         self._observer = observer
         self._batch_rows = batch_rows
@@ -232,7 +240,7 @@ class Engine(Generic[W]):
         if work.single:
             self._queue.append(work)
         else:
-            self._jobs.append(Job(work, self._phases, self.layout, self._tracker))
+            self._jobs.append(Job(work, self.layout, self._tracker))
         self._wake()
 
     def submit_pack(self, pack: Pack) -> None:
@@ -308,134 +316,95 @@ class Engine(Generic[W]):
 
     def _step(self, batch: MicroBatch[W]) -> None:
         started = time.perf_counter()
-        try:
-            y, fine = self._forward(batch)
-        except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
-            self._fail(batch.works, error)
-            for pack in batch.packs:
-                pack.failed(error)
-            return
-        self._observer.microbatch(batch.queued_at(), started, time.perf_counter())
-        self._settle(batch, y, fine)
+        failed: dict[int, Exception] = {}
+        places: Sequence[int] = range(len(batch))
+        parts = isolated(
+            places,
+            lambda some: self._forward.step(batch.rows(some[0], some[-1] + 1)),
+            failed.__setitem__,
+        )
+        if parts:
+            self._observer.microbatch(batch.queued_at(), started, time.perf_counter())
+        if len(parts) == 1 and not failed:
+            self._settle(batch, parts[0][1], failed)
+        else:
+            self._settle(batch, self._together(len(batch), parts), failed)
 
-    def _forward(self, batch: MicroBatch[W]) -> tuple[Floats, NDArray[np.bool_] | None]:
-        """Steps the batch.
+    def _together(self, rows: int, parts: Sequence[tuple[Sequence[int], Stepped]]) -> Stepped:
+        """What became of a batch that went in parts; rows that are in none of them are not fine."""
+        manifest = self._manifest
+        x = np.full((rows, manifest.input_width), np.nan, np.float32)
+        y = np.full((rows, manifest.output_width), np.nan, np.float32)
+        fine = np.zeros(rows, np.bool_)
+        for places, stepped in parts:
+            here = slice(places[0], places[-1] + 1)
+            x[here], y[here] = stepped.x, stepped.y
+            fine[here] = True if stepped.fine is None else stepped.fine
+        return Stepped(x, y, fine)
 
-        Returns:
-            y [B, O], and for which rows [B] it and the state are finite; None: for all. The
-            others are as they were, and their y is NaN.
-        """
-        if self._on_device is not None and not batch.missing:
-            return self._forward_there(self._on_device, batch)
-        slots, at, rows = batch.slots, batch.at, batch.x
-        phase = torch.from_numpy(batch.phase)
-        states = torch.from_numpy(self._arena.gather(slots))
-        past = None
-        missing = batch.missing
-        if missing or self._network.lagged:
-            past = Past(torch.from_numpy(self._arena.past(slots, at)), torch.from_numpy(at))
-        x = torch.from_numpy(rows)
-        if missing and past is not None:
-            impute = torch.from_numpy(batch.impute)
-            x = self._stand_ins.filled(x, phase, states, past, impute=impute)
-        y, states = self._network.step(x, phase, states, past)
-        applied, told, after = x.numpy(), y.numpy(), states.numpy()
-        outputs, fine = told, None
-        if not (_finite(told) and _finite(after)):
-            fine = (y.isfinite().all(dim=1) & states.isfinite().all(dim=1)).numpy()
-            told[~fine] = math.nan
-            slots, at, rows = slots[fine], at[fine], rows[fine]
-            applied, told, after = applied[fine], told[fine], after[fine]
-        if self._tracker is not None:
-            tracked = self._track(self._tracker, slots, at, rows, told)
-            self._arena.write_tracked(slots, tracked)
-        self._arena.scatter(slots, after)
-        self._arena.append(slots, at, applied)
-        return outputs, fine
-
-    def _settle(self, batch: MicroBatch[W], y: Floats, fine: NDArray[np.bool_] | None) -> None:
-        works = batch.works
+    def _settle(
+        self, batch: MicroBatch[W], stepped: Stepped, failed: Mapping[int, Exception]
+    ) -> None:
+        works, y, fine = batch.works, stepped.y, stepped.fine
         if works and fine is None:
-            self._owner.stepped(works, batch.x[: len(works)], y[: len(works)])
+            self._owner.stepped(works, stepped.x[: len(works)], y[: len(works)])
         elif works and fine is not None:
-            self._settle_some(works, batch.x, y, fine)
+            self._settle_some(works, stepped, fine, failed)
         first = len(works)
         for pack in batch.packs:
-            part = slice(first, first := first + len(pack))
-            pack.stepped(y[part], None if fine is None else fine[part])
+            last = first + len(pack)
+            its = {place - first: failed[place] for place in failed if first <= place < last}
+            pack.stepped(y[first:last], None if fine is None else fine[first:last], its)
+            first = last
 
-    def _forward_there(
-        self, forward: DeviceForward, batch: MicroBatch[W]
-    ) -> tuple[Floats, NDArray[np.bool_] | None]:
-        """The same on the accelerator; past rows and what is tracked are the host's."""
-        slots, at, rows = batch.slots, batch.at, batch.x
-        y, fine = forward.step(slots, rows, batch.phase)
-        told, tracked = y, None
-        if fine is not None:
-            slots, at, rows, told = slots[fine], at[fine], rows[fine], told[fine]
-        if self._tracker is not None:
-            tracked = self._track(self._tracker, slots, at, rows, told)
-        forward.commit()  # only now: whatever raised before has changed no slot
-        if tracked is not None:
-            self._arena.write_tracked(slots, tracked)
-        self._arena.append(slots, at, rows)
-        return y, fine
-
-    def _track(
+    def _settle_some(
         self,
-        tracker: Tracker,
-        slots: NDArray[np.int64],
-        at: NDArray[np.int64],
-        rows: Floats,
-        y: Floats,
-    ) -> Floats:
-        """Scores rows [B, D], as they came, and keeps what their outputs y [B, O] say ahead.
-
-        Returns:
-            The tracked parts [B, Q] after them; those in the arena are as they were.
-        """
-        parts = self._arena.tracked(slots)
-        values: memoryview[float] = memoryview(parts.reshape(-1))  # type: ignore[arg-type]
-        tracker.observe_rows(
-            values,
-            zip(range(0, parts.size, tracker.width), at.tolist(), strict=True),
-            x=rows,
-            before=self._arena.past_row(slots, at - tracker.season),
-            y=y,
-            tally=self.tally,
-        )
-        return parts
-
-    def _settle_some(self, works: list[W], x: Floats, y: Floats, fine: NDArray[np.bool_]) -> None:
+        works: list[W],
+        stepped: Stepped,
+        fine: NDArray[np.bool_],
+        failed: Mapping[int, Exception],
+    ) -> None:
         good = np.flatnonzero(fine[: len(works)])
         if len(good):
-            self._owner.stepped([works[place] for place in good.tolist()], x[good], y[good])
-        for work, applied in zip(works, fine.tolist(), strict=False):
-            if not applied:
-                self._owner.overflowed(work)
+            applied = [works[place] for place in good.tolist()]
+            self._owner.stepped(applied, stepped.x[good], stepped.y[good])
+        for place in np.flatnonzero(~fine[: len(works)]).tolist():
+            if place in failed:
+                self._owner.failed(works[place], failed[place])
+            else:
+                self._owner.overflowed(works[place])
 
     def _advance(self) -> None:
         """Runs one chunk of the long requests at the head of the line."""
         jobs = self._take_jobs()
         if not jobs:
             return
-        try:
+        self._run_chunk(jobs)
+        for _ in range(FILLED_AT_ONCE - 1):
+            if not all(job.goes_on_missing for job in jobs):
+                break
             self._run_chunk(jobs)
-            for _ in range(FILLED_AT_ONCE - 1):
-                if not all(job.goes_on_missing for job in jobs):
-                    break
-                self._run_chunk(jobs)
-        except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
-            self._fail([job.work for job in jobs], error)
-            return
         for job in jobs:
-            if job.overflowed:
-                self._owner.overflowed(job.work)
-            elif job.left:
-                self._jobs.append(job)
-            else:
-                self.tally.add(job.tally)
-                self._owner.finished(job.work, *job.results())
+            self._settle_job(job)
+
+    def _settle_job(self, job: Job[W]) -> None:
+        """Tells the outcome of a request that has one; the others wait for their next chunk."""
+        if job.left and not job.over:
+            self._jobs.append(job)
+            return
+        if not job.over:
+            try:
+                results = job.results()
+                self._arena.write(job.work.slot, job.whole_state)
+            except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
+                job.error = error
+        if job.error is not None:
+            self._owner.failed(job.work, job.error)
+        elif job.overflowed:
+            self._owner.overflowed(job.work)
+        else:
+            self.tally.add(job.tally)
+            self._owner.finished(job.work, *results)
 
     def _take_jobs(self) -> list[Job[W]]:
         """Takes as many as give a chunk a row each, all of one kind, leaving the cancelled out."""
@@ -451,9 +420,22 @@ class Engine(Generic[W]):
         return jobs
 
     def _run_chunk(self, jobs: list[Job[W]]) -> None:
+        """Runs the next rows of requests of one kind, none of which is over, on copies of states.
+
+        What raises is the end of the request that it raises for.
+        """
+        for some, parts in isolated(jobs, self._computed, Job.fail):
+            for job, part in zip(some, parts, strict=True):
+                try:
+                    job.take(part)
+                except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
+                    job.fail(error)
+
+    def _computed(self, jobs: Sequence[Job[W]]) -> list[Part]:
+        """What the next rows of requests give; they themselves are as they were."""
         for job in jobs:
-            if job.state is None:
-                job.state = self._arena.read(np.array([job.work.slot]))[0]
+            if not job.begun:
+                job.begin(self._arena.read(np.array([job.work.slot]))[0])
         rows = min(max(1, self._chunk_rows // len(jobs)), *(max(1, job.whole) for job in jobs))
         inspect = jobs[0].work.inspect
         if inspect:
@@ -471,21 +453,16 @@ class Engine(Generic[W]):
             y = y[:, None]
         else:
             y, states = self._network.sequence(x, phase, states, past)
-        for place, job in enumerate(jobs):
-            job.take(x[place].numpy(), y[place].numpy(), states[place].numpy(), trace, place)
-        for job in jobs:  # only now: whatever raised before has changed no slot
-            if not job.left and not job.overflowed and job.state is not None:
-                self._arena.write(job.work.slot, job.state)
+        return [
+            Part(x[place].numpy(), y[place].numpy(), states[place].numpy(), traced(trace, place))
+            for place in range(len(jobs))
+        ]
 
-    def _past_of(self, jobs: list[Job[W]]) -> Past | None:
+    def _past_of(self, jobs: Sequence[Job[W]]) -> Past | None:
         if not self._network.lagged and not any(job.work.missing_rows for job in jobs):
             return None
         rows = torch.from_numpy(np.stack([job.past for job in jobs]))
         return Past(rows, torch.tensor([job.at for job in jobs]))
-
-    def _fail(self, works: list[W], error: Exception) -> None:
-        for work in works:
-            self._owner.failed(work, error)
 
 
 def use_one_thread() -> None:
@@ -495,12 +472,3 @@ def use_one_thread() -> None:
     wait for work by spinning take the core from the transport.
     """
     torch.set_num_threads(1)
-
-
-def _finite(values: Floats) -> bool:
-    """Whether all values are finite: the sum of their squares is not as soon as one value is not.
-
-    That of finite values may overflow too; the exact look that follows then finds nothing. It
-    takes a fifth to a half of the time of torch's sum.
-    """
-    return math.isfinite(np.vdot(values, values))

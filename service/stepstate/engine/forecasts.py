@@ -36,7 +36,7 @@ class Method(enum.IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Origins:
-    """Where forecasts start: states [B, R], rows applied [B], phases [B] of the rows to come."""
+    """Where forecasts start: states [B, R], rows applied [B], steps [B] of the rows to come."""
 
     rows: Floats
     at: NDArray[np.int64]
@@ -176,7 +176,7 @@ class Rollout:
         """Applies the next rows, forecasts where nothing else is given, and reads what follows."""
         x = self._rows[:, self._fed : self._fed + rows]
         ahead = torch.arange(self._fed, self._fed + rows)
-        phases = (self._phase[:, None] + ahead).remainder_(self._network.phases)
+        phases = self._phase[:, None] + ahead
         y, self._cells = self._network.sequence(
             torch.from_numpy(x), phases, self._cells, self._past()
         )

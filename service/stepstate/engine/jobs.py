@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -17,31 +19,69 @@ from stepstate.engine.work import Floats, Layers, Work
 W = TypeVar("W", bound=Work)
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What T rows of a request gave: x [T, D] as applied, y [T, O], the cell's state [Rc] after.
+
+    `layers`: what every layer computed for the one row, [H] each; empty unless `inspect`.
+    """
+
+    x: Floats
+    y: Floats
+    cell: Floats
+    layers: Layers
+
+
+def traced(trace: Sequence[Mapping[str, Tensor]], place: int) -> Layers:
+    """What every layer computed for one of several rows."""
+    return [{name: part[place].numpy() for name, part in layer.items()} for layer in trace]
+
+
 class Job(Generic[W]):
     """One such request under way: what is done of it, and its state so far.
 
     Args:
         work: the request.
-        phases: after so many rows the model's calendar repeats.
         layout: the parts of a state.
         tracker: tracks its forecasts, if the model has that.
     """
 
-    def __init__(self, work: W, phases: int, layout: Layout, tracker: Tracker | None) -> None:
+    def __init__(self, work: W, layout: Layout, tracker: Tracker | None) -> None:
         self.work = work
-        self.x = np.array(work.x, np.float32).reshape(work.rows, -1)
-        self._missing: NDArray[np.int64] | None = None  # the rows that miss something
-        if work.missing_rows:
-            self._missing = np.flatnonzero(np.isnan(self.x).any(axis=1))
-        self.state: Floats | None = None  # [R], a copy, from the first chunk on
+        self.x: Floats = np.zeros((0, layout.inputs), np.float32)
         self.done = 0
         self.overflowed = False
+        self.error: Exception | None = None
+        """What its rows raised."""
+        self._missing: NDArray[np.int64] | None = None  # the rows that miss something
+        self._state: Floats | None = None  # [R], a copy, from the first chunk on
         self.tally = tracker.tally() if tracker else Tally()
         self._tracker = tracker
         self._layout = layout
-        self._phases = phases
         self._outputs: list[Floats] = []
         self._layers: list[Layers] = []
+
+    @property
+    def begun(self) -> bool:
+        """Whether it has its rows and state."""
+        return self._state is not None
+
+    def begin(self, state: Floats) -> None:
+        """Reads its rows, and takes a copy [R] of its slot's state."""
+        work = self.work
+        self.x = np.array(work.x, np.float32).reshape(work.rows, self._layout.inputs)
+        if work.missing_rows:
+            self._missing = np.flatnonzero(np.isnan(self.x).any(axis=1))
+        self._state = state
+
+    def fail(self, error: Exception) -> None:
+        """Ends it: its rows raised."""
+        self.error = error
+
+    @property
+    def over(self) -> bool:
+        """Whether it has ended with its state as it was."""
+        return self.overflowed or self.error is not None
 
     @property
     def left(self) -> int:
@@ -69,19 +109,22 @@ class Job(Generic[W]):
     @property
     def goes_on_missing(self) -> bool:
         """Whether there is a next row, and it misses something."""
-        return bool(self.left) and not self.overflowed and not self.whole
+        return bool(self.left) and not self.over and not self.whole
 
     def phases(self, rows: int) -> Tensor:
-        """The phases of the next rows."""
-        return (
-            torch.arange(self.done, self.done + rows).add_(self.work.phase).remainder_(self._phases)
-        )
+        """The steps of the next rows in the model's timeline."""
+        return torch.arange(self.done, self.done + rows).add_(self.work.phase)
 
     @property
     def cell(self) -> Floats:
         """The cell's state [Rc] so far."""
-        assert self.state is not None
-        return self.state[: self._layout.cell]
+        return self.whole_state[: self._layout.cell]
+
+    @property
+    def whole_state(self) -> Floats:
+        """The state [R] so far."""
+        assert self._state is not None
+        return self._state
 
     @property
     def past(self) -> Floats:
@@ -91,42 +134,30 @@ class Job(Generic[W]):
 
     @property
     def _rings(self) -> Floats:
-        assert self.state is not None
-        return self._layout.rings(self.state[None])
+        return self._layout.rings(self.whole_state[None])
 
-    def take(
-        self, x: Floats, y: Floats, cell: Floats, trace: list[dict[str, Tensor]], place: int
-    ) -> None:
-        """Keeps what the next rows gave.
-
-        Args:
-            x: [T, D], the rows as they were applied.
-            y: [T, O], their outputs.
-            cell: [Rc], the cell's state after them.
-            trace: what every layer computed for one row of several jobs.
-            place: this job's among them.
-        """
-        self._track(x, y)
-        append_rows(self._rings[0], self.at, x)
-        self.cell[:] = cell
-        self.done += len(x)
-        self.overflowed = not bool(np.isfinite(y).all() and np.isfinite(cell).all())
+    def take(self, part: Part) -> None:
+        """Keeps what its next rows gave."""
+        y = part.y
+        self._track(part.x, y)
+        append_rows(self._rings[0], self.at, part.x)
+        self.cell[:] = part.cell
+        self.done += len(part.x)
+        self.overflowed = not bool(np.isfinite(y).all() and np.isfinite(part.cell).all())
         if self.work.last_only:
             self._outputs.clear()
             self._layers.clear()
             y = y[-1:]
         self._outputs.append(y)
-        if trace:
-            self._layers.append(
-                [{name: part[place].numpy() for name, part in layer.items()} for layer in trace]
-            )
+        if part.layers:
+            self._layers.append(part.layers)
 
     def _track(self, x: Floats, y: Floats) -> None:
         tracker = self._tracker
-        if tracker is None or self.state is None:
+        if tracker is None:
             return
         before = np.concatenate((self.past[-tracker.season :], x))[: len(x)]
-        values: memoryview[float] = memoryview(self.state)  # type: ignore[arg-type]
+        values: memoryview[float] = memoryview(self.whole_state)  # type: ignore[arg-type]
         tracker.observe_rows(
             values,
             [(self._layout.tracked_from, self.at + place) for place in range(len(x))],

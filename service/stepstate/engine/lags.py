@@ -65,10 +65,12 @@ def fill_unknown(window: Tensor, first: Tensor | None) -> Tensor:
 
     Args:
         window: rows as the network sees them.
-        first: [B], the places of the sessions' first rows, which stand in; None: 0, the
-            columns' level, does.
+        first: [B], the places of the sessions' first rows, which stand in (beyond the window:
+            there is none yet); None: 0, the columns' level, does.
     """
     if first is not None:
-        places = first.clamp(min=0)[:, None, None].expand(-1, 1, window.shape[2])
+        places = first.clamp(min=0, max=window.shape[1] - 1)[:, None, None].expand(
+            -1, 1, window.shape[2]
+        )
         window = torch.where(window.isnan(), window.gather(1, places), window)
     return window.nan_to_num(0.0)

@@ -8,7 +8,7 @@ import numpy as np
 
 from stepstate.engine.bare import BareForward
 from stepstate.engine.precision import Precision
-from stepstate.models import Model, build_timeline
+from stepstate.models import Model
 
 _SEQUENCES = 8
 _ROWS = 400
@@ -25,18 +25,18 @@ class Loss:
 
 def measure_loss(model: Model, precision: Precision) -> Loss:
     """Steps 8 sequences of 400 rows, level plus normal noise, with both weights from zero state."""
-    levels = build_timeline(model).levels
+    forwards = [BareForward(model, _SEQUENCES, kept) for kept in (Precision.FLOAT32, precision)]
     noise = np.random.default_rng(_SEED).normal(
         size=(_ROWS, _SEQUENCES, model.manifest.input_width)
     ) * [column.scale for column in model.manifest.inputs]
-    x = (levels[np.arange(_ROWS) % len(levels), None] + noise).astype(np.float32)
-    y, rounded = (_outputs(model, kept, x) for kept in (Precision.FLOAT32, precision))
+    x = (forwards[0].levels(_ROWS)[:, None] + noise).astype(np.float32)
+    y, rounded = (_outputs(forward, x) for forward in forwards)
     scales = [output.scale for output in model.manifest.outputs for _ in range(output.width)]
     difference = np.abs((rounded - y) / np.abs(scales))
     return Loss(float(difference.max()), float(difference.mean()))
 
 
-def _outputs(model: Model, precision: Precision, x: np.ndarray) -> np.ndarray:
+def _outputs(forward: BareForward, x: np.ndarray) -> np.ndarray:
     """y [T, N, O] of rows x [T, N, D] in N sessions."""
-    forward, slots = BareForward(model, _SEQUENCES, precision), np.arange(_SEQUENCES)
+    slots = np.arange(_SEQUENCES)
     return np.stack([forward.step(slots, row, t) for t, row in enumerate(x)])

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from stepstate.engine.calendar import Calendar, Place
 from stepstate.engine.cells import Trace, build_cell
 from stepstate.engine.lags import LaggedInputs, fill_unknown
 from stepstate.engine.precision import Precision
@@ -34,7 +35,7 @@ class Network:
 
     Args:
         model: the verified model.
-        timeline: its table of phases.
+        timeline: what depends on the time of its rows.
         precision: what the weights are kept as.
         device: None: the host. On another, `step` is meant alone, and no model with lagged
             inputs; no branch looks at what is computed, so that a graph can be made of it.
@@ -55,11 +56,10 @@ class Network:
         prefix = "cell."
         cell = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         self._cell = build_cell(manifest.cell, manifest.network_width, cell, precision)
-        self._levels = torch.from_numpy(timeline.levels).to(place)
-        self._calendar = torch.from_numpy(timeline.calendar).to(place)
-        self._bases = torch.from_numpy(timeline.bases).to(place)
-        self._phases = timeline.phases
+        self._calendar = Calendar(timeline, place)
         self._timed = manifest.needs_time
+        any_time = self._calendar.place(torch.zeros(1, dtype=torch.int64, device=place))
+        self._levels = self._calendar.levels(any_time)  # where it is not timed
         self._inverse_scale = 1 / torch.tensor([i.scale for i in manifest.inputs], device=place)
         self._plain = not self._timed and all(i.scale == 1 and i.mean == 0 for i in manifest.inputs)
         # Beyond it W x may overflow in one order of additions and not in another: whether a row can
@@ -74,7 +74,7 @@ class Network:
         self._head = _head_weights(tensors, scale)
         self._head_bias = tensors["head.bias"] * scale
         if not self._timed:
-            self._head_bias = self._head_bias + self._bases[0]
+            self._head_bias = self._head_bias + self._calendar.bases(any_time)[0]
 
     def on(self, device: torch.device) -> Network:
         """The same model on a device."""
@@ -84,11 +84,6 @@ class Network:
     def state_width(self) -> int:
         """Rc."""
         return self._cell.state_width
-
-    @property
-    def phases(self) -> int:
-        """After so many rows the calendar repeats."""
-        return self._phases
 
     @property
     def lagged(self) -> bool:
@@ -107,7 +102,7 @@ class Network:
 
         Args:
             x: [B, D], raw units.
-            phase: [B], the phases of the rows.
+            phase: [B], the steps of the rows in the model's timeline.
             state: [B, Rc].
             past: the rows before.
             trace: if given, filled with what every layer computed.
@@ -115,15 +110,16 @@ class Network:
         Returns:
             y [B, O] in raw units, and the new states [B, Rc].
         """
-        seen = self._scaled(x, phase)
-        inputs = self._with_calendar(seen, phase)
+        place = self._place(phase)
+        seen = self._scaled(x, place)
+        inputs = self._with_calendar(seen, place)
         features = None
         if past is not None and self.lagged:
             window = self._window(past, phase, seen[:, None])
             inputs, features = self._with_lags(inputs[:, None], window)
             inputs, features = inputs[:, 0], None if features is None else features[:, 0]
         h, state = self._cell.step(inputs, state, trace)
-        return self._outputs(h, phase, features), state
+        return self._outputs(h, place, features), state
 
     def sequence(
         self, x: Tensor, phase: Tensor, state: Tensor, past: Past | None = None
@@ -140,9 +136,9 @@ class Network:
             y [B, T, O] in raw units, and the new states [B, Rc].
         """
         batch, rows, width = x.shape
-        flat = phase.flatten()
-        seen = self._scaled(x.reshape(batch * rows, width), flat)
-        inputs = self._with_calendar(seen, flat).view(batch, rows, -1)
+        place = self._place(phase.flatten())
+        seen = self._scaled(x.reshape(batch * rows, width), place)
+        inputs = self._with_calendar(seen, place).view(batch, rows, -1)
         features = None
         if past is not None and self.lagged:
             window = self._window(past, phase[:, 0], seen.view(batch, rows, width))
@@ -150,36 +146,39 @@ class Network:
         h, state = self._cell.sequence(inputs, state)
         if features is not None:
             features = features.reshape(batch * rows, -1)
-        y = self._outputs(h.reshape(batch * rows, -1), flat, features)
+        y = self._outputs(h.reshape(batch * rows, -1), place, features)
         return y.view(batch, rows, -1), state
 
     def read(self, phase: Tensor, state: Tensor, past: Past | None = None) -> Tensor:
         """The outputs [B, O] of the last row of B states, once more.
 
         Args:
-            phase: [B], the phases of the rows to come.
+            phase: [B], the steps of the rows to come.
             state: [B, Rc].
             past: the rows before.
         """
-        last = (phase - 1).remainder_(self._phases)
         features = None
         if past is not None and self._into_head:
             features = self._into_head.of(self._window(past, phase), 1)[:, 0]
-        return self._outputs(state[:, self._cell.output], last, features)
+        return self._outputs(state[:, self._cell.output], self._place(phase - 1), features)
 
-    def _outputs(self, h: Tensor, phase: Tensor, features: Tensor | None) -> Tensor:
+    def _place(self, phase: Tensor) -> Place | None:
+        """Where rows at these steps lie in time; None: the model knows no time."""
+        return self._calendar.place(phase) if self._timed else None
+
+    def _outputs(self, h: Tensor, place: Place | None, features: Tensor | None) -> Tensor:
         """y [B, O] of the top layer's h [B, P] and the head's lagged inputs [B, n]."""
         if features is not None:
             h = torch.cat((h, features), dim=1)
         y = torch.addmm(self._head_bias, h, self._head)
-        if self._timed:
-            y += self._bases.index_select(0, phase)
+        if place is not None:
+            y += self._calendar.bases(place)
         return y
 
-    def _with_calendar(self, seen: Tensor, phase: Tensor) -> Tensor:
-        if not self._timed:
+    def _with_calendar(self, seen: Tensor, place: Place | None) -> Tensor:
+        if place is None:
             return seen
-        return torch.cat((seen, self._calendar.index_select(0, phase)), dim=1)
+        return torch.cat((seen, self._calendar.inputs(place)), dim=1)
 
     def _with_lags(self, inputs: Tensor, window: Tensor) -> tuple[Tensor, Tensor | None]:
         """The cell's inputs [B, T, F] and the head's features [B, T, n]."""
@@ -204,20 +203,22 @@ class Network:
 
     def _seen_past(self, past: Past, phase: Tensor) -> Tensor:
         batch, length, width = past.rows.shape
-        phases = (phase[:, None] + torch.arange(-length, 0)).remainder_(self._phases)
-        seen = self._level_free(past.rows.reshape(batch * length, width), phases.flatten())
+        phases = phase[:, None] + torch.arange(-length, 0)
+        seen = self._level_free(
+            past.rows.reshape(batch * length, width), self._place(phases.flatten())
+        )
         return seen.view(batch, length, width)
 
-    def _scaled(self, x: Tensor, phase: Tensor) -> Tensor:
-        x = self._level_free(x, phase)
+    def _scaled(self, x: Tensor, place: Place | None) -> Tensor:
+        x = self._level_free(x, place)
         if not self._branches or x.abs().max().item() > self._largest:
             x = x.masked_fill(x.abs() > self._largest, math.nan)
         return x
 
-    def _level_free(self, x: Tensor, phase: Tensor) -> Tensor:
+    def _level_free(self, x: Tensor, place: Place | None) -> Tensor:
         if self._plain:
             return x
-        levels = self._levels.index_select(0, phase) if self._timed else self._levels
+        levels = self._levels if place is None else self._calendar.levels(place)
         return (x - levels) * self._inverse_scale
 
 

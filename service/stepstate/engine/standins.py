@@ -26,7 +26,7 @@ class StandIns:
 
         Args:
             x: raw units, NaN is missing.
-            phase: [B], of these rows.
+            phase: [B], the steps of these rows.
             state: [B, Rc], the cells' states before them.
             past: the rows before them.
             impute: [B], where the model's forecast is to stand in, if it has one for the column.

@@ -38,7 +38,7 @@ class Work:
     at: int = field(init=False, default=0)
     """Rows applied to the slot's state before it."""
     phase: int = field(init=False, default=0)
-    """Phase of the first row in the model's timeline."""
+    """Step of the first row in the model's timeline."""
     queued_at: float = field(init=False, default=0.0)
     """Seconds of `time.perf_counter`."""
 
@@ -76,5 +76,5 @@ class Owner(Protocol[W_contra]):
         ...
 
     def failed(self, work: W_contra, error: Exception) -> None:
-        """The forward raised; the state is as it was."""
+        """Its rows raised, by themselves; the state is as it was."""
         ...

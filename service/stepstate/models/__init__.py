@@ -1,7 +1,7 @@
 """Models: load, verify, describe and write them. Needs no torch."""
 
 from stepstate.models.catalog import Catalog, load_catalog
-from stepstate.models.files import Model, load_model, write_model
+from stepstate.models.files import load_model, write_model
 from stepstate.models.manifest import (
     LEAST_LEVEL,
     MOST_LEVEL,
@@ -17,9 +17,11 @@ from stepstate.models.manifest import (
     Rolling,
     Tracking,
 )
-from stepstate.models.timeline import Timeline, build_timeline
+from stepstate.models.timeline import EPOCH, Timeline, build_timeline
+from stepstate.models.validate import Model
 
 __all__ = [
+    "EPOCH",
     "LEAST_LEVEL",
     "MOST_LEVEL",
     "Catalog",

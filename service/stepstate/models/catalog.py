@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from stepstate.errors import InvalidField, ModelInvalid, ModelUnknown
-from stepstate.models.files import MANIFEST, Model, load_model
+from stepstate.models.files import load_model
+from stepstate.models.validate import MANIFEST, Model
+
+_HOW = (
+    "name the folder that holds <name>/<version>/ with --models, write your own there with "
+    "stepstate.models.write_model, or a first one with `stepstate models example`"
+)
 
 
 class Catalog:
-    """Loaded models, by name and version."""
+    """Loaded models, by name and version.
 
-    def __init__(self, models: Iterable[Model]) -> None:
+    Args:
+        models: those that are served.
+        skipped: why others are not.
+    """
+
+    def __init__(self, models: Iterable[Model], skipped: Sequence[ModelInvalid] = ()) -> None:
+        self.skipped = tuple(skipped)
         ordered = sorted(models, key=lambda m: (m.manifest.name, int(m.manifest.version)))
         self._models = {model.key: model for model in ordered}
 
@@ -40,15 +52,30 @@ class Catalog:
         return found[-1]
 
 
-def load_catalog(root: Path) -> Catalog:
+def load_catalog(root: Path, *, skip_invalid: bool = False) -> Catalog:
     """Loads every <name>/<version>/manifest.json under a folder.
+
+    Args:
+        root: the folder.
+        skip_invalid: leave models out that can't be served, as long as there is one that can.
 
     Raises:
         ModelInvalid: the folder holds no model, or one that can't be served.
     """
     if not root.is_dir():
-        raise ModelInvalid(str(root), "is not a folder; name the one that holds <name>/<version>/")
+        raise ModelInvalid(str(root), f"is not a folder; {_HOW}")
     folders = sorted(path.parent for path in root.resolve().glob(f"*/*/{MANIFEST}"))
     if not folders:
-        raise ModelInvalid(str(root), f"holds no <name>/<version>/{MANIFEST}")
-    return Catalog([load_model(folder) for folder in folders])
+        raise ModelInvalid(str(root), f"holds no <name>/<version>/{MANIFEST}; {_HOW}")
+    loaded: list[Model] = []
+    skipped: list[ModelInvalid] = []
+    for folder in folders:
+        try:
+            loaded.append(load_model(folder))
+        except ModelInvalid as error:
+            if not skip_invalid:
+                raise
+            skipped.append(error)
+    if not loaded:
+        raise skipped[0]
+    return Catalog(loaded, skipped)

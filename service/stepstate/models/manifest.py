@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
 from typing import Annotated, Literal, Self
@@ -18,6 +19,7 @@ from typing import Annotated, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Discriminator,
     Field,
@@ -27,18 +29,42 @@ from pydantic import (
 
 MOST_LAG = 100_000
 """Rows that a session keeps: 400 KB a column, as much as many thousands of hidden units."""
-
-Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
-Version = Annotated[str, Field(pattern=r"^[1-9][0-9]{0,17}$")]
-Whole = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[int, Field(ge=1, strict=True)]
-Number = Annotated[float, Field(strict=True)]
+MAX_LAYERS = 256
+MAX_UNITS = 65_536
+"""Of a layer: its weights alone are 64 GiB there."""
+MAX_STATE_BYTES = 64 * 2**20
+"""Of one session: what it keeps of the cell and of past rows. 10,000 slots of it fit no machine."""
+MAX_COLUMNS = 65_536
+"""Of y, and of the input of the cell or the head; 256 KiB a row."""
+MAX_NAMED = 4_096
+"""Inputs, or outputs."""
+MAX_PARTS = 1_000
+"""Calendar parts, profiles, or lagged inputs."""
+MAX_PROFILE_STEPS = 10_000_000
+"""A year at intervals of 3 seconds; 40 MB."""
+MAX_SECONDS = 100 * 366 * 86_400.0
+"""A century, as an interval or as a period: beyond it times could not be told."""
+MAX_NUMBER = 1e30
+"""Of means and scales: beyond it, and as a scale below its inverse, float32 overflows."""
+MAX_TEXT = 10_000
+"""Characters of a description or a unit."""
 
 
 def _not_zero(value: float) -> float:
-    if value == 0.0:
-        raise ValueError("is 0, expected a number that values can be divided by")
+    if abs(value) < 1 / MAX_NUMBER:
+        raise ValueError(f"is {value:g}, expected a number that values can be divided by")
     return value
+
+
+def _whole_microseconds(value: float) -> float:
+    if Fraction(str(value)) * 1_000_000 % 1:
+        raise ValueError(f"is {value} s, expected whole microseconds: times can't tell less")
+    return value
+
+
+def _as_text(value: object) -> object:
+    """A version that was given as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
 def _in_utc(value: datetime) -> datetime:
@@ -57,19 +83,27 @@ def _rising(values: tuple[float, ...]) -> tuple[float, ...]:
     return values
 
 
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
+Version = Annotated[str, BeforeValidator(_as_text), Field(pattern=r"^[1-9][0-9]{0,17}$")]
+Whole = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
+Number = Annotated[float, Field(strict=True, ge=-MAX_NUMBER, le=MAX_NUMBER)]
+Text = Annotated[str, Field(max_length=MAX_TEXT)]
 Scale = Annotated[Number, AfterValidator(_not_zero)]
+Period = Annotated[float, Field(strict=True, ge=1e-6, le=MAX_SECONDS)]
+Interval = Annotated[Period, AfterValidator(_whole_microseconds)]
 Horizons = Annotated[
-    tuple[Whole, ...],
-    Field(min_length=1),
+    tuple[Annotated[Whole, Field(le=MOST_LAG)], ...],
+    Field(min_length=1, max_length=MAX_COLUMNS),
     AfterValidator(_all_different),
 ]
 Level = Annotated[float, Field(strict=True, gt=0.0, lt=1.0)]
 LEAST_LEVEL, MOST_LEVEL = 0.01, 0.999
 """Of intervals: outside, a session's truths are too few to tell whether they keep it."""
-Quantiles = Annotated[tuple[Level, ...], AfterValidator(_rising)]
+Quantiles = Annotated[tuple[Level, ...], Field(max_length=MAX_PARTS), AfterValidator(_rising)]
 Lags = Annotated[
     tuple[Annotated[int, Field(ge=0, le=MOST_LAG, strict=True)], ...],
-    Field(min_length=1),
+    Field(min_length=1, max_length=MAX_COLUMNS),
     AfterValidator(_all_different),
 ]
 
@@ -92,8 +126,8 @@ class CellSpec(_Part):
     """A stacked recurrent network of `num_layers` layers (L) of `hidden_size` units (H)."""
 
     kind: CellKind
-    hidden_size: Positive
-    num_layers: Positive
+    hidden_size: Annotated[Positive, Field(le=MAX_UNITS)]
+    num_layers: Annotated[Positive, Field(le=MAX_LAYERS)]
     proj_size: Whole = 0
     """Units of an LSTM's projected h (P); 0 for none."""
 
@@ -115,7 +149,7 @@ class Input(_Part):
     """A column of x: the network sees (x - profile[phase(t)] - mean) / scale."""
 
     name: Name
-    unit: str = ""
+    unit: Text = ""
     mean: Number = 0.0
     scale: Scale = 1.0
     profile: str | None = None
@@ -128,7 +162,7 @@ class Output(_Part):
     """
 
     name: Name
-    unit: str = ""
+    unit: Text = ""
     mean: Number = 0.0
     scale: Scale = 1.0
     profile: str | None = None
@@ -169,8 +203,8 @@ class Fourier(_Part):
     """Calendar input: sin and cos of 2 pi k s / period, k = 1 .. harmonics, s in Unix seconds."""
 
     kind: Literal["fourier"]
-    period_seconds: Positive
-    harmonics: Positive
+    period_seconds: Period
+    harmonics: Annotated[Positive, Field(le=MAX_COLUMNS)]
 
     @property
     def width(self) -> int:
@@ -187,11 +221,6 @@ class DayOfWeek(_Part):
     def width(self) -> int:
         """Columns that it adds to the network's input."""
         return 7
-
-    @property
-    def period_seconds(self) -> int:
-        """After this long the flags repeat."""
-        return 7 * 86_400
 
 
 Calendar = Annotated[Fourier | DayOfWeek, Field(discriminator="kind")]
@@ -305,7 +334,11 @@ class Tracking(_Part):
     `season_steps` rows back; 1 is the plain one.
     """
 
-    horizons: Annotated[tuple[Positive, ...], Field(min_length=1), AfterValidator(_all_different)]
+    horizons: Annotated[
+        tuple[Positive, ...],
+        Field(min_length=1, max_length=MAX_COLUMNS),
+        AfterValidator(_all_different),
+    ]
     level: Annotated[Level, Field(ge=LEAST_LEVEL, le=MOST_LEVEL)] = 0.9
     rate: Annotated[float, Field(strict=True, gt=0.0, lt=1.0)] = 0.05
     season_steps: Annotated[int, Field(ge=1, le=MOST_LAG, strict=True)] = 1
@@ -315,7 +348,7 @@ class Tracking(_Part):
 class Profile(_Part):
     """A seasonal profile: value k is for the time origin + k * step interval, modulo period."""
 
-    period_steps: Positive
+    period_steps: Annotated[Positive, Field(le=MAX_PROFILE_STEPS)]
     origin: Annotated[datetime, AfterValidator(_in_utc)]
 
 
@@ -325,17 +358,18 @@ class Manifest(_Part):
     format: Literal["stepstate.model/1"]
     name: Name
     version: Version
-    description: str = ""
+    description: Text = ""
+    """For people: it may change, the model stays the same."""
     cell: CellSpec
-    step_interval_seconds: Positive | None = None
-    inputs: Annotated[tuple[Input, ...], Field(min_length=1)]
-    calendar: tuple[Calendar, ...] = ()
-    profiles: dict[Name, Profile] = {}
-    lags: tuple[LaggedInput, ...] = ()
+    step_interval_seconds: Interval | None = None
+    inputs: Annotated[tuple[Input, ...], Field(min_length=1, max_length=MAX_NAMED)]
+    calendar: Annotated[tuple[Calendar, ...], Field(max_length=MAX_PARTS)] = ()
+    profiles: Annotated[dict[Name, Profile], Field(max_length=MAX_PARTS)] = {}
+    lags: Annotated[tuple[LaggedInput, ...], Field(max_length=MAX_PARTS)] = ()
     fallback: Literal["level", "first"] = "level"
     """What lagged inputs are before a session's first row: as if every row had been at its column's
     level (mean and profile), or as its first row."""
-    outputs: Annotated[tuple[Output, ...], Field(min_length=1)]
+    outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=MAX_NAMED)]
     tracking: Tracking | None = None
     fingerprint: str = ""
 
@@ -343,6 +377,12 @@ class Manifest(_Part):
     def input_width(self) -> int:
         """D, the columns of x."""
         return len(self.inputs)
+
+    @cached_property
+    def step_interval(self) -> timedelta | None:
+        """The time from one row to the next."""
+        seconds = self.step_interval_seconds
+        return None if seconds is None else timedelta(seconds=seconds)
 
     @property
     def network_width(self) -> int:
@@ -407,9 +447,27 @@ class Manifest(_Part):
             if lagged.input not in names:
                 raise ValueError(f"lags.{place}.input: {lagged.input!r} is not an input")
         self._check_tracking()
+        self._check_sizes()
         if self.needs_time and self.step_interval_seconds is None:
             raise ValueError("step_interval_seconds: needed by calendar inputs and profiles")
         return self
+
+    def _check_sizes(self) -> None:
+        widths = {
+            "outputs: y": self.output_width,
+            "calendar and lags: the cell's input": self.network_width,
+            "lags: the head's input": self.head_lags,
+        }
+        for what, width in widths.items():
+            if width > MAX_COLUMNS:
+                raise ValueError(f"{what} has {width} columns, at most {MAX_COLUMNS}")
+        cell = 2 * self.cell.num_layers * self.cell.hidden_size
+        state = 4 * (cell + self.history_rows * self.input_width)
+        if state > MAX_STATE_BYTES:
+            raise ValueError(
+                f"a session's state takes {state} bytes (layers, units and past rows), at most "
+                f"{MAX_STATE_BYTES}"
+            )
 
     def _check_tracking(self) -> None:
         if self.tracking is None:

@@ -1,105 +1,168 @@
-"""What a model's network is told about time: one table over all phases of its calendar.
+"""What a model's network is told about time, as numbers that the engine computes with.
 
-Everything a manifest derives from time repeats after a whole number of steps,
-the least common multiple of its periods. So it is computed once, when the
-model is loaded, and a step costs one look-up by phase. Times off the grid of
-the step interval are taken down to it.
+Rows are counted in steps since 1970-01-01T00:00Z. A wave of period P makes k * S / P turns in k
+steps of S seconds. Turns are kept in fixed point, 64 bits to one turn, so that whole turns fall
+off by themselves: turns(k) = (k >> 32) * waves[0] + (k & (2**32 - 1)) * waves[1], in wrapping
+int64. The two factors are rounded once, from exact fractions, so the result is right to 2**-32
+turns (1.5e-9 radians) however large k is. Times off the grid of the step interval are taken down
+to it.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.errors import ModelInvalid
-from stepstate.models.files import Model
-from stepstate.models.manifest import DayOfWeek, Fourier
+from stepstate.models.manifest import DayOfWeek, Fourier, Input, Manifest, Output
+from stepstate.models.validate import Model
 
-MOST_PHASES = 2_000_000
-"""A calendar that repeats later than this is a mistake: a table of it would not fit memory."""
+MAX_TABLE_CELLS = 2**22
+"""16 MiB: a calendar that repeats within so many numbers is looked up, a longer one computed."""
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_WEEK = Fraction(7 * 86_400)
+
+
+@dataclass(frozen=True, slots=True)
+class Cycles:
+    """Columns of seasonal profiles: `means` + `values`[`offsets` + (k + `shifts`) % `periods`].
+
+    `values` [V] holds all profiles one after the other, the others are [N] for N columns.
+    """
+
+    values: NDArray[np.float64]
+    offsets: NDArray[np.int64]
+    shifts: NDArray[np.int64]
+    periods: NDArray[np.int64]
+    means: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """What depends on the phase; a model that knows no time has one phase.
+    """What depends on a row's time, as functions of its step k.
 
-    `levels` [phases, D] is what is taken off x (profile and mean, raw units),
-    `calendar` [phases, C] the calendar inputs, `bases` [phases, O] what is
-    added to the scaled y (profile and mean, raw units).
+    `levels` [D] are taken off x (profile and mean, raw units), `bases` [O] are added to the
+    scaled y. The calendar inputs [C] are the columns `order` of sin and cos of each of the
+    `waves` [2, W], side by side, and then the seven days of the week.
     """
 
-    step_interval_seconds: int
-    levels: NDArray[np.float32]
-    calendar: NDArray[np.float32]
-    bases: NDArray[np.float32]
+    step_interval: timedelta
+    profiles_repeat: int
+    """After so many steps the profiles are the same again."""
+    calendar_repeats: int
+    """After so many steps the calendar inputs are the same again."""
+    levels: Cycles
+    bases: Cycles
+    waves: NDArray[np.int64]
+    order: NDArray[np.int64]
 
     @property
-    def phases(self) -> int:
-        """After this many steps everything repeats."""
-        return len(self.levels)
+    def table_lengths(self) -> tuple[int | None, int | None]:
+        """Steps of tables of the profiles and of the calendar; None: it would be large.
+
+        The same for both where that is small, so that a row has one place in them.
+        """
+        profiles = len(self.levels.means) + len(self.bases.means)
+        both = math.lcm(self.profiles_repeat, self.calendar_repeats)
+        if both * (profiles + len(self.order)) <= MAX_TABLE_CELLS:
+            return both, both
+        return (
+            self.profiles_repeat if self.profiles_repeat * profiles <= MAX_TABLE_CELLS else None,
+            self.calendar_repeats
+            if self.calendar_repeats * len(self.order) <= MAX_TABLE_CELLS
+            else None,
+        )
 
     def phase(self, time: datetime) -> int:
-        """The phase of a time."""
-        return math.floor(time.timestamp() / self.step_interval_seconds) % self.phases
+        """The step of a time."""
+        return (time - EPOCH) // self.step_interval
 
 
 def build_timeline(model: Model) -> Timeline:
-    """Computes a model's table.
-
-    Raises:
-        ModelInvalid: the calendar repeats too late for a table.
-    """
+    """What a model's manifest derives from time."""
     manifest = model.manifest
-    interval = manifest.step_interval_seconds or 1
-    periods = [part.period_seconds for part in manifest.calendar]
-    periods += [profile.period_steps * interval for profile in manifest.profiles.values()]
-    phases = math.lcm(interval, *periods) // interval if periods else 1
-    if phases > MOST_PHASES:
-        raise ModelInvalid(
-            model.key,
-            f"its calendar repeats after {phases} steps, more than {MOST_PHASES}: use periods "
-            "that share a smaller common multiple",
-        )
-    steps = np.arange(phases, dtype=np.int64)
-    levels = [
-        _profile(model, column.profile, steps, interval) + column.mean for column in manifest.inputs
-    ]
-    calendar = [wave for part in manifest.calendar for wave in _calendar(part, steps * interval)]
-    bases = [
-        _profile(model, output.profile, steps + horizon, interval) + output.mean
+    interval = manifest.step_interval or timedelta(seconds=1)
+    seconds = Fraction(interval // _MICROSECOND, 1_000_000)
+    turns = [turn for part in manifest.calendar for turn in _turns(part, seconds)]
+    outputs = [
+        (output, horizon)
         for output in manifest.outputs
         for horizon in output.horizons
         for _ in range(output.columns)
     ]
-    return Timeline(interval, *(_table(phases, part) for part in (levels, calendar, bases)))
+    return Timeline(
+        interval,
+        math.lcm(*(profile.period_steps for profile in manifest.profiles.values())),
+        _calendar_repeats(manifest, seconds),
+        _cycles(model, [(column, 0) for column in manifest.inputs], interval),
+        _cycles(model, outputs, interval),
+        np.array([[_fixed(turn * 2**32), _fixed(turn)] for turn in turns], np.int64)
+        .reshape(-1, 2)
+        .T.copy(),
+        np.array(list(_order(manifest, len(turns))), np.int64),
+    )
 
 
-def _table(phases: int, columns: list[NDArray[np.float64]]) -> NDArray[np.float32]:
-    table = np.empty((phases, len(columns)), np.float32)
-    for place, column in enumerate(columns):
-        table[:, place] = column
-    return table
-
-
-def _profile(
-    model: Model, name: str | None, steps: NDArray[np.int64], interval: int
-) -> NDArray[np.float64]:
-    if name is None:
-        return np.zeros(len(steps))
-    profile = model.manifest.profiles[name]
-    origin = math.floor(profile.origin.timestamp() / interval)
-    values = model.tensors[name].astype(np.float64)
-    found: NDArray[np.float64] = values[(steps - origin) % profile.period_steps]
-    return found
-
-
-def _calendar(part: Fourier | DayOfWeek, seconds: NDArray[np.int64]) -> list[NDArray[np.float64]]:
+def _turns(part: Fourier | DayOfWeek, seconds: Fraction) -> list[Fraction]:
+    """How many turns a step is of each of its waves."""
     if isinstance(part, DayOfWeek):
-        weekday = (seconds // 86_400 + 3) % 7  # day 0 of Unix time was a Thursday
-        return [(weekday == day).astype(np.float64) for day in range(7)]
-    angle = 2 * np.pi * (seconds % part.period_seconds) / part.period_seconds
-    return [wave(k * angle) for k in range(1, part.harmonics + 1) for wave in (np.sin, np.cos)]
+        return []
+    return [k * seconds / _exact(part.period_seconds) for k in range(1, part.harmonics + 1)]
+
+
+def _fixed(turn: Fraction) -> int:
+    """Its part below one turn, in 2**-64 turns, as a signed 64-bit number."""
+    whole = round(turn % 1 * 2**64) % 2**64
+    return whole - 2**64 if whole >= 2**63 else whole
+
+
+def _exact(seconds: float) -> Fraction:
+    """The decimal number that a manifest says."""
+    return Fraction(str(seconds))
+
+
+def _order(manifest: Manifest, waves: int) -> Iterator[int]:
+    first = 0
+    for part in manifest.calendar:
+        if isinstance(part, DayOfWeek):
+            yield from range(2 * waves, 2 * waves + part.width)
+        else:
+            yield from range(first, first + part.width)
+            first += part.width
+
+
+def _calendar_repeats(manifest: Manifest, seconds: Fraction) -> int:
+    periods = [
+        (_WEEK if isinstance(part, DayOfWeek) else _exact(part.period_seconds)) / seconds
+        for part in manifest.calendar
+    ]
+    return math.lcm(*(period.numerator for period in periods))
+
+
+def _cycles(
+    model: Model,
+    columns: Sequence[tuple[Input | Output, int]],
+    interval: timedelta,
+) -> Cycles:
+    """Each column's profile, a horizon ahead."""
+    profiles = model.manifest.profiles
+    values: list[NDArray[np.float64]] = [np.zeros(1)]  # of columns without a profile
+    places: dict[str | None, tuple[int, int, int]] = {None: (0, 0, 1)}
+    used = 1
+    for name, profile in profiles.items():
+        origin = (profile.origin - EPOCH) // interval
+        places[name] = used, -origin % profile.period_steps, profile.period_steps
+        values.append(model.tensors[name].astype(np.float64))
+        used += profile.period_steps
+    found = [places[column.profile] for column, _ in columns]
+    offsets, shifts, periods = np.array(found, np.int64).reshape(-1, 3).T
+    ahead = np.array([horizon for _, horizon in columns], np.int64)
+    means = np.array([column.mean for column, _ in columns])
+    return Cycles(np.concatenate(values), offsets, (shifts + ahead) % periods, periods, means)

@@ -1,20 +1,16 @@
-"""How many sessions the store has, and which of them have had their time."""
+"""How many sessions the store has, open and expired."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from stepstate.sessions.link import StoreLink
-from stepstate.sessions.table import Table
 from stepstate.stores import Ending, EndReason
 
 COUNT_SECONDS = 5.0
 """How old the count may be."""
-OVERDUE_GRACE_SECONDS = 60.0
-"""A server that was cut off from the store has this long to save what it stepped meanwhile."""
-ENDED_AT_ONCE = 500
 
 
 class EndObserver(Protocol):
@@ -22,6 +18,10 @@ class EndObserver(Protocol):
 
     def closed(self, reason: str) -> None:
         """A session ended."""
+        ...
+
+    def expired_restored(self) -> None:
+        """An expired session was restored."""
         ...
 
 
@@ -33,26 +33,22 @@ class Census:
 
     Args:
         link: the store.
-        table: the resident sessions.
         clock: monotonic seconds.
-        wall: Unix seconds.
         observer: told of sessions that ended.
     """
 
     def __init__(
         self,
         link: StoreLink,
-        table: Table,
         *,
         clock: Callable[[], float],
-        wall: Callable[[], float],
         observer: EndObserver,
     ) -> None:
         self._link = link
-        self._table = table
         self._clock = clock
-        self._wall = wall
         self._observer = observer
+        self.expired = 0
+        """Expired sessions that are kept."""
         self._counts: Counter[str] = Counter()
         self._changes = 0
         self._due_at = clock()
@@ -81,6 +77,21 @@ class Census:
         self._changes += 1
         self._observer.closed(ending.reason.value)
 
+    def expired_here(self, model_keys: Iterable[str]) -> None:
+        """Sessions of some models expired here, and are kept."""
+        for model_key in model_keys:
+            self._counts[model_key] -= 1
+            self.expired += 1
+            self._observer.closed(EndReason.EXPIRED.value)
+        self._changes += 1
+
+    def restored(self, model_key: str) -> None:
+        """An expired session was restored here."""
+        self._counts[model_key] += 1
+        self.expired -= 1
+        self._changes += 1
+        self._observer.expired_restored()
+
     async def count(self) -> None:
         """Takes the store's count, unless sessions came or went here while it was counting.
 
@@ -89,24 +100,8 @@ class Census:
         """
         before = self._changes
         counts = await self._link.ask(self._link.store.count())
+        expired = await self._link.ask(self._link.store.count_expired())
         if before == self._changes:
             self._counts = Counter(counts)
+            self.expired = expired
         self._due_at = self._clock() + COUNT_SECONDS
-
-    async def sweep(self) -> int:
-        """Ends sessions that are not resident and whose time is up; returns how many.
-
-        Raises:
-            StoreUnavailable.
-        """
-        ended = 0
-        before = self._wall() - OVERDUE_GRACE_SECONDS
-        for entry in await self._link.ask(self._link.store.overdue(before, ENDED_AT_ONCE)):
-            record = entry.record
-            if self._table.get(record.session_id) is not None:
-                continue
-            ending = Ending(EndReason.EXPIRED, entry.t, record.idle_timeout_seconds)
-            if await self._link.ask(self._link.store.end(record.session_id, entry.epoch, ending)):
-                self.ended(record.model_key, ending)
-                ended += 1
-        return ended

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Protocol
 
 import numpy as np
@@ -35,6 +35,7 @@ from stepstate.sessions.forecast_bounds import (
 from stepstate.sessions.lane import Lane
 from stepstate.sessions.opening import ID_LENGTH
 from stepstate.sessions.session import ReplyTo, Session
+from stepstate.sessions.surprise import surprise
 from stepstate.sessions.table import Table
 from stepstate.sessions.turn import Turn
 
@@ -82,7 +83,7 @@ class SessionForecast:
     t: int
     first_time: datetime | None
     """Of the row at horizon 1."""
-    step_interval_seconds: int | None
+    step_interval_seconds: float | None
     levels: tuple[float, ...]
     outputs: tuple[OutputForecast, ...]
     reply_bytes: int
@@ -177,7 +178,7 @@ class Forecaster:
             for place, session_id in enumerate(session_ids):
                 session = self._doors.find(session_id)
                 if session is not None and not self._table.busy[session.handle]:
-                    found[session_id] = _counted(self._copy(session), take)
+                    found[session_id] = _counted(self._copied(session), take)
                 else:
                     fetching = self._fetch(session_id, few, take)
                     tasks[session_id] = asyncio.create_task(fetching)
@@ -197,13 +198,19 @@ class Forecaster:
         async with few:
             try:
                 session = await self._doors.get(session_id)
-                turn = Turn(lambda: self._copy(session))
+                turn = Turn(lambda: self._copied(session))
                 if not self._doors.refuse(session_id, turn.mark, turn):
                     turn.now()
                 origin = await turn.result()
             except StepstateError as error:
                 return error.with_traceback(None)  # or it would keep this frame, in a circle
             return _counted(origin, take)
+
+    def _copied(self, session: Session) -> _Origin | StepstateError:
+        try:
+            return self._copy(session)
+        except Exception as error:  # noqa: BLE001 - it is this session's, not the call's
+            return surprise("a forecast failed", error, session.session_id)
 
     def _copy(self, session: Session) -> _Origin | StepstateError:
         t = self._table.t[session.handle]
@@ -219,6 +226,7 @@ class Forecaster:
         made: dict[str, dict[int, SessionForecast]] = {
             origin.session.session_id: {} for origin in group.origins
         }
+        failed: dict[str, StepstateError] = {}
         for course in group.courses:
             computing = self._long if course.plan.fed_rows > LONG_ROWS else self._short
             places = range(len(course.numbers))
@@ -226,11 +234,15 @@ class Forecaster:
             for first in range(0, len(items), TOGETHER):
                 block = items[first : first + TOGETHER]
                 async with computing:
-                    forecasts = await _run(group.lane, course, block, wish)
-                for (_, place), one in zip(block, forecasts, strict=True):
-                    made[one.session_id][course.numbers[place]] = one
+                    forecasts = await _run_isolated(group.lane, course, block, wish)
+                for (origin, place), one in zip(block, forecasts, strict=True):
+                    if isinstance(one, StepstateError):
+                        failed[origin.session.session_id] = one
+                    else:
+                        made[one.session_id][course.numbers[place]] = one
                 await asyncio.sleep(0)
-        return {name: [mine[number] for number in sorted(mine)] for name, mine in made.items()}
+        told = {name: [mine[number] for number in sorted(mine)] for name, mine in made.items()}
+        return {**told, **failed}
 
 
 def _counted(
@@ -253,6 +265,23 @@ async def _group(lane: Lane, origins: Sequence[_Origin], wish: Wish) -> _Group:
     return _Group(lane, origins, courses)
 
 
+async def _run_isolated(
+    lane: Lane, course: Course, block: Sequence[_Item], wish: Wish
+) -> Sequence[SessionForecast | StepstateError]:
+    """The forecasts of a block; where that raises, of each half of it, down to one."""
+    try:
+        return await _run(lane, course, block, wish)
+    except Exception as error:  # noqa: BLE001 - it is one session's, not the call's
+        if len(block) == 1:
+            return [surprise("a forecast failed", error, block[0][0].session.session_id)]
+    middle = len(block) // 2
+    return [
+        one
+        for half in (block[:middle], block[middle:])
+        for one in await _run_isolated(lane, course, half, wish)
+    ]
+
+
 async def _run(
     lane: Lane, course: Course, block: Sequence[_Item], wish: Wish
 ) -> list[SessionForecast]:
@@ -261,7 +290,7 @@ async def _run(
     origins = [origin for origin, _ in block]
     states = np.stack([origin.state for origin in origins])
     at = np.array([origin.t for origin in origins])
-    phases = (np.array([origin.session.phase for origin in origins]) + at) % lane.timeline.phases
+    phases = np.array([origin.session.phase for origin in origins]) + at
     ahead = course.ahead[[place for _, place in block]]
     outlooks = await lane.engine.forecast(Origins(states, at, phases), course.plan, ahead)
     levels = [_levels(lane, origin, wish) for origin in origins]
@@ -331,11 +360,11 @@ def _quantiles(manifest: Manifest) -> Sequence[float]:
 
 
 def _first_time(manifest: Manifest, origin: _Origin) -> datetime | None:
-    start, interval = origin.session.record.start_time, manifest.step_interval_seconds
+    start, interval = origin.session.record.start_time, manifest.step_interval
     if start is None or interval is None:
         return None
     try:
-        return start + timedelta(seconds=origin.t * interval)
+        return start + origin.t * interval
     except OverflowError:  # beyond the year 9999
         return None
 

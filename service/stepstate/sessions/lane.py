@@ -9,10 +9,8 @@ Rule 4: a step of a sync session stays the session's current one until it is sav
 
 from __future__ import annotations
 
-import logging
-import secrets
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -21,12 +19,12 @@ from numpy.typing import NDArray
 
 from stepstate.engine import Engine, Floats, Layers, Observer, Precision, Tally
 from stepstate.errors import (
-    Internal,
     InvalidField,
     NonFiniteResult,
     SnapshotCorrupt,
     StepAhead,
     StepMismatch,
+    StepstateError,
     StepTooOld,
     StepUnplaced,
     StoreUnavailable,
@@ -35,11 +33,10 @@ from stepstate.models import Model, build_timeline
 from stepstate.sessions.packed import Columns, PackedRows, PackReplyTo, straight
 from stepstate.sessions.session import Session, Step
 from stepstate.sessions.snapshot import Snapshot, extended
+from stepstate.sessions.surprise import surprise
 from stepstate.sessions.table import Table
 from stepstate.sessions.window import Remains, Remembered, ReplayWindow
 from stepstate.stores import SessionRecord
-
-log = logging.getLogger(__name__)
 
 
 class LaneObserver(Observer, Protocol):
@@ -291,13 +288,18 @@ class Lane:
         self.engine.submit_pack(pack)
         return good
 
-    def stepped_pack(self, pack: PackedRows, y: Floats, fine: NDArray[np.bool_] | None) -> None:
+    def stepped_pack(
+        self,
+        pack: PackedRows,
+        y: Floats,
+        fine: NDArray[np.bool_] | None,
+        failed: Mapping[int, Exception],
+    ) -> None:
         """See `engine.Pack`: commits rows of many sessions."""
         table, handles, slots, t, x = self._table, pack.handles, pack.slots, pack.at, pack.x
         pack.y = y
         if fine is not None:
-            for row in np.flatnonzero(~fine).tolist():
-                pack.errors.append((row, NonFiniteResult(self._id_at(handles[row]), int(t[row]))))
+            self._refuse_rows(pack, np.flatnonzero(~fine).tolist(), failed)
             handles, slots, t, x, y = handles[fine], slots[fine], t[fine], x[fine], y[fine]
         table.t_array[handles] = t + 1
         table.expires_at_array[handles] = self._clock() + table.idle_timeout_array[handles]
@@ -305,17 +307,27 @@ class Lane:
         self._observer.applied(len(handles))
         self._finish_pack(pack)
 
+    def _refuse_rows(
+        self, pack: PackedRows, rows: Sequence[int], failed: Mapping[int, Exception]
+    ) -> None:
+        """Tells why rows of a pack were not applied; those that raised alike share an error."""
+        surprises: dict[str, StepstateError] = {}
+        for row in rows:
+            session_id = self._id_at(pack.handles[row])
+            error = failed.get(row)
+            if error is None:
+                pack.errors.append((row, NonFiniteResult(session_id, int(pack.at[row]))))
+                continue
+            kind = repr(error)
+            if kind not in surprises:
+                surprises[kind] = surprise("a forward failed", error, session_id)
+            pack.errors.append((row, surprises[kind]))
+        if failed:
+            self._observer.ended("failed", len(failed))
+
     def dropped_pack(self, pack: PackedRows) -> None:
         """See `engine.Pack`: nobody waits for it."""
         self._observer.ended("cancelled", len(pack))
-        self._finish_pack(pack)
-
-    def failed_pack(self, pack: PackedRows, error: Exception) -> None:
-        """See `engine.Pack`: a surprise in the forward."""
-        surprise = Internal(secrets.token_hex(8))
-        log.error("a forward failed", exc_info=error, extra={"error_id": surprise.error_id})
-        pack.errors += [(row, surprise) for row in range(len(pack))]
-        self._observer.ended("failed", len(pack))
         self._finish_pack(pack)
 
     def _finish_pack(self, pack: PackedRows) -> None:
@@ -363,12 +375,7 @@ class Lane:
 
     def failed(self, work: Step, error: Exception) -> None:
         """See `engine.Owner`: a surprise in the forward."""
-        work.error = Internal(secrets.token_hex(8))
-        log.error(
-            "a forward failed",
-            exc_info=error,
-            extra={"error_id": work.error.error_id, "session_id": work.session.session_id},
-        )
+        work.error = surprise("a forward failed", error, work.session.session_id)
         self._observer.ended("failed")
         self._finish(work)
 
@@ -394,7 +401,7 @@ class Lane:
             self._observer.ended("refused")
             self._settle(step)
         else:
-            step.phase = (session.phase + t) % self.timeline.phases
+            step.phase = session.phase + t
             step.at = t
             self._busy[session.handle] = True
             self.engine.submit(step)

@@ -7,10 +7,14 @@ import uuid
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
+from stepstate.config import LONGEST_IDLE_SECONDS
 from stepstate.errors import InvalidField
 from stepstate.models import LEAST_LEVEL, MOST_LEVEL, Manifest
 from stepstate.stores import Durability, MissingPolicy, SessionRecord
 
+IDLE_INTERVALS = 5
+"""Step intervals that a session may always be idle for: a daily series that has no rows on days
+off outlives a long weekend."""
 ID_LENGTH = 128
 _ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{ID_LENGTH}}}")
 
@@ -23,6 +27,8 @@ class Limits:
     queued_rows: int
     default_idle_seconds: float
     most_idle_seconds: float
+    expired_grace_seconds: float
+    """How long expired sessions can be restored."""
     sessions: int
     """Open sessions, resident and spilled."""
     durability: Durability
@@ -73,7 +79,7 @@ def make_record(opening: Opening, manifest: Manifest, limits: Limits) -> Session
         model=manifest.name,
         version=manifest.version,
         fingerprint=manifest.fingerprint,
-        idle_timeout_seconds=_idle_timeout(opening.idle_timeout_seconds, limits),
+        idle_timeout_seconds=_idle_timeout(opening.idle_timeout_seconds, manifest, limits),
         start_time=opening.start_time,
         open_time=datetime.now(UTC),
         durability=_durability(opening.durability, limits),
@@ -82,8 +88,10 @@ def make_record(opening: Opening, manifest: Manifest, limits: Limits) -> Session
     )
 
 
-def copy_record(source: SessionRecord, copying: Copying, limits: Limits) -> SessionRecord:
-    """The record of a session that starts from another's state.
+def copy_record(
+    source: SessionRecord, copying: Copying, manifest: Manifest, limits: Limits
+) -> SessionRecord:
+    """The record of a session that starts from another's state, of the same model.
 
     Raises:
         InvalidField: it names the field.
@@ -91,14 +99,14 @@ def copy_record(source: SessionRecord, copying: Copying, limits: Limits) -> Sess
     check_id(copying.session_id)
     idle = copying.idle_timeout_seconds
     if idle is None:  # another server may have allowed more
-        idle = min(source.idle_timeout_seconds, limits.most_idle_seconds)
+        idle = min(source.idle_timeout_seconds, max_idle_timeout(manifest, limits))
     durability = copying.durability
     if durability is None:
         durability = source.durability if limits.durable else Durability.NONE
     return replace(
         source,
         session_id=copying.session_id,
-        idle_timeout_seconds=_idle_timeout(idle, limits),
+        idle_timeout_seconds=_idle_timeout(idle, manifest, limits),
         open_time=datetime.now(UTC),
         durability=_durability(durability, limits),
     )
@@ -152,12 +160,29 @@ def _interval_level(asked: float | None, manifest: Manifest) -> float | None:
     return asked
 
 
-def _idle_timeout(asked: float | None, limits: Limits) -> float:
+def default_idle_timeout(manifest: Manifest, limits: Limits) -> float:
+    """Seconds without a step after which a session expires that asks for none in particular.
+
+    The server's setting, or a few of the model's step intervals where they are longer.
+    """
+    return max(limits.default_idle_seconds, _some_intervals(manifest))
+
+
+def max_idle_timeout(manifest: Manifest, limits: Limits) -> float:
+    """The longest idle timeout that a session of a model may ask for, in seconds."""
+    return max(limits.most_idle_seconds, _some_intervals(manifest))
+
+
+def _some_intervals(manifest: Manifest) -> float:
+    return min(IDLE_INTERVALS * float(manifest.step_interval_seconds or 0), LONGEST_IDLE_SECONDS)
+
+
+def _idle_timeout(asked: float | None, manifest: Manifest, limits: Limits) -> float:
     if asked is None:
-        return limits.default_idle_seconds
-    if not 0 < asked <= limits.most_idle_seconds:
+        return default_idle_timeout(manifest, limits)
+    longest = max_idle_timeout(manifest, limits)
+    if not 0 < asked <= longest:
         raise InvalidField(
-            "idle_timeout",
-            f"is {asked:g} s, expected more than 0 and at most {limits.most_idle_seconds:g} s",
+            "idle_timeout", f"is {asked:g} s, expected more than 0 and at most {longest:g} s"
         )
     return asked

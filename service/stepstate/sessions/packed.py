@@ -10,6 +10,7 @@ N rows of a message, B of them in a pack, D inputs, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -74,7 +75,7 @@ class PackedRows(Pack):
             columns.x,
             table.slot_array[handles],
             at,
-            (table.phase_array[handles] + at) % lane.timeline.phases,
+            table.phase_array[handles] + at,
         )
         self.handles = handles
         self.generations = columns.generations
@@ -91,17 +92,15 @@ class PackedRows(Pack):
         """See `Pack`."""
         return self.reply_to.cancelled
 
-    def stepped(self, y: Floats, fine: NDArray[np.bool_] | None) -> None:
+    def stepped(
+        self, y: Floats, fine: NDArray[np.bool_] | None, failed: Mapping[int, Exception]
+    ) -> None:
         """See `Pack`."""
-        self._lane.stepped_pack(self, y, fine)
+        self._lane.stepped_pack(self, y, fine, failed)
 
     def dropped(self) -> None:
         """See `Pack`."""
         self._lane.dropped_pack(self)
-
-    def failed(self, error: Exception) -> None:
-        """See `Pack`."""
-        self._lane.failed_pack(self, error)
 
 
 def seat_of(session: Session, table: Table) -> Seat | None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Protocol
 
 from stepstate.errors import (
@@ -22,6 +22,8 @@ from stepstate.errors import (
     SnapshotForeign,
     StepstateError,
 )
+from stepstate.sessions.census import EndObserver
+from stepstate.sessions.expiry import DeletionObserver, expired_error
 from stepstate.sessions.lane import Lane
 from stepstate.sessions.link import StoreLink
 from stepstate.sessions.room import Room, SpillObserver, resolve
@@ -35,15 +37,11 @@ from stepstate.stores import Durability, Ending, EndReason, Entry
 log = logging.getLogger(__name__)
 
 
-class ResidencyObserver(SaverObserver, SpillObserver, Protocol):
+class ResidencyObserver(SaverObserver, SpillObserver, EndObserver, DeletionObserver, Protocol):
     """Is told of sessions that come and go."""
 
     def opened(self, model: str, version: str) -> None:
         """A session was opened."""
-        ...
-
-    def closed(self, reason: str) -> None:
-        """A session ended."""
         ...
 
     def restored(self, model: str, version: str, *, taken_over: bool) -> None:
@@ -63,6 +61,7 @@ class Residency:
         clock: monotonic seconds.
         wall: Unix seconds.
         observer: told of sessions that come and go.
+        expired: marks a session of the store whose time is up, and gives what to tell.
     """
 
     def __init__(
@@ -76,6 +75,7 @@ class Residency:
         clock: Callable[[], float],
         wall: Callable[[], float],
         observer: ResidencyObserver,
+        expired: Callable[[Entry], Awaitable[SessionExpired]],
     ) -> None:
         self.saver = Saver(
             link,
@@ -99,11 +99,11 @@ class Residency:
         self._standings = standings
         self._owner = owner
         self._clock = clock
-        self._wall = wall
         self._observer = observer
+        self._expired = expired
 
     def place(self, snapshot: Snapshot, epoch: int, *, expires_at: float) -> Session:
-        """Makes a session resident, in a place that was reserved; `expires_at` is Unix time."""
+        """Makes a session resident, in a place that was reserved; `expires_at` by the store."""
         record = snapshot.record
         lane = self._lanes[record.model_key]
         slot = lane.claim()
@@ -119,7 +119,7 @@ class Residency:
             t=snapshot.t,
             durable_t=0 if record.durability is Durability.NONE else snapshot.t,
             now=self._clock(),
-            expires_at=self._clock() + expires_at - self._wall(),
+            expires_at=self._clock() + expires_at - self._link.store.now(),
         )
         if record.durability is Durability.NONE:
             self._table.touch(session, self._clock() + record.idle_timeout_seconds / 2)
@@ -133,8 +133,10 @@ class Residency:
             SessionUnknown, SessionExpired, SessionClosed, SessionLost, SnapshotForeign,
             SnapshotCorrupt, QueueFull, StoreUnavailable.
         """
-        if not self._link.store.durable:  # what is not here already is not there either
-            raise await self.untaken(await self._link.store.find(session_id), session_id)
+        if not self._link.store.durable:  # only one that was restored is there and not here
+            found = await self._link.store.find(session_id)
+            if not isinstance(found, Entry) or self._standings.past(found):
+                raise await self.untaken(found, session_id)
         await self.room.reserve()
         try:
             entry, snapshot = await self._take(session_id)
@@ -176,7 +178,7 @@ class Residency:
             return told(session_id, found)
         record = found.record
         if self._standings.past(found):
-            return await self._end_in_store(found, EndReason.EXPIRED)
+            return await self._expired(found)
         return SnapshotForeign(
             session_id, record.model_key, record.fingerprint, self.loaded(record.model_key)
         )
@@ -187,7 +189,7 @@ class Residency:
         return lane.model.manifest.fingerprint if lane is not None else ""
 
     async def _take(self, session_id: str) -> tuple[Entry, Snapshot]:
-        fingerprints = [lane.model.manifest.fingerprint for lane in self._lanes.values()]
+        fingerprints = [one for lane in self._lanes.values() for one in lane.model.fingerprints]
         found = await self._link.ask(
             self._link.store.acquire(session_id, owner=self._owner, fingerprints=fingerprints)
         )
@@ -208,12 +210,14 @@ class Residency:
             SnapshotCorrupt: it is no state.
         """
         record = snapshot.record
-        loaded = self.loaded(record.model_key)
-        if loaded == record.fingerprint:
-            fitted = self._lanes[record.model_key].fitted(snapshot)
+        lane = self._lanes.get(record.model_key)
+        if lane is not None and record.fingerprint in lane.model.fingerprints:
+            fitted = lane.fitted(snapshot)
             if fitted is not None:
                 return fitted
-        raise SnapshotForeign(record.session_id, record.model_key, record.fingerprint, loaded)
+        raise SnapshotForeign(
+            record.session_id, record.model_key, record.fingerprint, self.loaded(record.model_key)
+        )
 
     async def _end_in_store(self, entry: Entry, reason: EndReason) -> StepstateError:
         record = entry.record
@@ -230,7 +234,7 @@ class Residency:
 def told(session_id: str, ending: Ending) -> StepstateError:
     """How a session ended, as an error."""
     if ending.reason is EndReason.EXPIRED:
-        return SessionExpired(session_id, ending.t, ending.idle_timeout_seconds)
+        return expired_error(session_id, ending.t, ending.idle_timeout_seconds, 0.0)
     if ending.reason is EndReason.LOST:
         return SessionLost(session_id)
     return SessionClosed(session_id, ending.t)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SAVED_AT_ONCE = 128
 """A few milliseconds of work between two turns of the loop."""
 CLOCKS_APART_SECONDS = 0.01
-"""Within it the two clocks count as one, so that saving twice gives the same bytes."""
+"""Within it the clocks count as one, so that saving twice gives the same bytes."""
 IDLE_SHARE = 4
 """The background takes at most a fifth of the loop: it rests this much longer than it worked."""
 
@@ -84,8 +84,15 @@ class Saver:
         self._offset = wall() - clock()
 
     def expires_at(self, session: Session) -> float:
-        """When a session expires, in Unix seconds."""
-        return self._table.expires_at[session.handle] + self._to_wall()
+        """When a session expires, by the store's clock."""
+        left = self._table.expires_at[session.handle] - self._clock()
+        return self._link.store.now() + left
+
+    def last_saves(self, sessions: Iterable[Session]) -> list[tuple[Session, Save]]:
+        """What is to be saved of sessions that leave for good; what the store has is left out."""
+        whole, clean = _divided(sessions, self._is_clean)
+        saves = [self._save(*pair, release=True) for pair in self._snapshots(whole)]
+        return saves + [self._save(session, None, release=True) for session in clean]
 
     def snapshot(self, session: Session) -> bytes:
         """A session's snapshot as it stands."""

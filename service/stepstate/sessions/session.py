@@ -60,7 +60,7 @@ class Session:
     lane: Lane
     slot: int
     phase: int
-    """Phase of row 0 in the model's timeline."""
+    """Step of row 0 in the model's timeline; 0 for a session without a time."""
     handle: int = field(init=False, default=-1)
     """Its place in the table's arrays."""
     epoch: int = field(init=False, default=0)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 
@@ -25,8 +25,9 @@ from stepstate.errors import (
     StepstateError,
     StoreUnavailable,
 )
-from stepstate.models import Catalog
+from stepstate.models import Catalog, Manifest
 from stepstate.sessions.census import Census
+from stepstate.sessions.expiry import Expiry
 from stepstate.sessions.forecaster import Forecaster, SessionForecast, Wish
 from stepstate.sessions.lane import Lane
 from stepstate.sessions.link import StoreLink
@@ -36,6 +37,7 @@ from stepstate.sessions.opening import (
     Opening,
     check_id,
     copy_record,
+    default_idle_timeout,
     make_record,
 )
 from stepstate.sessions.packed import Columns, Seat, lane_of, seat_of
@@ -45,7 +47,7 @@ from stepstate.sessions.snapshot import Snapshot, decode, encode
 from stepstate.sessions.standing import Standing, Standings
 from stepstate.sessions.table import Table
 from stepstate.sessions.turn import Turn
-from stepstate.stores import Durability, Ending, EndReason, Entry, SessionStore
+from stepstate.stores import Durability, Ending, EndReason, Entry, Saved, SessionStore
 
 log = logging.getLogger(__name__)
 
@@ -82,7 +84,7 @@ class Sessions:
     ) -> None:
         self.catalog = catalog
         self.lanes: dict[str, Lane] = {}
-        self.link = StoreLink(store)
+        self.link = StoreLink(store, clock=clock)
         self._table = table
         self._store = store
         self._limits = limits
@@ -90,7 +92,16 @@ class Sessions:
         self._clock = clock
         self._wall = wall
         self._observer = observer
-        self._standings = Standings(table, owner=owner, clock=clock, wall=wall)
+        self._standings = Standings(table, owner=owner, clock=clock, now=store.now)
+        self._census = Census(self.link, clock=clock, observer=observer)
+        self._expiry = Expiry(
+            self.link,
+            table,
+            self._census,
+            grace_seconds=limits.expired_grace_seconds,
+            limit=limits.sessions,
+            observer=observer,
+        )
         self._residency = Residency(
             self.link,
             table,
@@ -100,6 +111,7 @@ class Sessions:
             clock=clock,
             wall=wall,
             observer=observer,
+            expired=self._expiry.settle,
         )
         self.saver = self._residency.saver
         self._draining = False
@@ -107,7 +119,6 @@ class Sessions:
         self._queued_rows = 0
         self._opening: dict[str, asyncio.Future[None]] = {}
         self._loading: dict[str, asyncio.Task[Session]] = {}
-        self._census = Census(self.link, table, clock=clock, wall=wall, observer=observer)
         self._settled_all = asyncio.Event()
         self._closings: set[asyncio.Future[int]] = set()
         self._forecaster = Forecaster(self, table)
@@ -123,13 +134,23 @@ class Sessions:
 
     @property
     def store_up(self) -> bool:
-        """Whether the store gave its last answer."""
+        """Whether the store can be written."""
         return self.link.up
+
+    @property
+    def store_failures(self) -> Mapping[str, int]:
+        """Calls of the store that failed, by cause."""
+        return self.link.failures
 
     @property
     def undurable_rows(self) -> int:
         """Rows of async sessions that are applied and not saved."""
         return self._table.undurable_rows()
+
+    @property
+    def expired(self) -> int:
+        """Expired sessions that are kept, by a count that is some seconds old."""
+        return self._census.expired
 
     def spilled(self, model_key: str) -> int:
         """Open sessions of a model that are in the store only, or on another server."""
@@ -138,7 +159,20 @@ class Sessions:
     async def start(self) -> None:
         """Asks the store how many sessions it has; one that is away may come back later."""
         with suppress(StoreUnavailable):
+            await self.beat()
             await self._census.count()
+
+    async def beat(self) -> None:
+        """Moves the store's clock on; to be called every `BEAT_SECONDS`.
+
+        Raises:
+            StoreUnavailable.
+        """
+        await self.link.ask(self._store.beat())
+
+    def default_idle_timeout(self, manifest: Manifest) -> float:
+        """Seconds without a step after which a session of a model expires, if it asks for none."""
+        return default_idle_timeout(manifest, self._limits)
 
     async def open(self, opening: Opening) -> Session:
         """Opens a session with zero state at t = 0.
@@ -223,6 +257,45 @@ class Sessions:
             copying = replace(copying, session_id=snapshot.record.session_id)
         return await self._adopt_copy(snapshot, copying)
 
+    async def restore_expired(self, session_id: str) -> Session:
+        """Opens an expired session again, as it was; its idle time begins anew.
+
+        Raises:
+            SessionExists: it is open.
+            SessionUnknown, SessionExpired, SessionClosed: there is nothing to restore.
+            SessionLimit; and as `get`.
+        """
+        check_id(session_id)
+        if self._draining:
+            raise Draining
+        await self._free_id(session_id)
+        entry = await self._expired_entry(session_id)
+        if self._census.total + len(self._opening) >= self._limits.sessions:
+            raise SessionLimit(self._limits.sessions)
+        expires_at = self._store.now() + entry.record.idle_timeout_seconds
+        opened = await self.link.ask(
+            self._store.restore(session_id, entry.epoch, expires_at=expires_at)
+        )
+        if not opened:  # somebody was faster
+            return await self.restore_expired(session_id)
+        self._census.restored(entry.record.model_key)
+        log.info("an expired session was restored", extra={"session_id": session_id})
+        return await self.get(session_id)
+
+    async def _expired_entry(self, session_id: str) -> Entry:
+        """An expired session of a model that is loaded here, marked as such."""
+        found = await self.link.ask(self._store.find(session_id))
+        if isinstance(found, Entry) and self._standings.past(found):
+            record = found.record
+            if self._residency.loaded(record.model_key) == record.fingerprint:
+                if found.delete_at is not None:
+                    return found
+                await self._expiry.settle(found)
+                return await self._expired_entry(session_id)
+        elif isinstance(found, Entry):
+            raise SessionExists(session_id, found.t)
+        raise await self._residency.untaken(found, session_id)
+
     def find(self, session_id: str) -> Session | None:
         """The resident session of this id if it takes steps now; else `get` finds out more."""
         session = self._table.get(session_id)
@@ -275,8 +348,16 @@ class Sessions:
             return self._standings.stored(found)
         raise await self._residency.untaken(found, session_id)
 
-    async def page(self, token: str, size: int, model: str) -> tuple[list[Standing], str]:
+    async def page(
+        self, token: str, size: int, model: str, *, expired: bool = False
+    ) -> tuple[list[Standing], str]:
         """Up to `size` open sessions, and the token to go on from; empty: these were the last.
+
+        Args:
+            token: empty for the first page.
+            size: the most sessions wanted.
+            model: of this only; empty: of all models.
+            expired: whether expired sessions that are kept are wanted too.
 
         Raises:
             InvalidField, StoreUnavailable.
@@ -284,13 +365,15 @@ class Sessions:
         if not _PAGE_TOKEN.fullmatch(token):
             raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
         models = [m.key for m in self.catalog if model in ("", m.manifest.name)]
-        entries, following = await self.link.ask(self._store.page(token, size, models))
+        entries, following = await self.link.ask(
+            self._store.page(token, size, models, expired=expired)
+        )
         told_of: list[Standing] = []
         for entry in entries:
             session = self.find(entry.record.session_id)
             if session is not None:
                 told_of.append(self.standing(session))
-            elif self._open_elsewhere(entry):
+            elif self._open_elsewhere(entry) or (expired and entry.delete_at is not None):
                 told_of.append(self._standings.stored(entry))
         return told_of, following
 
@@ -392,7 +475,7 @@ class Sessions:
         return self._standings.resident(session)
 
     async def sweep(self) -> int:
-        """Ends every session whose time is up, a few at a time; returns how many.
+        """Expires every session whose time is up, a few at a time; returns how many.
 
         Raises:
             StoreUnavailable.
@@ -400,19 +483,41 @@ class Sessions:
         ended = 0
         overdue = self._table.overdue(self._clock())
         for first in range(0, len(overdue), _ENDED_AT_ONCE):
-            few = overdue[first : first + _ENDED_AT_ONCE]
-            ended += sum(await asyncio.gather(*map(self._expire, few)))  # one wait for the store
-        # What a store that does not last has is all here, and a look at each of a million a stall.
-        if self._store.durable and self._census.due:
-            ended += await self._census.sweep()
-            await self._census.count()
+            ended += await self._expire(overdue[first : first + _ENDED_AT_ONCE])
+        if self._census.due:
+            # What a store that does not last has is all here, and counted as it comes and goes.
+            if self._store.durable:
+                ended += await self._expiry.sweep()
+                await self._census.count()
+            await self._expiry.purge()
         return ended
 
-    async def _expire(self, session: Session) -> bool:
-        """Ends a session if its time is up now; whether it did."""
-        if session.barred or not self._overdue(session):
-            return False
-        return await self._end(session, self._ending(session, EndReason.EXPIRED))
+    async def _expire(self, sessions: Sequence[Session]) -> int:
+        """Expires those of some resident sessions whose time is up now; returns how many."""
+        some = [s for s in sessions if not s.barred and self._overdue(s)]
+        for session in some:
+            session.ending = self._ending(session, EndReason.EXPIRED)
+            self._table.bar(session)
+        saves = self.saver.last_saves(some)
+        try:
+            verdicts = await self._expiry.expire([save for _, save in saves])
+        except BaseException:
+            for session in some:
+                _unended(session)
+            raise
+        missing = []
+        for (session, _), verdict in zip(saves, verdicts, strict=True):
+            if verdict is Saved.MISSING:
+                _unended(session)
+                missing.append(session)
+            elif self._table.get(session.session_id) is session:
+                self._residency.remove(session)
+        await self.saver.save(missing)  # the store has lost them: they are kept again first
+        expired = [
+            s for (s, _), verdict in zip(saves, verdicts, strict=True) if verdict is Saved.DONE
+        ]
+        self._census.expired_here([s.record.model_key for s in expired])
+        return len(expired)
 
     async def drain(self) -> None:
         """Takes no new sessions and steps, waits for the accepted ones, and saves every session."""
@@ -421,6 +526,8 @@ class Sessions:
             await self._settled_all.wait()
         if self._store.durable:
             await self._release_all()
+            with suppress(StoreUnavailable):
+                await self.beat()
 
     async def _release_all(self) -> None:
         self.saver.stop()
@@ -435,7 +542,8 @@ class Sessions:
             )
 
     async def _adopt_copy(self, source: Snapshot, copying: Copying) -> Session:
-        record = copy_record(source.record, copying, self._limits)
+        manifest = self.lanes[source.record.model_key].model.manifest
+        record = copy_record(source.record, copying, manifest, self._limits)
         return await self._adopt(replace(source, record=record, stepped_at=self._wall()))
 
     async def _adopt(self, snapshot: Snapshot) -> Session:
@@ -464,19 +572,13 @@ class Sessions:
 
     async def _create(self, snapshot: Snapshot) -> Session:
         record = snapshot.record
-        expires_at = self._wall() + record.idle_timeout_seconds
-        epoch = await self.link.ask(
-            self._store.create(
-                record,
-                owner=self._owner,
-                t=snapshot.t,
-                expires_at=expires_at,
-                # A store that does not last never gives it back.
-                snapshot=encode(replace(snapshot, owner=self._owner, epoch=0))
-                if self._store.durable
-                else b"",
-            )
-        )
+        expires_at = self._store.now() + record.idle_timeout_seconds
+        epoch = await self._create_in_store(snapshot, expires_at, replacing=0)
+        if isinstance(epoch, Entry) and self._standings.past(epoch):
+            before = epoch
+            epoch = await self._create_in_store(snapshot, expires_at, replacing=before.epoch)
+            if not isinstance(epoch, Entry):
+                self._expiry.replaced(before)
         if isinstance(epoch, Entry):
             raise SessionExists(record.session_id, epoch.t)
         if self._draining:  # began meanwhile: nobody would save it
@@ -485,6 +587,23 @@ class Sessions:
             raise Draining
         return self._residency.place(snapshot, epoch, expires_at=expires_at)
 
+    async def _create_in_store(
+        self, snapshot: Snapshot, expires_at: float, *, replacing: int
+    ) -> int | Entry:
+        # A store that does not last gives no session back but one that expired.
+        lasts = self._store.durable
+        data = encode(replace(snapshot, owner=self._owner, epoch=0)) if lasts else b""
+        return await self.link.ask(
+            self._store.create(
+                snapshot.record,
+                owner=self._owner,
+                t=snapshot.t,
+                expires_at=expires_at,
+                snapshot=data,
+                replacing=replacing,
+            )
+        )
+
     async def _free_id(self, session_id: str) -> None:
         if session_id in self._loading:
             await asyncio.wait([self._loading[session_id]])
@@ -492,7 +611,7 @@ class Sessions:
         if session is None:
             return
         if not session.barred and self._overdue(session):
-            await self._end(session, self._ending(session, EndReason.EXPIRED))
+            await self._expire([session])
         elif session.leaving is None:
             raise SessionExists(session_id, self.t(session))
 
@@ -520,11 +639,11 @@ class Sessions:
         if session.leaving is not None:
             await asyncio.shield(session.leaving)
         elif session.ending is not None:
+            if session.ending.reason is EndReason.EXPIRED:
+                raise self._expiry.kept_error(session_id, session.ending)
             raise told(session_id, session.ending)
         elif self._overdue(session):
-            ending = self._ending(session, EndReason.EXPIRED)
-            if await self._end(session, ending):
-                raise told(session_id, ending)
+            await self._expire([session])  # the store tells of it from then on
 
     async def _end(self, session: Session, ending: Ending) -> bool:
         """Ends a resident session; False if another server has taken it over."""
@@ -533,8 +652,7 @@ class Sessions:
         try:
             ended = await self.link.ask(self._store.end(session.session_id, session.epoch, ending))
         except BaseException:
-            session.ending = None  # not ended: it can be used, and ended, again
-            session.barred = session.lost is not None
+            _unended(session)
             raise
         if self._table.get(session.session_id) is session:
             self._residency.remove(session)
@@ -555,3 +673,9 @@ class Sessions:
             self._table.expires_at[session.handle] <= self._clock()
             and not self._table.busy[session.handle]
         )
+
+
+def _unended(session: Session) -> None:
+    """A session whose end failed can be used, and ended, again."""
+    session.ending = None
+    session.barred = session.lost is not None

@@ -25,6 +25,8 @@ class Standing:
     owner: str
     """The server that holds its lease; empty: none."""
     epoch: int
+    delete_seconds: float | None = None
+    """Until it is deleted, if it is marked as expired."""
     quality: Quality | None = None
     """Of its forecasts, where it is resident and its model tracks them."""
 
@@ -36,7 +38,7 @@ class Standings:
         table: the resident sessions.
         owner: the name under which this server holds leases.
         clock: monotonic seconds.
-        wall: Unix seconds.
+        now: the time by the store's clock.
     """
 
     def __init__(
@@ -45,12 +47,12 @@ class Standings:
         *,
         owner: str,
         clock: Callable[[], float],
-        wall: Callable[[], float],
+        now: Callable[[], float],
     ) -> None:
         self._table = table
         self._owner = owner
         self._clock = clock
-        self._wall = wall
+        self._now = now
 
     def resident(self, session: Session) -> Standing:
         """Of a resident session; a sync step counts when it is committed."""
@@ -71,20 +73,22 @@ class Standings:
     def stored(self, entry: Entry) -> Standing:
         """Of one that is in the store."""
         kept = entry.record.durability is not Durability.NONE
+        now, delete_at = self._now(), entry.delete_at
         return Standing(
             entry.record,
             t=entry.t,
             durable_t=entry.t if kept else 0,
-            seconds_left=entry.expires_at - self._wall(),
+            seconds_left=entry.expires_at - now,
             queued_requests=0,
             resident=False,
             owner=entry.owner,
             epoch=entry.epoch,
+            delete_seconds=None if delete_at is None else delete_at - now,
         )
 
     def past(self, entry: Entry) -> bool:
         """Whether the time of one in the store is up."""
-        return entry.expires_at <= self._wall()
+        return entry.delete_at is not None or entry.expires_at <= self._now()
 
     def lost(self, entry: Entry) -> bool:
         """Whether it was in the memory of another server, or of an earlier one, only."""

@@ -42,7 +42,7 @@ class Table:
         """The number of its lane."""
         self.slot_array: NDArray[np.int64] = np.zeros(limit, np.int64)
         self.phase_array: NDArray[np.int64] = np.zeros(limit, np.int64)
-        """Phase of row 0 in the model's timeline."""
+        """Step of row 0 in the model's timeline."""
         self.saved_behind_array: NDArray[np.bool_] = np.zeros(limit, np.bool_)
         self._placed_at: NDArray[np.float64] = np.zeros(limit)
         self._touch_at: NDArray[np.float64] = np.full(limit, NEVER)

@@ -6,6 +6,11 @@ Rule 1: whoever creates or acquires a session gets a higher epoch than anyone ha
 Rule 2: every operation is atomic for one session, and durable when it returns.
 Rule 3: a store that can't do what it is asked raises `StoreUnavailable`; then
         it may or may not have been done, and only the store knows.
+Rule 4: times are those of the store's own clock, `now`: seconds in which at least one of
+        its servers was up. It stands still while none is, and knows nothing of wall clocks,
+        so neither an outage nor a clock that is set ends a session.
+Rule 5: a session whose time is up is kept, marked as expired, until it is restored,
+        replaced or deleted; nothing else can be done with it.
 """
 
 from __future__ import annotations
@@ -125,16 +130,18 @@ class Ending:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """An open session as a store knows it, without its snapshot."""
+    """An open or expired session as a store knows it, without its snapshot."""
 
     record: SessionRecord
     t: int
     """Rows in its snapshot."""
     expires_at: float
-    """Unix seconds."""
+    """By the store's clock."""
     epoch: int
     owner: str
     """The server that holds its lease; empty: none, the snapshot is the whole session."""
+    delete_at: float | None = None
+    """When it may be deleted, by the store's clock, if it is marked as expired."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,22 +171,52 @@ class Saved(enum.Enum):
 class SessionStore(Protocol):
     """Keeps sessions and their endings.
 
-    Every method raises `StoreUnavailable` when the store can't be reached or
-    can't write. "Now" is the store's own wall clock, given to its constructor.
+    Every method raises `StoreUnavailable` when the store can't be reached or can't write.
     """
 
     durable: bool
     """Whether it outlives the process."""
 
+    def now(self) -> float:
+        """The time by the store's clock, in seconds.
+
+        Raises:
+            StoreUnavailable: the store was never reached, so that it is not known.
+        """
+        ...
+
+    async def beat(self) -> None:
+        """Moves the store's clock on, and forgets endings whose time is over.
+
+        Every server calls it every `BEAT_SECONDS`. Servers that are up together move the clock
+        on once, and what is longer than `MAX_BEAT_SECONDS` since a server's last beat does not
+        count: it was paused, or the store was away.
+        """
+        ...
+
     async def create(
-        self, record: SessionRecord, *, owner: str, t: int, expires_at: float, snapshot: bytes
+        self,
+        record: SessionRecord,
+        *,
+        owner: str,
+        t: int,
+        expires_at: float,
+        snapshot: bytes,
+        replacing: int = 0,
     ) -> int | Entry:
         """Keeps a new session, and forgets how an older one of its id ended.
 
-        An older session of the id whose `expires_at` is past is replaced.
+        Args:
+            record: what is fixed about it.
+            owner: who holds its lease.
+            t: rows in the snapshot.
+            expires_at: by the store's clock.
+            snapshot: its state.
+            replacing: the epoch of a session of this id that is to be deleted for it, if that
+                one's time is up.
 
         Returns:
-            Its epoch; or, with nothing changed, the open session that has its id.
+            Its epoch; or, with nothing changed, the session that has its id, open or expired.
         """
         ...
 
@@ -195,8 +232,8 @@ class SessionStore(Protocol):
 
         Returns:
             The entry, with the new epoch and the *previous* owner, and the snapshot; or only
-            the entry, unchanged, of a session that is of another model, or is past its
-            `expires_at`; or how the session ended; or None.
+            the entry, unchanged, of a session that is of another model, or whose time is up;
+            or how the session ended; or None.
         """
         ...
 
@@ -212,6 +249,28 @@ class SessionStore(Protocol):
         """
         ...
 
+    async def expire(self, saves: Sequence[Save], *, delete_at: float) -> list[Saved]:
+        """Saves sessions for the last time, and marks them as expired.
+
+        Their epochs rise, so that who held them can't save them any more.
+
+        Args:
+            saves: the sessions; `expires_at` does not matter.
+            delete_at: until when they are to be kept, by the store's clock.
+
+        Returns:
+            What became of each, in order.
+        """
+        ...
+
+    async def restore(self, session_id: str, epoch: int, *, expires_at: float) -> bool:
+        """Opens an expired session again, if the epoch is still the newest; the epoch rises.
+
+        Returns:
+            Whether it was so.
+        """
+        ...
+
     async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
         """Forgets a session, if the epoch is still the newest, and remembers how it ended.
 
@@ -224,8 +283,14 @@ class SessionStore(Protocol):
         """Up to `limit` open sessions with `expires_at` before a time."""
         ...
 
-    async def page(self, token: str, size: int, models: Collection[str]) -> tuple[list[Entry], str]:
-        """Some of the open sessions of models "name/version".
+    async def expired(self, before: float, limit: int) -> list[Entry]:
+        """Up to `limit` expired sessions with `delete_at` before a time, about the oldest."""
+        ...
+
+    async def page(
+        self, token: str, size: int, models: Collection[str], *, expired: bool = False
+    ) -> tuple[list[Entry], str]:
+        """Some of the sessions of models "name/version".
 
         A session that is open during the whole listing is in exactly one page.
 
@@ -233,6 +298,7 @@ class SessionStore(Protocol):
             token: empty for the first page, then what the page before returned.
             size: the most entries wanted.
             models: of these only.
+            expired: whether those marked as expired are wanted too.
 
         Returns:
             The entries, and the token of the next page; empty: there is none.
@@ -244,6 +310,17 @@ class SessionStore(Protocol):
 
     async def count(self) -> Mapping[str, int]:
         """Open sessions by model "name/version"; those that are past their time may be in it."""
+        ...
+
+    async def count_expired(self) -> int:
+        """Sessions that are marked as expired."""
+        ...
+
+    async def probe(self) -> None:
+        """Writes something small wherever sessions are written, to see whether that is possible.
+
+        A store that can be read but not written (a replica, a full disk) raises.
+        """
         ...
 
     async def close(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,17 +12,29 @@ from stepstate.stores.memory import MemoryStore
 from stepstate.stores.redis import open_redis
 from stepstate.stores.sqlite import SqliteStore
 
-REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster")
-KINDS = "sqlite:PATH, redis://HOST:PORT/DB, rediss://, redis+cluster://HOST:PORT or memory:"
+REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster", "redis+sentinel")
+KINDS = (
+    "sqlite:PATH, redis://HOST:PORT/DB, rediss://, redis+cluster://HOST:PORT, "
+    "redis+sentinel://HOST:PORT/SERVICE or memory:"
+)
 
 
-async def open_store(url: str, *, clock: Callable[[], float], fsync: bool = False) -> SessionStore:
+async def open_store(
+    url: str,
+    *,
+    clock: Callable[[], float],
+    wall: Callable[[], float] = time.time,
+    fsync: bool = False,
+) -> SessionStore:
     """Opens the store that a URL names.
 
     Args:
         url: `sqlite:PATH`, `redis://[USER:PASSWORD@]HOST:PORT/DB` (`rediss://` with TLS),
-            `redis+cluster://HOST:PORT` (`rediss+cluster://`) or `memory:`.
-        clock: Unix seconds; may be called from a thread.
+            `redis+cluster://HOST:PORT` (`rediss+cluster://`),
+            `redis+sentinel://HOST:PORT/SERVICE/DB` or `memory:`.
+        clock: seconds in which this process ran; may be called from a thread.
+        wall: Unix seconds, for epochs, and for where the clock of a new store begins; may be
+            called from a thread.
         fsync: whether a commit of sqlite waits for the disk. Redis is configured by itself.
 
     Raises:
@@ -31,9 +44,9 @@ async def open_store(url: str, *, clock: Callable[[], float], fsync: bool = Fals
     if colon and scheme == "memory" and not rest:
         return MemoryStore(clock)
     if colon and scheme == "sqlite":
-        return await SqliteStore.open(_path(url, rest), clock=clock, fsync=fsync)
+        return await SqliteStore.open(_path(url, rest), clock=clock, wall=wall, fsync=fsync)
     if scheme in REDIS and rest.startswith("//"):
-        return await open_redis(url, clock=clock)
+        return await open_redis(url, clock=clock, wall=wall)
     raise CannotOpenStore(repr(scheme), f"no such kind of store, expected {KINDS}")
 
 

@@ -160,18 +160,18 @@ def decode_import(request: pb.ImportSessionRequest) -> Copying:
 
 
 def encode_session(standing: Standing) -> pb.Session:
-    """Where an open session stands."""
-    record = standing.record
+    """Where a session stands."""
+    record, now = standing.record, datetime.now(UTC)
     return pb.Session(
         session_id=record.session_id,
         model=record.model,
         version=record.version,
         fingerprint=record.fingerprint,
         t=standing.t,
-        idle_timeout=_duration(record.idle_timeout_seconds),
+        idle_timeout=duration(record.idle_timeout_seconds),
         start_time=None if record.start_time is None else timestamp(record.start_time),
         open_time=timestamp(record.open_time),
-        expire_time=timestamp(datetime.now(UTC) + timedelta(seconds=standing.seconds_left)),
+        expire_time=timestamp(now + timedelta(seconds=standing.seconds_left)),
         queued_requests=standing.queued_requests,
         durable_t=standing.durable_t,
         durability=_DURABILITY_NUMBERS[record.durability],
@@ -180,7 +180,15 @@ def encode_session(standing: Standing) -> pb.Session:
         epoch=standing.epoch,
         missing=_MISSING_NUMBERS[record.missing],
         **_quality(standing.quality),
+        **_status(standing.delete_seconds, now),
     )
+
+
+def _status(delete_seconds: float | None, now: datetime) -> dict[str, Any]:
+    if delete_seconds is None:
+        return {"status": pb.SESSION_STATUS_OPEN}
+    purge_time = timestamp(now + timedelta(seconds=delete_seconds))
+    return {"status": pb.SESSION_STATUS_EXPIRED, "purge_time": purge_time}
 
 
 def _quality(quality: Quality | None) -> dict[str, Any]:
@@ -243,7 +251,7 @@ def encode_model(model: Model) -> pb.Model:
             )
             for output in manifest.outputs
         ],
-        step_interval=None if interval is None else _duration(interval),
+        step_interval=None if interval is None else duration(interval),
         needs_start_time=manifest.needs_time,
         lag_rows=manifest.lag_rows,
         tracked_horizons=manifest.tracking.horizons if manifest.tracking else (),
@@ -360,9 +368,10 @@ def _moment(request: pb.OpenSessionRequest) -> datetime:
         raise InvalidField("start_time", f"is not a time: {error}") from error
 
 
-def _duration(seconds: float) -> Duration:
+def duration(seconds: float) -> Duration:
+    """A span of time as a message."""
     duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e9))
+    duration.FromNanoseconds(round(seconds * 1e6) * 1_000)
     return duration
 
 

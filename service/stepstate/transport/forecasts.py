@@ -5,13 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
-from google.protobuf.duration_pb2 import Duration
-
 from stepstate.engine import Method
 from stepstate.errors import StepstateError
 from stepstate.sessions import ID_LENGTH, OutputForecast, Scenario, SessionForecast, Wish
 from stepstate.sessions.forecast_bounds import check_scenario_count, error_bytes
-from stepstate.transport.codec import timestamp
+from stepstate.transport.codec import duration, timestamp
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import array_of, put_floats
@@ -84,7 +82,7 @@ def _forecast(forecast: SessionForecast) -> pb.SessionForecast:
         scenario=forecast.scenario,
         t=forecast.t,
         first_time=None if first is None else timestamp(first),
-        step_interval=None if interval is None else Duration(seconds=interval),
+        step_interval=None if interval is None else duration(interval),
         quantiles=forecast.levels,
         outputs=map(_output, forecast.outputs),
     )

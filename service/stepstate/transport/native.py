@@ -65,10 +65,18 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         size = request.page_size or PAGE_SIZE
         if size > MOST_PAGE_SIZE:
             raise InvalidField("page_size", f"is {size}, expected at most {MOST_PAGE_SIZE}")
-        found, following = await self._sessions.page(request.page_token, size, request.model)
+        found, following = await self._sessions.page(
+            request.page_token, size, request.model, expired=request.show_expired
+        )
         return pb.ListSessionsResponse(
             sessions=map(encode_session, found), next_page_token=following
         )
+
+    async def RestoreSession(
+        self, request: pb.RestoreSessionRequest, context: Context
+    ) -> pb.RestoreSessionResponse:
+        session = await self._sessions.restore_expired(request.session_id)
+        return pb.RestoreSessionResponse(session=self._resident(session))
 
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context

@@ -50,6 +50,11 @@ class StepstateServiceStub(object):
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ListSessionsRequest.SerializeToString,
                 response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ListSessionsResponse.FromString,
                 _registered_method=True)
+        self.RestoreSession = channel.unary_unary(
+                '/stepstate.v1.StepstateService/RestoreSession',
+                request_serializer=stepstate_dot_v1_dot_stepstate__pb2.RestoreSessionRequest.SerializeToString,
+                response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.RestoreSessionResponse.FromString,
+                _registered_method=True)
         self.CloseSession = channel.unary_unary(
                 '/stepstate.v1.StepstateService/CloseSession',
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.CloseSessionRequest.SerializeToString,
@@ -132,10 +137,24 @@ class StepstateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists the open sessions of the loaded models, spilled ones too, a page at
-        a time, in no promised order. A session that is open during the whole
+        """Lists the open sessions of the loaded models, spilled ones too, and expired
+        ones that are kept if they are asked for, a page at a time, in no promised
+        order. A session that is open during the whole
         listing appears in it exactly once.
         Errors: INVALID_ARGUMENT INVALID_FIELD; UNAVAILABLE STORE_UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def RestoreSession(self, request, context):
+        """Opens an expired session again, as it was: its state, its t and its replay
+        window. Its idle time begins anew, and from then on it is a session like any
+        other. Possible until its purge_time.
+        Errors: ALREADY_EXISTS SESSION_EXISTS, as it is open; NOT_FOUND
+        SESSION_UNKNOWN, SESSION_EXPIRED (it is deleted), SESSION_CLOSED,
+        SESSION_LOST; RESOURCE_EXHAUSTED SESSION_LIMIT; those of GetSession and Step
+        for a session whose state can't be loaded.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -154,7 +173,9 @@ class StepstateServiceServicer(object):
     def Step(self, request, context):
         """Applies one or more rows to a session, all or none of them. A request sent
         twice with the same t and payload is applied once and answered twice, also
-        when the server was restarted, or another one took over, in between.
+        when the server was restarted, or another one took over, in between. The
+        second reply has the same t and the same outputs, bit for bit; `replayed`
+        is set in it, and its durable_t may be newer.
         Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
         SESSION_LOST; INVALID_ARGUMENT INVALID_FIELD, NON_FINITE_INPUT,
         NON_FINITE_RESULT, STEP_MISMATCH; ABORTED STEP_AHEAD, STALE_OWNER,
@@ -280,6 +301,11 @@ def add_StepstateServiceServicer_to_server(servicer, server):
                     servicer.ListSessions,
                     request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ListSessionsRequest.FromString,
                     response_serializer=stepstate_dot_v1_dot_stepstate__pb2.ListSessionsResponse.SerializeToString,
+            ),
+            'RestoreSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.RestoreSession,
+                    request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.RestoreSessionRequest.FromString,
+                    response_serializer=stepstate_dot_v1_dot_stepstate__pb2.RestoreSessionResponse.SerializeToString,
             ),
             'CloseSession': grpc.unary_unary_rpc_method_handler(
                     servicer.CloseSession,
@@ -419,6 +445,33 @@ class StepstateService(object):
             '/stepstate.v1.StepstateService/ListSessions',
             stepstate_dot_v1_dot_stepstate__pb2.ListSessionsRequest.SerializeToString,
             stepstate_dot_v1_dot_stepstate__pb2.ListSessionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RestoreSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepstate.v1.StepstateService/RestoreSession',
+            stepstate_dot_v1_dot_stepstate__pb2.RestoreSessionRequest.SerializeToString,
+            stepstate_dot_v1_dot_stepstate__pb2.RestoreSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from redis.exceptions import ResponseError
 
 from stepstate.errors import StoreUnavailable
+from stepstate.stores.redis.causes import advice_on, cause_of
 from stepstate.stores.redis.link import AWAY, Command, Link, Reply, ask
 
 log = logging.getLogger(__name__)
@@ -86,26 +87,26 @@ class Lane:
         try:
             replies = await ask(self._link, [asked.command for asked in some])
         except AWAY as error:
-            self._fail([*some, *self._waiting], self._told(error))
+            self._fail([*some, *self._waiting], error)
             self._waiting.clear()
         except Exception as error:
             log.exception("redis-py failed in a way of its own")
-            self._fail(some, self._told(error))
+            self._fail(some, error)
         else:
             for asked, reply in zip(some, replies, strict=True):
                 self._answer(asked, reply)
 
     def _answer(self, asked: _Asked, reply: Reply) -> None:
         if isinstance(reply, Exception):
-            self._fail([asked], self._told(reply))
+            self._fail([asked], reply)
         elif not asked.reply.done():
             asked.reply.set_result(reply)
 
-    def _fail(self, some: Sequence[_Asked], problem: str) -> None:
+    def _fail(self, some: Sequence[_Asked], error: Exception) -> None:
+        cause = cause_of(error)
+        kind = "" if isinstance(error, ResponseError) else f"{type(error).__name__}: "
+        advice = f" ({advice})" if (advice := advice_on(cause)) else ""
+        problem = f"redis at {self._link.place}: {kind}{error}{advice}"
         for asked in some:
             if not asked.reply.done():
-                asked.reply.set_exception(StoreUnavailable(problem))
-
-    def _told(self, error: Exception) -> str:
-        kind = "" if isinstance(error, ResponseError) else f"{type(error).__name__}: "
-        return f"redis at {self._link.place}: {kind}{error}"
+                asked.reply.set_exception(StoreUnavailable(problem, cause=cause))

@@ -6,31 +6,19 @@ redis-py is told not to try anything again: what is safe to send twice is known 
 from __future__ import annotations
 
 import asyncio
-import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import AbstractConnection
-from redis.exceptions import (
-    AuthenticationError,
-    AuthorizationError,
-    BusyLoadingError,
-    ClusterDownError,
-    MaxConnectionsError,
-    NoScriptError,
-    RedisClusterException,
-    RedisError,
-    ResponseError,
-    SlotNotCoveredError,
-)
-from redis.exceptions import ConnectionError as Disconnected
+from redis.asyncio.sentinel import Sentinel
+from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
 
+from stepstate.stores.redis.causes import may_pass
 from stepstate.stores.redis.scripts import Script
-
-log = logging.getLogger(__name__)
 
 Argument = str | bytes | int
 Reply = Any
@@ -43,9 +31,6 @@ BYTES_A_SECOND = 4 * 2**20
 
 AWAY = (RedisError, RedisClusterException, OSError, TimeoutError)
 """All that redis-py raises for a Redis that does not answer as it should."""
-
-_ANSWERED = (BusyLoadingError, AuthenticationError, AuthorizationError, MaxConnectionsError)
-"""Derived from ConnectionError, and yet answers: another try would get the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +73,7 @@ class Link(Protocol):
         ...
 
     async def reconnect(self) -> None:
-        """Lets go of what may be out of date after a connection broke."""
+        """Lets go of connections, and of what is known of nodes: all may be out of date."""
         ...
 
     async def close(self) -> None:
@@ -133,11 +118,33 @@ class SingleLink:
             return error
 
     async def reconnect(self) -> None:
-        """See `Link.reconnect`; the pool looks at a connection before it lends it."""
+        """See `Link.reconnect`."""
+        with suppress(*AWAY):  # then the next command says so
+            await self.client.connection_pool.disconnect(inuse_connections=False)
 
     async def close(self) -> None:
         """See `Link.close`."""
         await self.client.aclose()
+
+
+class SentinelLink(SingleLink):
+    """The Redis that Sentinels name as the primary; each new connection asks them.
+
+    Args:
+        sentinel: redis-py's client of the Sentinels.
+        service: the name that they have for the primary.
+        place: host and port of each.
+    """
+
+    def __init__(self, sentinel: Sentinel, service: str, place: str) -> None:
+        super().__init__(sentinel.master_for(service), f"{place}/{service}")
+        self._sentinel = sentinel
+
+    async def close(self) -> None:
+        """See `Link.close`."""
+        await super().close()
+        for each in self._sentinel.sentinels:
+            await each.aclose()
 
 
 class ClusterLink:
@@ -172,7 +179,8 @@ class ClusterLink:
 
     async def reconnect(self) -> None:
         """See `Link.reconnect`: asks which node has what. Other connections stay as they are."""
-        await self.client.nodes_manager.initialize()
+        with suppress(*AWAY):  # then the next command says so
+            await self.client.nodes_manager.initialize()
 
     async def close(self) -> None:
         """See `Link.close`."""
@@ -180,21 +188,28 @@ class ClusterLink:
 
 
 async def ask(link: Link, commands: Sequence[Command]) -> list[Reply]:
-    """Sends commands and, once more, those that were lost with a connection.
+    """Sends commands and, once more on a new connection, those that a new one may help.
 
     Scripts that Redis does not know (any more) are sent whole. The scripts bear that they are
-    sent twice. Errors that remain are among the replies.
+    sent twice. Errors that remain are among the replies; when they may be those of a server that
+    is the wrong one by now, its connection is not kept.
 
     Raises:
         one of AWAY.
     """
     replies = await _send(link, commands, whole=False)
-    if any(_is_lost(reply) for reply in replies):
-        await link.reconnect()
-        replies = await _again(link, commands, replies, whole=False)
-    if any(isinstance(reply, NoScriptError) for reply in replies):
-        replies = await _again(link, commands, replies, whole=True)
-    return replies
+    reconnected = whole = False
+    while True:
+        if any(map(may_pass, replies)):
+            await link.reconnect()
+            if reconnected:
+                return replies
+            reconnected = True
+        elif not whole and any(map(_is_unknown, replies)):
+            whole = True
+        else:
+            return replies
+        await _send_again(link, commands, replies, whole=whole)
 
 
 async def _send(link: Link, commands: Sequence[Command], *, whole: bool) -> list[Reply]:
@@ -206,22 +221,21 @@ async def _send(link: Link, commands: Sequence[Command], *, whole: bool) -> list
     except TimeoutError:
         raise TimeoutError(f"no answer for {seconds:.1f} s") from None
     except AWAY as error:
-        if not _is_lost(error):
+        if not may_pass(error):
             raise
         return [error] * len(commands)
 
 
-async def _again(
+async def _send_again(
     link: Link, commands: Sequence[Command], replies: list[Reply], *, whole: bool
-) -> list[Reply]:
-    failed = [i for i, r in enumerate(replies) if _is_lost(r) or isinstance(r, NoScriptError)]
+) -> None:
+    """Puts new replies in the places of those that may be others now."""
+    failed = [i for i, reply in enumerate(replies) if may_pass(reply) or _is_unknown(reply)]
     answers = await _send(link, [commands[i] for i in failed], whole=whole)
     for i, answer in zip(failed, answers, strict=True):
         replies[i] = answer
-    return replies
 
 
-def _is_lost(reply: object) -> bool:
-    """Whether the connection broke, so that nobody knows whether the command was run."""
-    lost = isinstance(reply, Disconnected | ClusterDownError | SlotNotCoveredError)
-    return lost and not isinstance(reply, _ANSWERED)
+def _is_unknown(reply: object) -> bool:
+    """Whether Redis does not know the script by its name."""
+    return isinstance(reply, NoScriptError)

@@ -4,23 +4,36 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.connection import parse_url
 from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, ResponseError
 
 from stepstate.stores.failures import CannotOpenStore
-from stepstate.stores.redis.link import AWAY, TIMEOUT_SECONDS, ClusterLink, Link, SingleLink
+from stepstate.stores.redis.link import (
+    AWAY,
+    TIMEOUT_SECONDS,
+    ClusterLink,
+    Link,
+    SentinelLink,
+    SingleLink,
+)
 from stepstate.stores.redis.store import RedisStore
 
 log = logging.getLogger(__name__)
 
 PORT = 6379
+SENTINEL_PORT = 26379
+SENTINEL_SECONDS = 0.5
+"""For one Sentinel: the next is asked while a pipeline still has time."""
 
 _OPTIONS: Mapping[str, Any] = {
     "socket_timeout": None,  # `link` has one for whole pipelines
@@ -29,15 +42,22 @@ _OPTIONS: Mapping[str, Any] = {
 }
 
 
-async def open_redis(url: str, *, clock: Callable[[], float]) -> RedisStore:
+async def open_redis(
+    url: str, *, clock: Callable[[], float], wall: Callable[[], float] = time.time
+) -> RedisStore:
     """A store on the Redis, or the cluster, that a URL names.
 
     One that is away is no error here: the store's methods say so until it is back.
 
     Args:
         url: `redis://[USER:PASSWORD@]HOST:PORT/DB`, `rediss://` with TLS; for a cluster
-            `redis+cluster://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]` or `rediss+cluster://`.
-        clock: Unix seconds.
+            `redis+cluster://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]` or `rediss+cluster://`;
+            for a primary that Sentinels name
+            `redis+sentinel://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]/SERVICE[/DB]`, where user
+            and password are Redis's, and `?sentinel_password=` and `&sentinel_username=` the
+            Sentinels'.
+        clock: monotonic seconds.
+        wall: Unix seconds.
 
     Raises:
         CannotOpenStore: the URL can't be read, or Redis refuses what it says.
@@ -58,7 +78,7 @@ async def open_redis(url: str, *, clock: Callable[[], float]) -> RedisStore:
     if problem:
         await link.close()
         raise CannotOpenStore(name, problem)
-    return RedisStore(link, clock=clock)
+    return RedisStore(link, clock=clock, wall=wall)
 
 
 def _link(url: str) -> Link:
@@ -66,6 +86,8 @@ def _link(url: str) -> Link:
     try:
         first, *others = _urls(scheme, rest)
         options = dict(_OPTIONS)
+        if scheme.endswith("+sentinel"):
+            return _sentinel_link((first, *others))
         place = ",".join(f"{host}:{port}" for host, port in map(_address, (first, *others)))
         if scheme.endswith("+cluster"):
             nodes = [ClusterNode(*_address(node), **options) for node in others]
@@ -75,11 +97,29 @@ def _link(url: str) -> Link:
         return SingleLink(Redis.from_url(first, retry=Retry(NoBackoff(), 0), **options), place)
     except (ValueError, TypeError, *AWAY):
         # Not with its text: that may hold a part of the password.
+        sentinels = "[,HOST:PORT...]/SERVICE[/DB]" if scheme.endswith("+sentinel") else ""
         raise CannotOpenStore(
             f"{scheme}://...",
-            f"can't be read, expected {scheme}://[USER:PASSWORD@]HOST:PORT; "
+            f"can't be read, expected {scheme}://[USER:PASSWORD@]HOST:PORT{sentinels}; "
             "special characters of a password are written as %XX",
         ) from None
+
+
+def _sentinel_link(urls: Sequence[str]) -> Link:
+    """The primary of a service, found anew for each connection; hosts are those of Sentinels."""
+    sentinels = [_address(url, SENTINEL_PORT) for url in urls]
+    service, _, db = urlsplit(urls[0]).path.strip("/").partition("/")
+    if not service:
+        raise ValueError(urls[0])
+    options: dict[str, Any] = {**parse_url(urls[0]), **_OPTIONS}
+    del options["host"]  # of a Sentinel, as the port
+    options.pop("port", None)
+    options |= {"db": int(db or 0), "retry": Retry(NoBackoff(), 0)}
+    ask = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+    seconds = {"socket_timeout": SENTINEL_SECONDS, "socket_connect_timeout": SENTINEL_SECONDS}
+    ask |= {"protocol": 2, "retry": options["retry"], **seconds}
+    sentinel = Sentinel(sentinels, sentinel_kwargs=ask, **options)  # type: ignore[no-untyped-call]
+    return SentinelLink(sentinel, service, ",".join(f"{host}:{port}" for host, port in sentinels))
 
 
 def _urls(scheme: str, rest: str) -> list[str]:
@@ -92,11 +132,11 @@ def _urls(scheme: str, rest: str) -> list[str]:
     return [f"{plain}://{credentials}{at}{host}{slash}{tail}" for host in hosts.split(",")]
 
 
-def _address(url: str) -> tuple[str, int]:
+def _address(url: str, port: int = PORT) -> tuple[str, int]:
     parts = urlsplit(url)
     if not parts.hostname or parts.fragment:
         raise ValueError(parts.netloc)
-    return parts.hostname, parts.port or PORT
+    return parts.hostname, parts.port or port
 
 
 async def _info(link: Link) -> Mapping[str, Any]:
@@ -118,6 +158,8 @@ def _look(name: str, info: Mapping[str, Any], *, clustered: bool) -> str:
         )
     if info.get("maxmemory_policy", "noeviction") != "noeviction":
         log.warning("this Redis may evict sessions: set maxmemory-policy noeviction", extra=where)
+    if info.get("role") == "slave" and not clustered:
+        log.warning("this Redis is a replica, which takes no writes", extra=where)
     if info.get("cluster_enabled") and not clustered:
         return "it is a node of a cluster: write redis+cluster://"
     return ""

@@ -7,10 +7,15 @@ from stepstate.stores.redis.link import Reply
 
 
 def entry_of(reply: Reply) -> Entry:
-    """A session, from [record, t, expiry, epoch, owner]."""
-    record, t, expires, epoch, owner = reply
+    """A session, from [record, t, expiry, epoch, owner, when to delete it]."""
+    record, t, expires, epoch, owner, delete = reply
     return Entry(
-        SessionRecord.from_json(record), int(t), int(expires) / 1e6, int(epoch), owner.decode()
+        SessionRecord.from_json(record),
+        int(t),
+        int(expires) / 1e6,
+        int(epoch),
+        owner.decode(),
+        None if delete is None else int(delete) / 1e6,
     )
 
 

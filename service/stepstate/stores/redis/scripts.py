@@ -1,9 +1,10 @@
 """The scripts: what has to be one step in Redis.
 
 A session's hash: `r` record, `i` id, `m` model, `f` fingerprint, `o` owner, `p` previous owner,
-`e` epoch, `t` rows, `x` expiry, `s` snapshot, `q` and `w`: number and store of the last
-operation. An ending's: `e`, `r` reason, `t`, `i` idle timeout, `x` when to forget it, `q`, `w`.
-Times are microseconds since 1970: whole numbers below 2^53, which is what Lua can count to.
+`e` epoch, `t` rows, `x` expiry, `s` snapshot, `d` when to delete it, if it has expired, `q` and
+`w`: number and store of the last operation. An ending's: `e`, `r` reason, `t`, `i` idle timeout,
+`x` when to forget it, `q`, `w`. Times are microseconds of the store's clock, and epochs such as
+the Unix time: whole numbers below 2^53, which is what Lua can count to.
 
 Rule 1: a script sent twice does what it does once, because `q` and `w` tell it: so a command
         whose answer was lost with its connection can be sent again.
@@ -33,61 +34,68 @@ class Script:
 
 _COMMON = """
 local function number(n) return string.format('%.0f', n) end
-local function entry(key) return redis.call('HMGET', key, 'r', 't', 'x', 'e', 'o') end
+local function entry(key) return redis.call('HMGET', key, 'r', 't', 'x', 'e', 'o', 'd') end
 local function ending(key) return redis.call('HMGET', key, 'r', 't', 'i', 'x') end
-local function raised(epoch, now)
-    return number(math.max(tonumber(epoch or 0) + 1, tonumber(now)))
+local function raised(epoch, wall)
+    return number(math.max(tonumber(epoch or 0) + 1, tonumber(wall)))
 end
-local function leave(key, due, counts)
-    local name = redis.call('HMGET', key, 'i', 'm')
-    redis.call('DEL', key)
-    if redis.call('ZREM', due, name[1] .. ' ' .. name[2]) == 1 then
-        redis.call('HINCRBY', counts, name[2], -1)
+local function arrive(name, due, counts, expires)
+    if redis.call('ZADD', due, expires, name[1] .. ' ' .. name[2]) == 1 then
+        redis.call('HINCRBY', counts, name[2], 1)
     end
 end
-local function keep(key, expires, grace)
-    redis.call('PEXPIREAT', key, number(math.floor(tonumber(expires) / 1000) + tonumber(grace)))
+local function leave(name, due, counts, expired)
+    local member = name[1] .. ' ' .. name[2]
+    if redis.call('ZREM', due, member) == 1 then
+        redis.call('HINCRBY', counts, name[2], -1)
+    else
+        redis.call('ZREM', expired, member)
+    end
 end
+local function past(expires, delete, now) return delete or tonumber(expires) <= tonumber(now) end
 """
 
 CREATE = Script(
     _COMMON
     + """
-local key, gone, due, counts = unpack(KEYS)
-local id, model, fingerprint, record, owner, t, expires, snapshot, now, grace, q, w = unpack(ARGV)
-local old = redis.call('HMGET', key, 'e', 'x', 'q', 'w')
+local key, gone, due, counts, expired, endings = unpack(KEYS)
+local id, model, fingerprint, record, owner, t, expires, snapshot = unpack(ARGV)
+local now, wall, replacing, q, w = unpack(ARGV, 9)
+local old = redis.call('HMGET', key, 'e', 'x', 'd', 'q', 'w', 'i', 'm')
 if old[1] then
-    if old[3] == q and old[4] == w then return {1, old[1]} end
-    if tonumber(old[2]) > tonumber(now) then return {0, entry(key)} end
+    if old[4] == q and old[5] == w then return {1, old[1]} end
+    if old[1] ~= replacing or not past(old[2], old[3], now) then return {0, entry(key)} end
 end
-local epoch = raised(old[1] or redis.call('HGET', gone, 'e'), now)
-if old[1] then leave(key, due, counts) end
+local epoch = raised(old[1] or redis.call('HGET', gone, 'e'), wall)
+if old[1] then
+    redis.call('DEL', key)
+    leave({old[6], old[7]}, due, counts, expired)
+end
 redis.call('HSET', key, 'i', id, 'm', model, 'f', fingerprint, 'r', record, 'o', owner, 'p', '',
     'e', epoch, 't', t, 'x', expires, 's', snapshot, 'q', q, 'w', w)
-keep(key, expires, grace)
-if redis.call('ZADD', due, expires, id .. ' ' .. model) == 1 then
-    redis.call('HINCRBY', counts, model, 1)
-end
+arrive({id, model}, due, counts, expires)
 redis.call('DEL', gone)
+redis.call('ZREM', endings, id)
 return {1, epoch}
 """
 )
-""" {1, epoch}, or {0, entry} of the one that is open. """
+""" {1, epoch}, or {0, entry} of the one that has its id. """
 
 ACQUIRE = Script(
     _COMMON
     + """
 local key, gone = unpack(KEYS)
-local owner, now, q, w = unpack(ARGV)
-local old = redis.call('HMGET', key, 'e', 'x', 'q', 'w', 'f', 'o', 'p')
+local owner, now, wall, q, w = unpack(ARGV)
+local old = redis.call('HMGET', key, 'e', 'x', 'q', 'w', 'f', 'o', 'p', 'd')
 if not old[1] then return {0, ending(gone)} end
 local mine = old[3] == q and old[4] == w
 local wanted = false
-for i = 5, #ARGV do wanted = wanted or ARGV[i] == old[5] end
+for i = 6, #ARGV do wanted = wanted or ARGV[i] == old[5] end
 if not mine then
-    if not wanted or tonumber(old[2]) <= tonumber(now) then return {1, entry(key)} end
-    local epoch = raised(old[1], now)
+    if not wanted or past(old[2], old[8], now) then return {1, entry(key)} end
+    local epoch = raised(old[1], wall)
     redis.call('HSET', key, 'e', epoch, 'o', owner, 'p', old[6], 'q', q, 'w', w)
+    redis.call('PERSIST', key)
     old[7] = old[6]
 end
 local taken = entry(key)
@@ -101,11 +109,11 @@ fingerprints it takes nothing: `find`. """
 SAVE = Script(
     _COMMON
     + """
-local grace, verdicts = ARGV[1], {}
+local verdicts = {}
 local numbers = '^(%d+) (%d+) (%d+) (%d+) (%d) (.*)$'
 for i = 1, #KEYS / 3 do
     local key, gone, due = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
-    local epoch, q, t, expires, has_snapshot, owner = string.match(ARGV[2 * i], numbers)
+    local epoch, q, t, expires, has_snapshot, owner = string.match(ARGV[2 * i - 1], numbers)
     local old = redis.call('HMGET', key, 'e', 'q', 'i', 'm')
     if not old[1] then
         verdicts[i] = redis.call('EXISTS', gone) == 1 and 'fenced' or 'missing'
@@ -115,12 +123,11 @@ for i = 1, #KEYS / 3 do
         verdicts[i] = 'done'
         if tonumber(q) >= tonumber(old[2]) then
             if has_snapshot == '1' then
-                redis.call('HSET', key, 's', ARGV[2 * i + 1], 'q', q, 't', t, 'x', expires,
+                redis.call('HSET', key, 's', ARGV[2 * i], 'q', q, 't', t, 'x', expires,
                     'o', owner)
             else
                 redis.call('HSET', key, 'q', q, 't', t, 'x', expires, 'o', owner)
             end
-            keep(key, expires, grace)
             redis.call('ZADD', due, expires, old[3] .. ' ' .. old[4])
         end
     end
@@ -131,18 +138,68 @@ return verdicts
 """ The verdict of each: three keys, "epoch q t expiry has_snapshot owner", and the snapshot.
 Few arguments, because redis-py takes most of its time for each. """
 
+EXPIRE = Script(
+    _COMMON
+    + """
+local delete, w, verdicts = ARGV[1], ARGV[2], {}
+for i = 1, #KEYS / 5 do
+    local key, gone, due, counts, expired = unpack(KEYS, 5 * i - 4, 5 * i)
+    local numbers = '^(%d+) (%d+) (%d+) (%d) (.*)$'
+    local epoch, q, t, has_snapshot, owner = string.match(ARGV[2 * i + 1], numbers)
+    local old = redis.call('HMGET', key, 'e', 'q', 'w', 'd', 'i', 'm')
+    if not old[1] then
+        verdicts[i] = redis.call('EXISTS', gone) == 1 and 'fenced' or 'missing'
+    elseif old[2] == q and old[3] == w and old[4] then
+        verdicts[i] = 'done'
+    elseif old[1] ~= epoch then
+        verdicts[i] = 'fenced'
+    else
+        verdicts[i] = 'done'
+        redis.call('HSET', key, 'e', raised(epoch, 0), 'o', owner, 't', t, 'd', delete,
+            'q', q, 'w', w)
+        if has_snapshot == '1' then redis.call('HSET', key, 's', ARGV[2 * i + 2]) end
+        redis.call('PERSIST', key)
+        leave({old[5], old[6]}, due, counts, expired)
+        redis.call('ZADD', expired, delete, old[5] .. ' ' .. old[6])
+    end
+end
+return verdicts
+"""
+)
+""" The verdict of each: five keys, "epoch q t has_snapshot owner", and the snapshot. """
+
+RESTORE = Script(
+    _COMMON
+    + """
+local key, due, counts, expired = unpack(KEYS)
+local epoch, expires, q, w = unpack(ARGV)
+local old = redis.call('HMGET', key, 'e', 'd', 'q', 'w', 'i', 'm')
+if old[3] == q and old[4] == w then return 1 end
+if old[1] ~= epoch or not old[2] then return 0 end
+redis.call('HDEL', key, 'd')
+redis.call('HSET', key, 'e', raised(epoch, 0), 'x', expires, 'q', q, 'w', w)
+redis.call('ZREM', expired, old[5] .. ' ' .. old[6])
+arrive({old[5], old[6]}, due, counts, expires)
+return 1
+"""
+)
+""" 1 if it was expired and is open. """
+
 END = Script(
     _COMMON
     + """
-local key, gone, due, counts = unpack(KEYS)
-local epoch, reason, t, idle, forget, keep_ms, q, w = unpack(ARGV)
+local key, gone, due, counts, expired, endings = unpack(KEYS)
+local epoch, reason, t, idle, forget, q, w = unpack(ARGV)
 if redis.call('HGET', key, 'e') ~= epoch then
     local done = redis.call('HMGET', gone, 'q', 'w')
     return (done[1] == q and done[2] == w) and 1 or 0
 end
-leave(key, due, counts)
+local name = redis.call('HMGET', key, 'i', 'm')
+redis.call('DEL', key)
+leave(name, due, counts, expired)
 redis.call('HSET', gone, 'e', epoch, 'r', reason, 't', t, 'i', idle, 'x', forget, 'q', q, 'w', w)
-redis.call('PEXPIRE', gone, keep_ms)
+redis.call('PERSIST', gone)
+redis.call('ZADD', endings, forget, name[1])
 return 1
 """
 )
@@ -159,17 +216,76 @@ return entries
 
 MEMBERS = Script(
     """
-local members, most = {}, tonumber(ARGV[2])
+local members, most, each = {}, tonumber(ARGV[2]), tonumber(ARGV[3])
 for _, key in ipairs(KEYS) do
     if #members >= most then break end
-    local limit = most - #members
+    local limit = math.min(most - #members, each)
     local found = redis.call('ZRANGEBYSCORE', key, '-inf', ARGV[1], 'LIMIT', 0, limit)
     for _, member in ipairs(found) do members[#members + 1] = member end
 end
 return members
 """
 )
-""" Members of some buckets up to a score, at most so many. """
+""" Members of some buckets up to a score, at most so many, and so many of each. """
+
+LATEST = Script(
+    """
+local members = {}
+for _, key in ipairs(KEYS) do
+    for _, member in ipairs(redis.call('ZREVRANGE', key, 0, 0)) do
+        members[#members + 1] = member
+    end
+end
+return members
+"""
+)
+""" The member with the highest score of each bucket. """
+
+SIZES = Script(
+    """
+local sizes = {}
+for i, key in ipairs(KEYS) do sizes[i] = redis.call('ZCARD', key) end
+return sizes
+"""
+)
+
+PERSIST = Script(
+    """
+for _, key in ipairs(KEYS) do redis.call('PERSIST', key) end
+return {}
+"""
+)
+""" Takes the time to live away that earlier versions gave. """
+
+FORGET = Script(
+    """
+local gone, endings = unpack(KEYS)
+local id, now = unpack(ARGV)
+local forget = redis.call('HGET', gone, 'x')
+if forget and tonumber(forget) > tonumber(now) then return 0 end
+redis.call('DEL', gone)
+return redis.call('ZREM', endings, id)
+"""
+)
+""" Forgets an ending whose time is over. """
+
+CLOCK = Script(
+    """
+local clock = redis.call('GET', KEYS[1])
+local now, since, begin = unpack(ARGV)
+if clock then
+    now = string.format('%.0f', math.max(clock, math.min(now, clock + since)))
+elseif begin == '' then
+    return false
+else
+    now = begin
+end
+redis.call('SET', KEYS[1], now)
+return now
+"""
+)
+""" Moves the clock on to `now`, by at most `since`; one that is missing begins at `begin`, or not
+at all if that is empty. """
 
 COUNTS = Script(
     """
@@ -183,12 +299,16 @@ return counts
 
 TIDY = Script(
     """
-local key, due, counts = unpack(KEYS)
+local key, due, counts, expired = unpack(KEYS)
 local member, model = unpack(ARGV)
 if redis.call('HGET', key, 'm') == model then return 0 end
+redis.call('ZREM', expired, member)
 if redis.call('ZREM', due, member) == 0 then return 0 end
 redis.call('HINCRBY', counts, model, -1)
 return 1
 """
 )
-""" Forgets a member whose session went by itself, long after its expiry. """
+""" Forgets a member whose session is gone, as those of earlier versions went by themselves. """
+
+PROBE = Script("return redis.call('SET', KEYS[1], ARGV[1])")
+""" Whether a node can be written. """

@@ -15,15 +15,18 @@ from stepstate.stores.redis.link import Argument, Command, Link, Reply
 from stepstate.stores.redis.members import id_of, model_of, place_after, place_of, token_of
 from stepstate.stores.redis.replies import ending_of, entry_of, micros
 from stepstate.stores.redis.scripts import Script
+from stepstate.uptime import UptimeClock
 
-GRACE_SECONDS = 3600.0
-"""A session that no server ends goes by itself this long after its expiry."""
 SAVES_AT_ONCE = 64
 """Of one script: some hundred microseconds in which Redis does nothing else."""
 BUCKETS_AT_ONCE = 32
 """Of a cluster that are asked together for what is overdue."""
 
-_GRACE = round(GRACE_SECONDS * 1e3)
+FORGET_SECONDS = 60.0
+"""How much longer than they need to endings are remembered."""
+FORGOTTEN_AT_ONCE = 256
+PERSISTED_AT_ONCE = 256
+
 _ALL = 2**53
 """More members than there are."""
 
@@ -38,26 +41,55 @@ class RedisStore:
 
     Args:
         link: the way to Redis.
-        clock: Unix seconds.
+        clock: monotonic seconds.
+        wall: Unix seconds.
     """
 
     durable = True
 
-    def __init__(self, link: Link, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, link: Link, *, clock: Callable[[], float], wall: Callable[[], float]
+    ) -> None:
         self._link = link
-        self._clock = clock
+        self._wall = wall
+        self._clock = UptimeClock(clock, start=wall())
+        self._forget_at = 0.0
+        self._started = False
+        self._starting = asyncio.Lock()
         self._lanes: dict[str, Lane] = {}
         self._name = secrets.token_hex(8)
         self._number = 0
         self._closed = False
 
+    def now(self) -> float:
+        """See `SessionStore.now`."""
+        if not self._started:
+            raise StoreUnavailable(f"redis at {self._link.place} was not reached yet")
+        return self._clock()
+
+    async def beat(self) -> None:
+        """See `SessionStore.beat`."""
+        await self._start()
+        await self._move_clock(begin=micros(self._clock()))
+        if self._clock() >= self._forget_at:
+            await self._forget()
+            self._forget_at = self._clock() + FORGET_SECONDS
+
     async def create(
-        self, record: SessionRecord, *, owner: str, t: int, expires_at: float, snapshot: bytes
+        self,
+        record: SessionRecord,
+        *,
+        owner: str,
+        t: int,
+        expires_at: float,
+        snapshot: bytes,
+        replacing: int = 0,
     ) -> int | Entry:
         """See `SessionStore.create`."""
+        await self._start()
         what = (record.session_id, record.model_key, record.fingerprint, record.to_json())
         arguments: list[Argument] = [*what, owner, t, micros(expires_at), snapshot]
-        arguments += (self._now(), _GRACE, *self._mark())
+        arguments += (self._now(), micros(self._wall()), replacing, *self._mark())
         command = Command(scripts.CREATE, _all_keys(record.session_id), arguments)
         taken, reply = await self._ask(command)
         return int(reply) if taken else entry_of(reply)
@@ -66,8 +98,10 @@ class RedisStore:
         self, session_id: str, *, owner: str, fingerprints: Collection[str]
     ) -> tuple[Entry, bytes] | Entry | Ending | None:
         """See `SessionStore.acquire`."""
+        await self._start()
         where = (keys.session(session_id), keys.ending(session_id))
-        arguments: list[Argument] = [owner, self._now(), *self._mark(), *fingerprints]
+        arguments: list[Argument] = [owner, self._now(), micros(self._wall()), *self._mark()]
+        arguments += fingerprints
         found, *reply = await self._ask(Command(scripts.ACQUIRE, where, arguments))
         if found == 0:
             return ending_of(reply[0], self._clock())
@@ -83,19 +117,26 @@ class RedisStore:
 
     async def save(self, saves: Sequence[Save]) -> list[Saved]:
         """See `SessionStore.save`."""
-        groups = list(self._groups(saves))
-        commands = [self._save_command([saves[i] for i in group]) for group in groups]
-        verdicts = [Saved.MISSING] * len(saves)
-        for group, reply in zip(groups, await self._ask_all(commands), strict=True):
-            for i, verdict in zip(group, reply, strict=True):
-                verdicts[i] = Saved(verdict.decode())
-        return verdicts
+        return await self._save(saves, self._save_command)
+
+    async def expire(self, saves: Sequence[Save], *, delete_at: float) -> list[Saved]:
+        """See `SessionStore.expire`."""
+        until = micros(delete_at)
+        return await self._save(saves, lambda some: self._expire_command(some, until))
+
+    async def restore(self, session_id: str, epoch: int, *, expires_at: float) -> bool:
+        """See `SessionStore.restore`."""
+        session, _, due, counts, expired, _ = _all_keys(session_id)
+        arguments = (epoch, micros(expires_at), *self._mark())
+        command = Command(scripts.RESTORE, (session, due, counts, expired), arguments)
+        return bool(await self._ask(command))
 
     async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
         """See `SessionStore.end`."""
+        await self._start()
         how = (ending.reason.value, ending.t, repr(ending.idle_timeout_seconds))
         forget = self._now() + micros(ENDING_SECONDS)
-        arguments = (epoch, *how, forget, round(ENDING_SECONDS * 1e3), *self._mark())
+        arguments = (epoch, *how, forget, *self._mark())
         command = Command(scripts.END, _all_keys(session_id), arguments)
         return bool(await self._ask(command))
 
@@ -104,15 +145,25 @@ class RedisStore:
         entries: list[Entry] = []
         step = BUCKETS_AT_ONCE if self._link.one_slot else keys.BUCKETS
         for first in range(0, keys.BUCKETS, step):
-            buckets = range(first, first + step)
+            where = [keys.due(number) for number in range(first, first + step)]
             score = f"({micros(before)}"
-            members = await self._members(buckets, score, limit - len(entries))
+            members = await self._members(where, score, limit - len(entries))
             entries += await self._entries(members[: limit - len(entries)])
             if len(members) >= limit:
                 break
         return entries
 
-    async def page(self, token: str, size: int, models: Collection[str]) -> tuple[list[Entry], str]:
+    async def expired(self, before: float, limit: int) -> list[Entry]:
+        """See `SessionStore.expired`: as many of each bucket."""
+        where = [keys.expired(number) for number in range(keys.BUCKETS)]
+        score = f"({micros(before)}" if before < float("inf") else "+inf"
+        members = await self._members(where, score, _ALL, each=-(-limit // keys.BUCKETS))
+        entries = [e for e in await self._entries(members) if e.delete_at is not None]
+        return sorted(entries, key=lambda entry: entry.delete_at or 0.0)[:limit]
+
+    async def page(
+        self, token: str, size: int, models: Collection[str], *, expired: bool = False
+    ) -> tuple[list[Entry], str]:
         """See `SessionStore.page`: in the order of buckets, and of ids in each.
 
         Raises:
@@ -123,7 +174,9 @@ class RedisStore:
         first, step = last[0], 1
         while first < keys.BUCKETS and len(members) <= size:
             buckets = range(first, min(first + step, keys.BUCKETS))
-            found = await self._members(buckets, "+inf", _ALL)
+            where = [keys.due(number) for number in buckets]
+            where += [keys.expired(number) for number in buckets if expired]
+            found = await self._members(where, "+inf", _ALL)
             later = (m for m in found if model_of(m) in models and place_of(m) > last)
             members += sorted(later, key=place_of)
             first, step = first + step, step * 4
@@ -139,12 +192,85 @@ class RedisStore:
             counts[model.decode()] += int(sessions)
         return +counts  # only those above 0
 
+    async def count_expired(self) -> int:
+        """See `SessionStore.count_expired`."""
+        where = [keys.expired(number) for number in range(keys.BUCKETS)]
+        return sum(await self._each(scripts.SIZES, where))
+
+    async def probe(self) -> None:
+        """See `SessionStore.probe`: a key on each node that has buckets."""
+        where = {self._link.node(key): key for key in map(keys.probe, range(keys.BUCKETS))}
+        await self._ask_all(
+            [Command(scripts.PROBE, (key,), (self._name,)) for key in where.values()]
+        )
+
     async def close(self) -> None:
         """See `SessionStore.close`."""
         self._closed = True
         for lane in self._lanes.values():
             await lane.close()
         await self._link.close()
+
+    async def _start(self) -> None:
+        """Learns the store's clock, which one that was away at first may not have told yet."""
+        if self._started:
+            return
+        async with self._starting:
+            if not self._started and not await self._move_clock(begin=None):
+                begin = await self._bring_up()
+                await self._move_clock(begin=begin)
+            self._started = True
+
+    async def _forget(self) -> None:
+        where = [keys.endings(number) for number in range(keys.BUCKETS)]
+        now = self._now()
+        while True:
+            ids = await self._members(where, str(now), FORGOTTEN_AT_ONCE)
+            await self._ask_all([_forget(session_id, now) for session_id in ids])
+            if len(ids) < FORGOTTEN_AT_ONCE:
+                return
+
+    async def _move_clock(self, *, begin: int | None) -> bool:
+        """Moves the clock on; False: there is none, and `begin` is None."""
+        now, since, at = self._clock.read()
+        arguments = (micros(now), micros(since), "" if begin is None else begin)
+        reply = await self._ask(Command(scripts.CLOCK, [keys.CLOCK], arguments))
+        if reply is None:
+            return False
+        self._clock.set(int(reply) / 1e6, at)
+        return True
+
+    async def _bring_up(self) -> int:
+        """Takes over what a version without a clock has left; where the clock is to begin.
+
+        That is the time of the last step, as far as it is known, and not later than now: then
+        times stay as they are, and every session has the idle time left that it had then. It is
+        no matter how long it was ago, or what the wall clock has been set to meanwhile.
+        """
+        where = [keys.due(number) for number in range(keys.BUCKETS)]
+        latest = [member.decode() for member in await self._each(scripts.LATEST, where)]
+        used_at = [
+            entry.expires_at - entry.record.idle_timeout_seconds
+            for entry in await self._entries(latest)
+        ]
+        for one in where:
+            sessions = [keys.session(id_of(m)) for m in await self._members([one], "+inf", _ALL)]
+            groups = range(0, len(sessions), PERSISTED_AT_ONCE)
+            some = (sessions[first : first + PERSISTED_AT_ONCE] for first in groups)
+            await self._ask_all([Command(scripts.PERSIST, group, ()) for group in some])
+        wall = self._wall()
+        return micros(min(max(used_at, default=wall), wall))
+
+    async def _save(
+        self, saves: Sequence[Save], command: Callable[[Sequence[Save]], Command]
+    ) -> list[Saved]:
+        groups = list(self._groups(saves))
+        commands = [command([saves[i] for i in group]) for group in groups]
+        verdicts = [Saved.MISSING] * len(saves)
+        for group, reply in zip(groups, await self._ask_all(commands), strict=True):
+            for i, verdict in zip(group, reply, strict=True):
+                verdicts[i] = Saved(verdict.decode())
+        return verdicts
 
     def _groups(self, saves: Sequence[Save]) -> Iterable[list[int]]:
         """Which saves one script may take, by their numbers."""
@@ -158,7 +284,7 @@ class RedisStore:
 
     def _save_command(self, saves: Sequence[Save]) -> Command:
         where: list[str] = []
-        arguments: list[Argument] = [_GRACE]
+        arguments: list[Argument] = []
         for save in saves:
             number = keys.bucket(save.session_id)
             where += (keys.session(save.session_id), keys.ending(save.session_id), keys.due(number))
@@ -167,10 +293,23 @@ class RedisStore:
             arguments += (" ".join(map(str, numbers)) + f" {save.owner}", save.snapshot or b"")
         return Command(scripts.SAVE, where, arguments)
 
-    async def _members(self, buckets: Iterable[int], score: str, most: int) -> list[str]:
-        """Sessions in some buckets, up to a score, as "ID MODEL/VERSION"."""
-        where = [keys.due(number) for number in buckets]
-        members = await self._each(scripts.MEMBERS, where, score, most)
+    def _expire_command(self, saves: Sequence[Save], delete_at: int) -> Command:
+        where: list[str] = []
+        number, name = self._mark()
+        arguments: list[Argument] = [delete_at, name]
+        for save in saves:
+            session, gone, due, counts, expired, _ = _all_keys(save.session_id)
+            where += (session, gone, due, counts, expired)
+            kept = save.snapshot is None
+            numbers = (save.epoch, number, save.t, int(not kept))
+            arguments += (" ".join(map(str, numbers)) + f" {save.owner}", save.snapshot or b"")
+        return Command(scripts.EXPIRE, where, arguments)
+
+    async def _members(
+        self, where: Sequence[str], score: str, most: int, *, each: int = _ALL
+    ) -> list[str]:
+        """Members of some zsets, such as "ID MODEL/VERSION", up to a score."""
+        members = await self._each(scripts.MEMBERS, where, score, most, each)
         return [member.decode() for member in members]
 
     async def _entries(self, members: Sequence[str]) -> list[Entry]:
@@ -213,15 +352,22 @@ class RedisStore:
 
     def _mark(self) -> tuple[int, str]:
         """Tells this operation from all others, and an earlier one of this store from a later."""
-        self._number = max(self._number + 1, self._now())
+        self._number += 1
         return self._number, self._name
 
 
-def _all_keys(session_id: str) -> tuple[str, str, str, str]:
+def _all_keys(session_id: str) -> tuple[str, str, str, str, str, str]:
     number = keys.bucket(session_id)
-    return keys.session(session_id), keys.ending(session_id), keys.due(number), keys.counts(number)
+    of_bucket = (keys.due, keys.counts, keys.expired, keys.endings)
+    due, counts, expired, endings = (key(number) for key in of_bucket)
+    return keys.session(session_id), keys.ending(session_id), due, counts, expired, endings
 
 
 def _tidy(member: str) -> Command:
-    session, _, due, counts = _all_keys(id_of(member))
-    return Command(scripts.TIDY, (session, due, counts), (member, model_of(member)))
+    session, _, due, counts, expired, _ = _all_keys(id_of(member))
+    return Command(scripts.TIDY, (session, due, counts, expired), (member, model_of(member)))
+
+
+def _forget(session_id: str, now: int) -> Command:
+    _, gone, *_, endings = _all_keys(session_id)
+    return Command(scripts.FORGET, (gone, endings), (session_id, now))

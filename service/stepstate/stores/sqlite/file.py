@@ -10,6 +10,7 @@ from pathlib import Path
 
 from stepstate.stores.failures import CannotOpenStore
 from stepstate.stores.sqlite.schema import ForeignFile, prepare
+from stepstate.uptime import UptimeClock
 
 log = logging.getLogger(__name__)
 
@@ -39,10 +40,12 @@ class SessionFile:
         path: the file; it is made if its folder is there.
         fsync: whether a commit waits for the disk (synchronous = FULL), so that it survives
             a loss of power too. Without, it survives the end of the process however that comes.
+        clock: set to what the file's clock shows whenever it is opened.
     """
 
-    def __init__(self, path: Path, *, fsync: bool) -> None:
+    def __init__(self, path: Path, *, fsync: bool, clock: UptimeClock) -> None:
         self.path = path
+        self.clock = clock
         self._fsync = fsync
         self._connection: sqlite3.Connection | None = None
         self._inode = (0, 0)
@@ -88,6 +91,18 @@ class SessionFile:
         if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _KEPT:
             self.close()
 
+    def probe(self) -> None:
+        """Writes a page as it is, and thereby all that a commit writes.
+
+        Raises:
+            sqlite3.Error, OSError: it can't be.
+        """
+        connection = self.connection()
+        connection.execute("BEGIN IMMEDIATE")
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        connection.execute(f"PRAGMA user_version = {version}")
+        connection.execute("COMMIT")
+
     def close(self) -> None:
         """Closes the connection; the last one to a file writes its WAL back."""
         connection, self._connection = self._connection, None
@@ -99,7 +114,7 @@ class SessionFile:
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
         try:
-            prepare(connection)
+            self.clock.set(prepare(connection, self.clock()))
             self._configure(connection)
             status = self.path.stat()
         except BaseException:

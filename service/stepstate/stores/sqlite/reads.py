@@ -15,12 +15,14 @@ from typing import Any
 from stepstate.stores.base import Ending, EndReason, Entry, SessionRecord
 from stepstate.stores.sqlite.schema import microseconds
 
+LAST = 2**53 / 1e6
+"""The last time that a table can have."""
 DUE_AT_ONCE = 1024
 """Sessions whose time to look has come: how many are looked at in one call, some 10 ms."""
 
 _SESSIONS = """
-SELECT json_group_array(json_array(record, t, expires, epoch, owner, length(snapshot), rowid))
-FROM sessions WHERE session_id IN (SELECT value FROM json_each(?1))
+SELECT json_group_array(json_array(record, t, expires, epoch, owner, length(snapshot), rowid,
+    iif(expired, due, NULL))) FROM sessions WHERE session_id IN (SELECT value FROM json_each(?1))
 """
 _ENDINGS = """
 SELECT json_group_array(json_array(session_id, epoch, reason, t, idle_timeout_seconds))
@@ -28,21 +30,24 @@ FROM endings WHERE session_id IN (SELECT value FROM json_each(?1)) AND forget > 
 """
 _KNOWN = f"SELECT ({_SESSIONS}), ({_ENDINGS})"
 _DUE = """
-SELECT json_group_array(json_array(record, t, expires, epoch, owner, size, rowid)) FROM (
-    SELECT record, t, expires, epoch, owner, length(snapshot) AS size, rowid FROM sessions
-    WHERE due < ?1 ORDER BY due LIMIT ?2)
+SELECT json_group_array(json_array(record, t, expires, epoch, owner, size, rowid,
+    iif(expired, due, NULL))) FROM (
+    SELECT record, t, expires, epoch, owner, length(snapshot) AS size, rowid, expired, due
+    FROM sessions WHERE expired = ?1 AND due < ?2 ORDER BY due LIMIT ?3)
 """
 _LOOK_LATER = """
 UPDATE sessions SET due = expires WHERE rowid IN (SELECT value FROM json_each(?1))
+    AND expired = 0
 """
 _IDS = """
 SELECT json_group_array(session_id) FROM (SELECT session_id FROM sessions
-WHERE model = ?1 AND session_id > ?2 ORDER BY session_id LIMIT ?3)
+WHERE model = ?1 AND expired = ?2 AND session_id > ?3 ORDER BY session_id LIMIT ?4)
 """
 _COUNTS = """
 SELECT json_group_object(model, sessions) FROM
-(SELECT model, count(*) AS sessions FROM sessions GROUP BY model)
+(SELECT model, count(*) AS sessions FROM sessions WHERE +expired = 0 GROUP BY model)
 """
+_COUNT_EXPIRED = "SELECT count(*) FROM sessions WHERE expired = 1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +100,7 @@ def find(connection: sqlite3.Connection, session_id: str, now: float) -> Entry |
 
 def overdue(connection: sqlite3.Connection, before: float, limit: int) -> list[Entry]:
     """See `SessionStore.overdue`. Sessions that were used meanwhile are looked at later."""
-    limits = (microseconds(before), max(limit, DUE_AT_ONCE))
+    limits = (0, microseconds(before), max(limit, DUE_AT_ONCE))
     rows = _rows(_one(connection, _DUE, limits))
     stale = [row.rowid for row in rows if row.entry.expires_at >= before]
     if stale:
@@ -103,11 +108,26 @@ def overdue(connection: sqlite3.Connection, before: float, limit: int) -> list[E
     return [row.entry for row in rows if row.entry.expires_at < before][:limit]
 
 
+def expired(connection: sqlite3.Connection, before: float, limit: int) -> list[Entry]:
+    """See `SessionStore.expired`: the oldest."""
+    limits = (1, microseconds(min(before, LAST)), limit)
+    return [row.entry for row in _rows(_one(connection, _DUE, limits))]
+
+
 def page(
-    connection: sqlite3.Connection, token: str, size: int, models: Collection[str]
+    connection: sqlite3.Connection,
+    token: str,
+    size: int,
+    models: Collection[str],
+    *,
+    expired: bool,
 ) -> tuple[list[Entry], str]:
     """See `SessionStore.page`: in the order of ids, which the index has for each model."""
-    of_models = [json.loads(_one(connection, _IDS, (m, token, size + 1))) for m in set(models)]
+    of_models = [
+        json.loads(_one(connection, _IDS, (model, marked, token, size + 1)))
+        for model in set(models)
+        for marked in range(1 + expired)
+    ]
     ids = heapq.nsmallest(size + 1, (one for some in of_models for one in some))
     rows = _rows(_one(connection, _SESSIONS, (json.dumps(ids[:size]),)))
     entries = sorted((row.entry for row in rows), key=lambda entry: entry.record.session_id)
@@ -120,6 +140,12 @@ def count(connection: sqlite3.Connection) -> Mapping[str, int]:
     return counts
 
 
+def count_expired(connection: sqlite3.Connection) -> int:
+    """See `SessionStore.count_expired`."""
+    (expired,) = connection.execute(_COUNT_EXPIRED).fetchone()
+    return int(expired)
+
+
 def _one(connection: sqlite3.Connection, statement: str, values: tuple[Any, ...]) -> str:
     """The only value of the only row."""
     value: str = connection.execute(statement, values).fetchone()[0]
@@ -128,6 +154,17 @@ def _one(connection: sqlite3.Connection, statement: str, values: tuple[Any, ...]
 
 def _rows(text: str) -> list[Row]:
     return [
-        Row(Entry(SessionRecord.from_json(record), t, expires / 1e6, epoch, owner), size, rowid)
-        for record, t, expires, epoch, owner, size, rowid in json.loads(text)
+        Row(
+            Entry(
+                SessionRecord.from_json(record),
+                t,
+                expires / 1e6,
+                epoch,
+                owner,
+                None if delete is None else delete / 1e6,
+            ),
+            size,
+            rowid,
+        )
+        for record, t, expires, epoch, owner, size, rowid, delete in json.loads(text)
     ]

@@ -1,4 +1,9 @@
-"""What is in the file. Times are whole microseconds since 1970."""
+"""What is in the file.
+
+Times are whole microseconds of the store's own clock (see `base`), which is in the file too. It
+begins at the Unix time at which the file is made, and falls behind by all the time in which no
+server was up.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,15 @@ from contextlib import contextmanager
 
 APPLICATION_ID = 0x53544550
 """ "STEP": tells our files from those of others (PRAGMA application_id)."""
-VERSION = 1
-"""Of the tables below (PRAGMA user_version)."""
+VERSION = 2
+"""Of the tables below (PRAGMA user_version). Version 1 knew no expired sessions and no clock."""
 
 # `due` is no later than `expires`, and is what the index is on: a save moves `expires` without
 # touching an index, which halves what it writes; `reads.overdue` moves `due` after it. Only when
 # `expires` moves back does `due` have to follow at once.
-# The snapshot is the last column, so that the others are read without its pages.
+# An expired session has `expired` = 1, and is deleted when `due` is over.
+# The snapshot is the last column, so that the others are read without its pages (in files that
+# had version 1 `expired` comes after it).
 # `sessions_by_model` serves counts and pages without reading rows.
 TABLES = """
 CREATE TABLE sessions (
@@ -26,10 +33,11 @@ CREATE TABLE sessions (
     t INTEGER NOT NULL,
     expires INTEGER NOT NULL,
     due INTEGER NOT NULL,
+    expired INTEGER NOT NULL DEFAULT 0,
     snapshot BLOB NOT NULL
 );
-CREATE INDEX sessions_by_model ON sessions (model, session_id);
-CREATE INDEX sessions_by_due ON sessions (due);
+CREATE INDEX sessions_by_model ON sessions (model, expired, session_id);
+CREATE INDEX sessions_by_due ON sessions (expired, due);
 CREATE TRIGGER due_follows AFTER UPDATE OF expires ON sessions WHEN NEW.expires < NEW.due BEGIN
     UPDATE sessions SET due = NEW.expires WHERE rowid = NEW.rowid;
 END;
@@ -41,7 +49,30 @@ CREATE TABLE endings (
     idle_timeout_seconds TEXT NOT NULL,
     forget INTEGER NOT NULL
 ) WITHOUT ROWID;
-CREATE INDEX endings_by_forget ON endings (forget)
+CREATE INDEX endings_by_forget ON endings (forget);
+CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), micros INTEGER NOT NULL)
+"""
+
+# The clock begins at the time of the last step that the file tells of, and not later than now:
+# then times stay as they are, and every session has the idle time left that it had then. It is
+# no matter how long the file lay, or what the wall clock has been set to meanwhile.
+_FROM_VERSION_1 = (
+    "ALTER TABLE sessions ADD COLUMN expired INTEGER NOT NULL DEFAULT 0",
+    "DROP INDEX sessions_by_model",
+    "DROP INDEX sessions_by_due",
+    "CREATE INDEX sessions_by_model ON sessions (model, expired, session_id)",
+    "CREATE INDEX sessions_by_due ON sessions (expired, due)",
+    "CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), micros INTEGER NOT NULL)",
+    """INSERT INTO clock SELECT 0, CAST(at AS INTEGER) FROM (SELECT max(expires - 1e6
+    * iif(json_valid(record), json_extract(record, '$.idle_timeout_seconds'), NULL)) AS at
+    FROM sessions) WHERE at < ?1""",
+    f"PRAGMA user_version = {VERSION}",
+)
+_BEGIN_CLOCK = "INSERT OR IGNORE INTO clock VALUES (0, ?1)"
+_CLOCK = "SELECT micros FROM clock"
+_BEAT = """
+INSERT INTO clock VALUES (0, ?1)
+ON CONFLICT (id) DO UPDATE SET micros = max(micros, min(excluded.micros, micros + ?2))
 """
 
 
@@ -49,8 +80,15 @@ class ForeignFile(sqlite3.DatabaseError):
     """The file is not one of ours, or of a later version."""
 
 
-def prepare(connection: sqlite3.Connection) -> None:
+def prepare(connection: sqlite3.Connection, now: float) -> float:
     """Makes the tables in an empty file, and checks those of any other, for writing.
+
+    Args:
+        connection: to the file.
+        now: what the file's clock is to begin at if it has none.
+
+    Returns:
+        What its clock shows.
 
     Raises:
         ForeignFile: it is not a file that this version can use; nothing was changed.
@@ -59,8 +97,19 @@ def prepare(connection: sqlite3.Connection) -> None:
     with _transaction(connection, "BEGIN"):  # no lock for writing on what may be somebody else's
         _check(connection)
     with _transaction(connection, "BEGIN IMMEDIATE"):
-        if _check(connection) == 0:
+        version = _check(connection)
+        if version == 0:
             _make(connection)
+        elif version == 1:
+            _bring_up(connection, now)
+        connection.execute(_BEGIN_CLOCK, (microseconds(now),))
+        return _clock(connection)
+
+
+def beat(connection: sqlite3.Connection, now: float, since: float) -> float:
+    """Moves the file's clock on to `now`, by at most `since`; returns what it shows then."""
+    connection.execute(_BEAT, (microseconds(now), microseconds(since)))
+    return _clock(connection)
 
 
 @contextmanager
@@ -78,6 +127,16 @@ def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
 def microseconds(seconds: float) -> int:
     """A time as the tables have it."""
     return round(seconds * 1e6)
+
+
+def _clock(connection: sqlite3.Connection) -> float:
+    (micros,) = connection.execute(_CLOCK).fetchone()
+    return float(micros) / 1e6
+
+
+def _bring_up(connection: sqlite3.Connection, now: float) -> None:
+    for statement in _FROM_VERSION_1:
+        connection.execute(statement, (microseconds(now),) if "?1" in statement else ())
 
 
 def _make(connection: sqlite3.Connection) -> None:

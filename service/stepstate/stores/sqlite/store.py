@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
 from stepstate.stores.base import Ending, Entry, Save, Saved, SessionRecord
-from stepstate.stores.sqlite import reads
+from stepstate.stores.sqlite import reads, schema
 from stepstate.stores.sqlite.file import SessionFile
 from stepstate.stores.sqlite.worker import Job, Worker
-from stepstate.stores.sqlite.writes import Acquire, Create, End, SaveOne
+from stepstate.stores.sqlite.writes import Acquire, Create, End, Expire, Restore, SaveOne
+from stepstate.uptime import UptimeClock
 
 T = TypeVar("T")
 
@@ -25,36 +27,60 @@ class SqliteStore:
 
     Args:
         file: the open file.
-        clock: Unix seconds; called from a thread.
+        wall: Unix seconds; called from a thread.
     """
 
     durable = True
 
-    def __init__(self, file: SessionFile, *, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._worker = Worker(file, clock)
+    def __init__(self, file: SessionFile, *, wall: Callable[[], float]) -> None:
+        self._clock = file.clock
+        self._worker = Worker(file, wall)
 
     @classmethod
-    async def open(cls, path: Path, *, clock: Callable[[], float], fsync: bool = False) -> Self:
+    async def open(
+        cls,
+        path: Path,
+        *,
+        clock: Callable[[], float],
+        wall: Callable[[], float] = time.time,
+        fsync: bool = False,
+    ) -> Self:
         """Opens a file, and makes it if its folder is there.
 
         Args:
             path: the file.
-            clock: Unix seconds; called from a thread.
+            clock: monotonic seconds; called from a thread.
+            wall: Unix seconds; called from a thread.
             fsync: whether every commit waits for the disk.
 
         Raises:
             CannotOpenStore: it is not a file to keep sessions in.
         """
-        file = SessionFile(path, fsync=fsync)
+        file = SessionFile(path, fsync=fsync, clock=UptimeClock(clock, start=wall()))
         await asyncio.to_thread(file.open)
-        return cls(file, clock=clock)
+        return cls(file, wall=wall)
+
+    def now(self) -> float:
+        """See `SessionStore.now`."""
+        return self._clock()
+
+    async def beat(self) -> None:
+        """See `SessionStore.beat`."""
+        now, since, at = self._clock.read()
+        self._clock.set(await self._read(lambda file: schema.beat(file, now, since)), at)
 
     async def create(
-        self, record: SessionRecord, *, owner: str, t: int, expires_at: float, snapshot: bytes
+        self,
+        record: SessionRecord,
+        *,
+        owner: str,
+        t: int,
+        expires_at: float,
+        snapshot: bytes,
+        replacing: int = 0,
     ) -> int | Entry:
         """See `SessionStore.create`."""
-        part = Create(record, owner, t, expires_at, snapshot)
+        part = Create(record, owner, t, expires_at, snapshot, replacing)
         await self._worker.do(Job([part]))
         return part.answer
 
@@ -77,6 +103,19 @@ class SqliteStore:
             await self._worker.do(Job(parts))
         return [part.answer for part in parts]
 
+    async def expire(self, saves: Sequence[Save], *, delete_at: float) -> list[Saved]:
+        """See `SessionStore.expire`."""
+        parts = [Expire(save.session_id, save, delete_at) for save in saves]
+        if parts:
+            await self._worker.do(Job(parts))
+        return [part.answer for part in parts]
+
+    async def restore(self, session_id: str, epoch: int, *, expires_at: float) -> bool:
+        """See `SessionStore.restore`."""
+        part = Restore(session_id, epoch, expires_at)
+        await self._worker.do(Job([part]))
+        return part.answer
+
     async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
         """See `SessionStore.end`."""
         part = End(session_id, epoch, ending)
@@ -87,13 +126,27 @@ class SqliteStore:
         """See `SessionStore.overdue`."""
         return await self._read(lambda file: reads.overdue(file, before, limit))
 
-    async def page(self, token: str, size: int, models: Collection[str]) -> tuple[list[Entry], str]:
+    async def expired(self, before: float, limit: int) -> list[Entry]:
+        """See `SessionStore.expired`."""
+        return await self._read(lambda file: reads.expired(file, before, limit))
+
+    async def page(
+        self, token: str, size: int, models: Collection[str], *, expired: bool = False
+    ) -> tuple[list[Entry], str]:
         """See `SessionStore.page`; the token is the last id, and any text is one."""
-        return await self._read(lambda file: reads.page(file, token, size, models))
+        return await self._read(lambda file: reads.page(file, token, size, models, expired=expired))
 
     async def count(self) -> Mapping[str, int]:
         """See `SessionStore.count`."""
         return await self._read(reads.count)
+
+    async def count_expired(self) -> int:
+        """See `SessionStore.count_expired`."""
+        return await self._read(reads.count_expired)
+
+    async def probe(self) -> None:
+        """See `SessionStore.probe`."""
+        await self._worker.do(Job(probe=True))
 
     async def close(self) -> None:
         """See `SessionStore.close`."""

@@ -36,9 +36,10 @@ a loop whose turns take 2 ms keeps a thread waiting for seconds (measured: 3 s, 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """What one call asks for: parts to write, or something to read."""
+    """What one call asks for: parts to write, a probe, or something to read."""
 
     parts: Sequence[Part] = ()
+    probe: bool = False
     read: Callable[[sqlite3.Connection], None] | None = None
     error: Exception | None = None
     done: asyncio.Future[None] = field(
@@ -60,12 +61,12 @@ class Worker:
 
     Args:
         file: the open file.
-        clock: Unix seconds.
+        wall: Unix seconds.
     """
 
-    def __init__(self, file: SessionFile, clock: Callable[[], float]) -> None:
+    def __init__(self, file: SessionFile, wall: Callable[[], float]) -> None:
         self._file = file
-        self._clock = clock
+        self._wall = wall
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._closed = False
@@ -87,7 +88,8 @@ class Worker:
                 await job.done
         except TimeoutError:
             raise StoreUnavailable(
-                f"{self._file.path}: no answer for {ANSWER_SECONDS:g} s; does its disk hang?"
+                f"{self._file.path}: no answer for {ANSWER_SECONDS:g} s; does its disk hang?",
+                cause="timeout",
             ) from None
 
     async def close(self) -> None:
@@ -130,7 +132,10 @@ class Worker:
     def _try_to_write(self, jobs: list[Job]) -> Exception | None:
         try:
             connection = self._file.connection()
-            write(connection, [part for job in jobs for part in job.parts], self._clock())
+            if parts := [part for job in jobs for part in job.parts]:
+                write(connection, parts, now=self._file.clock(), wall=self._wall())
+            if any(job.probe for job in jobs):
+                self._file.probe()
         except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
             self._file.failed(error)
             return error
@@ -150,7 +155,8 @@ class Worker:
     def _fail(self, jobs: list[Job], error: Exception | None) -> None:
         for job in jobs:
             if error is not None and _is_the_files(error):
-                job.error = StoreUnavailable(f"{self._file.path}: {error}")
+                problem = f"{self._file.path}: {error}"
+                job.error = StoreUnavailable(problem, cause=_cause_of(error))
             else:
                 job.error = error  # a surprise is told as it is
 
@@ -176,3 +182,22 @@ def _is_the_files(error: Exception) -> bool:
     """Whether the file is to blame, and not a value."""
     values = sqlite3.DataError | sqlite3.ProgrammingError | sqlite3.InterfaceError
     return isinstance(error, sqlite3.Error | OSError) and not isinstance(error, values)
+
+
+_CAUSES = {
+    sqlite3.SQLITE_FULL: "full",
+    sqlite3.SQLITE_BUSY: "busy",
+    sqlite3.SQLITE_LOCKED: "busy",
+    sqlite3.SQLITE_READONLY: "readonly",
+    sqlite3.SQLITE_CORRUPT: "corrupt",
+    sqlite3.SQLITE_NOTADB: "corrupt",
+    sqlite3.SQLITE_IOERR: "io",
+    sqlite3.SQLITE_CANTOPEN: "io",
+}
+
+
+def _cause_of(error: Exception) -> str:
+    """One of `errors.STORE_CAUSES`."""
+    if isinstance(error, OSError):
+        return "io"
+    return _CAUSES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "other")

@@ -1,4 +1,4 @@
-"""Creates, acquires, saves and ends: whatever came together goes into one transaction.
+"""Creates, acquires, saves, ends and so on: what came together goes into one transaction.
 
 A transaction goes in rounds. No id is twice in a round, so its parts may be written in any
 order: those of a kind together, in one statement. Between looking at a session and writing
@@ -40,6 +40,15 @@ _TAKE = """
 UPDATE sessions SET epoch = v.column2, owner = v.column3
 FROM (VALUES {}) AS v WHERE session_id = v.column1
 """
+_EXPIRE = """
+UPDATE sessions SET epoch = epoch + 1, owner = v.column3, t = v.column4, due = v.column5,
+    expired = 1, snapshot = coalesce(v.column6, snapshot)
+FROM (VALUES {}) AS v WHERE session_id = v.column1 AND epoch = v.column2
+"""
+_RESTORE = """
+UPDATE sessions SET epoch = epoch + 1, expires = v.column2, due = v.column2, expired = 0
+FROM (VALUES {}) AS v WHERE session_id = v.column1
+"""
 _SNAPSHOTS = """
 SELECT json_group_array(json_array(session_id, length(snapshot))),
     CAST(group_concat(CAST(snapshot AS TEXT), '') AS BLOB)
@@ -63,6 +72,7 @@ class Create:
     t: int
     expires_at: float
     snapshot: bytes
+    replacing: int = 0
     answer: int | Entry = 0
 
     @property
@@ -91,6 +101,26 @@ class SaveOne:
 
 
 @dataclass(slots=True, eq=False)
+class Expire:
+    """One of the saves of `SessionStore.expire`."""
+
+    session_id: str
+    save: Save
+    delete_at: float
+    answer: Saved = Saved.MISSING
+
+
+@dataclass(slots=True, eq=False)
+class Restore:
+    """See `SessionStore.restore`."""
+
+    session_id: str
+    epoch: int
+    expires_at: float
+    answer: bool = False
+
+
+@dataclass(slots=True, eq=False)
 class End:
     """See `SessionStore.end`."""
 
@@ -100,11 +130,19 @@ class End:
     answer: bool = False
 
 
-Part = Create | Acquire | SaveOne | End
+Part = Create | Acquire | SaveOne | Expire | Restore | End
 
 
-def write(connection: sqlite3.Connection, parts: Sequence[Part], now: float) -> None:
+def write(
+    connection: sqlite3.Connection, parts: Sequence[Part], *, now: float, wall: float
+) -> None:
     """Writes all parts, or none, and gives each its answer.
+
+    Args:
+        connection: to the file.
+        parts: what to write.
+        now: by the store's clock.
+        wall: Unix seconds, for new epochs.
 
     Raises:
         sqlite3.Error: nothing was written, or it is not known; the transaction may be open.
@@ -116,7 +154,7 @@ def write(connection: sqlite3.Connection, parts: Sequence[Part], now: float) -> 
     connection.execute("BEGIN IMMEDIATE")
     for some in rounds:
         _save(connection, _of(SaveOne, some), now)
-        _change(connection, [part for part in some if not isinstance(part, SaveOne)], now)
+        _change(connection, [part for part in some if not isinstance(part, SaveOne)], now, wall)
     connection.execute("COMMIT")
 
 
@@ -151,7 +189,7 @@ def _saved(save: Save) -> Values:
     return (save.session_id, save.epoch, save.owner, save.t, expires, save.snapshot)
 
 
-def _tell_apart(known: Known, parts: list[SaveOne]) -> None:
+def _tell_apart(known: Known, parts: Sequence[SaveOne | Expire]) -> None:
     for part in parts:
         if part.session_id in known.rows:
             fenced = known.epoch(part.session_id) != part.save.epoch
@@ -160,23 +198,31 @@ def _tell_apart(known: Known, parts: list[SaveOne]) -> None:
             part.answer = Saved.FENCED if part.session_id in known.endings else Saved.MISSING
 
 
-def _change(connection: sqlite3.Connection, parts: list[Part], now: float) -> None:
+def _change(connection: sqlite3.Connection, parts: list[Part], now: float, wall: float) -> None:
     if not parts:
         return
     known = look(connection, [part.session_id for part in parts], now)
-    _create(connection, known, _of(Create, parts), now)
-    _acquire(connection, known, _of(Acquire, parts), now)
+    _create(connection, known, _of(Create, parts), now, wall)
+    _acquire(connection, known, _of(Acquire, parts), now, wall)
+    _expire(connection, known, _of(Expire, parts))
+    _restore(connection, known, _of(Restore, parts))
     _end(connection, known, _of(End, parts), now)
 
 
-def _create(connection: sqlite3.Connection, known: Known, parts: list[Create], now: float) -> None:
+def _past(entry: Entry, now: float) -> bool:
+    return entry.delete_at is not None or entry.expires_at <= now
+
+
+def _create(
+    connection: sqlite3.Connection, known: Known, parts: list[Create], now: float, wall: float
+) -> None:
     new: list[Values] = []
     for part in parts:
         row = known.rows.get(part.session_id)
-        if row is not None and row.entry.expires_at > now:
+        if row is not None and not (row.entry.epoch == part.replacing and _past(row.entry, now)):
             part.answer = row.entry
             continue
-        part.answer = next_epoch(known.epoch(part.session_id), now)
+        part.answer = next_epoch(known.epoch(part.session_id), wall)
         record, expires = part.record, microseconds(part.expires_at)
         what = (record.session_id, record.model_key, record.to_json(), part.answer)
         new.append((*what, part.owner, part.t, expires, part.snapshot))
@@ -187,16 +233,16 @@ def _create(connection: sqlite3.Connection, known: Known, parts: list[Create], n
 
 
 def _acquire(
-    connection: sqlite3.Connection, known: Known, parts: list[Acquire], now: float
+    connection: sqlite3.Connection, known: Known, parts: list[Acquire], now: float, wall: float
 ) -> None:
     taken: dict[str, tuple[Acquire, Row]] = {}
     for part in parts:
         row = known.rows.get(part.session_id)
         part.answer = known.of(part.session_id)
-        if row is None or row.entry.expires_at <= now:
+        if row is None or _past(row.entry, now):
             continue
         if row.entry.record.fingerprint in part.fingerprints:
-            entry = replace(row.entry, epoch=next_epoch(row.entry.epoch, now))
+            entry = replace(row.entry, epoch=next_epoch(row.entry.epoch, wall))
             taken[part.session_id] = part, replace(row, entry=entry)
     owners = [(name, row.entry.epoch, part.owner) for name, (part, row) in taken.items()]
     _execute_many(connection, _TAKE, owners)
@@ -226,6 +272,26 @@ def _chunks_of_bytes(rows: Sequence[Row]) -> Iterator[list[Row]]:
         size += row.snapshot_bytes
     if chunk:
         yield chunk
+
+
+def _expire(connection: sqlite3.Connection, known: Known, parts: list[Expire]) -> None:
+    _tell_apart(known, parts)
+    rows: list[Values] = []
+    for part in parts:
+        if part.answer is Saved.DONE:
+            save, due = part.save, microseconds(part.delete_at)
+            rows.append((save.session_id, save.epoch, save.owner, save.t, due, save.snapshot))
+    _execute_many(connection, _EXPIRE, rows)
+
+
+def _restore(connection: sqlite3.Connection, known: Known, parts: list[Restore]) -> None:
+    for part in parts:
+        row = known.rows.get(part.session_id)
+        part.answer = (
+            row is not None and row.entry.epoch == part.epoch and row.entry.delete_at is not None
+        )
+    done = [(part.session_id, microseconds(part.expires_at)) for part in parts if part.answer]
+    _execute_many(connection, _RESTORE, done)
 
 
 def _end(connection: sqlite3.Connection, known: Known, parts: list[End], now: float) -> None:

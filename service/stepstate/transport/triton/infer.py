@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 
 import numpy as np
 
 from stepstate.errors import InvalidField
-from stepstate.models import Manifest, Model
+from stepstate.models import EPOCH, Manifest, Model
 from stepstate.sessions import Opening, ReplyTo, Session, Step
 from stepstate.transport.codec import make_step, non_finite
 from stepstate.transport.triton.messages import pb
@@ -142,8 +142,9 @@ class Infer:
             raise non_finite(self.session_id, manifest, rows.x, takes_nan=False)
         start_time = _time(self.request.parameters)
         if start_time is None and manifest.needs_time:
-            interval = manifest.step_interval_seconds or 1.0
-            start_time = datetime.fromtimestamp(now // interval * interval, UTC)
+            interval = manifest.step_interval or timedelta(seconds=1)
+            moment = datetime.fromtimestamp(now, UTC)
+            start_time = moment - (moment - EPOCH) % interval
         return Opening(self.session_id, manifest.name, manifest.version, None, start_time)
 
     def reply(self, step: Step) -> pb.ModelInferResponse:

@@ -36,18 +36,14 @@ class TritonService:
         sessions: the table.
         metrics: what is counted.
         outgoing: the bytes of replies that are on their way, of both doors.
-        idle_timeout_seconds: of sessions that ask for none.
     """
 
     name: str = SERVICE.full_name
 
-    def __init__(
-        self, sessions: Sessions, metrics: Metrics, outgoing: Outgoing, idle_timeout_seconds: float
-    ) -> None:
+    def __init__(self, sessions: Sessions, metrics: Metrics, outgoing: Outgoing) -> None:
         self._sessions = sessions
         self._metrics = metrics
         self._outgoing = outgoing
-        self._idle_timeout_seconds = idle_timeout_seconds
         self._sequences = Sequences(
             sessions,
             outgoing,
@@ -114,7 +110,7 @@ class TritonService:
         self, request: pb.ModelConfigRequest, context: Context
     ) -> pb.ModelConfigResponse:
         model = self._model(request.name, request.version)
-        return describe.config(model, self._idle_timeout_seconds)
+        return describe.config(model, self._sessions.default_idle_timeout(model.manifest))
 
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: Context

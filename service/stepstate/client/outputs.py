@@ -1,0 +1,126 @@
+"""Outputs of steps by their names, with the times of their rows.
+
+O outputs a row, T rows, K horizons, Q quantiles.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepstate.client.times import to_datetime
+from stepstate.client.values import Floats, ModelInfo, Output
+from stepstate.errors import InvalidField
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Outputs:
+    """What a step gave, by name.
+
+    `outputs["demand+1@0.5"]` is a column of y, as named in `columns`, and
+    `outputs["demand"]` all the columns of an output.
+
+    `y` is [O] of one row, or [T, O], in raw units. `ts` [T] tells which rows of
+    the session they belong to, `times` [T] when these were, in UTC; None where
+    the model knows no time, or the session's start is not known.
+    """
+
+    model: ModelInfo
+    y: Floats
+    ts: NDArray[np.int64]
+    times: NDArray[np.datetime64] | None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The names of the O columns of y: output, "+" and horizon, "@" and quantile."""
+        return self.model.output_columns
+
+    @property
+    def t(self) -> int:
+        """Rows applied to the session after the last of these."""
+        return int(self.ts[-1]) + 1
+
+    @property
+    def time(self) -> datetime | None:
+        """The time of the last row, in UTC."""
+        return None if self.times is None else to_datetime(self.times[-1].astype(np.int64))
+
+    def __getitem__(self, name: str) -> Any:
+        """A column by its name, a number or [T]; or an output, [K] or [T, K], [..., Q] behind.
+
+        Raises:
+            KeyError: there is no such column or output.
+        """
+        if name in self.columns:
+            return self.y[..., self.columns.index(name)]
+        first = 0
+        for output in self.model.outputs:
+            if output.name == name:
+                block = self.y[..., first : first + output.width]
+                return block.reshape(*self.y.shape[:-1], *output.shape)
+            first += output.width
+        raise KeyError(f"{name!r}: expected one of {', '.join(self.columns)}, or an output's name")
+
+    def at(self, name: str, *, horizon: int | None = None, quantile: float | None = None) -> Any:
+        """The column of an output at a horizon and a quantile, a number or [T].
+
+        Args:
+            name: the output's.
+            horizon: in steps; may be left out where it has one only.
+            quantile: may be left out where it has none, or one only.
+
+        Raises:
+            InvalidField: the output has none of that name, horizon or quantile.
+        """
+        first = 0
+        for output in self.model.outputs:
+            if output.name == name:
+                return self.y[..., first + _place(output, horizon, quantile)]
+            first += output.width
+        known = ", ".join(output.name for output in self.model.outputs)
+        raise InvalidField("name", f"is {name!r}, expected one of {known}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The columns by their names: numbers, or [T] each."""
+        return {name: self.y[..., place] for place, name in enumerate(self.columns)}
+
+    def to_pandas(self) -> DataFrame:
+        """A table of the rows, indexed by time (UTC), or by t where it is not known.
+
+        Raises:
+            ModuleNotFoundError: pandas is not installed.
+        """
+        try:
+            import pandas as pd  # noqa: PLC0415 - the client does without it
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                "Outputs.to_pandas needs pandas: pip install pandas", name="pandas"
+            ) from error
+        index: Any = pd.Index(self.ts, name="t")
+        if self.times is not None:
+            index = pd.DatetimeIndex(self.times, name="time")
+        return pd.DataFrame(np.atleast_2d(self.y), columns=list(self.columns), index=index)
+
+
+def _place(output: Output, horizon: int | None, quantile: float | None) -> int:
+    """The place of a column among those of its output."""
+    row = _index("horizon", horizon, output.horizons)
+    if not output.quantiles and quantile is None:
+        return row
+    return row * len(output.quantiles) + _index("quantile", quantile, output.quantiles)
+
+
+def _index(field: str, wanted: float | None, known: tuple[float, ...]) -> int:
+    if wanted is None and len(known) == 1:
+        return 0
+    if wanted in known:
+        return known.index(wanted)
+    told = ", ".join(f"{one:g}" for one in known) or "none"
+    raise InvalidField(field, f"is {wanted}, expected one of {told}")

@@ -1,0 +1,417 @@
+"""The times of rows: read from what rows were given with, and held against a session's clock.
+
+Rule 1: times are UTC, in whole microseconds; a time without a zone is read as UTC.
+Rule 2: row t of a session has the time start + t * interval.
+Rule 3: rows are never sorted, moved or left out. Where one is not at the time of the session's
+        next row, there are missing rows between, if the session takes those, or it is an error.
+
+T rows. No I/O here, and no pandas: what has an index is known by its looks.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+from dataclasses import dataclass
+from datetime import UTC, date, datetime, timedelta
+from math import gcd
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from stepstate.client.values import Floats, ModelInfo
+from stepstate.errors import InvalidField
+
+Microseconds = NDArray[np.int64]
+"""Times since 1970, UTC."""
+
+MAX_GAP_ROWS = 100_000
+"""What a server takes in one request: a longer gap is a wrong date sooner than a gap."""
+_CALL_SPACINGS = 3
+"""So many rows in one call tell that they have another step than the model."""
+_SESSION_SPACINGS = 24
+"""The same for rows that come one by one, where each third may be lost by chance."""
+_HOUR = 3_600_000_000
+_SAVING_BEGINS = (
+    (3, range(8, 15)),  # the second Sunday of March in America
+    (3, range(25, 32)),  # the last one in Europe
+    (9, range(24, 31)),  # the last one of September in New Zealand
+    (10, range(1, 8)),  # the first one of October in Australia
+)
+_ZONE = "give the times their zone (pandas: x.index.tz_localize('Europe/London'"
+_BEGINS = f"if daylight saving begins there, {_ZONE})); if they are UTC, say that ('UTC')"
+_ENDS = f"if daylight saving ends there, {_ZONE}, ambiguous='infer'))"
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_DATE = re.compile(r"\s*\d{4}-\d{1,2}-\d{1,2}|\s*\d{1,2}([./-])\d{1,2}\1\d{2,4}\b")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TimedRows:
+    """Rows with their times, for what has no index of its own.
+
+    It can be given wherever rows are: to `step`, `stream`, `prime`, `open(history=...)`, as a
+    scenario. A pandas Series or DataFrame with an index of times needs none of it.
+
+    >>> from datetime import datetime
+    >>> row = TimedRows(22262.0, datetime(2000, 8, 28))
+
+    Args:
+        values: one row or many, as `step` takes them.
+        times: of one row a datetime; of many [T] datetimes, or an array of datetime64.
+            Without a time zone they are read as UTC.
+    """
+
+    values: ArrayLike
+    times: Any
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Times:
+    """The times of some rows [T]; `naive`: they were given without a time zone."""
+
+    utc: Microseconds
+    naive: bool
+
+
+def to_microseconds(moment: datetime) -> int:
+    """A time as microseconds since 1970; without a zone it is read as UTC."""
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return (aware - _EPOCH) // timedelta(microseconds=1)
+
+
+def to_datetime(microseconds: int) -> datetime:
+    """The time, in UTC."""
+    return _EPOCH + timedelta(microseconds=int(microseconds))
+
+
+def told(microseconds: int) -> str:
+    """The time, as it is printed: UTC."""
+    return f"{to_datetime(microseconds).replace(tzinfo=None)}Z"
+
+
+def split_times(x: Any, field: str) -> tuple[Any, Times | None]:
+    """Rows without their times, and the times; None where they were given none.
+
+    Raises:
+        InvalidField: the times can't be read.
+    """
+    if isinstance(x, TimedRows):
+        return x.values, _read(x.times, field)
+    index = getattr(x, "index", None)
+    if index is None or callable(index):  # a list has a method of that name
+        return x, None
+    if _holds_times(index, field):
+        return x, _read(index, field)
+    name = getattr(x, "name", None)  # a row of a DataFrame is named by its time
+    if isinstance(name, date) or hasattr(name, "to_timestamp"):
+        return x, _read(name, field)
+    return x, None
+
+
+def read_rows(model: ModelInfo, x: Any, field: str) -> tuple[Floats, bool, Times | None]:
+    """Rows [T, D] as the model takes them, whether it was one, and their times if they have some.
+
+    Raises:
+        InvalidField: x has another shape, or times that can't be read.
+    """
+    if not _is_list_of_labelled(x):
+        values, times = split_times(x, field)
+        rows, alone = model.rows(values, field)
+        if times is not None and len(times.utc) != len(rows):
+            raise InvalidField(field, f"has {len(times.utc)} times for {len(rows)} rows")
+        return rows, alone, times
+    parts = [read_rows(model, part, field) for part in x]
+    found = [one for _, _, one in parts if one is not None]
+    if len(found) not in {0, len(parts)}:
+        raise InvalidField(field, "has times for some of its rows: expected all or none")
+    rows = np.concatenate([rows for rows, _, _ in parts])
+    if not found:
+        return rows, False, None
+    naive = any(one.naive for one in found)
+    return rows, False, Times(np.concatenate([one.utc for one in found]), naive)
+
+
+def first_time(x: Any, field: str) -> datetime | None:
+    """The time of the first row, if it has one."""
+    _, times = split_times(x[0] if _is_list_of_labelled(x) else x, field)
+    return to_datetime(times.utc[0]) if times is not None and len(times.utc) else None
+
+
+def _is_list_of_labelled(x: Any) -> bool:
+    """Whether it is a list of rows that have an index, or times, each for itself."""
+    if not isinstance(x, list | tuple) or not x:
+        return False
+    return isinstance(x[0], TimedRows) or not callable(getattr(x[0], "index", callable))
+
+
+def _holds_times(index: Any, field: str) -> bool:
+    if getattr(getattr(index, "dtype", None), "kind", "") == "M" or hasattr(index, "to_timestamp"):
+        return True
+    first = next(iter(index), None)
+    if isinstance(first, str) and _DATE.match(first):
+        raise InvalidField(
+            field,
+            f"has an index of text such as {first!r}: make times of it, in pandas with "
+            "x.index = pd.to_datetime(x.index), or drop it with x.reset_index(drop=True)",
+        )
+    return isinstance(first, date)
+
+
+def _read(given: Any, field: str) -> Times:
+    if hasattr(given, "to_timestamp") and hasattr(given, "freq"):  # periods stand for their start
+        given = given.to_timestamp()
+    dtype = getattr(given, "dtype", None)
+    try:
+        if getattr(dtype, "kind", "") == "M":
+            found, naive = np.asarray(given, "datetime64[us]"), getattr(dtype, "tz", None) is None
+        else:
+            moments = [given] if isinstance(given, date | np.datetime64) else list(given)
+            naive = any(getattr(moment, "tzinfo", None) is None for moment in moments)
+            found = np.array([_plain(moment) for moment in moments], "datetime64[us]")
+    except (TypeError, ValueError, OverflowError) as error:
+        raise InvalidField(field, f"has times that can't be read: {error}") from error
+    times = np.atleast_1d(found)
+    if np.isnat(times).any():
+        raise InvalidField(field, f"has no time for row {int(np.isnat(times).argmax())} (NaT)")
+    return Times(times.astype(np.int64), naive)
+
+
+def _plain(moment: Any) -> Any:
+    """A time for NumPy, in UTC."""
+    if isinstance(moment, datetime) and moment == moment:  # noqa: PLR0124 - pandas' NaT is not
+        return np.datetime64(to_microseconds(moment), "us")
+    if isinstance(moment, datetime):
+        return np.datetime64("NaT", "us")
+    if isinstance(moment, date | np.datetime64):
+        return moment
+    if hasattr(moment, "to_timestamp"):
+        return _plain(moment.to_timestamp())
+    raise TypeError(f"{moment!r} is a {type(moment).__name__}, not a datetime")
+
+
+class Clock:
+    """The times of a session's rows.
+
+    Args:
+        model: the model's name, for errors.
+        interval: time between two rows; None: the model knows no time.
+        start: time of row 0; None: not known, until rows with times come.
+        takes_missing: rows may be missing, since the session's policy says what stands in.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        interval: timedelta | None,
+        start: datetime | None,
+        *,
+        takes_missing: bool,
+    ) -> None:
+        self._model = model
+        self._interval = interval // timedelta(microseconds=1) if interval else None
+        self._start = None if start is None else to_microseconds(start)
+        self._takes_missing = takes_missing
+        self._last: tuple[int, int] | None = None  # without an interval: t and time of a row
+        self._steps: deque[int] = deque(maxlen=_SESSION_SPACINGS)  # rows from one row to the next
+
+    def follow(self, source: Clock) -> None:
+        """Goes on where a clock stands, as that of a fork does."""
+        self._start, self._last = source._start, source._last
+        self._steps = source._steps.copy()
+
+    def time(self, t: int) -> datetime | None:
+        """The time of row t, in UTC; None where it is not known."""
+        if self._interval is None or self._start is None:
+            return None
+        return to_datetime(self._start + t * self._interval)
+
+    def times(self, rows: NDArray[np.int64]) -> NDArray[np.datetime64] | None:
+        """The times of rows by their t, in UTC; None where they are not known."""
+        if self._interval is None or self._start is None:
+            return None
+        return (self._start + rows * self._interval).astype("datetime64[us]")
+
+    def place(
+        self,
+        times: Times,
+        t: int,
+        field: str,
+        *,
+        first_row: int = 0,
+        takes_missing: bool | None = None,
+    ) -> NDArray[np.int64]:
+        """How many rows each row comes after row t [T]: 0, 1, 2, … where none is missing.
+
+        Where the time of row 0 is not known yet, it is known from these rows on.
+
+        Args:
+            times: of the rows.
+            t: rows that the session has before them.
+            field: what they were given as, for errors.
+            first_row: the number of the first of them, for errors.
+            takes_missing: as of the session; left out: the session's own.
+
+        Raises:
+            InvalidField: a row is not where it would have to be. It names the first one.
+        """
+        report = Report(field, times, first_row)
+        if self._interval is None:
+            return self._place_by_order(times, t, report)
+        fill = self._takes_missing if takes_missing is None else takes_missing
+        start, after = self._check(times, t, report, fill=fill)
+        steps = np.diff(after, prepend=-1)
+        self._note(steps if t and self._start is not None else steps[1:], report)
+        self._start = start
+        return after
+
+    def lay_out(self, times: Times, t: int, field: str) -> NDArray[np.int64]:
+        """The same for rows that are not applied, those of a scenario, which may lack some."""
+        report = Report(field, times, 0)
+        if self._interval is None:
+            report.check_order(None)
+            return np.arange(len(times.utc))
+        return self._check(times, t, report, fill=True)[1]
+
+    def _check(
+        self, times: Times, t: int, report: Report, *, fill: bool
+    ) -> tuple[int, NDArray[np.int64]]:
+        """The time of row 0, and where each row is, counted from row t on."""
+        interval = self._interval or 1
+        start = int(times.utc[0]) - t * interval if self._start is None else self._start
+        after = self._places(times, start + t * interval, t, report)
+        self._check_gaps(np.diff(after, prepend=-1), report, fill=fill)
+        return start, after
+
+    def _place_by_order(self, times: Times, t: int, report: Report) -> NDArray[np.int64]:
+        """For a model that knows no time: all there is to check is that it goes on."""
+        if self._last is not None and self._last[0] == t - 1 and times.utc[0] <= self._last[1]:
+            raise report.error(0, f"{{}}, not after the row before it at {told(self._last[1])}")
+        report.check_order(None)
+        self._last = t + len(times.utc) - 1, int(times.utc[-1])
+        return np.arange(len(times.utc))
+
+    def _places(self, times: Times, next_time: int, t: int, report: Report) -> NDArray[np.int64]:
+        """Where each row is among the session's rows, counted from its next row on."""
+        interval = self._interval or 1
+        since = times.utc - next_time
+        after = (since + interval // 2) // interval
+        # What is left by times in float seconds or in whole milliseconds is no other time.
+        off = np.abs(since - after * interval) > max(1, min(1_000, interval // 10))
+        self._check_spacing(times, report)
+        if after[0] < 0:
+            problem = (
+                f"{{}}; the session is at t={t}, and its next row is that of {told(next_time)}"
+            )
+            hint = "leave out the rows that it has already"
+            if -after[0] * interval == _HOUR and report.may_end_saving(0):
+                hint = _ENDS
+            raise report.error(0, f"{problem}: {hint}")
+        first_off = int(off.argmax()) if off.any() else None
+        report.check_order(interval, until=first_off)
+        if first_off is not None:
+            raise report.error(
+                first_off,
+                f"{{}}, between two rows: {self._model} has a row every "
+                f"{timedelta(microseconds=interval)}, one of them at {told(next_time)}",
+            )
+        return after
+
+    def _check_spacing(self, times: Times, report: Report) -> None:
+        """Another step than the model's is told as that, and not as what its first row is."""
+        spacings = np.diff(times.utc)
+        if len(spacings) < _CALL_SPACINGS or spacings[0] <= 0:
+            return
+        if (spacings == spacings[0]).all() and abs(spacings[0] - (self._interval or 0)) > 1_000:
+            raise self._other_step(int(spacings[0]), report)
+
+    def _other_step(self, spacing: int, report: Report) -> InvalidField:
+        return InvalidField(
+            report.field,
+            f"has a row every {timedelta(microseconds=spacing)} by its times; {self._model} has "
+            f"one every {timedelta(microseconds=self._interval or 0)}: resample the rows first",
+        )
+
+    def _check_gaps(self, steps: NDArray[np.int64], report: Report, *, fill: bool) -> None:
+        for row in np.flatnonzero(steps > 1).tolist():
+            missing = int(steps[row]) - 1
+            problem = f"{{}}, and {missing:,} row{'s' * (missing > 1)} of {self._model} before it "
+            problem += f"{'are' if missing > 1 else 'is'} missing"
+            if missing * (self._interval or 1) == _HOUR and report.may_begin_saving(row):
+                hint = f": {_BEGINS}"
+            elif not fill and self._takes_missing:
+                hint = ": send them, as rows of NaN where they are not known"
+            elif not fill:
+                hint = (
+                    ": send them, or open the session with missing='impute' or 'hold', which says "
+                    "what stands in"
+                )
+            elif missing > MAX_GAP_ROWS:
+                hint = f": expected at most {MAX_GAP_ROWS:,}; `advance` takes more"
+            else:
+                continue
+            raise report.error(row, problem + hint)
+
+    def _note(self, steps: NDArray[np.int64], report: Report) -> None:
+        """Rows that all leave the same rows out have another step than the model."""
+        inner = steps[-_SESSION_SPACINGS:].tolist()
+        self._steps.extend(inner)
+        enough = len(inner) >= _CALL_SPACINGS or len(self._steps) == _SESSION_SPACINGS
+        common = gcd(*(inner if len(inner) >= _CALL_SPACINGS else self._steps))
+        if enough and common > 1:
+            self._steps.clear()
+            raise self._other_step(common * (self._interval or 0), report)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Report:
+    """Errors about rows by their times.
+
+    `first_row` is the number of the first one.
+    """
+
+    field: str
+    times: Times
+    first_row: int
+
+    def error(self, row: int, problem: str) -> InvalidField:
+        """An error about a row; `{}` in the problem stands for its number and time."""
+        named = f"row {self.first_row + row} is at {told(self.times.utc[row])}"
+        return InvalidField(self.field, problem.format(named))
+
+    def check_order(self, interval: int | None, *, until: int | None = None) -> None:
+        """Checks that each row is later than the one before it.
+
+        Raises:
+            InvalidField: it names the first one that is not.
+        """
+        spacings = np.diff(self.times.utc[: None if until is None else until + 1])
+        late = np.flatnonzero(spacings <= 0)
+        if not len(late):
+            return
+        row, back = int(late[0]) + 1, -int(spacings[late[0]])
+        before = f"row {self.first_row + row - 1} at {told(self.times.utc[row - 1])}"
+        problem = f"{{}}, before {before}" if back else f"{{}}, as {before}"
+        hint = "sort the rows by time" if back else "give each time once"
+        is_hour = len(late) == 1 and interval is not None and back == _HOUR - interval
+        if is_hour and self.may_end_saving(row):
+            hint = _ENDS
+        raise self.error(row, f"{problem}: {hint}")
+
+    def may_begin_saving(self, row: int) -> bool:
+        """Whether daylight saving may begin with the hour before a row of times without a zone."""
+        skipped = to_datetime(int(self.times.utc[row]) - _HOUR)
+        on = any(month == skipped.month and skipped.day in days for month, days in _SAVING_BEGINS)
+        return (
+            self.times.naive
+            and on
+            and skipped.weekday() == 6
+            and skipped.hour in {1, 2, 3}
+            and not skipped.minute
+        )
+
+    def may_end_saving(self, row: int) -> bool:
+        """Whether it may end at a row of times without a zone: on a Sunday, in the first hours."""
+        moment = to_datetime(int(self.times.utc[row]))
+        autumn = moment.month in {3, 4, 9, 10, 11}
+        return self.times.naive and autumn and moment.weekday() == 6 and moment.hour <= 3

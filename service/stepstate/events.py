@@ -14,6 +14,7 @@ import os
 import socket
 import termios
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVarTuple
 
@@ -60,8 +61,11 @@ def _at_once(told: socket.socket, waiting: array.array[int], handle: Callable[[]
     """Takes all bytes but the one that `handle` takes: it handles their events too.
 
     An event is in its queue before its byte is sent, so no event is left without a byte to come.
+    All event loops of a process have one socket: another may take the bytes first, and then
+    handles the events too, or hands them to their loop.
     """
     fcntl.ioctl(told, termios.FIONREAD, waiting)
-    if waiting[0] > 1:
-        told.recv(waiting[0] - 1)
-    handle()
+    with suppress(BlockingIOError):
+        if waiting[0] > 1:
+            told.recv(waiting[0] - 1)
+        handle()

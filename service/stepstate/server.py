@@ -186,8 +186,11 @@ class Server:
         """Stops: calls that are not done within the grace are cut."""
         for task in self._tasks:
             task.cancel()
+        if self._drained is not None and self._drained is not asyncio.current_task():
+            self._drained.cancel()  # it would go on, and save to a store that is closed
+            await asyncio.wait([self._drained])
         await self._grpc.stop(grace_seconds)
-        await self._store.close()
+        await self.sessions.link.close()
         if self._http is not None:
             http, thread = self._http
             with suppress(OSError):  # wakes its thread, which looks up only twice a second

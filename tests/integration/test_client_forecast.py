@@ -270,6 +270,46 @@ async def test_advancing_is_stepping_missing_rows(client: AnyClient, missing: st
     assert (one.t, one.imputed_rows) == (25 + many, many)
 
 
+@pytest.mark.parametrize("missing", ["impute", "hold"])
+async def test_what_is_missing_at_the_start_is_stood_in_for_on_every_way(
+    client: AnyClient, sensor: Network, missing: str
+):
+    """The first row misses both columns, or the session begins with rows that never came."""
+    x = rows(12)
+    x[0] = x[1:4, 1] = math.nan
+    filled = x.copy()
+    filled[0] = [column["mean"] for column in sensor.manifest["inputs"]]
+    filled[1:4, 1] = filled[0, 1]
+    want = offline.outputs(sensor, filled)
+    stepped = await client.open("sensor1", missing=missing)
+    assert largest_difference(await stepped.step(x[0]), want[0]) <= CLOSE
+    assert stepped.imputed_rows == 1
+    assert largest_difference(await stepped.step(x[1:]), want[1:]) <= CLOSE
+    assert stepped.imputed_rows == 3
+    streamed = await client.open("sensor1", missing=missing)
+    found = [(y, streamed.imputed_rows) async for y in streamed.stream(iter(x))]
+    assert largest_difference([y for y, _ in found], want) <= CLOSE
+    assert [count for _, count in found] == [1] * 4 + [0] * 8
+    primed = await client.open("sensor1", missing=missing, history=x)
+    assert primed.t == 12
+    packed = await client.open("sensor1", missing=missing)
+    async with client.packed([packed]) as pack:
+        told = [await pack.step(row[None]) for row in x]
+    assert largest_difference([one.y[0] for one in told], want) <= CLOSE
+    assert [bool(one.imputed[0]) for one in told] == [True] * 4 + [False] * 8
+    fans = [await one.forecast(3) for one in (stepped, streamed, primed, packed)]
+    for fan in fans[1:]:
+        assert largest_difference(fan.values, fans[0].values) <= CLOSE
+    late = await client.open("sensor1", missing="hold")
+    assert (
+        largest_difference(
+            await late.advance(3), offline.outputs(sensor, np.repeat(filled[:1], 3, axis=0))[-1]
+        )
+        <= CLOSE
+    )
+    assert late.imputed_rows == 3
+
+
 async def test_a_session_without_a_policy_refuses_missing_rows(client: AnyClient):
     session = await client.open("sensor1", history=rows(3))
     with pytest.raises(errors.NonFiniteInput):

@@ -49,7 +49,9 @@ def test_ten_minutes_from_training_to_live_forecasts(tmp_path):
     assert live.count("of a seasonal naive forecast's error") == 3
 
 
-@pytest.mark.parametrize("guide", ["forecasts.md", "gates.md", "gateways.md", "triton.md"])
+@pytest.mark.parametrize(
+    "guide", ["client.md", "forecasts.md", "gates.md", "gateways.md", "triton.md"]
+)
 def test_the_blocks_run_against_the_shipped_models(guide):
     with server_process("--models", str(ROOT / "models")) as server:
         run_through(DOCS / guide, ROOT, lambda: server.address, server.address)

@@ -23,7 +23,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stepstate import errors
 from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
-from stepstate.server import Phase, Server, running_server
+from stepstate.server import Phase, Server, build_server, running_server
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.integration.wire import (
     GARBAGE,
@@ -296,6 +296,23 @@ async def test_a_second_signal_cuts_the_drain_short(start_process: Start):
             assert await ended(server) == 1
             for outcome in await asyncio.gather(*calls, return_exceptions=True):
                 assert isinstance(outcome, grpc.aio.AioRpcError)
+
+
+async def test_a_drain_that_is_cut_does_not_blame_the_store(
+    config: ServerConfig, caplog: pytest.LogCaptureFixture
+):
+    server = await build_server(dataclasses.replace(config, drain_seconds=600.0))
+    await server.start()
+    async with raw_stub(server.address) as stub:
+        await opened(stub, "a")
+        call = stub.Step(blocker("a", rows=2_000))
+        await queued(stub, "a", 1)
+        draining = asyncio.create_task(server.drain())
+        await asyncio.sleep(0)
+        await server.stop()
+        await asyncio.gather(call, draining, return_exceptions=True)
+    assert server.phase is Phase.STOPPED
+    assert "the store is away" not in caplog.text
 
 
 async def test_a_drain_that_takes_too_long_is_cut(start_process: Start):

@@ -271,22 +271,43 @@ def test_under_nohup_a_server_outlives_its_terminal(model_root: Path, tmp_path: 
     assert lines[-2:] == ["draining", "stopped"]
 
 
-@pytest.mark.parametrize("arguments", [("step",), ("serve", "--models", "MODELS")], ids=" ".join)
-def test_ctrl_c_while_a_command_starts_or_waits_ends_it_with_130(
-    arguments: tuple[str, ...], model_root: Path, tmp_path: Path
+_WAITS = """
+import os, signal, sys
+from stepstate.cli import main
+
+def interrupted(*_, **__):
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main.get_command(None, sys.argv[1]).callback = interrupted
+main(prog_name="stepstate")
+"""
+_IMPORTS = """
+import os, signal, sys, time
+from stepstate.cli import main
+
+class Interrupted:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":  # whose import has callbacks that swallow what is raised in them
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(60)
+            except KeyboardInterrupt:
+                pass
+
+sys.meta_path.insert(0, Interrupted())
+signal.signal(signal.SIGINT, signal.default_int_handler)
+main(prog_name="stepstate")
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "arguments"), [(_WAITS, ("step",)), (_IMPORTS, ("serve", "--models", "nowhere"))]
+)
+def test_ctrl_c_while_a_command_waits_or_starts_ends_it_with_130(
+    code: str, arguments: tuple[str, ...]
 ):
-    """A command that waits for rows, and a server that still imports."""
-    code = (
-        "import os, signal, sys\n"
-        "from stepstate.cli import main\n"
-        "command = main.get_command(None, sys.argv[1])\n"
-        "def interrupted(*_, **__):\n"
-        "    os.kill(os.getpid(), signal.SIGINT)\n"
-        "    signal.pause()\n"
-        "command.callback = interrupted\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "main(prog_name='stepstate')\n"
-    )
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
         capture_output=True,
@@ -294,5 +315,4 @@ def test_ctrl_c_while_a_command_starts_or_waits_ends_it_with_130(
         timeout=HANG,
         check=False,
     )
-    assert done.returncode == 130
-    assert "Traceback" not in done.stderr
+    assert (done.returncode, done.stderr.strip()) == (130, "")

@@ -152,7 +152,7 @@ async def test_a_surprise_after_the_forward_leaves_every_part_of_a_state(
     slots = np.array([session.slot])
     before = engine.read_states(slots).tobytes()
     with monkeypatch.context() as broken:
-        broken.setattr(engine, "_track", lambda *_: 1 / 0)
+        broken.setattr(engine._forward, "_track", lambda *_: 1 / 0)
         assert isinstance(await rig.send(session, rows_of(network, 1), 6).error(), Internal)
     assert engine.read_states(slots).tobytes() == before
     assert rig.sessions.t(session) == 6

@@ -115,6 +115,15 @@ def test_a_row_of_a_frame_is_taken_by_the_names_of_its_values_and_its_time():
         read_rows(THREE, frame.iloc[0].rename({"b": "d"}), "x")
 
 
+def test_times_in_a_column_of_a_frame_are_told_to_be_its_index():
+    frame = pd.DataFrame({"a": [1.0], "when": index(0)})
+    with pytest.raises(
+        InvalidField, match=r"takes a: make the times its index, x.set_index\('when'"
+    ):
+        read_rows(ONE, frame, "x")
+    assert read_rows(ONE, frame.set_index("when"), "x")[2] is not None
+
+
 @pytest.mark.parametrize(
     ("x", "told"),
     [

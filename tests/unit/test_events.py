@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import array
 import asyncio
+import fcntl
 import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import grpc
 import pytest
@@ -72,6 +75,28 @@ def test_one_turn_takes_all_bytes_of_grpc_but_the_one_that_it_takes_itself() -> 
         teller.send(b"1")
         _turns(told, handle)
         assert taken == [b"1", b"1"]
+
+
+@pytest.mark.parametrize("left", [0, 1])
+def test_another_loop_of_the_process_may_take_the_bytes_first(
+    left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All loops of a process have gRPC's one socket; whoever takes its bytes handles the events."""
+    told, teller = socket.socketpair()
+    ioctl = fcntl.ioctl
+
+    def overtaken(*arguments: Any) -> int:
+        result = ioctl(*arguments)
+        told.recv(3 - left)  # by another loop, in its own thread
+        return result
+
+    monkeypatch.setattr(fcntl, "ioctl", overtaken)
+    with told, teller:
+        told.settimeout(0)
+        teller.send(b"123")
+        events._at_once(told, array.array("i", [0]), lambda: told.recv(1))
+        with pytest.raises(BlockingIOError):
+            told.recv(1)
 
 
 def test_other_readers_get_every_byte() -> None:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from stepstate.engine import Method
+from stepstate.engine.tracking import _NAIVE_N
 from stepstate.errors import (
     ForecastImpossible,
     InvalidField,
@@ -485,11 +486,29 @@ async def test_held_values_are_those_of_the_row_before(rig, sensor):
     assert found == pytest.approx(offline.outputs(sensor, held)[-3:], abs=CLOSE)
 
 
-async def test_the_first_row_must_be_whole(rig):
+@pytest.mark.parametrize("policy", ["hold", "impute"])
+async def test_a_columns_level_stands_in_until_its_first_value(rig, sensor, policy):
+    """One of two sensors is not there yet: its mean stands in, and no row is scored by it."""
+    session = await rig.open(missing=policy)
+    x = rows(12)
+    x[:5, 1] = np.nan
+    step = await rig.step(session, x[0])
+    assert step.missing_rows == 1
+    found = np.concatenate([outputs(step), await rig.y(session, x[1:])])
+    x[:5, 1] = sensor.manifest["inputs"][1]["mean"]
+    assert found == pytest.approx(offline.outputs(sensor, x), abs=CLOSE)
+
+
+async def test_a_level_that_stood_in_is_no_naive_forecast(rig):
     session = await rig.open(missing="hold")
-    with pytest.raises(InvalidField, match="first row"):
-        await rig.y(session, [np.nan, 1.0])
-    await rig.y(session, [[5.0, 1.0], [np.nan, 1.0]])
+    x = rows(9)
+    x[:4, 0] = np.nan
+    await stepped(rig, session, x)
+    part = rig.lane.engine.read_states(np.array([session.slot]))[
+        0, rig.lane.engine.layout.tracked_from :
+    ]
+    target = rig.lane.engine._tracker.targets[0]
+    assert part[target.place + _NAIVE_N] == 1  # of nine rows, only the last had one a season before
 
 
 async def test_missing_rows_are_answered_again_like_others(rig):
@@ -598,8 +617,8 @@ async def test_a_state_that_is_not_a_number_is_corrupt(make_rig):
 
 
 async def test_a_session_with_missing_rows_does_not_slow_another_that_is_primed(rig):
-    """A missing row goes alone through the network; whole ones go a chunk at a time."""
-    gappy = await rig.open("gappy", missing="hold")
+    """Its own forecasts take a row at a time; whole rows of another go a chunk at a time."""
+    gappy = await rig.open("gappy", missing="impute")
     whole = await rig.open("whole")
     await rig.y(gappy, rows(1))
     chunks = []
@@ -613,3 +632,50 @@ async def test_a_session_with_missing_rows_does_not_slow_another_that_is_primed(
     assert await primed.outcome()
     assert await holes.outcome()
     assert [shape[1] for shape in chunks if shape[1] > 1] == [128] * 4
+
+
+@pytest.mark.parametrize("policy", ["hold", "impute"])
+async def test_runs_of_missing_rows_leave_what_stepping_leaves(rig, policy):
+    """From the first row on, in one request, in chunks; several sessions with gaps of their own."""
+    x = [rows(140, seed=n) for n in range(3)]
+    for n, mine in enumerate(x):
+        mine[:n, 0] = np.nan
+        mine[: 2 * n, 1] = np.nan
+        mine[40 : 65 + n] = np.nan
+        mine[100 + n : 130 : 2 + n, 0] = np.nan
+    slow = [await rig.open(f"slow{n}", missing=policy) for n in range(3)]
+    fast = [await rig.open(f"fast{n}", missing=policy) for n in range(3)]
+    wanted = [await stepped(rig, session, mine) for session, mine in zip(slow, x, strict=True)]
+    callers = [rig.send(session, mine) for session, mine in zip(fast, x, strict=True)]
+    for caller, y in zip(callers, wanted, strict=True):
+        step = await caller.outcome()
+        assert outputs(step) == pytest.approx(y, abs=CLOSE)
+    slots = np.array([session.slot for session in (*slow, *fast)])
+    states = rig.lane.engine.read_states(slots)
+    assert np.array_equal(np.isnan(states[:3]), np.isnan(states[3:]))
+    assert np.nanmax(np.abs(states[:3] - states[3:])) < 1e-3
+
+
+@pytest.mark.parametrize("policy", ["hold", "impute"])
+async def test_inspect_fills_what_is_missing_too(rig, policy):
+    x = rows(12)
+    x[0, 1] = x[5:8] = np.nan
+    one, other = [await rig.open(name, missing=policy) for name in ("one", "other")]
+    step = await rig.step(one, x, inspect=True)
+    assert outputs(step) == pytest.approx(await rig.y(other, x), abs=CLOSE)
+    assert all(part.shape[0] == 12 for layer in step.layers for part in layer.values())
+
+
+async def test_rows_held_are_applied_a_chunk_at_a_time(rig):
+    session = await rig.open(missing="hold")
+    x = rows(256)
+    x[100:200] = np.nan
+    pieces = []
+    network = rig.lane.engine._network
+    sequence = network.sequence_seen
+    network.sequence_seen = lambda seen, *rest: (
+        pieces.append(seen.shape[1]),
+        sequence(seen, *rest),
+    )[1]
+    await rig.y(session, x)
+    assert pieces == [128, 128]

@@ -85,7 +85,7 @@ FAULTS = {
         patch.setattr(Network, "sequence", poisoned(Network.sequence, 1)),
         patch.setattr(DeviceForward, "step", poisoned(DeviceForward.step, 2)),
     ],
-    "stand-ins": lambda patch: patch.setattr(StandIns, "filled", poisoned(StandIns.filled, 1)),
+    "stand-ins": lambda patch: patch.setattr(StandIns, "apply", poisoned(StandIns.apply, 1)),
     "tracking": lambda patch: patch.setattr(Tracker, "observe", poisoned_tracking(Tracker.observe)),
 }
 

@@ -747,7 +747,10 @@ async def test_a_session_of_a_model_that_is_not_here_stays_where_it_is(start, st
     assert (await store.find("a")).owner == "server-0"
 
 
-async def test_a_session_goes_on_under_a_fingerprint_that_its_model_had_before(start, networks, x):
+@pytest.mark.parametrize("expired", [False, True])
+async def test_a_session_goes_on_under_a_fingerprint_that_its_model_had_before(
+    start, networks, clock, x, expired
+):
     """The description was part of it once: the very same model has two."""
     before, now = printed(networks["lstm"], "11"), printed(networks["lstm"], "22")
     first = start(before)
@@ -755,6 +758,9 @@ async def test_a_session_goes_on_under_a_fingerprint_that_its_model_had_before(s
     whole = [await play(first, "a", x[:5], 0)]
     await first.sessions.drain()
     second = start(replace(now, former_fingerprint=before.manifest.fingerprint))
+    if expired:
+        clock.advance(IDLE_SECONDS + 1)
+        await second.sessions.restore_expired("a")
     whole.append(await play(second, "a", x[5:10], 5))
     want = networks["lstm"].offline(x[:10])
     assert np.abs(np.concatenate(whole) - want).max() <= 1e-5

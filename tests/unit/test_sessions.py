@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import time
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar
@@ -11,6 +12,7 @@ import pytest
 from stepstate.engine.engine import ROUNDS_TO_A_CHUNK
 from stepstate.errors import (
     Draining,
+    Internal,
     InvalidField,
     ModelUnknown,
     QueueFull,
@@ -19,6 +21,7 @@ from stepstate.errors import (
     SessionExpired,
     SessionLimit,
     SessionUnknown,
+    StaleOwner,
     StepAhead,
     StoreUnavailable,
 )
@@ -31,6 +34,7 @@ from tests.unit.rig import (
     MOST_IDLE_SECONDS,
     Caller,
     Clock,
+    Lasting,
     model_of,
     outputs,
     request,
@@ -355,20 +359,20 @@ async def test_more_rows_than_the_limit_are_refused_unless_nothing_else_waits(ma
     await rig.step(session, x[6], 6)
 
 
-async def test_close_waits_for_accepted_steps_and_refuses_later_ones(slow_rig, x):
+async def test_close_waits_for_accepted_steps_and_later_requests_wait_for_it(slow_rig, x):
     rig = slow_rig
     session = await rig.open("a")
     callers = [rig.send(session, x[:4], 0), rig.send(session, x[4], 4)]
     closing = asyncio.create_task(rig.sessions.close("a"))
     await asyncio.sleep(0)
     assert rig.sessions.find("a") is None
-    with pytest.raises(SessionClosed):
-        await rig.sessions.get("a")
-    with pytest.raises(SessionExists):
-        await rig.open("a")
+    late, again = await asyncio.gather(rig.sessions.get("a"), rig.open("a"), return_exceptions=True)
+    assert isinstance(late, SessionClosed)
+    assert late.t == 5
+    assert closing.done()
     assert await closing == 5
     assert all(caller.answered for caller in callers)
-    assert rig.lane.open_sessions == 0
+    assert rig.sessions.find("a") is again is not session
 
 
 async def test_a_close_whose_caller_gives_up_is_finished_all_the_same(slow_rig, x):
@@ -514,13 +518,14 @@ async def test_sessions_that_the_store_is_still_taking_count(make_rig):
     store = SlowStore()
     rig = make_rig(store=store, max_sessions=1)
     opening = asyncio.create_task(rig.open("a"))
+    again = asyncio.create_task(rig.open("a"))
     await rounds(2)
-    with pytest.raises(SessionExists):
-        await rig.open("a")
     with pytest.raises(SessionLimit):
         await rig.open("b")
     store.gate.open()
     await opening
+    with pytest.raises(SessionExists):
+        await again
 
 
 async def test_the_time_of_row_0_is_kept(rig):
@@ -567,3 +572,87 @@ async def test_an_open_that_a_drain_overtakes_is_refused(make_rig):
     with pytest.raises(Draining):
         await opening
     assert len(rig.sessions) == 0
+
+
+class FailingLate(Lasting):
+    """Holds calls until the test opens the gate, and then fails."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self.gate = Gate()
+        self.error: Exception = StoreUnavailable("it is away")
+
+    async def _fail(self) -> Any:
+        await self.gate.wait()
+        raise self.error
+
+    async def acquire(self, session_id, **options):
+        return await self._fail()
+
+    async def end(self, session_id, epoch, ending):
+        return await self._fail()
+
+    async def find(self, session_id):
+        return await self._fail()
+
+    async def create(self, record, **options):
+        if record.session_id == "late":
+            return await self._fail()
+        return await super().create(record, **options)
+
+
+@pytest.mark.parametrize("surprising", [False, True])
+@pytest.mark.parametrize("what", ["get", "close", "close a spilled one", "look", "open", "export"])
+async def test_what_fails_after_its_caller_gave_up_is_nobodys(make_rig, clock, what, surprising):
+    """`make_rig` fails on what asyncio says: "Task exception was never retrieved"."""
+    store = FailingLate(clock)
+    rig = make_rig(store=store, clock=clock)
+    await rig.open("a")
+    if surprising:
+        store.error = RuntimeError("no one expects it")
+    uses = {
+        "get": lambda: rig.sessions.get("b"),
+        "close": lambda: rig.sessions.close("a"),
+        "close a spilled one": lambda: rig.sessions.close("b"),
+        "look": lambda: rig.sessions.look("b"),
+        "open": lambda: rig.open("late"),
+        "export": lambda: rig.sessions.export("b"),
+    }
+    caller = asyncio.create_task(uses[what]())
+    await rounds(3)
+    caller.cancel()
+    await asyncio.wait([caller])
+    store.gate.open()
+    await rounds(10)
+    del caller
+    gc.collect()
+    await rounds(2)
+    assert not rig.sessions._lines
+    assert rig.sessions.find("a") is not None
+
+
+async def test_a_snapshot_whose_caller_gave_up_is_nobodys_if_the_session_is_lost(
+    make_rig, clock, x
+):
+    rig = make_rig(store=Lasting(clock), clock=clock, chunk_rows=1)
+    session = await rig.open("a")
+    caller = rig.send(session, x[:4], 0)
+    exporting = asyncio.create_task(rig.sessions.export("a"))
+    await rounds(2)
+    exporting.cancel()
+    rig.sessions._residency.forget(session, StaleOwner("a", 9))
+    with pytest.raises(StaleOwner):
+        await caller.outcome()
+    del exporting, caller
+    gc.collect()
+    await rounds(2)
+
+
+async def test_a_surprise_of_the_store_answers_a_step_that_is_ahead(make_rig, clock, x):
+    store = FailingLate(clock)
+    rig = make_rig(store=store, clock=clock)
+    session = await rig.open("a")
+    store.error = RuntimeError("no one expects it")
+    store.gate.open()
+    assert isinstance(await rig.send(session, x[0], 5).error(), Internal)
+    await rig.step(session, x[0], 0)

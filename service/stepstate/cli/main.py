@@ -10,6 +10,7 @@ from contextlib import suppress
 import click
 
 from stepstate import __version__
+from stepstate.cli.options import INTERRUPTED
 
 COMMANDS = {
     "serve": ("stepstate.cli.serve:serve_command", "Serves the models of a folder."),
@@ -21,8 +22,6 @@ COMMANDS = {
     "bench": ("stepstate.cli.bench:bench_command", "Measures what a step costs here."),
 }
 """Where each command is, and what the list of all says of it: to show that imports none of them."""
-INTERRUPTED = 128 + 2
-"""The exit status that a shell gives to Ctrl-C (SIGINT is 2)."""
 
 
 class _Lazy(click.Group):

@@ -10,6 +10,8 @@ import click
 Command = Callable[..., None]
 
 
+INTERRUPTED = 128 + 2
+"""The exit status of a command that Ctrl-C ends, as shells give it (SIGINT is 2)."""
 _VARIABLES = {"--version": "STEPSTATE_MODEL_VERSION"}
 """STEPSTATE_VERSION is what images call the version of the software."""
 

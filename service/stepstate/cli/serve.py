@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from stepstate.cli.options import option
+from stepstate.cli.options import INTERRUPTED, option
 from stepstate.config import ConfigError, ServerConfig
 from stepstate.errors import ModelInvalid
 from stepstate.events import ServerLoop, set_up_grpc
@@ -46,6 +49,12 @@ def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
         config = ServerConfig(**settings)
     except ConfigError as error:
         raise click.ClickException(str(error)) from error
+    with _ended_by_ctrl_c():
+        drained = _run(config)
+    sys.exit(0 if drained else 1)
+
+
+def _run(config: ServerConfig) -> bool:
     # Only now, since they import torch: a wrong option and --help are answered at once.
     from stepstate.engine import NoAccelerator  # noqa: PLC0415
     from stepstate.server import CannotListen, serve  # noqa: PLC0415
@@ -53,14 +62,26 @@ def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
 
     try:
         with asyncio.Runner(loop_factory=ServerLoop) as runner:
-            drained = runner.run(serve(config, _announce))
+            return runner.run(serve(config, _announce))
     except (ModelInvalid, CannotListen, CannotOpenStore, NoAccelerator) as error:
         raise click.ClickException(str(error)) from error
     except MemoryError as error:
         raise click.ClickException(
             f"not enough memory for slots={config.slots}: choose fewer ({error})"
         ) from error
-    sys.exit(0 if drained else 1)
+
+
+@contextmanager
+def _ended_by_ctrl_c() -> Iterator[None]:
+    """Lets SIGINT end a start at once; the server's own handler takes its place.
+
+    Nothing is to be lost yet, and KeyboardInterrupt can be swallowed within an import.
+    """
+    before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _announce(server: Server) -> None:

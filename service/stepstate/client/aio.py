@@ -43,9 +43,9 @@ R = TypeVar("R")
 
 
 class AsyncClient:
-    """A connection to a server.
+    """A connection to a server; tasks may share it.
 
-    Its sessions survive the end of the server: see `AsyncSession`.
+    Its sessions survive the end of the server: `AsyncSession` tells how.
 
     Args:
         target: host:port, or another name that gRPC resolves.
@@ -141,28 +141,38 @@ class AsyncClient:
             model: its name; may be left out where the server has one model.
             version: empty for the newest.
             session_id: 1 to 128 of A-Z a-z 0-9 . _ : -; left out, one is made.
-            start_time: time of the first row; without a zone it is read as UTC.
-            idle_timeout: the session expires when no step came for this long.
+            start_time: time of the first row; without a zone it is read as UTC. Left
+                out: that of the first row of `history`, if it has times.
+            idle_timeout: the session expires when no step came for this long; left
+                out: the server's own choice.
             durability: "async": steps are answered at once and saved a little
-                later, and the session sends again what a server lost. "sync":
-                a step is answered when it is saved. "none": the session is
-                lost when its server ends unexpectedly. Left out: the server's
-                own choice, async if it has a store that lasts.
+                later, and the session sends again what a server lost. "sync": a
+                step is answered when it is saved. "none": the session is lost when
+                its server ends unexpectedly. Left out: the
+                server's own choice, async if it has a store that lasts.
             missing: what a NaN in a row means. "reject", the default: the row is
-                refused. "impute": the model's own forecast of the value stands
-                in, or the value of the row before where it makes none. "hold":
-                that of the row before.
-            interval_level: the share of truths that the session's intervals are
-                to cover, for example 0.9; left out: the model's own.
-            history: rows that the session is brought up to date with. See
-                `AsyncSession.prime`. If it can't be, the session is closed again,
-                unless the server was out of reach: it then stays open as far
-                as it got.
-            progress: as in `AsyncSession.prime`.
+                refused. "impute": the model's own forecast of the value stands in,
+                or the value of the row before where it makes none. "hold": that of
+                the row before; before a column's first value, its level (the mean
+                and profile that the model takes off it).
+            interval_level: the share of truths that the session's intervals are to
+                cover, for example 0.9; left out: the model's own.
+            history: rows [T, D] that the session is brought up to date with: an
+                array, a DataFrame, `TimedRows`, or an iterable of such chunks, also
+                an asynchronous one. If it can't be, the session is closed again,
+                unless the server was out of reach: it then stays open as far as it
+                got.
+            progress: called with the rows of the history that are done, and with
+                how many there are, None where that is not known.
 
         Raises:
-            SessionExists, ModelUnknown, InvalidField, SessionLimit, Unavailable.
-            As `AsyncSession.prime`, with a history.
+            SessionExists: the id is open already.
+            ModelUnknown: no such model or version is loaded.
+            InvalidField: an argument can't be accepted.
+            SessionLimit: the server has no room for one more session.
+            Unavailable: no answer in time.
+            NonFiniteInput, NonFiniteResult: the history can't be applied; `row` is
+                its place in the history.
         """
         if history is not None and start_time is None:
             start_time, history = await start_of_async(history)
@@ -196,23 +206,40 @@ class AsyncClient:
         return session
 
     async def session(self, session_id: str, t: int | None = None) -> AsyncSession:
-        """An open session, to go on from where it stands, or from the application's own t.
+        """An open session, to go on from where it is, or from the application's own t.
 
         An application that was stopped and knows from its records that it has
         the outputs of t rows says so, and goes on with row t: of rows that
         were applied without its knowing it is given the same outputs again, as
         far as the server remembers them (by default the last 32 requests). If
-        the server stands before t, a step raises `RowsMissing`, which names
+        the server is before t, a step raises `RowsMissing`, which names
         the rows it needs: this object never had them.
 
+        Args:
+            session_id: the session's.
+            t: rows whose outputs the application has; left out: as many as the server
+                has applied.
+
         Raises:
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost,
-            InvalidField, Unavailable.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            InvalidField: there can be no such id.
+            Unavailable: no answer in time.
         """
         return await self._session(await self.info(session_id), t)
 
     async def info(self, session_id: str) -> SessionInfo:
-        """Where a session stands. Raises as `session`."""
+        """Where a session is, by the server's word.
+
+        Args:
+            session_id: the session's.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            InvalidField: there can be no such id.
+            Unavailable: no answer in time.
+        """
         reply = await self.call(self.stub.GetSession, pb.GetSessionRequest(session_id=session_id))
         return wire.session_info(reply.session)
 
@@ -224,6 +251,10 @@ class AsyncClient:
         Args:
             model: only those of this model; empty: of all.
             show_expired: also those that were idle for too long and are still kept.
+
+        Raises:
+            InvalidField: there can be no such model.
+            Unavailable: no answer in time.
         """
         request = pb.ListSessionsRequest(model=model, page_size=1000, show_expired=show_expired)
         while True:
@@ -235,7 +266,17 @@ class AsyncClient:
             request.page_token = reply.next_page_token
 
     async def close(self, session_id: str) -> SessionInfo:
-        """Closes a session and returns how it stood. Raises as `session`."""
+        """Closes a session and returns how it was.
+
+        Args:
+            session_id: the session's.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            InvalidField: there can be no such id.
+            Unavailable: no answer in time.
+        """
         request = pb.CloseSessionRequest(session_id=session_id)
         return wire.session_info((await self.call(self.stub.CloseSession, request)).session)
 
@@ -259,13 +300,23 @@ class AsyncClient:
         """Opens a session that starts from a copy of another, and goes on apart from it.
 
         Args:
-            session: what to copy, or its id. The fork of an `AsyncSession`
-                stands at its t, and keeps the same rows to send them again.
-            new_id: as `session_id` in `open`.
-            idle_timeout, durability: as in `open`; left out: those of the source.
+            session: what to copy, or its id. The fork of an `AsyncSession` is at
+                its t, and keeps the same rows to send them again.
+            new_id: the fork's, 1 to 128 of A-Z a-z 0-9 . _ : -; left out, one is made.
+            idle_timeout: the session expires when no step came for this long; left
+                out: that of the source.
+            durability: "async": steps are answered at once and saved a little
+                later, and the session sends again what a server lost. "sync": a
+                step is answered when it is saved. "none": the session is lost when
+                its server ends unexpectedly. Left out: as the source.
 
         Raises:
-            As `session` for the source, as `open` for the new session.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the source is
+                gone.
+            SessionExists: the new id is open already.
+            InvalidField: an argument can't be accepted.
+            SessionLimit: the server has no room for one more session.
+            Unavailable: no answer in time.
         """
         source_id = session if isinstance(session, str) else session.session_id
         request = wire.forking(source_id, new_id, idle_timeout, durability)
@@ -283,7 +334,16 @@ class AsyncClient:
     async def export(self, session_id: str) -> bytes:
         """A session's snapshot: all that a server with the same model needs to go on with it.
 
-        The session stays open. Raises as `session`.
+        The session stays open; `restore` opens it elsewhere.
+
+        Args:
+            session_id: the session's.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            InvalidField: there can be no such id.
+            Unavailable: no answer in time.
         """
         request = pb.ExportSessionRequest(session_id=session_id)
         snapshot: bytes = (await self.call(self.stub.ExportSession, request)).snapshot
@@ -295,12 +355,17 @@ class AsyncClient:
         Its state, its t and what it remembers of its replies are what they were, and its
         idle time begins anew.
 
+        Args:
+            session_id: the session's.
+
         Raises:
             SessionExists: it is open. If a first reply was lost, this call may have
                 opened it: `session` tells its t.
             SessionExpired: it was kept until its `purge_time`, and is deleted.
             SessionUnknown, SessionClosed, SessionLost: there is nothing to open again.
-            As `open`.
+            SessionLimit: the server has no room for one more session.
+            InvalidField: there can be no such id.
+            Unavailable: no answer in time.
         """
         request = pb.RestoreSessionRequest(session_id=session_id)
         reply = await self.call(self.stub.RestoreSession, request)
@@ -318,14 +383,23 @@ class AsyncClient:
 
         Args:
             snapshot: its bytes.
-            session_id: as in `open`; left out: that of the exported session.
-            idle_timeout, durability: as in `open`; left out: as exported.
+            session_id: 1 to 128 of A-Z a-z 0-9 . _ : -; left out: that of the
+                exported session.
+            idle_timeout: the session expires when no step came for this long; left
+                out: as exported.
+            durability: "async": steps are answered at once and saved a little
+                later, and the session sends again what a server lost. "sync": a
+                step is answered when it is saved. "none": the session is lost when
+                its server ends unexpectedly. Left out: as
+                exported, or what this server can keep.
 
         Raises:
             SnapshotCorrupt, SnapshotForeign: it is damaged, or of another model.
-            SessionExists: the id is open. If a first reply was lost it may be
-                this very snapshot that opened it: `session` tells its t.
-            As `open`.
+            SessionExists: the id is open. If a first reply was lost it may be this
+                very snapshot that opened it: `session` tells its t.
+            InvalidField: an argument can't be accepted.
+            SessionLimit: the server has no room for one more session.
+            Unavailable: no answer in time.
         """
         request = wire.importing(snapshot, session_id, idle_timeout, durability)
         reply = await self.call(self.stub.ImportSession, request)
@@ -345,8 +419,8 @@ class AsyncClient:
 
         Results of one session come in the order of its items, those of
         different sessions as they are ready. A session's t is that of its
-        last result. An item may be many rows [T, D]; its result is that of the
-        last one.
+        last result. An item may be one row [D] or many [T, D], with times or
+        without; its result is that of the last one.
 
         Up to `WINDOW` items of a session are in flight. Beyond that its items
         wait in a queue of its own, and so do those of a session that is sent
@@ -357,7 +431,7 @@ class AsyncClient:
 
         When the connection breaks it is made again, and what was not answered
         is sent again with the same t; a session that the server was set back
-        in is brought up as in `AsyncSession.step`. Each output is given once.
+        in is sent what it lacks first. Each output is given once.
 
         An error that ends a session (a row that can't be applied, a session
         that is closed, `RowsMissing`) is the result of the item it came for,
@@ -389,7 +463,7 @@ class AsyncClient:
             await pipeline.end()
 
     def packed(self, sessions: Sequence[AsyncSession]) -> AsyncPack:
-        """Many sessions of one model, to be stepped together by columns. See `AsyncPack`.
+        """Many sessions of one model, to be stepped together by columns.
 
         >>> async def meters(client, sessions, readings):  # readings yields x [sessions, D]
         ...     async with client.packed(sessions) as pack:
@@ -400,6 +474,9 @@ class AsyncClient:
         For gateways: one message carries hundreds of rows, so a step costs a
         fraction of what it does in `stream`. The pack has a stream of its own,
         which ends with the block; the sessions stay open.
+
+        Args:
+            sessions: at least one; a session's place in the list stands for it.
 
         Raises:
             InvalidField: there are none, one comes twice, or they are of several models.
@@ -448,22 +525,29 @@ class AsyncClient:
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Sequence[Told]:
-        """Forecasts the rows to come, from where each of many sessions stands.
+        """Forecasts the rows to come, from where each of many sessions is.
 
         Sessions of one call share forwards on the server; very many take several
         calls. None advances, and none counts as used. Of a session that is given
-        as an object the forecast is from its `t` on, as in `AsyncSession.forecast`;
-        of one given by its id it is from where the server stands.
+        as an object the forecast is from its `t` on, and a server that lost rows
+        is sent them first; of one given by its id it is from where the server is.
 
         Args:
             sessions: objects or ids, of any models.
-            horizon, quantiles, scenarios, timeout: as in `AsyncSession.forecast`.
-                Several sessions have the same scenarios; a DataFrame must have
-                columns that tell the model.
+            horizon: steps ahead; left out: the longest of each model.
+            quantiles: levels, each more than 0 and less than 1; left out: the bounds
+                of each session's interval and the median, or the median alone where
+                the model knows no interval.
+            scenarios: rows that might come, [P, D] by name, the same for all
+                sessions. NaN is the model's own forecast of a value, and after the
+                last row its own forecasts go on. A DataFrame may lack columns, and
+                must have some that tell the model. Rows with times begin with each
+                session's next row, and take sessions that are given as objects.
+            timeout: seconds for all tries; left out: the client's own.
 
         Returns:
-            For each session in order its forecast, or with scenarios its
-            forecasts by scenario, or the error why it has none:
+            For each session in order its forecast, or with scenarios its forecasts
+            by scenario, or the error why it has none:
             `isinstance(one, StepstateError)` tells.
 
         Raises:
@@ -497,15 +581,25 @@ class AsyncClient:
         return asking.told
 
     async def models(self) -> list[ModelInfo]:
-        """The loaded models."""
+        """The loaded models, every version.
+
+        Raises:
+            Unavailable: no answer in time.
+        """
         reply = await self.call(self.stub.ListModels, pb.ListModelsRequest())
         return [wire.model_info(model) for model in reply.models]
 
     async def model(self, name: str = "", version: str = "") -> ModelInfo:
-        """One loaded model; an empty version means the newest.
+        """One loaded model.
+
+        Args:
+            name: may be left out where the server has one model.
+            version: empty for the newest.
 
         Raises:
-            ModelUnknown, Unavailable.
+            ModelUnknown: no such model or version is loaded.
+            InvalidField: the name is left out, and there are several.
+            Unavailable: no answer in time.
         """
         known = self._models.get((name, version))
         if known is None:
@@ -520,8 +614,15 @@ class AsyncClient:
     ) -> R:
         """Makes a unary call that may be repeated, until it is answered or time is up.
 
+        Args:
+            rpc: one of the calls of `stub`.
+            request: its message.
+            timeout: seconds for all tries; left out: the client's own.
+
         Raises:
             StepstateError: as the server answered.
+            Unavailable: no answer in time; of a server that never answered, after
+                the client's `connect_timeout`.
         """
         tries = Tries(self._reach, self.timeout if timeout is None else timeout)
         while True:

@@ -62,19 +62,26 @@ class AsyncPack:
 
         A row that can't be applied is refused alone, and so are the rows of its
         session behind it: look at the result's `errors`. What is lost on the way
-        is sent again as in `AsyncSession.step`, and a server that was set back
-        is brought up. If the task is cancelled, call again with the same rows.
+        is sent again with the same t, and a server that was set back is brought
+        up. If the task is cancelled, call again with the same rows.
 
         Several calls may be under way, for different sessions.
 
         Args:
-            x: rows [N, D] in raw units; NaN is a missing value.
+            x: rows [N, D] in raw units; NaN is a missing value. Rows with times, in
+                an index of pandas or in `TimedRows`, must each be their session's
+                next one.
             which: whose row each is [N], as a place in the pack; a session may
                 come several times. Left out: one row for each session in order.
-            timeout: seconds for all tries that do not bring a row on.
+            timeout: seconds for all tries that do not bring a row on; left out: the
+                client's own.
+
+        Returns:
+            What became of each row.
 
         Raises:
-            InvalidField: x or `which` has another shape.
+            InvalidField: x or `which` has another shape, or a row has another time.
+            Cancelled: the client was disconnected.
         """
         seconds = self._client.timeout if timeout is None else timeout
         call = PackedCall(self._members, x, which, timeout=seconds)

@@ -101,29 +101,39 @@ class AsyncSession(Footing):
         """Applies one row or many, all or none of them, and returns their outputs.
 
         A lost reply is asked for again with the same t, which applies nothing
-        twice. If the task is cancelled meanwhile, call again with the same x,
-        also when the server was restarted in between.
+        twice. If the task is cancelled
+        meanwhile, call again with the same x, also when the server was restarted
+        in between.
+
+        Rows that have times, in an index of pandas or in `TimedRows`, must go on
+        with the session's next row: their times are held against the session's
+        start and the model's interval. Where rows are missing between them, these
+        are missing values if the session takes those. Nothing is sorted.
 
         Args:
-            x: one row [D], or many [T, D], in raw units. NaN is a missing value,
-                which a session takes that was opened with `missing`;
-                `imputed_rows` tells afterwards in how many rows something
-                stood in.
+            x: one row [D], or many [T, D], in raw units; or a pandas Series or
+                DataFrame, or `TimedRows`. NaN is a missing value, which a session
+                takes that was opened with `missing`; `imputed_rows` tells
+                afterwards in how many rows something stood in.
             last_only: return the outputs of the last row only.
-            timeout: seconds for all tries that do not bring the session on.
+            named: return them by name, with their times.
+            timeout: seconds for all tries that do not bring the session on; left out:
+                the client's own.
 
         Returns:
-            y [O] for one row or with last_only, else [T, O], in raw units.
+            y [O] for one row or with last_only, else [T, O], in raw units; with
+            `named`, `Outputs`.
 
         Raises:
-            InvalidField, NonFiniteInput, NonFiniteResult: x can't be applied.
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the
-                session is gone.
+            InvalidField: x has another shape or other columns, or times that do not
+                go on from the session's last row; it names the first row.
+            NonFiniteInput, NonFiniteResult: x can't be applied.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
             StepMismatch, StepTooOld: someone else steps it too.
-            RowsMissing: the server lacks the rows `first` to `last`, and they
-                are not kept here (any more). Set `t` to `first` and go on from
-                there with rows of your own records; their outputs, too, come
-                again.
+            RowsMissing: the server lacks the rows `first` to `last`, and they are
+                not kept here (any more). Set `t` to `first` and go on from there
+                with rows of your own records; their outputs, too, come again.
             Unavailable, StaleOwner: no answer in time.
         """
         placed = self.place(x, self.t)
@@ -136,7 +146,36 @@ class AsyncSession(Footing):
     async def inspect(
         self, x: ArrayLike | TimedRows, *, timeout: float | None = None
     ) -> Inspection:
-        """Applies rows like `step`, and also returns the gates and states of every layer."""
+        """Applies rows like `step`, and also returns the gates and states of every layer.
+
+        Rows that have times, in an index of pandas or in `TimedRows`, must go on
+        with the session's next row: their times are held against the session's
+        start and the model's interval. Where rows are missing between them, these
+        are missing values if the session takes those. Nothing is sorted.
+
+        Args:
+            x: one row [D], or many [T, D], in raw units; or a pandas Series or
+                DataFrame, or `TimedRows`. NaN is a missing value, which a session
+                takes that was opened with `missing`; `imputed_rows` tells
+                afterwards in how many rows something stood in.
+            timeout: seconds for all tries that do not bring the session on; left out:
+                the client's own.
+
+        Returns:
+            The outputs [T, O] of the rows, and what each layer computed.
+
+        Raises:
+            InvalidField: x has another shape or other columns, or times that do not
+                go on from the session's last row; it names the first row.
+            NonFiniteInput, NonFiniteResult: x can't be applied.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            StepMismatch, StepTooOld: someone else steps it too.
+            RowsMissing: the server lacks the rows `first` to `last`, and they are
+                not kept here (any more). Set `t` to `first` and go on from there
+                with rows of your own records; their outputs, too, come again.
+            Unavailable, StaleOwner: no answer in time.
+        """
         placed = self.place(x, self.t)
         response = await self._apply(placed, inspect=True, timeout=timeout)
         found = wire.inspection(response, self.model, placed.of_given)
@@ -153,24 +192,40 @@ class AsyncSession(Footing):
         """Applies many rows at once, to bring the session up to date, and returns the last outputs.
 
         The rows go some thousand to a request, a few requests in flight, each
-        row exactly once as in `stream`. `t` says how far it got. After an error,
+        row exactly once. `t` says how far it got. After an error,
         or when the task was cancelled, call `refresh`, and go on with the rows
         from `t` on.
 
+        Rows that have times, in an index of pandas or in `TimedRows`, must go on
+        with the session's next row: their times are held against the session's
+        start and the model's interval. Where rows are missing between them, these
+        are missing values if the session takes those. Nothing is sorted.
+
         Args:
-            history: rows [T, D], a DataFrame, or an iterable of such chunks, also
+            history: rows [T, D], a DataFrame, `TimedRows`, or an iterable of such
+                chunks, also
                 an asynchronous one, which needs not be in memory as a whole.
             progress: called with the rows that are done, and with how many there
                 are, None where that is not known.
-            timeout: seconds without an answer that brings the session on.
+            timeout: seconds for all tries that do not bring the session on; left out:
+                the client's own.
 
         Returns:
             y [O] of the last row, in raw units.
 
         Raises:
-            NonFiniteInput: its `row` is that of the history.
-            InvalidField: the history has no rows, or rows of another shape.
-            As `step`, and what an iterable raised.
+            InvalidField: the history has no rows, or rows of another shape or
+                with times that do not go on from the session's last row.
+            NonFiniteInput, NonFiniteResult: a row can't be applied; `row` is its
+                place in the history.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            StepMismatch, StepTooOld: someone else steps it too.
+            RowsMissing: the server lacks the rows `first` to `last`, and they are
+                not kept here (any more). Set `t` to `first` and go on from there
+                with rows of your own records; their outputs, too, come again.
+            Unavailable, StaleOwner: no answer in time.
+            Exception: what an iterable raised.
         """
         feed = Feed(self, history, progress)
         pipeline = Pipeline(
@@ -195,13 +250,24 @@ class AsyncSession(Footing):
         What stands in is what the session's missing policy says: with impute its
         own forecasts, so that it goes on by itself.
 
+        Args:
+            n: how many, 1 or more.
+            timeout: seconds for all tries that do not bring the session on; left out:
+                the client's own.
+
         Returns:
             y [O], in raw units.
 
         Raises:
             NonFiniteInput: the session was opened without `missing`.
-            InvalidField: n is less than 1, or the session has no rows yet.
-            As `step`.
+            InvalidField: n is less than 1.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            StepMismatch, StepTooOld: someone else steps it too.
+            RowsMissing: the server lacks the rows `first` to `last`, and they are
+                not kept here (any more). Set `t` to `first` and go on from there
+                with rows of your own records; their outputs, too, come again.
+            Unavailable, StaleOwner: no answer in time.
         """
         if n > PIECE_ROWS:
             return await self.prime(nothings(self.model, n), timeout=timeout)
@@ -235,7 +301,7 @@ class AsyncSession(Footing):
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Forecast | dict[str, Forecast]:
-        """Forecasts the rows to come, from where the session stands; it does not advance.
+        """Forecasts the rows to come, from where the session is; it does not advance.
 
         Where the server was set back, it is first sent the rows that it lacks,
         as a step would, so that a forecast is never from before `t`. It is from
@@ -250,8 +316,10 @@ class AsyncSession(Footing):
             scenarios: rows that might come, [P, D] by name: one forecast for
                 each. NaN is the model's own forecast of a value, and after the
                 last row its own forecasts go on. A DataFrame may lack columns,
-                which are then all NaN.
-            timeout: seconds for all tries.
+                which are then all NaN. Rows with times must not begin before the
+                session's next row; where they lack rows the model's own forecasts
+                stand in.
+            timeout: seconds for all tries; left out: the client's own.
 
         Returns:
             A forecast, or with scenarios one for each by its name.
@@ -259,8 +327,11 @@ class AsyncSession(Footing):
         Raises:
             ForecastImpossible: the session has no rows yet, or the model can't
                 look so far ahead.
+            InvalidField: an argument can't be accepted.
             RowsMissing: the server was set back, and the rows are not kept here.
-            As `refresh`.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            Unavailable: no answer in time.
         """
         (told,) = await self.client.forecast(
             [self], horizon, quantiles=quantiles, scenarios=scenarios, timeout=timeout
@@ -270,12 +341,20 @@ class AsyncSession(Footing):
         return told
 
     async def catch_up(self, t: int, *, timeout: float | None = None) -> None:
-        """Sends a server that stands at t the rows that it lacks; their outputs are dropped.
+        """Sends a server that is at t the rows that it lacks; their outputs are dropped.
 
         `step` and `forecast` do so by themselves.
 
+        Args:
+            t: rows that the server has.
+            timeout: seconds for all tries that do not bring the session on; left out:
+                the client's own.
+
         Raises:
-            RowsMissing: they are not kept here. As `step`.
+            RowsMissing: they are not kept here.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            Unavailable: no answer in time.
         """
         if t < self.t:
             track = self._track(timeout)
@@ -294,16 +373,32 @@ class AsyncSession(Footing):
         Up to `WINDOW` items are in flight; an item may also be many rows [T, D],
         whose last outputs are then yielded. When the connection breaks it is made
         again, and what was not answered is sent again with the same t; a server
-        that was set back is brought up as in `step`. Ends with the error if a
+        that was set back is sent what it lacks first. Ends with the error if a
         row can't be applied; `t` says how far it got. After leaving the loop
         early, go on from `t` with the same rows, or call `refresh` first: rows
         in flight may have been applied.
 
+        Rows that have times, in an index of pandas or in `TimedRows`, must go on
+        with the session's next row: their times are held against the session's
+        start and the model's interval. Where rows are missing between them, these
+        are missing values if the session takes those. Nothing is sorted.
+
         Args:
-            xs: rows [D], from an iterable or an async iterable.
+            xs: rows [D], from an iterable or an async iterable; with times or without.
+            named: yield the outputs by name, with their times.
 
         Raises:
-            As `step`, and what `xs` raised, after the outputs of the rows before.
+            InvalidField: x has another shape or other columns, or times that do not
+                go on from the session's last row; it names the first row.
+            NonFiniteInput, NonFiniteResult: x can't be applied.
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            StepMismatch, StepTooOld: someone else steps it too.
+            RowsMissing: the server lacks the rows `first` to `last`, and they are
+                not kept here (any more). Set `t` to `first` and go on from there
+                with rows of your own records; their outputs, too, come again.
+            Unavailable, StaleOwner: no answer in time.
+            Exception: what `xs` raised, after the outputs of the rows before.
         """
         pipeline = Pipeline(
             self._items(xs),
@@ -319,10 +414,15 @@ class AsyncSession(Footing):
             await pipeline.end()
 
     async def refresh(self) -> SessionInfo:
-        """Asks the server where the session stands, and takes its t.
+        """Asks the server where the session is, and takes its t.
 
         Where the server was set back and all the rows it lacks are kept here, t
         stays: the next step sends them.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            Unavailable: no answer in time.
         """
         info = await self.client.info(self.session_id)
         self.placed(info)
@@ -335,7 +435,27 @@ class AsyncSession(Footing):
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
     ) -> AsyncSession:
-        """Opens a session that starts from a copy of this one. See `AsyncClient.fork`."""
+        """Opens a session that starts from a copy of this one, and goes on apart from it.
+
+        The fork is at this session's t, and keeps the same rows to send them again.
+
+        Args:
+            new_id: the fork's, 1 to 128 of A-Z a-z 0-9 . _ : -; left out, one is made.
+            idle_timeout: the session expires when no step came for this long; left
+                out: that of this one.
+            durability: "async": steps are answered at once and saved a little
+                later, and the session sends again what a server lost. "sync": a
+                step is answered when it is saved. "none": the session is lost when
+                its server ends unexpectedly. Left out: as this one.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            SessionExists: the new id is open already.
+            InvalidField: an argument can't be accepted.
+            SessionLimit: the server has no room for one more session.
+            Unavailable: no answer in time.
+        """
         return await self.client.fork(
             self, new_id, idle_timeout=idle_timeout, durability=durability
         )
@@ -345,7 +465,15 @@ class AsyncSession(Footing):
         return await self.client.reset_accuracy(self.session_id)
 
     async def close(self) -> SessionInfo:
-        """Closes the session on the server; that it is closed already is no error."""
+        """Closes the session on the server; that it is closed already is no error.
+
+        Returns:
+            How it was when it was closed.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionLost: the session is gone.
+            Unavailable: no answer in time.
+        """
         try:
             info = await self.client.close(self.session_id)
         except SessionClosed as closed:  # perhaps by a first try, whose reply was lost

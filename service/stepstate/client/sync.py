@@ -54,7 +54,29 @@ R = TypeVar("R")
 
 
 class Client:
-    """A connection to a server; threads may share it. See `AsyncClient`."""
+    """A connection to a server; threads may share it.
+
+    Its sessions survive the end of the server: `Session` tells how.
+
+    Args:
+        target: host:port, or another name that gRPC resolves.
+        timeout: seconds that a call may take with all its retries, and that a
+            stream goes on without an answer. The default survives the restart
+            of a server. Many methods take one of their own.
+        connect_timeout: seconds until a server must have answered for the first
+            time; a wrong address is told after them.
+        resume_rows: most rows that each session keeps, to send them again to a
+            server that was set back. What a server has saved is not kept.
+        credentials: of the channel, for a server or proxy with TLS:
+            `grpc.ssl_channel_credentials(...)`, also composed with call
+            credentials. Left out: plain text.
+        metadata: keys and values that go with every call, such as
+            ("authorization", "Bearer ..."). Over plain text anyone on the way
+            can read them.
+        options: gRPC's channel options, such as
+            ("grpc.ssl_target_name_override", "stepstate"); they take the place
+            of the client's own of the same name.
+    """
 
     def __init__(
         self,
@@ -96,7 +118,11 @@ class Client:
 
     @property
     def stub(self) -> StepstateServiceStub:
-        """The calls of the contract. Raises `Cancelled` after `disconnect`."""
+        """The calls of the contract.
+
+        Raises:
+            Cancelled: the client was disconnected.
+        """
         if self._disconnected:
             raise Cancelled(wire.DISCONNECTED)
         return self._stub
@@ -120,7 +146,44 @@ class Client:
         history: History | None = None,
         progress: Progress | None = None,
     ) -> Session:
-        """Opens a session with zero state. See `AsyncClient.open`."""
+        """Opens a session with zero state.
+
+        Args:
+            model: its name; may be left out where the server has one model.
+            version: empty for the newest.
+            session_id: 1 to 128 of A-Z a-z 0-9 . _ : -; left out, one is made.
+            start_time: time of the first row; without a zone it is read as UTC. Left
+                out: that of the first row of `history`, if it has times.
+            idle_timeout: the session expires when no step came for this long; left
+                out: the server's own choice.
+            durability: "async": steps are answered at once and saved a little
+                later, and the session sends again what a server lost. "sync": a
+                step is answered when it is saved. "none": the session is lost when
+                its server ends unexpectedly. Left out: the
+                server's own choice, async if it has a store that lasts.
+            missing: what a NaN in a row means. "reject", the default: the row is
+                refused. "impute": the model's own forecast of the value stands in,
+                or the value of the row before where it makes none. "hold": that of
+                the row before; before a column's first value, its level (the mean
+                and profile that the model takes off it).
+            interval_level: the share of truths that the session's intervals are to
+                cover, for example 0.9; left out: the model's own.
+            history: rows [T, D] that the session is brought up to date with: an
+                array, a DataFrame, `TimedRows`, or an iterable of such chunks. If
+                it can't be, the session is closed again, unless the server was out
+                of reach: it then stays open as far as it got.
+            progress: called with the rows of the history that are done, and with
+                how many there are, None where that is not known.
+
+        Raises:
+            SessionExists: the id is open already.
+            ModelUnknown: no such model or version is loaded.
+            InvalidField: an argument can't be accepted.
+            SessionLimit: the server has no room for one more session.
+            Unavailable: no answer in time.
+            NonFiniteInput, NonFiniteResult: the history can't be applied; `row` is
+                its place in the history.
+        """
         if history is not None and start_time is None:
             start_time, history = start_of(history)
         request = wire.opening(
@@ -153,11 +216,40 @@ class Client:
         return session
 
     def session(self, session_id: str, t: int | None = None) -> Session:
-        """An open session, to go on from its t, or from one's own. See `AsyncClient.session`."""
+        """An open session, to go on from where it is, or from the application's own t.
+
+        An application that was stopped and knows from its records that it has
+        the outputs of t rows says so, and goes on with row t: of rows that
+        were applied without its knowing it is given the same outputs again, as
+        far as the server remembers them (by default the last 32 requests). If
+        the server is before t, a step raises `RowsMissing`, which names
+        the rows it needs: this object never had them.
+
+        Args:
+            session_id: the session's.
+            t: rows whose outputs the application has; left out: as many as the server
+                has applied.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            InvalidField: there can be no such id.
+            Unavailable: no answer in time.
+        """
         return self._session(self.info(session_id), t)
 
     def info(self, session_id: str) -> SessionInfo:
-        """Where a session stands."""
+        """Where a session is, by the server's word.
+
+        Args:
+            session_id: the session's.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            InvalidField: there can be no such id.
+            Unavailable: no answer in time.
+        """
         request = pb.GetSessionRequest(session_id=session_id)
         return wire.session_info(self.call(self.stub.GetSession, request).session)
 
@@ -167,6 +259,10 @@ class Client:
         Args:
             model: only those of this model; empty: of all.
             show_expired: also those that were idle for too long and are still kept.
+
+        Raises:
+            InvalidField: there can be no such model.
+            Unavailable: no answer in time.
         """
         request = pb.ListSessionsRequest(model=model, page_size=1000, show_expired=show_expired)
         while True:
@@ -177,7 +273,17 @@ class Client:
             request.page_token = reply.next_page_token
 
     def close(self, session_id: str) -> SessionInfo:
-        """Closes a session and returns how it stood."""
+        """Closes a session and returns how it was.
+
+        Args:
+            session_id: the session's.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            InvalidField: there can be no such id.
+            Unavailable: no answer in time.
+        """
         request = pb.CloseSessionRequest(session_id=session_id)
         return wire.session_info(self.call(self.stub.CloseSession, request).session)
 
@@ -194,7 +300,27 @@ class Client:
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
     ) -> Session:
-        """Opens a session that starts from a copy of another. See `AsyncClient.fork`."""
+        """Opens a session that starts from a copy of another, and goes on apart from it.
+
+        Args:
+            session: what to copy, or its id. The fork of a `Session` is at
+                its t, and keeps the same rows to send them again.
+            new_id: the fork's, 1 to 128 of A-Z a-z 0-9 . _ : -; left out, one is made.
+            idle_timeout: the session expires when no step came for this long; left
+                out: that of the source.
+            durability: "async": steps are answered at once and saved a little
+                later, and the session sends again what a server lost. "sync": a
+                step is answered when it is saved. "none": the session is lost when
+                its server ends unexpectedly. Left out: as the source.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the source is
+                gone.
+            SessionExists: the new id is open already.
+            InvalidField: an argument can't be accepted.
+            SessionLimit: the server has no room for one more session.
+            Unavailable: no answer in time.
+        """
         source_id = session if isinstance(session, str) else session.session_id
         request = wire.forking(source_id, new_id, idle_timeout, durability)
         try:
@@ -209,7 +335,19 @@ class Client:
         return forked
 
     def export(self, session_id: str) -> bytes:
-        """A session's snapshot. See `AsyncClient.export`."""
+        """A session's snapshot: all that a server with the same model needs to go on with it.
+
+        The session stays open; `restore` opens it elsewhere.
+
+        Args:
+            session_id: the session's.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            InvalidField: there can be no such id.
+            Unavailable: no answer in time.
+        """
         request = pb.ExportSessionRequest(session_id=session_id)
         snapshot: bytes = self.call(self.stub.ExportSession, request).snapshot
         return snapshot
@@ -220,12 +358,17 @@ class Client:
         Its state, its t and what it remembers of its replies are what they were, and its
         idle time begins anew.
 
+        Args:
+            session_id: the session's.
+
         Raises:
             SessionExists: it is open. If a first reply was lost, this call may have
                 opened it: `session` tells its t.
             SessionExpired: it was kept until its `purge_time`, and is deleted.
             SessionUnknown, SessionClosed, SessionLost: there is nothing to open again.
-            As `open`.
+            SessionLimit: the server has no room for one more session.
+            InvalidField: there can be no such id.
+            Unavailable: no answer in time.
         """
         request = pb.RestoreSessionRequest(session_id=session_id)
         reply = self.call(self.stub.RestoreSession, request)
@@ -239,7 +382,28 @@ class Client:
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
     ) -> Session:
-        """Opens a session from a snapshot. See `AsyncClient.restore`."""
+        """Opens a session from a snapshot that `export` made, here or elsewhere.
+
+        Args:
+            snapshot: its bytes.
+            session_id: 1 to 128 of A-Z a-z 0-9 . _ : -; left out: that of the
+                exported session.
+            idle_timeout: the session expires when no step came for this long; left
+                out: as exported.
+            durability: "async": steps are answered at once and saved a little
+                later, and the session sends again what a server lost. "sync": a
+                step is answered when it is saved. "none": the session is lost when
+                its server ends unexpectedly. Left out: as
+                exported, or what this server can keep.
+
+        Raises:
+            SnapshotCorrupt, SnapshotForeign: it is damaged, or of another model.
+            SessionExists: the id is open. If a first reply was lost it may be this
+                very snapshot that opened it: `session` tells its t.
+            InvalidField: an argument can't be accepted.
+            SessionLimit: the server has no room for one more session.
+            Unavailable: no answer in time.
+        """
         request = wire.importing(snapshot, session_id, idle_timeout, durability)
         return self._session(wire.session_info(self.call(self.stub.ImportSession, request).session))
 
@@ -249,13 +413,24 @@ class Client:
         """Steps many sessions on one connection, and yields a result for every item.
 
         Results come in the order of the items: one is in flight at a time, so
-        that each output is there before the next item is asked for. An error
-        that ends a session is the result of the item it came for, and of all
-        later items of that session, none of which is applied; the others go on.
-        `AsyncClient.stream` has many items in flight.
+        that each output is there before the next item is asked for.
+        `AsyncClient.stream` has many items in flight. An item may be one row [D]
+        or many [T, D], with times or without; its result is that of the last one.
+
+        When the connection breaks it is made again, and what was not answered
+        is sent again with the same t; each output is given once.
+
+        An error that ends a session (a row that can't be applied, a session
+        that is closed, `RowsMissing`) is the result of the item it came for,
+        and of all later items of that session, none of which is applied; the
+        others go on. `session.t` says how far it got.
+
+        Args:
+            items: pairs (session, x), from an iterable.
 
         Raises:
             ServerUnreachable, Draining: no connection for `timeout` seconds.
+            Exception: what `items` raised.
         """
         turns, ended = Turns(self.stub.StreamSteps, self.target), dict[str, StepstateError]()
         try:
@@ -280,13 +455,23 @@ class Client:
             turns.end()
 
     def packed(self, sessions: Sequence[Session]) -> Pack:
-        """Many sessions of one model, to be stepped together by columns. See `Pack`.
+        """Many sessions of one model, to be stepped together by columns.
 
         >>> def meters(client, sessions, readings):  # readings yields x [sessions, D]
         ...     with client.packed(sessions) as pack:
         ...         for x in readings:
         ...             result = pack.step(x)
         ...             print(result.y.mean(), result.errors)
+
+        For gateways: one message carries hundreds of rows, so a step costs a
+        fraction of what it does in `stream`. The pack has a stream of its own,
+        which ends with the block; the sessions stay open.
+
+        Args:
+            sessions: at least one; a session's place in the list stands for it.
+
+        Raises:
+            InvalidField: there are none, one comes twice, or they are of several models.
         """
         return Pack(self, sessions)
 
@@ -332,7 +517,35 @@ class Client:
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Sequence[Told]:
-        """Forecasts from where each of many sessions stands. See `AsyncClient.forecast`."""
+        """Forecasts the rows to come, from where each of many sessions is.
+
+        Sessions of one call share forwards on the server; very many take several
+        calls. None advances, and none counts as used. Of a session that is given
+        as an object the forecast is from its `t` on, and a server that lost rows
+        is sent them first; of one given by its id it is from where the server is.
+
+        Args:
+            sessions: objects or ids, of any models.
+            horizon: steps ahead; left out: the longest of each model.
+            quantiles: levels, each more than 0 and less than 1; left out: the bounds
+                of each session's interval and the median, or the median alone where
+                the model knows no interval.
+            scenarios: rows that might come, [P, D] by name, the same for all
+                sessions. NaN is the model's own forecast of a value, and after the
+                last row its own forecasts go on. A DataFrame may lack columns, and
+                must have some that tell the model. Rows with times begin with each
+                session's next row, and take sessions that are given as objects.
+            timeout: seconds for all tries; left out: the client's own.
+
+        Returns:
+            For each session in order its forecast, or with scenarios its forecasts
+            by scenario, or the error why it has none:
+            `isinstance(one, StepstateError)` tells.
+
+        Raises:
+            InvalidField: what is asked for can be had of no session.
+            Unavailable: no answer in time.
+        """
         wanted = listed(sessions)
         asking = Asking(
             wanted,
@@ -360,12 +573,26 @@ class Client:
         return asking.told
 
     def models(self) -> list[ModelInfo]:
-        """The loaded models."""
+        """The loaded models, every version.
+
+        Raises:
+            Unavailable: no answer in time.
+        """
         reply = self.call(self.stub.ListModels, pb.ListModelsRequest())
         return [wire.model_info(model) for model in reply.models]
 
     def model(self, name: str = "", version: str = "") -> ModelInfo:
-        """One loaded model; an empty version means the newest."""
+        """One loaded model.
+
+        Args:
+            name: may be left out where the server has one model.
+            version: empty for the newest.
+
+        Raises:
+            ModelUnknown: no such model or version is loaded.
+            InvalidField: the name is left out, and there are several.
+            Unavailable: no answer in time.
+        """
         known = self._models.get((name, version))
         if known is None:
             request = pb.GetModelRequest(model=name, version=version)
@@ -375,7 +602,18 @@ class Client:
         return known
 
     def call(self, rpc: Callable[..., R], request: object, timeout: float | None = None) -> R:
-        """Makes a unary call that may be repeated, until it is answered or time is up."""
+        """Makes a unary call that may be repeated, until it is answered or time is up.
+
+        Args:
+            rpc: one of the calls of `stub`.
+            request: its message.
+            timeout: seconds for all tries; left out: the client's own.
+
+        Raises:
+            StepstateError: as the server answered.
+            Unavailable: no answer in time; of a server that never answered, after
+                the client's `connect_timeout`.
+        """
         tries = Tries(self._reach, self.timeout if timeout is None else timeout)
         while True:
             connected = self._connected(tries.connecting)

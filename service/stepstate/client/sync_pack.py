@@ -24,9 +24,16 @@ if TYPE_CHECKING:
 
 
 class Pack:
-    """Sessions of one model whose rows travel together. See `AsyncPack`.
+    """Sessions of one model whose rows travel together, as columns: for gateways.
 
     One thread at a time may use it.
+
+    Args:
+        client: connected to their server.
+        sessions: at least one; a session's place in the list stands for it.
+
+    Raises:
+        InvalidField: they are of several models, or one comes twice.
     """
 
     def __init__(self, client: Client, sessions: Sequence[Session]) -> None:
@@ -54,7 +61,29 @@ class Pack:
         which: ArrayLike | None = None,
         timeout: float | None = None,
     ) -> PackedResult:
-        """Applies one row to each session, or rows to some of them. See `AsyncPack.step`."""
+        """Applies one row to each session, or rows to some of them, each row exactly once.
+
+        A row that can't be applied is refused alone, and so are the rows of its
+        session behind it: look at the result's `errors`. What is lost on the way
+        is sent again with the same t, and a server that was set back is brought
+        up.
+
+        Args:
+            x: rows [N, D] in raw units; NaN is a missing value. Rows with times, in
+                an index of pandas or in `TimedRows`, must each be their session's
+                next one.
+            which: whose row each is [N], as a place in the pack; a session may
+                come several times. Left out: one row for each session in order.
+            timeout: seconds for all tries that do not bring a row on; left out: the
+                client's own.
+
+        Returns:
+            What became of each row.
+
+        Raises:
+            InvalidField: x or `which` has another shape, or a row has another time.
+            Cancelled: the client was disconnected.
+        """
         seconds = self._client.timeout if timeout is None else timeout
         call = PackedCall(self._members, x, which, timeout=seconds)
         try:

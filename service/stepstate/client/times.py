@@ -32,6 +32,7 @@ _CALL_SPACINGS = 3
 """So many rows in one call tell that they have another step than the model."""
 _SESSION_SPACINGS = 24
 """The same for rows that come one by one, where each third may be lost by chance."""
+_NEXT = np.zeros(1, np.int64)
 _HOUR = 3_600_000_000
 _SAVING_BEGINS = (
     (3, range(8, 15)),  # the second Sunday of March in America
@@ -159,6 +160,8 @@ def _holds_times(index: Any, field: str) -> bool:
 
 
 def _read(given: Any, field: str) -> Times:
+    if type(given) is datetime:  # the usual one of a stream
+        return Times(np.array([to_microseconds(given)]), given.tzinfo is None)
     if hasattr(given, "to_timestamp") and hasattr(given, "freq"):  # periods stand for their start
         given = given.to_timestamp()
     dtype = getattr(given, "dtype", None)
@@ -255,6 +258,9 @@ class Clock:
         Raises:
             InvalidField: a row is not where it would have to be. It names the first one.
         """
+        if len(times.utc) == 1 and self._is_next(int(times.utc[0]), t):
+            self._steps.append(1)
+            return _NEXT
         report = Report(field, times, first_row)
         if self._interval is None:
             return self._place_by_order(times, t, report)
@@ -264,6 +270,12 @@ class Clock:
         self._note(steps if t and self._start is not None else steps[1:], report)
         self._start = start
         return after
+
+    def _is_next(self, time: int, t: int) -> bool:
+        """Whether it is the time of row t to the microsecond, as nearly always in a stream."""
+        if self._interval is None or self._start is None:
+            return False
+        return time == self._start + t * self._interval
 
     def lay_out(self, times: Times, t: int, field: str) -> NDArray[np.int64]:
         """The same for rows that are not applied, those of a scenario, which may lack some."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Generic, Literal, TypeVar
@@ -129,11 +129,19 @@ class ModelInfo:
                 raise InvalidField(
                     field,
                     f"has the columns {', '.join(map(str, columns))}; {self.name}/{self.version} "
-                    f"takes {', '.join(self.inputs)}",
+                    f"takes {', '.join(self.inputs)}{_time_hint(x, columns)}",
                 )
             frame: Any = x
             x = frame[list(self.inputs)]
         return floats(x, field)
+
+
+def _time_hint(x: Any, columns: Iterable[str]) -> str:
+    """What to do with a column of times: a frame has them as its index."""
+    for name in columns if getattr(x, "ndim", 0) == 2 else ():
+        if getattr(getattr(x[name], "dtype", None), "kind", "") == "M":
+            return f": make the times its index, x.set_index({name!r})"
+    return ""
 
 
 def _labels(x: Any) -> Sequence[str] | None:

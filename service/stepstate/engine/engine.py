@@ -48,8 +48,8 @@ W = TypeVar("W", bound=Work)
 
 ROUNDS_TO_A_CHUNK = 4
 """Rounds of the loop; one without work takes some ten microseconds."""
-FILLED_AT_ONCE = 8
-"""Missing rows go one by one, each with its own stand-ins: as many take about a millisecond."""
+MAX_ROWS_ONE_BY_ONE = 16
+"""Of a request in one chunk: rows that need the forecast of the row before; about a millisecond."""
 MOST_PLANS = 256
 """Horizons whose plans are kept: most clients ask for one, again and again."""
 
@@ -380,10 +380,6 @@ class Engine(Generic[W]):
         if not jobs:
             return
         self._run_chunk(jobs)
-        for _ in range(FILLED_AT_ONCE - 1):
-            if not all(job.goes_on_missing for job in jobs):
-                break
-            self._run_chunk(jobs)
         for job in jobs:
             self._settle_job(job)
 
@@ -435,26 +431,31 @@ class Engine(Generic[W]):
         """What the next rows of requests give; they themselves are as they were."""
         for job in jobs:
             if not job.begun:
-                job.begin(self._arena.read(np.array([job.work.slot]))[0])
-        rows = min(max(1, self._chunk_rows // len(jobs)), *(max(1, job.whole) for job in jobs))
+                state = self._arena.read(np.array([job.work.slot]))[0]
+                job.begin(state, self._stand_ins.one_by_one)
         inspect = jobs[0].work.inspect
-        if inspect:
-            rows = 1
+        rows = max(1, self._chunk_rows // len(jobs)) if not inspect else 1
+        rows = min(rows, *(job.takes(MAX_ROWS_ONE_BY_ONE) for job in jobs))
         x = torch.from_numpy(np.stack([job.x[job.done : job.done + rows] for job in jobs]))
         phase = torch.stack([job.phases(rows) for job in jobs])
         states = torch.from_numpy(np.stack([job.cell for job in jobs]))
         past = self._past_of(jobs)
-        if past is not None and rows == 1 and any(job.work.missing_rows for job in jobs):
+        trace: list[dict[str, Tensor]] | None = [] if inspect else None
+        if any(job.work.missing_rows for job in jobs) and past is not None:
             impute = torch.tensor([job.work.impute for job in jobs])
-            x = self._stand_ins.filled(x[:, 0], phase[:, 0], states, past, impute=impute)[:, None]
-        trace: list[dict[str, Tensor]] = []
-        if inspect:
+            x, y, states = self._stand_ins.apply(x, phase, states, past, impute=impute, trace=trace)
+        elif inspect:
             y, states = self._network.step(x[:, 0], phase[:, 0], states, past, trace)
             y = y[:, None]
         else:
             y, states = self._network.sequence(x, phase, states, past)
         return [
-            Part(x[place].numpy(), y[place].numpy(), states[place].numpy(), traced(trace, place))
+            Part(
+                x[place].numpy(),
+                y[place].numpy(),
+                states[place].numpy(),
+                traced(trace or (), place),
+            )
             for place in range(len(jobs))
         ]
 

@@ -74,15 +74,20 @@ class Forward:
         slots, at, x = rows.slots, rows.at, rows.x
         phase = torch.from_numpy(rows.phase)
         states = torch.from_numpy(self._arena.gather(slots))
-        past = None
-        if rows.impute is not None or self._network.lagged:
-            past = Past(torch.from_numpy(self._arena.past(slots, at)), torch.from_numpy(at))
-        seen = torch.from_numpy(x)
-        if rows.impute is not None and past is not None:
-            impute = torch.from_numpy(rows.impute)
-            seen = self._stand_ins.filled(seen, phase, states, past, impute=impute)
-        y, states = self._network.step(seen, phase, states, past)
-        applied, told, after = seen.numpy(), y.numpy(), states.numpy()
+        if rows.impute is None:
+            past = self._past(slots, at) if self._network.lagged else None
+            y, states = self._network.step(torch.from_numpy(x), phase, states, past)
+            applied = x
+        else:
+            kept, y, states = self._stand_ins.apply(
+                torch.from_numpy(x)[:, None],
+                phase[:, None],
+                states,
+                self._past(slots, at),
+                impute=torch.from_numpy(rows.impute),
+            )
+            applied, y = kept[:, 0].numpy(), y[:, 0]
+        told, after = y.numpy(), states.numpy()
         outputs, fine = told, None
         if not (_finite(told) and _finite(after)):
             fine = (y.isfinite().all(dim=1) & states.isfinite().all(dim=1)).numpy()
@@ -93,6 +98,14 @@ class Forward:
         self._arena.scatter(slots, after)  # first, as on a device it may raise
         self._write_host(slots, at, applied, tracked)
         return Stepped(rows.x, outputs, fine)
+
+    def _past(self, slots: NDArray[np.int64], at: NDArray[np.int64]) -> Past:
+        """The past rows of sessions: all where the model looks back, else the last one."""
+        if self._network.lagged:
+            rows = self._arena.past(slots, at)
+        else:
+            rows = self._arena.past_row(slots, at - 1)[:, None]
+        return Past(torch.from_numpy(rows), torch.from_numpy(at))
 
     def _step_there(self, forward: DeviceForward, rows: Rows) -> Stepped:
         """The same on the accelerator; past rows and what is tracked are the host's."""

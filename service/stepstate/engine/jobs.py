@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -53,7 +53,7 @@ class Job(Generic[W]):
         self.overflowed = False
         self.error: Exception | None = None
         """What its rows raised."""
-        self._missing: NDArray[np.int64] | None = None  # the rows that miss something
+        self._one_by_one: NDArray[np.int64] = np.zeros(0, np.int64)
         self._state: Floats | None = None  # [R], a copy, from the first chunk on
         self.tally = tracker.tally() if tracker else Tally()
         self._tracker = tracker
@@ -66,12 +66,17 @@ class Job(Generic[W]):
         """Whether it has its rows and state."""
         return self._state is not None
 
-    def begin(self, state: Floats) -> None:
-        """Reads its rows, and takes a copy [R] of its slot's state."""
+    def begin(self, state: Floats, one_by_one: Callable[[Floats], NDArray[np.int64]]) -> None:
+        """Reads its rows, and takes a copy [R] of its slot's state.
+
+        Args:
+            state: the copy.
+            one_by_one: tells the places of the rows that need the forecast of the row before.
+        """
         work = self.work
         self.x = np.array(work.x, np.float32).reshape(work.rows, self._layout.inputs)
-        if work.missing_rows:
-            self._missing = np.flatnonzero(np.isnan(self.x).any(axis=1))
+        if self._imputes:
+            self._one_by_one = one_by_one(self.x)
         self._state = state
 
     def fail(self, error: Exception) -> None:
@@ -93,23 +98,21 @@ class Job(Generic[W]):
         """Rows that were applied before the next one."""
         return self.work.at + self.done
 
+    def takes(self, most: int) -> int:
+        """How many of the next rows have at most so many among them that go one by one."""
+        place = int(np.searchsorted(self._one_by_one, self.done)) + most
+        if place < len(self._one_by_one):
+            return int(self._one_by_one[place]) - self.done
+        return self.left
+
     @property
-    def whole(self) -> int:
-        """How many of the next rows miss nothing."""
-        if self._missing is None:
-            return self.left
-        place = np.searchsorted(self._missing, self.done)
-        return int(self._missing[place]) - self.done if place < len(self._missing) else self.left
+    def _imputes(self) -> bool:
+        return self.work.impute and bool(self.work.missing_rows)
 
     @property
     def kind(self) -> tuple[bool, bool]:
         """Jobs of one kind share chunks: those that go row by row would hold up all others."""
-        return self.work.inspect, bool(self.work.missing_rows)
-
-    @property
-    def goes_on_missing(self) -> bool:
-        """Whether there is a next row, and it misses something."""
-        return bool(self.left) and not self.over and not self.whole
+        return self.work.inspect, self._imputes
 
     def phases(self, rows: int) -> Tensor:
         """The steps of the next rows in the model's timeline."""

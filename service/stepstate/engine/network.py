@@ -110,12 +110,25 @@ class Network:
         Returns:
             y [B, O] in raw units, and the new states [B, Rc].
         """
-        place = self._place(phase)
-        seen = self._scaled(x, place)
+        place = self.place(phase)
+        seen = self.scaled(x, place)
+        window = None
+        if past is not None and self.lagged:
+            window = self.window(past, phase, seen[:, None])
+        return self.step_seen(seen, place, state, window, trace)
+
+    def step_seen(
+        self,
+        seen: Tensor,
+        place: Place | None,
+        state: Tensor,
+        window: Tensor | None,
+        trace: Trace | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The same with `scaled` rows [B, D], the last ones of a `window` where it is `lagged`."""
         inputs = self._with_calendar(seen, place)
         features = None
-        if past is not None and self.lagged:
-            window = self._window(past, phase, seen[:, None])
+        if window is not None:
             inputs, features = self._with_lags(inputs[:, None], window)
             inputs, features = inputs[:, 0], None if features is None else features[:, 0]
         h, state = self._cell.step(inputs, state, trace)
@@ -136,12 +149,21 @@ class Network:
             y [B, T, O] in raw units, and the new states [B, Rc].
         """
         batch, rows, width = x.shape
-        place = self._place(phase.flatten())
-        seen = self._scaled(x.reshape(batch * rows, width), place)
-        inputs = self._with_calendar(seen, place).view(batch, rows, -1)
-        features = None
+        place = self.place(phase.flatten())
+        seen = self.scaled(x.reshape(batch * rows, width), place).view(x.shape)
+        window = None
         if past is not None and self.lagged:
-            window = self._window(past, phase[:, 0], seen.view(batch, rows, width))
+            window = self.window(past, phase[:, 0], seen)
+        return self.sequence_seen(seen, place, state, window)
+
+    def sequence_seen(
+        self, seen: Tensor, place: Place | None, state: Tensor, window: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same with `scaled` rows [B, T, D], the last ones of a `window`; places [B T]."""
+        batch, rows, width = seen.shape
+        inputs = self._with_calendar(seen.reshape(batch * rows, width), place)
+        inputs, features = inputs.view(batch, rows, -1), None
+        if window is not None:
             inputs, features = self._with_lags(inputs, window)
         h, state = self._cell.sequence(inputs, state)
         if features is not None:
@@ -159,10 +181,10 @@ class Network:
         """
         features = None
         if past is not None and self._into_head:
-            features = self._into_head.of(self._window(past, phase), 1)[:, 0]
-        return self._outputs(state[:, self._cell.output], self._place(phase - 1), features)
+            features = self._into_head.of(self.window(past, phase), 1)[:, 0]
+        return self._outputs(state[:, self._cell.output], self.place(phase - 1), features)
 
-    def _place(self, phase: Tensor) -> Place | None:
+    def place(self, phase: Tensor) -> Place | None:
         """Where rows at these steps lie in time; None: the model knows no time."""
         return self._calendar.place(phase) if self._timed else None
 
@@ -187,7 +209,7 @@ class Network:
             inputs = torch.cat((inputs, self._into_cell.of(window, rows)), dim=2)
         return inputs, self._into_head.of(window, rows) if self._into_head else None
 
-    def _window(self, past: Past, phase: Tensor, seen: Tensor | None = None) -> Tensor:
+    def window(self, past: Past, phase: Tensor, seen: Tensor | None = None) -> Tensor:
         """Past rows, and those being applied, [B, N + T, D] as the network sees them, without gaps.
 
         Args:
@@ -205,11 +227,12 @@ class Network:
         batch, length, width = past.rows.shape
         phases = phase[:, None] + torch.arange(-length, 0)
         seen = self._level_free(
-            past.rows.reshape(batch * length, width), self._place(phases.flatten())
+            past.rows.reshape(batch * length, width), self.place(phases.flatten())
         )
         return seen.view(batch, length, width)
 
-    def _scaled(self, x: Tensor, place: Place | None) -> Tensor:
+    def scaled(self, x: Tensor, place: Place | None) -> Tensor:
+        """Raw rows [B, D] as the network sees them; NaN where they are too large to be applied."""
         x = self._level_free(x, place)
         if not self._branches or x.abs().max().item() > self._largest:
             x = x.masked_fill(x.abs() > self._largest, math.nan)
@@ -218,8 +241,11 @@ class Network:
     def _level_free(self, x: Tensor, place: Place | None) -> Tensor:
         if self._plain:
             return x
-        levels = self._levels if place is None else self._calendar.levels(place)
-        return (x - levels) * self._inverse_scale
+        return (x - self.levels(place)) * self._inverse_scale
+
+    def levels(self, place: Place | None) -> Tensor:
+        """What columns are taken to be where nothing is known of them: [B or 1, D], raw."""
+        return self._levels if place is None else self._calendar.levels(place)
 
 
 def _output_scale(manifest: Manifest) -> Tensor:

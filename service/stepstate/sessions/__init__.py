@@ -1,5 +1,6 @@
 """Sessions: who is open, where each stands, and in which order steps are applied."""
 
+from stepstate.sessions.arrivals import Hold, Waiter
 from stepstate.sessions.forecaster import (
     OutputForecast,
     Scenario,
@@ -19,6 +20,7 @@ __all__ = [
     "ID_LENGTH",
     "Columns",
     "Copying",
+    "Hold",
     "Lane",
     "LaneObserver",
     "Limits",
@@ -36,6 +38,7 @@ __all__ = [
     "Standing",
     "Step",
     "Table",
+    "Waiter",
     "Wish",
     "check_id",
     "new_id",

@@ -1,6 +1,6 @@
 """Forecasts from where sessions stand, many sessions and scenarios to a forward.
 
-Rule 1: a session is copied between two of its steps, after those that it had accepted.
+Rule 1: a session is copied between two of its steps, after those that arrived before the call.
 Rule 2: nothing of it changes, and it does not count as used.
 Rule 3: one short block and one long one compute at a time, in pieces between the turns of the
         engines, and calls take turns block by block.
@@ -15,13 +15,14 @@ import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import numpy as np
 
 from stepstate.engine import Floats, Origins, Outlook
 from stepstate.errors import ForecastImpossible, InvalidField, StepstateError
 from stepstate.models import Manifest, Output
+from stepstate.sessions.arrivals import Call, Waiter
 from stepstate.sessions.courses import Course, courses_of
 from stepstate.sessions.forecast_bounds import (
     MOST_FED_ROWS,
@@ -34,7 +35,7 @@ from stepstate.sessions.forecast_bounds import (
 )
 from stepstate.sessions.lane import Lane
 from stepstate.sessions.opening import ID_LENGTH
-from stepstate.sessions.session import ReplyTo, Session
+from stepstate.sessions.session import Session
 from stepstate.sessions.surprise import surprise
 from stepstate.sessions.table import Table
 from stepstate.sessions.turn import Turn
@@ -111,21 +112,31 @@ class _Group:
 _Item = tuple[_Origin, int]
 """A session, and the place of a scenario in a course."""
 _Told = list[SessionForecast] | StepstateError
+_Call = Call[Turn[_Origin | StepstateError]]
+T = TypeVar("T")
 
 
 class Doors(Protocol):
     """What is used of the sessions."""
 
     def find(self, session_id: str) -> Session | None:
-        """The resident session of this id if it takes steps now."""
+        """The resident session of this id if it takes steps now, and nobody waits for it."""
         ...
 
-    async def get(self, session_id: str) -> Session:
-        """The open session of this id, made resident if it is not."""
+    def wait(self, session_id: str, waiter: Waiter, *, start: bool = True) -> None:
+        """Lets a request stand in a session's line."""
         ...
 
-    def refuse(self, session_id: str, error: StepstateError, reply_to: ReplyTo) -> bool:
-        """Lets something wait for the session's steps before it; False if there are none."""
+    def load(self, session_id: str) -> None:
+        """Makes the session resident that requests wait for without `start`."""
+        ...
+
+    def drop(self, session_id: str, waiter: Waiter) -> None:
+        """Takes a request out of its line."""
+        ...
+
+    def turn(self, session: Session, act: Callable[[], T]) -> Turn[T]:
+        """Calls a function after the steps that a session has accepted."""
         ...
 
 
@@ -173,35 +184,53 @@ class Forecaster:
     ) -> dict[str, _Origin | StepstateError]:
         few = asyncio.Semaphore(FETCHED_AT_ONCE)
         found: dict[str, _Origin | StepstateError] = {}
+        calls: dict[str, _Call] = {}
         tasks: dict[str, asyncio.Task[_Origin | StepstateError]] = {}
         try:
-            for place, session_id in enumerate(session_ids):
-                session = self._doors.find(session_id)
-                if session is not None and not self._table.busy[session.handle]:
-                    found[session_id] = _counted(self._copied(session), take)
-                else:
-                    fetching = self._fetch(session_id, few, take)
-                    tasks[session_id] = asyncio.create_task(fetching)
+            for session_id in session_ids:  # each has its place before anything is waited for
+                if not self._copied_at_once(session_id, found):
+                    calls[session_id] = self._arrive(session_id)
+            for origin in found.values():
+                _counted(origin, take)
+            for place, (session_id, call) in enumerate(calls.items()):
+                tasks[session_id] = asyncio.create_task(self._fetch(session_id, call, few, take))
                 if place % COPIED_AT_ONCE == COPIED_AT_ONCE - 1:
                     await asyncio.sleep(0)
             found.update(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
         finally:
+            for session_id, call in calls.items():
+                self._doors.drop(session_id, call)
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
         return found
 
+    def _copied_at_once(self, session_id: str, found: dict[str, _Origin | StepstateError]) -> bool:
+        """Copies a session that has nothing to finish, unless many have been copied."""
+        session = self._doors.find(session_id) if len(found) < COPIED_AT_ONCE else None
+        if session is None or self._table.busy[session.handle]:
+            return False
+        found[session_id] = self._copied(session)
+        return True
+
+    def _arrive(self, session_id: str) -> _Call:
+        """Takes a place in a session's line, and then one among its steps."""
+        call = Call(lambda session: self._doors.turn(session, lambda: self._copied(session)))
+        session = self._doors.find(session_id)
+        if session is not None and self._table.busy[session.handle]:
+            call.found(session)
+        else:
+            self._doors.wait(session_id, call, start=False)
+        return call
+
     async def _fetch(
-        self, session_id: str, few: asyncio.Semaphore, take: Callable[[int], None]
+        self, session_id: str, call: _Call, few: asyncio.Semaphore, take: Callable[[int], None]
     ) -> _Origin | StepstateError:
         """Copies a session that has to be loaded, or has steps to finish."""
         async with few:
             try:
-                session = await self._doors.get(session_id)
-                turn = Turn(lambda: self._copied(session))
-                if not self._doors.refuse(session_id, turn.mark, turn):
-                    turn.now()
-                origin = await turn.result()
+                self._doors.load(session_id)
+                origin = await (await call.result).result()
             except StepstateError as error:
                 return error.with_traceback(None)  # or it would keep this frame, in a circle
             return _counted(origin, take)

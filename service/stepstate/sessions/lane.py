@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 
 from stepstate.engine import Engine, Floats, Layers, Observer, Precision, Tally
 from stepstate.errors import (
-    InvalidField,
     NonFiniteResult,
     SnapshotCorrupt,
     StepAhead,
@@ -125,7 +124,6 @@ class Lane:
         self._doubt = doubt
         self._backlog_rows = backlog_rows
         self._output_bytes = 4 * model.manifest.output_width
-        self._input_width = model.manifest.input_width
         self.lag_rows = model.manifest.lag_rows
         self.queued_rows = 0
         self.queued_requests = 0
@@ -406,15 +404,9 @@ class Lane:
             self._busy[session.handle] = True
             self.engine.submit(step)
 
-    def _not_now(self, step: Step, t: int) -> StepUnplaced | StoreUnavailable | InvalidField | None:
+    def _not_now(self, step: Step, t: int) -> StepUnplaced | StoreUnavailable | None:
         """Why a step that fits the session's t is refused all the same."""
         session = step.session
-        if step.missing_rows and t == 0 and np.isnan(step.x[: self._input_width]).any():
-            return InvalidField(
-                "x",
-                f"has missing values in the first row of session {session.session_id!r}: nothing "
-                "can stand in for them; begin with a whole row",
-            )
         if session.lease_in_doubt:
             return StoreUnavailable("the session's lease is being renewed")
         if session.unplaced:

@@ -36,6 +36,7 @@ class StoreLink:
     def __init__(self, store: SessionStore, *, clock: Callable[[], float]) -> None:
         self.store = store
         self.up = True
+        self._closed = False
         self.failures = dict.fromkeys(STORE_CAUSES, 0)
         """Calls that failed, by cause."""
         self._clock = clock
@@ -68,7 +69,14 @@ class StoreLink:
             log.warning("the store is back")
             self.up = True
 
+    async def close(self) -> None:
+        """Closes the store; that it is away from then on is no news."""
+        self._closed = True
+        await self.store.close()
+
     def _note(self, error: StoreUnavailable) -> None:
+        if self._closed:
+            return
         self.failures[error.cause] += 1
         self._failed_at = self._clock()
         if self.up:

@@ -65,6 +65,14 @@ class PackReplyTo(Protocol):
         ...
 
 
+class DeferredRows(Protocol):
+    """Packed rows that wait for rows of the same sessions before them."""
+
+    def flush(self, handle: int) -> None:
+        """Sends the rows of a session on their way alone, in order."""
+        ...
+
+
 class PackedRows(Pack):
     """Rows on their straight way through a lane's engine. It carries its own outcome."""
 

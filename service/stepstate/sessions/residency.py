@@ -61,6 +61,7 @@ class Residency:
         clock: monotonic seconds.
         wall: Unix seconds.
         observer: told of sessions that come and go.
+        awaited: whether somebody stands in a session's line.
         expired: marks a session of the store whose time is up, and gives what to tell.
     """
 
@@ -75,6 +76,7 @@ class Residency:
         clock: Callable[[], float],
         wall: Callable[[], float],
         observer: ResidencyObserver,
+        awaited: Callable[[Session], bool],
         expired: Callable[[Entry], Awaitable[SessionExpired]],
     ) -> None:
         self.saver = Saver(
@@ -89,9 +91,9 @@ class Residency:
         self.room = Room(
             table,
             self.saver if link.store.durable else None,
-            clock=clock,
             observer=observer,
             remove=self.remove,
+            awaited=awaited,
         )
         self._link = link
         self._table = table
@@ -112,7 +114,6 @@ class Residency:
         phase = 0 if record.start_time is None else lane.timeline.phase(record.start_time)
         session = Session(record, lane, slot, phase)
         session.epoch = epoch
-        session.placed_at = self._clock()
         session.identity = identity_of(record, self._owner)
         self._table.add(
             session,
@@ -144,7 +145,6 @@ class Residency:
             self.room.release()
             raise
         session = self.place(snapshot, entry.epoch, expires_at=entry.expires_at)
-        session.wanted = True
         session.unplaced = entry.owner != "" and session.bounded
         record = entry.record
         taken_over = entry.owner not in ("", self._owner)

@@ -22,8 +22,6 @@ SPILLED_AT_ONCE = 128
 ROOM_SECONDS = 5.0
 """If every resident session is busy for that long, the server has too few slots."""
 ROOM_PAUSE_SECONDS = 0.01
-WANTED_SECONDS = 1.0
-"""A session that was just loaded stays at least until whoever wanted it has come."""
 
 
 class SpillObserver(Protocol):
@@ -40,9 +38,9 @@ class Room:
     Args:
         table: the resident sessions.
         saver: saves those that make way; None: there is no store that keeps them.
-        clock: monotonic seconds.
         observer: told of sessions that make way.
         remove: called with each, to take it out of the arena.
+        awaited: whether somebody waits for a session, which then stays.
     """
 
     def __init__(
@@ -50,15 +48,15 @@ class Room:
         table: Table,
         saver: Saver | None,
         *,
-        clock: Callable[[], float],
         observer: SpillObserver,
         remove: Callable[[Session], None],
+        awaited: Callable[[Session], bool],
     ) -> None:
         self._table = table
         self._saver = saver
-        self._clock = clock
         self._observer = observer
         self._remove = remove
+        self._awaited = awaited
         self._reserved = 0
         self._waiters: deque[asyncio.Future[None]] = deque()
         self._spilling: asyncio.Task[int] | None = None
@@ -149,8 +147,7 @@ class Room:
         return len(chosen)
 
     def _can_leave(self, session: Session) -> bool:
-        fresh = session.wanted and self._clock() < session.placed_at + WANTED_SECONDS
-        return not (self._table.busy[session.handle] or session.barred or fresh)
+        return not (self._table.busy[session.handle] or session.barred or self._awaited(session))
 
 
 def _stay(session: Session) -> None:

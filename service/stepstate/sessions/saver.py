@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby
@@ -18,10 +17,11 @@ from typing import Protocol
 
 import numpy as np
 
-from stepstate.errors import Internal, StaleOwner, StepstateError, StoreUnavailable
+from stepstate.errors import StaleOwner, StepstateError, StoreUnavailable
 from stepstate.sessions.link import StoreLink
 from stepstate.sessions.session import Session, Step
 from stepstate.sessions.snapshot import Snapshot, encode
+from stepstate.sessions.surprise import surprise
 from stepstate.sessions.table import NEVER, Table
 from stepstate.stores import Durability, Ending, Entry, Save, Saved
 
@@ -196,11 +196,8 @@ class Saver:
         failure: StepstateError | None = None
         try:
             await self.save([step.session for step in steps])
-        except StoreUnavailable as error:
-            failure = error.with_traceback(None)  # or it would keep the steps, in a circle
-        except Exception:
-            failure = Internal(secrets.token_hex(8))
-            log.exception("a commit failed", extra={"error_id": failure.error_id})
+        except Exception as error:  # noqa: BLE001 - a surprise is logged, and the steps answered
+            failure = surprise("a commit failed", error, steps[0].session.session_id)
         for step in steps:
             if failure is not None:
                 self._forget(step.session, failure)
@@ -211,10 +208,9 @@ class Saver:
         found: Entry | Ending | None = None
         try:
             found = await self._link.ask(self._link.store.find(session.session_id))
-        except StoreUnavailable as error:
-            step.error = error.with_traceback(
-                None
-            )  # to ask for rows that may be saved elsewhere would be wrong
+        except Exception as error:  # noqa: BLE001 - a surprise is logged, and the step answered
+            # To ask for rows that may be saved elsewhere would be wrong.
+            step.error = surprise("a look for a session failed", error, session.session_id)
         if isinstance(found, Entry) and found.epoch > session.epoch:
             self._forget(session, StaleOwner(session.session_id, found.t))
         session.lane.doubted(step)

@@ -3,6 +3,9 @@
 Rule 1: an id is free, open, or ending; the store decides it for every server that shares it.
 Rule 2: a session that is gone is an error that says why; nothing restarts one silently.
 Rule 3: every accepted step is counted until it is settled, so a drain knows when it is done.
+Rule 4: what arrives first for a session is first in its line (see `arrivals`), whatever it asks
+        for, whichever door it comes by, and whatever state the session is in. So every public
+        coroutine takes its place before it waits for anything.
 """
 
 from __future__ import annotations
@@ -10,9 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from stepstate.errors import (
     Draining,
@@ -26,6 +33,7 @@ from stepstate.errors import (
     StoreUnavailable,
 )
 from stepstate.models import Catalog, Manifest
+from stepstate.sessions.arrivals import RETRY_SECONDS, Arrivals, Call, Hold, Waiter, served
 from stepstate.sessions.census import Census
 from stepstate.sessions.expiry import Expiry
 from stepstate.sessions.forecaster import Forecaster, SessionForecast, Wish
@@ -40,8 +48,8 @@ from stepstate.sessions.opening import (
     default_idle_timeout,
     make_record,
 )
-from stepstate.sessions.packed import Columns, Seat, lane_of, seat_of
-from stepstate.sessions.residency import Residency, ResidencyObserver, told
+from stepstate.sessions.packed import Columns, DeferredRows, Seat, lane_of, seat_of
+from stepstate.sessions.residency import Residency, ResidencyObserver
 from stepstate.sessions.session import ReplyTo, Session, Step
 from stepstate.sessions.snapshot import Snapshot, decode, encode
 from stepstate.sessions.standing import Standing, Standings
@@ -54,6 +62,8 @@ log = logging.getLogger(__name__)
 _SAVED_AT_ONCE = 500
 _ENDED_AT_ONCE = 32  # about a millisecond of work in one turn of the loop
 _PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:-]{0,160}")
+
+T = TypeVar("T")
 
 
 class Sessions:
@@ -93,6 +103,8 @@ class Sessions:
         self._wall = wall
         self._observer = observer
         self._standings = Standings(table, owner=owner, clock=clock, now=store.now)
+        self._arrivals = Arrivals(self._usable, self._make_ready)
+        self._lines = self._arrivals.lines
         self._census = Census(self.link, clock=clock, observer=observer)
         self._expiry = Expiry(
             self.link,
@@ -111,16 +123,17 @@ class Sessions:
             clock=clock,
             wall=wall,
             observer=observer,
+            awaited=lambda session: session.session_id in self._lines,
             expired=self._expiry.settle,
         )
         self.saver = self._residency.saver
         self._draining = False
         self._queued_requests = 0
         self._queued_rows = 0
-        self._opening: dict[str, asyncio.Future[None]] = {}
-        self._loading: dict[str, asyncio.Task[Session]] = {}
+        self._openings = 0  # under way
         self._settled_all = asyncio.Event()
-        self._closings: set[asyncio.Future[int]] = set()
+        self.deferred: set[DeferredRows] = set()
+        """Those whose rows wait."""
         self._forecaster = Forecaster(self, table)
 
     def __len__(self) -> int:
@@ -174,8 +187,12 @@ class Sessions:
         """Seconds without a step after which a session of a model expires, if it asks for none."""
         return default_idle_timeout(manifest, self._limits)
 
-    async def open(self, opening: Opening) -> Session:
+    async def open(self, opening: Opening, *, hold: Hold | None = None) -> Session:
         """Opens a session with zero state at t = 0.
+
+        Args:
+            opening: what is asked for.
+            hold: the caller's place in the line of its id, if it has one.
 
         Raises:
             SessionExists, ModelUnknown, InvalidField, SessionLimit, Draining, StoreUnavailable.
@@ -185,7 +202,10 @@ class Sessions:
         model = self.catalog.find(opening.model, opening.version)
         record = make_record(opening, model.manifest, self._limits)
         blank = self.lanes[model.key].blank(record, self._wall())
-        return await self._adopt(blank)
+        if hold is not None:
+            return await self._adopt(blank, hold)
+        async with self.hold(record.session_id) as mine:
+            return await self._adopt(blank, mine)
 
     async def fork(self, session_id: str, copying: Copying) -> Session:
         """Opens a session that starts from a copy of another.
@@ -195,8 +215,14 @@ class Sessions:
         """
         if self._draining:
             raise Draining
-        source = decode((await self.export(session_id))[0])
-        return await self._adopt_copy(source, copying)
+        check_id(copying.session_id)
+        exporting = self._export(session_id)  # its place in the source's line
+        try:
+            async with self.hold(copying.session_id) as hold:
+                source = decode((await (await exporting.result).result())[0])
+                return await self._adopt_copy(source, copying, hold)
+        finally:
+            self.drop(session_id, exporting)
 
     async def export(self, session_id: str) -> tuple[bytes, Standing]:
         """A session's snapshot after the steps accepted so far, and how it stood then.
@@ -204,11 +230,11 @@ class Sessions:
         Raises:
             as `get`.
         """
-        session = await self.get(session_id)
-        turn = Turn(lambda: (self.saver.snapshot(session), self.standing(session)))
-        if not self.refuse(session_id, turn.mark, turn):
-            turn.now()
-        return await turn.result()
+        exporting = self._export(session_id)
+        try:
+            return await (await exporting.result).result()
+        finally:
+            self.drop(session_id, exporting)
 
     async def reset_accuracy(self, session_id: str) -> Standing:
         """Forgets how good a session's forecasts were, after the steps accepted so far.
@@ -218,10 +244,10 @@ class Sessions:
         Raises:
             as `get`, StaleOwner.
         """
-        session = await self.get(session_id)
-        turn = Turn(lambda: self._reset_accuracy(session))
-        if not self.refuse(session_id, turn.mark, turn):
-            turn.now()
+        session, turn = await self.in_turn(
+            session_id,
+            lambda found: (found, self.turn(found, lambda: self._reset_accuracy(found))),
+        )
         standing = await turn.result()
         await self._changed_is_kept(session)
         return standing
@@ -255,7 +281,8 @@ class Sessions:
         snapshot = self._residency.fitted(decode(data))
         if not copying.session_id:
             copying = replace(copying, session_id=snapshot.record.session_id)
-        return await self._adopt_copy(snapshot, copying)
+        async with self.hold(copying.session_id) as hold:
+            return await self._adopt_copy(snapshot, copying, hold)
 
     async def restore_expired(self, session_id: str) -> Session:
         """Opens an expired session again, as it was; its idle time begins anew.
@@ -265,29 +292,35 @@ class Sessions:
             SessionUnknown, SessionExpired, SessionClosed: there is nothing to restore.
             SessionLimit; and as `get`.
         """
-        check_id(session_id)
         if self._draining:
             raise Draining
+        async with self.hold(session_id) as hold:
+            while not await self._reopen(session_id):
+                pass  # somebody was faster
+            return await self.get(session_id, hold=hold)
+
+    async def _reopen(self, session_id: str) -> bool:
+        """Lets the store have an expired session open again; False if somebody was faster."""
         await self._free_id(session_id)
         entry = await self._expired_entry(session_id)
-        if self._census.total + len(self._opening) >= self._limits.sessions:
+        if self._census.total + self._openings >= self._limits.sessions:
             raise SessionLimit(self._limits.sessions)
         expires_at = self._store.now() + entry.record.idle_timeout_seconds
         opened = await self.link.ask(
             self._store.restore(session_id, entry.epoch, expires_at=expires_at)
         )
-        if not opened:  # somebody was faster
-            return await self.restore_expired(session_id)
-        self._census.restored(entry.record.model_key)
-        log.info("an expired session was restored", extra={"session_id": session_id})
-        return await self.get(session_id)
+        if opened:
+            self._census.restored(entry.record.model_key)
+            log.info("an expired session was restored", extra={"session_id": session_id})
+        return opened
 
     async def _expired_entry(self, session_id: str) -> Entry:
         """An expired session of a model that is loaded here, marked as such."""
         found = await self.link.ask(self._store.find(session_id))
         if isinstance(found, Entry) and self._standings.past(found):
             record = found.record
-            if self._residency.loaded(record.model_key) == record.fingerprint:
+            lane = self.lanes.get(record.model_key)
+            if lane is not None and record.fingerprint in lane.model.fingerprints:
                 if found.delete_at is not None:
                     return found
                 await self._expiry.settle(found)
@@ -297,31 +330,100 @@ class Sessions:
         raise await self._residency.untaken(found, session_id)
 
     def find(self, session_id: str) -> Session | None:
-        """The resident session of this id if it takes steps now; else `get` finds out more."""
+        """The resident session of this id if it takes steps now, and nobody waits for it."""
         session = self._table.get(session_id)
-        if session is None or session.barred or self._overdue(session):
+        if session is None or session.barred or session_id in self._lines or self._overdue(session):
             return None
+        if self._table.deferred[session.handle]:
+            self._flush(session)
         return session
 
-    async def get(self, session_id: str) -> Session:
+    def arrive(self, session_id: str, waiter: Waiter) -> None:
+        """Serves a request at once, or lets it wait in its session's line."""
+        session = self.find(session_id)
+        if session is None or not served(waiter, session):
+            self.wait(session_id, waiter)
+
+    def wait(self, session_id: str, waiter: Waiter, *, start: bool = True) -> None:
+        """Lets a request stand in the line of a session that `find` does not give.
+
+        Args:
+            session_id: of the session.
+            waiter: is told the session, or why there is none, when its turn has come.
+            start: makes the session resident; else that waits for `load`, or for others.
+        """
+        try:
+            check_id(session_id)
+            if self._draining and session_id not in self._lines:
+                raise Draining
+        except StepstateError as error:
+            waiter.failed(error.with_traceback(None))
+        else:
+            self._stop_packed(session_id)
+            self._arrivals.wait(session_id, waiter, start=start)
+
+    def load(self, session_id: str) -> None:
+        """Makes the session resident that requests wait for without `start`."""
+        self._arrivals.start(session_id)
+
+    def drop(self, session_id: str, waiter: Waiter) -> None:
+        """Takes a request out of its line whose caller has given up."""
+        self._arrivals.drop(session_id, waiter)
+
+    def hold(self, session_id: str) -> Hold:
+        """Takes a place in a session's line that nobody comes past until it is released.
+
+        Raises:
+            InvalidField: no session can have that id.
+        """
+        check_id(session_id)
+        self._stop_packed(session_id)
+        return self._arrivals.hold(session_id)
+
+    async def in_turn(
+        self,
+        session_id: str,
+        act: Callable[[Session], T],
+        *,
+        patience_seconds: float = 0.0,
+        hold: Hold | None = None,
+    ) -> T:
+        """Uses a session as soon as it can be used, after all who came before.
+
+        Args:
+            session_id: of the session, which is made resident if it is not.
+            act: called with it, without a wait between; returns what is returned.
+            patience_seconds: how long to wait for room in the queue, in its place in the line.
+            hold: the caller's place in the line, if it has one.
+
+        Raises:
+            as `get`, and what `act` raises.
+        """
+        deadline = asyncio.get_running_loop().time() + patience_seconds
+        if hold is not None:
+            return await self._use_held(session_id, act, deadline, hold)
+        if not patience_seconds and (session := self.find(session_id)) is not None:
+            return act(session)
+        call = Call(act, deadline)
+        self.arrive(session_id, call)
+        try:
+            return await call.result
+        finally:
+            self.drop(session_id, call)
+
+    async def get(self, session_id: str, *, hold: Hold | None = None) -> Session:
         """The open session of this id, made resident if it is not.
+
+        Only with a `hold` it is sure that nobody else has used it before the caller does.
 
         Raises:
             SessionUnknown, SessionExpired, SessionClosed, SessionLost, InvalidField,
             SnapshotForeign, SnapshotCorrupt, Draining, QueueFull, StoreUnavailable.
         """
-        while (session := self.find(session_id)) is None:
-            check_id(session_id)
-            if self._draining:
-                raise Draining
-            await self._settle_resident(session_id)
-            if session_id in self._opening:
-                await asyncio.shield(self._opening[session_id])
-            elif self._table.get(session_id) is None:
-                session = await self._load(session_id)
-                session.wanted = False
-                if not session.barred:
-                    return session
+        if hold is None:
+            return await self.in_turn(session_id, lambda session: session)
+        while (session := self._usable(session_id)) is None:
+            await hold.finish(self._make_ready(session_id))
         return session
 
     async def look(self, session_id: str) -> Standing:
@@ -331,22 +433,20 @@ class Sessions:
             SessionUnknown, SessionExpired, SessionClosed, SessionLost, InvalidField,
             StoreUnavailable.
         """
-        check_id(session_id)
         session = self.find(session_id)
-        if session is None:
-            coming = self._loading.get(session_id) or self._opening.get(session_id)
-            if coming is not None:
-                await asyncio.wait([coming])
-            await self._settle_resident(session_id)
-            session = self.find(session_id)
         if session is not None:
             return self.standing(session)
-        found = await self.link.ask(self._store.find(session_id))
-        if isinstance(found, Entry) and not self._standings.past(found):
-            if self._standings.lost(found):
-                raise SessionLost(session_id)
-            return self._standings.stored(found)
-        raise await self._residency.untaken(found, session_id)
+        async with self.hold(session_id):
+            await self._settle_resident(session_id)
+            session = self._usable(session_id)
+            if session is not None:
+                return self.standing(session)
+            found = await self.link.ask(self._store.find(session_id))
+            if isinstance(found, Entry) and not self._standings.past(found):
+                if self._standings.lost(found):
+                    raise SessionLost(session_id)
+                return self._standings.stored(found)
+            raise await self._residency.untaken(found, session_id)
 
     async def page(
         self, token: str, size: int, model: str, *, expired: bool = False
@@ -370,7 +470,7 @@ class Sessions:
         )
         told_of: list[Standing] = []
         for entry in entries:
-            session = self.find(entry.record.session_id)
+            session = self._usable(entry.record.session_id)
             if session is not None:
                 told_of.append(self.standing(session))
             elif self._open_elsewhere(entry) or (expired and entry.delete_at is not None):
@@ -404,7 +504,28 @@ class Sessions:
 
     def seat(self, session: Session) -> Seat | None:
         """Where a resident session's packed rows go straight to; None: they can't for now."""
+        if session.session_id in self._lines:
+            return None
         return seat_of(session, self._table)
+
+    def seated(
+        self, handles: NDArray[np.int64], generations: NDArray[np.int64]
+    ) -> NDArray[np.bool_]:
+        """Which seats [N] hold."""
+        holds: NDArray[np.bool_] = self._table.generation_array[handles] == generations
+        return holds
+
+    def defer(self, rows: DeferredRows, handles: NDArray[np.int64]) -> None:
+        """Notes that packed rows wait until their sessions [N] are busy no more.
+
+        `rows` is told of each session that something else arrives for, which goes after them.
+        """
+        self._table.deferred_array[handles] = True
+        self.deferred.add(rows)
+
+    def undefer(self, handles: NDArray[np.int64]) -> None:
+        """Rows of sessions [N] wait no more."""
+        self._table.deferred_array[handles] = False
 
     def lane_of(self, columns: Columns) -> Lane | None:
         """The lane of the first packed row that can go straight as far as its seat tells."""
@@ -432,20 +553,24 @@ class Sessions:
         if self._draining and not self._queued_requests:
             self._settled_all.set()
 
-    async def close(self, session_id: str) -> int:
+    async def close(self, session_id: str, *, hold: Hold | None = None) -> int:
         """Finishes a session's accepted steps and closes it; returns its last t.
+
+        Args:
+            session_id: of the session.
+            hold: the caller's place in its line, if it has one.
 
         Raises:
             as `get`, and StaleOwner.
         """
-        session = await self.get(session_id)
+        if hold is None:
+            async with self.hold(session_id) as mine:
+                return await self.close(session_id, hold=mine)
+        session = await self.get(session_id, hold=hold)
         session.ending = self._ending(session, EndReason.CLOSED)
         self._table.bar(session)
-        closing = asyncio.ensure_future(self._close(session))
-        self._closings.add(closing)
-        closing.add_done_callback(self._closings.discard)
         # A caller that gives up does not leave a session half closed.
-        return await asyncio.shield(closing)
+        return await hold.finish(self._close(session))
 
     async def _close(self, session: Session) -> int:
         if self._table.queued_requests(session):
@@ -483,7 +608,7 @@ class Sessions:
         ended = 0
         overdue = self._table.overdue(self._clock())
         for first in range(0, len(overdue), _ENDED_AT_ONCE):
-            ended += await self._expire(overdue[first : first + _ENDED_AT_ONCE])
+            ended += await self._expire_unused(overdue[first : first + _ENDED_AT_ONCE])
         if self._census.due:
             # What a store that does not last has is all here, and counted as it comes and goes.
             if self._store.durable:
@@ -491,6 +616,16 @@ class Sessions:
                 await self._census.count()
             await self._expiry.purge()
         return ended
+
+    async def _expire_unused(self, sessions: Sequence[Session]) -> int:
+        """Expires those of some resident sessions that nobody waits for."""
+        unused = [session for session in sessions if session.session_id not in self._lines]
+        holds = [self.hold(session.session_id) for session in unused]
+        try:
+            return await self._expire(unused)
+        finally:
+            for hold in holds:
+                hold.release()
 
     async def _expire(self, sessions: Sequence[Session]) -> int:
         """Expires those of some resident sessions whose time is up now; returns how many."""
@@ -531,48 +666,58 @@ class Sessions:
 
     async def _release_all(self) -> None:
         self.saver.stop()
-        sessions = [session for session in self._table if not session.barred]
+        released = list(self._table)
         try:
-            for first in range(0, len(sessions), _SAVED_AT_ONCE):
-                await self.saver.save(sessions[first : first + _SAVED_AT_ONCE], release=True)
+            await self._release(released)
+            await self._arrivals.wait_empty()  # some may have been on their way here
+            await self._release(set(self._table).difference(released))
         except StoreUnavailable as error:
             log.error(  # noqa: TRY400 - the cause is another's, and told
                 "not every session could be saved: the store is away",
                 extra={"problem": error.problem, "undurable_rows": self.undurable_rows},
             )
 
-    async def _adopt_copy(self, source: Snapshot, copying: Copying) -> Session:
+    async def _release(self, sessions: Iterable[Session]) -> None:
+        staying = [session for session in sessions if not session.barred]
+        for first in range(0, len(staying), _SAVED_AT_ONCE):
+            await self.saver.save(staying[first : first + _SAVED_AT_ONCE], release=True)
+
+    async def _adopt_copy(self, source: Snapshot, copying: Copying, hold: Hold) -> Session:
         manifest = self.lanes[source.record.model_key].model.manifest
         record = copy_record(source.record, copying, manifest, self._limits)
-        return await self._adopt(replace(source, record=record, stepped_at=self._wall()))
+        return await self._adopt(replace(source, record=record, stepped_at=self._wall()), hold)
 
-    async def _adopt(self, snapshot: Snapshot) -> Session:
+    async def _adopt(self, snapshot: Snapshot, hold: Hold) -> Session:
         """Opens a session that starts from a snapshot."""
         record = snapshot.record
         await self._free_id(record.session_id)
-        if record.session_id in self._opening:
-            raise SessionExists(record.session_id, 0)
-        if self._census.total + len(self._opening) >= self._limits.sessions:
+        if self._census.total + self._openings >= self._limits.sessions:
             raise SessionLimit(self._limits.sessions)
-        opening = asyncio.get_running_loop().create_future()
-        self._opening[record.session_id] = opening
+        self._openings += 1
         try:
             await self._residency.room.reserve()
-            try:
-                session = await self._create(snapshot)
-            except BaseException:
-                self._residency.room.release()
-                raise
+            # A caller that gives up does not leave a session half open.
+            return await hold.finish(self._create(snapshot))
         finally:
-            del self._opening[record.session_id]
-            opening.set_result(None)
+            self._openings -= 1
+
+    async def _create(self, snapshot: Snapshot) -> Session:
+        """Creates a session in the store, and in the place that was reserved."""
+        record = snapshot.record
+        expires_at = self._store.now() + record.idle_timeout_seconds
+        try:
+            epoch = await self._store_new(snapshot, expires_at)
+        except BaseException:
+            self._residency.room.release()
+            raise
+        session = self._residency.place(snapshot, epoch, expires_at=expires_at)
         self._census.opened(record.model_key)
         self._observer.opened(record.model, record.version)
         return session
 
-    async def _create(self, snapshot: Snapshot) -> Session:
+    async def _store_new(self, snapshot: Snapshot, expires_at: float) -> int:
+        """Takes an id that is free in the store, and the first lease; returns its epoch."""
         record = snapshot.record
-        expires_at = self._store.now() + record.idle_timeout_seconds
         epoch = await self._create_in_store(snapshot, expires_at, replacing=0)
         if isinstance(epoch, Entry) and self._standings.past(epoch):
             before = epoch
@@ -585,7 +730,7 @@ class Sessions:
             ending = Ending(EndReason.CLOSED, snapshot.t, record.idle_timeout_seconds)
             await self.link.ask(self._store.end(record.session_id, epoch, ending))
             raise Draining
-        return self._residency.place(snapshot, epoch, expires_at=expires_at)
+        return epoch
 
     async def _create_in_store(
         self, snapshot: Snapshot, expires_at: float, *, replacing: int
@@ -605,8 +750,11 @@ class Sessions:
         )
 
     async def _free_id(self, session_id: str) -> None:
-        if session_id in self._loading:
-            await asyncio.wait([self._loading[session_id]])
+        """Ends a resident session of this id if its time is up.
+
+        Raises:
+            SessionExists: it is open.
+        """
         session = self._table.get(session_id)
         if session is None:
             return
@@ -615,35 +763,83 @@ class Sessions:
         elif session.leaving is None:
             raise SessionExists(session_id, self.t(session))
 
-    async def _load(self, session_id: str) -> Session:
-        """Loads a session once for all who want it."""
-        loading = self._loading.get(session_id)
-        if loading is None:
-            loading = asyncio.ensure_future(self._residency.load(session_id))
-            self._loading[session_id] = loading
-            loading.add_done_callback(lambda _: self._loading.pop(session_id))
-        try:
-            return await asyncio.shield(loading)
-        finally:
-            del loading  # its error's traceback leads here: no circle
+    def _usable(self, session_id: str) -> Session | None:
+        """The resident session of this id if it takes steps now, whoever waits for it."""
+        session = self._table.get(session_id)
+        if session is None or session.barred or self._overdue(session):
+            return None
+        return session
+
+    async def _make_ready(self, session_id: str) -> None:
+        """Makes the session of an id usable.
+
+        Raises:
+            as `get`.
+        """
+        while self._usable(session_id) is None:
+            if self._draining:
+                raise Draining
+            await self._settle_resident(session_id)
+            if self._table.get(session_id) is None:
+                await self._residency.load(session_id)
 
     async def _settle_resident(self, session_id: str) -> None:
         """Waits until a resident session that takes no steps has left, or takes them again.
 
         Raises:
-            SessionExpired, SessionClosed: that is how it ends.
+            SessionExpired: its time is up.
         """
         session = self._table.get(session_id)
         if session is None:
             return
         if session.leaving is not None:
             await asyncio.shield(session.leaving)
-        elif session.ending is not None:
-            if session.ending.reason is EndReason.EXPIRED:
-                raise self._expiry.kept_error(session_id, session.ending)
-            raise told(session_id, session.ending)
-        elif self._overdue(session):
+        elif not session.barred and self._overdue(session):
             await self._expire([session])  # the store tells of it from then on
+
+    async def _use_held(
+        self, session_id: str, act: Callable[[Session], T], deadline: float, hold: Hold
+    ) -> T:
+        """See `in_turn`; the session is looked up again after every wait, as it may have ended."""
+        while True:
+            session = await self.get(session_id, hold=hold)
+            try:
+                return act(session)
+            except QueueFull:
+                if asyncio.get_running_loop().time() >= deadline:
+                    raise
+            await asyncio.sleep(RETRY_SECONDS)
+
+    def _export(self, session_id: str) -> Call[Turn[tuple[bytes, Standing]]]:
+        """Takes a place in a session's line, and then one among its steps, for a snapshot."""
+        call = Call(
+            lambda session: self.turn(
+                session, lambda: (self.saver.snapshot(session), self.standing(session))
+            )
+        )
+        self.arrive(session_id, call)
+        return call
+
+    def turn(self, session: Session, act: Callable[[], T]) -> Turn[T]:
+        """Calls a function after the steps that a session has accepted, before those to come."""
+        turn = Turn(act)
+        if not self.refuse(session.session_id, turn.mark, turn):
+            turn.now()
+        return turn
+
+    def _stop_packed(self, session_id: str) -> None:
+        """Lets packed rows of a session go into its line too."""
+        session = self._table.get(session_id)
+        if session is not None:
+            self._table.revoke(session)
+            if self._table.deferred[session.handle]:
+                self._flush(session)
+
+    def _flush(self, session: Session) -> None:
+        """Lets packed rows that were deferred go before what arrives now."""
+        self._table.deferred[session.handle] = False
+        for rows in list(self.deferred):
+            rows.flush(session.handle)
 
     async def _end(self, session: Session, ending: Ending) -> bool:
         """Ends a resident session; False if another server has taken it over."""

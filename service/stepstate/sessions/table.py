@@ -37,6 +37,8 @@ class Table:
         """Something of the session is in the engine, or on its way to the store."""
         self.awaited_array: NDArray[np.bool_] = np.zeros(limit, np.bool_)
         """Somebody waits until it is busy no more."""
+        self.deferred_array: NDArray[np.bool_] = np.zeros(limit, np.bool_)
+        """Packed rows of the session have arrived, and wait until it is busy no more."""
         self.generation_array: NDArray[np.int64] = np.ones(limit, np.int64)
         self.lane_array: NDArray[np.int64] = np.zeros(limit, np.int64)
         """The number of its lane."""
@@ -49,6 +51,7 @@ class Table:
         self.t: memoryview[int] = memoryview(self.t_array.data)
         self.durable_t: memoryview[int] = memoryview(self.durable_t_array.data)
         self.busy: memoryview[bool] = memoryview(self.busy_array.data)
+        self.deferred: memoryview[bool] = memoryview(self.deferred_array.data)
         self.awaited: memoryview[bool] = memoryview(self.awaited_array.data)
         self.expires_at: memoryview[float] = memoryview(self.expires_at_array.data)
         self._by_id: dict[str, Session] = {}
@@ -79,7 +82,7 @@ class Table:
         self.idle_timeout_array[handle] = session.record.idle_timeout_seconds
         self.expires_at[handle] = expires_at
         self._placed_at[handle] = now
-        self.busy[handle] = self.awaited[handle] = False
+        self.busy[handle] = self.awaited[handle] = self.deferred[handle] = False
         self.lane_array[handle] = session.lane.number
         self.slot_array[handle] = session.slot
         self.phase_array[handle] = session.phase

@@ -32,16 +32,20 @@ class Turn(Generic[T]):
         if self._done.cancelled():
             return
         if step.error is not self.mark and step.error is not None:
-            self._done.set_exception(step.error)
+            self._fail(step.error)
             return
         try:
             self._done.set_result(self._act())
         except Exception as error:  # noqa: BLE001 - it is the waiter's, not the engine's
-            self._done.set_exception(error)
+            self._fail(error)
 
     def now(self) -> None:
         """Its turn has come without a wait."""
         self._done.set_result(self._act())
+
+    def _fail(self, error: Exception) -> None:
+        self._done.set_exception(error)
+        self._done.exception()  # its waiter may have given up: no loss
 
     async def result(self) -> T:
         """What `act` returned.

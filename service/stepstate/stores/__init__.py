@@ -14,7 +14,6 @@ from stepstate.stores.base import (
 from stepstate.stores.failures import CannotOpenStore
 from stepstate.stores.memory import MemoryStore
 from stepstate.stores.opening import open_store
-from stepstate.stores.redis import RedisStore
 from stepstate.stores.sqlite import SqliteStore
 
 __all__ = [
@@ -25,7 +24,6 @@ __all__ = [
     "Entry",
     "MemoryStore",
     "MissingPolicy",
-    "RedisStore",
     "Save",
     "Saved",
     "SessionRecord",

@@ -45,7 +45,7 @@ class MissingPolicy(enum.Enum):
     IMPUTE = "impute"
     """A missing value; the model's own forecast stands in, or the row before."""
     HOLD = "hold"
-    """A missing value; that of the row before stands in."""
+    """A missing value; that of the row before stands in, and before the first one a level."""
 
 
 class EndReason(enum.Enum):

@@ -171,11 +171,12 @@ class Exchange(ABC, Generic[Q, A, D]):
         if size < 0:
             _wake(self._reader_waits)
 
-    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+    def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs something beside the reading, at most as long as the call."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+        return task
 
     @property
     def _full(self) -> bool:

@@ -1,20 +1,16 @@
-"""Requests that wait until their session is resident, or known not to exist: in their order.
+"""Requests of a streaming call that wait in the lines of their sessions.
 
 A session that has to be loaded first holds up nobody else.
 """
 
 from __future__ import annotations
 
-import logging
-import secrets
-from collections import deque
-from collections.abc import Callable, Coroutine
-from typing import Any, Generic, TypeVar
+import asyncio
+from collections.abc import Callable
+from typing import Generic, TypeVar
 
-from stepstate.errors import Internal, StepstateError
+from stepstate.errors import StepstateError
 from stepstate.sessions import Session, Sessions
-
-log = logging.getLogger(__name__)
 
 R = TypeVar("R")
 
@@ -24,55 +20,67 @@ class Fetches(Generic[R]):
 
     Args:
         sessions: the table.
-        start: runs something beside the call, at most as long as it.
-        found: called with each request, in order, once its session is resident.
-        failed: called with each if there is no such session.
+        found: called with each request in its turn.
+        failed: called with each if there is no such session, and for what `found` raises.
+        patience_seconds: how long a request waits for room in the queue, in its place in the line.
     """
 
     def __init__(
         self,
         sessions: Sessions,
-        start: Callable[[Coroutine[Any, Any, None]], None],
         *,
         found: Callable[[R, Session], None],
         failed: Callable[[R, StepstateError], None],
+        patience_seconds: float = 0.0,
     ) -> None:
         self._sessions = sessions
-        self._start = start
         self._found = found
         self._failed = failed
-        self._away: dict[str, deque[R]] = {}
-
-    def find(self, session_id: str) -> Session | None:
-        """The resident session of this id, if no request waits for it."""
-        return None if session_id in self._away else self._sessions.find(session_id)
+        self._patience_seconds = patience_seconds
+        self._waiting: set[_Fetch[R]] = set()
 
     def wait(self, session_id: str, request: R) -> None:
-        """Lets a request wait for its session."""
-        if session_id in self._away:
-            self._away[session_id].append(request)
-            return
-        self._away[session_id] = deque((request,))
-        self._start(self._fetch(session_id))
+        """Lets a request wait for its session, which `Sessions.find` did not give."""
+        deadline = asyncio.get_running_loop().time() + self._patience_seconds
+        fetch = _Fetch(self, session_id, request, deadline)
+        self._waiting.add(fetch)
+        self._sessions.wait(session_id, fetch)
 
     def drop(self) -> int:
         """Forgets what waits, as the call has ended; returns how many requests."""
-        count = sum(map(len, self._away.values()))
-        self._away.clear()
-        return count
+        dropped, self._waiting = self._waiting, set()
+        for fetch in dropped:
+            self._sessions.drop(fetch.session_id, fetch)
+        return len(dropped)
 
-    async def _fetch(self, session_id: str) -> None:
-        session: Session | StepstateError
-        try:
-            session = await self._sessions.get(session_id)
-        except StepstateError as error:
-            # Its traceback would lead back here, in a circle that keeps the requests.
-            session = error.with_traceback(None)
-        except Exception:
-            session = Internal(secrets.token_hex(8))
-            log.exception("a load failed", extra={"error_id": session.error_id})
-        for request in self._away.pop(session_id):
-            if isinstance(session, StepstateError):
-                self._failed(request, session)
-            else:
-                self._found(request, session)
+    def serve(self, fetch: _Fetch[R], session: Session) -> None:
+        """Its turn has come."""
+        if fetch in self._waiting:
+            self._found(fetch.request, session)
+            self._waiting.discard(fetch)
+
+    def fail(self, fetch: _Fetch[R], error: StepstateError) -> None:
+        """It can't be served."""
+        if fetch in self._waiting:
+            self._waiting.discard(fetch)
+            self._failed(fetch.request, error)
+
+
+class _Fetch(Generic[R]):
+    """One request; a `Waiter`."""
+
+    __slots__ = ("_fetches", "deadline", "request", "session_id")
+
+    def __init__(self, fetches: Fetches[R], session_id: str, request: R, deadline: float) -> None:
+        self._fetches = fetches
+        self.session_id = session_id
+        self.request = request
+        self.deadline = deadline
+
+    def found(self, session: Session) -> None:
+        """See `Waiter`."""
+        self._fetches.serve(self, session)
+
+    def failed(self, error: StepstateError) -> None:
+        """See `Waiter`."""
+        self._fetches.fail(self, error)

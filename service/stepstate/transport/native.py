@@ -21,7 +21,7 @@ from stepstate.transport.forecasts import decode_wish, encode_forecasts, reply_b
 from stepstate.transport.outgoing import Outgoing
 from stepstate.transport.packed import PackedStream
 from stepstate.transport.stream import StepStream
-from stepstate.transport.waiting import WaitingCall
+from stepstate.transport.waiting import apply_step
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceServicer
 
@@ -81,8 +81,9 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context
     ) -> pb.CloseSessionResponse:
-        before = self._resident(await self._sessions.get(request.session_id))
-        before.t = await self._sessions.close(request.session_id)
+        async with self._sessions.hold(request.session_id) as hold:
+            before = self._resident(await self._sessions.get(request.session_id, hold=hold))
+            before.t = await self._sessions.close(request.session_id, hold=hold)
         before.queued_requests = 0
         return pb.CloseSessionResponse(session=before)
 
@@ -111,18 +112,15 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         return pb.ImportSessionResponse(session=self._resident(session))
 
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
-        call = WaitingCall()
-        session = await self._sessions.get(request.session_id)
-        step = decode_step(request, session, call)
-        self._outgoing.reserve(step.reply_bytes)
-        try:
-            self._sessions.submit(step)
-            await call.outcome()
-            if step.error is not None:
-                raise step.error
-            return encode_step(step)
-        finally:
-            self._outgoing.release(step.reply_bytes)
+        step = await apply_step(
+            self._sessions,
+            self._outgoing,
+            request.session_id,
+            lambda session, call: decode_step(request, session, call),
+        )
+        if step.error is not None:
+            raise step.error
+        return encode_step(step)
 
     async def StreamSteps(self, _requests: object, context: Context) -> None:
         await self._streams.serve(

@@ -47,9 +47,7 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
         self._under_way = np.zeros(0, np.bool_)  # by handle: a row of it went straight
         self._waiting: list[PackedMessage] = []
         self._rows = 0
-        self._fetches: Fetches[_Row] = Fetches(
-            sessions, self._start, found=self._go_alone, failed=self._refuse
-        )
+        self._fetches: Fetches[_Row] = Fetches(sessions, found=self._go_alone, failed=self._refuse)
 
     async def run(self) -> None:
         """See `Exchange.run`."""
@@ -66,7 +64,19 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             for message in waiting:
+                self._sessions.undefer(message.columns.handles[message.rest])
+            for message in waiting:
                 self._begin(message)
+        if not self._waiting:
+            self._sessions.deferred.discard(self)
+
+    def flush(self, handle: int) -> None:
+        """See `DeferredRows`."""
+        for message in self._waiting:
+            mine = message.columns.handles[message.rest] == handle
+            rows, message.rest = message.rest[mine], message.rest[~mine]
+            for row in rows.tolist():
+                self._go(_Row(self, message, row))
 
     def ended(self, message: PackedMessage) -> None:
         """Rows of a message have their outcome."""
@@ -118,15 +128,19 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
         if self.cancelled:
             self._settle(len(rest))
             return
-        ready = ~self._under_way[message.handles[rest]]
-        rows = rest[ready]
+        waits = self._under_way[message.handles[rest]]
+        if waits.any():  # those whose seat does not hold any more wait in their sessions' lines
+            columns = message.columns
+            waits &= self._sessions.seated(columns.handles[rest], columns.generations[rest])
+        rows, waiting = rest[~waits], rest[waits]
         others = rows[~self._go_straight(message, rows)] if len(rows) else rows
         again = self._under_way[message.handles[others]]  # rows after those that just went
-        message.rest = np.sort(np.concatenate((rest[~ready], others[again])))
+        message.rest = np.sort(np.concatenate((waiting, others[again])))
         for row in others[~again].tolist():
             self._go(_Row(self, message, row))
         if len(message.rest):
             self._waiting.append(message)
+            self._sessions.defer(self, message.columns.handles[message.rest])
 
     def _go_straight(self, message: PackedMessage, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Sends what can go straight, together, and tells which rows these were."""
@@ -141,7 +155,7 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
         return went
 
     def _go(self, row: _Row) -> None:
-        session = self._fetches.find(row.session_id)
+        session = self._sessions.find(row.session_id)
         if session is None:
             self._fetches.wait(row.session_id, row)
         else:

@@ -34,11 +34,18 @@ class StepStream(Exchange[pb.StepRequest, pb.StepResponse, Step]):
     ) -> None:
         super().__init__(sessions, messages, outgoing=outgoing, refused=refused)
         self._fetches: Fetches[pb.StepRequest] = Fetches(
-            sessions, self._start, found=self._accept_late, failed=self._refuse_late
+            sessions, found=self._accept_late, failed=self._refuse_late
         )
 
+    async def run(self) -> None:
+        """See `Exchange.run`."""
+        try:
+            await super().run()
+        finally:
+            self._fetches.drop()
+
     def _take(self, request: pb.StepRequest) -> None:
-        session = self._fetches.find(request.session_id)
+        session = self._sessions.find(request.session_id)
         if session is None:
             self._hold(_size(request))
             self._fetches.wait(request.session_id, request)
@@ -55,8 +62,8 @@ class StepStream(Exchange[pb.StepRequest, pb.StepResponse, Step]):
             self._refuse(request, error)
 
     def _accept_late(self, request: pb.StepRequest, session: Session) -> None:
+        self._submit(decode_step(request, session, self))
         self._hold(-_size(request))
-        self._accept(request, session)
 
     def _refuse_late(self, request: pb.StepRequest, error: StepstateError) -> None:
         self._hold(-_size(request))

@@ -1,10 +1,13 @@
-"""Where the outcome of a unary call's step goes."""
+"""Where the outcome of a unary call's step goes, and how the step comes about."""
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
-from stepstate.sessions import Step
+from stepstate.errors import StepstateError
+from stepstate.sessions import Hold, ReplyTo, Session, Sessions, Step
+from stepstate.transport.outgoing import Outgoing
 
 
 class WaitingCall:
@@ -12,6 +15,8 @@ class WaitingCall:
 
     def __init__(self) -> None:
         self.cancelled = False
+        self.reserved_bytes = 0
+        """Of its reply."""
         self._outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
 
     def deliver(self, step: Step) -> None:
@@ -20,9 +25,49 @@ class WaitingCall:
             self._outcome.set_result(step)
 
     async def outcome(self) -> Step:
-        """The step with its outcome; a caller that gives up marks it cancelled."""
+        """The step with its outcome."""
+        return await self._outcome
+
+
+async def apply_step(
+    sessions: Sessions,
+    outgoing: Outgoing,
+    session_id: str,
+    make: Callable[[Session, ReplyTo], Step],
+    *,
+    patience_seconds: float = 0.0,
+    hold: Hold | None = None,
+) -> Step:
+    """Applies the step of a unary call in its session's turn; returns it with its outcome.
+
+    Args:
+        sessions: the table.
+        outgoing: the bytes of replies that are on their way.
+        session_id: of the session.
+        make: makes the step of the session.
+        patience_seconds: see `Sessions.in_turn`.
+        hold: see `Sessions.in_turn`.
+
+    Raises:
+        StepstateError: it was not accepted.
+    """
+    call = WaitingCall()
+
+    def accept(session: Session) -> None:
+        step = make(session, call)
+        outgoing.reserve(step.reply_bytes)
         try:
-            return await self._outcome
-        except asyncio.CancelledError:
-            self.cancelled = True
+            sessions.submit(step)
+        except StepstateError:
+            outgoing.release(step.reply_bytes)
             raise
+        call.reserved_bytes = step.reply_bytes
+
+    try:
+        await sessions.in_turn(session_id, accept, patience_seconds=patience_seconds, hold=hold)
+        return await call.outcome()
+    except asyncio.CancelledError:
+        call.cancelled = True
+        raise
+    finally:
+        outgoing.release(call.reserved_bytes)

@@ -12,6 +12,7 @@ import numpy as np
 from stepstate.errors import InvalidField
 from stepstate.models import EPOCH, Manifest, Model
 from stepstate.sessions import Opening, ReplyTo, Session, Step
+from stepstate.stores import MissingPolicy
 from stepstate.transport.codec import make_step, non_finite
 from stepstate.transport.triton.messages import pb
 from stepstate.transport.triton.tensors import (
@@ -137,15 +138,18 @@ class Infer:
             InvalidField, NonFiniteInput: its rows could not be applied, so none is to be opened.
         """
         manifest = model.manifest
-        rows = self.read(manifest)
-        if not rows.finite:
-            raise non_finite(self.session_id, manifest, rows.x, takes_nan=False)
+        rows, missing = self.read(manifest), _missing(self.request.parameters)
+        if not rows.finite and (missing is MissingPolicy.REJECT or np.isinf(rows.x).any()):
+            takes_nan = missing is not MissingPolicy.REJECT
+            raise non_finite(self.session_id, manifest, rows.x, takes_nan=takes_nan)
         start_time = _time(self.request.parameters)
         if start_time is None and manifest.needs_time:
             interval = manifest.step_interval or timedelta(seconds=1)
             moment = datetime.fromtimestamp(now, UTC)
             start_time = moment - (moment - EPOCH) % interval
-        return Opening(self.session_id, manifest.name, manifest.version, None, start_time)
+        return Opening(
+            self.session_id, manifest.name, manifest.version, None, start_time, missing=missing
+        )
 
     def reply(self, step: Step) -> pb.ModelInferResponse:
         """The reply to its step, which was applied."""
@@ -161,6 +165,8 @@ class Infer:
         response.CopyFrom(_frame(record.model, record.version, shapes, final=self.final))
         response.id = self.request.id
         response.raw_output_contents.extend(contents)
+        if step.missing_rows:
+            response.parameters["imputed_rows"].int64_param = step.missing_rows
         if self.t is not None:
             told = response.parameters
             told["step_t"].int64_param = step.t_after
@@ -225,3 +231,15 @@ def _time(parameters: Parameters) -> datetime | None:
     except ValueError as error:
         raise InvalidField("start_time", f"is not an ISO 8601 time: {error}") from error
     return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+
+
+def _missing(parameters: Parameters) -> MissingPolicy:
+    """The parameter missing: what a NaN in x means to the sequence; refused by default."""
+    if "missing" not in parameters:
+        return MissingPolicy.REJECT
+    text = parameters["missing"].string_param
+    try:
+        return MissingPolicy(text)
+    except ValueError as error:
+        known = ", ".join(policy.value for policy in MissingPolicy)
+        raise InvalidField("missing", f"is {text[:64]!r}, expected one of {known}") from error

@@ -4,6 +4,7 @@ Rule 1: a start on an id that is open begins anew, as Triton's clients expect; i
         logged. With `step_t` a start that repeats the first request is that request sent again.
 Rule 2: a request without start on an id that is not open is an error that says why.
 Rule 3: a full queue makes a request wait: Triton's clients take any error for the end.
+Rule 4: a request that starts or ends a sequence holds the line of its session until it is done.
 """
 
 from __future__ import annotations
@@ -15,16 +16,14 @@ from collections.abc import Callable
 
 from stepstate.errors import (
     NotFound,
-    QueueFull,
     SequenceUnstarted,
     SessionExists,
     StepMismatch,
-    StepstateError,
 )
-from stepstate.sessions import Session, Sessions, Step
+from stepstate.sessions import Hold, Session, Sessions, Step
 from stepstate.transport.outgoing import Outgoing
 from stepstate.transport.triton.infer import Infer
-from stepstate.transport.waiting import WaitingCall
+from stepstate.transport.waiting import apply_step
 
 log = logging.getLogger(__name__)
 
@@ -59,88 +58,67 @@ class Sequences:
         self._restarted = restarted
         self._ended: OrderedDict[str, tuple[Infer, Step]] = OrderedDict()
 
-    async def apply(self, infer: Infer) -> Step:
+    async def step(self, infer: Infer) -> Step:
+        """Applies the rows of a request that neither starts nor ends its sequence.
+
+        Raises:
+            SequenceUnstarted, and StepstateError: why not; then nothing was applied.
+        """
+        try:
+            step = await self._step(infer)
+        except NotFound as gone:
+            raise unstarted(infer, gone) from None
+        if step.error is not None:
+            raise step.error
+        return step
+
+    async def apply(self, infer: Infer, hold: Hold) -> Step:
         """Starts the sequence if it is to start, applies the rows, and ends it if it is to end.
+
+        Args:
+            infer: the request.
+            hold: its place in the line of its session.
 
         Raises:
             StepstateError: why not; then nothing was applied, but if only ending it failed.
         """
         if (again := self._ended_by(infer)) is not None:
             return again
-        step = await self._step(infer, await self.session_of(infer))
-        if infer.start and isinstance(step.error, StepMismatch):  # not that request sent again
-            step = await self._step(infer, await self._begin(infer, anew=True))
+        if infer.start:
+            step = await self._start(infer, hold)
+        else:
+            try:
+                step = await self._step(infer, hold)
+            except NotFound as gone:
+                raise unstarted(infer, gone) from None
         if step.error is not None:
             if infer.start and not step.session.barred and not self._sessions.t(step.session):
-                await self._sessions.close(infer.session_id)
+                await self._sessions.close(infer.session_id, hold=hold)
             raise step.error
         if infer.end:
-            await self._sessions.close(infer.session_id)
+            await self._sessions.close(infer.session_id, hold=hold)
             self._remember_ended(infer, step)
         return step
 
-    async def session_of(self, infer: Infer) -> Session:
-        """The session of a request, opened if the request starts it.
-
-        Raises:
-            SequenceUnstarted, and as `Sessions.get` and `Sessions.open`.
-        """
-        if infer.start:
-            return await self._begin(infer, anew=infer.t is None)
-        return await self._open_session(infer)
-
-    async def submit(
-        self, infer: Infer, session: Session, accept: Callable[[Session], Step]
-    ) -> Step:
-        """Lets a step be accepted as soon as there is room.
-
-        Args:
-            infer: its request.
-            session: of the request; it is looked up again after every wait, as it may have ended.
-            accept: makes the step of the session and submits it, without a wait between.
-
-        Raises:
-            QueueFull: there was no room for too long.
-            As `session_of`, and what `accept` raises.
-        """
-        deadline = asyncio.get_running_loop().time() + LONGEST_WAIT_SECONDS
-        while True:
-            try:
-                return accept(session)
-            except QueueFull:
-                if asyncio.get_running_loop().time() > deadline:
-                    raise
-            await asyncio.sleep(RETRY_SECONDS)
-            session = await self._open_session(infer)
-
-    async def _open_session(self, infer: Infer) -> Session:
-        try:
-            return await self._sessions.get(infer.session_id)
-        except NotFound as gone:
-            model = infer.request.model_name[:64]
-            raise SequenceUnstarted(infer.session_id[:64], model, str(gone)) from None
-
-    async def _step(self, infer: Infer, session: Session) -> Step:
-        call = WaitingCall()
-        step = await self.submit(
-            infer, session, lambda session: self._accepted(infer, session, call)
-        )
-        try:
-            return await call.outcome()
-        finally:
-            self._outgoing.release(step.reply_bytes)
-
-    def _accepted(self, infer: Infer, session: Session, call: WaitingCall) -> Step:
-        step = infer.step(session, call)
-        self._outgoing.reserve(step.reply_bytes)
-        try:
-            self._sessions.submit(step)
-        except StepstateError:
-            self._outgoing.release(step.reply_bytes)
-            raise
+    async def _start(self, infer: Infer, hold: Hold) -> Step:
+        await self._begin(infer, hold, anew=infer.t is None)
+        step = await self._step(infer, hold)
+        if isinstance(step.error, StepMismatch):  # not that request sent again
+            await self._begin(infer, hold, anew=True)
+            step = await self._step(infer, hold)
         return step
 
-    async def _begin(self, infer: Infer, *, anew: bool) -> Session:
+    async def _step(self, infer: Infer, hold: Hold | None = None) -> Step:
+        return await apply_step(
+            self._sessions,
+            self._outgoing,
+            infer.session_id,
+            infer.step,
+            patience_seconds=LONGEST_WAIT_SECONDS,
+            hold=hold,
+        )
+
+    async def _begin(self, infer: Infer, hold: Hold, *, anew: bool) -> None:
         """Opens the session of a sequence; `anew`: even if it is open already.
 
         Raises:
@@ -148,27 +126,28 @@ class Sequences:
         """
         request = infer.request
         model = self._sessions.catalog.find(request.model_name, request.model_version)
+        opening = infer.opening(model, self._wall())
         deadline = asyncio.get_running_loop().time() + LONGEST_WAIT_SECONDS
         while True:
             try:
-                session = await self._sessions.open(infer.opening(model, self._wall()))
+                await self._sessions.open(opening, hold=hold)
             except SessionExists:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
             else:
                 self._ended.pop(infer.session_id, None)
-                return session
+                return
             try:
-                session = await self._sessions.get(infer.session_id)
+                session = await self._sessions.get(infer.session_id, hold=hold)
                 infer.check(session)
                 if not anew:
-                    return session
-                await self._end_early(session)
-            except NotFound:  # it has ended meanwhile, or is about to
+                    return
+                await self._end_early(session, hold)
+            except NotFound:  # it has ended meanwhile
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _end_early(self, session: Session) -> None:
-        t = await self._sessions.close(session.session_id)
+    async def _end_early(self, session: Session, hold: Hold) -> None:
+        t = await self._sessions.close(session.session_id, hold=hold)
         record = session.record
         self._restarted(record.model, record.version)
         log.info(
@@ -193,3 +172,8 @@ class Sequences:
         self._ended[infer.session_id] = (infer, step)
         if len(self._ended) > MOST_ENDED:
             self._ended.popitem(last=False)
+
+
+def unstarted(infer: Infer, gone: NotFound) -> SequenceUnstarted:
+    """Why a request has no sequence."""
+    return SequenceUnstarted(infer.session_id[:64], infer.request.model_name[:64], str(gone))

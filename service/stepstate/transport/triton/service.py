@@ -116,7 +116,10 @@ class TritonService:
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
         infer = Infer.of(request)
-        return infer.reply(await self._sequences.apply(infer))
+        if infer.plain:
+            return infer.reply(await self._sequences.step(infer))
+        async with self._sessions.hold(infer.session_id) as hold:
+            return infer.reply(await self._sequences.apply(infer, hold))
 
     async def ModelStreamInfer(self, _requests: object, context: Context) -> None:
         await self._streams.serve(

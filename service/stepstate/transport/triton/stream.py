@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections import deque
 from collections.abc import Callable
 
-from stepstate.errors import Internal, QueueFull, StepstateError
-from stepstate.sessions import Session, Sessions, Step
+from stepstate.errors import Internal, NotFound, QueueFull, StepstateError
+from stepstate.sessions import Hold, Session, Sessions, Step
 from stepstate.transport.exchange import Exchange, Messages
+from stepstate.transport.fetches import Fetches
 from stepstate.transport.outgoing import Outgoing
 from stepstate.transport.triton.infer import ASKS_FOR_FINAL, FINAL, Infer
 from stepstate.transport.triton.messages import pb
-from stepstate.transport.triton.sequences import Sequences
+from stepstate.transport.triton.sequences import LONGEST_WAIT_SECONDS, Sequences, unstarted
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,19 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
     ) -> None:
         super().__init__(sessions, messages, outgoing=outgoing, refused=refused)
         self._sequences = sequences
-        self._lines: dict[str, deque[Infer]] = {}
+        self._fetches: Fetches[Infer] = Fetches(
+            sessions,
+            found=self._accept_late,
+            failed=self._refuse_late,
+            patience_seconds=LONGEST_WAIT_SECONDS,
+        )
+
+    async def run(self) -> None:
+        """See `Exchange.run`."""
+        try:
+            await super().run()
+        finally:
+            self._fetches.drop()
 
     def _take(self, request: pb.ModelInferRequest) -> None:
         try:
@@ -56,9 +68,11 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
         except StepstateError as error:
             self._reply(self._error(request, error))
             return
-        if infer.plain and infer.session_id not in self._lines and self._accept(infer):
-            return
-        self._wait(infer)
+        if not infer.plain:
+            self._begin(infer)
+        elif not self._accept(infer):
+            self._hold(infer.request.ByteSize())
+            self._fetches.wait(infer.session_id, infer)
 
     def _accept(self, infer: Infer) -> bool:
         """Answers for a request at once if its session is here; False: it has to wait."""
@@ -66,33 +80,41 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
         if session is None:
             return False
         try:
-            self._accepted(infer, session)
+            self._submit(infer.step(session, _Way(self, infer)))
         except QueueFull:
             return False
         except StepstateError as error:
             self._refuse(infer, error)
         return True
 
-    def _accepted(self, infer: Infer, session: Session) -> Step:
-        """Submits the step that a request asks for."""
-        step = infer.step(session, _Way(self, infer))
-        self._submit(step)
-        return step
+    def _accept_late(self, infer: Infer, session: Session) -> None:
+        self._submit(infer.step(session, _Way(self, infer)))
+        self._hold(-infer.request.ByteSize())
 
-    def _wait(self, infer: Infer) -> None:
-        self._hold(infer.request.ByteSize())
-        line = self._lines.get(infer.session_id)
-        if line is None:
-            line = self._lines[infer.session_id] = deque()
-            self._start(self._work_off(infer.session_id, line))
-        line.append(infer)
+    def _refuse_late(self, infer: Infer, error: StepstateError) -> None:
+        self._hold(-infer.request.ByteSize())
+        self._refuse(infer, unstarted(infer, error) if isinstance(error, NotFound) else error)
 
-    async def _work_off(self, session_id: str, line: deque[Infer]) -> None:
-        """Carries out a sequence's requests one after the other, until none waits."""
-        while line:
-            infer = line[0]
+    def _begin(self, infer: Infer) -> None:
+        """Lets a request that starts or ends its sequence take its place in the line."""
+        try:
+            hold = self._sessions.hold(infer.session_id)
+        except StepstateError as error:
+            self._refuse(infer, error)
+            return
+        size = infer.request.ByteSize()
+        self._hold(size)
+
+        def left(_: object) -> None:  # though it may never have begun
+            hold.release()
+            self._hold(-size)
+
+        self._start(self._carry_out(infer, hold)).add_done_callback(left)
+
+    async def _carry_out(self, infer: Infer, hold: Hold) -> None:
+        async with hold:
             try:
-                await self._carry_out(infer)
+                self._reply(self._applied(infer, await self._sequences.apply(infer, hold)))
             except StepstateError as error:
                 # Its traceback would lead back here, in a circle that keeps the request.
                 self._refuse(infer, error.with_traceback(None))
@@ -100,17 +122,6 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
                 surprise = Internal(secrets.token_hex(8))
                 log.exception("a request failed", extra={"error_id": surprise.error_id})
                 self._refuse(infer, surprise)
-            line.popleft()
-            self._hold(-infer.request.ByteSize())
-        del self._lines[session_id]
-
-    async def _carry_out(self, infer: Infer) -> None:
-        if infer.plain:
-            session = await self._sequences.session_of(infer)
-            await self._sequences.submit(infer, session, lambda it: self._accepted(infer, it))
-        else:
-            step = await self._sequences.apply(infer)
-            self._reply(self._applied(infer, step))
 
     def _unreadable(self, error: StepstateError) -> pb.ModelStreamInferResponse:
         return self._error(pb.ModelInferRequest(), error)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stepstate.engine import Method
-from stepstate.engine.tracking import _NAIVE_N
+from stepstate.engine.scores import _PAIRS, BLOCK
 from stepstate.errors import (
     ForecastImpossible,
     InvalidField,
@@ -507,8 +507,10 @@ async def test_a_level_that_stood_in_is_no_naive_forecast(rig):
     part = rig.lane.engine.read_states(np.array([session.slot]))[
         0, rig.lane.engine.layout.tracked_from :
     ]
-    target = rig.lane.engine._tracker.targets[0]
-    assert part[target.place + _NAIVE_N] == 1  # of nine rows, only the last had one a season before
+    spot = rig.lane.engine._tracker.targets[0].spots[0]
+    assert (
+        part[spot.place + BLOCK + _PAIRS] == 1
+    )  # of nine rows, only the last had one a season before
 
 
 async def test_missing_rows_are_answered_again_like_others(rig):

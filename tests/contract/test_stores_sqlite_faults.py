@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores import Saved
+from stepstate.stores import CannotOpenStore, Saved
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reserve
 from tests.contract import store_writer
@@ -139,6 +139,29 @@ async def test_a_wal_that_filled_the_disk_is_written_back_when_its_reader_is_gon
     assert (await store.count())["lstm/1"] in (len(kept) + 1, len(kept) + 2)
     await home.close()
     assert [one.name for one in small_disk.iterdir()] == ["sessions.db"]
+
+
+async def test_a_store_that_is_opened_on_a_full_disk_is_read_and_written_when_there_is_room(
+    small_disk,
+):
+    """A server that was killed there comes back; one that was not there before says what to do."""
+    home = FileHome(small_disk / "sessions.db")
+    first = await home.open()
+    epoch = await create(home, first, "a")
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="No space left"):
+        ballast.write_bytes(bytes(4 * 2**20))
+    second = await home.open()
+    assert (await second.find("a")).t == 0
+    with pytest.raises(StoreUnavailable, match="full"):
+        for t in range(1000):
+            await second.save([saving(home, "a", epoch, t)])
+    with pytest.raises(CannotOpenStore, match="make room on the disk"):
+        await FileHome(small_disk / "other.db").open()
+    ballast.unlink()
+    await second.probe()
+    assert await second.save([saving(home, "a", epoch, t=9)]) == [Saved.DONE]
+    await home.close()
 
 
 async def test_a_wal_is_bounded_however_long_a_reader_reads(home, monkeypatch):

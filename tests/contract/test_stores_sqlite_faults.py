@@ -220,3 +220,24 @@ async def test_a_lock_of_another_process_is_waited_for_and_then_told(home, monke
     other.execute("ROLLBACK")
     assert await waiting == [Saved.DONE]
     other.close()
+
+
+async def test_a_session_whose_pages_are_damaged_fails_alone(home):
+    """The pages of a snapshot are a chain: cut, SQLite calls the file malformed when it is read."""
+    store = await home.open()
+    for name in "abc":
+        epoch = await create(home, store, name)
+        await store.save([saving(home, name, epoch, snapshot=name.encode() * 20_000)])
+    await store.close()
+    data = bytearray(home.path.read_bytes())
+    page = data.index(b"b" * 4_000) // 4_096 * 4_096
+    while data[page + 8 : page + 4_096] != b"b" * 4_088:
+        page += 4_096
+    data[page : page + 4] = b"\xff\xff\xff\xff"  # the number of the next page
+    home.path.write_bytes(data)
+
+    store = await home.open()
+    found = await asyncio.gather(*(acquire(store, name) for name in "abc"), return_exceptions=True)
+    assert [found[0][1], found[2][1]] == [b"a" * 20_000, b"c" * 20_000]
+    assert isinstance(found[1], StoreUnavailable)
+    assert found[1].cause == "corrupt"

@@ -115,7 +115,9 @@ def outputs(network: Network, x: np.ndarray) -> np.ndarray:
     for output in manifest["outputs"]:
         width = len(output.get("horizons", [0])) * max(1, len(output.get("quantiles", ())))
         part = slice(place, place + width)
-        y[:, part] = y[:, part] * output.get("scale", 1.0) + output.get("mean", 0.0)
+        raw = y[:, part] * output.get("scale", 1.0) + output.get("mean", 0.0)
+        levels = max(1, len(output.get("quantiles", ())))
+        y[:, part] = np.sort(raw.reshape(len(y), -1, levels), axis=2).reshape(raw.shape)
         place += width
     return y
 

@@ -175,11 +175,14 @@ class Series:
         return found
 
     def raw(self, output: Mapping[str, Any], part: np.ndarray, t: int) -> np.ndarray:
-        """An output's columns in raw units."""
+        """An output's columns in raw units; the quantiles of a horizon rise."""
         horizons = output.get("horizons", [0])
         table = part.reshape(len(horizons), -1) * output.get("scale", 1.0)
         return np.concatenate(
-            [row + self.level(output, t + k) for row, k in zip(table, horizons, strict=True)]
+            [
+                np.sort(row) + self.level(output, t + k)
+                for row, k in zip(table, horizons, strict=True)
+            ]
         )
 
     def forecast(self, name: str, others: np.ndarray) -> list[float]:

@@ -22,6 +22,8 @@
     ├── RowsMissing             raised by the client: rows to send again are not kept any more
     ├── SnapshotForeign         a snapshot of a model that is not loaded here
     ├── SnapshotCorrupt         bytes that are no whole snapshot
+    ├── SnapshotTooLarge        a snapshot that no message can hold
+    ├── SessionUnreadable       what the store has of a session can't be read
     ├── SessionLimit            no room for one more session
     ├── Unavailable             try again, after retry_after_seconds
     │   ├── QueueFull
@@ -365,7 +367,8 @@ class SnapshotForeign(StepstateError):
         return (
             f"session {self.session_id!r} belongs to model {self.model} with fingerprint "
             f"{self.fingerprint}, {here}: its state means nothing to other weights; serve that "
-            "very model version beside the new one"
+            "very model version beside the new one or, if it is this server's and not wanted any "
+            f"more, close it: stepstate sessions close {self.session_id}"
         )
 
 
@@ -378,6 +381,39 @@ class SnapshotCorrupt(StepstateError):
 
     def __str__(self) -> str:
         return f"the snapshot can't be read: {self.problem}; take it from its source again"
+
+
+@dataclass(eq=False)
+class SnapshotTooLarge(StepstateError):
+    """A snapshot that is larger than what was asked for it can hold."""
+
+    reason = "SNAPSHOT_TOO_LARGE"
+    session_id: str
+    size: int
+    limit: int
+
+    def __str__(self) -> str:
+        return (
+            f"the snapshot of session {self.session_id!r} takes {self.size} bytes, more than "
+            f"{self.limit}: StreamExport and StreamImport take up to 256 MiB in parts (the client "
+            "library uses them), and a server with smaller --replay-bytes keeps less"
+        )
+
+
+@dataclass(eq=False)
+class SessionUnreadable(StepstateError):
+    """What the store has of a session can't be read: its record or its snapshot is damaged."""
+
+    reason = "SESSION_UNREADABLE"
+    session_id: str
+    problem: str
+
+    def __str__(self) -> str:
+        return (
+            f"session {self.session_id!r} can't be read from the store: {self.problem}; bring back "
+            "a copy of the store from before it was damaged, or close it (stepstate sessions close "
+            f"{self.session_id}), open it again and send its history"
+        )
 
 
 @dataclass(eq=False)

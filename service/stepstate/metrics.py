@@ -191,6 +191,35 @@ class TallyCounts(Protocol):
         ...
 
 
+class DiskCounts(Protocol):
+    """What a store's files take of their volume, in bytes."""
+
+    @property
+    def database(self) -> int:
+        """The database."""
+        ...
+
+    @property
+    def wal(self) -> int:
+        """Its WAL."""
+        ...
+
+    @property
+    def reserve(self) -> int:
+        """Room that is kept."""
+        ...
+
+    @property
+    def free(self) -> int:
+        """Free."""
+        ...
+
+    @property
+    def volume(self) -> int:
+        """All of the volume."""
+        ...
+
+
 class StoreGauges(Protocol):
     """What is read of the sessions and their store at each scrape."""
 
@@ -205,6 +234,11 @@ class StoreGauges(Protocol):
         ...
 
     @property
+    def disk_usage(self) -> DiskCounts | None:
+        """What the store takes of a disk of this machine; None: it has none."""
+        ...
+
+    @property
     def undurable_rows(self) -> int:
         """Rows of async sessions that are applied and not saved."""
         ...
@@ -212,6 +246,16 @@ class StoreGauges(Protocol):
     @property
     def expired(self) -> int:
         """Expired sessions that are kept."""
+        ...
+
+    @property
+    def orphaned_sessions(self) -> int:
+        """Stored sessions whose model is not loaded here."""
+        ...
+
+    @property
+    def unreadable_sessions(self) -> int:
+        """Stored sessions that can't be read."""
         ...
 
     def spilled(self, model_key: str) -> int:
@@ -551,6 +595,18 @@ class Metrics(Collector):
                 value=self.store.undurable_rows,
             )
             yield GaugeMetricFamily(
+                "stepstate_sessions_orphaned",
+                "Sessions in the store whose model is not loaded here, or is another one by now; "
+                "counted at start and every ten minutes. They can be closed.",
+                value=self.store.orphaned_sessions,
+            )
+            yield GaugeMetricFamily(
+                "stepstate_sessions_unreadable",
+                "Sessions in the store that can't be read, as far as they were met. "
+                "They can be closed.",
+                value=self.store.unreadable_sessions,
+            )
+            yield GaugeMetricFamily(
                 "stepstate_store_up",
                 "1 if the store can be written, 0 if it is away, full or a replica.",
                 value=self.store.store_up,
@@ -564,6 +620,28 @@ class Metrics(Collector):
             for cause, count in list(self.store.store_failures.items()):
                 away.add_metric([cause], count)
             yield away
+            yield from self._of_disk(self.store.disk_usage)
+
+    def _of_disk(self, usage: DiskCounts | None) -> Iterator[Metric]:
+        files = GaugeMetricFamily(
+            "stepstate_store_file_bytes",
+            "Files of the sqlite store: database, wal (written and not yet copied into it), and "
+            "reserve (room kept to copy it when the disk is full).",
+            labels=["file"],
+        )
+        free = GaugeMetricFamily(
+            "stepstate_store_free_bytes", "Free on the volume of the sqlite store.", labels=[]
+        )
+        volume = GaugeMetricFamily(
+            "stepstate_store_volume_bytes", "Size of the volume of the sqlite store.", labels=[]
+        )
+        if usage is not None:
+            files.add_metric(["database"], usage.database)
+            files.add_metric(["wal"], usage.wal)
+            files.add_metric(["reserve"], usage.reserve)
+            free.add_metric([], usage.free)
+            volume.add_metric([], usage.volume)
+        yield from (files, free, volume)
 
     def _of_rpcs(self) -> Iterator[Metric]:
         labels = ["grpc_type", "grpc_service", "grpc_method"]

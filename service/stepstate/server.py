@@ -165,6 +165,7 @@ class Server:
         if self._store.durable:
             saving = self.sessions.saver.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))
+            self._tasks.append(asyncio.create_task(self.sessions.survey.run()))
         for service in ("", *services, STORE_SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self.phase = Phase.SERVING

@@ -191,9 +191,12 @@ class InThreadClient:
     async def model(self, name: str = "", version: str = "") -> ModelInfo:
         return await asyncio.to_thread(self.real.model, name, version)
 
-    async def sessions(self, model: str = "") -> AsyncIterator[SessionInfo]:
-        for info in await asyncio.to_thread(lambda: list(self.real.sessions(model))):
+    async def sessions(self, model: str = "", **options: Any) -> AsyncIterator[SessionInfo]:
+        for info in await asyncio.to_thread(lambda: list(self.real.sessions(model, **options))):
             yield info
+
+    async def restore_expired(self, session_id: str) -> InThreadSession:
+        return InThreadSession(await asyncio.to_thread(self.real.restore_expired, session_id))
 
 
 @asynccontextmanager

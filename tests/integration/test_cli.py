@@ -11,8 +11,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -401,6 +402,20 @@ def test_sessions_are_listed_shown_and_closed(ask, address: str):
     for command in ("show", "close"):
         assert "was closed at t=4" in complaint(ask("sessions", command, "shown"))
     assert "unknown" in complaint(ask("sessions", "show", "never"))
+
+
+def test_an_expired_session_is_listed_and_restored(ask, address: str):
+    with Client(address) as client:
+        idle = timedelta(seconds=0.2)
+        client.open("gru", session_id="idle", idle_timeout=idle).step(draw(4))
+    until = time.monotonic() + 30
+    while "idle " in ask("sessions", "list").stdout and time.monotonic() < until:
+        time.sleep(0.1)
+    assert "`stepstate sessions restore idle`" in complaint(ask("sessions", "show", "idle"))
+    (line,) = (n for n in ask("sessions", "list", "--expired").stdout.splitlines() if "idle " in n)
+    assert "expired   can be restored until 20" in line
+    restored = json.loads(ask("sessions", "restore", "idle").stdout)
+    assert (restored["session_id"], restored["t"], restored["status"]) == ("idle", 4, "open")
 
 
 def test_models_are_printed_with_their_columns(ask):

@@ -24,6 +24,10 @@ OF_CLIENT = ("grpc", "google", "numpy", "numpy.libs", "typing_extensions.py")
 """What `pip install` of the wheel brings, by the names in site-packages."""
 
 
+OTHERS = re.compile(r"tritonclient|stepstate|__editable__|.*\.pth$|_?virtualenv")
+"""Not in a server's: Triton's messages, and what leads to the tree."""
+
+
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built from a copy, so that nothing is left in the tree."""
@@ -63,8 +67,7 @@ def client_alone(install: Callable[..., Path]) -> Path:
 @pytest.fixture(scope="module")
 def server_alone(install: Callable[..., Path]) -> Path:
     """All packages but Triton's, and not the tree's own."""
-    others = re.compile(r"tritonclient|stepstate|__editable__|.*\.pth$|_?virtualenv")
-    return install(lambda name: not others.match(name))
+    return install(lambda name: not OTHERS.match(name))
 
 
 def start(site: Path, folder: Path, *command: str) -> subprocess.Popen[str]:
@@ -112,6 +115,28 @@ def test_the_command_of_a_client_alone_says_what_it_lacks(
         assert (status, stdout, len(stderr.splitlines())) == (1, "", 1)
         assert stderr.startswith("stepstate: the command line needs the extra `cli`")
         assert "[cli]" in stderr
+
+
+@pytest.mark.parametrize("lacking", ["uvloop", "torch"])
+def test_serve_says_which_package_it_lacks(
+    install: Callable[..., Path], tmp_path: Path, lacking: str
+):
+    """With the extra `cli` alone, and with an installation that is broken."""
+
+    def wanted(name: str) -> bool:
+        if lacking == "uvloop":
+            return name in ("click", *OF_CLIENT)
+        return not OTHERS.match(name) and not name.startswith("torch")
+
+    site = install(wanted)
+    command = ("-m", "stepstate.cli", "serve")
+    status, _, stderr = run(site, tmp_path, *command)
+    assert status == 1
+    assert stderr.startswith(
+        f"Error: `stepstate serve` needs {lacking}, which comes with the extra"
+    )
+    assert len(stderr.splitlines()) == 1
+    assert run(site, tmp_path, *command[:2], "--help")[0] == 0
 
 
 def test_a_server_of_the_wheel_serves_its_example(server_alone: Path, tmp_path: Path):

@@ -67,7 +67,8 @@ def sensor(kind: str, into: str, fallback: str) -> Network:
     )
     if kind in ("min", "max"):  # then a session keeps more rows than its lags need
         network.manifest["tracking"] = {"horizons": [1], "season_steps": 9}
-    network.head.bias.data[:3] = network.head.bias.data.new_tensor([-1.5, 0.0, 1.5])
+    biases = [1.5, 0.0, -1.5] if kind == "min" else [-1.5, 0.0, 1.5]  # the one's quantiles cross
+    network.head.bias.data[:3] = network.head.bias.data.new_tensor(biases)
     network.extra["daily"] = np.array([0.4, -0.3, 0.9], np.float32)
     if into == "head":
         network.extra["head.lags"] = rng.normal(0, 0.3, (4, count)).astype(np.float32)

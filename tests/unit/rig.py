@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -87,6 +87,8 @@ class Rig:
         owner: str = "here",
         accelerator: str | None = None,
         clock: Clock | None = None,
+        wall: Callable[[], float] | None = None,
+        grace_seconds: float = GRACE_SECONDS,
     ) -> None:
         self.clock = clock if clock is not None else Clock()
         self.store = store if store is not None else MemoryStore(self.clock)
@@ -103,14 +105,14 @@ class Rig:
                 queued_rows=queued_rows,
                 default_idle_seconds=IDLE_SECONDS,
                 most_idle_seconds=MOST_IDLE_SECONDS,
-                expired_grace_seconds=GRACE_SECONDS,
+                expired_grace_seconds=grace_seconds,
                 sessions=most_sessions if durable else max_sessions,
                 durability=Durability.ASYNC,
                 durable=durable,
             ),
             owner=owner,
             clock=self.clock,
-            wall=self.clock,
+            wall=wall or self.clock,
             observer=self.metrics,
         )
         for model in models:

@@ -184,10 +184,13 @@ def test_where_no_graph_can_be_captured_forwards_run_without_and_it_is_told_once
     assert np.array_equal(y, plain.step(np.arange(5), x)[0])
 
 
-@pytest.mark.parametrize("name", [*KINDS, "timed"])
+@pytest.mark.parametrize("name", [*KINDS, "timed", "quantiles"])
 def test_a_forward_looks_at_no_value_and_uses_tensors_of_its_device_alone(networks, name):
     """The device "meta" has shapes and no values: `item` raises there, and so does most mixing."""
-    network, profiles = timed_network() if name == "timed" else (networks[name], {})
+    network, profiles = timed_network() if name == "timed" else (networks.get(name), {})
+    if name == "quantiles":
+        network = make_network("quantiles", outputs=3)
+        network.manifest["outputs"] = [{"name": "y0", "quantiles": [0.1, 0.5, 0.9]}]
     model, meta = model_of(network, profiles), torch.device("meta")
     on_meta = Network(model, build_timeline(model)).on(meta)
     for rows in (1, 512):

@@ -65,6 +65,8 @@ WHAT_NEXT = {
     errors.RowsMissing: "from your own records",
     errors.SnapshotForeign: "serve that very model version",
     errors.SnapshotCorrupt: "from its source again",
+    errors.SnapshotTooLarge: "in parts",
+    errors.SessionUnreadable: "or close it (stepstate sessions close",
     errors.StoreUnavailable: "a retry with the same t",
     errors.SessionLimit: "--max-sessions",
     errors.QueueFull: "retry after 0.3 s",

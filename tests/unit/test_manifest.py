@@ -67,3 +67,19 @@ def test_a_value_is_what_it_says_it_is(change, named):
     Manifest.model_validate(document)
     with pytest.raises(ValidationError, match=named):
         Manifest.model_validate(document | change)
+
+
+def test_units_and_tracked_horizons_are_bounded_so_that_replies_are(network):
+    manifest = network.manifest
+    column = manifest["inputs"][0]
+    many = [{**column, "name": f"x{number}", "unit": "x" * 1_000} for number in range(2_000)]
+    with pytest.raises(ValidationError, match="names and units take"):
+        Manifest.model_validate({**manifest, "inputs": many})
+    ahead = list(range(1, 10_002))
+    far = {
+        "inputs": [{**column, "name": "y"}],
+        "outputs": [{"name": "y", "horizons": ahead}],
+        "tracking": {"horizons": ahead},
+    }
+    with pytest.raises(ValidationError, match="10001 horizons of all outputs"):
+        Manifest.model_validate({**manifest, **far})

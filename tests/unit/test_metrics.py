@@ -21,6 +21,7 @@ LABELS = {
     "stage",
     "reason",
     "cause",
+    "file",
     "of",
     "residency",
     "output",
@@ -284,6 +285,7 @@ async def test_a_memory_store_is_up_and_spills_nothing(make_watched, network):
     found = exposed(rig.registry)
     assert found["stepstate_store_up",] == 1
     assert found["stepstate_sessions", "model=lstm", "residency=spilled", "version=1"] == 0
+    assert not [name for name, *_ in found if "_file_bytes" in name or "_free_bytes" in name]
 
 
 FORECASTS = (

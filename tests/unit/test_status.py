@@ -35,6 +35,8 @@ CODES = {
     errors.SnapshotForeign: StatusCode.FAILED_PRECONDITION,
     errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
+    errors.SnapshotTooLarge: StatusCode.FAILED_PRECONDITION,
+    errors.SessionUnreadable: StatusCode.DATA_LOSS,
     errors.StoreUnavailable: StatusCode.UNAVAILABLE,
     errors.SequenceUnstarted: StatusCode.INVALID_ARGUMENT,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,

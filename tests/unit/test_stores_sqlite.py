@@ -82,7 +82,7 @@ async def test_more_saves_than_a_statement_takes_are_all_written(home, store):
     epochs = await asyncio.gather(*(create(home, store, name) for name in names))
     saves = [saving(home, *pair, t=4) for pair in zip(names, epochs, strict=True)]
     assert await store.save(saves) == [Saved.DONE] * len(names)
-    assert {entry.t for entry in (await store.page("", 1000, {"lstm/1"}))[0]} == {4}
+    assert {entry.t for entry in (await store.page("", 1000))[0]} == {4}
 
 
 async def test_the_file_does_not_grow_with_sessions_that_come_and_go(home, store):
@@ -106,7 +106,7 @@ async def test_endings_that_were_forgotten_leave_the_file(home, store):
 
 
 async def test_the_wal_stays_bounded(home, store):
-    connection = store._worker._file.connection()
+    connection = store._worker.file.connection()
     connection.execute("PRAGMA wal_autocheckpoint = 100")
     epoch = await create(home, store, "a")
     for t in range(1, 60):
@@ -154,7 +154,9 @@ async def test_a_disk_that_hangs_is_told_of_and_what_was_given_up_is_not_written
 
 async def test_the_indexes_are_used(home, store):
     for statement, index in (
-        (reads._IDS, "sessions_by_model"),
+        (reads._IDS, "sqlite_autoindex_sessions_1"),
+        (reads._IDS_OF_MODEL, "COVERING INDEX sessions_by_model"),
+        (reads._MODELS, "COVERING INDEX sessions_by_model"),
         (reads._DUE, "sessions_by_due"),
         (reads._COUNTS, "COVERING INDEX sessions_by_model"),
         (reads._COUNT_EXPIRED, "COVERING INDEX sessions_by_due"),

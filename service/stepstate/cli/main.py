@@ -41,10 +41,7 @@ class _Lazy(click.Group):
         try:
             command: click.Command = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
-            raise click.ClickException(
-                f"`stepstate {cmd_name}` needs {error.name}, which comes with the extra `server`: "
-                "where `pip install X` installed stepstate, `pip install 'X[server]'` adds it"
-            ) from error
+            raise _lacking(cmd_name, error) from error
         return command
 
     def invoke(self, ctx: click.Context) -> object:
@@ -54,6 +51,8 @@ class _Lazy(click.Group):
             sys.stdout.flush()
         except (KeyboardInterrupt, click.Abort):
             ctx.exit(INTERRUPTED)
+        except ModuleNotFoundError as error:  # what a command imports as it runs
+            raise _lacking(ctx.invoked_subcommand, error) from error
         except OSError as error:
             # Click knows what a reader that left means; a server's surprise keeps its traceback.
             if error.errno == errno.EPIPE or ctx.invoked_subcommand == "serve":
@@ -61,6 +60,13 @@ class _Lazy(click.Group):
             _drop_output()
             raise click.ClickException(_told(error)) from error
         return done
+
+
+def _lacking(command: str | None, error: ModuleNotFoundError) -> click.ClickException:
+    return click.ClickException(
+        f"`stepstate {command}` needs {error.name}, which comes with the extra `server`: where "
+        "`pip install X` installed stepstate, `pip install 'X[server]'` adds it"
+    )
 
 
 def _told(error: OSError) -> str:

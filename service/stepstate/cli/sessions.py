@@ -30,21 +30,25 @@ def sessions_group() -> None:
 def list_command(server: str, model: str, *, expired: bool) -> None:
     """Prints a line for each open session: `durable` of its t rows survive the server's end.
 
-    With --expired also for each that expired, with the time until which it can be restored.
+    Sessions whose status is not `open` take no steps, and can be closed. With --expired also
+    those that expired, with the time until which they can be restored.
     """
     with _client(server) as client:
         click.echo(
-            f"{'session':<40} {'model':<20} {'t':>10} {'durable':>10}  {'where':<8}  expires"
+            f"{'session':<40} {'model':<20} {'t':>10} {'durable':>10}  {'where':<8}  "
+            f"{'status':<13}  expires"
         )
         for info in client.sessions(model, show_expired=expired):
+            if info.status == "unreadable":
+                click.echo(f"{info.session_id:<40} {'':<53}  {info.status}")
+                continue
             name = f"{info.model}/{info.version}"
-            where = info.residency if info.purge_time is None else info.status
             until = f"{info.expire_time:%F %T}Z"
             if info.purge_time is not None:
                 until = f"can be restored until {info.purge_time:%F %T}Z"
             click.echo(
                 f"{info.session_id:<40} {name:<20} {info.t:>10} {info.durable_t:>10}  "
-                f"{where:<8}  {until}"
+                f"{info.residency:<8}  {info.status:<13}  {until}"
             )
 
 

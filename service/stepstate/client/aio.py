@@ -336,9 +336,12 @@ class AsyncClient:
             InvalidField: there can be no such id.
             Unavailable: no answer in time.
         """
-        request = pb.ExportSessionRequest(session_id=session_id)
-        snapshot: bytes = (await self.call(self.stub.ExportSession, request)).snapshot
-        return snapshot
+
+        async def parts(request: object, timeout: float | None = None) -> bytes:
+            call = self.stub.StreamExport(request, timeout=timeout)
+            return b"".join([reply.data async for reply in call])
+
+        return await self.call(parts, pb.StreamExportRequest(session_id=session_id))
 
     async def restore_expired(self, session_id: str) -> AsyncSession:
         """Opens a session again that was idle for too long, as it was.
@@ -392,8 +395,8 @@ class AsyncClient:
             SessionLimit: the server has no room for one more session.
             Unavailable: no answer in time.
         """
-        request = wire.importing(snapshot, session_id, idle_timeout, durability)
-        reply = await self.call(self.stub.ImportSession, request)
+        requests = wire.importing(snapshot, session_id, idle_timeout, durability)
+        reply = await self.call(self.stub.StreamImport, requests)
         return await self._session(wire.session_info(reply.session))
 
     async def stream(
@@ -577,8 +580,13 @@ class AsyncClient:
         Raises:
             Unavailable: no answer in time.
         """
-        reply = await self.call(self.stub.ListModels, pb.ListModelsRequest())
-        return [wire.model_info(model) for model in reply.models]
+        request, found = pb.ListModelsRequest(), []
+        while True:
+            reply = await self.call(self.stub.ListModels, request)
+            found += [wire.model_info(model) for model in reply.models]
+            if not reply.next_page_token:
+                return found
+            request.page_token = reply.next_page_token
 
     async def model(self, name: str = "", version: str = "") -> ModelInfo:
         """One loaded model.

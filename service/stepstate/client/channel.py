@@ -26,7 +26,7 @@ CHANNEL_OPTIONS = (
     ("grpc.keepalive_permit_without_calls", 1),
     # The server's own limit for what it takes.
     ("grpc.max_send_message_length", 16 * 2**20),
-    # Snapshots of wide models; other replies stay below 4 MiB.
+    # Every reply stays below gRPC's default limit of 4 MiB, but for a server of an earlier version.
     ("grpc.max_receive_message_length", 64 * 2**20),
     # Reconnect as fast as Backoff asks for, not by gRPC's own minute.
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -59,6 +59,14 @@ class MetadataChannel:
     def unary_unary(self, *args: Any, **options: Any) -> Callable[..., Any]:
         """As of a channel."""
         return partial(self._channel.unary_unary(*args, **options), metadata=self._metadata)
+
+    def unary_stream(self, *args: Any, **options: Any) -> Callable[..., Any]:
+        """As of a channel."""
+        return partial(self._channel.unary_stream(*args, **options), metadata=self._metadata)
+
+    def stream_unary(self, *args: Any, **options: Any) -> Callable[..., Any]:
+        """As of a channel."""
+        return partial(self._channel.stream_unary(*args, **options), metadata=self._metadata)
 
     def stream_stream(self, *args: Any, **options: Any) -> Callable[..., Any]:
         """As of a channel."""

@@ -343,9 +343,12 @@ class Client:
             InvalidField: there can be no such id.
             Unavailable: no answer in time.
         """
-        request = pb.ExportSessionRequest(session_id=session_id)
-        snapshot: bytes = self.call(self.stub.ExportSession, request).snapshot
-        return snapshot
+
+        def parts(request: object, timeout: float | None = None) -> bytes:
+            call = self.stub.StreamExport(request, timeout=timeout)
+            return b"".join(reply.data for reply in call)
+
+        return self.call(parts, pb.StreamExportRequest(session_id=session_id))
 
     def restore_expired(self, session_id: str) -> Session:
         """Opens a session again that was idle for too long, as it was.
@@ -399,8 +402,11 @@ class Client:
             SessionLimit: the server has no room for one more session.
             Unavailable: no answer in time.
         """
-        request = wire.importing(snapshot, session_id, idle_timeout, durability)
-        return self._session(wire.session_info(self.call(self.stub.ImportSession, request).session))
+        requests = wire.importing(snapshot, session_id, idle_timeout, durability)
+        reply = self.call(
+            lambda some, timeout: self.stub.StreamImport(iter(some), timeout=timeout), requests
+        )
+        return self._session(wire.session_info(reply.session))
 
     def stream(
         self, items: Iterable[tuple[Session, ArrayLike | TimedRows]]
@@ -573,8 +579,13 @@ class Client:
         Raises:
             Unavailable: no answer in time.
         """
-        reply = self.call(self.stub.ListModels, pb.ListModelsRequest())
-        return [wire.model_info(model) for model in reply.models]
+        request, found = pb.ListModelsRequest(), []
+        while True:
+            reply = self.call(self.stub.ListModels, request)
+            found += [wire.model_info(model) for model in reply.models]
+            if not reply.next_page_token:
+                return found
+            request.page_token = reply.next_page_token
 
     def model(self, name: str = "", version: str = "") -> ModelInfo:
         """One loaded model.

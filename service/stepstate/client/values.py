@@ -210,7 +210,10 @@ class SessionInfo:
     cover, 0 where the model tracks no horizon. `accuracy` and `drift`: how good
     its forecasts were, told where it is resident and its model tracks them.
     `status`: "open"; "expired", as it was idle for too long: it is kept until
-    `purge_time`, and `Client.restore_expired` opens it again.
+    `purge_time`, and `Client.restore_expired` opens it again; "model_missing":
+    its model is not loaded by the server, or is another one by now; "unreadable":
+    what the store has of it is damaged, and only its id is told. All but the open
+    ones take no steps, and can be closed.
     """
 
     session_id: str

@@ -60,7 +60,11 @@ _STATUSES = {
     pb.SESSION_STATUS_MODEL_MISSING: "model_missing",
     pb.SESSION_STATUS_UNREADABLE: "unreadable",
 }
+PART_BYTES = 2**20
+"""Of a snapshot in one message."""
 _DETAILS_KEY = "grpc-status-details-bin"
+_TOO_LARGE = "message larger than max"
+"""What gRPC itself says of a message beyond a limit, of this side or the other."""
 # What gRPC itself says of a connection that broke, beside UNAVAILABLE; Stepstate's own errors,
 # INTERNAL too, carry details.
 _NO_ANSWER = (
@@ -122,11 +126,14 @@ def importing(
     session_id: str | None,
     idle_timeout: timedelta | None,
     durability: str | None,
-) -> pb.ImportSessionRequest:
-    """A request for a session from a snapshot; without an id it keeps its own."""
-    request = pb.ImportSessionRequest(snapshot=snapshot, session_id=session_id or "")
-    _put_wishes(request, idle_timeout, durability)
-    return request
+) -> list[pb.StreamImportRequest]:
+    """The requests for a session from a snapshot; without an id it keeps its own."""
+    first = pb.StreamImportRequest(size=len(snapshot), session_id=session_id or "")
+    _put_wishes(first, idle_timeout, durability)
+    first.data = snapshot[:PART_BYTES]
+    places = range(PART_BYTES, len(snapshot), PART_BYTES)
+    rest = [pb.StreamImportRequest(data=snapshot[at : at + PART_BYTES]) for at in places]
+    return [first, *rest]
 
 
 def new_id() -> str:
@@ -135,7 +142,7 @@ def new_id() -> str:
 
 
 def _put_wishes(
-    request: pb.OpenSessionRequest | pb.ForkSessionRequest | pb.ImportSessionRequest,
+    request: pb.OpenSessionRequest | pb.ForkSessionRequest | pb.StreamImportRequest,
     idle_timeout: timedelta | None,
     durability: str | None,
 ) -> None:
@@ -307,6 +314,8 @@ def from_rpc(error: Any, target: str) -> StepstateError:
         return Cancelled(detail)
     if code in _NO_ANSWER:
         return ServerUnreachable(target, detail or code.name)
+    if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in detail:
+        return InvalidField("message", f"{detail}: send less in one request, or ask for less")
     return UnexpectedStatus(code.name, detail)
 
 

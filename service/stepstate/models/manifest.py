@@ -44,6 +44,10 @@ MAX_SECONDS = 100 * 366 * 86_400.0
 """A century, as an interval or as a period: beyond it times could not be told."""
 MAX_NUMBER = 1e30
 """Of means and scales: beyond it, and as a scale below its inverse, float32 overflows."""
+MAX_TEXTS = 2_000_000
+"""Bytes of all names and units: with them a model is described in a reply of less than 4 MB."""
+MAX_TRACKED = 10_000
+"""Outputs times tracked horizons: where a session stands is told in a reply of less than 4 MB."""
 MAX_TEXT = 10_000
 """Characters of a description or a unit."""
 
@@ -156,7 +160,8 @@ class Input(_Part):
 class Output(_Part):
     """A column of y for each horizon h: network * scale + mean + profile[phase(t + h)].
 
-    With `quantiles` there is one for each horizon and each quantile level.
+    With `quantiles` there is one for each horizon and each quantile level; the server sorts those
+    of a horizon, in raw units.
     """
 
     name: Name
@@ -424,6 +429,15 @@ class Manifest(_Part):
         for what, width in widths.items():
             if width > MAX_COLUMNS:
                 raise ValueError(f"{what} has {width} columns, at most {MAX_COLUMNS}")
+        texts = sum(len(one.name) + len(one.unit.encode()) for one in self.inputs)
+        texts += sum(len(one.name) + len(one.unit.encode()) for one in self.outputs)
+        if texts > MAX_TEXTS:
+            raise ValueError(
+                f"inputs and outputs: names and units take {texts} bytes, at most {MAX_TEXTS}"
+            )
+        tracked = len(self.outputs) * len(self.tracking.horizons) if self.tracking else 0
+        if tracked > MAX_TRACKED:
+            raise ValueError(f"tracking: {tracked} horizons of all outputs, at most {MAX_TRACKED}")
         cell = 2 * self.cell.num_layers * self.cell.hidden_size
         state = 4 * (cell + self.history_rows * self.input_width)
         if state > MAX_STATE_BYTES:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,9 @@ from pydantic import ValidationError
 from stepstate.errors import ModelInvalid
 from stepstate.models.layout import tensor_shapes
 from stepstate.models.manifest import Manifest
+from stepstate.models.resolution import resolutions
+
+log = logging.getLogger(__name__)
 
 Tensors = Mapping[str, NDArray[np.float32]]
 
@@ -80,6 +84,7 @@ def validate_model(folder: Path, document: Mapping[str, object], tensors: Tensor
     """
     manifest = parse_manifest(folder, document)
     check_tensors(folder, manifest, tensors)
+    check_resolution(folder, manifest, tensors)
     former = fingerprint(document, tensors, described=True) if manifest.description else ""
     return Model(manifest, tensors, former)
 
@@ -110,6 +115,30 @@ def check_tensors(folder: Path, manifest: Manifest, tensors: Tensors) -> None:
             raise ModelInvalid(path, f"{name} is {tensor.dtype}, expected float32")
         if not np.isfinite(tensor).all():
             raise ModelInvalid(path, f"{name} holds NaN or infinity")
+
+
+def check_resolution(folder: Path, manifest: Manifest, tensors: Tensors) -> None:
+    """Whether float32 can tell the values of every column apart; a coarse one is logged.
+
+    Raises:
+        ModelInvalid: it names the columns.
+    """
+    coarse = [one for one in resolutions(manifest, tensors) if one.coarse]
+    lost = [one for one in coarse if one.lost]
+    if lost:
+        more = f"; and {len(lost) - _MAX_PROBLEMS} more" if len(lost) > _MAX_PROBLEMS else ""
+        raise ModelInvalid(
+            str(folder / MANIFEST),
+            f"{'; '.join(map(str, lost[:_MAX_PROBLEMS]))}{more}: the digits that the network is to "
+            "see are lost before the mean is taken off; train on the difference between two rows "
+            "of a counter, or on its distance from a fixed number, and send that",
+        )
+    for one in coarse[:_MAX_PROBLEMS]:
+        log.warning(
+            "%s: %s: few digits are left; send the difference between two rows of a counter",
+            folder / MANIFEST,
+            one,
+        )
 
 
 def fingerprint(

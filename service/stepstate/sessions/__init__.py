@@ -13,7 +13,7 @@ from stepstate.sessions.packed import Columns, PackedRows, PackReplyTo, Seat
 from stepstate.sessions.residency import ResidencyObserver
 from stepstate.sessions.session import ReplyTo, Session, Step
 from stepstate.sessions.sessions import Sessions
-from stepstate.sessions.standing import Standing
+from stepstate.sessions.standing import SessionStatus, Standing
 from stepstate.sessions.table import Table
 
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "Seat",
     "Session",
     "SessionForecast",
+    "SessionStatus",
     "Sessions",
     "Standing",
     "Step",

@@ -19,6 +19,8 @@ from stepstate.errors import (
     SessionExpired,
     SessionLost,
     SessionUnknown,
+    SessionUnreadable,
+    SnapshotCorrupt,
     SnapshotForeign,
     StepstateError,
 )
@@ -31,8 +33,9 @@ from stepstate.sessions.saver import Saver, SaverObserver
 from stepstate.sessions.session import Session
 from stepstate.sessions.snapshot import Snapshot, decode, identity_of
 from stepstate.sessions.standing import Standings
+from stepstate.sessions.survey import Survey
 from stepstate.sessions.table import Table
-from stepstate.stores import Durability, Ending, EndReason, Entry
+from stepstate.stores import Durability, Ending, EndReason, Entry, SessionRecord, Unreadable
 
 log = logging.getLogger(__name__)
 
@@ -56,6 +59,7 @@ class Residency:
         link: the store.
         table: the resident sessions.
         lanes: by model "name/version".
+        survey: told of sessions that can't be read.
         standings: tell what the store's entries mean.
         owner: the name under which this process, and no other, holds leases.
         clock: monotonic seconds.
@@ -70,6 +74,7 @@ class Residency:
         link: StoreLink,
         table: Table,
         lanes: Mapping[str, Lane],
+        survey: Survey,
         standings: Standings,
         *,
         owner: str,
@@ -98,6 +103,7 @@ class Residency:
         self._link = link
         self._table = table
         self._lanes = lanes
+        self._survey = survey
         self._standings = standings
         self._owner = owner
         self._clock = clock
@@ -125,6 +131,7 @@ class Residency:
         if record.durability is Durability.NONE:
             self._table.touch(session, self._clock() + record.idle_timeout_seconds / 2)
         self.room.take_up()
+        self._survey.loaded(record.session_id)
         return session
 
     async def load(self, session_id: str) -> Session:
@@ -132,7 +139,7 @@ class Residency:
 
         Raises:
             SessionUnknown, SessionExpired, SessionClosed, SessionLost, SnapshotForeign,
-            SnapshotCorrupt, QueueFull, StoreUnavailable.
+            SessionUnreadable, QueueFull, StoreUnavailable.
         """
         if not self._link.store.durable:  # only one that was restored is there and not here
             found = await self._link.store.find(session_id)
@@ -170,18 +177,25 @@ class Residency:
         else:
             self._drop(session)
 
-    async def untaken(self, found: Entry | Ending | None, session_id: str) -> StepstateError:
+    async def untaken(
+        self, found: Entry | Unreadable | Ending | None, session_id: str
+    ) -> StepstateError:
         """Why what the store knows of an id is no session to step; ends it if its time is past."""
         if found is None:
             return SessionUnknown(session_id)
         if isinstance(found, Ending):
             return told(session_id, found)
-        record = found.record
+        if isinstance(found, Unreadable):
+            self._survey.met(found)
+            return SessionUnreadable(session_id, found.problem)
         if self._standings.past(found):
             return await self._expired(found)
-        return SnapshotForeign(
-            session_id, record.model_key, record.fingerprint, self.loaded(record.model_key)
-        )
+        return self.foreign(found.record)
+
+    def foreign(self, record: SessionRecord) -> SnapshotForeign:
+        """That a session is of another model than is loaded here."""
+        key = record.model_key
+        return SnapshotForeign(record.session_id, key, record.fingerprint, self.loaded(key))
 
     def loaded(self, model_key: str) -> str:
         """The fingerprint under which a model is loaded here; empty: it is not."""
@@ -200,7 +214,14 @@ class Residency:
             # Its lease was not given up: what is stored may be old. A lease in this process' own
             # name is no better, it may come from an acquire whose answer was lost.
             raise await self._end_in_store(entry, EndReason.LOST)
-        return entry, self.fitted(decode(data))
+        try:
+            snapshot = self.fitted(decode(data))
+        except SnapshotCorrupt as error:
+            raise await self.untaken(Unreadable(session_id, error.problem), session_id) from error
+        if snapshot.record.session_id != session_id:
+            problem = f"it has the snapshot of {snapshot.record.session_id!r}"
+            raise await self.untaken(Unreadable(session_id, problem), session_id)
+        return entry, snapshot
 
     def fitted(self, snapshot: Snapshot) -> Snapshot:
         """A snapshot as the states of its model are here.
@@ -215,9 +236,7 @@ class Residency:
             fitted = lane.fitted(snapshot)
             if fitted is not None:
                 return fitted
-        raise SnapshotForeign(
-            record.session_id, record.model_key, record.fingerprint, self.loaded(record.model_key)
-        )
+        raise self.foreign(record)
 
     async def _end_in_store(self, entry: Entry, reason: EndReason) -> StepstateError:
         record = entry.record

@@ -17,13 +17,13 @@ from typing import Protocol
 
 import numpy as np
 
-from stepstate.errors import StaleOwner, StepstateError, StoreUnavailable
+from stepstate.errors import SessionUnreadable, StaleOwner, StepstateError, StoreUnavailable
 from stepstate.sessions.link import StoreLink
 from stepstate.sessions.session import Session, Step
 from stepstate.sessions.snapshot import Snapshot, encode
 from stepstate.sessions.surprise import surprise
 from stepstate.sessions.table import NEVER, Table
-from stepstate.stores import Durability, Ending, Entry, Save, Saved
+from stepstate.stores import Durability, Ending, Entry, Save, Saved, Unreadable
 
 log = logging.getLogger(__name__)
 
@@ -200,7 +200,7 @@ class Saver:
 
     async def _doubt(self, step: Step) -> None:
         session = step.session
-        found: Entry | Ending | None = None
+        found: Entry | Unreadable | Ending | None = None
         try:
             found = await self._link.ask(self._link.store.find(session.session_id))
         except Exception as error:  # noqa: BLE001 - a surprise is logged, and the step answered
@@ -264,6 +264,9 @@ class Saver:
             return
         self._observer.not_saved("fenced", 1)
         found = await self._link.ask(self._link.store.find(session.session_id))
+        if isinstance(found, Unreadable):  # nobody can tell any more who holds it
+            self._forget(session, SessionUnreadable(session.session_id, found.problem))
+            return
         self._forget(session, StaleOwner(session.session_id, found.t if found is not None else 0))
 
     async def _keep_again(self, session: Session, save: Save) -> bool:
@@ -278,7 +281,7 @@ class Saver:
                 snapshot=save.snapshot or self.snapshot(session),
             )
         )
-        if isinstance(kept, Entry):
+        if not isinstance(kept, int):
             return False
         session.epoch = kept
         self._now_durable(session, save.t)

@@ -28,6 +28,7 @@ from stepstate.errors import (
     SessionExists,
     SessionLimit,
     SessionLost,
+    SessionUnreadable,
     StaleOwner,
     StepstateError,
     StoreUnavailable,
@@ -53,15 +54,25 @@ from stepstate.sessions.residency import Residency, ResidencyObserver
 from stepstate.sessions.session import ReplyTo, Session, Step
 from stepstate.sessions.snapshot import Snapshot, decode, encode
 from stepstate.sessions.standing import Standing, Standings
+from stepstate.sessions.survey import Survey
 from stepstate.sessions.table import Table
 from stepstate.sessions.turn import Turn
-from stepstate.stores import Ending, EndReason, Entry, Saved, SessionStore
+from stepstate.stores import (
+    DiskUsage,
+    Ending,
+    EndReason,
+    Entry,
+    Saved,
+    SessionRecord,
+    SessionStore,
+    Unreadable,
+)
 
 log = logging.getLogger(__name__)
 
 _SAVED_AT_ONCE = 500
 _ENDED_AT_ONCE = 32  # about a millisecond of work in one turn of the loop
-_PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:-]{0,160}")
+_PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:~-]{0,300}")
 
 T = TypeVar("T")
 
@@ -102,7 +113,10 @@ class Sessions:
         self._clock = clock
         self._wall = wall
         self._observer = observer
-        self._standings = Standings(table, owner=owner, clock=clock, now=store.now)
+        self._standings = Standings(
+            table, served=self._served, owner=owner, clock=clock, now=store.now
+        )
+        self.survey = Survey(self.link, self._standings)
         self._arrivals = Arrivals(self._usable, self._make_ready)
         self._lines = self._arrivals.lines
         self._census = Census(self.link, clock=clock, observer=observer)
@@ -118,6 +132,7 @@ class Sessions:
             self.link,
             table,
             self.lanes,
+            self.survey,
             self._standings,
             owner=owner,
             clock=clock,
@@ -156,6 +171,11 @@ class Sessions:
         return self.link.failures
 
     @property
+    def disk_usage(self) -> DiskUsage | None:
+        """What the store takes of a disk of this machine; None: it has none."""
+        return self._store.disk_usage()
+
+    @property
     def undurable_rows(self) -> int:
         """Rows of async sessions that are applied and not saved."""
         return self._table.undurable_rows()
@@ -168,6 +188,16 @@ class Sessions:
     def spilled(self, model_key: str) -> int:
         """Open sessions of a model that are in the store only, or on another server."""
         return max(0, self._census[model_key] - self.lanes[model_key].open_sessions)
+
+    @property
+    def orphaned_sessions(self) -> int:
+        """Sessions in the store whose very model is not loaded here, when it was last looked."""
+        return self.survey.orphaned.total()
+
+    @property
+    def unreadable_sessions(self) -> int:
+        """Sessions in the store that can't be read, as far as they were met."""
+        return len(self.survey.unreadable)
 
     async def start(self) -> None:
         """Asks the store how many sessions it has; one that is away may come back later."""
@@ -283,17 +313,18 @@ class Sessions:
     async def _expired_entry(self, session_id: str) -> Entry:
         """An expired session of a model that is loaded here, marked as such."""
         found = await self.link.ask(self._store.find(session_id))
-        if isinstance(found, Entry) and self._standings.past(found):
-            record = found.record
-            lane = self.lanes.get(record.model_key)
-            if lane is not None and record.fingerprint in lane.model.fingerprints:
-                if found.delete_at is not None:
-                    return found
-                await self._expiry.settle(found)
-                return await self._expired_entry(session_id)
-        elif isinstance(found, Entry):
+        if not isinstance(found, Entry):
+            raise await self._residency.untaken(found, session_id)
+        if not self._standings.past(found):
             raise SessionExists(session_id, found.t)
-        raise await self._residency.untaken(found, session_id)
+        record = found.record
+        lane = self.lanes.get(record.model_key)
+        if lane is None or record.fingerprint not in lane.model.fingerprints:
+            raise self._residency.foreign(record)
+        if found.delete_at is not None:
+            return found
+        await self._expiry.settle(found)
+        return await self._expired_entry(session_id)
 
     def find(self, session_id: str) -> Session | None:
         """The resident session of this id if it takes steps now, and nobody waits for it."""
@@ -416,13 +447,13 @@ class Sessions:
 
     async def page(
         self, token: str, size: int, model: str, *, expired: bool = False
-    ) -> tuple[list[Standing], str]:
+    ) -> tuple[list[Standing | Unreadable], str]:
         """Up to `size` open sessions, and the token to go on from; empty: these were the last.
 
         Args:
-            token: empty for the first page.
+            token: empty for the first page, else that of the page before.
             size: the most sessions wanted.
-            model: of this only; empty: of all models.
+            model: of the model of this name only; empty: of all, loaded or not.
             expired: whether expired sessions that are kept are wanted too.
 
         Raises:
@@ -430,15 +461,16 @@ class Sessions:
         """
         if not _PAGE_TOKEN.fullmatch(token):
             raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
-        models = [m.key for m in self.catalog if model in ("", m.manifest.name)]
-        entries, following = await self.link.ask(
-            self._store.page(token, size, models, expired=expired)
-        )
-        told_of: list[Standing] = []
+        page = self._store.page(token, size, model, expired=expired)
+        entries, following = await self.link.ask(page)
+        told_of: list[Standing | Unreadable] = []
         for entry in entries:
-            session = self._usable(entry.record.session_id)
+            session = self._usable(entry.session_id)
             if session is not None:
                 told_of.append(self.standing(session))
+            elif isinstance(entry, Unreadable):
+                self.survey.met(entry)
+                told_of.append(entry)
             elif self._open_elsewhere(entry) or (expired and entry.delete_at is not None):
                 told_of.append(self._standings.stored(entry))
         return told_of, following
@@ -545,6 +577,31 @@ class Sessions:
         if not await self._end(session, ending):
             raise session.lost or StaleOwner(session.session_id, ending.t)
         return ending.t
+
+    async def close_stored(self, session_id: str) -> Standing | Unreadable:
+        """Closes a session that can't be loaded here; returns how it stood.
+
+        Raises:
+            as `look`, and StaleOwner: it changed meanwhile.
+        """
+        found = await self.link.ask(self._store.find(session_id))
+        if isinstance(found, Unreadable):
+            ended = await self.link.ask(
+                self._store.discard(session_id, Ending(EndReason.CLOSED, 0, 0.0))
+            )
+        elif isinstance(found, Entry) and not self._standings.past(found):
+            ending = Ending(EndReason.CLOSED, found.t, found.record.idle_timeout_seconds)
+            ended = await self.link.ask(self._store.end(session_id, found.epoch, ending))
+        else:
+            raise await self._residency.untaken(found, session_id)
+        if not ended:
+            raise StaleOwner(session_id, 0)
+        self.survey.ended(found)
+        if isinstance(found, Unreadable):
+            self._observer.closed(EndReason.CLOSED.value)  # it is counted by no model
+            return found
+        self._census.ended(found.record.model_key, ending)
+        return self._standings.stored(found)
 
     async def forecast(
         self, session_ids: Sequence[str], wish: Wish
@@ -692,6 +749,8 @@ class Sessions:
                 self._expiry.replaced(before)
         if isinstance(epoch, Entry):
             raise SessionExists(record.session_id, epoch.t)
+        if isinstance(epoch, Unreadable):
+            raise SessionUnreadable(record.session_id, epoch.problem)
         if self._draining:  # began meanwhile: nobody would save it
             ending = Ending(EndReason.CLOSED, snapshot.t, record.idle_timeout_seconds)
             await self.link.ask(self._store.end(record.session_id, epoch, ending))
@@ -700,7 +759,7 @@ class Sessions:
 
     async def _create_in_store(
         self, snapshot: Snapshot, expires_at: float, *, replacing: int
-    ) -> int | Entry:
+    ) -> int | Entry | Unreadable:
         # A store that does not last gives no session back but one that expired.
         lasts = self._store.durable
         data = encode(replace(snapshot, owner=self._owner, epoch=0)) if lasts else b""
@@ -821,6 +880,10 @@ class Sessions:
             if ended:
                 self._census.ended(session.record.model_key, ending)
         return ended
+
+    def _served(self, record: SessionRecord) -> bool:
+        lane = self.lanes.get(record.model_key)
+        return lane is not None and record.fingerprint in lane.model.fingerprints
 
     def _ending(self, session: Session, reason: EndReason) -> Ending:
         return Ending(reason, self.t(session), session.record.idle_timeout_seconds)

@@ -110,7 +110,7 @@ def decode(data: bytes) -> Snapshot:
         )
     try:
         snapshot = reader(data)
-    except (ValueError, KeyError, TypeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
         raise SnapshotCorrupt(f"its parts do not fit together ({error})") from error
     _check(snapshot)
     return snapshot
@@ -171,7 +171,7 @@ class _Cursor:
 
     def take(self, count: int) -> bytes:
         first, self._place = self._place, self._place + count
-        if self._place > self._end:
+        if count < 0 or self._place > self._end:
             raise ValueError("it ends too early")
         return self._data[first : self._place]
 

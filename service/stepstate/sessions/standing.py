@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -9,6 +10,17 @@ from stepstate.engine import Quality
 from stepstate.sessions.session import Session
 from stepstate.sessions.table import Table
 from stepstate.stores import Durability, Entry, SessionRecord
+
+
+class SessionStatus(enum.Enum):
+    """What can be done with a session."""
+
+    OPEN = "open"
+    """It takes steps."""
+    EXPIRED = "expired"
+    """It was idle for too long, and is kept for a while: it can be restored."""
+    MODEL_MISSING = "model_missing"
+    """Its model is not loaded here, or is another one by now: it can be closed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +41,7 @@ class Standing:
     """Until it is deleted, if it is marked as expired."""
     quality: Quality | None = None
     """Of its forecasts, where it is resident and its model tracks them."""
+    status: SessionStatus = SessionStatus.OPEN
 
 
 class Standings:
@@ -36,6 +49,7 @@ class Standings:
 
     Args:
         table: the resident sessions.
+        served: whether the very model of a session is loaded here.
         owner: the name under which this server holds leases.
         clock: monotonic seconds.
         now: the time by the store's clock.
@@ -45,11 +59,13 @@ class Standings:
         self,
         table: Table,
         *,
+        served: Callable[[SessionRecord], bool],
         owner: str,
         clock: Callable[[], float],
         now: Callable[[], float],
     ) -> None:
         self._table = table
+        self._served = served
         self._owner = owner
         self._clock = clock
         self._now = now
@@ -84,7 +100,17 @@ class Standings:
             owner=entry.owner,
             epoch=entry.epoch,
             delete_seconds=None if delete_at is None else delete_at - now,
+            status=self._status(entry),
         )
+
+    def _status(self, entry: Entry) -> SessionStatus:
+        if entry.delete_at is not None:
+            return SessionStatus.EXPIRED
+        return SessionStatus.MODEL_MISSING if self.orphaned(entry) else SessionStatus.OPEN
+
+    def orphaned(self, entry: Entry) -> bool:
+        """Whether its very model is not loaded here."""
+        return not self._served(entry.record)
 
     def past(self, entry: Entry) -> bool:
         """Whether the time of one in the store is up."""

@@ -1,6 +1,7 @@
 """Stores: where sessions are kept beyond the arena."""
 
 from stepstate.stores.base import (
+    DiskUsage,
     Durability,
     Ending,
     EndReason,
@@ -10,6 +11,7 @@ from stepstate.stores.base import (
     Saved,
     SessionRecord,
     SessionStore,
+    Unreadable,
 )
 from stepstate.stores.failures import CannotOpenStore
 from stepstate.stores.memory import MemoryStore
@@ -18,6 +20,7 @@ from stepstate.stores.sqlite import SqliteStore
 
 __all__ = [
     "CannotOpenStore",
+    "DiskUsage",
     "Durability",
     "EndReason",
     "Ending",
@@ -29,5 +32,6 @@ __all__ = [
     "SessionRecord",
     "SessionStore",
     "SqliteStore",
+    "Unreadable",
     "open_store",
 ]

@@ -19,11 +19,19 @@ import enum
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from typing import Protocol
+from datetime import UTC, datetime
+from typing import Annotated, ClassVar, Protocol
+
+from pydantic import AfterValidator, AwareDatetime, ConfigDict, Field, TypeAdapter
 
 ENDING_SECONDS = 3600.0
 """How a session ended is remembered for an hour: longer than any client goes on retrying."""
+
+
+MAX_T = 2**53
+"""No session has applied so many rows; every number below it is exact in Lua and in a float."""
+MAX_IDLE_SECONDS = 1e11
+"""Some 3,000 years: with it every time of expiry can be told."""
 
 
 class Durability(enum.Enum):
@@ -56,20 +64,44 @@ class EndReason(enum.Enum):
     LOST = "lost"
 
 
+def _utc(moment: datetime) -> datetime:
+    """A time in UTC, where all arithmetic with it is done.
+
+    Raises:
+        ValueError: in UTC it is before the year 1 or after 9999.
+    """
+    try:
+        return moment.astimezone(UTC)
+    except OverflowError:
+        raise ValueError("is before the year 1 or after 9999") from None
+
+
+Id = Annotated[str, Field(min_length=1, max_length=256)]
+Name = Annotated[str, Field(max_length=256)]
+Seconds = Annotated[float, Field(gt=0, le=MAX_IDLE_SECONDS, allow_inf_nan=False)]
+Moment = Annotated[AwareDatetime, AfterValidator(_utc)]
+Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
+
+
 @dataclass(frozen=True, slots=True)
 class SessionRecord:
-    """What is fixed about a session when it is opened."""
+    """What is fixed about a session when it is opened.
 
-    session_id: str
-    model: str
-    version: str
-    fingerprint: str
-    idle_timeout_seconds: float
-    start_time: datetime | None
-    open_time: datetime
+    The types say what `from_json` takes; the constructor checks nothing.
+    """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(strict=True, extra="ignore")
+
+    session_id: Id
+    model: Name
+    version: Name
+    fingerprint: Name
+    idle_timeout_seconds: Seconds
+    start_time: Moment | None
+    open_time: Moment
     durability: Durability
     missing: MissingPolicy = MissingPolicy.REJECT
-    interval_level: float | None = None
+    interval_level: Share | None = None
     """The share of truths that its intervals are to cover; None: the model's own."""
 
     @property
@@ -98,25 +130,12 @@ class SessionRecord:
         """The record that `to_json` wrote. Unknown fields, of a later version, are skipped.
 
         Raises:
-            ValueError, KeyError, TypeError: it is not such a text.
+            ValueError: it is not such a text.
         """
-        values = json.loads(text)
-        start = values["start_time"]
-        level = values.get("interval_level")
-        if level is not None and not 0 < float(level) < 1:
-            raise ValueError(f"interval_level is {level}")
-        return cls(
-            session_id=values["session_id"],
-            model=values["model"],
-            version=values["version"],
-            fingerprint=values["fingerprint"],
-            idle_timeout_seconds=float(values["idle_timeout_seconds"]),
-            start_time=None if start is None else datetime.fromisoformat(start),
-            open_time=datetime.fromisoformat(values["open_time"]),
-            durability=Durability(values["durability"]),
-            missing=MissingPolicy(values.get("missing", "reject")),
-            interval_level=None if level is None else float(level),
-        )
+        return _RECORDS.validate_json(text)
+
+
+_RECORDS = TypeAdapter(SessionRecord)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +162,20 @@ class Entry:
     delete_at: float | None = None
     """When it may be deleted, by the store's clock, if it is marked as expired."""
 
+    @property
+    def session_id(self) -> str:
+        """Its id."""
+        return self.record.session_id
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A session whose record in the store can't be read. It can be told of, and discarded."""
+
+    session_id: str
+    problem: str
+    """What is wrong with the record, for a person."""
+
 
 @dataclass(frozen=True, slots=True)
 class Save:
@@ -168,10 +201,25 @@ class Saved(enum.Enum):
     """The store has lost the session: it knows neither it nor how it ended."""
 
 
+@dataclass(frozen=True, slots=True)
+class DiskUsage:
+    """What a store's files take of the volume that they are on, in bytes."""
+
+    database: int
+    wal: int
+    """Written and not yet copied into the database."""
+    reserve: int
+    """Kept so that it can be copied when the disk is full."""
+    free: int
+    volume: int
+
+
 class SessionStore(Protocol):
     """Keeps sessions and their endings.
 
     Every method raises `StoreUnavailable` when the store can't be reached or can't write.
+    What is stored may be damaged: a record that can't be read is `Unreadable`, an ending that
+    can't be is forgotten, and neither touches another session.
     """
 
     durable: bool
@@ -203,7 +251,7 @@ class SessionStore(Protocol):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | Entry:
+    ) -> int | Entry | Unreadable:
         """Keeps a new session, and forgets how an older one of its id ended.
 
         Args:
@@ -222,7 +270,7 @@ class SessionStore(Protocol):
 
     async def acquire(
         self, session_id: str, *, owner: str, fingerprints: Collection[str]
-    ) -> tuple[Entry, bytes] | Entry | Ending | None:
+    ) -> tuple[Entry, bytes] | Entry | Unreadable | Ending | None:
         """Takes a session's lease, whoever held it: its epoch rises.
 
         Args:
@@ -237,7 +285,7 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def find(self, session_id: str) -> Entry | Ending | None:
+    async def find(self, session_id: str) -> Entry | Unreadable | Ending | None:
         """What is known of an id. It takes nothing."""
         ...
 
@@ -279,25 +327,36 @@ class SessionStore(Protocol):
         """
         ...
 
+    async def discard(self, session_id: str, ending: Ending) -> bool:
+        """Forgets a session that is `Unreadable`, and remembers how it ended.
+
+        Returns:
+            Whether it was so; False: it is not there, or can be read.
+        """
+        ...
+
     async def overdue(self, before: float, limit: int) -> list[Entry]:
-        """Up to `limit` open sessions with `expires_at` before a time."""
+        """Up to `limit` open sessions with `expires_at` before a time; none that is unreadable."""
         ...
 
     async def expired(self, before: float, limit: int) -> list[Entry]:
-        """Up to `limit` expired sessions with `delete_at` before a time, about the oldest."""
+        """Up to `limit` expired sessions with `delete_at` before a time, about the oldest.
+
+        None that is unreadable.
+        """
         ...
 
     async def page(
-        self, token: str, size: int, models: Collection[str], *, expired: bool = False
-    ) -> tuple[list[Entry], str]:
-        """Some of the sessions of models "name/version".
+        self, token: str, size: int, model: str = "", *, expired: bool = False
+    ) -> tuple[list[Entry | Unreadable], str]:
+        """Some of the sessions.
 
         A session that is open during the whole listing is in exactly one page.
 
         Args:
             token: empty for the first page, then what the page before returned.
             size: the most entries wanted.
-            models: of these only.
+            model: of the model of this name only; empty: of all.
             expired: whether those marked as expired are wanted too.
 
         Returns:
@@ -321,6 +380,10 @@ class SessionStore(Protocol):
 
         A store that can be read but not written (a replica, a full disk) raises.
         """
+        ...
+
+    def disk_usage(self) -> DiskUsage | None:
+        """What it takes of a disk of this machine; None: it has none. Any thread may ask."""
         ...
 
     async def close(self) -> None:

@@ -10,11 +10,13 @@ from itertools import chain, islice
 
 from stepstate.stores.base import (
     ENDING_SECONDS,
+    DiskUsage,
     Ending,
     Entry,
     Save,
     Saved,
     SessionRecord,
+    Unreadable,
 )
 
 MOST_ENDINGS = 100_000
@@ -135,6 +137,11 @@ class MemoryStore:
         self._forget()
         return True
 
+    async def discard(self, session_id: str, ending: Ending) -> bool:
+        """See `SessionStore.discard`: what is in memory can be read."""
+        del session_id, ending
+        return False
+
     async def overdue(self, before: float, limit: int) -> list[Entry]:
         """See `SessionStore.overdue`."""
         due = (kept.entry for kept in self._sessions.values() if kept.entry.expires_at < before)
@@ -146,17 +153,17 @@ class MemoryStore:
         return [e for e in oldest if e.delete_at is not None and e.delete_at < before]
 
     async def page(
-        self, token: str, size: int, models: Collection[str], *, expired: bool = False
-    ) -> tuple[list[Entry], str]:
+        self, token: str, size: int, model: str = "", *, expired: bool = False
+    ) -> tuple[list[Entry | Unreadable], str]:
         """See `SessionStore.page`; the token is the last id."""
         everything = chain(self._sessions.items(), self._expired.items() if expired else ())
         later = (
             (session_id, kept.entry)
             for session_id, kept in everything
-            if session_id > token and kept.entry.record.model_key in models
+            if session_id > token and model in ("", kept.entry.record.model)
         )
         found = heapq.nsmallest(size + 1, later, key=lambda pair: pair[0])
-        entries = [entry for _, entry in found[:size]]
+        entries: list[Entry | Unreadable] = [entry for _, entry in found[:size]]
         return entries, found[size - 1][0] if len(found) > size else ""
 
     async def count(self) -> Mapping[str, int]:
@@ -169,6 +176,10 @@ class MemoryStore:
 
     async def probe(self) -> None:
         """See `SessionStore.probe`; memory can always be written."""
+
+    def disk_usage(self) -> DiskUsage | None:
+        """See `SessionStore.disk_usage`."""
+        return None
 
     async def close(self) -> None:
         """See `SessionStore.close`; nothing to let go of."""

@@ -14,8 +14,17 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from stepstate.engine import Quality
 from stepstate.errors import InvalidField, NonFiniteInput
 from stepstate.models import Manifest, Model
-from stepstate.sessions import Copying, Opening, ReplyTo, Session, Standing, Step, new_id
-from stepstate.stores import Durability, MissingPolicy
+from stepstate.sessions import (
+    Copying,
+    Opening,
+    ReplyTo,
+    Session,
+    SessionStatus,
+    Standing,
+    Step,
+    new_id,
+)
+from stepstate.stores import Durability, MissingPolicy, Unreadable
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
 
@@ -45,6 +54,11 @@ _MISSING_NUMBERS = {
 _MISSING: dict[int, MissingPolicy] = {
     pb.MISSING_POLICY_UNSPECIFIED: MissingPolicy.REJECT,
     **{number: policy for policy, number in _MISSING_NUMBERS.items()},
+}
+_STATUS_NUMBERS = {
+    SessionStatus.OPEN: pb.SESSION_STATUS_OPEN,
+    SessionStatus.EXPIRED: pb.SESSION_STATUS_EXPIRED,
+    SessionStatus.MODEL_MISSING: pb.SESSION_STATUS_MODEL_MISSING,
 }
 _Y = pb.StepResponse.Y_FIELD_NUMBER
 _LAYER_FIELDS = {field.name: field.number for field in pb.LayerTrace.DESCRIPTOR.fields}
@@ -154,13 +168,15 @@ def decode_fork(request: pb.ForkSessionRequest) -> Copying:
     return Copying(session_id, _idle_timeout(request), _durability(request.durability))
 
 
-def decode_import(request: pb.ImportSessionRequest) -> Copying:
+def decode_import(request: pb.ImportSessionRequest | pb.StreamImportRequest) -> Copying:
     """What a client asks for when it imports a session, beside the snapshot."""
     return Copying(request.session_id, _idle_timeout(request), _durability(request.durability))
 
 
-def encode_session(standing: Standing) -> pb.Session:
+def encode_session(standing: Standing | Unreadable) -> pb.Session:
     """Where a session stands."""
+    if isinstance(standing, Unreadable):
+        return pb.Session(session_id=standing.session_id, status=pb.SESSION_STATUS_UNREADABLE)
     record, now = standing.record, datetime.now(UTC)
     return pb.Session(
         session_id=record.session_id,
@@ -171,7 +187,7 @@ def encode_session(standing: Standing) -> pb.Session:
         idle_timeout=duration(record.idle_timeout_seconds),
         start_time=None if record.start_time is None else timestamp(record.start_time),
         open_time=timestamp(record.open_time),
-        expire_time=timestamp(now + timedelta(seconds=standing.seconds_left)),
+        expire_time=_later(now, standing.seconds_left),
         queued_requests=standing.queued_requests,
         durable_t=standing.durable_t,
         durability=_DURABILITY_NUMBERS[record.durability],
@@ -179,16 +195,19 @@ def encode_session(standing: Standing) -> pb.Session:
         owner=standing.owner,
         epoch=standing.epoch,
         missing=_MISSING_NUMBERS[record.missing],
+        status=_STATUS_NUMBERS[standing.status],
         **_quality(standing.quality),
-        **_status(standing.delete_seconds, now),
+        purge_time=None
+        if standing.delete_seconds is None
+        else _later(now, standing.delete_seconds),
     )
 
 
-def _status(delete_seconds: float | None, now: datetime) -> dict[str, Any]:
-    if delete_seconds is None:
-        return {"status": pb.SESSION_STATUS_OPEN}
-    purge_time = timestamp(now + timedelta(seconds=delete_seconds))
-    return {"status": pb.SESSION_STATUS_EXPIRED, "purge_time": purge_time}
+def _later(now: datetime, seconds: float) -> Timestamp:
+    try:
+        return timestamp(now + timedelta(seconds=seconds))
+    except OverflowError:  # a damaged store may tell of the year 10,000
+        return timestamp(datetime.max.replace(tzinfo=UTC))
 
 
 def _quality(quality: Quality | None) -> dict[str, Any]:
@@ -338,7 +357,10 @@ def _known(field: str, number: int, meanings: Mapping[int, T]) -> T:
 
 
 def _idle_timeout(
-    request: pb.OpenSessionRequest | pb.ForkSessionRequest | pb.ImportSessionRequest,
+    request: pb.OpenSessionRequest
+    | pb.ForkSessionRequest
+    | pb.ImportSessionRequest
+    | pb.StreamImportRequest,
 ) -> float | None:
     if not request.HasField("idle_timeout"):
         return None

@@ -74,6 +74,7 @@ class Guard(grpc.aio.ServerInterceptor):
         behaviors: tuple[tuple[Any, Any, Any], ...] = (
             (grpc.unary_unary_rpc_method_handler, handler.unary_unary, guarded.unary),
             (grpc.unary_stream_rpc_method_handler, handler.unary_stream, guarded.stream),
+            (grpc.stream_unary_rpc_method_handler, handler.stream_unary, guarded.requests),
             (grpc.stream_stream_rpc_method_handler, handler.stream_stream, guarded.stream),
         )
         for make, behavior, guard in behaviors:
@@ -84,7 +85,7 @@ class Guard(grpc.aio.ServerInterceptor):
                     guarded.encoder(handler.response_serializer),
                 )
                 return wrapped
-        raise NotImplementedError(f"{path} streams requests only: give it a guard first")
+        raise NotImplementedError(f"{path} has no handler")
 
 
 class _GuardedRpc:
@@ -99,6 +100,15 @@ class _GuardedRpc:
         async def guarded(request: Any, context: Context) -> Any:
             async with self._watch(context):
                 return await behavior(well_formed(request), context)
+
+        return guarded
+
+    def requests(self, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
+        """Serves handlers of a stream of requests with one reply."""
+
+        async def guarded(requests: Any, context: Context) -> Any:
+            async with self._watch(context):
+                return await behavior(_all_well_formed(requests), context)
 
         return guarded
 

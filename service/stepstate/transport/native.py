@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import TYPE_CHECKING
 
-from stepstate.errors import InvalidField
+from stepstate.errors import SessionUnreadable, SnapshotForeign
 from stepstate.sessions import Session, Sessions
 from stepstate.transport.codec import (
     decode_fork,
@@ -18,8 +18,11 @@ from stepstate.transport.codec import (
 )
 from stepstate.transport.exchange import Streams
 from stepstate.transport.forecasts import decode_wish, encode_forecasts, reply_bytes
+from stepstate.transport.malformed import well_formed
 from stepstate.transport.outgoing import Outgoing
 from stepstate.transport.packed import PackedStream
+from stepstate.transport.pages import list_models, list_sessions
+from stepstate.transport.snapshots import export_parts, export_whole, import_parts
 from stepstate.transport.stream import StepStream
 from stepstate.transport.waiting import apply_step
 from stepstate.v1 import stepstate_pb2 as pb
@@ -27,8 +30,6 @@ from stepstate.v1.stepstate_pb2_grpc import StepstateServiceServicer
 
 if TYPE_CHECKING:
     from stepstate.transport.guard import Context
-
-PAGE_SIZE, MOST_PAGE_SIZE = 100, 1000
 
 
 class NativeService(StepstateServiceServicer):  # type: ignore[misc]
@@ -62,15 +63,7 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
     ) -> pb.ListSessionsResponse:
-        size = request.page_size or PAGE_SIZE
-        if size > MOST_PAGE_SIZE:
-            raise InvalidField("page_size", f"is {size}, expected at most {MOST_PAGE_SIZE}")
-        found, following = await self._sessions.page(
-            request.page_token, size, request.model, expired=request.show_expired
-        )
-        return pb.ListSessionsResponse(
-            sessions=map(encode_session, found), next_page_token=following
-        )
+        return await list_sessions(self._sessions, request)
 
     async def RestoreSession(
         self, request: pb.RestoreSessionRequest, context: Context
@@ -82,7 +75,12 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         self, request: pb.CloseSessionRequest, context: Context
     ) -> pb.CloseSessionResponse:
         async with self._sessions.hold(request.session_id) as hold:
-            before = self._resident(await self._sessions.get(request.session_id, hold=hold))
+            try:
+                session = await self._sessions.get(request.session_id, hold=hold)
+            except (SnapshotForeign, SessionUnreadable):  # it can't be loaded, and is closed so
+                stored = await hold.finish(self._sessions.close_stored(request.session_id))
+                return pb.CloseSessionResponse(session=encode_session(stored))
+            before = self._resident(session)
             before.t = await self._sessions.close(request.session_id, hold=hold)
         before.queued_requests = 0
         return pb.CloseSessionResponse(session=before)
@@ -96,14 +94,22 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
     async def ExportSession(
         self, request: pb.ExportSessionRequest, context: Context
     ) -> pb.ExportSessionResponse:
-        snapshot, standing = await self._sessions.export(request.session_id)
-        return pb.ExportSessionResponse(snapshot=snapshot, session=encode_session(standing))
+        return await export_whole(self._sessions, request)
 
     async def ImportSession(
         self, request: pb.ImportSessionRequest, context: Context
     ) -> pb.ImportSessionResponse:
         session = await self._sessions.restore(request.snapshot, decode_import(request))
         return pb.ImportSessionResponse(session=self._resident(session))
+
+    async def StreamExport(self, request: pb.StreamExportRequest, context: Context) -> None:
+        await export_parts(self._sessions, self._outgoing, well_formed(request), context)
+
+    async def StreamImport(
+        self, requests: AsyncIterator[pb.StreamImportRequest], context: Context
+    ) -> pb.StreamImportResponse:
+        session = await import_parts(self._sessions, self._outgoing, requests)
+        return pb.StreamImportResponse(session=self._resident(session))
 
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
         step = await apply_step(
@@ -142,7 +148,7 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        return pb.ListModelsResponse(models=map(encode_model, self._sessions.catalog))
+        return list_models(list(self._sessions.catalog), request)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         model = self._sessions.catalog.find(request.model, request.version)

@@ -90,6 +90,16 @@ class StepstateServiceStub(object):
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionRequest.SerializeToString,
                 response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionResponse.FromString,
                 _registered_method=True)
+        self.StreamExport = channel.unary_stream(
+                '/stepstate.v1.StepstateService/StreamExport',
+                request_serializer=stepstate_dot_v1_dot_stepstate__pb2.StreamExportRequest.SerializeToString,
+                response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.StreamExportResponse.FromString,
+                _registered_method=True)
+        self.StreamImport = channel.stream_unary(
+                '/stepstate.v1.StepstateService/StreamImport',
+                request_serializer=stepstate_dot_v1_dot_stepstate__pb2.StreamImportRequest.SerializeToString,
+                response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.StreamImportResponse.FromString,
+                _registered_method=True)
         self.Forecast = channel.unary_unary(
                 '/stepstate.v1.StepstateService/Forecast',
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ForecastRequest.SerializeToString,
@@ -114,7 +124,8 @@ class StepstateServiceServicer(object):
     def OpenSession(self, request, context):
         """Opens a session with zero state at t = 0.
         Errors: ALREADY_EXISTS SESSION_EXISTS; NOT_FOUND MODEL_UNKNOWN;
-        INVALID_ARGUMENT INVALID_FIELD; RESOURCE_EXHAUSTED SESSION_LIMIT;
+        INVALID_ARGUMENT INVALID_FIELD; RESOURCE_EXHAUSTED SESSION_LIMIT; DATA_LOSS
+        SESSION_UNREADABLE, of the session that has the id;
         UNAVAILABLE DRAINING, STORE_UNAVAILABLE, QUEUE_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -125,17 +136,19 @@ class StepstateServiceServicer(object):
         """Tells where a session stands. It does not count as use, and takes nothing
         over: of a session that another server holds it tells what is saved.
         Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
-        SESSION_LOST; UNAVAILABLE STORE_UNAVAILABLE.
+        SESSION_LOST; DATA_LOSS SESSION_UNREADABLE; UNAVAILABLE STORE_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists the open sessions of the loaded models, spilled ones too, and expired
-        ones that are kept if they are asked for, a page at a time, in no promised
-        order. A session that is open during the whole
-        listing appears in it exactly once.
+        """Lists the open sessions, spilled ones too, and expired ones that are kept if
+        they are asked for, a page at a time, in no promised order. A session that
+        is open during the whole listing appears in it exactly once. Sessions that
+        can't be stepped by this server are in it, with a status that says why; they
+        can be closed. A page ends early where its reply would take more than
+        4,000,000 bytes.
         Errors: INVALID_ARGUMENT INVALID_FIELD; UNAVAILABLE STORE_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -157,7 +170,8 @@ class StepstateServiceServicer(object):
 
     def CloseSession(self, request, context):
         """Closes a session. Steps accepted before it are finished first. The server
-        remembers for a while that the session was closed.
+        remembers for a while that the session was closed. Closes those too that
+        take no steps here: see SessionStatus.
         Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
         SESSION_LOST; ABORTED STALE_OWNER; UNAVAILABLE STORE_UNAVAILABLE.
         """
@@ -175,7 +189,7 @@ class StepstateServiceServicer(object):
         SESSION_LOST; INVALID_ARGUMENT INVALID_FIELD, NON_FINITE_INPUT,
         NON_FINITE_RESULT, STEP_MISMATCH; ABORTED STEP_AHEAD, STALE_OWNER,
         STEP_UNPLACED; OUT_OF_RANGE STEP_TOO_OLD; FAILED_PRECONDITION
-        SNAPSHOT_FOREIGN; DATA_LOSS SNAPSHOT_CORRUPT; UNAVAILABLE QUEUE_FULL,
+        SNAPSHOT_FOREIGN; DATA_LOSS SESSION_UNREADABLE; UNAVAILABLE QUEUE_FULL,
         DRAINING, STORE_UNAVAILABLE.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -224,17 +238,36 @@ class StepstateServiceServicer(object):
 
     def ExportSession(self, request, context):
         """Returns a session as a snapshot: all that is needed to go on with it on
-        another server that has the same model. The session stays open.
-        Errors: those of GetSession; UNAVAILABLE STORE_UNAVAILABLE.
+        another server that has the same model. The session stays open. A snapshot
+        of more than 4,000,000 bytes is refused: StreamExport gives it in parts.
+        Errors: those of GetSession; FAILED_PRECONDITION SNAPSHOT_TOO_LARGE;
+        UNAVAILABLE STORE_UNAVAILABLE, QUEUE_FULL.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def ImportSession(self, request, context):
-        """Opens a session from a snapshot. Its idle time begins anew.
+        """Opens a session from a snapshot. Its idle time begins anew. A request holds
+        at most 16 MiB: StreamImport takes a larger snapshot in parts.
         Errors: DATA_LOSS SNAPSHOT_CORRUPT; FAILED_PRECONDITION SNAPSHOT_FOREIGN;
         those of OpenSession.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamExport(self, request, context):
+        """ExportSession in parts of at most 1 MiB, for snapshots of up to 256 MiB.
+        Errors: those of ExportSession.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def StreamImport(self, request_iterator, context):
+        """ImportSession in parts, for snapshots of up to 256 MiB.
+        Errors: those of ImportSession; INVALID_ARGUMENT INVALID_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -253,7 +286,9 @@ class StepstateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListModels(self, request, context):
-        """Lists the loaded models, every version.
+        """Lists the loaded models, every version. A reply takes at most 4,000,000
+        bytes; where there are more models it has a next_page_token.
+        Errors: INVALID_ARGUMENT INVALID_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -324,6 +359,16 @@ def add_StepstateServiceServicer_to_server(servicer, server):
                     servicer.ImportSession,
                     request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionRequest.FromString,
                     response_serializer=stepstate_dot_v1_dot_stepstate__pb2.ImportSessionResponse.SerializeToString,
+            ),
+            'StreamExport': grpc.unary_stream_rpc_method_handler(
+                    servicer.StreamExport,
+                    request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.StreamExportRequest.FromString,
+                    response_serializer=stepstate_dot_v1_dot_stepstate__pb2.StreamExportResponse.SerializeToString,
+            ),
+            'StreamImport': grpc.stream_unary_rpc_method_handler(
+                    servicer.StreamImport,
+                    request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.StreamImportRequest.FromString,
+                    response_serializer=stepstate_dot_v1_dot_stepstate__pb2.StreamImportResponse.SerializeToString,
             ),
             'Forecast': grpc.unary_unary_rpc_method_handler(
                     servicer.Forecast,
@@ -639,6 +684,60 @@ class StepstateService(object):
             '/stepstate.v1.StepstateService/ImportSession',
             stepstate_dot_v1_dot_stepstate__pb2.ImportSessionRequest.SerializeToString,
             stepstate_dot_v1_dot_stepstate__pb2.ImportSessionResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamExport(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/stepstate.v1.StepstateService/StreamExport',
+            stepstate_dot_v1_dot_stepstate__pb2.StreamExportRequest.SerializeToString,
+            stepstate_dot_v1_dot_stepstate__pb2.StreamExportResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StreamImport(request_iterator,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.stream_unary(
+            request_iterator,
+            target,
+            '/stepstate.v1.StepstateService/StreamImport',
+            stepstate_dot_v1_dot_stepstate__pb2.StreamImportRequest.SerializeToString,
+            stepstate_dot_v1_dot_stepstate__pb2.StreamImportResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -27,6 +27,11 @@ def model_of(member: str) -> str:
     return member.partition(" ")[2]
 
 
+def is_of(member: str, model: str) -> bool:
+    """Whether it is of the model of this name; empty: of any."""
+    return not model or model_of(member).partition("/")[0] == model
+
+
 def place_of(member: str) -> Place:
     """Where a listing has it."""
     session_id = id_of(member)

@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from stepstate.stores.base import Ending, EndReason, Entry, SessionRecord
+from stepstate.stores.base import Ending, Entry, Unreadable
+from stepstate.stores.decoding import ending_of, entry_of
 from stepstate.stores.redis.link import Reply
 
 
-def entry_of(reply: Reply) -> Entry:
-    """A session, from [record, t, expiry, epoch, owner, when to delete it]."""
-    record, t, expires, epoch, owner, delete = reply
-    return Entry(
-        SessionRecord.from_json(record),
-        int(t),
-        int(expires) / 1e6,
-        int(epoch),
-        owner.decode(),
-        None if delete is None else int(delete) / 1e6,
+def read_entry(session_id: str, reply: Reply) -> Entry | Unreadable:
+    """A session, from [record, t, expiry, epoch, owner, when to delete it, model]."""
+    record, t, expires, epoch, owner, delete, model = reply
+    return entry_of(
+        session_id,
+        text_of(model),
+        record=record,
+        t=t,
+        expires=expires,
+        epoch=epoch,
+        owner=owner,
+        delete=delete or None,
     )
 
 
-def ending_of(reply: Reply, now: float) -> Ending | None:
+def read_ending(reply: Reply, now: float) -> Ending | None:
     """How a session ended, from [reason, t, idle timeout, when to forget it]; None: unknown."""
     reason, t, idle, forget = reply
-    if reason is None or int(forget) / 1e6 <= now:
+    if not forget.isdigit() or int(forget) / 1e6 <= now:
         return None
-    return Ending(EndReason(reason.decode()), int(t), float(idle))
+    return ending_of(reason, t, idle)
+
+
+def text_of(reply: bytes) -> str:
+    """A text that may be damaged; then it is told what it holds."""
+    return reply.decode(errors="backslashreplace")
 
 
 def micros(seconds: float) -> int:

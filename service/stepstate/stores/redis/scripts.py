@@ -11,6 +11,7 @@ Rule 1: a script sent twice does what it does once, because `q` and `w` tell it:
 Rule 2: a save does not undo a later one of its store: one that timed out may still wait in
         Redis when its server has long gone on.
 Rule 3: keys that a script touches are its KEYS, in one slot, so that a cluster runs it.
+Rule 4: a damaged hash, or what is no hash, fails no script: it may be one of many.
 """
 
 from __future__ import annotations
@@ -34,20 +35,35 @@ class Script:
 
 _COMMON = """
 local function number(n) return string.format('%.0f', n) end
-local function entry(key) return redis.call('HMGET', key, 'r', 't', 'x', 'e', 'o', 'd') end
-local function ending(key) return redis.call('HMGET', key, 'r', 't', 'i', 'x') end
-local function raised(epoch, wall)
-    return number(math.max(tonumber(epoch or 0) + 1, tonumber(wall)))
+local function whole(text)
+    return type(text) == 'string' and #text <= 18 and string.match(text, '^%d+$') ~= nil
 end
+local function fields(key, ...)
+    local found = redis.pcall('HMGET', key, ...)
+    if not found.err then return found end
+    if string.find(found.err, 'WRONGTYPE', 1, true) then return {} end
+    error(found.err)
+end
+local function texts(key, ...)
+    local found = fields(key, ...)
+    for i = 1, select('#', ...) do found[i] = found[i] or '' end
+    return found
+end
+local function entry(key) return texts(key, 'r', 't', 'x', 'e', 'o', 'd', 'm') end
+local function ending(key) return texts(key, 'r', 't', 'i', 'x') end
+local function raised(epoch, wall)
+    return number(math.max((whole(epoch) and tonumber(epoch) or 0) + 1, tonumber(wall)))
+end
+local function member_of(name) return (name[1] or '') .. ' ' .. (name[2] or '') end
 local function arrive(name, due, counts, expires)
-    if redis.call('ZADD', due, expires, name[1] .. ' ' .. name[2]) == 1 then
-        redis.call('HINCRBY', counts, name[2], 1)
+    if redis.call('ZADD', due, expires, member_of(name)) == 1 then
+        redis.pcall('HINCRBY', counts, name[2] or '', 1)
     end
 end
 local function leave(name, due, counts, expired)
-    local member = name[1] .. ' ' .. name[2]
+    local member = member_of(name)
     if redis.call('ZREM', due, member) == 1 then
-        redis.call('HINCRBY', counts, name[2], -1)
+        redis.pcall('HINCRBY', counts, name[2] or '', -1)
     else
         redis.call('ZREM', expired, member)
     end
@@ -61,13 +77,15 @@ CREATE = Script(
 local key, gone, due, counts, expired, endings = unpack(KEYS)
 local id, model, fingerprint, record, owner, t, expires, snapshot = unpack(ARGV)
 local now, wall, replacing, q, w = unpack(ARGV, 9)
-local old = redis.call('HMGET', key, 'e', 'x', 'd', 'q', 'w', 'i', 'm')
-if old[1] then
+local old = fields(key, 'e', 'x', 'd', 'q', 'w', 'i', 'm')
+local there = redis.call('EXISTS', key) == 1
+if there then
     if old[4] == q and old[5] == w then return {1, old[1]} end
+    if not (whole(old[1]) and whole(old[2])) then return {0, entry(key)} end
     if old[1] ~= replacing or not past(old[2], old[3], now) then return {0, entry(key)} end
 end
-local epoch = raised(old[1] or redis.call('HGET', gone, 'e'), wall)
-if old[1] then
+local epoch = raised(old[1] or fields(gone, 'e')[1], wall)
+if there then
     redis.call('DEL', key)
     leave({old[6], old[7]}, due, counts, expired)
 end
@@ -86,21 +104,24 @@ ACQUIRE = Script(
     + """
 local key, gone = unpack(KEYS)
 local owner, now, wall, q, w = unpack(ARGV)
-local old = redis.call('HMGET', key, 'e', 'x', 'q', 'w', 'f', 'o', 'p', 'd')
-if not old[1] then return {0, ending(gone)} end
+local old = fields(key, 'e', 'x', 'q', 'w', 'f', 'o', 'p', 'd', 't', 'r')
+if redis.call('EXISTS', key) == 0 then return {0, ending(gone)} end
+if not (whole(old[1]) and whole(old[2]) and whole(old[9]) and old[10]) then
+    return {1, entry(key)}
+end
 local mine = old[3] == q and old[4] == w
 local wanted = false
 for i = 6, #ARGV do wanted = wanted or ARGV[i] == old[5] end
 if not mine then
     if not wanted or past(old[2], old[8], now) then return {1, entry(key)} end
     local epoch = raised(old[1], wall)
-    redis.call('HSET', key, 'e', epoch, 'o', owner, 'p', old[6], 'q', q, 'w', w)
+    old[7] = old[6] or ''
+    redis.call('HSET', key, 'e', epoch, 'o', owner, 'p', old[7], 'q', q, 'w', w)
     redis.call('PERSIST', key)
-    old[7] = old[6]
 end
 local taken = entry(key)
-taken[5] = old[7]
-return {2, taken, redis.call('HGET', key, 's')}
+taken[5] = old[7] or ''
+return {2, taken, redis.call('HGET', key, 's') or ''}
 """
 )
 """ {0, ending}, {1, entry} of one that was not taken, or {2, entry, snapshot}. With no
@@ -114,21 +135,23 @@ local numbers = '^(%d+) (%d+) (%d+) (%d+) (%d) (.*)$'
 for i = 1, #KEYS / 3 do
     local key, gone, due = KEYS[3 * i - 2], KEYS[3 * i - 1], KEYS[3 * i]
     local epoch, q, t, expires, has_snapshot, owner = string.match(ARGV[2 * i - 1], numbers)
-    local old = redis.call('HMGET', key, 'e', 'q', 'i', 'm')
-    if not old[1] then
+    local old = fields(key, 'e', 'q', 'i', 'm')
+    if redis.call('EXISTS', key) == 0 then
         verdicts[i] = redis.call('EXISTS', gone) == 1 and 'fenced' or 'missing'
     elseif old[1] ~= epoch then
         verdicts[i] = 'fenced'
     else
         verdicts[i] = 'done'
-        if tonumber(q) >= tonumber(old[2]) then
+        if tonumber(q) >= (tonumber(old[2]) or 0) then
             if has_snapshot == '1' then
                 redis.call('HSET', key, 's', ARGV[2 * i], 'q', q, 't', t, 'x', expires,
                     'o', owner)
             else
                 redis.call('HSET', key, 'q', q, 't', t, 'x', expires, 'o', owner)
             end
-            redis.call('ZADD', due, expires, old[3] .. ' ' .. old[4])
+            if old[3] and old[4] then
+                redis.call('ZADD', due, expires, old[3] .. ' ' .. old[4])
+            end
         end
     end
 end
@@ -146,8 +169,8 @@ for i = 1, #KEYS / 5 do
     local key, gone, due, counts, expired = unpack(KEYS, 5 * i - 4, 5 * i)
     local numbers = '^(%d+) (%d+) (%d+) (%d) (.*)$'
     local epoch, q, t, has_snapshot, owner = string.match(ARGV[2 * i + 1], numbers)
-    local old = redis.call('HMGET', key, 'e', 'q', 'w', 'd', 'i', 'm')
-    if not old[1] then
+    local old = fields(key, 'e', 'q', 'w', 'd', 'i', 'm')
+    if redis.call('EXISTS', key) == 0 then
         verdicts[i] = redis.call('EXISTS', gone) == 1 and 'fenced' or 'missing'
     elseif old[2] == q and old[3] == w and old[4] then
         verdicts[i] = 'done'
@@ -160,7 +183,7 @@ for i = 1, #KEYS / 5 do
         if has_snapshot == '1' then redis.call('HSET', key, 's', ARGV[2 * i + 2]) end
         redis.call('PERSIST', key)
         leave({old[5], old[6]}, due, counts, expired)
-        redis.call('ZADD', expired, delete, old[5] .. ' ' .. old[6])
+        redis.call('ZADD', expired, delete, member_of({old[5], old[6]}))
     end
 end
 return verdicts
@@ -173,12 +196,12 @@ RESTORE = Script(
     + """
 local key, due, counts, expired = unpack(KEYS)
 local epoch, expires, q, w = unpack(ARGV)
-local old = redis.call('HMGET', key, 'e', 'd', 'q', 'w', 'i', 'm')
+local old = fields(key, 'e', 'd', 'q', 'w', 'i', 'm')
 if old[3] == q and old[4] == w then return 1 end
 if old[1] ~= epoch or not old[2] then return 0 end
 redis.call('HDEL', key, 'd')
 redis.call('HSET', key, 'e', raised(epoch, 0), 'x', expires, 'q', q, 'w', w)
-redis.call('ZREM', expired, old[5] .. ' ' .. old[6])
+redis.call('ZREM', expired, member_of({old[5], old[6]}))
 arrive({old[5], old[6]}, due, counts, expires)
 return 1
 """
@@ -190,29 +213,52 @@ END = Script(
     + """
 local key, gone, due, counts, expired, endings = unpack(KEYS)
 local epoch, reason, t, idle, forget, q, w = unpack(ARGV)
-if redis.call('HGET', key, 'e') ~= epoch then
-    local done = redis.call('HMGET', gone, 'q', 'w')
+if fields(key, 'e')[1] ~= epoch then
+    local done = fields(gone, 'q', 'w')
     return (done[1] == q and done[2] == w) and 1 or 0
 end
-local name = redis.call('HMGET', key, 'i', 'm')
-redis.call('DEL', key)
+local name = fields(key, 'i', 'm')
+redis.call('DEL', key, gone)
 leave(name, due, counts, expired)
 redis.call('HSET', gone, 'e', epoch, 'r', reason, 't', t, 'i', idle, 'x', forget, 'q', q, 'w', w)
-redis.call('PERSIST', gone)
-redis.call('ZADD', endings, forget, name[1])
+if name[1] then redis.call('ZADD', endings, forget, name[1]) end
 return 1
 """
 )
 """ 1 if it was ended. """
 
+DISCARD = Script(
+    _COMMON
+    + """
+local key, gone, due, counts, expired, endings = unpack(KEYS)
+local id, reason, t, idle, forget, q, w = unpack(ARGV)
+if redis.call('EXISTS', key) == 0 then
+    local done = fields(gone, 'q', 'w')
+    return (done[1] == q and done[2] == w) and 1 or 0
+end
+local found = entry(key)
+for i = 1, #found do if found[i] ~= ARGV[7 + i] then return 0 end end
+leave(fields(key, 'i', 'm'), due, counts, expired)
+redis.call('DEL', key, gone)
+local epoch = whole(found[4]) and found[4] or '0'
+redis.call('HSET', gone, 'e', epoch, 'r', reason, 't', t, 'i', idle, 'x', forget, 'q', q, 'w', w)
+redis.call('ZADD', endings, forget, id)
+return 1
+"""
+)
+""" 1 if it was ended: a session whose entry is still the one of the last arguments. """
+
 ENTRIES = Script(
     _COMMON
     + """
 local entries = {}
-for i, key in ipairs(KEYS) do entries[i] = entry(key) end
+for i, key in ipairs(KEYS) do
+    entries[i] = redis.call('EXISTS', key) == 1 and entry(key) or {}
+end
 return entries
 """
 )
+""" The entry of each key; an empty one: there is none. """
 
 MEMBERS = Script(
     """
@@ -258,11 +304,15 @@ return {}
 """ Takes the time to live away that earlier versions gave. """
 
 FORGET = Script(
-    """
+    _COMMON
+    + """
 local gone, endings = unpack(KEYS)
 local id, now = unpack(ARGV)
-local forget = redis.call('HGET', gone, 'x')
-if forget and tonumber(forget) > tonumber(now) then return 0 end
+local forget = fields(gone, 'x')[1]
+if whole(forget) and tonumber(forget) > tonumber(now) then
+    redis.call('ZADD', endings, 'XX', forget, id)
+    return 0
+end
 redis.call('DEL', gone)
 return redis.call('ZREM', endings, id)
 """
@@ -298,17 +348,32 @@ return counts
 )
 
 TIDY = Script(
-    """
+    _COMMON
+    + """
 local key, due, counts, expired = unpack(KEYS)
 local member, model = unpack(ARGV)
-if redis.call('HGET', key, 'm') == model then return 0 end
+if redis.call('EXISTS', key) == 1 then
+    local other = member_of(fields(key, 'i', 'm'))
+    if other == member then return 1 end
+    if not (redis.call('ZSCORE', due, other) or redis.call('ZSCORE', expired, other)) then
+        return 0
+    end
+end
 redis.call('ZREM', expired, member)
-if redis.call('ZREM', due, member) == 0 then return 0 end
-redis.call('HINCRBY', counts, model, -1)
+if redis.call('ZREM', due, member) == 1 then redis.pcall('HINCRBY', counts, model, -1) end
 return 1
 """
 )
-""" Forgets a member whose session is gone, as those of earlier versions went by themselves. """
+""" Forgets a member whose session is gone, as those of earlier versions went by themselves; another
+one of its id may be there. 0: it is there, and its own name is damaged. """
+
+POSTPONE = Script(
+    """
+for _, key in ipairs(KEYS) do redis.call('ZADD', key, 'XX', ARGV[1], ARGV[2]) end
+return {}
+"""
+)
+""" Gives a member a later score, wherever it is. """
 
 PROBE = Script("return redis.call('SET', KEYS[1], ARGV[1])")
 """ Whether a node can be written. """

@@ -8,12 +8,28 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores.base import ENDING_SECONDS, Ending, Entry, Save, Saved, SessionRecord
+from stepstate.stores.base import (
+    ENDING_SECONDS,
+    DiskUsage,
+    Ending,
+    Entry,
+    Save,
+    Saved,
+    SessionRecord,
+    Unreadable,
+)
 from stepstate.stores.redis import keys, scripts
 from stepstate.stores.redis.lane import Lane
 from stepstate.stores.redis.link import Argument, Command, Link, Reply
-from stepstate.stores.redis.members import id_of, model_of, place_after, place_of, token_of
-from stepstate.stores.redis.replies import ending_of, entry_of, micros
+from stepstate.stores.redis.members import (
+    id_of,
+    is_of,
+    model_of,
+    place_after,
+    place_of,
+    token_of,
+)
+from stepstate.stores.redis.replies import micros, read_ending, read_entry, text_of
 from stepstate.stores.redis.scripts import Script
 from stepstate.uptime import UptimeClock
 
@@ -26,6 +42,11 @@ FORGET_SECONDS = 60.0
 """How much longer than they need to endings are remembered."""
 FORGOTTEN_AT_ONCE = 256
 PERSISTED_AT_ONCE = 256
+
+UNREADABLE_SECONDS = 3600.0
+"""How long the sweep leaves alone a session whose record can't be read."""
+LAST = 2**53 / 1e6
+"""The last time that Redis can have."""
 
 _ALL = 2**53
 """More members than there are."""
@@ -84,7 +105,7 @@ class RedisStore:
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | Entry:
+    ) -> int | Entry | Unreadable:
         """See `SessionStore.create`."""
         await self._start()
         what = (record.session_id, record.model_key, record.fingerprint, record.to_json())
@@ -92,11 +113,11 @@ class RedisStore:
         arguments += (self._now(), micros(self._wall()), replacing, *self._mark())
         command = Command(scripts.CREATE, _all_keys(record.session_id), arguments)
         taken, reply = await self._ask(command)
-        return int(reply) if taken else entry_of(reply)
+        return int(reply) if taken else read_entry(record.session_id, reply)
 
     async def acquire(
         self, session_id: str, *, owner: str, fingerprints: Collection[str]
-    ) -> tuple[Entry, bytes] | Entry | Ending | None:
+    ) -> tuple[Entry, bytes] | Entry | Unreadable | Ending | None:
         """See `SessionStore.acquire`."""
         await self._start()
         where = (keys.session(session_id), keys.ending(session_id))
@@ -104,12 +125,13 @@ class RedisStore:
         arguments += fingerprints
         found, *reply = await self._ask(Command(scripts.ACQUIRE, where, arguments))
         if found == 0:
-            return ending_of(reply[0], self._clock())
-        if found == 1:
-            return entry_of(reply[0])
-        return entry_of(reply[0]), bytes(reply[1])
+            return read_ending(reply[0], self._clock())
+        entry = read_entry(session_id, reply[0])
+        if found == 1 or isinstance(entry, Unreadable):
+            return entry
+        return entry, bytes(reply[1])
 
-    async def find(self, session_id: str) -> Entry | Ending | None:
+    async def find(self, session_id: str) -> Entry | Unreadable | Ending | None:
         """See `SessionStore.find`."""
         found = await self.acquire(session_id, owner="", fingerprints=())
         assert not isinstance(found, tuple)  # of no model it takes none
@@ -134,11 +156,18 @@ class RedisStore:
     async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
         """See `SessionStore.end`."""
         await self._start()
-        how = (ending.reason.value, ending.t, repr(ending.idle_timeout_seconds))
-        forget = self._now() + micros(ENDING_SECONDS)
-        arguments = (epoch, *how, forget, *self._mark())
+        arguments = (epoch, *self._ended(ending))
         command = Command(scripts.END, _all_keys(session_id), arguments)
         return bool(await self._ask(command))
+
+    async def discard(self, session_id: str, ending: Ending) -> bool:
+        """See `SessionStore.discard`."""
+        await self._start()
+        (found,) = await self._each(scripts.ENTRIES, [keys.session(session_id)])
+        if not found or isinstance(read_entry(session_id, found), Entry):
+            return False
+        arguments = (session_id, *self._ended(ending), *found)
+        return bool(await self._ask(Command(scripts.DISCARD, _all_keys(session_id), arguments)))
 
     async def overdue(self, before: float, limit: int) -> list[Entry]:
         """See `SessionStore.overdue`."""
@@ -148,7 +177,7 @@ class RedisStore:
             where = [keys.due(number) for number in range(first, first + step)]
             score = f"({micros(before)}"
             members = await self._members(where, score, limit - len(entries))
-            entries += await self._entries(members[: limit - len(entries)])
+            entries += await self._readable(members[: limit - len(entries)], before)
             if len(members) >= limit:
                 break
         return entries
@@ -158,12 +187,13 @@ class RedisStore:
         where = [keys.expired(number) for number in range(keys.BUCKETS)]
         score = f"({micros(before)}" if before < float("inf") else "+inf"
         members = await self._members(where, score, _ALL, each=-(-limit // keys.BUCKETS))
-        entries = [e for e in await self._entries(members) if e.delete_at is not None]
+        found = await self._readable(members, min(before, LAST))
+        entries = [entry for entry in found if entry.delete_at is not None]
         return sorted(entries, key=lambda entry: entry.delete_at or 0.0)[:limit]
 
     async def page(
-        self, token: str, size: int, models: Collection[str], *, expired: bool = False
-    ) -> tuple[list[Entry], str]:
+        self, token: str, size: int, model: str = "", *, expired: bool = False
+    ) -> tuple[list[Entry | Unreadable], str]:
         """See `SessionStore.page`: in the order of buckets, and of ids in each.
 
         Raises:
@@ -177,10 +207,10 @@ class RedisStore:
             where = [keys.due(number) for number in buckets]
             where += [keys.expired(number) for number in buckets if expired]
             found = await self._members(where, "+inf", _ALL)
-            later = (m for m in found if model_of(m) in models and place_of(m) > last)
+            later = (m for m in found if is_of(m, model) and place_of(m) > last)
             members += sorted(later, key=place_of)
             first, step = first + step, step * 4
-        entries = await self._entries(members[:size])
+        entries = [entry for _, entry in await self._entries(members[:size])]
         return entries, token_of(place_of(members[size - 1])) if len(members) > size else ""
 
     async def count(self) -> Mapping[str, int]:
@@ -189,7 +219,8 @@ class RedisStore:
         values = await self._each(scripts.COUNTS, where)
         counts: Counter[str] = Counter()
         for model, sessions in zip(values[::2], values[1::2], strict=True):
-            counts[model.decode()] += int(sessions)
+            if sessions.isdigit():
+                counts[text_of(model)] += int(sessions)
         return +counts  # only those above 0
 
     async def count_expired(self) -> int:
@@ -203,6 +234,10 @@ class RedisStore:
         await self._ask_all(
             [Command(scripts.PROBE, (key,), (self._name,)) for key in where.values()]
         )
+
+    def disk_usage(self) -> DiskUsage | None:
+        """See `SessionStore.disk_usage`."""
+        return None
 
     async def close(self) -> None:
         """See `SessionStore.close`."""
@@ -248,10 +283,11 @@ class RedisStore:
         no matter how long it was ago, or what the wall clock has been set to meanwhile.
         """
         where = [keys.due(number) for number in range(keys.BUCKETS)]
-        latest = [member.decode() for member in await self._each(scripts.LATEST, where)]
+        latest = [text_of(member) for member in await self._each(scripts.LATEST, where)]
         used_at = [
             entry.expires_at - entry.record.idle_timeout_seconds
-            for entry in await self._entries(latest)
+            for _, entry in await self._entries(latest)
+            if isinstance(entry, Entry)
         ]
         for one in where:
             sessions = [keys.session(id_of(m)) for m in await self._members([one], "+inf", _ALL)]
@@ -310,17 +346,36 @@ class RedisStore:
     ) -> list[str]:
         """Members of some zsets, such as "ID MODEL/VERSION", up to a score."""
         members = await self._each(scripts.MEMBERS, where, score, most, each)
-        return [member.decode() for member in members]
+        return [text_of(member) for member in members]
 
-    async def _entries(self, members: Sequence[str]) -> list[Entry]:
+    async def _entries(self, members: Sequence[str]) -> list[tuple[str, Entry | Unreadable]]:
         """Those of the members that are there; those that went by themselves are forgotten."""
         where = [keys.session(id_of(member)) for member in members]
         replies = await self._each(scripts.ENTRIES, where)
-        entries = [None if reply[0] is None else entry_of(reply) for reply in replies]
-        pairs = list(zip(members, entries, strict=True))
-        gone = [m for m, e in pairs if e is None or e.record.model_key != model_of(m)]
-        await self._ask_all([_tidy(member) for member in gone])
-        return [entry for m, entry in pairs if entry is not None and m not in gone]
+        entries: list[tuple[str, Entry | Unreadable]] = []
+        strange: list[str] = []
+        for member, reply in zip(members, replies, strict=True):
+            if reply and text_of(reply[-1]) == model_of(member):
+                entries.append((member, read_entry(id_of(member), reply)))
+            else:
+                strange.append(member)
+        tidied = await self._ask_all([_tidy(member) for member in strange])
+        damaged = [member for member, gone in zip(strange, tidied, strict=True) if not gone]
+        return entries + [
+            (member, Unreadable(id_of(member), "its model is not the one it is kept by"))
+            for member in damaged
+        ]
+
+    async def _readable(self, members: Sequence[str], before: float) -> list[Entry]:
+        """The entries of members that can be read; the others are left alone for a while.
+
+        Or they would come first for ever, and hide those behind them.
+        """
+        found = await self._entries(members)
+        later = micros(min(before + UNREADABLE_SECONDS, LAST))
+        unreadable = [member for member, entry in found if isinstance(entry, Unreadable)]
+        await self._ask_all([_postpone(member, later) for member in unreadable])
+        return [entry for _, entry in found if isinstance(entry, Entry)]
 
     async def _each(
         self, script: Script, where: Sequence[str], *arguments: str | int
@@ -347,6 +402,11 @@ class RedisStore:
             self._lanes[node] = Lane(self._link)
         return self._lanes[node]
 
+    def _ended(self, ending: Ending) -> tuple[str | int, ...]:
+        """The arguments of the scripts that end a session, from its reason on."""
+        how = (ending.reason.value, ending.t, repr(ending.idle_timeout_seconds))
+        return (*how, self._now() + micros(ENDING_SECONDS), *self._mark())
+
     def _now(self) -> int:
         return micros(self._clock())
 
@@ -361,6 +421,11 @@ def _all_keys(session_id: str) -> tuple[str, str, str, str, str, str]:
     of_bucket = (keys.due, keys.counts, keys.expired, keys.endings)
     due, counts, expired, endings = (key(number) for key in of_bucket)
     return keys.session(session_id), keys.ending(session_id), due, counts, expired, endings
+
+
+def _postpone(member: str, score: int) -> Command:
+    _, _, due, _, expired, _ = _all_keys(id_of(member))
+    return Command(scripts.POSTPONE, (due, expired), (score, member))
 
 
 def _tidy(member: str) -> Command:

@@ -8,7 +8,9 @@ import sqlite3
 import time
 from pathlib import Path
 
+from stepstate.stores.base import DiskUsage
 from stepstate.stores.failures import CannotOpenStore
+from stepstate.stores.sqlite.reserve import Reserve
 from stepstate.stores.sqlite.schema import ForeignFile, prepare
 from stepstate.uptime import UptimeClock
 
@@ -28,6 +30,8 @@ OLDEST_SQLITE = (3, 33, 0)
 
 _KEPT = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL)
 """After these errors the connection is as good as before."""
+_NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
+"""A quota that is used up is the latter."""
 
 
 class SessionFile:
@@ -48,6 +52,7 @@ class SessionFile:
         self.clock = clock
         self._fsync = fsync
         self._connection: sqlite3.Connection | None = None
+        self._reserve = Reserve(path)
         self._inode = (0, 0)
         self._looked_at = 0.0
 
@@ -83,13 +88,27 @@ class SessionFile:
         connection = self._connection
         if connection is None:
             return
+        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+        self._reserve.full |= code in _NO_ROOM
         try:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
         except sqlite3.Error:
             self.close()
-        if getattr(error, "sqlite_errorcode", 0) & 0xFF not in _KEPT:
+        if code not in _KEPT:
             self.close()
+
+    def make_room(self, rows: int, size: int) -> None:
+        """Sees that a write of so many rows, with so many bytes of snapshots, has room.
+
+        Raises:
+            sqlite3.Error: it has not, or could not be written back; nothing may be written.
+        """
+        self._reserve.ensure(self.connection(), rows, size)
+
+    def disk_usage(self) -> DiskUsage | None:
+        """See `SessionStore.disk_usage`."""
+        return self._reserve.usage()
 
     def probe(self) -> None:
         """Writes a page as it is, and thereby all that a commit writes.
@@ -107,6 +126,7 @@ class SessionFile:
         """Closes the connection; the last one to a file writes its WAL back."""
         connection, self._connection = self._connection, None
         if connection is not None:
+            self._reserve.give_back()  # for that
             connection.close()
 
     def _open(self) -> None:
@@ -116,6 +136,7 @@ class SessionFile:
         try:
             self.clock.set(prepare(connection, self.clock()))
             self._configure(connection)
+            self._reserve.open()
             status = self.path.stat()
         except BaseException:
             connection.close()
@@ -165,6 +186,7 @@ class SessionFile:
             status = os.stat(self.path)  # noqa: PTH116 (hot: Path.stat takes longer)
         except OSError:
             return True
+        self._reserve.look()
         return (status.st_dev, status.st_ino) != self._inode
 
     def _where(self) -> dict[str, str]:

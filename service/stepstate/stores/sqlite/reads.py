@@ -1,18 +1,24 @@
 """What is asked of the file without changing it.
 
-Each answer is one row of JSON: a row more is a wait for the interpreter's lock more.
+Each answer is one row of JSON: a row more is a wait for the interpreter's lock more. Texts are
+in it in hexadecimal, and numbers only if they are whole: so whatever is in a damaged row, the
+JSON can be read, and the row alone is `Unreadable`.
 """
 
 from __future__ import annotations
 
 import heapq
 import json
+import re
 import sqlite3
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
-from stepstate.stores.base import Ending, EndReason, Entry, SessionRecord
+from stepstate.errors import InvalidField
+from stepstate.stores.base import Ending, Entry, Unreadable
+from stepstate.stores.decoding import ending_of, entry_of
 from stepstate.stores.sqlite.schema import microseconds
 
 LAST = 2**53 / 1e6
@@ -20,31 +26,65 @@ LAST = 2**53 / 1e6
 DUE_AT_ONCE = 1024
 """Sessions whose time to look has come: how many are looked at in one call, some 10 ms."""
 
+UNREADABLE_SECONDS = 3600.0
+"""How long the sweep leaves alone a session whose record can't be read."""
+
+_PLAIN = re.compile(r"[A-Za-z0-9._:-]*")
+
+
+def _integer(column: str) -> str:
+    return f"CASE typeof({column}) WHEN 'integer' THEN {column} END"
+
+
+def _row_of(key: str) -> str:
+    """A session's row as JSON; `key` is what it is looked up by."""
+    return f"""json_array(hex({key}), hex(model), hex(record), {_integer("t")},
+    {_integer("expires")}, {_integer("epoch")}, hex(owner), iif(expired, {_integer("due")}, NULL),
+    CASE typeof(snapshot) WHEN 'blob' THEN length(snapshot) ELSE 0 END, sessions.rowid)"""
+
+
 _SESSIONS = """
-SELECT json_group_array(json_array(record, t, expires, epoch, owner, length(snapshot), rowid,
-    iif(expired, due, NULL))) FROM sessions WHERE session_id IN (SELECT value FROM json_each(?1))
-"""
+SELECT json_group_array(:row) FROM json_each(?1) CROSS JOIN sessions ON session_id = value
+""".replace(":row", _row_of("value"))
+_ROWS = """
+SELECT json_group_array(:row) FROM sessions WHERE rowid IN (SELECT value FROM json_each(?1))
+""".replace(":row", _row_of("session_id"))
 _ENDINGS = """
-SELECT json_group_array(json_array(session_id, epoch, reason, t, idle_timeout_seconds))
+SELECT json_group_array(json_array(hex(session_id), :epoch, hex(reason), :t,
+    hex(idle_timeout_seconds)))
 FROM endings WHERE session_id IN (SELECT value FROM json_each(?1)) AND forget > ?2
-"""
+""".replace(":epoch", _integer("epoch")).replace(":t", _integer("t"))
 _KNOWN = f"SELECT ({_SESSIONS}), ({_ENDINGS})"
 _DUE = """
-SELECT json_group_array(json_array(record, t, expires, epoch, owner, size, rowid,
-    iif(expired, due, NULL))) FROM (
-    SELECT record, t, expires, epoch, owner, length(snapshot) AS size, rowid, expired, due
-    FROM sessions WHERE expired = ?1 AND due < ?2 ORDER BY due LIMIT ?3)
-"""
+SELECT json_group_array(:row) FROM sessions WHERE rowid IN (
+    SELECT rowid FROM sessions WHERE expired = ?1 AND due < ?2 ORDER BY due LIMIT ?3)
+""".replace(":row", _row_of("session_id"))
 _LOOK_LATER = """
 UPDATE sessions SET due = expires WHERE rowid IN (SELECT value FROM json_each(?1))
     AND expired = 0
 """
+_POSTPONE = "UPDATE sessions SET due = ?2 WHERE rowid IN (SELECT value FROM json_each(?1))"
 _IDS = """
-SELECT json_group_array(session_id) FROM (SELECT session_id FROM sessions
-WHERE model = ?1 AND expired = ?2 AND session_id > ?3 ORDER BY session_id LIMIT ?4)
+SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
+    SELECT session_id, rowid FROM sessions
+    WHERE session_id > CAST(?1 AS TEXT) AND typeof(session_id) = 'text' AND (expired = 0 OR ?3)
+    ORDER BY session_id LIMIT ?2)
+"""
+_IDS_OF_MODEL = """
+SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
+    SELECT session_id, rowid FROM sessions
+    WHERE model = CAST(?4 AS TEXT) AND expired = ?3 AND session_id > CAST(?1 AS TEXT)
+    AND typeof(session_id) = 'text' ORDER BY session_id LIMIT ?2)
+"""
+_MODELS = """
+WITH RECURSIVE models (model) AS (
+    SELECT min(model) FROM sessions WHERE model >= ?1 AND model < ?2
+    UNION ALL SELECT (SELECT min(model) FROM sessions WHERE model > models.model AND model < ?2)
+    FROM models WHERE model IS NOT NULL)
+SELECT json_group_array(hex(model)) FROM models WHERE model IS NOT NULL
 """
 _COUNTS = """
-SELECT json_group_object(model, sessions) FROM
+SELECT json_group_array(json_array(hex(model), sessions)) FROM
 (SELECT model, count(*) AS sessions FROM sessions WHERE +expired = 0 GROUP BY model)
 """
 _COUNT_EXPIRED = "SELECT count(*) FROM sessions WHERE expired = 1"
@@ -54,7 +94,10 @@ _COUNT_EXPIRED = "SELECT count(*) FROM sessions WHERE expired = 1"
 class Row:
     """A session's row, without its snapshot."""
 
-    entry: Entry
+    session_id: str
+    entry: Entry | Unreadable
+    epoch: int
+    """0: none can be read."""
     snapshot_bytes: int
     rowid: int
 
@@ -64,10 +107,10 @@ class Known:
     """What is known of some ids."""
 
     rows: dict[str, Row]
-    endings: dict[str, tuple[int, Ending]]
-    """With the epochs that they had."""
+    endings: dict[str, tuple[int, Ending | None]]
+    """With the epochs that they had; None: it can't be read how it ended."""
 
-    def of(self, session_id: str) -> Entry | Ending | None:
+    def of(self, session_id: str) -> Entry | Unreadable | Ending | None:
         """The session, or how it ended."""
         if session_id in self.rows:
             return self.rows[session_id].entry
@@ -76,7 +119,7 @@ class Known:
     def epoch(self, session_id: str) -> int:
         """The newest that is known; 0: none."""
         if session_id in self.rows:
-            return self.rows[session_id].entry.epoch
+            return self.rows[session_id].epoch
         return self.endings[session_id][0] if session_id in self.endings else 0
 
 
@@ -85,59 +128,75 @@ def look(connection: sqlite3.Connection, session_ids: Iterable[str], now: float)
     ids = json.dumps(list(session_ids))
     sessions, endings = connection.execute(_KNOWN, (ids, microseconds(now))).fetchone()
     return Known(
-        rows={row.entry.record.session_id: row for row in _rows(sessions)},
+        rows={row.session_id: row for row in _rows(sessions)},
         endings={
-            session_id: (epoch, Ending(EndReason(reason), t, float(idle)))
+            _name(session_id): (epoch or 0, ending_of(_text(reason), t, _text(idle)))
             for session_id, epoch, reason, t, idle in json.loads(endings)
         },
     )
 
 
-def find(connection: sqlite3.Connection, session_id: str, now: float) -> Entry | Ending | None:
+def find(
+    connection: sqlite3.Connection, session_id: str, now: float
+) -> Entry | Unreadable | Ending | None:
     """See `SessionStore.find`."""
     return look(connection, [session_id], now).of(session_id)
 
 
 def overdue(connection: sqlite3.Connection, before: float, limit: int) -> list[Entry]:
     """See `SessionStore.overdue`. Sessions that were used meanwhile are looked at later."""
-    limits = (0, microseconds(before), max(limit, DUE_AT_ONCE))
-    rows = _rows(_one(connection, _DUE, limits))
-    stale = [row.rowid for row in rows if row.entry.expires_at >= before]
+    rows = _due(connection, 0, before, max(limit, DUE_AT_ONCE))
+    stale = [rowid for rowid, entry in rows if entry.expires_at >= before]
     if stale:
         connection.execute(_LOOK_LATER, (json.dumps(stale),))
-    return [row.entry for row in rows if row.entry.expires_at < before][:limit]
+    return [entry for _, entry in rows if entry.expires_at < before][:limit]
 
 
 def expired(connection: sqlite3.Connection, before: float, limit: int) -> list[Entry]:
     """See `SessionStore.expired`: the oldest."""
-    limits = (1, microseconds(min(before, LAST)), limit)
-    return [row.entry for row in _rows(_one(connection, _DUE, limits))]
+    return [entry for _, entry in _due(connection, 1, min(before, LAST), limit)]
+
+
+def _due(
+    connection: sqlite3.Connection, marked: int, before: float, limit: int
+) -> list[tuple[int, Entry]]:
+    """Sessions whose time has come, by rowid; unreadable ones are left alone for a while."""
+    rows = _rows(_one(connection, _DUE, (marked, microseconds(before), limit)))
+    unreadable = [row.rowid for row in rows if isinstance(row.entry, Unreadable)]
+    if unreadable:  # or they would come first for ever, and hide those behind them
+        later = microseconds(min(before + UNREADABLE_SECONDS, LAST))
+        connection.execute(_POSTPONE, (json.dumps(unreadable), later))
+    return [(row.rowid, row.entry) for row in rows if isinstance(row.entry, Entry)]
 
 
 def page(
-    connection: sqlite3.Connection,
-    token: str,
-    size: int,
-    models: Collection[str],
-    *,
-    expired: bool,
-) -> tuple[list[Entry], str]:
-    """See `SessionStore.page`: in the order of ids, which the index has for each model."""
-    of_models = [
-        json.loads(_one(connection, _IDS, (model, marked, token, size + 1)))
-        for model in set(models)
-        for marked in range(1 + expired)
-    ]
-    ids = heapq.nsmallest(size + 1, (one for some in of_models for one in some))
-    rows = _rows(_one(connection, _SESSIONS, (json.dumps(ids[:size]),)))
-    entries = sorted((row.entry for row in rows), key=lambda entry: entry.record.session_id)
-    return entries, ids[size - 1] if len(ids) > size else ""
+    connection: sqlite3.Connection, token: str, size: int, model: str, *, expired: bool
+) -> tuple[list[Entry | Unreadable], str]:
+    """See `SessionStore.page`: in the order of ids, which the index has for each model.
+
+    Raises:
+        InvalidField: page_token.
+    """
+    limits = (_id_after(token), size + 1)
+    if model:
+        versions = json.loads(_one(connection, _MODELS, (f"{model}/", f"{model}0")))
+        of_models = [
+            json.loads(_one(connection, _IDS_OF_MODEL, (*limits, marked, _text(version))))
+            for version in versions
+            for marked in range(1 + expired)
+        ]
+        ids = heapq.nsmallest(size + 1, chain.from_iterable(of_models))
+    else:
+        ids = json.loads(_one(connection, _IDS, (*limits, int(expired))))
+    rows = _rows(_one(connection, _ROWS, (json.dumps([rowid for _, rowid in ids[:size]]),)))
+    entries = [row.entry for row in sorted(rows, key=lambda row: row.session_id)]
+    return entries, _token_of(ids[size - 1][0]) if len(ids) > size else ""
 
 
 def count(connection: sqlite3.Connection) -> Mapping[str, int]:
     """See `SessionStore.count`."""
-    counts: dict[str, int] = json.loads(_one(connection, _COUNTS, ()))
-    return counts
+    counts = json.loads(_one(connection, _COUNTS, ()))
+    return {_name(model): sessions for model, sessions in counts}
 
 
 def count_expired(connection: sqlite3.Connection) -> int:
@@ -153,18 +212,51 @@ def _one(connection: sqlite3.Connection, statement: str, values: tuple[Any, ...]
 
 
 def _rows(text: str) -> list[Row]:
-    return [
-        Row(
-            Entry(
-                SessionRecord.from_json(record),
-                t,
-                expires / 1e6,
-                epoch,
-                owner,
-                None if delete is None else delete / 1e6,
-            ),
-            size,
-            rowid,
-        )
-        for record, t, expires, epoch, owner, size, rowid, delete in json.loads(text)
-    ]
+    return [_row(*values) for values in json.loads(text)]
+
+
+def _row(  # noqa: PLR0917 - the columns of `_row_of`
+    session_id: str,
+    model: str,
+    record: str,
+    t: int | None,
+    expires: int | None,
+    epoch: int | None,
+    owner: str,
+    delete: int | None,
+    size: int,
+    rowid: int,
+) -> Row:
+    entry = entry_of(
+        _name(session_id),
+        _name(model),
+        record=_text(record),
+        t=t,
+        expires=expires,
+        epoch=epoch,
+        owner=_text(owner),
+        delete=delete,
+    )
+    return Row(_name(session_id), entry, epoch or 0, size, rowid)
+
+
+def _text(hexadecimal: str) -> bytes:
+    return bytes.fromhex(hexadecimal)
+
+
+def _name(hexadecimal: str) -> str:
+    """A text that may be damaged; then it is told what it holds."""
+    return bytes.fromhex(hexadecimal).decode(errors="backslashreplace")
+
+
+def _token_of(hexadecimal: str) -> str:
+    """The token of the page after an id: the id itself, or, as it may be damaged, its bytes."""
+    name = _name(hexadecimal)
+    return name if _PLAIN.fullmatch(name) else f"~{hexadecimal}"
+
+
+def _id_after(token: str) -> bytes:
+    try:
+        return bytes.fromhex(token[1:]) if token.startswith("~") else token.encode()
+    except ValueError:
+        raise InvalidField("page_token", "is not a token of an earlier page") from None

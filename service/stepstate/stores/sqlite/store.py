@@ -9,11 +9,27 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
-from stepstate.stores.base import Ending, Entry, Save, Saved, SessionRecord
+from stepstate.stores.base import (
+    DiskUsage,
+    Ending,
+    Entry,
+    Save,
+    Saved,
+    SessionRecord,
+    Unreadable,
+)
 from stepstate.stores.sqlite import reads, schema
 from stepstate.stores.sqlite.file import SessionFile
 from stepstate.stores.sqlite.worker import Job, Worker
-from stepstate.stores.sqlite.writes import Acquire, Create, End, Expire, Restore, SaveOne
+from stepstate.stores.sqlite.writes import (
+    Acquire,
+    Create,
+    Discard,
+    End,
+    Expire,
+    Restore,
+    SaveOne,
+)
 from stepstate.uptime import UptimeClock
 
 T = TypeVar("T")
@@ -78,7 +94,7 @@ class SqliteStore:
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | Entry:
+    ) -> int | Entry | Unreadable:
         """See `SessionStore.create`."""
         part = Create(record, owner, t, expires_at, snapshot, replacing)
         await self._worker.do(Job([part]))
@@ -86,13 +102,13 @@ class SqliteStore:
 
     async def acquire(
         self, session_id: str, *, owner: str, fingerprints: Collection[str]
-    ) -> tuple[Entry, bytes] | Entry | Ending | None:
+    ) -> tuple[Entry, bytes] | Entry | Unreadable | Ending | None:
         """See `SessionStore.acquire`."""
         part = Acquire(session_id, owner, fingerprints)
         await self._worker.do(Job([part]))
         return part.answer
 
-    async def find(self, session_id: str) -> Entry | Ending | None:
+    async def find(self, session_id: str) -> Entry | Unreadable | Ending | None:
         """See `SessionStore.find`."""
         return await self._read(lambda file: reads.find(file, session_id, self._clock()))
 
@@ -122,6 +138,12 @@ class SqliteStore:
         await self._worker.do(Job([part]))
         return part.answer
 
+    async def discard(self, session_id: str, ending: Ending) -> bool:
+        """See `SessionStore.discard`."""
+        part = Discard(session_id, ending)
+        await self._worker.do(Job([part]))
+        return part.answer
+
     async def overdue(self, before: float, limit: int) -> list[Entry]:
         """See `SessionStore.overdue`."""
         return await self._read(lambda file: reads.overdue(file, before, limit))
@@ -131,10 +153,10 @@ class SqliteStore:
         return await self._read(lambda file: reads.expired(file, before, limit))
 
     async def page(
-        self, token: str, size: int, models: Collection[str], *, expired: bool = False
-    ) -> tuple[list[Entry], str]:
-        """See `SessionStore.page`; the token is the last id, and any text is one."""
-        return await self._read(lambda file: reads.page(file, token, size, models, expired=expired))
+        self, token: str, size: int, model: str = "", *, expired: bool = False
+    ) -> tuple[list[Entry | Unreadable], str]:
+        """See `SessionStore.page`; the token is the last id, and nearly any text is one."""
+        return await self._read(lambda file: reads.page(file, token, size, model, expired=expired))
 
     async def count(self) -> Mapping[str, int]:
         """See `SessionStore.count`."""
@@ -147,6 +169,10 @@ class SqliteStore:
     async def probe(self) -> None:
         """See `SessionStore.probe`."""
         await self._worker.do(Job(probe=True))
+
+    def disk_usage(self) -> DiskUsage | None:
+        """See `SessionStore.disk_usage`."""
+        return self._worker.file.disk_usage()
 
     async def close(self) -> None:
         """See `SessionStore.close`."""

@@ -21,7 +21,8 @@ from threading import Thread
 
 from stepstate.errors import StoreUnavailable
 from stepstate.stores.sqlite.file import SessionFile
-from stepstate.stores.sqlite.writes import Part, write
+from stepstate.stores.sqlite.reserve import NoRoom
+from stepstate.stores.sqlite.writes import Create, Part, SaveOne, write
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +66,7 @@ class Worker:
     """
 
     def __init__(self, file: SessionFile, wall: Callable[[], float]) -> None:
-        self._file = file
+        self.file = file
         self._wall = wall
         self._loop = asyncio.get_running_loop()
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
@@ -81,14 +82,14 @@ class Worker:
             StoreUnavailable: it is not, or it is not known.
         """
         if self._closed:
-            raise StoreUnavailable(f"{self._file.path} was closed")
+            raise StoreUnavailable(f"{self.file.path} was closed")
         self._jobs.put(job)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 await job.done
         except TimeoutError:
             raise StoreUnavailable(
-                f"{self._file.path}: no answer for {ANSWER_SECONDS:g} s; does its disk hang?",
+                f"{self.file.path}: no answer for {ANSWER_SECONDS:g} s; does its disk hang?",
                 cause="timeout",
             ) from None
 
@@ -131,13 +132,15 @@ class Worker:
 
     def _try_to_write(self, jobs: list[Job]) -> Exception | None:
         try:
-            connection = self._file.connection()
-            if parts := [part for job in jobs for part in job.parts]:
-                write(connection, parts, now=self._file.clock(), wall=self._wall())
+            parts = [part for job in jobs for part in job.parts]
+            connection = self.file.connection()
+            self.file.make_room(len(parts), sum(map(_size_of, parts)))
+            if parts:
+                write(connection, parts, now=self.file.clock(), wall=self._wall())
             if any(job.probe for job in jobs):
-                self._file.probe()
+                self.file.probe()
         except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
-            self._file.failed(error)
+            self.file.failed(error)
             return error
         return None
 
@@ -145,9 +148,9 @@ class Worker:
         for job in jobs:
             assert job.read is not None
             try:
-                job.read(self._file.connection())
+                job.read(self.file.connection())
             except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
-                self._file.failed(error)
+                self.file.failed(error)
                 self._fail([job], error)
         if jobs:
             self._hand_back(jobs)
@@ -155,7 +158,7 @@ class Worker:
     def _fail(self, jobs: list[Job], error: Exception | None) -> None:
         for job in jobs:
             if error is not None and _is_the_files(error):
-                problem = f"{self._file.path}: {error}"
+                problem = f"{self.file.path}: {error}"
                 job.error = StoreUnavailable(problem, cause=_cause_of(error))
             else:
                 job.error = error  # a surprise is told as it is
@@ -168,14 +171,21 @@ class Worker:
 
     def _close(self) -> None:
         try:
-            self._file.close()
+            self.file.close()
         except sqlite3.Error:
-            log.exception("closing failed", extra={"path": str(self._file.path)})
+            log.exception("closing failed", extra={"path": str(self.file.path)})
 
 
 def _finish(jobs: list[Job]) -> None:
     for job in jobs:
         job.finish()
+
+
+def _size_of(part: Part) -> int:
+    """The bytes of a part's snapshot."""
+    if isinstance(part, SaveOne):
+        return len(part.save.snapshot or b"")
+    return len(part.snapshot) if isinstance(part, Create) else 0
 
 
 def _is_the_files(error: Exception) -> bool:
@@ -198,6 +208,8 @@ _CAUSES = {
 
 def _cause_of(error: Exception) -> str:
     """One of `errors.STORE_CAUSES`."""
+    if isinstance(error, NoRoom):
+        return error.cause
     if isinstance(error, OSError):
         return "io"
     return _CAUSES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF, "other")

@@ -13,7 +13,15 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from stepstate.stores.base import ENDING_SECONDS, Ending, Entry, Save, Saved, SessionRecord
+from stepstate.stores.base import (
+    ENDING_SECONDS,
+    Ending,
+    Entry,
+    Save,
+    Saved,
+    SessionRecord,
+    Unreadable,
+)
 from stepstate.stores.epochs import next_epoch
 from stepstate.stores.sqlite.reads import Known, Row, look
 from stepstate.stores.sqlite.schema import microseconds
@@ -40,6 +48,10 @@ _TAKE = """
 UPDATE sessions SET epoch = v.column2, owner = v.column3
 FROM (VALUES {}) AS v WHERE session_id = v.column1
 """
+_HELD = """
+SELECT count(*) FROM json_each(?1) JOIN sessions
+    ON session_id = json_extract(value, '$[0]') AND epoch = json_extract(value, '$[1]')
+"""
 _EXPIRE = """
 UPDATE sessions SET epoch = epoch + 1, owner = v.column3, t = v.column4, due = v.column5,
     expired = 1, snapshot = coalesce(v.column6, snapshot)
@@ -50,9 +62,9 @@ UPDATE sessions SET epoch = epoch + 1, expires = v.column2, due = v.column2, exp
 FROM (VALUES {}) AS v WHERE session_id = v.column1
 """
 _SNAPSHOTS = """
-SELECT json_group_array(json_array(session_id, length(snapshot))),
-    CAST(group_concat(CAST(snapshot AS TEXT), '') AS BLOB)
-FROM sessions WHERE session_id IN (SELECT value FROM json_each(?1))
+SELECT json_group_array(json_array(rowid, ifnull(length(CAST(snapshot AS BLOB)), 0))),
+    CAST(group_concat(CAST(CAST(snapshot AS BLOB) AS TEXT), '') AS BLOB)
+FROM sessions WHERE rowid IN (SELECT value FROM json_each(?1))
 """
 _FORGET_SESSIONS = "DELETE FROM sessions WHERE session_id IN (SELECT value FROM json_each(?1))"
 _FORGET_ENDINGS = "DELETE FROM endings WHERE session_id IN (SELECT value FROM json_each(?1))"
@@ -73,7 +85,7 @@ class Create:
     expires_at: float
     snapshot: bytes
     replacing: int = 0
-    answer: int | Entry = 0
+    answer: int | Entry | Unreadable = 0
 
     @property
     def session_id(self) -> str:
@@ -88,7 +100,7 @@ class Acquire:
     session_id: str
     owner: str
     fingerprints: Collection[str]
-    answer: tuple[Entry, bytes] | Entry | Ending | None = None
+    answer: tuple[Entry, bytes] | Entry | Unreadable | Ending | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -130,7 +142,16 @@ class End:
     answer: bool = False
 
 
-Part = Create | Acquire | SaveOne | Expire | Restore | End
+@dataclass(slots=True, eq=False)
+class Discard:
+    """See `SessionStore.discard`."""
+
+    session_id: str
+    ending: Ending
+    answer: bool = False
+
+
+Part = Create | Acquire | SaveOne | Expire | Restore | End | Discard
 
 
 def write(
@@ -154,7 +175,9 @@ def write(
     connection.execute("BEGIN IMMEDIATE")
     for some in rounds:
         _save(connection, _of(SaveOne, some), now)
-        _change(connection, [part for part in some if not isinstance(part, SaveOne)], now, wall)
+        _expire(connection, _of(Expire, some), now)
+        others: list[Part] = [p for p in some if not isinstance(p, SaveOne | Expire)]
+        _change(connection, others, now, wall)
     connection.execute("COMMIT")
 
 
@@ -184,6 +207,25 @@ def _save(connection: sqlite3.Connection, parts: list[SaveOne], now: float) -> N
         _tell_apart(look(connection, [part.session_id for part in parts], now), parts)
 
 
+def _expire(connection: sqlite3.Connection, parts: list[Expire], now: float) -> None:
+    """Like `_save`; but its epoch rises, so what is known is looked at before."""
+    if not parts:
+        return
+    ids = json.dumps([[part.session_id, part.save.epoch] for part in parts])
+    (known,) = connection.execute(_HELD, (ids,)).fetchone()
+    for part in parts:
+        part.answer = Saved.DONE
+    if known < len(parts):
+        _tell_apart(look(connection, [part.session_id for part in parts], now), parts)
+    rows = [_expired(part) for part in parts if part.answer is Saved.DONE]
+    _execute_many(connection, _EXPIRE, rows)
+
+
+def _expired(part: Expire) -> Values:
+    save, due = part.save, microseconds(part.delete_at)
+    return (save.session_id, save.epoch, save.owner, save.t, due, save.snapshot)
+
+
 def _saved(save: Save) -> Values:
     expires = microseconds(save.expires_at)
     return (save.session_id, save.epoch, save.owner, save.t, expires, save.snapshot)
@@ -204,12 +246,14 @@ def _change(connection: sqlite3.Connection, parts: list[Part], now: float, wall:
     known = look(connection, [part.session_id for part in parts], now)
     _create(connection, known, _of(Create, parts), now, wall)
     _acquire(connection, known, _of(Acquire, parts), now, wall)
-    _expire(connection, known, _of(Expire, parts))
     _restore(connection, known, _of(Restore, parts))
-    _end(connection, known, _of(End, parts), now)
+    ends: list[End | Discard] = [*_of(End, parts), *_of(Discard, parts)]
+    _end(connection, known, ends, now)
 
 
-def _past(entry: Entry, now: float) -> bool:
+def _past(entry: Entry | Unreadable, now: float) -> bool:
+    if isinstance(entry, Unreadable):
+        return False
     return entry.delete_at is not None or entry.expires_at <= now
 
 
@@ -219,7 +263,7 @@ def _create(
     new: list[Values] = []
     for part in parts:
         row = known.rows.get(part.session_id)
-        if row is not None and not (row.entry.epoch == part.replacing and _past(row.entry, now)):
+        if row is not None and not (row.epoch == part.replacing and _past(row.entry, now)):
             part.answer = row.entry
             continue
         part.answer = next_epoch(known.epoch(part.session_id), wall)
@@ -235,29 +279,31 @@ def _create(
 def _acquire(
     connection: sqlite3.Connection, known: Known, parts: list[Acquire], now: float, wall: float
 ) -> None:
-    taken: dict[str, tuple[Acquire, Row]] = {}
+    taken: dict[int, tuple[Acquire, Entry]] = {}
+    rows: list[Row] = []
     for part in parts:
-        row = known.rows.get(part.session_id)
         part.answer = known.of(part.session_id)
-        if row is None or _past(row.entry, now):
+        row = known.rows.get(part.session_id)
+        if row is None or not isinstance(row.entry, Entry) or _past(row.entry, now):
             continue
         if row.entry.record.fingerprint in part.fingerprints:
             entry = replace(row.entry, epoch=next_epoch(row.entry.epoch, wall))
-            taken[part.session_id] = part, replace(row, entry=entry)
-    owners = [(name, row.entry.epoch, part.owner) for name, (part, row) in taken.items()]
+            taken[row.rowid] = part, entry
+            rows.append(row)
+    owners = [(part.session_id, entry.epoch, part.owner) for part, entry in taken.values()]
     _execute_many(connection, _TAKE, owners)
-    for session_id, snapshot in _snapshots(connection, [row for _, row in taken.values()]):
-        part, row = taken[session_id]
-        part.answer = row.entry, snapshot
+    for rowid, snapshot in _snapshots(connection, rows):
+        part, entry = taken[rowid]
+        part.answer = entry, snapshot
 
 
-def _snapshots(connection: sqlite3.Connection, rows: Sequence[Row]) -> Iterator[tuple[str, bytes]]:
+def _snapshots(connection: sqlite3.Connection, rows: Sequence[Row]) -> Iterator[tuple[int, bytes]]:
     for some in _chunks_of_bytes(rows):
-        ids = json.dumps([row.entry.record.session_id for row in some])
-        sizes, joined = connection.execute(_SNAPSHOTS, (ids,)).fetchone()
+        rowids = json.dumps([row.rowid for row in some])
+        sizes, joined = connection.execute(_SNAPSHOTS, (rowids,)).fetchone()
         start = 0
-        for session_id, size in json.loads(sizes):
-            yield session_id, joined[start : start + size]
+        for rowid, size in json.loads(sizes):
+            yield rowid, joined[start : start + size]
             start += size
 
 
@@ -274,40 +320,42 @@ def _chunks_of_bytes(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _expire(connection: sqlite3.Connection, known: Known, parts: list[Expire]) -> None:
-    _tell_apart(known, parts)
-    rows: list[Values] = []
-    for part in parts:
-        if part.answer is Saved.DONE:
-            save, due = part.save, microseconds(part.delete_at)
-            rows.append((save.session_id, save.epoch, save.owner, save.t, due, save.snapshot))
-    _execute_many(connection, _EXPIRE, rows)
-
-
 def _restore(connection: sqlite3.Connection, known: Known, parts: list[Restore]) -> None:
     for part in parts:
         row = known.rows.get(part.session_id)
         part.answer = (
-            row is not None and row.entry.epoch == part.epoch and row.entry.delete_at is not None
+            row is not None
+            and isinstance(row.entry, Entry)
+            and row.entry.epoch == part.epoch
+            and row.entry.delete_at is not None
         )
     done = [(part.session_id, microseconds(part.expires_at)) for part in parts if part.answer]
     _execute_many(connection, _RESTORE, done)
 
 
-def _end(connection: sqlite3.Connection, known: Known, parts: list[End], now: float) -> None:
+def _end(
+    connection: sqlite3.Connection, known: Known, parts: Sequence[End | Discard], now: float
+) -> None:
     forget = microseconds(now + ENDING_SECONDS)
     rows: list[Values] = []
     for part in parts:
-        row = known.rows.get(part.session_id)
-        part.answer = row is not None and row.entry.epoch == part.epoch
+        part.answer = _may_end(part, known.rows.get(part.session_id))
         if part.answer:
             ending, idle = part.ending, repr(part.ending.idle_timeout_seconds)
             how = (ending.reason.value, ending.t, idle, forget)
-            rows.append((part.session_id, part.epoch, *how))
+            rows.append((part.session_id, known.epoch(part.session_id), *how))
     if rows:
         connection.execute(_FORGET_SESSIONS, (json.dumps([row[0] for row in rows]),))
         connection.execute(_FORGET_OLD, (microseconds(now),))
         _execute_many(connection, _ENDED, rows)
+
+
+def _may_end(part: End | Discard, row: Row | None) -> bool:
+    if row is None:
+        return False
+    if isinstance(part, Discard):
+        return isinstance(row.entry, Unreadable)
+    return row.epoch == part.epoch
 
 
 def _execute_many(connection: sqlite3.Connection, statement: str, rows: list[Values]) -> int:

@@ -13,7 +13,7 @@ from stepstate.errors import InvalidField
 from stepstate.models import EPOCH, Manifest, Model
 from stepstate.sessions import Opening, ReplyTo, Session, Step
 from stepstate.stores import MissingPolicy
-from stepstate.transport.codec import make_step, non_finite
+from stepstate.transport.codec import REPLY_BYTES, make_step, non_finite
 from stepstate.transport.triton.messages import pb
 from stepstate.transport.triton.tensors import (
     ONLY_Y,
@@ -21,6 +21,7 @@ from stepstate.transport.triton.tensors import (
     Shapes,
     decode_rows,
     outputs_of,
+    reply_width,
     traced,
     wanted,
 )
@@ -116,8 +117,16 @@ class Infer:
             InvalidField, NonFiniteInput.
         """
         self.check(session)
-        rows = self.read(session.lane.model.manifest)
-        return make_step(
+        manifest = session.lane.model.manifest
+        rows = self.read(manifest)
+        reply_bytes = 4 * rows.count * reply_width(self.outputs, manifest)
+        if reply_bytes > REPLY_BYTES:
+            raise InvalidField(
+                "outputs",
+                f"would take {reply_bytes} bytes, more than {REPLY_BYTES}: ask for fewer, or send "
+                "fewer rows a request",
+            )
+        step = make_step(
             session,
             rows.x,
             rows.count,
@@ -126,6 +135,8 @@ class Infer:
             reply_to=reply_to,
             inspect=self._inspect,
         )
+        step.reply_bytes = max(step.reply_bytes, reply_bytes)
+        return step
 
     def opening(self, model: Model, now: float) -> Opening:
         """The session that its start opens; rows of a model with a calendar begin now, if need be.

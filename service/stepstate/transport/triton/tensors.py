@@ -181,6 +181,19 @@ def traced(names: Sequence[str], manifest: Manifest) -> bool:
     return not gates.isdisjoint(names)
 
 
+def reply_width(names: Sequence[str], manifest: Manifest) -> int:
+    """How many values of the named outputs there are for a row."""
+    cell = manifest.cell
+    widths = dict.fromkeys(_TRACED[cell.kind], cell.num_layers * cell.hidden_size)
+    widths["h"] = cell.num_layers * cell.output_size
+    for output in reversed(manifest.outputs):
+        if output.quantiles:
+            widths[QUANTILES] = output.width
+    widths |= {output.name: len(output.horizons) for output in manifest.outputs}
+    widths[OUTPUT] = manifest.output_width
+    return sum(widths[name] for name in names)
+
+
 def outputs_of(step: Step, names: Sequence[str], *, flat: bool) -> tuple[Shapes, Sequence[bytes]]:
     """The named outputs of a step, [T, ...], or [...] where x came as [D]: shapes and values."""
     rows = () if flat else (step.rows,)

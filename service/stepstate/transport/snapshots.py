@@ -1,0 +1,93 @@
+"""Snapshots on the wire: whole where a message can hold them, else in parts.
+
+What `ExportSession` gives any client can read, `ImportSession` takes; and what `StreamExport`
+gives `StreamImport` takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import TYPE_CHECKING
+
+from stepstate.errors import InvalidField, SnapshotTooLarge
+from stepstate.sessions import Session, Sessions
+from stepstate.transport.codec import REPLY_BYTES, decode_import, encode_session
+from stepstate.transport.outgoing import Outgoing
+from stepstate.v1 import stepstate_pb2 as pb
+
+if TYPE_CHECKING:
+    from stepstate.transport.guard import Context
+
+PART_BYTES = 2**20
+MAX_SNAPSHOT_BYTES = 256 * 2**20
+"""As many bytes as the replay windows of all sessions have by default."""
+
+
+async def export_whole(
+    sessions: Sessions, request: pb.ExportSessionRequest
+) -> pb.ExportSessionResponse:
+    """A snapshot in one reply.
+
+    Raises:
+        SnapshotTooLarge; and as `Sessions.export`.
+    """
+    snapshot, standing = await sessions.export(request.session_id)
+    reply = pb.ExportSessionResponse(snapshot=snapshot, session=encode_session(standing))
+    if reply.ByteSize() > REPLY_BYTES:
+        raise SnapshotTooLarge(request.session_id, len(snapshot), REPLY_BYTES)
+    return reply
+
+
+async def export_parts(
+    sessions: Sessions, outgoing: Outgoing, request: pb.StreamExportRequest, context: Context
+) -> None:
+    """Sends a snapshot in parts.
+
+    Raises:
+        SnapshotTooLarge, QueueFull; and as `Sessions.export`.
+    """
+    snapshot, standing = await sessions.export(request.session_id)
+    size = len(snapshot)
+    if size > MAX_SNAPSHOT_BYTES:
+        raise SnapshotTooLarge(request.session_id, size, MAX_SNAPSHOT_BYTES)
+    outgoing.reserve(size)
+    try:
+        reply = pb.StreamExportResponse(session=encode_session(standing), size=size)
+        for first in range(0, size, PART_BYTES):
+            reply.data = snapshot[first : first + PART_BYTES]
+            await context.write(reply)
+            reply = pb.StreamExportResponse()
+    finally:
+        outgoing.release(size)
+
+
+async def import_parts(
+    sessions: Sessions, outgoing: Outgoing, requests: AsyncIterator[pb.StreamImportRequest]
+) -> Session:
+    """Opens a session from a snapshot that comes in parts.
+
+    Raises:
+        InvalidField: the parts are not those of a snapshot of the size that the first one tells.
+        QueueFull; and as `Sessions.restore`.
+    """
+    first = await anext(requests, None)
+    if first is None:
+        raise InvalidField("data", "is missing: send the parts of a snapshot")
+    size = first.size
+    if not 0 < size <= MAX_SNAPSHOT_BYTES:
+        raise InvalidField(
+            "size", f"is {size}, expected the bytes of the snapshot, at most {MAX_SNAPSHOT_BYTES}"
+        )
+    copying = decode_import(first)
+    outgoing.reserve(size)
+    try:
+        data = bytearray(first.data)
+        async for part in requests:
+            data += part.data
+            if len(data) > size:
+                break
+        if len(data) != size:
+            raise InvalidField("data", f"has {len(data)} bytes in all, and size is {size}")
+        return await sessions.restore(bytes(data), copying)
+    finally:
+        outgoing.release(size)

@@ -523,3 +523,18 @@ async def test_a_drain_answers_what_was_accepted(config: ServerConfig):
 async def _status_error(call: grpc.aio.StreamStreamCall) -> grpc.aio.AioRpcError:
     metadata = grpc.aio.Metadata()
     return grpc.aio.AioRpcError(await call.code(), metadata, metadata, await call.details())
+
+
+async def test_outputs_that_no_reply_can_hold_are_refused(
+    triton: GRPCInferenceServiceStub, client: AsyncClient
+):
+    """However often an output is named, the reply stays within 4,000,000 bytes."""
+    request = infer("lstm", "many", draw(1_000), sequence_start=True)
+    for _ in range(501):
+        request.outputs.add(name="y")
+    code, message = await refusal(triton.ModelInfer(request))
+    assert code is grpc.StatusCode.INVALID_ARGUMENT
+    assert "would take 4008000 bytes" in message
+    del request.outputs[500:]
+    reply = await triton.ModelInfer(request)
+    assert reply.ByteSize() < 4 * 2**20

@@ -131,12 +131,16 @@ class Spot:
     scale: float = 0.0
     errors: list[float] = field(default_factory=list)
     scaled: list[float] = field(default_factory=list)
+    pairs: list[tuple[float, float]] = field(default_factory=list)
+    """Errors, and those of the naive forecast of the same rows."""
     held: list[bool] = field(default_factory=list)
     issued: dict[int, tuple[float, float, float]] = field(default_factory=dict)
 
 
 def track(network: Network, x: np.ndarray, y: np.ndarray, level: float = 0.9) -> list[Spot]:
     """What is tracked of the first output over rows x [T, D] (NaN: missing) with outputs y [T, O].
+
+    For fewer rows than a block of scores has.
 
     By the definitions in FORECASTING and in the manifest, with lists instead of running sums.
     """
@@ -146,11 +150,10 @@ def track(network: Network, x: np.ndarray, y: np.ndarray, level: float = 0.9) ->
     quantiles, alpha = output.get("quantiles", ()), 1 - level
     z = NormalDist().inv_cdf((1 + level) / 2)
     spots = [Spot(horizon) for horizon in tracking["horizons"]]
-    truths, naive = np.asarray(x, np.float64)[:, column], []
+    truths, season = np.asarray(x, np.float64)[:, column], tracking["season_steps"]
     for t, truth in enumerate(truths):
-        if t >= tracking["season_steps"]:
-            naive.append(abs(truth - truths[t - tracking["season_steps"]]))
-        known = [error for error in naive if not math.isnan(error)]
+        naive = abs(truth - truths[t - season]) if t >= season else math.nan
+        known = [error for _, error in spots[0].pairs]
         for spot in spots:
             low, median, high = spot.issued.get(t, (math.nan,) * 3)
             error = abs(truth - median)
@@ -159,7 +162,9 @@ def track(network: Network, x: np.ndarray, y: np.ndarray, level: float = 0.9) ->
                 usual = min(error, 20 * spot.scale) if len(spot.errors) > 50 else error
                 spot.scale += max(1 / len(spot.errors), 0.02) * (usual - spot.scale)
                 if known:
-                    spot.scaled.append(error / np.mean(known))
+                    spot.scaled.append(min(usual / np.mean(known), 20))
+                if not math.isnan(naive):
+                    spot.pairs.append((error, naive))
                 if not math.isnan(low):
                     held = low <= truth <= high
                     spot.held.append(held)
@@ -180,3 +185,9 @@ def track(network: Network, x: np.ndarray, y: np.ndarray, level: float = 0.9) ->
                 median + max(above + spot.offset, 0),
             )
     return spots
+
+
+def scaled_error(spot: Spot) -> float:
+    """The mean absolute scaled error of a horizon, as Hyndman and Koehler define it."""
+    errors, naive = zip(*spot.pairs, strict=True)
+    return float(np.mean(errors) / np.mean(naive))

@@ -67,6 +67,11 @@ SCORES = (
         "Sum of their absolute errors over the mean error of the (seasonal) naive forecast.",
     ),
     ("with_interval", "s_with_interval", "Those of them that had an interval."),
+    (
+        "outliers",
+        "s_outliers",
+        "Those of them whose error counts in the sums as 20 times the session's typical one only.",
+    ),
     ("covered", "s_covered", "Those of them whose truth was in the interval."),
 )
 # google.golang.org/grpc/codes, Code.String, as go-grpc-middleware labels them.
@@ -178,6 +183,7 @@ class ScoreCounts(Protocol):
     scaled_error: float
     with_interval: int
     covered: int
+    outliers: int
 
 
 class TallyCounts(Protocol):
@@ -451,7 +457,7 @@ class Metrics(Collector):
         ]
         alarms = CounterMetricFamily(
             "stepstate_drift_alarms",
-            "Alarms that a session's forecasts have become worse (Page-Hinkley test).",
+            "Alarms that a session's forecasts have become worse, by its model's drift test.",
             labels=labels[:2],
         )
         for key, model in list(self._models.items()):

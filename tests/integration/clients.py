@@ -83,6 +83,9 @@ class InThreadSession:
     async def close(self) -> SessionInfo:
         return await asyncio.to_thread(self.real.close)
 
+    async def reset_accuracy(self) -> SessionInfo:
+        return await asyncio.to_thread(self.real.reset_accuracy)
+
     async def fork(self, new_id: str | None = None, **options: Any) -> InThreadSession:
         return InThreadSession(await asyncio.to_thread(self.real.fork, new_id, **options))
 
@@ -181,6 +184,9 @@ class InThreadClient:
 
     async def info(self, session_id: str) -> SessionInfo:
         return await asyncio.to_thread(self.real.info, session_id)
+
+    async def reset_accuracy(self, session_id: str) -> SessionInfo:
+        return await asyncio.to_thread(self.real.reset_accuracy, session_id)
 
     async def close(self, session_id: str) -> SessionInfo:
         return await asyncio.to_thread(self.real.close, session_id)

@@ -241,6 +241,17 @@ def test_a_session_is_shown_with_its_accuracy_as_valid_json(ask: Ask, address: s
     assert (shown["missing"], shown["interval_level"]) == ("hold", 0.9)
 
 
+def test_an_operator_resets_a_sessions_accuracy(ask: Ask, address: str):
+    with Client(address) as client:
+        client.open("sensor1", session_id="glitch", history=[[5.0, 1.0]] * 30)
+        before = client.info("glitch").accuracy[0]
+    shown = json.loads(ask("sessions", "reset-accuracy", "glitch").stdout)
+    first = shown["accuracy"][0]
+    assert (before.scored, shown["t"], first["scored"], first["recent_scored"]) == (29, 30, 0, 0)
+    assert (first["mean_absolute_error"], first["recent_median_absolute_error"]) == (None, None)
+    assert (shown["drift"]["alarms"], shown["drift"]["learning"]) == (0, True)
+
+
 def test_models_tell_what_they_know_of_forecasts(ask: Ask):
     told = ask("models").stdout
     assert "level [m], 1 to 5 steps ahead, quantiles 0.05, 0.5, 0.95" in told

@@ -490,7 +490,16 @@ async def test_accuracy_and_drift_are_told(client: AnyClient):
         ("level", 3, 57),
     ]
     assert all(0 <= one.coverage <= 1 for one in info.accuracy)
+    assert [one.recent_scored for one in info.accuracy] == [59, 57]
+    assert all(0 < one.recent_median_absolute_error < 10 for one in info.accuracy)
     assert info.drift.alarms >= 0
+    reset = await session.reset_accuracy()
+    assert (reset.t, [one.scored for one in reset.accuracy]) == (60, [0, 0])
+    assert np.isnan(reset.accuracy[0].recent_mean_absolute_error)
+    assert (reset.drift.alarms, reset.drift.learning) == (0, True)
+    await session.step(rows(5))
+    info = await client.reset_accuracy(session.session_id)
+    assert (info.t, info.accuracy[0].scored) == (65, 0)
     model = await client.model("sensor1")
     assert (model.lag_rows, model.tracked_horizons, model.output_width) == (7, (1, 3), 13)
     assert model.outputs[0].quantiles == offline.QUANTILES

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -200,6 +201,32 @@ async def test_past_rows_and_tracking_survive_kill_9(sensor, sensors, tmp_path, 
         assert late.offset == pytest.approx(spot.offset, abs=1e-3)
         issued = spot.issued[79 + spot.horizon]
         assert values(forecast)[spot.horizon - 1] == pytest.approx(issued, abs=1e-3)
+
+
+@pytest.mark.parametrize("durability", [pb.DURABILITY_SYNC, pb.DURABILITY_ASYNC])
+async def test_a_reset_of_accuracy_survives_kill_9(sensors, tmp_path, durability):
+    options = ["--models", str(sensors), "--store", f"sqlite:{tmp_path / 'kept.db'}"]
+    with server_process(*options) as first:
+        async with raw_stub(first.address) as stub:
+            await opened(stub, "a", durability=durability)
+            await stepped(stub, "a", rows(40), 0)
+            before = await _session(stub, "a")
+            request = pb.ResetAccuracyRequest(session_id="a")
+            reset = (await stub.ResetAccuracy(request)).session
+        first.process.kill()
+        first.process.wait()
+    with server_process(*options) as second:
+        async with raw_stub(second.address) as stub:
+            await stepped(stub, "a", rows(50)[40:], 40)
+            after = await _session(stub, "a")
+    assert [one.scored for one in before.accuracy] == [39, 37]
+    for one in reset.accuracy:
+        assert (one.scored, one.recent_scored) == (0, 0)
+        assert math.isnan(one.mean_absolute_error)
+        assert math.isnan(one.recent_median_absolute_error)
+    assert (reset.t, reset.drift.alarms, reset.drift.learning) == (40, 0, True)
+    assert [one.scored for one in after.accuracy] == [one.recent_scored for one in after.accuracy]
+    assert [one.scored for one in after.accuracy] == [10, 10]
 
 
 async def _session(stub: Stub, session_id: str) -> pb.Session:

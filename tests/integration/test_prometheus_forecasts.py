@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 
 import grpc
@@ -24,7 +25,7 @@ from tests.integration.prometheus import (
     running_prometheus,
 )
 from tests.networks import Network
-from tests.offline import forecasting_network
+from tests.offline import forecasting_network, outputs, track
 from tests.processes import ServerProcess, server_process
 
 MARK = "sid-in-no-label"
@@ -73,6 +74,12 @@ FIRST = (
 )
 SECOND = (Use("sensor1", 30, 0, 6.0, SEASON), Use("sensor2", 60, 60, 8.0, 9.0))
 """On another server: fewer, and much worse. The mean of the servers' means is another one."""
+
+
+SENSORS = {
+    "sensor1": forecasting_network,
+    "sensor2": partial(forecasting_network, quantiles=(), version="2"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,8 +134,7 @@ def expression(title: str) -> str:
 def sensors(networks: dict[str, Network], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Models that track, one with quantiles and one without; and one that does not."""
     root = tmp_path_factory.mktemp("sensors")
-    point = forecasting_network(quantiles=(), version="2")
-    for network in (forecasting_network(), point, networks["lstm"]):
+    for network in (*(make() for make in SENSORS.values()), networks["lstm"]):
         network.write(root)
     return root
 
@@ -152,12 +158,23 @@ def seen(sensors: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Se
         yield Seen(prometheus, before, sessions)
 
 
+@cache
+def scaled_errors(session_id: str) -> dict[int, list[float]]:
+    """Those of a session by horizon, by their definition: a session tells its mean otherwise."""
+    name, number = session_id.removeprefix(f"{MARK}-").split("-")
+    use = {"a": FIRST, "b": SECOND}[name][int(number)]
+    network, x = SENSORS[use.model](), rows(use, int(number))
+    spots = track(network, x, outputs(network, x))
+    return {spot.horizon: spot.scaled for spot in spots}
+
+
 def weighed(title: str, session: pb.Session, accuracy: pb.Accuracy) -> tuple[float, int]:
     """What a session tells of a horizon, and of how many forecasts that is the mean."""
     if title == ABSOLUTE:
         return accuracy.mean_absolute_error, accuracy.scored
-    if title == SCALED:  # from the row on that has one a season before it
-        return accuracy.mean_absolute_scaled_error, session.t - SEASON
+    if title == SCALED:  # from the row on that follows one with one a season before it
+        errors = scaled_errors(session.session_id)[accuracy.horizon]
+        return float(np.mean(errors)), len(errors)
     if session.model == "sensor1":
         return accuracy.coverage, accuracy.scored
     # Without quantiles there is no interval before the first error is known.

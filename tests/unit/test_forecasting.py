@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stepstate.engine import Method
-from stepstate.engine.tracking import _NAIVE_N
+from stepstate.engine.scores import _PAIRS, BLOCK
 from stepstate.errors import (
     ForecastImpossible,
     InvalidField,
@@ -96,10 +96,13 @@ async def test_what_is_tracked_is_what_its_definition_gives(rig, sensor):
     assert quality.level == pytest.approx(0.8)
     for accuracy, spot in zip(quality.accuracy, offline.track(sensor, x, y, 0.8), strict=True):
         assert (accuracy.output, accuracy.horizon) == ("level", spot.horizon)
-        assert accuracy.scored == len(spot.errors) == 119 - spot.horizon
-        assert accuracy.mean_absolute_error == pytest.approx(np.mean(spot.errors), rel=1e-3)
-        assert accuracy.mean_absolute_scaled_error == pytest.approx(np.mean(spot.scaled), rel=2e-2)
-        assert accuracy.coverage == pytest.approx(np.mean(spot.held), rel=1e-3)
+        figures = accuracy.lifetime
+        assert accuracy.recent == figures
+        assert figures.scored == len(spot.errors) == 119 - spot.horizon
+        assert figures.mean_absolute_error == pytest.approx(np.mean(spot.errors), rel=1e-3)
+        scaled = offline.scaled_error(spot)
+        assert figures.mean_absolute_scaled_error == pytest.approx(scaled, rel=2e-2)
+        assert figures.coverage == pytest.approx(np.mean(spot.held), rel=1e-3)
         assert accuracy.offset == pytest.approx(spot.offset, abs=1e-3)
 
 
@@ -504,8 +507,10 @@ async def test_a_level_that_stood_in_is_no_naive_forecast(rig):
     part = rig.lane.engine.read_states(np.array([session.slot]))[
         0, rig.lane.engine.layout.tracked_from :
     ]
-    target = rig.lane.engine._tracker.targets[0]
-    assert part[target.place + _NAIVE_N] == 1  # of nine rows, only the last had one a season before
+    spot = rig.lane.engine._tracker.targets[0].spots[0]
+    assert (
+        part[spot.place + BLOCK + _PAIRS] == 1
+    )  # of nine rows, only the last had one a season before
 
 
 async def test_missing_rows_are_answered_again_like_others(rig):
@@ -548,7 +553,9 @@ async def test_a_row_beyond_float32_is_refused_among_others(rig):
     ]
     assert isinstance(await callers[1].error(), NonFiniteResult)
     assert outputs(await callers[0].outcome()) == pytest.approx(outputs(await callers[2].outcome()))
-    scored = [rig.sessions.standing(session).quality.accuracy[0].scored for session in sessions]
+    scored = [
+        rig.sessions.standing(session).quality.accuracy[0].lifetime.scored for session in sessions
+    ]
     assert scored == [12, 11, 12]
     assert outputs(await rig.step(sessions[1], [5, 0])) == pytest.approx(
         outputs(await callers[0].outcome()), abs=CLOSE
@@ -572,7 +579,7 @@ async def test_metrics_add_up_what_sessions_tell(rig):
     tally = rig.lane.engine.tally
     standings = [rig.sessions.standing(rig.sessions.find(s)) for s in ("a", "b")]
     for place, score in enumerate(tally.scores):
-        parts = [standing.quality.accuracy[place] for standing in standings]
+        parts = [standing.quality.accuracy[place].lifetime for standing in standings]
         assert score.scored == sum(part.scored for part in parts)
         total = sum(part.scored * part.mean_absolute_error for part in parts)
         assert score.absolute_error == pytest.approx(total, rel=1e-3)

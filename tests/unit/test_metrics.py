@@ -295,6 +295,7 @@ FORECASTS = (
     "stepstate_forecast_scaled_error",
     "stepstate_forecasts_with_interval",
     "stepstate_forecasts_covered",
+    "stepstate_forecasts_outliers",
 )
 ALARMS = "stepstate_drift_alarms"
 
@@ -337,9 +338,9 @@ def test_series_of_forecasts_have_help_whether_a_model_tracks_or_not(
     }
     assert found.keys() == {*FORECASTS, ALARMS}
     assert all(family.type == "counter" for family in found.values())
-    assert len({family.documentation for family in found.values() if family.documentation}) == 7
+    assert len({family.documentation for family in found.values() if family.documentation}) == 8
     assert "in the output's unit" in found["stepstate_forecast_absolute_error"].documentation
-    assert [bool(family.samples) for family in found.values()] == [tracking] * 7
+    assert [bool(family.samples) for family in found.values()] == [tracking] * 8
 
 
 @pytest.mark.parametrize("primed", [True, False])
@@ -359,7 +360,7 @@ async def test_forecasts_are_counted_by_output_and_horizon_over_sessions(watchin
         held = first.held + second.held
         wanted = [value for values in lists for value in (len(values), sum(values))]
         told = [found[f"{name}_total", *key] for name in FORECASTS]
-        assert told == pytest.approx([*wanted, len(held), sum(held)], rel=1e-3)
+        assert told == pytest.approx([*wanted, len(held), sum(held), 0], rel=1e-3)
 
 
 async def test_alarms_of_drift_are_counted_and_those_of_all_sessions(watching, sensor):

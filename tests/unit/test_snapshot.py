@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from stepstate.engine.scores import SCORES
 from stepstate.errors import SnapshotCorrupt
 from stepstate.sessions.snapshot import Snapshot, decode, encode
 from stepstate.sessions.window import Remains, Remembered
 from stepstate.stores import Durability, SessionRecord
+from tests.offline import forecasting_network
+from tests.unit.rig import model_of
 
 SAVED = Path(__file__).parent / "data" / "snapshot-v1.bin"
 RECORD = SessionRecord(
@@ -100,8 +103,8 @@ def test_bytes_of_something_else_are_told_apart():
 
 def test_a_later_version_is_refused_by_its_number():
     data = bytearray(encode(make()))
-    data[8:10] = struct.pack("<H", 3)
-    with pytest.raises(SnapshotCorrupt, match=r"version 3 .* reads up to 2"):
+    data[8:10] = struct.pack("<H", 4)
+    with pytest.raises(SnapshotCorrupt, match=r"version 4 .* reads up to 3"):
         decode(resealed(bytes(data)))
 
 
@@ -139,3 +142,55 @@ def test_an_identity_that_is_none_is_refused(record):
 def test_a_snapshot_of_version_1_stays_readable():
     """The file was written once, by the first server that had snapshots; it must never change."""
     assert same(decode(SAVED.read_bytes()), make())
+
+
+async def test_a_session_of_version_2_goes_on_with_what_it_tracked(make_rig):
+    """A file that a server wrote when snapshots had version 2: 60 rows, three of them missing."""
+    rig = make_rig(model_of(forecasting_network(quantiles=())))
+    data = (SAVED.parent / "snapshot-v2.bin").read_bytes()
+    old = decode(data)
+    fitted = rig.lane.fitted(old)
+    engine = rig.lane.engine
+    assert len(fitted.state) == engine.layout.width > len(old.state)
+    rows = engine.layout.tracked_from
+    assert fitted.state[:rows].tobytes() == old.state[:rows].tobytes()
+    session = await rig.open()
+    engine.write_state(session.slot, fitted.state)
+    quality = engine.quality(session.slot, 60)
+    assert (quality.level, quality.drift.alarms, quality.drift.last_t) == (0.9, 1, 40)
+    told = [
+        (one.horizon, one.lifetime.scored, one.lifetime.mean_absolute_error, one.offset)
+        for one in quality.accuracy
+    ]
+    assert told == [
+        (1, 56, pytest.approx(2.41987, rel=1e-4), pytest.approx(0.584943, rel=1e-4)),
+        (3, 54, pytest.approx(2.58028, rel=1e-4), pytest.approx(1.61208, rel=1e-4)),
+    ]
+    one = quality.accuracy[0]
+    assert one.lifetime.mean_absolute_scaled_error == pytest.approx(1.138014, rel=1e-4)
+    assert one.lifetime.coverage == pytest.approx(0.872727, rel=1e-4)
+    assert one.recent.scored == 0
+    spots = engine._tracker.targets[0].spots
+    before = old.state[-sum(3 * spot.horizon + 8 for spot in spots) :]
+    place = 0
+    for spot in spots:  # what is pending is as it was issued
+        pending = before[place + 8 : place + 8 + 3 * spot.horizon]
+        now = fitted.state[rows + spot.place + SCORES :][: 3 * spot.horizon]
+        assert np.array_equal(now, pending)
+        place += 8 + 3 * spot.horizon
+
+
+@pytest.mark.parametrize("value", [-1.0, 0.5, np.nan, np.inf])
+@pytest.mark.parametrize("place", range(1, 13))
+def test_a_forged_session_of_version_2_is_corrupt_or_sound(make_rig, place, value):
+    """Of the level, the widths, the test and the first counts and means."""
+    rig = make_rig(model_of(forecasting_network(quantiles=())))
+    old = decode((SAVED.parent / "snapshot-v2.bin").read_bytes())
+    state = old.state.copy()
+    state[rig.lane.engine.layout.tracked_from + place - 1] = value
+    try:
+        fitted = rig.lane.fitted(replace(old, state=state))
+    except SnapshotCorrupt:
+        return
+    assert rig.lane.engine.sound(fitted.state)
+    assert not np.isinf(fitted.state).any()

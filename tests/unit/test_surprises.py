@@ -9,6 +9,7 @@ import pytest
 
 from stepstate.engine.forecasts import Method, Outlook
 from stepstate.engine.intervals import quantiles_of
+from stepstate.engine.scores import BLOCK
 from stepstate.engine.tracking import Tracker
 from stepstate.errors import Internal, InvalidField, SnapshotCorrupt
 from stepstate.sessions import Copying
@@ -36,7 +37,9 @@ async def forged(rig: Rig, place: int, value: float, *, version_1: bool = False)
 
 @pytest.mark.parametrize("value", [-1.0, 0.5, np.nan])
 async def test_a_snapshot_with_a_count_that_can_not_be_is_corrupt(rig, value):
-    place = rig.lane.engine.layout.tracked_from + 3  # how many naive errors there were
+    engine = rig.lane.engine
+    spot = engine._tracker.targets[0].spots[0]
+    place = engine.layout.tracked_from + spot.place + BLOCK  # how many errors there were
     data = await forged(rig, place, value)
     with pytest.raises(SnapshotCorrupt, match="tracks"):
         await rig.sessions.restore(data, Copying("b", None, None))

@@ -4,20 +4,15 @@ import math
 
 import numpy as np
 import pytest
-from river.drift import PageHinkley
 
+from stepstate.engine.scores import BLOCK, LAST, LIFE, MEDIAN, SCALE, SCALE_N, SCORES
 from stepstate.engine.tracking import (
     _ALARMS,
-    _ERROR,
     _LOW_WIDTH,
-    _NAIVE,
-    _NAIVE_N,
-    _SCORED,
     _SINCE,
-    _TEST_SUM,
+    _TEST,
     LARGEST,
     Tracker,
-    _average,
 )
 from stepstate.models import Manifest
 from tests.offline import forecasting_network
@@ -25,7 +20,7 @@ from tests.offline import forecasting_network
 
 def tracker_of(**tracking: object) -> Tracker:
     manifest = forecasting_network(quantiles=()).manifest
-    manifest["tracking"] |= tracking
+    manifest["tracking"] |= {"drift": {}, **tracking}
     parsed = Manifest.model_validate(manifest)
     return Tracker(parsed, parsed.tracking)
 
@@ -38,6 +33,13 @@ class Track:
         self.part = self.tracker.blank(None).astype(np.float64)
         self.tally = self.tracker.tally()
         self.t = 0
+
+    def rows(self, truths: np.ndarray, *, median: float = 0.0) -> None:
+        """Takes rows, each with the one before as its naive forecast."""
+        before = math.nan
+        for truth in truths.tolist():
+            self.row(truth, median=median, naive=before)
+            before = truth
 
     def row(self, truth: float, *, median: float = 0.0, naive: float = math.nan) -> int:
         """Takes a row; returns the alarms so far."""
@@ -62,43 +64,9 @@ class Track:
         return self.tracker.quality(self.part, self.t).accuracy[0]
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_drift_is_told_where_river_tells_it(seed):
-    """With the naive error at 1 throughout the scaled error is the error itself."""
-    rng = np.random.default_rng(seed)
-    spec = {
-        "delta": float(rng.uniform(0, 0.1)),
-        "threshold": float(rng.uniform(3, 20)),
-        "min_rows": int(rng.integers(1, 60)),
-        "forget": float(rng.choice([1.0, 0.9999, 0.95])),
-    }
-    track = Track(drift=spec)
-    river = PageHinkley(
-        min_instances=spec["min_rows"],
-        delta=spec["delta"],
-        threshold=spec["threshold"],
-        alpha=spec["forget"],
-        mode="up",
-    )
-    errors = np.abs(rng.normal(0, np.repeat([1, 3, 0.5, 4], 200)))
-    track.row(1.0, naive=0.0)
-    alarms = []
-    for error in errors:
-        before = track.tally.alarms
-        # The naive error stays 1: the row before it is missing to the naive forecast.
-        alarms.append(track.row(float(error), naive=math.nan) > before)
-    wanted = []
-    for error in errors:
-        river.update(float(error))
-        wanted.append(river.drift_detected)
-    assert alarms == wanted
-    assert any(wanted)
-    assert track.drift.alarms == sum(wanted)
-    assert track.drift.last_t == 1 + max(np.flatnonzero(wanted))
-
-
 def test_the_flag_of_drift_stays_for_a_season():
     track = Track(season_steps=40, drift={"threshold": 5.0, "min_rows": 5})
+    track.row(1.0)
     track.row(1.0, naive=0.0)
     assert track.drift.last_t is None
     for _ in range(50):
@@ -116,14 +84,17 @@ def test_the_flag_of_drift_stays_for_a_season():
 def test_nothing_is_scored_before_a_truth_has_come():
     track = Track()
     track.row(5.0)
-    assert track.first.scored == 0
-    assert math.isnan(track.first.mean_absolute_error)
-    assert math.isnan(track.first.coverage)
+    assert track.first.lifetime.scored == 0
+    assert math.isnan(track.first.lifetime.mean_absolute_error)
+    assert math.isnan(track.first.lifetime.coverage)
+    assert math.isnan(track.first.median_absolute_error)
     track.row(math.nan)
-    assert track.first.scored == 0
+    assert track.first.lifetime.scored == 0
     track.row(3.0)
-    assert (track.first.scored, track.first.mean_absolute_error) == (1, 3.0)
-    assert math.isnan(track.first.mean_absolute_scaled_error)
+    figures = track.first.lifetime
+    assert (figures.scored, figures.mean_absolute_error) == (1, 3.0)
+    assert track.first.recent == figures
+    assert math.isnan(figures.mean_absolute_scaled_error)
 
 
 def test_errors_beyond_float32_do_not_end_it():
@@ -131,7 +102,7 @@ def test_errors_beyond_float32_do_not_end_it():
     track.part = track.part.astype(np.float32)
     for truth in (3e38, -3e38, 3e38, 1.0, 2.0, 3e38) * 20:
         track.row(truth, median=-truth, naive=-truth)
-    assert track.first.mean_absolute_error <= LARGEST
+    assert track.first.lifetime.mean_absolute_error <= LARGEST
     assert not np.isinf(track.part).any()
 
 
@@ -143,7 +114,7 @@ def test_one_absurd_value_does_not_drown_the_sums():
     score = track.tally.scores[0]
     assert score.scored == 5
     assert score.absolute_error == 7.0
-    assert score.scaled_error < 1e3
+    assert score.scaled_error <= 20 * score.scaled
     before = score.absolute_error
     track.row(0.5, naive=0.0)
     assert score.absolute_error == before + 0.5
@@ -167,7 +138,7 @@ def test_a_series_that_stands_still_scales_nothing():
     for _ in range(50):
         track.row(4.0, median=9.0, naive=4.0 + 1e-9)
     assert (track.tally.scores[0].scored, track.tally.scores[0].scaled) == (49, 0)
-    assert math.isnan(track.first.mean_absolute_scaled_error)
+    assert math.isnan(track.first.lifetime.mean_absolute_scaled_error)
 
 
 @pytest.mark.parametrize("level", [0.5, 0.8, 0.95])
@@ -182,7 +153,7 @@ def test_intervals_of_a_point_model_reach_their_level(level):
     rng = np.random.default_rng(4)
     for truth in rng.standard_exponential(4000) ** 2:
         track.row(float(truth), median=1.0)
-    assert track.first.coverage == pytest.approx(level, abs=0.015)
+    assert track.first.lifetime.coverage == pytest.approx(level, abs=0.015)
 
 
 def test_intervals_follow_errors_that_grow():
@@ -210,18 +181,17 @@ def test_a_scale_of_zero_grows_again():
     rng = np.random.default_rng(1)
     for error in rng.normal(0, 1, 2000):
         track.row(float(error))
-    assert track.first.coverage > 0.8
+    assert track.first.lifetime.coverage > 0.8
 
 
 def test_means_still_move_after_very_many_errors():
-    tracker = tracker_of()
-    part = tracker.blank(None)
-    place = tracker.targets[0].spots[0].place
-    part[place + _SCORED : place + _ERROR + 1] = (1_000_000, 100.0)
-    values = memoryview(part)
-    for _ in range(300_000):
-        _average(values, place + _SCORED, 103.0)
-    assert part[place + _ERROR] == pytest.approx(103.0, abs=0.5)
+    track = Track()
+    track.part = track.part.astype(np.float32)
+    place = track.tracker.targets[0].spots[0].place
+    track.part[place + LIFE : place + LIFE + 2] = (10_000_000, 100.0)
+    for _ in range(50_000):
+        track.row(103.0)
+    assert track.first.lifetime.mean_absolute_error > 101.5
 
 
 def test_an_alarm_too_long_ago_to_be_counted_has_no_row():
@@ -249,15 +219,21 @@ def test_each_target_has_the_interval_that_its_own_output_promises():
     [
         ("head", -3.0),
         ("head", math.nan),
-        (_NAIVE_N, -1.0),
-        (_NAIVE, math.nan),
+        (_TEST, -1.0),
+        (_TEST, 0.5),
         (_ALARMS, math.nan),
         (_ALARMS, 0.5),
         (_SINCE, -1.0),
         (_SINCE, math.inf),
         (_LOW_WIDTH, 0.0),
-        (_TEST_SUM, math.nan),
-        ("scored", -7.0),
+        (_TEST + 12, math.nan),
+        ("scale", math.nan),
+        ("scale", -1.0),
+        ("scaled by", 0.5),
+        ("life", -7.0),
+        ("last", math.inf),
+        ("block", 1.5),
+        ("median", -1.0),
     ],
 )
 def test_a_tracked_part_that_can_not_be_is_not_sound(where, value):
@@ -267,7 +243,144 @@ def test_a_tracked_part_that_can_not_be_is_not_sound(where, value):
     target = tracker.targets[0]
     places = {
         "head": 0,
-        "scored": target.spots[1].place + _SCORED,
+        "scale": target.spots[1].place + SCALE,
+        "scaled by": target.spots[1].place + SCALE_N,
+        "life": target.spots[1].place + LIFE,
+        "last": target.spots[1].place + LAST + 1,
+        "block": target.spots[1].place + BLOCK,
+        "median": target.spots[1].place + MEDIAN,
     }
     part[places[where] if isinstance(where, str) else target.place + where] = value
     assert not tracker.sound(part)
+
+
+def figures_of(errors: np.ndarray, truths: np.ndarray) -> tuple[float, float]:
+    """The mean absolute error, and the scaled one, over rows that have a row before."""
+    naive = np.abs(np.diff(truths))
+    return np.mean(errors), np.sum(errors[-len(naive) :]) / np.sum(naive[-len(errors) :])
+
+
+@pytest.mark.parametrize("count", [100, 251, 500, 501, 777, 2000])
+def test_figures_are_those_of_all_rows_and_of_one_to_two_blocks(count):
+    truths = np.random.default_rng(1).normal(3, 2, count)
+    track = Track()
+    track.rows(truths)
+    told, errors = track.first, np.abs(truths)[1:]  # of the first row nothing was said
+    scored = len(errors)
+    recent = scored if scored < 250 else 250 + scored % 250
+    assert (told.lifetime.scored, told.recent.scored) == (scored, recent)
+    found = told.lifetime.mean_absolute_error, told.lifetime.mean_absolute_scaled_error
+    assert found == pytest.approx(figures_of(errors, truths))
+    found = told.recent.mean_absolute_error, told.recent.mean_absolute_scaled_error
+    assert found == pytest.approx(figures_of(errors[-recent:], truths[-recent - 1 :]))
+    block = errors[-recent:][:250]
+    assert told.median_absolute_error == pytest.approx(np.median(block), rel=0.25)
+
+
+def test_a_block_is_as_long_as_a_season_that_is_longer():
+    track = Track(season_steps=400)
+    track.rows(np.ones(1 + 399))
+    assert track.first.recent.scored == 399
+    track.rows(np.ones(1 + 399 + 400))
+    assert track.first.recent.scored == 400 + 399
+    track.row(1.0)
+    assert track.first.recent.scored == 400
+
+
+@pytest.mark.parametrize("draw", ["normal", "laplace", "standard_cauchy", "standard_exponential"])
+def test_the_median_is_near_that_of_the_block_whatever_the_errors(draw):
+    off = []
+    for seed in range(20):
+        truths = getattr(np.random.default_rng(seed), draw)(size=501)
+        track = Track()
+        track.rows(truths)
+        wanted = np.median(np.abs(truths[251:]))
+        off.append(math.log(track.first.median_absolute_error / wanted))
+    assert abs(np.mean(off)) < 0.05
+    assert np.std(off) < 0.12
+
+
+@pytest.mark.parametrize("glitch", [99_999.0, -1e20, 3e38])
+@pytest.mark.parametrize("row", [1, 40, 700])
+def test_an_absurd_value_is_gone_from_the_recent_figures_after_two_blocks(row, glitch):
+    truths = np.random.default_rng(2).normal(0, 1, 2000)
+    spoiled, whole = Track(), Track()
+    spoiled.part = spoiled.part.astype(np.float32)
+    whole.part = whole.part.astype(np.float32)
+    end = row + 2 * 250 + 2
+    whole.rows(truths[:end])
+    truths[row] = glitch
+    spoiled.rows(truths[:end])
+    assert (
+        spoiled.first.lifetime.mean_absolute_error > 30 * whole.first.lifetime.mean_absolute_error
+    )
+    for name in ("scored", "mean_absolute_error", "mean_absolute_scaled_error"):
+        told, wanted = (getattr(track.first.recent, name) for track in (spoiled, whole))
+        assert told == pytest.approx(wanted, rel=1e-5)
+    wanted = whole.first.median_absolute_error
+    assert spoiled.first.median_absolute_error == pytest.approx(wanted, rel=0.3)
+    assert spoiled.drift.alarms == 0
+
+
+def test_a_flat_past_changes_nothing_of_the_scaled_error():
+    """A mean of ratios to the naive mean so far was twice as large: it begins near 0."""
+    truths = np.random.default_rng(3).normal(0, 1, 20_000)
+    truths[:2000] = 0
+    flat, moving = Track(), Track()
+    flat.rows(truths)
+    moving.rows(truths[1999:])
+    wanted = moving.first.lifetime.mean_absolute_scaled_error
+    assert flat.first.lifetime.mean_absolute_scaled_error == pytest.approx(wanted, rel=1e-3)
+    assert flat.first.recent.mean_absolute_scaled_error == pytest.approx(wanted, rel=0.1)
+    assert flat.drift.alarms == 0
+    score = flat.tally.scores[0]
+    assert score.scaled_error / score.scaled == pytest.approx(wanted, rel=0.15)
+
+
+def test_a_series_that_stands_still_lately_has_no_scaled_error_lately():
+    truths = np.random.default_rng(4).normal(0, 1, 2000)
+    truths[1000:] = 1
+    track = Track()
+    track.rows(truths)
+    assert math.isnan(track.first.recent.mean_absolute_scaled_error)
+    assert track.first.lifetime.mean_absolute_scaled_error > 0
+
+
+def test_an_outlier_counts_among_others_as_twenty_usual_errors():
+    track = Track()
+    track.rows(np.random.default_rng(5).normal(0, 1, 400))
+    score = track.tally.scores[0]
+    before, outliers = score.absolute_error, score.outliers
+    track.row(99_999.0)
+    assert score.absolute_error - before == pytest.approx(20 * 0.8, rel=0.3)
+    assert (outliers, score.outliers) == (0, 1)
+
+
+def test_a_reset_leaves_intervals_and_what_is_pending_as_they_are():
+    track, kept = Track(), Track()
+    truths = np.random.default_rng(6).normal(0, 1, 900)
+    for one in (track, kept):
+        one.rows(truths)
+    track.tracker.reset(track.part)
+    fresh = Track()
+    assert (track.first.lifetime, track.drift) == (fresh.first.lifetime, fresh.drift)
+    assert math.isnan(track.first.median_absolute_error)
+    assert track.first.recent.scored == 0
+    for truth in np.random.default_rng(7).normal(0, 1, 300).tolist():
+        for one in (track, kept):
+            one.row(truth)
+        assert track.first.offset == kept.first.offset
+    assert track.first.lifetime.scored == 300
+    assert kept.first.lifetime.scored == 1199
+    for spot in track.tracker.targets[0].spots:
+        pending = slice(spot.place + SCORES, spot.place + SCORES + 3 * spot.horizon)
+        assert np.array_equal(track.part[pending], kept.part[pending], equal_nan=True)
+
+
+@pytest.mark.parametrize("start", [0.0, 1e-3, 50.0])
+def test_the_median_follows_errors_that_became_others(start):
+    truths = np.random.default_rng(8).normal(0, 1, 1501)
+    truths[:751] *= start
+    track = Track()
+    track.rows(truths)
+    assert track.first.median_absolute_error == pytest.approx(0.674, rel=0.25)

@@ -228,9 +228,14 @@ def test_accuracy_and_drift_are_what_the_server_told():
                     mean_absolute_scaled_error=float("nan"),
                     coverage=0.75,
                     offset=-0.5,
+                    recent_scored=2,
+                    recent_mean_absolute_error=2.5,
+                    recent_mean_absolute_scaled_error=0.5,
+                    recent_coverage=1.0,
+                    recent_median_absolute_error=2.0,
                 )
             ],
-            drift=pb.Drift(drifting=True, alarms=2, last_t=0),
+            drift=pb.Drift(drifting=True, alarms=2, last_t=0, learning=True, score=0.25),
             missing=pb.MISSING_POLICY_IMPUTE,
             interval_level=0.8,
         )
@@ -239,6 +244,10 @@ def test_accuracy_and_drift_are_what_the_server_told():
     assert (one.output, one.horizon, one.scored) == ("load", 12, 3)
     assert (one.mean_absolute_error, one.coverage, one.offset) == (1.5, 0.75, -0.5)
     assert np.isnan(one.mean_absolute_scaled_error)
+    assert (one.recent_scored, one.recent_mean_absolute_error) == (2, 2.5)
+    assert (one.recent_mean_absolute_scaled_error, one.recent_coverage) == (0.5, 1.0)
+    assert one.recent_median_absolute_error == 2.0
+    assert (info.drift.learning, info.drift.score) == (True, 0.25)
     assert (info.drift.drifting, info.drift.alarms, info.drift.last_t) == (True, 2, 0)
     assert (info.missing, info.interval_level) == ("impute", 0.8)
     assert wire.session_info(pb.Session()).drift.last_t is None

@@ -1,4 +1,4 @@
-"""`stepstate sessions`: lists, shows, closes, copies, moves and restores sessions."""
+"""`stepstate sessions`: lists, shows, closes, copies, moves, restores; resets accuracy."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from stepstate.errors import StepstateError
 
 @click.group("sessions")
 def sessions_group() -> None:
-    """Lists, shows, closes, copies, moves and restores sessions."""
+    """Lists, shows, closes, copies, moves and restores sessions, and resets their accuracy."""
 
 
 @sessions_group.command("list")
@@ -68,6 +68,18 @@ def close_command(server: str, session_id: str) -> None:
     """Closes a session and prints how it stood, as JSON."""
     with _client(server) as client:
         _print(client.close(session_id))
+
+
+@sessions_group.command("reset-accuracy")
+@server_option
+@click.argument("session_id")
+def reset_accuracy_command(server: str, session_id: str) -> None:
+    """Begins a session's accuracy and drift anew and prints where it stands, as JSON.
+
+    Its state, its forecasts and their intervals go on as they were.
+    """
+    with _client(server) as client:
+        _print(client.reset_accuracy(session_id))
 
 
 @sessions_group.command("restore")

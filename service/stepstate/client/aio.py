@@ -280,6 +280,15 @@ class AsyncClient:
         request = pb.CloseSessionRequest(session_id=session_id)
         return wire.session_info((await self.call(self.stub.CloseSession, request)).session)
 
+    async def reset_accuracy(self, session_id: str) -> SessionInfo:
+        """Begins a session's accuracy and drift anew, after the steps accepted so far.
+
+        Its state, t, forecasts and intervals go on as they were. It is saved, if the session's
+        steps are, before this returns. Raises as `session`.
+        """
+        request = pb.ResetAccuracyRequest(session_id=session_id)
+        return wire.session_info((await self.call(self.stub.ResetAccuracy, request)).session)
+
     async def fork(
         self,
         session: AsyncSession | str,

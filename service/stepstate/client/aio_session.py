@@ -460,6 +460,10 @@ class AsyncSession(Footing):
             self, new_id, idle_timeout=idle_timeout, durability=durability
         )
 
+    async def reset_accuracy(self) -> SessionInfo:
+        """Begins its accuracy and drift anew. See `AsyncClient.reset_accuracy`."""
+        return await self.client.reset_accuracy(self.session_id)
+
     async def close(self) -> SessionInfo:
         """Closes the session on the server; that it is closed already is no error.
 

@@ -287,6 +287,11 @@ class Client:
         request = pb.CloseSessionRequest(session_id=session_id)
         return wire.session_info(self.call(self.stub.CloseSession, request).session)
 
+    def reset_accuracy(self, session_id: str) -> SessionInfo:
+        """Begins a session's accuracy and drift anew. See `AsyncClient.reset_accuracy`."""
+        request = pb.ResetAccuracyRequest(session_id=session_id)
+        return wire.session_info(self.call(self.stub.ResetAccuracy, request).session)
+
     def fork(
         self,
         session: Session | str,

@@ -444,6 +444,10 @@ class Session(Footing):
         """
         return self.client.fork(self, new_id, idle_timeout=idle_timeout, durability=durability)
 
+    def reset_accuracy(self) -> SessionInfo:
+        """Begins its accuracy and drift anew. See `AsyncClient.reset_accuracy`."""
+        return self.client.reset_accuracy(self.session_id)
+
     def close(self) -> SessionInfo:
         """Closes the session on the server; that it is closed already is no error.
 

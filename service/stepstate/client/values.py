@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -166,12 +167,17 @@ def floats(x: ArrayLike, field: str) -> Floats:
 
 @dataclass(frozen=True, slots=True)
 class Accuracy:
-    """How good the forecasts of one output were at one horizon, over the rows that were scored.
+    """How good the forecasts of one output were at one horizon.
 
-    `mean_absolute_error` and `offset` are in the output's unit. The scaled
-    error is below 1 where it is better than the seasonal naive forecast.
-    `coverage` is the share of truths within the interval; `offset` is what is
-    added to either side of the model's interval now, so that it keeps its
+    `scored`, `mean_absolute_error`, `mean_absolute_scaled_error` and `coverage` are over all
+    forecasts that were scored since the session was opened, or its accuracy reset; one absurd
+    value spoils them for long. The `recent_` ones are over the last `recent_scored`: one to two
+    blocks, each as long as the model's season but at least 250 rows. The recent median is over
+    the last whole block, or the first so far.
+
+    Errors and `offset` are in the output's unit. The scaled error is below 1 where it is better
+    than the seasonal naive forecast. Coverage is the share of truths within the interval;
+    `offset` is what is added to either side of the model's interval now, so that it keeps its
     level. What is not known yet is NaN.
     """
 
@@ -182,19 +188,28 @@ class Accuracy:
     mean_absolute_scaled_error: float
     coverage: float
     offset: float
+    recent_scored: int = 0
+    recent_mean_absolute_error: float = math.nan
+    recent_mean_absolute_scaled_error: float = math.nan
+    recent_coverage: float = math.nan
+    recent_median_absolute_error: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)
 class Drift:
     """Whether forecasts have become worse.
 
-    `drifting`: an alarm came within the model's last season. `alarms`: so far.
-    `last_t`: rows that were applied before the row of the last one.
+    `drifting`: an alarm came within the model's last season, or as many rows as the test needs at
+    the least. `alarms`: so far. `last_t`: rows that were applied before the row of the last one.
+    `learning`: the test does not know yet what errors are usual, and raises no alarm. `score`: the
+    share of its limit that it has reached, NaN while it learns.
     """
 
     drifting: bool = False
     alarms: int = 0
     last_t: int | None = None
+    learning: bool = False
+    score: float = math.nan
 
 
 @dataclass(frozen=True, slots=True)

@@ -273,12 +273,23 @@ def _accuracy(one: pb.Accuracy) -> Accuracy:
         mean_absolute_scaled_error=one.mean_absolute_scaled_error,
         coverage=one.coverage,
         offset=one.offset,
+        recent_scored=one.recent_scored,
+        recent_mean_absolute_error=one.recent_mean_absolute_error,
+        recent_mean_absolute_scaled_error=one.recent_mean_absolute_scaled_error,
+        recent_coverage=one.recent_coverage,
+        recent_median_absolute_error=one.recent_median_absolute_error,
     )
 
 
 def _drift(drift: pb.Drift) -> Drift:
     last_t = drift.last_t if drift.HasField("last_t") else None
-    return Drift(drifting=drift.drifting, alarms=drift.alarms, last_t=last_t)
+    return Drift(
+        drifting=drift.drifting,
+        alarms=drift.alarms,
+        last_t=last_t,
+        learning=drift.learning,
+        score=drift.score,
+    )
 
 
 def model_info(model: pb.Model) -> ModelInfo:

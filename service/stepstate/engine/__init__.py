@@ -8,7 +8,8 @@ from stepstate.engine.forecasts import Method, Origins, Outlook, Plan
 from stepstate.engine.layout import Layout
 from stepstate.engine.loss import Loss, measure_loss
 from stepstate.engine.precision import Precision, has_instructions
-from stepstate.engine.tracking import Accuracy, Drift, Quality, Tally
+from stepstate.engine.scores import Accuracy, Figures, Tally
+from stepstate.engine.tracking import Drift, Quality
 from stepstate.engine.work import Floats, Layers, Owner, Work
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "BareForward",
     "Drift",
     "Engine",
+    "Figures",
     "Floats",
     "Layers",
     "Layout",

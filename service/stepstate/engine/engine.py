@@ -37,8 +37,9 @@ from stepstate.engine.jobs import Job, Part, traced
 from stepstate.engine.layout import Layout
 from stepstate.engine.network import Network, Past
 from stepstate.engine.precision import Precision
+from stepstate.engine.scores import Tally
 from stepstate.engine.standins import StandIns
-from stepstate.engine.tracking import Quality, Tally, Tracker
+from stepstate.engine.tracking import Quality, Tracker
 from stepstate.engine.work import Floats, Owner, Work
 from stepstate.models import Model, Timeline
 
@@ -155,6 +156,26 @@ class Engine(Generic[W]):
         if self._tracker is None:
             return None
         return self._tracker.quality(self._arena.tracked(np.array([slot]))[0], t)
+
+    def reset_accuracy(self, slot: int) -> None:
+        """Forgets how good the forecasts of the session in a slot were; its intervals go on.
+
+        Called between two turns, as `read_states` is.
+        """
+        if self._tracker is None:
+            return
+        slots = np.array([slot])
+        parts = self._arena.tracked(slots)
+        self._tracker.reset(parts[0])
+        self._arena.write_tracked(slots, parts)
+
+    def upgraded(self, state: Floats) -> Floats:
+        """A state [R], made of one as snapshots up to version 2 have it; itself if it is none."""
+        tracked_from = self.layout.tracked_from
+        if self._tracker is None or len(state) != tracked_from + self._tracker.width_before:
+            return state
+        part = self._tracker.upgraded(state[tracked_from:])
+        return np.concatenate((state[:tracked_from], part))
 
     def sound(self, state: Floats) -> bool:
         """Whether what a state [R] tracks can have come from here."""

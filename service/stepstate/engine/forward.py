@@ -19,8 +19,9 @@ from stepstate.engine.arena import Arena
 from stepstate.engine.batch import Rows
 from stepstate.engine.device_forward import DeviceForward
 from stepstate.engine.network import Network, Past
+from stepstate.engine.scores import Tally
 from stepstate.engine.standins import StandIns
-from stepstate.engine.tracking import Tally, Tracker
+from stepstate.engine.tracking import Tracker
 from stepstate.engine.work import Floats
 
 

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from stepstate.engine.layout import Layout, append_rows, past_rows
-from stepstate.engine.tracking import Tally, Tracker
+from stepstate.engine.scores import Tally
+from stepstate.engine.tracking import Tracker
 from stepstate.engine.work import Floats, Layers, Work
 
 W = TypeVar("W", bound=Work)

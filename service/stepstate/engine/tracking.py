@@ -9,23 +9,41 @@ inference under distribution shift", 2021), with the update scaled by the typica
 `q += rate * scale * (miss - alpha)`, interval `[low - q, high + q]`. Where the model has no
 quantiles, low and high are those of a normal error with the tracked mean absolute error.
 
-Errors are scaled as in Hyndman and Koehler, "Another look at measures of forecast accuracy",
-2006: by the mean absolute error of the (seasonal) naive forecast over the same rows.
-
-The drift test is that of Page and Hinkley (Page, "Continuous inspection schemes", 1954),
-as river's `PageHinkley` has it; a test compares the two.
+`scores` has what is told of errors, `drift` the tests that tell when they have grown.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 from numpy.typing import NDArray
 
+from stepstate.engine import earlier
+from stepstate.engine.drift import DriftTest, drift_test
+from stepstate.engine.scores import (
+    LIFE,
+    MIN_BLOCK_ROWS,
+    OFFSET,
+    SCALE,
+    SCALE_N,
+    SCORES,
+    SPIKE,
+    Accuracy,
+    Score,
+    Tally,
+    accuracy,
+    close_block,
+    is_full,
+    naive_error,
+    take_error,
+    take_interval,
+    take_usual,
+)
+from stepstate.engine.scores import sound as sound_scores
 from stepstate.engine.work import Floats
 from stepstate.models import LEAST_LEVEL, MOST_LEVEL, Manifest, Output, Tracking
 
@@ -33,46 +51,19 @@ Wide = NDArray[np.float64]
 
 MEAN_ERROR = math.sqrt(math.pi / 2)
 """Standard deviation of a normal error whose mean absolute value is 1."""
-RECENT = 0.02
-"""The weight of the newest error in the scale, once there are 50: it follows the last ones."""
-
-SPIKE = 20.0
-"""So many times the scale is the most that one error counts as: a glitch must not blow up the
-intervals of the next hundred rows."""
 LARGEST = 1e30
 """Larger errors count as this: their sums must fit float32."""
-LARGEST_ERROR, LEAST_UNIT, LARGEST_SCALED = 1e9, 1e-6, 1e6
-"""In scales of the output, but for the last: one absurd value must not drown the sums of all."""
+LARGEST_ERROR, LEAST_UNIT = 1e9, 1e-6
+"""In scales of the output: one absurd value must not drown the sums of all."""
 FLOAT32 = float(np.finfo(np.float32).max)
-
-MOST_AVERAGED = 50_000
-"""A mean is one of about so many values: with more, float32 would not move it any further."""
 MOST_COUNTED = float(2**24)
 """Where counting by one ends in float32."""
 
 # Places in the tracked part. First what the session asked for:
 _ALPHA, _HEAD = range(2)
-# then for each target: what that means for its intervals, and (a count lies before its mean) the
-# naive forecast, the drift test, alarms;
-_LOW_WIDTH, _HIGH_WIDTH, _NAIVE_N, _NAIVE, _TEST_N = range(5)
-_TEST_MEAN, _TEST_SUM, _TEST_LEAST, _ALARMS, _SINCE, _TARGET = range(5, 11)
-# then for each horizon of it, followed by the pending forecasts: low, median, high of each.
-_OFFSET, _SCALE, _SCORED, _ERROR, _SCALED_N, _SCALED, _COVERED_N, _COVERED, _HORIZON = range(9)
-
-
-@dataclass(frozen=True, slots=True)
-class Accuracy:
-    """How good the forecasts of one output were at one horizon."""
-
-    output: str
-    horizon: int
-    scored: int
-    mean_absolute_error: float
-    mean_absolute_scaled_error: float
-    """NaN: not known yet."""
-    coverage: float
-    """NaN: no interval has met its truth yet."""
-    offset: float
+# then for each target: what that means for its intervals, alarms, and the numbers of its test;
+_LOW_WIDTH, _HIGH_WIDTH, _ALARMS, _SINCE, _TEST = range(5)
+# then for each horizon of it: its scores, and the pending forecasts: low, median, high of each.
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +74,10 @@ class Drift:
     alarms: int = 0
     last_t: int | None = None
     """Rows applied before the row of the last alarm."""
+    learning: bool = False
+    """The test of some output does not know yet what is usual."""
+    score: float = math.nan
+    """The share of its limit that a test has reached, the largest of all; NaN while they learn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,39 +87,6 @@ class Quality:
     level: float
     accuracy: tuple[Accuracy, ...]
     drift: Drift
-
-
-@dataclass(slots=True)
-class Score:
-    """Sums over scored forecasts of one output at one horizon."""
-
-    output: str
-    horizon: int
-    scored: int = 0
-    absolute_error: float = 0.0
-    scaled: int = 0
-    scaled_error: float = 0.0
-    with_interval: int = 0
-    covered: int = 0
-
-
-@dataclass(slots=True)
-class Tally:
-    """What was scored of many sessions: sums by output and horizon, and alarms of drift."""
-
-    scores: list[Score] = field(default_factory=list)
-    alarms: int = 0
-
-    def add(self, other: Tally) -> None:
-        """Adds what another one counted."""
-        self.alarms += other.alarms
-        for mine, its in zip(self.scores, other.scores, strict=True):
-            mine.scored += its.scored
-            mine.absolute_error += its.absolute_error
-            mine.scaled += its.scaled
-            mine.scaled_error += its.scaled_error
-            mine.with_interval += its.with_interval
-            mine.covered += its.covered
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +99,11 @@ class Spot:
     """Where its part of the tracked part begins."""
     columns: tuple[int, int, int]
     """Of y: the lowest quantile, the median, the highest."""
+
+    @property
+    def scores(self) -> slice:
+        """Its numbers in the tracked part, without the pending forecasts."""
+        return slice(self.place, self.place + SCORES)
 
     @property
     def point(self) -> bool:
@@ -153,17 +120,17 @@ class Target:
     """Of x."""
     place: int
     """Where its part of the tracked part begins."""
+    test: DriftTest
     spots: tuple[Spot, ...]
+    least_unit: float
+    """A series whose naive error is below it stands still: nothing can be scaled by it."""
+    largest_error: float
+    """Beyond it an error is a mistake of somebody's, and not counted among others'."""
 
     @property
-    def least_unit(self) -> float:
-        """A series whose naive error is below it stands still: nothing can be scaled by it."""
-        return LEAST_UNIT * abs(self.output.scale)
-
-    @property
-    def largest_error(self) -> float:
-        """Beyond it an error is a mistake of somebody's, and not counted among others'."""
-        return LARGEST_ERROR * abs(self.output.scale)
+    def test_part(self) -> slice:
+        """The numbers of its drift test in the tracked part."""
+        return slice(self.place + _TEST, self.place + _TEST + self.test.width)
 
 
 class Tracker:
@@ -178,13 +145,13 @@ class Tracker:
         self.season = tracking.season_steps
         self.targets = list(_targets(manifest, tracking))
         self._tracking = tracking
-        self._drift = tracking.drift
-        self._drift_rows = max(self.season, self._drift.min_rows)
+        self._drift_rows = max(self.season, tracking.drift.min_rows)
+        self._block_rows = max(self.season, MIN_BLOCK_ROWS)
         self._spots = [spot for target in self.targets for spot in target.spots]
         self._truths = np.array([target.column for target in self.targets])
         self._columns = np.array([spot.columns for spot in self._spots]).flatten()
         last = self._spots[-1]
-        self.width = last.place + _HORIZON + 3 * last.horizon
+        self.width = last.place + SCORES + 3 * last.horizon
 
     def blank(self, level: float | None) -> Floats:
         """The tracked part [Q] of a session without rows; `level` of its intervals."""
@@ -196,32 +163,48 @@ class Tracker:
             part[place + _LOW_WIDTH], part[place + _HIGH_WIDTH] = _widths(target.output, level)
             part[place + _SINCE] = np.nan
         for spot in self._spots:
-            pending = spot.place + _HORIZON
+            pending = spot.place + SCORES
             part[pending : pending + 3 * spot.horizon] = np.nan
         return part
+
+    def reset(self, part: Floats) -> None:
+        """Forgets in a tracked part [Q] what was scored and tested; the intervals go on."""
+        for target in self.targets:
+            part[target.place + _ALARMS] = 0.0
+            part[target.place + _SINCE] = np.nan
+            part[target.test_part] = 0.0
+        for spot in self._spots:
+            part[spot.place + LIFE : spot.place + SCORES] = 0.0
+
+    @property
+    def width_before(self) -> int:
+        """How long the tracked part of snapshots up to version 2 is."""
+        return earlier.width(len(self.targets), [spot.horizon for spot in self._spots])
+
+    def upgraded(self, part: Floats) -> Floats:
+        """A tracked part [Q], made of that of a snapshot up to version 2."""
+        found = self.blank(None)
+        found[_ALPHA] = part[_ALPHA]
+        place = earlier.HEAD
+        for target in self.targets:
+            earlier.take_target(found[target.place :], target.test, part[place:])
+            naive = part[place + earlier.NAIVE]
+            place += earlier.TARGET
+            for spot in target.spots:
+                width = earlier.HORIZON + 3 * spot.horizon
+                earlier.take_horizon(found[spot.place :], part[place : place + width], naive)
+                place += width
+        return found
 
     def sound(self, part: Floats) -> bool:
         """Whether a tracked part [Q] can have come from here: bytes from outside may hold anything.
 
         A count below 0 would make the forward that it shares with others fail.
         """
-        targets = np.array([target.place for target in self.targets])
-        stats = np.array([spot.place for spot in self._spots])
-        counts = _of(part, targets, (_NAIVE_N, _TEST_N, _ALARMS))
-        counts += _of(part, stats, (_SCORED, _SCALED_N, _COVERED_N))
-        sizes = _of(part, targets, (_NAIVE,)) + _of(
-            part, stats, (_SCALE, _ERROR, _SCALED, _COVERED)
-        )
-        others = _of(part, targets, (_TEST_MEAN, _TEST_SUM, _TEST_LEAST))
-        others += _of(part, stats, (_OFFSET,))
-        since = [rows for rows in _of(part, targets, (_SINCE,)) if not math.isnan(rows)]
-        widths = _of(part, targets, (_LOW_WIDTH, _HIGH_WIDTH))
         return (
             LEAST_LEVEL <= self.level(part) <= MOST_LEVEL
-            and all(count >= 0 and count.is_integer() for count in (*counts, *since))
-            and all(size >= 0 for size in sizes)
-            and all(width > 0 for width in widths)
-            and not any(map(math.isnan, others))
+            and all(_sound(target, part) for target in self.targets)
+            and all(sound_scores(part[spot.scores].tolist()) for spot in self._spots)
         )
 
     def tally(self) -> Tally:
@@ -256,9 +239,9 @@ class Tracker:
         """
         truths, naive = x[:, self._truths].tolist(), before[:, self._truths].tolist()
         told = zip(places, truths, naive, y[:, self._columns].tolist(), strict=True)
-        for (base, at), truth, earlier, forecasts in told:
+        for (base, at), truth, beside, forecasts in told:
             self.observe(
-                values, base, at, truths=truth, naive=earlier, forecasts=forecasts, tally=tally
+                values, base, at, truths=truth, naive=beside, forecasts=forecasts, tally=tally
             )
 
     def observe(
@@ -285,39 +268,30 @@ class Tracker:
         """
         for target, truth, before in zip(self.targets, truths, naive, strict=True):
             place = base + target.place
-            unit = _naive_error(values, place, min(abs(truth - before), LARGEST))
+            beside = min(abs(truth - before), LARGEST)
+            unit = naive_error(values, base + target.spots[0].place)
             unit = unit if unit >= target.least_unit else 0.0
             values[place + _SINCE] += 1  # NaN stays NaN
             for spot in target.spots:
                 stats = base + spot.place
-                pending = stats + _HORIZON + 3 * (at % spot.horizon)
+                pending = stats + SCORES + 3 * (at % spot.horizon)
                 error = min(abs(truth - values[pending + 1]), LARGEST)
                 if not math.isnan(error):
                     score = tally.scores[spot.number]
-                    counted = score if error <= target.largest_error else None
-                    self._score(values, stats, error, unit, counted)
+                    usual = take_usual(values, stats, error)
+                    take_error(values, stats, error, beside, target.least_unit)
+                    if error <= target.largest_error:
+                        _count(score, error, usual, unit)
                     self._adapt(values, base, stats, pending=pending, truth=truth, score=score)
-                    if spot is target.spots[0] and unit:
-                        tally.alarms += self._test(values, place, _scaled(error, unit))
+                    if is_full(values, stats, self._block_rows):
+                        close_block(values, stats)
+                    if spot is target.spots[0] and target.test.take(
+                        values, place + _TEST, error, beside
+                    ):
+                        tally.alarms += 1
+                        values[place + _ALARMS] += 1
+                        values[place + _SINCE] = 0.0
                 self._issue(values, place, spot, stats=stats, pending=pending, forecasts=forecasts)
-
-    @staticmethod
-    def _score(
-        values: memoryview[float], stats: int, error: float, unit: float, score: Score | None
-    ) -> None:
-        """Takes an error, and it as a multiple of `unit` where that is known; counts both."""
-        count = _average(values, stats + _SCORED, error)
-        scale = values[stats + _SCALE]
-        usual = min(error, SPIKE * scale) if scale and count * RECENT > 1 else error
-        values[stats + _SCALE] += (usual - scale) * max(1 / count, RECENT)
-        if score is not None:
-            score.scored += 1
-            score.absolute_error += error
-        if unit:
-            _average(values, stats + _SCALED_N, _scaled(error, unit))
-            if score is not None:
-                score.scaled += 1
-                score.scaled_error += _scaled(error, unit)
 
     def _adapt(
         self,
@@ -333,12 +307,12 @@ class Tracker:
         low, high = values[pending], values[pending + 2]
         if math.isnan(low):
             return
-        miss = not low <= truth <= high
-        step = self._tracking.rate * values[stats + _SCALE]
-        values[stats + _OFFSET] += step * (miss - values[base + _ALPHA])
-        _average(values, stats + _COVERED_N, 1 - miss)
+        held = low <= truth <= high
+        step = self._tracking.rate * values[stats + SCALE]
+        values[stats + OFFSET] += step * (1 - held - values[base + _ALPHA])
+        take_interval(values, stats, held)
         score.with_interval += 1
-        score.covered += not miss
+        score.covered += held
 
     @staticmethod
     def _issue(
@@ -354,41 +328,23 @@ class Tracker:
         low, median, high = forecasts[3 * spot.number : 3 * spot.number + 3]
         below, above = max(median - low, 0.0), max(high - median, 0.0)
         if spot.point:
-            below = above = values[stats + _SCALE] if values[stats + _SCORED] else math.nan
-        below = max(values[place + _LOW_WIDTH] * below + values[stats + _OFFSET], 0.0)
-        above = max(values[place + _HIGH_WIDTH] * above + values[stats + _OFFSET], 0.0)
+            below = above = values[stats + SCALE] if values[stats + SCALE_N] else math.nan
+        below = max(values[place + _LOW_WIDTH] * below + values[stats + OFFSET], 0.0)
+        above = max(values[place + _HIGH_WIDTH] * above + values[stats + OFFSET], 0.0)
         values[pending] = max(median - below, -FLOAT32)
         values[pending + 1] = median
         values[pending + 2] = min(median + above, FLOAT32)
 
-    def _test(self, values: memoryview[float], place: int, error: float) -> bool:
-        """The Page-Hinkley test on one more scaled error; whether it raises an alarm."""
-        spec = self._drift
-        count = _average(values, place + _TEST_N, error)
-        mean = values[place + _TEST_MEAN]
-        total = spec.forget * values[place + _TEST_SUM] + error - mean - spec.delta
-        values[place + _TEST_SUM] = total
-        least = total if count == 1 else min(values[place + _TEST_LEAST], total)
-        values[place + _TEST_LEAST] = least
-        if count < spec.min_rows or total - least <= spec.threshold:
-            return False
-        values[place + _TEST_N] = values[place + _TEST_MEAN] = values[place + _TEST_SUM] = 0.0
-        values[place + _ALARMS] += 1
-        values[place + _SINCE] = 0.0
-        return True
-
     def quality(self, part: Floats, t: int) -> Quality:
         """What a tracked part [Q] tells of a session at t."""
-        accuracy = [
-            _accuracy(
-                target.output.name,
-                spot.horizon,
-                part[spot.place : spot.place + _HORIZON].tolist(),
+        found = [
+            accuracy(
+                target.output.name, spot.horizon, part[spot.scores].tolist(), target.least_unit
             )
             for target in self.targets
             for spot in target.spots
         ]
-        return Quality(self.level(part), tuple(accuracy), self._drift_of(part, t))
+        return Quality(self.level(part), tuple(found), self._drift_of(part, t))
 
     def spread(self, parts: Floats, output: Output, horizon: int) -> tuple[Wide, Wide] | None:
         """Offsets [B, K] and mean absolute errors [B, K] at horizons 1 to K, tracked or between.
@@ -401,9 +357,9 @@ class Tracker:
         spots = sorted(target.spots, key=lambda spot: spot.horizon)
         weights = _weights([spot.horizon for spot in spots], horizon)
         places = np.array([spot.place for spot in spots])
-        offsets = parts[:, places + _OFFSET].astype(np.float64)
-        scales = parts[:, places + _SCALE].astype(np.float64)
-        scales[parts[:, places + _SCORED] == 0] = np.nan
+        offsets = parts[:, places + OFFSET].astype(np.float64)
+        scales = parts[:, places + SCALE].astype(np.float64)
+        scales[parts[:, places + SCALE_N] == 0] = np.nan
         between = np.where(weights > 0, scales[:, :, None] * weights, 0.0).sum(axis=1)
         return offsets @ weights, between
 
@@ -416,11 +372,17 @@ class Tracker:
         alarms = sum(int(part[target.place + _ALARMS]) for target in self.targets)
         since = [float(part[target.place + _SINCE]) for target in self.targets]
         known = [rows for rows in since if not math.isnan(rows)]
-        if not known:
-            return Drift()
-        rows = min(known)
-        last_t = t - 1 - int(rows) if rows < MOST_COUNTED else None  # so long ago that none counted
-        return Drift(rows < self._drift_rows, alarms, last_t)
+        charts = [target.test.chart(part[target.test_part]) for target in self.targets]
+        scores = [chart.score for chart in charts if not chart.learning]
+        rows = min(known, default=math.inf)
+        return Drift(
+            drifting=rows < self._drift_rows,
+            alarms=alarms,
+            # so long ago that none counted: unknown
+            last_t=t - 1 - int(rows) if rows < MOST_COUNTED else None,
+            learning=any(chart.learning for chart in charts),
+            score=max(scores, default=math.nan),
+        )
 
 
 def _targets(manifest: Manifest, tracking: Tracking) -> Iterator[Target]:
@@ -428,15 +390,18 @@ def _targets(manifest: Manifest, tracking: Tracking) -> Iterator[Target]:
     for output, first_column, column in manifest.placed_outputs():
         if column is None:
             continue
-        target_place, place = place, place + _TARGET
+        scale = abs(output.scale)
+        test = drift_test(tracking.drift, LEAST_UNIT * scale)
+        target_place, place = place, place + _TEST + test.width
         spots = []
         for horizon in tracking.horizons:
             first = first_column + output.column(horizon)
             columns = (first, first + output.median, first + output.columns - 1)
             spots.append(Spot(number, horizon, place, columns))
-            place += _HORIZON + 3 * horizon
+            place += SCORES + 3 * horizon
             number += 1
-        yield Target(output, column, target_place, tuple(spots))
+        limits = LEAST_UNIT * scale, LARGEST_ERROR * scale
+        yield Target(output, column, target_place, test, tuple(spots), *limits)
 
 
 def deviate(level: float) -> float:
@@ -463,37 +428,23 @@ def _weights(known: list[int], horizon: int) -> Wide:
     return np.stack([np.interp(ahead, known, one) for one in np.eye(len(known))])
 
 
-def _of(part: Floats, places: NDArray[np.int64], which: Sequence[int]) -> list[float]:
-    """Some values of several targets or horizons."""
-    found: list[float] = part[places[:, None] + np.array(which)].flatten().tolist()
-    return found
+def _count(score: Score, error: float, usual: float, unit: float) -> None:
+    """Counts an error, and it as a multiple of `unit` where that is known."""
+    score.scored += 1
+    score.absolute_error += usual
+    score.outliers += usual < error
+    if unit:
+        score.scaled += 1
+        score.scaled_error += min(usual / unit, SPIKE)
 
 
-def _average(values: memoryview[float], place: int, value: float) -> float:
-    """Takes a value into a count and, behind it, their mean; returns the count."""
-    count = values[place] = values[place] + 1
-    values[place + 1] += (value - values[place + 1]) / min(count, MOST_AVERAGED)
-    return count
-
-
-def _scaled(error: float, unit: float) -> float:
-    return min(error / unit, LARGEST_SCALED)
-
-
-def _naive_error(values: memoryview[float], place: int, error: float) -> float:
-    """Takes an error of the naive forecast, NaN if there was none; returns their mean."""
-    if not math.isnan(error):
-        _average(values, place + _NAIVE_N, error)
-    return values[place + _NAIVE]
-
-
-def _accuracy(output: str, horizon: int, stats: list[float]) -> Accuracy:
-    return Accuracy(
-        output,
-        horizon,
-        scored=int(stats[_SCORED]),
-        mean_absolute_error=stats[_ERROR] if stats[_SCORED] else math.nan,
-        mean_absolute_scaled_error=stats[_SCALED] if stats[_SCALED_N] else math.nan,
-        coverage=stats[_COVERED] if stats[_COVERED_N] else math.nan,
-        offset=stats[_OFFSET],
+def _sound(target: Target, part: Floats) -> bool:
+    """Whether a target's own numbers in a tracked part [Q] can have come from here."""
+    low, high, alarms, since = part[target.place : target.place + _TEST].tolist()
+    counts = (alarms,) if math.isnan(since) else (alarms, since)
+    return (
+        0 < low < math.inf
+        and 0 < high < math.inf
+        and all(count >= 0 and count.is_integer() for count in counts)
+        and target.test.sound(part[target.test_part])
     )

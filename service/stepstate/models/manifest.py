@@ -9,7 +9,7 @@ inputs from past rows. It also says what is tracked of the forecasts.
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime, timedelta
 from fractions import Fraction
 from functools import cached_property
@@ -21,7 +21,9 @@ from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
+    Discriminator,
     Field,
+    Tag,
     model_validator,
 )
 
@@ -279,18 +281,53 @@ class Rolling(_Part):
 LaggedInput = Annotated[Lag | Rolling, Field(discriminator="kind")]
 
 
-class DriftSpec(_Part):
+class CusumSpec(_Part):
+    """The default drift test: a CUSUM chart whose limit follows from how the errors hang together.
+
+    An alarm comes when the errors at the first tracked horizon have risen, for good and by more
+    than a share `rise`, over their level so far; then that level is learned anew, for `min_rows`
+    at the least. On a stable series it comes once in `average_run_length` rows where theory
+    holds; docs/forecasts.md has what was measured.
+    """
+
+    test: Literal["cusum"] = "cusum"
+    rise: Annotated[float, Field(strict=True, ge=0.01, le=10.0)] = 0.25
+    min_rows: Positive = 256
+    average_run_length: Annotated[float, Field(strict=True, ge=100.0, le=1e12)] = 2_000_000.0
+
+
+class PageHinkleySpec(_Part):
     """The Page-Hinkley test on the scaled error at the first tracked horizon.
 
     An alarm comes when the errors' running sum of (error - mean - delta) has
     risen by more than `threshold` above its least value, after `min_rows` at
-    the earliest; then the test begins anew. `forget` fades the sum.
+    the earliest; then the test begins anew. `forget` fades the sum. Its threshold must be
+    chosen for the series: the defaults, river's, raise tens of alarms on many stable ones.
     """
 
+    test: Literal["page_hinkley"] = "page_hinkley"
     delta: Number = 0.005
     threshold: Annotated[float, Field(strict=True, gt=0.0)] = 50.0
     min_rows: Positive = 30
     forget: Annotated[float, Field(strict=True, gt=0.0, le=1.0)] = 0.9999
+
+
+def _drift_test(value: object) -> str:
+    """Which test is meant; manifests that name none, but have its numbers, mean Page-Hinkley."""
+    if isinstance(value, Mapping):
+        older = value.keys() & {"delta", "threshold", "forget"}
+        return str(value.get("test", "page_hinkley" if older else "cusum"))
+    return str(getattr(value, "test", None))
+
+
+DriftSpec = Annotated[
+    Annotated[CusumSpec, Tag("cusum")] | Annotated[PageHinkleySpec, Tag("page_hinkley")],
+    Discriminator(
+        _drift_test,
+        custom_error_type="drift_test",
+        custom_error_message="its `test` is cusum or page_hinkley",
+    ),
+]
 
 
 class Tracking(_Part):
@@ -310,7 +347,7 @@ class Tracking(_Part):
     level: Annotated[Level, Field(ge=LEAST_LEVEL, le=MOST_LEVEL)] = 0.9
     rate: Annotated[float, Field(strict=True, gt=0.0, lt=1.0)] = 0.05
     season_steps: Annotated[int, Field(ge=1, le=MOST_LAG, strict=True)] = 1
-    drift: DriftSpec = DriftSpec()
+    drift: DriftSpec = CusumSpec()
 
 
 class Profile(_Part):

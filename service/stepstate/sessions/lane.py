@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -164,13 +165,14 @@ class Lane:
         Raises:
             SnapshotCorrupt: its state is none that a session can have.
         """
-        layout, state = self.engine.layout, snapshot.state
+        layout, state = self.engine.layout, self.engine.upgraded(snapshot.state)
         if snapshot.window.ring.shape[1] != self.widths[1]:
             return None
         if len(state) not in (layout.cell, layout.width):
             return None
         if not np.isfinite(state[: layout.cell]).all():
             raise SnapshotCorrupt("its state is not finite")
+        snapshot = replace(snapshot, state=state)
         if len(state) < layout.width:  # of version 1
             blank = self.engine.blank(snapshot.record.interval_level)
             snapshot = extended(snapshot, layout, blank)

@@ -111,10 +111,15 @@ class Saver:
         saves += [self._save(session, None, release=release) for session in clean]
         if not saves:
             return
+        changed = [session for session in whole if session.changed]
+        for session in changed:  # what changes from now on is not in these snapshots
+            session.changed = False
         started = time.perf_counter()
         try:
             verdicts = await self._link.ask(self._link.store.save([save for _, save in saves]))
         except StoreUnavailable:
+            for session in changed:
+                session.changed = True
             self._observer.not_saved("failed", len(saves))
             raise
         size = sum(len(save.snapshot or b"") for _, save in saves)
@@ -236,7 +241,8 @@ class Saver:
     def _is_clean(self, session: Session) -> bool:
         """Whether the store has all of it."""
         kept = session.record.durability is not Durability.NONE
-        return kept and self._table.durable_t[session.handle] == self._table.t[session.handle]
+        durable = self._table.durable_t[session.handle] == self._table.t[session.handle]
+        return kept and durable and not session.changed
 
     def _save(
         self, session: Session, snapshot: bytes | None, *, release: bool

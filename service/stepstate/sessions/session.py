@@ -75,6 +75,8 @@ class Session:
     """It may have been set back: a request must say its t."""
     waiting: deque[Step] | None = field(init=False, default=None)
     """Steps that came meanwhile, in order; made when first needed."""
+    changed: bool = field(init=False, default=False)
+    """Its state changed without a row since it was saved, so that its t does not tell."""
     barred: bool = field(init=False, default=False)
     """It takes no new steps: it is ending, spilling, or lost to another server."""
     ending: Ending | None = field(init=False, default=None)

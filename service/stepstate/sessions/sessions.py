@@ -59,6 +59,7 @@ from stepstate.sessions.table import Table
 from stepstate.sessions.turn import Turn
 from stepstate.stores import (
     DiskUsage,
+    Durability,
     Ending,
     EndReason,
     Entry,
@@ -265,6 +266,40 @@ class Sessions:
             return await (await exporting.result).result()
         finally:
             self.drop(session_id, exporting)
+
+    async def reset_accuracy(self, session_id: str) -> Standing:
+        """Forgets how good a session's forecasts were, after the steps accepted so far.
+
+        It is saved before it is answered, if the session's steps are saved.
+
+        Raises:
+            as `get`, StaleOwner.
+        """
+        session, turn = await self.in_turn(
+            session_id,
+            lambda found: (found, self.turn(found, lambda: self._reset_accuracy(found))),
+        )
+        standing = await turn.result()
+        await self._changed_is_kept(session)
+        return standing
+
+    def _reset_accuracy(self, session: Session) -> Standing:
+        session.lane.engine.reset_accuracy(session.slot)
+        session.changed = True
+        return self.standing(session)
+
+    async def _changed_is_kept(self, session: Session) -> None:
+        """Waits until a change without a row is in the store, if the session's rows are to be."""
+        kept = session.record.durability is not Durability.NONE
+        while kept and session.changed and self._table.get(session.session_id) is session:
+            if session.leaving is not None:  # it is saved as it leaves
+                await asyncio.shield(session.leaving)
+            elif session.ending is not None:
+                return
+            else:
+                await self.saver.save([session])
+        if session.lost is not None:
+            raise session.lost
 
     async def restore(self, data: bytes, copying: Copying) -> Session:
         """Opens a session from a snapshot; with an empty id in `copying`, under its own.

@@ -1,6 +1,6 @@
 """One session's saved state as bytes: versioned, with a checksum.
 
-Version 2, all numbers little-endian:
+Version 3, all numbers little-endian:
 
     8 s   magic "STEPSNAP"          u16   version             u16   0
     u32   length of the identity    u32   R   state values    u32   K   ring rows
@@ -14,7 +14,8 @@ Version 2, all numbers little-endian:
               names: JSON [[[name, T, H] ...] of each layer], y, then the layers' f32 [T, H]
     u32   CRC-32 of everything before it
 
-Version 1 is the same, but its state is the cell's only: `extended` brings it up.
+Version 2 is the same, but less is tracked in its state: `Engine.upgraded` brings it up. Version 1
+is the same, but its state is the cell's only: `extended` brings it up.
 A reader of each version stays here for good: `_READERS`.
 """
 
@@ -35,7 +36,7 @@ from stepstate.sessions.window import Remains, Remembered
 from stepstate.stores import SessionRecord
 
 MAGIC = b"STEPSNAP"
-VERSION = 2
+VERSION = 3
 
 _START = struct.Struct("<8sHH")
 _HEAD = struct.Struct("<8sHH6I2Qd")
@@ -158,7 +159,7 @@ def _read(data: bytes) -> Snapshot:
     )
 
 
-_READERS: dict[int, Callable[[bytes], Snapshot]] = {1: _read, 2: _read}
+_READERS: dict[int, Callable[[bytes], Snapshot]] = {1: _read, 2: _read, 3: _read}
 
 
 class _Cursor:

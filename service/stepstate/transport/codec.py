@@ -221,15 +221,26 @@ def _quality(quality: Quality | None) -> dict[str, Any]:
             pb.Accuracy(
                 output=one.output,
                 horizon=one.horizon,
-                scored=one.scored,
-                mean_absolute_error=one.mean_absolute_error,
-                mean_absolute_scaled_error=one.mean_absolute_scaled_error,
-                coverage=one.coverage,
+                scored=one.lifetime.scored,
+                mean_absolute_error=one.lifetime.mean_absolute_error,
+                mean_absolute_scaled_error=one.lifetime.mean_absolute_scaled_error,
+                coverage=one.lifetime.coverage,
                 offset=one.offset,
+                recent_scored=one.recent.scored,
+                recent_mean_absolute_error=one.recent.mean_absolute_error,
+                recent_mean_absolute_scaled_error=one.recent.mean_absolute_scaled_error,
+                recent_coverage=one.recent.coverage,
+                recent_median_absolute_error=one.median_absolute_error,
             )
             for one in quality.accuracy
         ],
-        "drift": pb.Drift(drifting=drift.drifting, alarms=drift.alarms, last_t=drift.last_t),
+        "drift": pb.Drift(
+            drifting=drift.drifting,
+            alarms=drift.alarms,
+            last_t=drift.last_t,
+            learning=drift.learning,
+            score=drift.score,
+        ),
     }
 
 

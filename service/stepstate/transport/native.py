@@ -85,6 +85,12 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         before.queued_requests = 0
         return pb.CloseSessionResponse(session=before)
 
+    async def ResetAccuracy(
+        self, request: pb.ResetAccuracyRequest, context: Context
+    ) -> pb.ResetAccuracyResponse:
+        standing = await self._sessions.reset_accuracy(request.session_id)
+        return pb.ResetAccuracyResponse(session=encode_session(standing))
+
     async def ForkSession(
         self, request: pb.ForkSessionRequest, context: Context
     ) -> pb.ForkSessionResponse:

@@ -140,7 +140,7 @@ class Session(_message.Message):
     def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., t: _Optional[int] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., open_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queued_requests: _Optional[int] = ..., durable_t: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., missing: _Optional[_Union[MissingPolicy, str]] = ..., interval_level: _Optional[float] = ..., drift: _Optional[_Union[Drift, _Mapping]] = ..., status: _Optional[_Union[SessionStatus, str]] = ..., purge_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
 
 class Accuracy(_message.Message):
-    __slots__ = ("output", "horizon", "scored", "mean_absolute_error", "mean_absolute_scaled_error", "coverage", "offset")
+    __slots__ = ("output", "horizon", "scored", "mean_absolute_error", "mean_absolute_scaled_error", "coverage", "offset", "recent_scored", "recent_mean_absolute_error", "recent_mean_absolute_scaled_error", "recent_coverage", "recent_median_absolute_error")
     OUTPUT_FIELD_NUMBER: _ClassVar[int]
     HORIZON_FIELD_NUMBER: _ClassVar[int]
     SCORED_FIELD_NUMBER: _ClassVar[int]
@@ -148,6 +148,11 @@ class Accuracy(_message.Message):
     MEAN_ABSOLUTE_SCALED_ERROR_FIELD_NUMBER: _ClassVar[int]
     COVERAGE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
+    RECENT_SCORED_FIELD_NUMBER: _ClassVar[int]
+    RECENT_MEAN_ABSOLUTE_ERROR_FIELD_NUMBER: _ClassVar[int]
+    RECENT_MEAN_ABSOLUTE_SCALED_ERROR_FIELD_NUMBER: _ClassVar[int]
+    RECENT_COVERAGE_FIELD_NUMBER: _ClassVar[int]
+    RECENT_MEDIAN_ABSOLUTE_ERROR_FIELD_NUMBER: _ClassVar[int]
     output: str
     horizon: int
     scored: int
@@ -155,17 +160,26 @@ class Accuracy(_message.Message):
     mean_absolute_scaled_error: float
     coverage: float
     offset: float
-    def __init__(self, output: _Optional[str] = ..., horizon: _Optional[int] = ..., scored: _Optional[int] = ..., mean_absolute_error: _Optional[float] = ..., mean_absolute_scaled_error: _Optional[float] = ..., coverage: _Optional[float] = ..., offset: _Optional[float] = ...) -> None: ...
+    recent_scored: int
+    recent_mean_absolute_error: float
+    recent_mean_absolute_scaled_error: float
+    recent_coverage: float
+    recent_median_absolute_error: float
+    def __init__(self, output: _Optional[str] = ..., horizon: _Optional[int] = ..., scored: _Optional[int] = ..., mean_absolute_error: _Optional[float] = ..., mean_absolute_scaled_error: _Optional[float] = ..., coverage: _Optional[float] = ..., offset: _Optional[float] = ..., recent_scored: _Optional[int] = ..., recent_mean_absolute_error: _Optional[float] = ..., recent_mean_absolute_scaled_error: _Optional[float] = ..., recent_coverage: _Optional[float] = ..., recent_median_absolute_error: _Optional[float] = ...) -> None: ...
 
 class Drift(_message.Message):
-    __slots__ = ("drifting", "alarms", "last_t")
+    __slots__ = ("drifting", "alarms", "last_t", "learning", "score")
     DRIFTING_FIELD_NUMBER: _ClassVar[int]
     ALARMS_FIELD_NUMBER: _ClassVar[int]
     LAST_T_FIELD_NUMBER: _ClassVar[int]
+    LEARNING_FIELD_NUMBER: _ClassVar[int]
+    SCORE_FIELD_NUMBER: _ClassVar[int]
     drifting: bool
     alarms: int
     last_t: int
-    def __init__(self, drifting: bool = ..., alarms: _Optional[int] = ..., last_t: _Optional[int] = ...) -> None: ...
+    learning: bool
+    score: float
+    def __init__(self, drifting: bool = ..., alarms: _Optional[int] = ..., last_t: _Optional[int] = ..., learning: bool = ..., score: _Optional[float] = ...) -> None: ...
 
 class GetSessionRequest(_message.Message):
     __slots__ = ("session_id",)
@@ -476,6 +490,18 @@ class OutputForecast(_message.Message):
     values: _containers.RepeatedScalarFieldContainer[float]
     methods: _containers.RepeatedScalarFieldContainer[ForecastMethod]
     def __init__(self, name: _Optional[str] = ..., unit: _Optional[str] = ..., values: _Optional[_Iterable[float]] = ..., methods: _Optional[_Iterable[_Union[ForecastMethod, str]]] = ...) -> None: ...
+
+class ResetAccuracyRequest(_message.Message):
+    __slots__ = ("session_id",)
+    SESSION_ID_FIELD_NUMBER: _ClassVar[int]
+    session_id: str
+    def __init__(self, session_id: _Optional[str] = ...) -> None: ...
+
+class ResetAccuracyResponse(_message.Message):
+    __slots__ = ("session",)
+    SESSION_FIELD_NUMBER: _ClassVar[int]
+    session: Session
+    def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class ListModelsRequest(_message.Message):
     __slots__ = ("page_size", "page_token")

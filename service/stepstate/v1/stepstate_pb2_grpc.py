@@ -105,6 +105,11 @@ class StepstateServiceStub(object):
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ForecastRequest.SerializeToString,
                 response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ForecastResponse.FromString,
                 _registered_method=True)
+        self.ResetAccuracy = channel.unary_unary(
+                '/stepstate.v1.StepstateService/ResetAccuracy',
+                request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ResetAccuracyRequest.SerializeToString,
+                response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ResetAccuracyResponse.FromString,
+                _registered_method=True)
         self.ListModels = channel.unary_unary(
                 '/stepstate.v1.StepstateService/ListModels',
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ListModelsRequest.SerializeToString,
@@ -285,6 +290,18 @@ class StepstateServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ResetAccuracy(self, request, context):
+        """Forgets how good a session's forecasts were, after the steps accepted
+        before it: what is counted in Accuracy and Drift begins anew. Its state, its
+        t, its forecasts and their intervals go on as they were. Before it is
+        answered it is saved, if the session's steps are.
+        Errors: those of GetSession; ABORTED STALE_OWNER; UNAVAILABLE QUEUE_FULL,
+        DRAINING, STORE_UNAVAILABLE.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ListModels(self, request, context):
         """Lists the loaded models, every version. A reply takes at most 4,000,000
         bytes; where there are more models it has a next_page_token.
@@ -374,6 +391,11 @@ def add_StepstateServiceServicer_to_server(servicer, server):
                     servicer.Forecast,
                     request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ForecastRequest.FromString,
                     response_serializer=stepstate_dot_v1_dot_stepstate__pb2.ForecastResponse.SerializeToString,
+            ),
+            'ResetAccuracy': grpc.unary_unary_rpc_method_handler(
+                    servicer.ResetAccuracy,
+                    request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ResetAccuracyRequest.FromString,
+                    response_serializer=stepstate_dot_v1_dot_stepstate__pb2.ResetAccuracyResponse.SerializeToString,
             ),
             'ListModels': grpc.unary_unary_rpc_method_handler(
                     servicer.ListModels,
@@ -765,6 +787,33 @@ class StepstateService(object):
             '/stepstate.v1.StepstateService/Forecast',
             stepstate_dot_v1_dot_stepstate__pb2.ForecastRequest.SerializeToString,
             stepstate_dot_v1_dot_stepstate__pb2.ForecastResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ResetAccuracy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepstate.v1.StepstateService/ResetAccuracy',
+            stepstate_dot_v1_dot_stepstate__pb2.ResetAccuracyRequest.SerializeToString,
+            stepstate_dot_v1_dot_stepstate__pb2.ResetAccuracyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores import Saved
+from stepstate.stores import CannotOpenStore, Saved
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reserve
 from tests.contract import store_writer
@@ -141,6 +141,29 @@ async def test_a_wal_that_filled_the_disk_is_written_back_when_its_reader_is_gon
     assert [one.name for one in small_disk.iterdir()] == ["sessions.db"]
 
 
+async def test_a_store_that_is_opened_on_a_full_disk_is_read_and_written_when_there_is_room(
+    small_disk,
+):
+    """A server that was killed there comes back; one that was not there before says what to do."""
+    home = FileHome(small_disk / "sessions.db")
+    first = await home.open()
+    epoch = await create(home, first, "a")
+    ballast = small_disk / "ballast"
+    with pytest.raises(OSError, match="No space left"):
+        ballast.write_bytes(bytes(4 * 2**20))
+    second = await home.open()
+    assert (await second.find("a")).t == 0
+    with pytest.raises(StoreUnavailable, match="full"):
+        for t in range(1000):
+            await second.save([saving(home, "a", epoch, t)])
+    with pytest.raises(CannotOpenStore, match="make room on the disk"):
+        await FileHome(small_disk / "other.db").open()
+    ballast.unlink()
+    await second.probe()
+    assert await second.save([saving(home, "a", epoch, t=9)]) == [Saved.DONE]
+    await home.close()
+
+
 async def test_a_wal_is_bounded_however_long_a_reader_reads(home, monkeypatch):
     monkeypatch.setattr(reserve, "MAX_WAL_BYTES", 2**20)
     store = await home.open()
@@ -197,3 +220,24 @@ async def test_a_lock_of_another_process_is_waited_for_and_then_told(home, monke
     other.execute("ROLLBACK")
     assert await waiting == [Saved.DONE]
     other.close()
+
+
+async def test_a_session_whose_pages_are_damaged_fails_alone(home):
+    """The pages of a snapshot are a chain: cut, SQLite calls the file malformed when it is read."""
+    store = await home.open()
+    for name in "abc":
+        epoch = await create(home, store, name)
+        await store.save([saving(home, name, epoch, snapshot=name.encode() * 20_000)])
+    await store.close()
+    data = bytearray(home.path.read_bytes())
+    page = data.index(b"b" * 4_000) // 4_096 * 4_096
+    while data[page + 8 : page + 4_096] != b"b" * 4_088:
+        page += 4_096
+    data[page : page + 4] = b"\xff\xff\xff\xff"  # the number of the next page
+    home.path.write_bytes(data)
+
+    store = await home.open()
+    found = await asyncio.gather(*(acquire(store, name) for name in "abc"), return_exceptions=True)
+    assert [found[0][1], found[2][1]] == [b"a" * 20_000, b"c" * 20_000]
+    assert isinstance(found[1], StoreUnavailable)
+    assert found[1].cause == "corrupt"

@@ -46,13 +46,13 @@ class Stepping:
         self.refusals: set[tuple[str, str]] = set()
         self.stopping = False
         self._stub = stub
-        self._name = name
+        self.name = name
         self._pause = pause
 
     async def run(self) -> None:
         while not self.stopping:
             try:
-                reply = await self._stub.Step(request(self._name, self.t, self.rows[self.t]))
+                reply = await self._stub.Step(request(self.name, self.t, self.rows[self.t]))
             except grpc.aio.AioRpcError as error:
                 refusal = refusal_of_call(error)
                 assert refusal.code is grpc.StatusCode.UNAVAILABLE
@@ -86,8 +86,8 @@ class Load:
 
     async def open_more(self, count: int) -> None:
         """Opens sessions that nobody steps, as far as they are not refused."""
-        request = pb.OpenSessionRequest(model="lstm", durability=pb.DURABILITY_SYNC)
-        calls = (self._stub.OpenSession(request) for _ in range(count))
+        opening = pb.OpenSessionRequest(model="lstm", durability=pb.DURABILITY_SYNC)
+        calls = (self._stub.OpenSession(opening) for _ in range(count))
         await asyncio.gather(*map(asyncio.ensure_future, calls), return_exceptions=True)
 
     async def progress(self, rows: int) -> None:
@@ -130,7 +130,7 @@ async def load(
     ):
         made = Load(server, stub, channel, pause)
         for session in made.sessions:
-            await opened(stub, session._name, durability=pb.DURABILITY_SYNC)
+            await opened(stub, session.name, durability=pb.DURABILITY_SYNC)
         async with asyncio.TaskGroup() as group:
             reading = group.create_task(made.read())
             for session in made.sessions:

@@ -123,8 +123,10 @@ class Worker:
         if not jobs:
             return
         error = self._try_to_write(jobs)
-        if error is not None and len(jobs) > 1 and not _is_the_files(error):
-            for job in jobs:  # one of them has a value that can't be written: let the others go on
+        if error is not None and len(jobs) > 1 and _may_be_of_one(error):
+            for (
+                job
+            ) in jobs:  # one of them has a value, or a page, that is bad: let the others go on
                 self._fail([job], self._try_to_write([job]))
         else:
             self._fail(jobs, error)
@@ -192,6 +194,11 @@ def _is_the_files(error: Exception) -> bool:
     """Whether the file is to blame, and not a value."""
     values = sqlite3.DataError | sqlite3.ProgrammingError | sqlite3.InterfaceError
     return isinstance(error, sqlite3.Error | OSError) and not isinstance(error, values)
+
+
+def _may_be_of_one(error: Exception) -> bool:
+    """Whether some of the jobs may be done without the others."""
+    return not _is_the_files(error) or _cause_of(error) == "corrupt"
 
 
 _CAUSES = {

@@ -27,6 +27,9 @@ if _version_not_supported:
 
 class StepstateServiceStub(object):
     """Opens, steps and closes sessions, and tells which models are loaded.
+    Requests for one session are carried out in the order in which they arrive at
+    the server, whatever they ask for and by whichever RPC, also while the session
+    is opened, loaded, taken over or closed.
     """
 
     def __init__(self, channel):
@@ -124,6 +127,9 @@ class StepstateServiceStub(object):
 
 class StepstateServiceServicer(object):
     """Opens, steps and closes sessions, and tells which models are loaded.
+    Requests for one session are carried out in the order in which they arrive at
+    the server, whatever they ask for and by whichever RPC, also while the session
+    is opened, loaded, taken over or closed.
     """
 
     def OpenSession(self, request, context):
@@ -417,6 +423,9 @@ def add_StepstateServiceServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class StepstateService(object):
     """Opens, steps and closes sessions, and tells which models are loaded.
+    Requests for one session are carried out in the order in which they arrive at
+    the server, whatever they ask for and by whichever RPC, also while the session
+    is opened, loaded, taken over or closed.
     """
 
     @staticmethod

@@ -128,7 +128,7 @@ def test_a_history_that_can_not_be_applied_is_named_by_its_line(
     file = tmp_path / "past.csv"
     for text, told in (
         (lines(0, 1, 5), "past.csv: line 4 is at 2026-03-02 02:30:00Z, and 3 rows of boiler/1"),
-        (lines(0, 2, 1), "past.csv: line 4 is at 2026-03-02 00:30:00Z, before line 3 at"),
+        (lines(0, 1, 0), "past.csv: line 4 is at 2026-03-02 00:00:00Z, before line 3 at"),
         ("level,heat\n1,2\n1,nan\n", "line 3 of " + str(file) + ": 'heat' is nan; a missing value"),
         ("level,heat\n1,2\n1,x\n", f"line 3 of {file} is '1,x': expected 2 cells"),
         ("level,heat\n", f"line 1 of {file} has no rows"),

@@ -689,15 +689,15 @@ async def outcome(call: Awaitable[pb.CloseSessionResponse]) -> int | str:
         return refusal_of_call(error).reason
 
 
-async def test_an_id_that_is_closing_is_not_free_yet(stub: Stub):
+async def test_an_open_waits_for_the_close_of_its_id_that_came_before(stub: Stub):
     await opened(stub, "a")
     long = asyncio.ensure_future(stub.Step(blocker("a", rows=1_500)))
     await queued(stub, "a", 1)
     closing = asyncio.ensure_future(stub.CloseSession(pb.CloseSessionRequest(session_id="a")))
-    refusal = await refused(stub.OpenSession(opening(session_id="a")))
-    assert refusal.code == Code.ALREADY_EXISTS
-    await asyncio.gather(long, closing)
-    assert (await stub.OpenSession(opening(session_id="a"))).session.t == 0
+    opened_again = await stub.OpenSession(opening(session_id="a"))
+    assert (await closing).session.t == (await long).t == 1_500
+    assert opened_again.session.t == 0
+    assert (await where(stub, "a")).t == 0
 
 
 async def test_a_close_that_is_cancelled_still_closes(stub: Stub):

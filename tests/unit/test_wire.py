@@ -119,8 +119,8 @@ def test_a_fork_without_an_id_gets_one_that_can_be_sent_again():
 
 
 def test_an_import_without_an_id_keeps_that_of_the_snapshot():
-    request = wire.importing(b"bytes", None, None, "none")
-    assert (request.snapshot, request.session_id) == (b"bytes", "")
+    (request,) = wire.importing(b"bytes", None, None, "none")
+    assert (request.data, request.size, request.session_id) == (b"bytes", 5, "")
     assert request.durability == pb.DURABILITY_NONE
     assert not request.HasField("idle_timeout")
 

@@ -283,8 +283,20 @@ class AsyncClient:
     async def reset_accuracy(self, session_id: str) -> SessionInfo:
         """Begins a session's accuracy and drift anew, after the steps accepted so far.
 
-        Its state, t, forecasts and intervals go on as they were. It is saved, if the session's
-        steps are, before this returns. Raises as `session`.
+        Its state, t, forecasts and intervals go on as they were. It is saved, if the
+        session's steps are, before this returns.
+
+        Args:
+            session_id: the session's.
+
+        Returns:
+            The session, as it is then.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            InvalidField: there can be no such id.
+            Unavailable: no answer in time.
         """
         request = pb.ResetAccuracyRequest(session_id=session_id)
         return wire.session_info((await self.call(self.stub.ResetAccuracy, request)).session)

@@ -461,7 +461,19 @@ class AsyncSession(Footing):
         )
 
     async def reset_accuracy(self) -> SessionInfo:
-        """Begins its accuracy and drift anew. See `AsyncClient.reset_accuracy`."""
+        """Begins a session's accuracy and drift anew, after the steps accepted so far.
+
+        Its state, t, forecasts and intervals go on as they were. It is saved, if the
+        session's steps are, before this returns.
+
+        Returns:
+            The session, as it is then.
+
+        Raises:
+            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
+                is gone.
+            Unavailable: no answer in time.
+        """
         return await self.client.reset_accuracy(self.session_id)
 
     async def close(self) -> SessionInfo:

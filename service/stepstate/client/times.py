@@ -281,7 +281,7 @@ class Clock:
         """The same for rows that are not applied, those of a scenario, which may lack some."""
         report = Report(field, times, 0)
         if self._interval is None:
-            report.check_order(None)
+            report.check_order()
             return np.arange(len(times.utc))
         return self._check(times, t, report, fill=True)[1]
 
@@ -291,47 +291,47 @@ class Clock:
         """The time of row 0, and where each row is, counted from row t on."""
         interval = self._interval or 1
         start = int(times.utc[0]) - t * interval if self._start is None else self._start
-        after = self._places(times, start + t * interval, t, report)
-        self._check_gaps(np.diff(after, prepend=-1), report, fill=fill)
-        return start, after
-
-    def _place_by_order(self, times: Times, t: int, report: Report) -> NDArray[np.int64]:
-        """For a model that knows no time: all there is to check is that it goes on."""
-        if self._last is not None and self._last[0] == t - 1 and times.utc[0] <= self._last[1]:
-            raise report.error(0, f"{{}}, not after the row before it at {told(self._last[1])}")
-        report.check_order(None)
-        self._last = t + len(times.utc) - 1, int(times.utc[-1])
-        return np.arange(len(times.utc))
-
-    def _places(self, times: Times, next_time: int, t: int, report: Report) -> NDArray[np.int64]:
-        """Where each row is among the session's rows, counted from its next row on."""
-        interval = self._interval or 1
+        next_time = start + t * interval
         since = times.utc - next_time
         after = (since + interval // 2) // interval
         # What is left by times in float seconds or in whole milliseconds is no other time.
         off = np.abs(since - after * interval) > max(1, min(1_000, interval // 10))
         self._check_spacing(times, report)
-        if after[0] < 0:
-            problem = (
-                f"{{}}; the session is at t={t}, and its next row is that of {told(next_time)}"
-            )
-            hint = "leave out the rows that it has already"
-            if -after[0] * interval == _HOUR and report.may_end_saving(0):
-                hint = _ENDS
-            raise report.error(0, f"{problem}: {hint}")
-        first_off = int(off.argmax()) if off.any() else None
-        report.check_order(interval, until=first_off)
-        if first_off is not None:
-            raise report.error(
-                first_off,
-                f"{{}}, between two rows: {self._model} has a row every "
-                f"{timedelta(microseconds=interval)}, one of them at {told(next_time)}",
-            )
-        return after
+        wrong = off | (np.diff(after, prepend=-1) <= 0)
+        row = int(wrong.argmax()) if wrong.any() else len(after)
+        self._check_gaps(np.diff(after[:row], prepend=-1), report, fill=fill)
+        if row == len(after):
+            return start, after
+        if row == 0 and after[0] < 0:
+            raise self._early(int(after[0]), next_time, t, report)
+        if row and (not off[row] or times.utc[row] <= times.utc[row - 1]):
+            raise report.out_of_order(row, interval)
+        raise report.error(
+            row,
+            f"{{}}, between two rows: {self._model} has a row every "
+            f"{timedelta(microseconds=interval)}, one of them at {told(next_time)}",
+        )
+
+    def _early(self, after: int, next_time: int, t: int, report: Report) -> InvalidField:
+        problem = f"{{}}; the session is at t={t}, and its next row is that of {told(next_time)}"
+        hint = "leave out the rows that it has already"
+        if -after * (self._interval or 1) == _HOUR and report.may_end_saving(0):
+            hint = _ENDS
+        return report.error(0, f"{problem}: {hint}")
+
+    def _place_by_order(self, times: Times, t: int, report: Report) -> NDArray[np.int64]:
+        """For a model that knows no time: all there is to check is that it goes on."""
+        if self._last is not None and self._last[0] == t - 1 and times.utc[0] <= self._last[1]:
+            raise report.error(0, f"{{}}, not after the row before it at {told(self._last[1])}")
+        report.check_order()
+        self._last = t + len(times.utc) - 1, int(times.utc[-1])
+        return np.arange(len(times.utc))
 
     def _check_spacing(self, times: Times, report: Report) -> None:
-        """Another step than the model's is told as that, and not as what its first row is."""
+        """Rows from last to first, or of another step than the model's, are told as that."""
         spacings = np.diff(times.utc)
+        if len(spacings) and (spacings < 0).all():
+            raise report.out_of_order(1, self._interval)
         if len(spacings) < _CALL_SPACINGS or spacings[0] <= 0:
             return
         if (spacings == spacings[0]).all() and abs(spacings[0] - (self._interval or 0)) > 1_000:
@@ -391,24 +391,27 @@ class Report:
         named = f"row {self.first_row + row} is at {told(self.times.utc[row])}"
         return InvalidField(self.field, problem.format(named))
 
-    def check_order(self, interval: int | None, *, until: int | None = None) -> None:
+    def check_order(self) -> None:
         """Checks that each row is later than the one before it.
 
         Raises:
             InvalidField: it names the first one that is not.
         """
-        spacings = np.diff(self.times.utc[: None if until is None else until + 1])
-        late = np.flatnonzero(spacings <= 0)
-        if not len(late):
-            return
-        row, back = int(late[0]) + 1, -int(spacings[late[0]])
+        late = np.flatnonzero(np.diff(self.times.utc) <= 0)
+        if len(late):
+            raise self.out_of_order(int(late[0]) + 1, None)
+
+    def out_of_order(self, row: int, interval: int | None) -> InvalidField:
+        """An error about a row that is not later than the one before it."""
+        spacings = np.diff(self.times.utc)
+        back = -int(spacings[row - 1])
         before = f"row {self.first_row + row - 1} at {told(self.times.utc[row - 1])}"
-        problem = f"{{}}, before {before}" if back else f"{{}}, as {before}"
-        hint = "sort the rows by time" if back else "give each time once"
-        is_hour = len(late) == 1 and interval is not None and back == _HOUR - interval
-        if is_hour and self.may_end_saving(row):
+        problem = f"{{}}, before {before}" if back > 0 else f"{{}}, as {before}"
+        hint = "sort the rows by time" if back > 0 else "give each time once"
+        once = np.count_nonzero(spacings <= 0) == 1
+        if once and interval and back == _HOUR - interval and self.may_end_saving(row):
             hint = _ENDS
-        raise self.error(row, f"{problem}: {hint}")
+        return self.error(row, f"{problem}: {hint}")
 
     def may_begin_saving(self, row: int) -> bool:
         """Whether daylight saving may begin with the hour before a row of times without a zone."""

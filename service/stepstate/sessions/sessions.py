@@ -73,7 +73,7 @@ log = logging.getLogger(__name__)
 
 _SAVED_AT_ONCE = 500
 _ENDED_AT_ONCE = 32  # about a millisecond of work in one turn of the loop
-_PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:~-]{0,300}")
+_PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:-]{0,160}|~([0-9A-F]{2}){1,600}")
 
 T = TypeVar("T")
 

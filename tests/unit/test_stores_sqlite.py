@@ -141,7 +141,7 @@ async def test_a_disk_that_hangs_is_told_of_and_what_was_given_up_is_not_written
     epoch = await create(home, store, "a")
     blocking = asyncio.Event()
     loop = asyncio.get_running_loop()
-    hang = worker.Job(read=lambda _: (loop.call_soon_threadsafe(blocking.set), time.sleep(0.3)))
+    hang = worker.Job(call=lambda _: (loop.call_soon_threadsafe(blocking.set), time.sleep(0.3)))
     hanging = asyncio.create_task(store._worker.do(hang))
     await blocking.wait()
     with pytest.raises(StoreUnavailable, match="hang"):
@@ -243,14 +243,42 @@ async def test_a_file_of_version_1_keeps_its_sessions_and_the_time_they_had_left
         await home.close()
 
 
-async def test_one_unreadable_record_does_not_keep_a_file_of_version_1_closed(home, store):
+@pytest.mark.parametrize(
+    "damage", ["record = '{no json'", "expires = 1 << 62", "expires = 'soon'", "expires = 5"]
+)
+async def test_a_damaged_row_of_version_1_does_not_matter_to_the_others(home, store, damage):
     for name in "ab":
         await create(home, store, name)
     await home.close()
     _set_back_to_version_1(home.path)
-    write(home.path, "UPDATE sessions SET record = '{no json' WHERE session_id = 'a'")
+    write(home.path, f"UPDATE sessions SET {damage} WHERE session_id = 'a'")
+    home.clock.now += 86_400
     opened = await home.open()
-    assert await opened.acquire("b", owner="B", fingerprints={FINGERPRINT})
+    assert (await opened.find("b")).expires_at - opened.now() == pytest.approx(60)
+    assert isinstance(await opened.acquire("b", owner="B", fingerprints={FINGERPRINT}), tuple)
+
+
+DAMAGED_CLOCKS = ("'soon'", "x'00ff'", "1 << 62", "-5", "1.5")
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_CLOCKS)
+async def test_a_damaged_clock_begins_at_the_last_step(home, store, damaged):
+    await create(home, store, "a")
+    await home.close()
+    write(home.path, f"UPDATE clock SET micros = {damaged}")
+    home.clock.now += 86_400
+    opened = await home.open()
+    assert (await opened.find("a")).expires_at - opened.now() == pytest.approx(60)
+    await opened.beat()
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_CLOCKS)
+async def test_a_clock_that_is_damaged_under_a_server_is_the_servers(home, store, damaged):
+    await create(home, store, "a")
+    write(home.path, f"UPDATE clock SET micros = {damaged}")
+    await home.pass_time(20)
+    assert (await store.find("a")).expires_at - store.now() == pytest.approx(40)
+    assert ask(home.path, "SELECT micros FROM clock") == home.clock() * 1e6
 
 
 def _set_back_to_version_1(path) -> None:

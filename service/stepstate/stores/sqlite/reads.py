@@ -67,9 +67,11 @@ _POSTPONE = "UPDATE sessions SET due = ?2 WHERE rowid IN (SELECT value FROM json
 _IDS = """
 SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
     SELECT session_id, rowid FROM sessions
-    WHERE session_id > CAST(?1 AS TEXT) AND typeof(session_id) = 'text' AND (expired = 0 OR ?3)
+    WHERE session_id > CAST(?1 AS TEXT) AND typeof(session_id) = 'text'
     ORDER BY session_id LIMIT ?2)
 """
+# Without its own index it would go past all expired sessions, or read and sort all open ones.
+_OPEN_IDS = _IDS.replace("WHERE", "INDEXED BY sessions_open WHERE expired = 0 AND")
 _IDS_OF_MODEL = """
 SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
     SELECT session_id, rowid FROM sessions
@@ -208,7 +210,7 @@ def page(
         ]
         ids = heapq.nsmallest(size + 1, chain.from_iterable(of_models))
     else:
-        ids = json.loads(_one(connection, _IDS, (*limits, int(expired))))
+        ids = json.loads(_one(connection, _IDS if expired else _OPEN_IDS, limits))
     rows = _rows(_one(connection, _ROWS, (json.dumps([rowid for _, rowid in ids[:size]]),)))
     entries = [row.entry for row in sorted(rows, key=lambda row: row.session_id)]
     return entries, _token_of(ids[size - 1][0]) if len(ids) > size else ""

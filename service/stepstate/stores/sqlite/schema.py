@@ -24,7 +24,7 @@ VERSION = 2
 # An expired session has `expired` = 1, and is deleted when `due` is over.
 # The snapshot is the last column, so that the others are read without its pages (in files that
 # had version 1 `expired` comes after it).
-# `sessions_by_model` serves counts and pages without reading rows.
+# `sessions_by_model` and `sessions_open` serve counts and pages without reading rows.
 TABLES = """
 CREATE TABLE sessions (
     session_id TEXT PRIMARY KEY NOT NULL,
@@ -40,6 +40,7 @@ CREATE TABLE sessions (
 );
 CREATE INDEX sessions_by_model ON sessions (model, expired, session_id);
 CREATE INDEX sessions_by_due ON sessions (expired, due);
+CREATE INDEX sessions_open ON sessions (session_id) WHERE expired = 0;
 CREATE TRIGGER due_follows AFTER UPDATE OF expires ON sessions WHEN NEW.expires < NEW.due BEGIN
     UPDATE sessions SET due = NEW.expires WHERE rowid = NEW.rowid;
 END;
@@ -61,19 +62,21 @@ _FROM_VERSION_1 = (
     "DROP INDEX sessions_by_due",
     "CREATE INDEX sessions_by_model ON sessions (model, expired, session_id)",
     "CREATE INDEX sessions_by_due ON sessions (expired, due)",
+    "CREATE INDEX sessions_open ON sessions (session_id) WHERE expired = 0",
     "CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), micros INTEGER NOT NULL)",
     f"PRAGMA user_version = {VERSION}",
 )
 _SOUND = f"typeof(clock.micros) = 'integer' AND clock.micros BETWEEN 0 AND {MAX_MICROSECONDS}"
-_CLOCK = f"SELECT micros FROM clock WHERE id = 0 AND {_SOUND}"
-_BEAT = f"""
+_CLOCK = "SELECT micros FROM clock WHERE id = 0 AND :sound".replace(":sound", _SOUND)
+_BEAT = """
 INSERT INTO clock VALUES (0, ?1) ON CONFLICT (id) DO UPDATE
-SET micros = iif({_SOUND}, max(micros, min(excluded.micros, micros + ?2)), excluded.micros)
-"""
+SET micros = iif(:sound, max(micros, min(excluded.micros, micros + ?2)), excluded.micros)
+""".replace(":sound", _SOUND)
 # A clock that the file has not, or not any more, begins at the time of the last step that the file
-# tells of, and not later than now: then times stay as they are, and every session has the idle time
-# left that it had then. It is no matter how long the file lay, or what the wall clock has been set
-# to meanwhile. A session whose time can't be, as it is damaged or the clock was wrong, tells nothing.
+# tells of, and not later than now: then times stay as they are, and every session has the idle
+# time left that it had then. It is no matter how long the file lay, or what the wall clock has
+# been set to meanwhile. A session whose time can't be (it is damaged, or the clock was wrong) tells
+# nothing.
 _BEGIN_CLOCK = """
 INSERT OR REPLACE INTO clock SELECT 0, ifnull(CAST(max(at) AS INTEGER), ?1) FROM (
     SELECT expires - 1e6

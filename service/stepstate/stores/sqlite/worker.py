@@ -37,7 +37,7 @@ a loop whose turns take 2 ms keeps a thread waiting for seconds (measured: 3 s, 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """What one call asks for: parts to write together with those of others, or a call of its own."""
+    """What is asked for: parts to write together with those of others, or a call on its own."""
 
     parts: Sequence[Part] = ()
     call: Callable[[sqlite3.Connection], None] | None = None

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores import Ending, EndReason, Saved
+from stepstate.stores import CannotOpenStore, Ending, EndReason, Saved
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reads, worker, writes
 from stepstate.uptime import UptimeClock
@@ -334,3 +334,38 @@ async def test_a_listing_of_open_sessions_does_not_look_at_expired_ones(home, st
     assert [entry.session_id for entry in entries] == ["s0599"]
     assert not token
     assert steps < 10
+
+
+@pytest.fixture
+def link(tmp_path):
+    """A link to a file, of another name and in another folder, that is not there yet."""
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    made = tmp_path / "sessions.db"
+    made.symlink_to(folder / "real.db")
+    return made
+
+
+async def test_the_wal_of_a_file_behind_a_link_is_seen_and_bounded(link):
+    """SQLite keeps it beside the file itself; none was found beside the link, so it had no bound."""
+    home = FileHome(link)
+    store = await home.open()
+    await create(home, store, "a")
+    usage = store.disk_usage()
+    assert usage.wal == size_of(f"{link.resolve()}-wal") > 0
+    assert usage.reserve == size_of(f"{link.resolve()}-reserve") > usage.wal
+    await home.close()
+
+
+@pytest.fixture
+def foreign_reserve(tmp_path):
+    """Something that can't be written is where the reserve should be."""
+    made = tmp_path / "sessions.db-reserve"
+    made.mkdir()
+    return made
+
+
+async def test_a_reserve_that_cant_be_made_is_told_as_what_it_is(home, foreign_reserve):
+    """It was told as a full disk, and only when something was written."""
+    with pytest.raises(CannotOpenStore, match=rf"directory.*{foreign_reserve.name}"):
+        await home.open()

@@ -102,7 +102,7 @@ class SessionFile:
         """Sees that a write of so many rows, with so many bytes of snapshots, has room.
 
         Raises:
-            sqlite3.Error: it has not, or could not be written back; nothing may be written.
+            sqlite3.Error, OSError: it has not, or there is no telling; nothing may be written.
         """
         self._reserve.ensure(self.connection(), rows, size)
 

@@ -347,7 +347,7 @@ def link(tmp_path):
 
 
 async def test_the_wal_of_a_file_behind_a_link_is_seen_and_bounded(link):
-    """SQLite keeps it beside the file itself; beside the link none was found, so it had no bound."""
+    """SQLite keeps it beside the file itself; beside the link there is none."""
     home = FileHome(link)
     store = await home.open()
     await create(home, store, "a")

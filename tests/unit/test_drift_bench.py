@@ -19,13 +19,13 @@ CUSUM, PAGE_HINKLEY = DETECTORS["CUSUM (default)"], DETECTORS["Page-Hinkley"]
 
 @pytest.mark.parametrize("noise", NOISES)
 def test_a_stable_series_of_any_noise_has_at_most_one_alarm_in_20_000_rows(noise):
-    assert np.mean(false_alarms(CUSUM, noise, rows=20_000, seeds=4)) <= 1
+    assert np.mean(false_alarms(CUSUM, noise, rows=20_000, seeds=range(4))) <= 1
 
 
 @pytest.mark.parametrize("noise", ["AR(0.9)", "AR(0.98)", "Poisson 0.05", "single glitches"])
 def test_the_bench_tells_a_test_that_raises_tens_of_them(noise):
     """Page-Hinkley with river's defaults: the issue had 13 to 81, and 29 to 36."""
-    assert np.mean(false_alarms(PAGE_HINKLEY, noise, rows=20_000, seeds=2)) > 10
+    assert np.mean(false_alarms(PAGE_HINKLEY, noise, rows=20_000, seeds=range(2))) > 10
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_the_bench_tells_a_test_that_raises_tens_of_them(noise):
 )
 def test_a_change_for_good_is_found_soon(noise, change, rows):
     """A test that never raises an alarm would pass all the others."""
-    found = delays(CUSUM, noise, change, seeds=3)
+    found = delays(CUSUM, noise, change, seeds=range(3))
     assert found.share == 1
     assert found.delay <= rows
 

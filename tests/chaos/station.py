@@ -104,6 +104,8 @@ class Station(Program):
         self.run()
         line = await asyncio.to_thread(self.process.stdout.readline)
         match = _LINE.search(line)
+        if match is None:
+            await self.end()
         assert match, f"the server did not start: {self.log.read_text()}"
         self.metrics_address = match["metrics"]
 

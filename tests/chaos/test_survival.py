@@ -59,7 +59,7 @@ async def test_no_row_is_lost_and_none_applied_twice(
     assert outcome.tally.sessions == SESSIONS
 
 
-async def test_a_server_that_comes_back_to_a_read_only_database_answers_nothing_until_it_may_write(
+async def test_a_server_that_comes_back_to_a_read_only_database_does_not_start_until_it_may_write(
     tmp_path: Path, model_root: Path, networks: dict[str, Network]
 ):
     folder = tmp_path / "store"
@@ -72,8 +72,10 @@ async def test_a_server_that_comes_back_to_a_read_only_database_answers_nothing_
         server.kill()
         before = await clients.rows_at_standstill()
         with store_faults.read_only(folder):
-            await server.start()
+            with pytest.raises(AssertionError, match=r"readonly database .* may write there"):
+                await server.start()
             await clients.last(1.0)
             assert await clients.rows_at_standstill() == before
+        await server.start()
         await clients.progress(1)
         Outcome(1, await clients.finish(networks["lstm"])).check()

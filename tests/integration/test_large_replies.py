@@ -233,9 +233,9 @@ async def test_every_rpc_at_its_largest_is_read_or_refused_in_words(
     assert reply.ByteSize() < DEFAULT_LIMIT
     known = {method.name for method in SERVICE.methods}
     assert known == {
-        *("OpenSession", "GetSession", "CloseSession", "ForkSession"),  # one session: see below
+        *("OpenSession", "GetSession", "CloseSession", "ForkSession"),  # one session
         *("ListSessions", "ListModels", "ExportSession", "StreamExport"),  # above
         *("ImportSession", "StreamImport", "GetModel"),  # one session, one model
-        "RestoreSession",
+        *("RestoreSession", "ResetAccuracy"),  # one session
         *("Step", "StreamSteps", "StreamPacked", "Forecast"),  # here
     }

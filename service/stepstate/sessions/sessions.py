@@ -254,6 +254,7 @@ class Sessions:
                 return await self._adopt_copy(source, copying, hold)
         finally:
             self.drop(session_id, exporting)
+            del exporting  # its error's traceback leads here: no circle
 
     async def export(self, session_id: str) -> tuple[bytes, Standing]:
         """A session's snapshot after the steps accepted so far, and how it stood then.
@@ -266,6 +267,7 @@ class Sessions:
             return await (await exporting.result).result()
         finally:
             self.drop(session_id, exporting)
+            del exporting  # its error's traceback leads here: no circle
 
     async def reset_accuracy(self, session_id: str) -> Standing:
         """Forgets how good a session's forecasts were, after the steps accepted so far.
@@ -279,7 +281,10 @@ class Sessions:
             session_id,
             lambda found: (found, self.turn(found, lambda: self._reset_accuracy(found))),
         )
-        standing = await turn.result()
+        try:
+            standing = await turn.result()
+        finally:
+            del turn  # its error's traceback leads here: no circle
         await self._changed_is_kept(session)
         return standing
 
@@ -442,6 +447,7 @@ class Sessions:
             return await call.result
         finally:
             self.drop(session_id, call)
+            del call  # its error's traceback leads here: no circle
 
     async def get(self, session_id: str, *, hold: Hold | None = None) -> Session:
         """The open session of this id, made resident if it is not.

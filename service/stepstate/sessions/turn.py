@@ -53,4 +53,7 @@ class Turn(Generic[T]):
         Raises:
             StepstateError: the session was lost before its turn.
         """
-        return await self._done
+        try:
+            return await self._done
+        finally:
+            del self  # its error's traceback leads here: no circle

@@ -235,6 +235,37 @@ async def test_sessions_of_a_version_without_a_clock_keep_the_time_they_had_left
         assert isinstance(await store.acquire("a", owner="B", fingerprints={FINGERPRINT}), tuple)
 
 
+async def test_a_damaged_session_of_that_version_takes_no_time_from_others(home, server):
+    store = await home.open()
+    for name in "ab":
+        await create(home, store, name)
+    await home.close()
+    server.command("DEL", keys.CLOCK)
+    server.command("HSET", keys.session("b"), "x", str(10**17))
+    home.clock.now += 86_400
+    store = await home.open()
+    assert (await store.find("a")).expires_at - store.now() == pytest.approx(60)
+
+
+@pytest.mark.parametrize(
+    "damage", [("SET", "soon"), ("SET", "-5"), ("SET", str(10**17)), ("LPUSH", "what")]
+)
+async def test_a_damaged_clock_begins_at_the_last_step_or_is_the_servers(home, server, damage):
+    def spoil():
+        server.command("DEL", keys.CLOCK)
+        server.command(damage[0], keys.CLOCK, damage[1])
+
+    store = await home.open()
+    await create(home, store, "a")
+    spoil()
+    await home.pass_time(20)
+    assert (await store.find("a")).expires_at - store.now() == pytest.approx(40)
+    spoil()
+    home.clock.now += 86_400
+    opened = await home.open()
+    assert (await opened.find("a")).expires_at - opened.now() == pytest.approx(60)
+
+
 async def test_sessions_whose_keys_are_gone_are_not_counted(home, server):
     store = await home.open()
     for name in "abc":

@@ -10,7 +10,7 @@ import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -20,7 +20,7 @@ from stepstate.stores import CannotOpenStore, Saved
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reserve
 from tests.contract import store_writer
-from tests.stores import FileHome, acquire, create, saving
+from tests.stores import CLOSED, FileHome, acquire, create, saving
 
 
 @pytest.fixture
@@ -178,6 +178,77 @@ async def test_a_wal_is_bounded_however_long_a_reader_reads(home, monkeypatch):
     assert store.disk_usage().wal < 17 * 2**20  # as large as the reserve may be at once
     other.close()
     assert await store.save([saving(home, "a", epoch, t=3)]) == [Saved.DONE]
+
+
+@pytest.fixture
+def kept_from_writing(home, monkeypatch):
+    """Fills the WAL of a store up to its bound, and keeps it from being written back."""
+    monkeypatch.setattr(reserve, "MAX_WAL_BYTES", 2**20)
+    other = sqlite3.connect(home.path, isolation_level=None)
+
+    async def fill(store, epoch):
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM sessions").fetchone()
+        with pytest.raises(StoreUnavailable, match="end that process"):
+            for t in range(10_000):
+                await store.save([saving(home, "filler", epoch, t, snapshot=bytes(500_000))])
+
+    yield fill
+    other.close()
+
+
+async def test_nothing_is_written_past_the_bound_of_the_wal(home, kept_from_writing):
+    """Whatever writes is refused there, also what is called for the sake of reading."""
+    store = await home.open()
+    epochs = {name: await create(home, store, name) for name in ("a", "used", "bad", "filler")}
+    epochs["gone"] = await create(home, store, "gone")
+    await store.expire([saving(home, "gone", epochs["gone"])], delete_at=home.clock() + 1)
+    gone = await store.find("gone")
+    await home.pass_time(55)
+    await store.save([saving(home, "used", epochs["used"])])
+    with closing(sqlite3.connect(home.path)) as other, other:
+        other.execute("UPDATE sessions SET record = '{' WHERE session_id = 'bad'")
+    await kept_from_writing(store, epochs["filler"])
+    full = store.disk_usage().wal
+    home.clock.advance(5)
+    save = saving(home, "a", epochs["a"])
+    writes = {
+        "create": lambda: create(home, store, "b"),
+        "acquire": lambda: acquire(store, "a"),
+        "save": lambda: store.save([save]),
+        "expire": lambda: store.expire([save], delete_at=9e9),
+        "restore": lambda: store.restore("gone", gone.epoch, expires_at=9e9),
+        "end": lambda: store.end("a", epochs["a"], CLOSED),
+        "discard": lambda: store.discard("bad", CLOSED),
+        "overdue": lambda: store.overdue(home.clock() + 10, 10),
+        "expired": lambda: store.expired(home.clock() + 1e6, 10),
+        "beat": store.beat,
+        "probe": store.probe,
+    }
+    done = []
+    for name, write in writes.items():
+        with suppress(StoreUnavailable):
+            await write()
+            done.append(name)
+        assert store.disk_usage().wal == full, name
+    assert done == ["expired"]  # it had nothing to write
+    assert (await store.find("a")).epoch == epochs["a"]
+
+
+async def test_the_reserve_is_as_large_as_the_wal_whatever_is_written(home):
+    store = await home.open()
+    names = [f"s{i}" for i in range(8)]
+    epochs = {name: await create(home, store, name) for name in names}
+    other = sqlite3.connect(home.path, isolation_level=None)
+    other.execute("BEGIN")
+    other.execute("SELECT count(*) FROM sessions").fetchone()
+    large = bytes(5 * 2**20)
+    for name in names:
+        save = saving(home, name, epochs[name], snapshot=large)
+        assert await store.expire([save], delete_at=9e9) == [Saved.DONE]
+        usage = store.disk_usage()
+        assert usage.wal <= usage.reserve
+    other.close()
 
 
 async def test_a_file_that_was_made_read_only_says_so_and_goes_on_when_it_is_not(home):

@@ -245,6 +245,22 @@ async def test_many_expire_and_are_deleted_in_groups_with_rests(
     assert deleted(rig)["grace_over"] == count
 
 
+async def test_all_are_deleted_whose_grace_is_over_also_if_the_store_tells_of_few_at_once(
+    make_rig, store, clock, monkeypatch
+):
+    """Redis tells of as many of each bucket; where those are uneven, of fewer than asked for."""
+    rig = make_rig(store=store, clock=clock, max_sessions=4, most_sessions=50)
+    for i in range(20):
+        await rig.open(f"s{i}")
+    clock.advance(IDLE_SECONDS + 61)
+    assert await rig.sessions.sweep() == 20
+    plain = store.expired
+    monkeypatch.setattr(store, "expired", lambda before, limit: plain(before, min(limit, 3)))
+    clock.advance(GRACE_SECONDS + 1)
+    await rig.sessions.sweep()
+    assert await store.count_expired() == 0
+
+
 def slow_network(interval: int):
     network = make_network("slow", seed=3)
     network.manifest["step_interval_seconds"] = interval

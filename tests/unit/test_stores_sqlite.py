@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores import Ending, EndReason, Saved
+from stepstate.stores import CannotOpenStore, Ending, EndReason, Saved
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reads, worker, writes
 from stepstate.uptime import UptimeClock
@@ -141,7 +141,7 @@ async def test_a_disk_that_hangs_is_told_of_and_what_was_given_up_is_not_written
     epoch = await create(home, store, "a")
     blocking = asyncio.Event()
     loop = asyncio.get_running_loop()
-    hang = worker.Job(read=lambda _: (loop.call_soon_threadsafe(blocking.set), time.sleep(0.3)))
+    hang = worker.Job(call=lambda _: (loop.call_soon_threadsafe(blocking.set), time.sleep(0.3)))
     hanging = asyncio.create_task(store._worker.do(hang))
     await blocking.wait()
     with pytest.raises(StoreUnavailable, match="hang"):
@@ -155,6 +155,7 @@ async def test_a_disk_that_hangs_is_told_of_and_what_was_given_up_is_not_written
 async def test_the_indexes_are_used(home, store):
     for statement, index in (
         (reads._IDS, "sqlite_autoindex_sessions_1"),
+        (reads._OPEN_IDS, "INDEX sessions_open"),
         (reads._IDS_OF_MODEL, "COVERING INDEX sessions_by_model"),
         (reads._MODELS, "COVERING INDEX sessions_by_model"),
         (reads._DUE, "sessions_by_due"),
@@ -243,14 +244,42 @@ async def test_a_file_of_version_1_keeps_its_sessions_and_the_time_they_had_left
         await home.close()
 
 
-async def test_one_unreadable_record_does_not_keep_a_file_of_version_1_closed(home, store):
+@pytest.mark.parametrize(
+    "damage", ["record = '{no json'", "expires = 1 << 62", "expires = 'soon'", "expires = 5"]
+)
+async def test_a_damaged_row_of_version_1_does_not_matter_to_the_others(home, store, damage):
     for name in "ab":
         await create(home, store, name)
     await home.close()
     _set_back_to_version_1(home.path)
-    write(home.path, "UPDATE sessions SET record = '{no json' WHERE session_id = 'a'")
+    write(home.path, f"UPDATE sessions SET {damage} WHERE session_id = 'a'")
+    home.clock.now += 86_400
     opened = await home.open()
-    assert await opened.acquire("b", owner="B", fingerprints={FINGERPRINT})
+    assert (await opened.find("b")).expires_at - opened.now() == pytest.approx(60)
+    assert isinstance(await opened.acquire("b", owner="B", fingerprints={FINGERPRINT}), tuple)
+
+
+DAMAGED_CLOCKS = ("'soon'", "x'00ff'", "1 << 62", "-5", "1.5")
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_CLOCKS)
+async def test_a_damaged_clock_begins_at_the_last_step(home, store, damaged):
+    await create(home, store, "a")
+    await home.close()
+    write(home.path, f"UPDATE clock SET micros = {damaged}")
+    home.clock.now += 86_400
+    opened = await home.open()
+    assert (await opened.find("a")).expires_at - opened.now() == pytest.approx(60)
+    await opened.beat()
+
+
+@pytest.mark.parametrize("damaged", DAMAGED_CLOCKS)
+async def test_a_clock_that_is_damaged_under_a_server_is_the_servers(home, store, damaged):
+    await create(home, store, "a")
+    write(home.path, f"UPDATE clock SET micros = {damaged}")
+    await home.pass_time(20)
+    assert (await store.find("a")).expires_at - store.now() == pytest.approx(40)
+    assert ask(home.path, "SELECT micros FROM clock") == home.clock() * 1e6
 
 
 def _set_back_to_version_1(path) -> None:
@@ -258,6 +287,7 @@ def _set_back_to_version_1(path) -> None:
         "DROP TABLE clock",
         "DROP INDEX sessions_by_model",
         "DROP INDEX sessions_by_due",
+        "DROP INDEX sessions_open",
         "ALTER TABLE sessions DROP COLUMN expired",
         "CREATE INDEX sessions_by_model ON sessions (model, session_id)",
         "CREATE INDEX sessions_by_due ON sessions (due)",
@@ -283,3 +313,59 @@ async def test_temporary_data_stays_in_memory(tmp_path):
     file.open()
     assert file.connection().execute("PRAGMA temp_store").fetchone() == (2,)
     file.close()
+
+
+async def test_a_listing_of_open_sessions_does_not_look_at_expired_ones(home, store):
+    """With 150,000 of them one page took 2 s, in which nobody else's step was saved."""
+    epochs = {f"s{i:04}": await create(home, store, f"s{i:04}") for i in range(600)}
+    gone = [saving(home, name, epochs[name]) for name in epochs if name != "s0599"]
+    await store.expire(gone, delete_at=9e9)
+    connection = store._worker.file.connection()
+    steps = 0
+
+    def count() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    connection.set_progress_handler(count, 100)  # instructions of SQLite's machine
+    entries, token = await store.page("", 100)
+    connection.set_progress_handler(None, 0)
+    assert [entry.session_id for entry in entries] == ["s0599"]
+    assert not token
+    assert steps < 10
+
+
+@pytest.fixture
+def link(tmp_path):
+    """A link to a file, of another name and in another folder, that is not there yet."""
+    folder = tmp_path / "volume"
+    folder.mkdir()
+    made = tmp_path / "sessions.db"
+    made.symlink_to(folder / "real.db")
+    return made
+
+
+async def test_the_wal_of_a_file_behind_a_link_is_seen_and_bounded(link):
+    """SQLite keeps it beside the file itself; beside the link there is none."""
+    home = FileHome(link)
+    store = await home.open()
+    await create(home, store, "a")
+    usage = store.disk_usage()
+    assert usage.wal == size_of(f"{link.resolve()}-wal") > 0
+    assert usage.reserve == size_of(f"{link.resolve()}-reserve") > usage.wal
+    await home.close()
+
+
+@pytest.fixture
+def foreign_reserve(tmp_path):
+    """Something that can't be written is where the reserve should be."""
+    made = tmp_path / "sessions.db-reserve"
+    made.mkdir()
+    return made
+
+
+async def test_a_reserve_that_cant_be_made_is_told_as_what_it_is(home, foreign_reserve):
+    """It was told as a full disk, and only when something was written."""
+    with pytest.raises(CannotOpenStore, match=rf"directory.*{foreign_reserve.name}"):
+        await home.open()

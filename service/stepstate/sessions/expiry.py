@@ -161,7 +161,7 @@ class Expiry:
                 gone += await self._delete(reason, group)
                 await asyncio.sleep(REST_SHARE * (time.perf_counter() - began))
             deleted += gone
-            if len(entries) < limit or not gone:  # none is left, or other servers were faster
+            if not gone:  # none is left, or other servers were faster
                 break
         return deleted
 

@@ -320,10 +320,11 @@ return redis.call('ZREM', endings, id)
 """ Forgets an ending whose time is over. """
 
 CLOCK = Script(
-    """
-local clock = redis.call('GET', KEYS[1])
+    _COMMON
+    + """
+local clock = redis.pcall('GET', KEYS[1])
 local now, since, begin = unpack(ARGV)
-if clock then
+if whole(clock) and tonumber(clock) < 2^53 then
     now = string.format('%.0f', math.max(clock, math.min(now, clock + since)))
 elseif begin == '' then
     return false
@@ -334,8 +335,8 @@ redis.call('SET', KEYS[1], now)
 return now
 """
 )
-""" Moves the clock on to `now`, by at most `since`; one that is missing begins at `begin`, or not
-at all if that is empty. """
+""" Moves the clock on to `now`, by at most `since`; one that is missing or damaged begins at
+`begin`, or not at all if that is empty. """
 
 COUNTS = Script(
     """

@@ -280,8 +280,10 @@ class RedisStore:
 
         That is the time of the last step, as far as it is known, and not later than now: then
         times stay as they are, and every session has the idle time left that it had then. It is
-        no matter how long it was ago, or what the wall clock has been set to meanwhile.
+        no matter how long it was ago, or what the wall clock has been set to meanwhile. A session
+        whose time can't be, as it is damaged or the clock was wrong, tells nothing.
         """
+        wall = self._wall()
         where = [keys.due(number) for number in range(keys.BUCKETS)]
         latest = [text_of(member) for member in await self._each(scripts.LATEST, where)]
         used_at = [
@@ -294,8 +296,7 @@ class RedisStore:
             groups = range(0, len(sessions), PERSISTED_AT_ONCE)
             some = (sessions[first : first + PERSISTED_AT_ONCE] for first in groups)
             await self._ask_all([Command(scripts.PERSIST, group, ()) for group in some])
-        wall = self._wall()
-        return micros(min(max(used_at, default=wall), wall))
+        return micros(max((at for at in used_at if 0 <= at <= wall), default=wall))
 
     async def _save(
         self, saves: Sequence[Save], command: Callable[[Sequence[Save]], Command]

@@ -102,25 +102,13 @@ class SessionFile:
         """Sees that a write of so many rows, with so many bytes of snapshots, has room.
 
         Raises:
-            sqlite3.Error: it has not, or could not be written back; nothing may be written.
+            sqlite3.Error, OSError: it has not, or there is no telling; nothing may be written.
         """
         self._reserve.ensure(self.connection(), rows, size)
 
     def disk_usage(self) -> DiskUsage | None:
         """See `SessionStore.disk_usage`."""
         return self._reserve.usage()
-
-    def probe(self) -> None:
-        """Writes a page as it is, and thereby all that a commit writes.
-
-        Raises:
-            sqlite3.Error, OSError: it can't be.
-        """
-        connection = self.connection()
-        connection.execute("BEGIN IMMEDIATE")
-        (version,) = connection.execute("PRAGMA user_version").fetchone()
-        connection.execute(f"PRAGMA user_version = {version}")
-        connection.execute("COMMIT")
 
     def close(self) -> None:
         """Closes the connection; the last one to a file writes its WAL back."""

@@ -1,4 +1,4 @@
-"""What is asked of the file without changing it.
+"""What is asked of the file, and what has to be changed so that the next answer is another.
 
 Each answer is one row of JSON: a row more is a wait for the interpreter's lock more. Texts are
 in it in hexadecimal, and numbers only if they are whole: so whatever is in a damaged row, the
@@ -67,9 +67,11 @@ _POSTPONE = "UPDATE sessions SET due = ?2 WHERE rowid IN (SELECT value FROM json
 _IDS = """
 SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
     SELECT session_id, rowid FROM sessions
-    WHERE session_id > CAST(?1 AS TEXT) AND typeof(session_id) = 'text' AND (expired = 0 OR ?3)
+    WHERE session_id > CAST(?1 AS TEXT) AND typeof(session_id) = 'text'
     ORDER BY session_id LIMIT ?2)
 """
+# Without its own index it would go past all expired sessions, or read and sort all open ones.
+_OPEN_IDS = _IDS.replace("WHERE", "INDEXED BY sessions_open WHERE expired = 0 AND")
 _IDS_OF_MODEL = """
 SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
     SELECT session_id, rowid FROM sessions
@@ -123,6 +125,21 @@ class Known:
         return self.endings[session_id][0] if session_id in self.endings else 0
 
 
+@dataclass(frozen=True, slots=True)
+class Due:
+    """Sessions whose time has come, and rowids of those that are to be looked at later."""
+
+    entries: list[Entry]
+    used: list[int]
+    """They were used meanwhile."""
+    unreadable: list[int]
+
+    @property
+    def postponed(self) -> list[int]:
+        """All that are to be looked at later."""
+        return self.used + self.unreadable
+
+
 def look(connection: sqlite3.Connection, session_ids: Iterable[str], now: float) -> Known:
     """What is known of some ids."""
     ids = json.dumps(list(session_ids))
@@ -143,30 +160,36 @@ def find(
     return look(connection, [session_id], now).of(session_id)
 
 
-def overdue(connection: sqlite3.Connection, before: float, limit: int) -> list[Entry]:
-    """See `SessionStore.overdue`. Sessions that were used meanwhile are looked at later."""
-    rows = _due(connection, 0, before, max(limit, DUE_AT_ONCE))
-    stale = [rowid for rowid, entry in rows if entry.expires_at >= before]
-    if stale:
-        connection.execute(_LOOK_LATER, (json.dumps(stale),))
-    return [entry for _, entry in rows if entry.expires_at < before][:limit]
+def overdue(connection: sqlite3.Connection, before: float, limit: int) -> Due:
+    """See `SessionStore.overdue`."""
+    rows, unreadable = _due(connection, 0, before, max(limit, DUE_AT_ONCE))
+    used = [rowid for rowid, entry in rows if entry.expires_at >= before]
+    entries = [entry for _, entry in rows if entry.expires_at < before]
+    return Due(entries[:limit], used, unreadable)
 
 
-def expired(connection: sqlite3.Connection, before: float, limit: int) -> list[Entry]:
+def expired(connection: sqlite3.Connection, before: float, limit: int) -> Due:
     """See `SessionStore.expired`: the oldest."""
-    return [entry for _, entry in _due(connection, 1, min(before, LAST), limit)]
+    rows, unreadable = _due(connection, 1, min(before, LAST), limit)
+    return Due([entry for _, entry in rows], [], unreadable)
+
+
+def postpone(connection: sqlite3.Connection, due: Due, before: float) -> None:
+    """Lets rows be looked at later: they would come first for ever, and hide those behind them."""
+    if due.used:
+        connection.execute(_LOOK_LATER, (json.dumps(due.used),))
+    if due.unreadable:
+        later = microseconds(min(before + UNREADABLE_SECONDS, LAST))
+        connection.execute(_POSTPONE, (json.dumps(due.unreadable), later))
 
 
 def _due(
     connection: sqlite3.Connection, marked: int, before: float, limit: int
-) -> list[tuple[int, Entry]]:
-    """Sessions whose time has come, by rowid; unreadable ones are left alone for a while."""
+) -> tuple[list[tuple[int, Entry]], list[int]]:
+    """Sessions whose time has come, with their rowids; and rowids of those that can't be read."""
     rows = _rows(_one(connection, _DUE, (marked, microseconds(before), limit)))
     unreadable = [row.rowid for row in rows if isinstance(row.entry, Unreadable)]
-    if unreadable:  # or they would come first for ever, and hide those behind them
-        later = microseconds(min(before + UNREADABLE_SECONDS, LAST))
-        connection.execute(_POSTPONE, (json.dumps(unreadable), later))
-    return [(row.rowid, row.entry) for row in rows if isinstance(row.entry, Entry)]
+    return [(row.rowid, row.entry) for row in rows if isinstance(row.entry, Entry)], unreadable
 
 
 def page(
@@ -187,7 +210,7 @@ def page(
         ]
         ids = heapq.nsmallest(size + 1, chain.from_iterable(of_models))
     else:
-        ids = json.loads(_one(connection, _IDS, (*limits, int(expired))))
+        ids = json.loads(_one(connection, _IDS if expired else _OPEN_IDS, limits))
     rows = _rows(_one(connection, _ROWS, (json.dumps([rowid for _, rowid in ids[:size]]),)))
     entries = [row.entry for row in sorted(rows, key=lambda row: row.session_id)]
     return entries, _token_of(ids[size - 1][0]) if len(ids) > size else ""

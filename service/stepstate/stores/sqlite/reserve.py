@@ -12,6 +12,7 @@ Rule 3: once the disk was full, nothing is written before the WAL is written bac
 
 from __future__ import annotations
 
+import errno
 import os
 import sqlite3
 from contextlib import suppress
@@ -26,6 +27,9 @@ RESERVE_BYTES = 16 * 2**20
 MAX_WAL_BYTES = 2**30
 """Beyond it writes are refused: a reader that keeps so much from being written back is forgotten
 rather than slow."""
+
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class NoRoom(sqlite3.OperationalError):
@@ -53,6 +57,7 @@ class Reserve:
     def __init__(self, database: Path) -> None:
         self.full = False
         """Whether a write failed for want of room, and none has been looked for since."""
+        database = Path(os.path.realpath(database))  # where SQLite has its WAL, if it is a link
         self._database = database
         self._path = Path(f"{database}-reserve")
         self._wal = f"{database}-wal"
@@ -60,7 +65,11 @@ class Reserve:
         self._held = 0
 
     def open(self) -> None:
-        """Takes the reserve, as far as there is room."""
+        """Takes the reserve, as far as there is room.
+
+        Raises:
+            OSError: it can't be made, for another reason.
+        """
         volume = os.statvfs(self._database.parent)
         self._least = min(RESERVE_BYTES, volume.f_blocks * volume.f_frsize // 16)
         self.full |= not self._take(self._wal_bytes())
@@ -91,6 +100,7 @@ class Reserve:
         Raises:
             NoRoom: it has not.
             sqlite3.Error: the WAL can't be written back now.
+            OSError: the reserve can't be made.
         """
         if not self.full:
             if self._wal_bytes() + size + rows * BYTES_OF_A_ROW <= self._held:
@@ -138,7 +148,11 @@ class Reserve:
         return max(self._least, wal + self._least // 4)
 
     def _take(self, wal: int) -> bool:
-        """Makes the reserve large enough for a WAL; whether that was possible."""
+        """Makes the reserve large enough for a WAL; whether there was room.
+
+        Raises:
+            OSError: it can't be made, for another reason.
+        """
         wanted = self._size_for(wal)
         try:
             with self._path.open("ab") as file:
@@ -149,7 +163,9 @@ class Reserve:
                 except OSError:
                     file.truncate(before)  # some file systems keep what they could take
                     raise
-        except OSError:
+        except OSError as error:
+            if error.errno not in _NO_ROOM:
+                raise
             return False
         self._held = max(before, wanted)
         return True

@@ -11,18 +11,20 @@ import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from stepstate.stores.decoding import MAX_MICROSECONDS
+
 APPLICATION_ID = 0x53544550
 """ "STEP": tells our files from those of others (PRAGMA application_id)."""
 VERSION = 2
 """Of the tables below (PRAGMA user_version). Version 1 knew no expired sessions and no clock."""
 
 # `due` is no later than `expires`, and is what the index is on: a save moves `expires` without
-# touching an index, which halves what it writes; `reads.overdue` moves `due` after it. Only when
+# touching an index, which halves what it writes; `reads.postpone` moves `due` after it. Only when
 # `expires` moves back does `due` have to follow at once.
 # An expired session has `expired` = 1, and is deleted when `due` is over.
 # The snapshot is the last column, so that the others are read without its pages (in files that
 # had version 1 `expired` comes after it).
-# `sessions_by_model` serves counts and pages without reading rows.
+# `sessions_by_model` and `sessions_open` serve counts and pages without reading rows.
 TABLES = """
 CREATE TABLE sessions (
     session_id TEXT PRIMARY KEY NOT NULL,
@@ -38,6 +40,7 @@ CREATE TABLE sessions (
 );
 CREATE INDEX sessions_by_model ON sessions (model, expired, session_id);
 CREATE INDEX sessions_by_due ON sessions (expired, due);
+CREATE INDEX sessions_open ON sessions (session_id) WHERE expired = 0;
 CREATE TRIGGER due_follows AFTER UPDATE OF expires ON sessions WHEN NEW.expires < NEW.due BEGIN
     UPDATE sessions SET due = NEW.expires WHERE rowid = NEW.rowid;
 END;
@@ -53,26 +56,32 @@ CREATE INDEX endings_by_forget ON endings (forget);
 CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), micros INTEGER NOT NULL)
 """
 
-# The clock begins at the time of the last step that the file tells of, and not later than now:
-# then times stay as they are, and every session has the idle time left that it had then. It is
-# no matter how long the file lay, or what the wall clock has been set to meanwhile.
 _FROM_VERSION_1 = (
     "ALTER TABLE sessions ADD COLUMN expired INTEGER NOT NULL DEFAULT 0",
     "DROP INDEX sessions_by_model",
     "DROP INDEX sessions_by_due",
     "CREATE INDEX sessions_by_model ON sessions (model, expired, session_id)",
     "CREATE INDEX sessions_by_due ON sessions (expired, due)",
+    "CREATE INDEX sessions_open ON sessions (session_id) WHERE expired = 0",
     "CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), micros INTEGER NOT NULL)",
-    """INSERT INTO clock SELECT 0, CAST(at AS INTEGER) FROM (SELECT max(expires - 1e6
-    * iif(json_valid(record), json_extract(record, '$.idle_timeout_seconds'), NULL)) AS at
-    FROM sessions) WHERE at < ?1""",
     f"PRAGMA user_version = {VERSION}",
 )
-_BEGIN_CLOCK = "INSERT OR IGNORE INTO clock VALUES (0, ?1)"
-_CLOCK = "SELECT micros FROM clock"
+_SOUND = f"typeof(clock.micros) = 'integer' AND clock.micros BETWEEN 0 AND {MAX_MICROSECONDS}"
+_CLOCK = "SELECT micros FROM clock WHERE id = 0 AND :sound".replace(":sound", _SOUND)
 _BEAT = """
-INSERT INTO clock VALUES (0, ?1)
-ON CONFLICT (id) DO UPDATE SET micros = max(micros, min(excluded.micros, micros + ?2))
+INSERT INTO clock VALUES (0, ?1) ON CONFLICT (id) DO UPDATE
+SET micros = iif(:sound, max(micros, min(excluded.micros, micros + ?2)), excluded.micros)
+""".replace(":sound", _SOUND)
+# A clock that the file has not, or not any more, begins at the time of the last step that the file
+# tells of, and not later than now: then times stay as they are, and every session has the idle
+# time left that it had then. It is no matter how long the file lay, or what the wall clock has
+# been set to meanwhile. A session whose time can't be (it is damaged, or the clock was wrong) tells
+# nothing.
+_BEGIN_CLOCK = """
+INSERT OR REPLACE INTO clock SELECT 0, ifnull(CAST(max(at) AS INTEGER), ?1) FROM (
+    SELECT expires - 1e6
+    * iif(json_valid(record), json_extract(record, '$.idle_timeout_seconds'), NULL) AS at
+    FROM sessions WHERE typeof(expires) = 'integer') WHERE at BETWEEN 0 AND ?1
 """
 
 
@@ -101,8 +110,9 @@ def prepare(connection: sqlite3.Connection, now: float) -> float:
         if version == 0:
             _make(connection)
         elif version == 1:
-            _bring_up(connection, now)
-        connection.execute(_BEGIN_CLOCK, (microseconds(now),))
+            _bring_up(connection)
+        if connection.execute(_CLOCK).fetchone() is None:
+            connection.execute(_BEGIN_CLOCK, (microseconds(now),))
         return _clock(connection)
 
 
@@ -110,6 +120,17 @@ def beat(connection: sqlite3.Connection, now: float, since: float) -> float:
     """Moves the file's clock on to `now`, by at most `since`; returns what it shows then."""
     connection.execute(_BEAT, (microseconds(now), microseconds(since)))
     return _clock(connection)
+
+
+def probe(connection: sqlite3.Connection) -> None:
+    """Writes a page as it is, and thereby all that a commit writes.
+
+    Raises:
+        sqlite3.Error: it can't be.
+    """
+    with _transaction(connection, "BEGIN IMMEDIATE"):
+        (version,) = connection.execute("PRAGMA user_version").fetchone()
+        connection.execute(f"PRAGMA user_version = {version}")
 
 
 @contextmanager
@@ -134,9 +155,9 @@ def _clock(connection: sqlite3.Connection) -> float:
     return float(micros) / 1e6
 
 
-def _bring_up(connection: sqlite3.Connection, now: float) -> None:
+def _bring_up(connection: sqlite3.Connection) -> None:
     for statement in _FROM_VERSION_1:
-        connection.execute(statement, (microseconds(now),) if "?1" in statement else ())
+        connection.execute(statement)
 
 
 def _make(connection: sqlite3.Connection) -> None:

@@ -83,7 +83,8 @@ class SqliteStore:
     async def beat(self) -> None:
         """See `SessionStore.beat`."""
         now, since, at = self._clock.read()
-        self._clock.set(await self._read(lambda file: schema.beat(file, now, since)), at)
+        shown = await self._call(lambda file: schema.beat(file, now, since), rows=1)
+        self._clock.set(shown, at)
 
     async def create(
         self,
@@ -110,7 +111,7 @@ class SqliteStore:
 
     async def find(self, session_id: str) -> Entry | Unreadable | Ending | None:
         """See `SessionStore.find`."""
-        return await self._read(lambda file: reads.find(file, session_id, self._clock()))
+        return await self._call(lambda file: reads.find(file, session_id, self._clock()))
 
     async def save(self, saves: Sequence[Save]) -> list[Saved]:
         """See `SessionStore.save`."""
@@ -146,29 +147,29 @@ class SqliteStore:
 
     async def overdue(self, before: float, limit: int) -> list[Entry]:
         """See `SessionStore.overdue`."""
-        return await self._read(lambda file: reads.overdue(file, before, limit))
+        return await self._due(lambda file: reads.overdue(file, before, limit), before)
 
     async def expired(self, before: float, limit: int) -> list[Entry]:
         """See `SessionStore.expired`."""
-        return await self._read(lambda file: reads.expired(file, before, limit))
+        return await self._due(lambda file: reads.expired(file, before, limit), before)
 
     async def page(
         self, token: str, size: int, model: str = "", *, expired: bool = False
     ) -> tuple[list[Entry | Unreadable], str]:
         """See `SessionStore.page`; the token is the last id, and nearly any text is one."""
-        return await self._read(lambda file: reads.page(file, token, size, model, expired=expired))
+        return await self._call(lambda file: reads.page(file, token, size, model, expired=expired))
 
     async def count(self) -> Mapping[str, int]:
         """See `SessionStore.count`."""
-        return await self._read(reads.count)
+        return await self._call(reads.count)
 
     async def count_expired(self) -> int:
         """See `SessionStore.count_expired`."""
-        return await self._read(reads.count_expired)
+        return await self._call(reads.count_expired)
 
     async def probe(self) -> None:
         """See `SessionStore.probe`."""
-        await self._worker.do(Job(probe=True))
+        await self._call(schema.probe, rows=1)
 
     def disk_usage(self) -> DiskUsage | None:
         """See `SessionStore.disk_usage`."""
@@ -178,7 +179,17 @@ class SqliteStore:
         """See `SessionStore.close`."""
         await self._worker.close()
 
-    async def _read(self, ask: Callable[[sqlite3.Connection], T]) -> T:
+    async def _due(
+        self, look: Callable[[sqlite3.Connection], reads.Due], before: float
+    ) -> list[Entry]:
+        due = await self._call(look)
+        if due.postponed:
+            rows = len(due.postponed)
+            await self._call(lambda file: reads.postpone(file, due, before), rows=rows)
+        return due.entries
+
+    async def _call(self, ask: Callable[[sqlite3.Connection], T], *, rows: int = 0) -> T:
+        """What a call of the connection returns; `rows`: how many it writes."""
         answers: list[T] = []
-        await self._worker.do(Job(read=lambda file: answers.append(ask(file))))
+        await self._worker.do(Job(call=lambda file: answers.append(ask(file)), rows=rows))
         return answers[0]

@@ -22,7 +22,7 @@ from threading import Thread
 from stepstate.errors import StoreUnavailable
 from stepstate.stores.sqlite.file import SessionFile
 from stepstate.stores.sqlite.reserve import NoRoom
-from stepstate.stores.sqlite.writes import Create, Part, SaveOne, write
+from stepstate.stores.sqlite.writes import Create, Expire, Part, SaveOne, write
 
 log = logging.getLogger(__name__)
 
@@ -37,11 +37,12 @@ a loop whose turns take 2 ms keeps a thread waiting for seconds (measured: 3 s, 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """What one call asks for: parts to write, a probe, or something to read."""
+    """What is asked for: parts to write together with those of others, or a call on its own."""
 
     parts: Sequence[Part] = ()
-    probe: bool = False
-    read: Callable[[sqlite3.Connection], None] | None = None
+    call: Callable[[sqlite3.Connection], None] | None = None
+    rows: int = 0
+    """How many rows the call writes; 0: it only reads."""
     error: Exception | None = None
     done: asyncio.Future[None] = field(
         default_factory=lambda: asyncio.get_running_loop().create_future()
@@ -107,8 +108,8 @@ class Worker:
             going = None not in jobs
             wanted = [job for job in jobs if job is not None and not job.done.done()]
             # A failing write must not fail a read, and a long read should not delay writes.
-            self._write([job for job in wanted if job.read is None])
-            self._read([job for job in wanted if job.read is not None])
+            self._write([job for job in wanted if job.call is None])
+            self._call([job for job in wanted if job.call is not None])
         self._close()
 
     def _take(self) -> list[Job | None]:
@@ -137,20 +138,20 @@ class Worker:
             parts = [part for job in jobs for part in job.parts]
             connection = self.file.connection()
             self.file.make_room(len(parts), sum(map(_size_of, parts)))
-            if parts:
-                write(connection, parts, now=self.file.clock(), wall=self._wall())
-            if any(job.probe for job in jobs):
-                self.file.probe()
+            write(connection, parts, now=self.file.clock(), wall=self._wall())
         except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
             self.file.failed(error)
             return error
         return None
 
-    def _read(self, jobs: list[Job]) -> None:
+    def _call(self, jobs: list[Job]) -> None:
         for job in jobs:
-            assert job.read is not None
+            assert job.call is not None
             try:
-                job.read(self.file.connection())
+                connection = self.file.connection()
+                if job.rows:
+                    self.file.make_room(job.rows, 0)
+                job.call(connection)
             except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
                 self.file.failed(error)
                 self._fail([job], error)
@@ -185,7 +186,7 @@ def _finish(jobs: list[Job]) -> None:
 
 def _size_of(part: Part) -> int:
     """The bytes of a part's snapshot."""
-    if isinstance(part, SaveOne):
+    if isinstance(part, SaveOne | Expire):
         return len(part.save.snapshot or b"")
     return len(part.snapshot) if isinstance(part, Create) else 0
 

@@ -77,7 +77,9 @@ class ServerConfig:
     # With states of 2 KiB and replay windows of at most 64 KiB they stay below 1 GB.
     slots: int = _setting(10_000, "Sessions in memory at the most; others wait in the store.")
     # Some 4 GB on disk.
-    max_sessions: int = _setting(1_000_000, "Open sessions at the most, in memory or not.")
+    max_sessions: int = _setting(
+        1_000_000, "Open and expired sessions at the most, in memory or not."
+    )
     # A day: a meter that reports hourly survives a night's outage.
     idle_timeout: float = _setting(
         86_400.0,

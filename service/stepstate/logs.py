@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 
 import structlog
@@ -14,6 +15,7 @@ def configure_logs(level: str, style: str) -> None:
     Args:
         level: a name such as "INFO".
         style: "json", "text", or "auto" for text on a terminal and JSON elsewhere.
+            Text has colours on a terminal, unless NO_COLOR is set.
     """
     text = sys.stderr.isatty() if style == "auto" else style == "text"
     shared: list[structlog.typing.Processor] = [
@@ -23,7 +25,8 @@ def configure_logs(level: str, style: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]
     if text:
-        last: list[structlog.typing.Processor] = [structlog.dev.ConsoleRenderer()]
+        colors = sys.stderr.isatty() and "NO_COLOR" not in os.environ
+        last: list[structlog.typing.Processor] = [structlog.dev.ConsoleRenderer(colors=colors)]
     else:
         last = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     handler = logging.StreamHandler(sys.stderr)

@@ -105,6 +105,15 @@ def test_a_session_is_gone_on_with_where_it_is(ask: Ask):
     assert table(again.stdout)[1][0][:2] == ["4", f"{START + 3 * STEP:%FT%T}Z"]
 
 
+def test_what_a_user_of_the_command_can_do_is_told_by_its_options(ask: Ask):
+    gap = ask("step", given=lines(0, 3)).stderr
+    assert "2 rows of boiler/1 before it are missing" in gap
+    assert "--missing impute or hold" in gap
+    assert "missing=" not in gap
+    plain = ask("step", given="1,2\n").stderr
+    assert "give the time of the first row by --start-time, or by a column named time" in plain
+
+
 @pytest.fixture
 def history(tmp_path: Path) -> Path:
     file = tmp_path / "past.csv"

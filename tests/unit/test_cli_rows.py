@@ -97,6 +97,7 @@ def test_a_column_of_times_may_have_any_name():
         ("1;2;3\n1.000,5;2;3\n", "line 2 of the input is '1.000,5;2;3'"),
         ("time,a,b,c\nsoon,1,2,3\n", "'soon' is no time such as 2026-03-29T02:30"),
         ("time,a,b,c\n,1,2,3\n", "line 2 of the input is ',1,2,3'"),
+        ("1,2,3\n1,2,x\n", "('x' is not a number)"),
         ("time,date,a,b,c\n", "which of time or date holds the time? Say it by --time-column"),
     ],
 )
@@ -104,6 +105,14 @@ def test_what_is_wrong_is_told_with_its_line_and_the_columns(text: str, told: st
     with pytest.raises(BadRow) as refused:
         read(text)
     assert told in str(refused.value)
+
+
+@pytest.mark.parametrize("before", ["", "1,2,3\n"])
+def test_another_encoding_is_told_with_its_line(before: str):
+    lines = [line.encode() for line in before.splitlines(keepends=True)]
+    rows = Rows([*lines, "1,2,°\n".encode("latin-1")], THREE, "the input", empty=False)
+    with pytest.raises(BadRow, match=f"line {len(lines) + 1} of the input is not UTF-8: .*0xb0"):
+        list(rows)
 
 
 def test_a_column_of_times_that_is_not_there_is_told():

@@ -211,6 +211,13 @@ def written(root: Path, network, tensors, **changes) -> Path:
     return folder
 
 
+def test_a_module_instead_of_its_tensors_is_told(network, tmp_path):
+    with pytest.raises(ModelInvalid, match=r"is a LSTM, expected tensors .*state_dict"):
+        write_model(tmp_path / "lstm/1", network.manifest, torch.nn.LSTM(1, 1))
+    with pytest.raises(ModelInvalid, match="is a str, expected a dict"):
+        write_model(tmp_path / "m/1", "manifest.json", {})
+
+
 def test_the_folder_may_be_text(network, tmp_path):
     write_model(str(tmp_path / "lstm" / "1"), network.manifest, network.tensors())
     assert load_model(str(tmp_path / "lstm" / "1")).key == "lstm/1"

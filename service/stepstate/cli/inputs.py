@@ -54,7 +54,8 @@ class Input:
         except InvalidField as error:
             if error.field != "x":
                 raise
-            raise BadRow(f"{rows.place}: {error.problem.replace('row 0', 'it')}") from error
+            problem = _by_options(error.problem.replace("row 0", "it"))
+            raise BadRow(f"{rows.place}: {problem}") from error
 
 
 class History:
@@ -95,10 +96,15 @@ class History:
             raise BadRow(told) from error
         except InvalidField as error:
             told = re.sub(r"\brow (\d+)", lambda row: self._at(int(row[1])), error.problem)
-            raise BadRow(f"{self._file}: {told}") from error
+            raise BadRow(f"{self._file}: {_by_options(told)}") from error
 
     def _at(self, row: int) -> str:
         return f"line {self._lines[row]}"
+
+
+def _by_options(problem: str) -> str:
+    """A problem whose solution is an argument of the client, with the option that it is here."""
+    return problem.replace("missing='impute' or 'hold'", "--missing impute or hold")
 
 
 def _non_finite(error: NonFiniteInput) -> str:

@@ -107,7 +107,7 @@ class Rows:
             while not (head and head[-1].strip()) and (text := next(texts, None)) is not None:
                 head.append(text)
         except UnicodeDecodeError as error:
-            raise BadRow(f"line {len(head) + 1} of {self._where}: {error}") from error
+            raise BadRow(f"line {len(head) + 1} of {self._where} is not UTF-8: {error}") from error
         self._delimiter = self._delimiter or _delimiter_of(head[-1] if head else "")
         reader = csv.reader(chain(head, texts), delimiter=self._delimiter)
         while True:
@@ -116,7 +116,8 @@ class Rows:
             except (csv.Error, UnicodeDecodeError) as error:
                 # The reader has not counted a line that is no text.
                 number = reader.line_num + isinstance(error, UnicodeDecodeError)
-                raise BadRow(f"line {number} of {self._where}: {error}") from error
+                problem = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is no CSV"
+                raise BadRow(f"line {number} of {self._where} {problem}: {error}") from error
             if line is None:
                 return
             self.line = reader.line_num
@@ -184,7 +185,10 @@ class Rows:
 
     def _number(self, text: str) -> float:
         decimal_comma = self._delimiter != "," and text.count(",") == 1 and "." not in text
-        return float(text.replace(",", ".") if decimal_comma else text)
+        try:
+            return float(text.replace(",", ".") if decimal_comma else text)
+        except ValueError as error:
+            raise ValueError(f"{text!r} is not a number") from error
 
     def _is_value(self, cell: str) -> bool:
         """Whether it may be in a row, and is no name."""

@@ -23,6 +23,7 @@ from stepstate.client import (
     SessionInfo,
 )
 from stepstate.errors import (
+    InvalidField,
     NotFound,
     SessionClosed,
     SessionUnknown,
@@ -121,7 +122,16 @@ def step_command(
                     past.prime(session)
                 _run(session, given, output)
     except (StepstateError, BadRow) as error:
-        raise click.ClickException(str(error)) from error
+        hint = " by --start-time, or by a column named time" if _lacks_start(error) else ""
+        raise click.ClickException(f"{error}{hint}") from error
+
+
+def _lacks_start(error: Exception) -> bool:
+    return (
+        isinstance(error, InvalidField)
+        and error.field == "start_time"
+        and error.problem.startswith("is missing")
+    )
 
 
 def _old_session(client: Client, session_id: str) -> Session | None:

@@ -56,6 +56,9 @@ def plain_document(folder: Path, manifest: Mapping[str, object]) -> dict[str, ob
     Raises:
         ModelInvalid: it names the key whose value JSON can't hold.
     """
+    if not isinstance(manifest, Mapping):
+        problem = f"is a {type(manifest).__name__}, expected a dict with the keys of manifest.json"
+        raise ModelInvalid(str(folder / MANIFEST), problem)
     document = {
         str(key): _plain(folder, value, (str(key),))
         for key, value in manifest.items()
@@ -96,6 +99,9 @@ def named_tensors(
     Raises:
         ModelInvalid: it names the tensor.
     """
+    if not isinstance(tensors, Mapping):
+        problem = f"is a {type(tensors).__name__}, expected tensors by name: give its state_dict()"
+        raise ModelInvalid(str(folder / WEIGHTS), problem)
     shapes = tensor_shapes(manifest)
     named: dict[str, NDArray[np.float32]] = {}
     for given, value in tensors.items():

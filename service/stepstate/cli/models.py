@@ -55,7 +55,7 @@ def _print(model: ModelInfo) -> None:
         ahead = f"{first} to {last}" if first != last else f"{first}"
         levels = ", ".join(f"{level:g}" for level in output.quantiles)
         click.echo(
-            f"  output     {output.name} [{output.unit or 'no unit'}], {ahead} step{'s' * (last > 1)} ahead"
+            f"  output     {output.name} [{output.unit or 'no unit'}], {ahead} steps ahead"
             + (f", quantiles {levels}" if levels else "")
         )
     if model.step_interval is not None:

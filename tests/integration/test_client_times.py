@@ -289,6 +289,9 @@ async def test_scenarios_begin_with_the_sessions_next_row(client: AnyClient):
     for places, told in (((7, 8), "at t=8"), ((9, 8), "sort"), ((8, 8), "once")):
         with pytest.raises(errors.InvalidField, match=rf"scenarios\['bad'\]: .*{told}"):
             await session.forecast(4, scenarios={"bad": frame(*places)})
+    for horizon in (4, None):  # the model's longest is less
+        with pytest.raises(errors.InvalidField, match="begins 13 steps ahead, after the forecast"):
+            await session.forecast(horizon, scenarios={"far": frame(20, 21)})
     assert session.t == 8
 
 

@@ -557,7 +557,7 @@ class AsyncClient:
             scenarios: rows that might come, [P, D] by name, the same for all
                 sessions. NaN is the model's own forecast of a value, and after the
                 last row its own forecasts go on. A DataFrame may lack columns, and
-                must have some that tell the model. Rows with times begin with each
+                must have some that tell the model. Rows with times go on from each
                 session's next row, and take sessions that are given as objects.
             timeout: seconds for all tries; left out: the client's own.
 

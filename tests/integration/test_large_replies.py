@@ -19,6 +19,7 @@ from stepstate.client import AsyncClient, Client
 from stepstate.config import ServerConfig
 from stepstate.models import write_model
 from stepstate.server import SERVICE, Server, running_server
+from stepstate.transport.snapshots import MAX_SNAPSHOT_BYTES
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.wire import draw, opened, refused, request
@@ -239,3 +240,47 @@ async def test_every_rpc_at_its_largest_is_read_or_refused_in_words(
         *("RestoreSession", "ResetAccuracy"),  # one session
         *("Step", "StreamSteps", "StreamPacked", "Forecast"),  # here
     }
+
+
+async def test_a_snapshot_that_is_announced_and_does_not_come_holds_up_no_steps(
+    plain: StepstateServiceStub, large: Server
+):
+    await opened(plain, "a", model="wide")
+    async with grpc.aio.insecure_channel(large.address) as channel:
+        calls = [StepstateServiceStub(channel).StreamImport() for _ in range(2)]
+        for call in calls:
+            await call.write(pb.StreamImportRequest(size=MAX_SNAPSHOT_BYTES))
+        assert (await plain.Step(request("a", 0, draw(1)))).t == 1
+        snapshot = (await plain.ExportSession(pb.ExportSessionRequest(session_id="a"))).snapshot
+        moved = await plain.StreamImport(parts_of(snapshot, session_id="b"))
+        assert moved.session.t == 1
+        for call in calls:
+            call.cancel()
+
+
+def cancelled_exports(server: Server) -> float:
+    labels = {
+        "grpc_type": "server_stream",
+        "grpc_service": SERVICE.full_name,
+        "grpc_method": "StreamExport",
+        "grpc_code": "Canceled",
+    }
+    return server._registry.get_sample_value("grpc_server_handled_total", labels) or 0.0
+
+
+async def test_a_client_that_goes_while_a_snapshot_is_sent_is_no_error_of_the_server(
+    far: Server, caplog
+):
+    async with grpc.aio.insecure_channel(far.address) as channel:
+        plain = StepstateServiceStub(channel)
+        await opened(plain, "a", model="far")
+        await plain.Step(request("a", 0, draw(5, 50)))
+        for number in range(1, 6):
+            call = plain.StreamExport(pb.StreamExportRequest(session_id="a"))
+            await call.read()
+            await asyncio.sleep(0.05)  # the server waits for the client to read on
+            call.cancel()
+            while cancelled_exports(far) < number:
+                await asyncio.sleep(0.01)
+        assert (await plain.Step(request("a", 5, draw(1, 50)))).t == 6
+    assert "Traceback" not in caplog.text

@@ -50,6 +50,7 @@ KINDS = (
     *STEPS,
     TWO_ROWS,
     *("OpenSession", "CloseSession", "ExportSession", "ForkSession", "Forecast", "GetSession"),
+    *("RestoreSession", "ResetAccuracy"),
     *("ModelInfer start", "ModelStreamInfer start", "ModelInfer end", "ModelStreamInfer end"),
 )
 STATES = ("unknown", "resident", "spilled", "elsewhere", "expired")
@@ -95,6 +96,12 @@ class Delayed(Lasting):
         verdicts = await super().expire(saves, delete_at=delete_at)
         await self._pause()
         return verdicts
+
+    async def restore(self, session_id, epoch, *, expires_at):
+        await self._pause()
+        restored = await super().restore(session_id, epoch, expires_at=expires_at)
+        await self._pause()
+        return restored
 
     async def end(self, session_id, epoch, ending):
         await self._pause()
@@ -275,18 +282,28 @@ def _told(result: Any) -> object:
 class OneByOne:
     """What requests come to that are carried out one after the other."""
 
-    def __init__(self, rows: np.ndarray, opened: dict[str, list[int]]) -> None:
+    def __init__(
+        self, rows: np.ndarray, opened: dict[str, list[int]], expired: dict[str, list[int]]
+    ) -> None:
         self._x = rows
         self.open = {name: list(places) for name, places in opened.items()}
+        self.expired = {name: list(places) for name, places in expired.items()}
 
     def outcome(self, place: int, kind: str, name: str) -> object:
         """Carries a request out."""
         rows = self.open.get(name)
         if kind == "OpenSession":
             self.open.setdefault(name, [])
+            self.expired.pop(name, None)
             return 0 if rows is None else "SESSION_EXISTS"
+        if kind == "RestoreSession":
+            if rows is None and name in self.expired:
+                self.open[name] = self.expired.pop(name)
+                return len(self.open[name])
+            return "GONE" if rows is None else "SESSION_EXISTS"
         if kind.endswith("start"):
             rows = self.open[name] = []
+            self.expired.pop(name, None)
         if rows is None:
             return "GONE"
         if kind.startswith(STEPS):
@@ -317,7 +334,7 @@ async def carry_out(
     clock = Clock()
     store = Delayed(clock, delays)
     rig = Rig(MODEL, store=store, clock=clock, max_sessions=3)
-    opened = await _prepare(
+    opened, expired = await _prepare(
         rig, store, states, durability=durability, rows=rows, first=len(arrivals) + 1
     )
     doors = Doors(rig, rows)
@@ -341,12 +358,14 @@ async def carry_out(
     problems = []
     for applied in product((True, False), repeat=len(given_up)):
         skipped = {place for place, yes in zip(given_up, applied, strict=True) if not yes}
-        problem = _problem(arrivals, found, OneByOne(rows, opened), skipped)
+        problem = _problem(arrivals, found, OneByOne(rows, opened, expired), skipped)
         if problem is None:
             break
         problems.append(problem)
     else:
         raise AssertionError(problems)
+    async with asyncio.timeout(HANG):  # a load may go on that nobody waits for any more
+        await rig.sessions._arrivals.wait_served()
     assert not rig.sessions._lines
     assert not rig.sessions.queued_rows
     assert not rig.table.deferred_array.any()
@@ -389,9 +408,10 @@ async def _prepare(
     durability: Durability,
     rows: np.ndarray,
     first: int,
-) -> dict[str, list[int]]:
-    """Brings each session into its state; returns the rows of those that are open."""
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:
+    """Brings each session into its state; returns the rows of those that are open, and expired."""
     opened: dict[str, list[int]] = {}
+    expired: dict[str, list[int]] = {}
     other = Rig(MODEL, store=store, clock=rig.clock, owner="other")
     for number, (name, state) in enumerate(zip(NAMES, states, strict=True)):
         if state == "unknown":
@@ -404,10 +424,10 @@ async def _prepare(
             await where.step(session, rows[place])
         if state == "spilled":
             await where.sessions.saver.save([session], release=True)
-        if state != "expired":
-            opened[name] = list(range(first + 3 * number, first + 3 * number + number))
+        told_of = expired if state == "expired" else opened
+        told_of[name] = list(range(first + 3 * number, first + 3 * number + number))
     rig.clock.advance(SHORT_IDLE_SECONDS)
-    return opened
+    return opened, expired
 
 
 ARRIVALS = st.builds(

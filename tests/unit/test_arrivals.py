@@ -117,7 +117,7 @@ async def test_all_that_give_up_leave_no_line(place):
     await rounds(1)
     place.line.drop("a", call)
     place.loaded.set()
-    await asyncio.wait_for(place.line.wait_empty(), 10)
+    await asyncio.wait_for(place.line.wait_served(), 10)
     assert place.usable
 
 

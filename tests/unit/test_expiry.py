@@ -27,6 +27,8 @@ from tests.unit.rig import (
     Lasting,
     Rig,
     model_of,
+    opening,
+    rounds,
     rows_of,
 )
 
@@ -161,6 +163,52 @@ async def test_only_where_there_is_room_a_session_is_restored(make_rig, store, c
         await rig.open(name)
     with pytest.raises(SessionLimit):
         await rig.sessions.restore_expired("a")
+
+
+async def test_sessions_that_are_restored_together_keep_the_bound(
+    make_rig, store, clock, monkeypatch
+):
+    rig, plain = make_rig(store=store, clock=clock, most_sessions=4), store.restore
+    await expire(rig, clock, *"abcd")
+    for name in "efg":
+        await rig.open(name)
+
+    async def slow(*args: object, **options: object) -> bool:
+        await rounds(3)
+        return await plain(*args, **options)
+
+    monkeypatch.setattr(store, "restore", slow)
+    asked = (rig.sessions.restore_expired(name) for name in "abcd")
+    done = await asyncio.gather(*asked, return_exceptions=True)
+    assert sum(isinstance(one, SessionLimit) for one in done) == 3
+    assert sum((await store.count()).values()) == 4
+
+
+@pytest.mark.parametrize("door", ["look", "open", "restore_expired"])
+async def test_a_caller_that_gives_up_leaves_no_session_half_expired(
+    rig, store, clock, monkeypatch, door
+):
+    plain = store.expire
+    await rig.open("a")
+    clock.advance(IDLE_SECONDS)
+
+    async def slow(saves, **options: float) -> object:
+        verdicts = await plain(saves, **options)
+        await rounds(5)
+        return verdicts
+
+    monkeypatch.setattr(store, "expire", slow)
+    asking = asyncio.create_task(
+        getattr(rig.sessions, door)(opening("a") if door == "open" else "a")
+    )
+    await rounds(4)
+    asking.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await asking
+    await rounds(10)
+    assert series(rig, "sessions_closed_total", reason="expired") == 1
+    assert len(rig.sessions) == 0
+    assert rig.sessions.expired == await store.count_expired()
 
 
 async def test_a_session_that_was_closed_or_is_of_another_model_is_not_restored(

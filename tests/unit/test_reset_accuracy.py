@@ -7,10 +7,10 @@ import asyncio
 import numpy as np
 import pytest
 
-from stepstate.errors import SessionUnknown, StaleOwner, StoreUnavailable
+from stepstate.errors import Draining, SessionUnknown, StaleOwner, StoreUnavailable
 from stepstate.stores import Durability
 from tests.offline import forecasting_network
-from tests.unit.rig import Clock, Lasting, Rig, model_of
+from tests.unit.rig import Clock, Lasting, Rig, model_of, rounds
 from tests.unit.test_forecasting import rows
 from tests.unit.test_residency import Flaky
 
@@ -113,3 +113,44 @@ async def test_a_reset_of_a_session_that_another_server_has_taken_is_refused(mak
     with pytest.raises(StaleOwner):
         await rig.sessions.reset_accuracy("a")
     assert scored(other, taken) == 39
+
+
+async def test_a_reset_is_answered_when_it_is_saved_whoever_else_saves_meanwhile(
+    make_rig, sensor, monkeypatch
+):
+    clock = Clock()
+    store = Flaky(clock)
+    rig = make_rig(sensor, store=store, clock=clock)
+    session = await rig.open(durability=Durability.ASYNC)
+    await rig.y(session, rows(40))
+    engine, plain, saving = rig.lane.engine, rig.lane.engine.reset_accuracy, []
+
+    def reset(slot: int) -> None:
+        plain(slot)
+        saving.append(asyncio.create_task(rig.sessions.saver.save_round()))
+
+    async def fail_late(saves):
+        await rounds(5)
+        raise StoreUnavailable("no answer in time")
+
+    monkeypatch.setattr(engine, "reset_accuracy", reset)
+    monkeypatch.setattr(store, "save", fail_late)
+    before = rig.send(session, rows(1))  # so that the reset waits for its turn
+    with pytest.raises(StoreUnavailable):
+        await rig.sessions.reset_accuracy("a")
+    await before.outcome()
+    await asyncio.gather(*saving, return_exceptions=True)
+    assert session.changed
+
+
+async def test_a_draining_server_resets_nothing(make_rig, sensor):
+    """It would take back a lease that the drain has given up."""
+    clock = Clock()
+    store = Lasting(clock)
+    rig = make_rig(sensor, store=store, clock=clock)
+    session = await rig.open(durability=Durability.ASYNC)
+    await rig.y(session, rows(40))
+    await rig.sessions.drain()
+    with pytest.raises(Draining):
+        await rig.sessions.reset_accuracy("a")
+    assert (await store.find("a")).owner == ""

@@ -871,3 +871,27 @@ async def test_a_shorter_replay_window_keeps_the_newest_rows(rig, make_rig, x):
         assert (await small.step(session, x[t], t)).replayed
     with pytest.raises(StepTooOld):
         await small.step(session, x[4], 4)
+
+
+async def test_a_drain_does_not_wait_for_those_who_keep_asking(start, store, monkeypatch):
+    rig, plain, draining = start(), store.find, asyncio.Event()
+    await rig.open("a", durability=Durability.ASYNC)
+
+    async def slow(session_id: str) -> object:
+        await rounds(3)
+        return await plain(session_id)
+
+    async def ask(session_id: str) -> None:
+        while not draining.is_set():
+            with pytest.raises(SessionUnknown):
+                await rig.sessions.look(session_id)
+
+    monkeypatch.setattr(store, "find", slow)
+    asking = asyncio.gather(*(ask(f"unknown-{number}") for number in range(4)))
+    await rounds(5)
+    try:
+        await asyncio.wait_for(rig.sessions.drain(), 10)
+    finally:
+        draining.set()
+        await asking
+    assert (await store.find("a")).owner == ""

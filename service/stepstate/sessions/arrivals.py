@@ -144,7 +144,6 @@ class Arrivals:
         """By id; an id without a line has no entry."""
         self._find = find
         self._make_ready = make_ready
-        self._empty = asyncio.Event()
 
     def wait(self, session_id: str, waiter: Waiter, *, start: bool = True) -> None:
         """Puts a request at the end of a line.
@@ -178,13 +177,16 @@ class Arrivals:
         if line is not None:
             line.waiters.pop(waiter, None)
             if line.still and not line.waiters:
-                self._end(session_id)
+                del self.lines[session_id]
 
-    async def wait_empty(self) -> None:
-        """Waits until no session has a line."""
-        while self.lines:
-            self._empty.clear()
-            await self._empty.wait()
+    async def wait_served(self) -> None:
+        """Waits until all who stand in a line by now have had their turn."""
+
+        async def passed(hold: Hold) -> None:
+            async with hold:
+                pass
+
+        await asyncio.gather(*[passed(self.hold(session_id)) for session_id in list(self.lines)])
 
     def _join(self, session_id: str, waiter: Waiter | Hold) -> None:
         line = self.lines.get(session_id)
@@ -219,7 +221,7 @@ class Arrivals:
                 line.mover = loop.call_later(RETRY_SECONDS, self._move, session_id)
                 return
             line.waiters.pop(head, None)
-        self._end(session_id)
+        del self.lines[session_id]
 
     async def _load(self, session_id: str, line: _Line) -> None:
         """Makes a session ready for all who wait for it, or tells them why that can't be."""
@@ -228,11 +230,6 @@ class Arrivals:
         except Exception as error:  # noqa: BLE001 - a surprise is logged
             _fail(line, surprise("a load failed", error, session_id))
         self._move(session_id)
-
-    def _end(self, session_id: str) -> None:
-        del self.lines[session_id]
-        if not self.lines:
-            self._empty.set()
 
 
 def served(waiter: Waiter, session: Session) -> bool:

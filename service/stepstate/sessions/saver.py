@@ -111,23 +111,20 @@ class Saver:
         saves += [self._save(session, None, release=release) for session in clean]
         if not saves:
             return
-        changed = [session for session in whole if session.changed]
-        for session in changed:  # what changes from now on is not in these snapshots
-            session.changed = False
+        changes = [session.changes for session, _ in saves]  # that these snapshots have
         started = time.perf_counter()
         try:
             verdicts = await self._link.ask(self._link.store.save([save for _, save in saves]))
         except StoreUnavailable:
-            for session in changed:
-                session.changed = True
             self._observer.not_saved("failed", len(saves))
             raise
         size = sum(len(save.snapshot or b"") for _, save in saves)
         self._observer.saved(len(saves), size, time.perf_counter() - started)
         settled = list(zip(saves, verdicts, strict=True))
-        for (session, save), verdict in settled:
+        for ((session, save), verdict), changed in zip(settled, changes, strict=True):
             if verdict is Saved.DONE:
                 self._now_durable(session, save.t)
+                session.saved_changes = max(session.saved_changes, changed)
                 session.lease_in_doubt = release
                 if release:
                     self._table.revoke(session)

@@ -75,8 +75,10 @@ class Session:
     """It may have been set back: a request must say its t."""
     waiting: deque[Step] | None = field(init=False, default=None)
     """Steps that came meanwhile, in order; made when first needed."""
-    changed: bool = field(init=False, default=False)
-    """Its state changed without a row since it was saved, so that its t does not tell."""
+    changes: int = field(init=False, default=0)
+    """Changes of its state without a row, which its t does not tell."""
+    saved_changes: int = field(init=False, default=0)
+    """How many of them the store has."""
     barred: bool = field(init=False, default=False)
     """It takes no new steps: it is ending, spilling, or lost to another server."""
     ending: Ending | None = field(init=False, default=None)
@@ -98,3 +100,8 @@ class Session:
     def session_id(self) -> str:
         """Its id."""
         return self.record.session_id
+
+    @property
+    def changed(self) -> bool:
+        """Whether its state changed without a row since it was saved."""
+        return self.changes > self.saved_changes

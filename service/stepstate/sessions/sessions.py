@@ -13,8 +13,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -277,6 +277,8 @@ class Sessions:
         Raises:
             as `get`, StaleOwner.
         """
+        if self._draining:
+            raise Draining
         session, turn = await self.in_turn(
             session_id,
             lambda found: (found, self.turn(found, lambda: self._reset_accuracy(found))),
@@ -290,7 +292,7 @@ class Sessions:
 
     def _reset_accuracy(self, session: Session) -> Standing:
         session.lane.engine.reset_accuracy(session.slot)
-        session.changed = True
+        session.changes += 1
         return self.standing(session)
 
     async def _changed_is_kept(self, session: Session) -> None:
@@ -301,6 +303,8 @@ class Sessions:
                 await asyncio.shield(session.leaving)
             elif session.ending is not None:
                 return
+            elif self._draining:  # it would take back the lease that the drain gives up
+                raise Draining
             else:
                 await self.saver.save([session])
         if session.lost is not None:
@@ -331,7 +335,7 @@ class Sessions:
         if self._draining:
             raise Draining
         async with self.hold(session_id) as hold:
-            while not await self._reopen(session_id):
+            while not await hold.finish(self._reopen(session_id)):
                 pass  # somebody was faster
             return await self.get(session_id, hold=hold)
 
@@ -339,16 +343,30 @@ class Sessions:
         """Lets the store have an expired session open again; False if somebody was faster."""
         await self._free_id(session_id)
         entry = await self._expired_entry(session_id)
+        with self._counted_opening():
+            expires_at = self._store.now() + entry.record.idle_timeout_seconds
+            opened = await self.link.ask(
+                self._store.restore(session_id, entry.epoch, expires_at=expires_at)
+            )
+            if opened:
+                self._census.restored(entry.record.model_key)
+                log.info("an expired session was restored", extra={"session_id": session_id})
+            return opened
+
+    @contextmanager
+    def _counted_opening(self) -> Iterator[None]:
+        """Counts a session as open before the census does.
+
+        Raises:
+            SessionLimit.
+        """
         if self._census.total + self._openings >= self._limits.sessions:
             raise SessionLimit(self._limits.sessions)
-        expires_at = self._store.now() + entry.record.idle_timeout_seconds
-        opened = await self.link.ask(
-            self._store.restore(session_id, entry.epoch, expires_at=expires_at)
-        )
-        if opened:
-            self._census.restored(entry.record.model_key)
-            log.info("an expired session was restored", extra={"session_id": session_id})
-        return opened
+        self._openings += 1
+        try:
+            yield
+        finally:
+            self._openings -= 1
 
     async def _expired_entry(self, session_id: str) -> Entry:
         """An expired session of a model that is loaded here, marked as such."""
@@ -474,8 +492,8 @@ class Sessions:
         session = self.find(session_id)
         if session is not None:
             return self.standing(session)
-        async with self.hold(session_id):
-            await self._settle_resident(session_id)
+        async with self.hold(session_id) as hold:
+            await hold.finish(self._settle_resident(session_id))
             session = self._usable(session_id)
             if session is not None:
                 return self.standing(session)
@@ -711,11 +729,11 @@ class Sessions:
                 missing.append(session)
             elif self._table.get(session.session_id) is session:
                 self._residency.remove(session)
-        await self.saver.save(missing)  # the store has lost them: they are kept again first
         expired = [
             s for (s, _), verdict in zip(saves, verdicts, strict=True) if verdict is Saved.DONE
         ]
         self._census.expired_here([s.record.model_key for s in expired])
+        await self.saver.save(missing)  # the store has lost them: they are kept again first
         return len(expired)
 
     async def drain(self) -> None:
@@ -730,10 +748,10 @@ class Sessions:
 
     async def _release_all(self) -> None:
         self.saver.stop()
-        released = list(self._table)
+        released = [session for session in self._table if not session.barred]
         try:
             await self._release(released)
-            await self._arrivals.wait_empty()  # some may have been on their way here
+            await self._arrivals.wait_served()  # some may have been on their way here
             await self._release(set(self._table).difference(released))
         except StoreUnavailable as error:
             log.error(  # noqa: TRY400 - the cause is another's, and told
@@ -754,16 +772,12 @@ class Sessions:
     async def _adopt(self, snapshot: Snapshot, hold: Hold) -> Session:
         """Opens a session that starts from a snapshot."""
         record = snapshot.record
-        await self._free_id(record.session_id)
-        if self._census.total + self._openings >= self._limits.sessions:
-            raise SessionLimit(self._limits.sessions)
-        self._openings += 1
-        try:
+        if self._table.get(record.session_id) is not None:
+            await hold.finish(self._free_id(record.session_id))
+        with self._counted_opening():
             await self._residency.room.reserve()
             # A caller that gives up does not leave a session half open.
             return await hold.finish(self._create(snapshot))
-        finally:
-            self._openings -= 1
 
     async def _create(self, snapshot: Snapshot) -> Session:
         """Creates a session in the store, and in the place that was reserved."""
@@ -850,11 +864,7 @@ class Sessions:
                 await self._residency.load(session_id)
 
     async def _settle_resident(self, session_id: str) -> None:
-        """Waits until a resident session that takes no steps has left, or takes them again.
-
-        Raises:
-            SessionExpired: its time is up.
-        """
+        """Waits until a resident session that takes no steps has left, or takes them again."""
         session = self._table.get(session_id)
         if session is None:
             return

@@ -101,7 +101,7 @@ def decode(data: bytes) -> Snapshot:
     """
     if len(data) < _START.size + _CRC.size or not data.startswith(MAGIC):
         raise SnapshotCorrupt(f"these {len(data)} bytes do not begin as a snapshot does")
-    if zlib.crc32(data[: -_CRC.size]) != _CRC.unpack(data[-_CRC.size :])[0]:
+    if zlib.crc32(memoryview(data)[: -_CRC.size]) != _CRC.unpack(data[-_CRC.size :])[0]:
         raise SnapshotCorrupt("its checksum is not that of its bytes: it was cut or changed")
     version: int = _START.unpack_from(data)[1]
     reader = _READERS.get(version)

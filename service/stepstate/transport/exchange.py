@@ -18,7 +18,6 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
-from grpc._cython.cygrpc import ExecuteBatchError
 
 from stepstate.errors import Draining, StepstateError
 from stepstate.sessions import Sessions, Step
@@ -199,23 +198,20 @@ class Exchange(ABC, Generic[Q, A, D]):
     async def _write(self, reader: asyncio.Task[None]) -> None:
         """Sends replies until the last request has its own."""
         ready, write = self._ready, self._messages.write
-        try:
-            while True:
-                while ready:
-                    reply, outcome = ready.popleft()
-                    if outcome is None:
-                        await write(reply)
-                    else:
-                        await write(self._encoded(outcome))
-                        self._release(self._size(outcome))
-                    self._unanswered -= 1
-                    _wake(self._reader_waits)
-                if reader.done() and not self._unanswered:
-                    return
-                self._writer_waits = asyncio.get_running_loop().create_future()
-                await self._writer_waits
-        except ExecuteBatchError:
-            raise asyncio.CancelledError from None  # the client is gone
+        while True:
+            while ready:
+                reply, outcome = ready.popleft()
+                if outcome is None:
+                    await write(reply)
+                else:
+                    await write(self._encoded(outcome))
+                    self._release(self._size(outcome))
+                self._unanswered -= 1
+                _wake(self._reader_waits)
+            if reader.done() and not self._unanswered:
+                return
+            self._writer_waits = asyncio.get_running_loop().create_future()
+            await self._writer_waits
 
 
 class Streams:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
+from grpc._cython.cygrpc import ExecuteBatchError
 
 from stepstate.errors import Internal, StepstateError
 from stepstate.metrics import Metrics, RpcMetrics
@@ -163,9 +164,9 @@ class _GuardedRpc:
         code = grpc.StatusCode.OK
         try:
             yield
-        except asyncio.CancelledError:
+        except (asyncio.CancelledError, ExecuteBatchError):  # a write to a client that is gone
             code = grpc.StatusCode.CANCELLED
-            raise
+            raise asyncio.CancelledError from None
         except grpc.aio.AbortError:
             code = context.code()
             raise

@@ -46,6 +46,8 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
     ) -> None:
         self._sessions = sessions
         self._outgoing = outgoing
+        # Of its own: however slowly they move, steps are answered.
+        self._moving = Outgoing("bytes of snapshots that are being sent or received here")
         self._streams = Streams(refused)
 
     async def OpenSession(
@@ -109,12 +111,12 @@ class NativeService(StepstateServiceServicer):  # type: ignore[misc]
         return pb.ImportSessionResponse(session=self._resident(session))
 
     async def StreamExport(self, request: pb.StreamExportRequest, context: Context) -> None:
-        await export_parts(self._sessions, self._outgoing, well_formed(request), context)
+        await export_parts(self._sessions, self._moving, well_formed(request), context)
 
     async def StreamImport(
         self, requests: AsyncIterator[pb.StreamImportRequest], context: Context
     ) -> pb.StreamImportResponse:
-        session = await import_parts(self._sessions, self._outgoing, requests)
+        session = await import_parts(self._sessions, self._moving, requests)
         return pb.StreamImportResponse(session=self._resident(session))
 
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:

@@ -1,4 +1,4 @@
-"""How many bytes of replies are on their way: a client that does not read must not fill memory."""
+"""How many bytes are on their way: a client that does not read must not fill memory."""
 
 from __future__ import annotations
 
@@ -9,9 +9,14 @@ MOST_BYTES = 256 * 2**20
 
 
 class Outgoing:
-    """Bytes of replies accepted and not yet handed to gRPC, all calls together."""
+    """Bytes of replies accepted and not yet handed to gRPC, all calls together.
 
-    def __init__(self) -> None:
+    Args:
+        what: the bytes that are counted, for a person.
+    """
+
+    def __init__(self, what: str = "bytes of unread replies on this server") -> None:
+        self._what = what
         self._bytes = 0
 
     def reserve(self, count: int) -> None:
@@ -21,7 +26,7 @@ class Outgoing:
             QueueFull: too much is on its way already.
         """
         if self._bytes and self._bytes + count > MOST_BYTES:
-            raise QueueFull("bytes of unread replies on this server", MOST_BYTES)
+            raise QueueFull(self._what, MOST_BYTES)
         self._bytes += count
 
     def release(self, count: int) -> None:

@@ -39,7 +39,7 @@ async def export_whole(
 
 
 async def export_parts(
-    sessions: Sessions, outgoing: Outgoing, request: pb.StreamExportRequest, context: Context
+    sessions: Sessions, moving: Outgoing, request: pb.StreamExportRequest, context: Context
 ) -> None:
     """Sends a snapshot in parts.
 
@@ -50,7 +50,7 @@ async def export_parts(
     size = len(snapshot)
     if size > MAX_SNAPSHOT_BYTES:
         raise SnapshotTooLarge(request.session_id, size, MAX_SNAPSHOT_BYTES)
-    outgoing.reserve(size)
+    moving.reserve(size)
     try:
         reply = pb.StreamExportResponse(session=encode_session(standing), size=size)
         for first in range(0, size, PART_BYTES):
@@ -58,11 +58,11 @@ async def export_parts(
             await context.write(reply)
             reply = pb.StreamExportResponse()
     finally:
-        outgoing.release(size)
+        moving.release(size)
 
 
 async def import_parts(
-    sessions: Sessions, outgoing: Outgoing, requests: AsyncIterator[pb.StreamImportRequest]
+    sessions: Sessions, moving: Outgoing, requests: AsyncIterator[pb.StreamImportRequest]
 ) -> Session:
     """Opens a session from a snapshot that comes in parts.
 
@@ -79,15 +79,17 @@ async def import_parts(
             "size", f"is {size}, expected the bytes of the snapshot, at most {MAX_SNAPSHOT_BYTES}"
         )
     copying = decode_import(first)
-    outgoing.reserve(size)
+    data, part = bytearray(), first.data
     try:
-        data = bytearray(first.data)
-        async for part in requests:
-            data += part.data
-            if len(data) > size:
+        while len(data) <= size:
+            moving.reserve(len(part))  # what has come, not what is announced
+            data += part
+            following = await anext(requests, None)
+            if following is None:
                 break
+            part = following.data
         if len(data) != size:
             raise InvalidField("data", f"has {len(data)} bytes in all, and size is {size}")
         return await sessions.restore(bytes(data), copying)
     finally:
-        outgoing.release(size)
+        moving.release(len(data))

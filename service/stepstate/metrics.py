@@ -563,7 +563,7 @@ class Metrics(Collector):
         )
         restarted = CounterMetricFamily(
             "stepstate_sequences_restarted",
-            "Sessions closed because a client of the Triton door began their sequence anew.",
+            "Sessions closed because a client of the Triton API began their sequence anew.",
             labels=labels,
         )
         for key, model in list(self._models.items()):

@@ -79,6 +79,14 @@ async def through_stream(session: AnySession, rows: pd.DataFrame) -> np.ndarray:
     return [y async for y in session.stream([row for _, row in rows.iterrows()])][-1]
 
 
+async def through_stream_of_table(session: AnySession, rows: pd.DataFrame) -> np.ndarray:
+    return [y async for y in session.stream(rows)][-1]
+
+
+async def through_stream_of_timed_rows(session: AnySession, rows: pd.DataFrame) -> np.ndarray:
+    return [y async for y in session.stream(TimedRows(rows.to_numpy(), rows.index))][-1]
+
+
 async def through_prime(session: AnySession, rows: pd.DataFrame) -> np.ndarray:
     return await session.prime(rows)
 
@@ -95,6 +103,8 @@ WAYS: list[Callable[[AnySession, pd.DataFrame], Any]] = [
     through_step,
     through_rows,
     through_stream,
+    through_stream_of_table,
+    through_stream_of_timed_rows,
     through_prime,
     through_chunks,
     through_inspect,
@@ -181,7 +191,9 @@ async def test_what_is_no_next_row_is_refused_and_changes_nothing(
     assert session.t == 2
 
 
-@pytest.mark.parametrize("way", [through_rows, through_stream, through_chunks])
+@pytest.mark.parametrize(
+    "way", [through_rows, through_stream, through_stream_of_table, through_chunks]
+)
 @pytest.mark.parametrize("how", BAD)
 async def test_rows_that_come_bit_by_bit_are_applied_until_one_is_not_the_next(
     client: AnyClient, way: Callable, how: str
@@ -277,6 +289,9 @@ async def test_scenarios_begin_with_the_sessions_next_row(client: AnyClient):
     for places, told in (((7, 8), "at t=8"), ((9, 8), "sort"), ((8, 8), "once")):
         with pytest.raises(errors.InvalidField, match=rf"scenarios\['bad'\]: .*{told}"):
             await session.forecast(4, scenarios={"bad": frame(*places)})
+    for horizon in (4, None):  # the model's longest is less
+        with pytest.raises(errors.InvalidField, match="begins 13 steps ahead, after the forecast"):
+            await session.forecast(horizon, scenarios={"far": frame(20, 21)})
     assert session.t == 8
 
 
@@ -337,6 +352,12 @@ async def test_a_stream_gives_them_too(client: AnyClient):
     assert [out.t for out in outs] == [1, 2, 3]
     assert session.time() == outs[-1].time
     assert session.time(10) == START + 10 * STEP
+
+
+async def test_a_stream_takes_a_time_for_each_row(client: AnyClient):
+    session = await client.open("boiler", start_time=START)
+    with pytest.raises(errors.InvalidField, match="has 1 times for 2 rows"):
+        _ = [y async for y in session.stream(TimedRows([[1, 2], [3, 4]], [START]))]
 
 
 async def test_a_session_tells_of_itself(client: AnyClient):

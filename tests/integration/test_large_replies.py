@@ -243,19 +243,24 @@ async def test_every_rpc_at_its_largest_is_read_or_refused_in_words(
 
 
 async def test_a_snapshot_that_is_announced_and_does_not_come_holds_up_no_steps(
-    plain: StepstateServiceStub, large: Server
+    plain: StepstateServiceStub, large: Server, caplog
 ):
+    moving = large._native._moving
     await opened(plain, "a", model="wide")
     async with grpc.aio.insecure_channel(large.address) as channel:
         calls = [StepstateServiceStub(channel).StreamImport() for _ in range(2)]
         for call in calls:
-            await call.write(pb.StreamImportRequest(size=MAX_SNAPSHOT_BYTES))
+            await call.write(pb.StreamImportRequest(size=MAX_SNAPSHOT_BYTES, data=b"a part"))
         assert (await plain.Step(request("a", 0, draw(1)))).t == 1
         snapshot = (await plain.ExportSession(pb.ExportSessionRequest(session_id="a"))).snapshot
         moved = await plain.StreamImport(parts_of(snapshot, session_id="b"))
         assert moved.session.t == 1
+        assert moving._bytes == len(calls) * len(b"a part")
         for call in calls:
             call.cancel()
+        while moving._bytes:
+            await asyncio.sleep(0.01)
+    assert "Traceback" not in caplog.text
 
 
 def cancelled_exports(server: Server) -> float:

@@ -334,7 +334,7 @@ async def carry_out(
     clock = Clock()
     store = Delayed(clock, delays)
     rig = Rig(MODEL, store=store, clock=clock, max_sessions=3)
-    opened, expired = await _prepare(
+    opened, expired = await prepare(
         rig, store, states, durability=durability, rows=rows, first=len(arrivals) + 1
     )
     doors = Doors(rig, rows)
@@ -400,7 +400,7 @@ def _problem(
     return None
 
 
-async def _prepare(
+async def prepare(
     rig: Rig,
     store: Delayed,
     states: Sequence[str],

@@ -129,6 +129,8 @@ def test_a_decimal_comma_in_a_file_of_one_column_takes_a_separator():
 def test_columns_that_are_not_used_are_named_once(capsys: pytest.CaptureFixture[str]):
     read("a,note,b,c,unit\n1,x,2,3,m\n1,x,2,3,m\n")
     assert capsys.readouterr().err == "columns of the input that are not used: note, unit\n"
+    read("a;b;c;\n1;2;3;\n")  # lines that end with a separator
+    assert capsys.readouterr().err == ""
 
 
 def test_a_scenario_may_lack_columns():

@@ -8,7 +8,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stepstate.client.times import MAX_GAP_ROWS, Clock, TimedRows, first_time, read_rows
+from stepstate.client.times import (
+    MAX_GAP_ROWS,
+    Clock,
+    TimedRows,
+    each_row,
+    first_time,
+    read_rows,
+    split_times,
+)
 from stepstate.errors import InvalidField
 from tests.unit.test_values import ONE, THREE
 
@@ -312,3 +320,12 @@ def test_a_forks_clock_goes_on_where_the_sources_is():
     place(made, index(0, 30))
     forked.follow(made)
     assert forked.time(1) == made.time(1) == (START + STEP).replace(tzinfo=UTC)
+
+
+def test_a_series_is_streamed_row_by_row_with_its_times():
+    x = pd.Series([1.0, 2.0], index=pd.date_range("2026-03-02", periods=2, freq="3h"))
+    rows = [split_times(row, "x") for row in each_row(x)]
+    assert [row.tolist() for row, _ in rows] == [[1.0], [2.0]]
+    hours = [times.utc[0] // 3_600_000_000 % 24 for _, times in rows if times is not None]
+    assert hours == [0, 3]
+    assert list(each_row(x.reset_index(drop=True))) == [1.0, 2.0]

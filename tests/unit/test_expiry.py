@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 
 import pytest
@@ -124,6 +125,32 @@ async def test_open_and_expired_sessions_together_keep_the_bound(make_rig, store
     assert await store.count_expired() == 1
     with pytest.raises(SessionExpired, match="was deleted"):
         await rig.sessions.get("a")
+
+
+@pytest.mark.parametrize("delays", [[1], [1, 4, 2], [2, 9, 5, 1, 3]])
+async def test_servers_that_keep_the_bound_together_delete_little_more_than_one_would(
+    make_rig, store, clock, monkeypatch, delays
+):
+    monkeypatch.setattr(expiry, "GROUP", 4)
+    monkeypatch.setattr(expiry, "LOOKED_AT_ONCE", 8)
+    plain, turns = store.end, itertools.cycle(delays)
+
+    async def slow(*args: object) -> bool:
+        await rounds(next(turns))
+        return await plain(*args)
+
+    monkeypatch.setattr(store, "end", slow)
+    larger = make_rig(store=store, clock=clock, most_sessions=200)
+    names = [f"s{number}" for number in range(200)]
+    for first in range(0, 200, 8):
+        await expire(larger, clock, *names[first : first + 8])
+    servers = [make_rig(store=store, clock=clock, most_sessions=100, owner=o) for o in "abc"]
+    sweeps = []
+    for server in servers:
+        sweeps.append(asyncio.create_task(server.sessions.sweep()))
+        await rounds(7)
+    await asyncio.gather(*sweeps)
+    assert 100 - len(servers) * expiry.LOOKED_AT_ONCE <= await store.count_expired() <= 100
 
 
 @pytest.mark.parametrize("seen", [True, False])

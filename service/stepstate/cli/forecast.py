@@ -73,8 +73,8 @@ def forecast_command(
 
     A scenario's file has a row for each step; a first line of names is a header, and columns
     may be missing. Where a cell is empty the model's own forecast stands in, and so it does
-    after the last row. A column named time must begin with the session's next row; where rows
-    are missing by it the model's own forecast stands in, too.
+    after the last row. A column named time holds times from the session's next row on; where
+    rows are missing by it the model's own forecast stands in, too.
     """
     if plot and output != "table":
         raise click.UsageError(f"--plot draws below a table: leave out --output {output}")

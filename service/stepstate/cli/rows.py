@@ -143,7 +143,7 @@ class Rows:
         if twice is not None:
             raise BadRow(f"{self.place} has {twice} twice: {self._expected()}")
         time = self._time_of(names)
-        others = [n for place, n in enumerate(names) if n not in inputs and place != time]
+        others = [n for place, n in enumerate(names) if n and n not in inputs and place != time]
         if others:
             click.echo(f"columns of {self._where} that are not used: {', '.join(others)}", err=True)
         places = [names.index(one) if one in names else None for one in inputs]

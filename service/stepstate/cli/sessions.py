@@ -30,8 +30,8 @@ def sessions_group() -> None:
 def list_command(server: str, model: str, *, expired: bool) -> None:
     """Prints a line for each open session: `durable` of its t rows survive the server's end.
 
-    Sessions whose status is not `open` take no steps, and can be closed. With --expired also
-    those that expired, with the time until which they can be restored.
+    Those that are `model_missing` or `unreadable` take no steps, and can be closed. With
+    --expired also sessions that expired, with the time until which they can be restored.
     """
     with _client(server) as client:
         click.echo(

@@ -51,7 +51,8 @@ class AsyncClient:
         target: host:port, or another name that gRPC resolves.
         timeout: seconds that a call may take with all its retries, and that a
             stream goes on without an answer. The default survives the restart
-            of a server. Many methods take one of their own.
+            of a server. `step`, `prime`, `forecast` and others take
+            one of their own.
         connect_timeout: seconds until a server must have answered for the first
             time; a wrong address is told after them.
         resume_rows: most rows that each session keeps, to send them again to a
@@ -556,7 +557,7 @@ class AsyncClient:
             scenarios: rows that might come, [P, D] by name, the same for all
                 sessions. NaN is the model's own forecast of a value, and after the
                 last row its own forecasts go on. A DataFrame may lack columns, and
-                must have some that tell the model. Rows with times begin with each
+                must have some that tell the model. Rows with times go on from each
                 session's next row, and take sessions that are given as objects.
             timeout: seconds for all tries; left out: the client's own.
 

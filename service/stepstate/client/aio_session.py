@@ -26,7 +26,7 @@ from stepstate.client.history import (
 )
 from stepstate.client.outputs import Outputs
 from stepstate.client.pipeline import Pipeline
-from stepstate.client.times import TimedRows
+from stepstate.client.times import TimedRows, each_row
 from stepstate.client.track import WINDOW, Track
 from stepstate.client.values import Durability, Floats, Inspection, ModelInfo, SessionInfo
 from stepstate.errors import NonFiniteInput, SessionClosed, StepstateError
@@ -401,7 +401,7 @@ class AsyncSession(Footing):
             Exception: what `xs` raised, after the outputs of the rows before.
         """
         pipeline = Pipeline(
-            self._items(xs),
+            self._items(each_row(xs)),
             self.client.stub.StreamSteps,
             target=self.client.target,
             timeout=self.client.timeout,

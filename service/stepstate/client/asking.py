@@ -189,6 +189,13 @@ class Asking(Generic[S]):
             if path.times is not None and one.session is not None:
                 t, field = max(one.t, one.ahead), f"scenarios[{path.name!r}]"
                 after = one.session.clock.lay_out(path.times, t, field)
+                longest = (k for output in one.session.model.outputs for k in output.horizons)
+                horizon = request.horizon or max(1, *longest)
+                if after[0] >= horizon:
+                    problem = (
+                        f"begins {after[0] + 1:,} steps ahead, after the forecast ({horizon:,})"
+                    )
+                    raise InvalidField(field, problem)
                 if after[-1] >= MOST_HORIZON:
                     raise InvalidField(field, f"goes on for more than {MOST_HORIZON:,} steps")
                 rows = fill(rows, after, alone=False).rows

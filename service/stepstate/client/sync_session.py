@@ -23,7 +23,7 @@ from stepstate.client.history import (
     nothings,
 )
 from stepstate.client.outputs import Outputs
-from stepstate.client.times import TimedRows
+from stepstate.client.times import TimedRows, each_row
 from stepstate.client.track import Track
 from stepstate.client.turns import Turns, bring
 from stepstate.client.values import Durability, Floats, Inspection, ModelInfo, SessionInfo
@@ -393,7 +393,7 @@ class Session(Footing):
         """
         turns = Turns(self.client.stub.StreamSteps, self.client.target)
         try:
-            for x in xs:
+            for x in each_row(xs):
                 y = turns.step(self, x, self.client.timeout)
                 yield self.named(y) if named else y
         finally:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
 from math import gcd
@@ -131,6 +132,29 @@ def read_rows(model: ModelInfo, x: Any, field: str) -> tuple[Floats, bool, Times
         return rows, False, None
     naive = any(one.naive for one in found)
     return rows, False, Times(np.concatenate([one.utc for one in found]), naive)
+
+
+def each_row(xs: Any) -> Any:
+    """What a stream is given, row by row: a table gives its rows, each with its time.
+
+    Raises:
+        InvalidField: it has another number of times than of rows.
+    """
+    if isinstance(xs, TimedRows):
+        if isinstance(xs.times, date | np.datetime64):
+            return [xs]
+        values, times = list(_slices(xs.values)), list(xs.times)
+        if len(values) != len(times):
+            raise InvalidField("x", f"has {len(times)} times for {len(values)} rows")
+        return [TimedRows(value, time) for value, time in zip(values, times, strict=True)]
+    is_series = getattr(xs, "ndim", None) == 1
+    if not hasattr(xs, "iloc") or (is_series and not _holds_times(xs.index, "x")):
+        return xs
+    return _slices(xs)
+
+
+def _slices(x: Any) -> Iterable[Any]:
+    return (x.iloc[n : n + 1] for n in range(len(x))) if hasattr(x, "iloc") else x
 
 
 def first_time(x: Any, field: str) -> datetime | None:

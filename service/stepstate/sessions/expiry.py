@@ -131,8 +131,13 @@ class Expiry:
             StoreUnavailable.
         """
         deleted = await self._purge("grace_over", self._link.store.now(), float("inf"))
-        excess = self._census.total + self._census.expired - self._limit
-        return deleted + await self._purge("limit", float("inf"), excess)
+        while (excess := self._census.total + self._census.expired - self._limit) > 0:
+            gone = await self._purge("limit", float("inf"), min(excess, LOOKED_AT_ONCE))
+            if not gone:
+                break
+            deleted += gone
+            await self._census.count()  # other servers delete the same ones meanwhile
+        return deleted
 
     def replaced(self, entry: Entry) -> None:
         """Tells that an expired session was deleted, since its id was opened anew."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +17,11 @@ from tests.networks import Network, make_network
 from tests.processes import ServerProcess, server_process
 
 ELECTRICITY = Path(__file__).parent.parent / "models"
+
+# Whoever runs the tests in the background, or under nohup, lets them ignore these, and so would
+# every program that they start.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 @pytest.fixture(scope="session")

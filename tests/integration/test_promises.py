@@ -17,6 +17,7 @@ from google.protobuf.duration_pb2 import Duration
 
 from stepstate.client import AsyncClient, AsyncSession
 from stepstate.config import ServerConfig
+from stepstate.engine.network import Network as EngineNetwork
 from stepstate.server import Server, running_server
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
@@ -397,7 +398,6 @@ async def send_refused(send, stub: StepstateServiceStub, sent: pb.StepRequest) -
 
 @pytest.mark.parametrize("rows", [1, 20])
 async def test_a_forward_that_fails_leaves_state_and_t(
-    server: Server,
     stub: StepstateServiceStub,
     networks: dict[str, Network],
     caplog: pytest.LogCaptureFixture,
@@ -406,12 +406,11 @@ async def test_a_forward_that_fails_leaves_state_and_t(
     x = draw(5 + rows)
     await opened(stub, "a")
     first = await stub.Step(request("a", 0, x[:5]))
-    engine = server.sessions.lanes["lstm/1"].engine
-    working = engine._network
-    engine._network = None  # type: ignore[assignment]
-    refusals = [await refused(stub.Step(request("a", 5, x[5:])))]
-    refusals += map(refusal_in, await ask(stub, [request("a", 5, x[5:])]))
-    engine._network = working
+    with pytest.MonkeyPatch.context() as patch:
+        for kernel in ("step", "sequence"):
+            patch.delattr(EngineNetwork, kernel)
+        refusals = [await refused(stub.Step(request("a", 5, x[5:])))]
+        refusals += map(refusal_in, await ask(stub, [request("a", 5, x[5:])]))
 
     for refusal in refusals:
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.INTERNAL, "INTERNAL")
@@ -519,6 +518,8 @@ async def test_a_session_that_is_gone_says_why_and_is_not_made_anew(
 
     for refusal in await everywhere() + await everywhere():
         assert (refusal.code, refusal.reason) == (grpc.StatusCode.NOT_FOUND, reason)
+        until_when = refusal.metadata.pop("restore_until", "")
+        assert bool(until_when) is (reason == "SESSION_EXPIRED")
         assert refusal.metadata == {"session_id": "a", **told}
         assert "open it" in refusal.message
     assert not (await stub.ListSessions(pb.ListSessionsRequest())).sessions
@@ -571,11 +572,11 @@ async def test_closing_finishes_accepted_steps_and_takes_no_more(stub: Stepstate
         return not (await stub.ListSessions(pb.ListSessionsRequest())).sessions
 
     await until(ending)
-    late = await refused(stub.Step(request("a", BLOCKER_ROWS + 1, draw(1))))
-    assert late.reason == "SESSION_CLOSED"
+    late = asyncio.ensure_future(refused(stub.Step(request("a", BLOCKER_ROWS + 1, draw(1)))))
     assert not long.done()
     assert ((await long).t, (await waiting).t) == (BLOCKER_ROWS, BLOCKER_ROWS + 1)
     assert (await closing).session.t == BLOCKER_ROWS + 1
+    assert (await late).reason == "SESSION_CLOSED"
 
 
 # 8. Bounded.

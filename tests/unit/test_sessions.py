@@ -336,6 +336,19 @@ async def test_one_more_session_than_the_limit_is_refused_until_one_ends(make_ri
     await rig.open("c")
 
 
+@pytest.mark.parametrize("rounds", range(12))
+async def test_sessions_that_are_opened_at_once_count_once_each(make_rig, rounds: int):
+    """The second is opened at each moment of the opening of the first."""
+    rig = make_rig(max_sessions=2)
+    first = asyncio.ensure_future(rig.open("a"))
+    for _ in range(rounds):
+        await asyncio.sleep(0)
+    await rig.open("b")
+    await first
+    with pytest.raises(SessionLimit):
+        await rig.open("c")
+
+
 async def test_more_requests_than_the_limit_are_refused_and_nothing_of_them_is_kept(make_rig, x):
     rig = make_rig(queued_requests=2)
     session = await rig.open("a")

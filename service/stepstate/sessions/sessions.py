@@ -14,7 +14,7 @@ import asyncio
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from typing import TypeVar
 
@@ -774,22 +774,30 @@ class Sessions:
         record = snapshot.record
         if self._table.get(record.session_id) is not None:
             await hold.finish(self._free_id(record.session_id))
-        with self._counted_opening():
+        with ExitStack() as counted:
+            counted.enter_context(self._counted_opening())
             await self._residency.room.reserve()
-            # A caller that gives up does not leave a session half open.
-            return await hold.finish(self._create(snapshot))
+            creating = self._create(snapshot, counted.pop_all())
+        # A caller that gives up does not leave a session half open.
+        return await hold.finish(creating)
 
-    async def _create(self, snapshot: Snapshot) -> Session:
-        """Creates a session in the store, and in the place that was reserved."""
+    async def _create(self, snapshot: Snapshot, counted: ExitStack) -> Session:
+        """Creates a session in the store, and in the place that was reserved.
+
+        Args:
+            snapshot: what it starts from.
+            counted: closed when the census counts it, so that it never counts twice.
+        """
         record = snapshot.record
         expires_at = self._store.now() + record.idle_timeout_seconds
-        try:
-            epoch = await self._store_new(snapshot, expires_at)
-        except BaseException:
-            self._residency.room.release()
-            raise
-        session = self._residency.place(snapshot, epoch, expires_at=expires_at)
-        self._census.opened(record.model_key)
+        with counted:
+            try:
+                epoch = await self._store_new(snapshot, expires_at)
+            except BaseException:
+                self._residency.room.release()
+                raise
+            session = self._residency.place(snapshot, epoch, expires_at=expires_at)
+            self._census.opened(record.model_key)
         self._observer.opened(record.model, record.version)
         return session
 

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo serve test lint types protos protos-check train bench benchmarks clean
+.PHONY: help setup demo serve test lint types protos protos-check docs train bench benchmarks clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -39,6 +39,9 @@ protos: setup ## Compile the contract into the package
 protos-check: setup ## Fail if the committed stubs are not those of the contract
 	$(BIN)/python protos/generate.py build/protos
 	for made in $$(cd build/protos && find stepstate -type f); do cmp build/protos/$$made service/$$made || exit 1; done
+
+docs: setup ## Build the documentation site in build/site; a broken link fails it
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 train: setup ## Train the shipped model anew (two minutes)
 	$(BIN)/python models/electricity/train.py

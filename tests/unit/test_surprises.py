@@ -16,7 +16,7 @@ from stepstate.sessions import Copying
 from stepstate.sessions.snapshot import decode, encode
 from tests.offline import forecasting_network
 from tests.unit.rig import Rig, model_of
-from tests.unit.test_forecasting import as_version_1, rows
+from tests.unit.sessions.test_forecasting import as_version_1, rows
 
 
 @pytest.fixture

@@ -393,7 +393,7 @@ def test_sessions_from_before_that_belong_to_a_model_that_is_written_again(netwo
     ],
 )
 def test_the_shipped_models_take_the_sessions_that_they_had(version, before):
-    model = load_model(Path(__file__).parents[2] / "models" / "electricity" / version)
+    model = load_model(Path(__file__).parents[3] / "models" / "electricity" / version)
     assert before in model.fingerprints
     assert model.manifest.fingerprint != before
 

@@ -15,8 +15,8 @@ import grpc
 import numpy as np
 import pytest
 
-from stepstate.bench import echo, sender
-from stepstate.bench.load import CallPath, Failed, Kind, Load, Pace, Question, Ready, Window
+from benchmarks import echo, sender
+from benchmarks.load import CallPath, Failed, Kind, Load, ArrivalSchedule, Question, Ready, Window
 from stepstate.v1 import stepstate_pb2 as pb
 
 Reply = Callable[[bytes], Awaitable[bytes | None]]
@@ -54,7 +54,7 @@ async def serving(reply: Reply) -> AsyncIterator[str]:
     await server.stop(None)
 
 
-def load(target: str, path: CallPath, sessions: int, pace: Pace | None = None) -> Load:
+def load(target: str, path: CallPath, sessions: int, pace: ArrivalSchedule | None = None) -> Load:
     names = [f"s{place}" for place in range(sessions)]
     x = np.ones((sessions, 2), np.float32)
     packed = path is CallPath.PACKED
@@ -100,7 +100,7 @@ def stalling(at: int) -> tuple[Reply, list[bytes]]:
 async def test_at_a_fixed_rate_a_stall_counts_for_every_step_that_was_due_in_it(path: CallPath):
     reply, _ = stalling(at=20)
     async with serving(reply) as target:
-        sample = await sent(load(target, path, 1, Pace(0.01, 0.0)), 0.0, 1.0)
+        sample = await sent(load(target, path, 1, ArrivalSchedule(0.01, 0.0)), 0.0, 1.0)
     assert len(sample.latencies) == 100
     # Of the 50 that were due in the stall some 40 waited for more than a fifth of it.
     assert (sample.latencies > STALL / 5).sum() >= 40
@@ -114,9 +114,9 @@ async def test_in_closed_loop_a_stall_counts_once():
     assert sample.replies == len(sample.latencies)
 
 
-@pytest.mark.parametrize("pace", [None, Pace(0.005, 0.0)], ids=["closed loop", "fixed rate"])
+@pytest.mark.parametrize("pace", [None, ArrivalSchedule(0.005, 0.0)], ids=["closed loop", "fixed rate"])
 @pytest.mark.parametrize("path", list(CallPath))
-async def test_every_session_is_sent_its_own_t_in_order(path: CallPath, pace: Pace | None):
+async def test_every_session_is_sent_its_own_t_in_order(path: CallPath, pace: ArrivalSchedule | None):
     reply, messages = stalling(at=0)
     async with serving(reply) as target:
         sample = await sent(load(target, path, 5, pace), 0.1, 0.4)
@@ -137,7 +137,7 @@ async def test_every_session_is_sent_its_own_t_in_order(path: CallPath, pace: Pa
 
 
 async def test_sessions_share_streams_beyond_a_number(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sender, "MOST_STREAMS", 2)
+    monkeypatch.setattr(sender, "MAX_STREAMS", 2)
     reply, messages = stalling(at=0)
     async with serving(reply) as target:
         sample = await sent(load(target, CallPath.STREAM, 5), 0.0, 0.3)
@@ -155,15 +155,15 @@ async def test_steps_that_are_never_answered_are_counted(monkeypatch: pytest.Mon
         return message
 
     async with serving(reply) as target:
-        sample = await sent(load(target, CallPath.STREAM, 1, Pace(0.05, 0.0)), 0.0, 1.0)
+        sample = await sent(load(target, CallPath.STREAM, 1, ArrivalSchedule(0.05, 0.0)), 0.0, 1.0)
     assert len(sample.latencies) == 20
     assert sample.unanswered == 16
     assert sample.latencies.max() > 1.0
 
 
-@pytest.mark.parametrize("pace", [None, Pace(0.01, 0.0)], ids=["closed loop", "fixed rate"])
+@pytest.mark.parametrize("pace", [None, ArrivalSchedule(0.01, 0.0)], ids=["closed loop", "fixed rate"])
 @pytest.mark.parametrize("path", list(CallPath))
-async def test_a_call_that_ends_is_told(path: CallPath, pace: Pace | None):
+async def test_a_call_that_ends_is_told(path: CallPath, pace: ArrivalSchedule | None):
     seen = 0
 
     async def reply(message: bytes) -> bytes | None:

@@ -16,7 +16,7 @@ import grpc
 import pytest
 
 from stepstate import events
-from stepstate.bench import echo
+from benchmarks import echo
 from stepstate.events import ServerLoop
 
 _IMPORTS = """
@@ -37,8 +37,8 @@ for module in sys.argv[1].split(","):
     ("module", "set_up"),
     [
         (("stepstate.cli.serve,stepstate.server",), "-event_engine_listener"),
-        (("stepstate.bench.echo", "--tuned"), "-event_engine_listener"),
-        (("stepstate.bench.echo",), None),
+        (("benchmarks.echo", "--tuned"), "-event_engine_listener"),
+        (("benchmarks.echo",), None),
         (("stepstate.client",), None),
     ],
 )

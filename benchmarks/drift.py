@@ -1,6 +1,6 @@
 """What drift tests are worth: false alarms on stable errors, and delay after real changes.
 
-`python -m stepstate.bench.drift` prints two tables. In the first the errors of a forecast have one
+`python -m benchmarks.drift` prints two tables. In the first the errors of a forecast have one
 distribution throughout (but for "flat, then noise"), and every alarm is a false one. In the second
 they change for good after `CHANGED_AT` rows, and an alarm before that is a false one that the test
 has to live with. Seeds are fixed, so the figures are the same at each run.
@@ -29,7 +29,7 @@ ROWS, SEEDS = 20_000, 20
 CHANGED_AT, CHANGED_ROWS = 5_000, 8_000
 WARM_UP = 2_000
 """Rows of a correlated noise that are thrown away, so that it begins as it goes on."""
-LEAST_UNIT = 1e-6
+MIN_UNIT = 1e-6
 
 
 def autoregressive(coefficient: float, rng: Rng, rows: int) -> Errors:
@@ -141,7 +141,7 @@ def server_test(spec: DriftSpec) -> Detector:
     """A test of the server's, on float32 as in a session's state; a row before is naive."""
 
     def alarms(errors: Errors) -> NDArray[np.int64]:
-        test = drift_test(spec, LEAST_UNIT)
+        test = drift_test(spec, MIN_UNIT)
         numbers = np.zeros(test.width, np.float32)
         values: memoryview[float] = memoryview(numbers)  # type: ignore[arg-type]
         naive = np.abs(np.diff(errors, prepend=np.nan)).tolist()

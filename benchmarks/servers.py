@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from stepstate.bench.errors import BenchError
-from stepstate.bench.model import NAME, write_bench_model
+from benchmarks import BenchError
+from benchmarks.models import NAME, write_bench_model
 
 START_SECONDS = 120.0
 """Importing torch from a cold disk on a busy machine takes most of a minute."""
@@ -37,7 +37,7 @@ _ADDRESS = re.compile(r" on (?P<address>[^\s,]+:\d+)(?:, metrics on (?P<metrics>
 
 
 @dataclass(frozen=True, slots=True)
-class Launched:
+class ServerProcess:
     """A server that listens."""
 
     pid: int
@@ -66,14 +66,14 @@ def bench_model(folder: Path) -> Path:
 
 
 @contextmanager
-def running_echo(*options: str) -> Iterator[Launched]:
+def running_echo(*options: str) -> Iterator[ServerProcess]:
     """A bare echo that serves inside the block; `options` are those of `bench.echo`."""
-    with _running(_python("stepstate.bench.echo", *options), _announced) as launched:
+    with _running(_python("benchmarks.echo", *options), _announced) as launched:
         yield launched
 
 
 @contextmanager
-def running_stepstate(folder: Path, store: str, *options: str) -> Iterator[Launched]:
+def running_stepstate(folder: Path, store: str, *options: str) -> Iterator[ServerProcess]:
     """A `stepstate serve` of a benchmark's model, with default settings otherwise.
 
     Args:
@@ -88,7 +88,7 @@ def running_stepstate(folder: Path, store: str, *options: str) -> Iterator[Launc
 
 
 @contextmanager
-def running_redis(folder: Path) -> Iterator[Launched]:
+def running_redis(folder: Path) -> Iterator[ServerProcess]:
     """A `redis-server` with an append-only file in a folder."""
     program = shutil.which("redis-server")
     if program is None:
@@ -110,7 +110,7 @@ def _python(module: str, *arguments: str) -> list[str]:
 
 
 @contextmanager
-def _running(command: Sequence[str], ready: Callable[[_Process], Launched]) -> Iterator[Launched]:
+def _running(command: Sequence[str], ready: Callable[[_Process], ServerProcess]) -> Iterator[ServerProcess]:
     """Runs a command until the block ends; an error in the block is told with its log."""
     with tempfile.TemporaryFile("w+") as log:
         process = _start(command, log)
@@ -136,7 +136,7 @@ def _start(command: Sequence[str], log: IO[str]) -> _Process:
     )
 
 
-def _announced(process: _Process) -> Launched:
+def _announced(process: _Process) -> ServerProcess:
     """By the line that the process prints when it listens."""
     assert process.stdout is not None
     if not select.select([process.stdout], [], [], START_SECONDS)[0]:
@@ -145,16 +145,16 @@ def _announced(process: _Process) -> Launched:
     match = _ADDRESS.search(line)
     if match is None:
         raise BenchError(f"it did not start; it printed {line!r}")
-    return Launched(process.pid, match["address"], match["metrics"] or "")
+    return ServerProcess(process.pid, match["address"], match["metrics"] or "")
 
 
-def _answering_redis(process: _Process, port: int) -> Launched:
+def _answering_redis(process: _Process, port: int) -> ServerProcess:
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(OSError), socket.create_connection(("127.0.0.1", port), 1.0) as connection:
             connection.sendall(b"PING\r\n")
             if connection.recv(16).startswith(b"+PONG"):
-                return Launched(process.pid, f"127.0.0.1:{port}")
+                return ServerProcess(process.pid, f"127.0.0.1:{port}")
         time.sleep(0.02)
     raise BenchError("it did not start")
 
@@ -183,3 +183,60 @@ def _stop(process: _Process) -> None:
     finally:
         if process.stdout is not None:
             process.stdout.close()
+
+
+# ===== stores
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from benchmarks.servers import REDIS_OPTIONS, running_redis
+
+DURABLE = ("sqlite", "redis")
+STORES = ("memory", *DURABLE)
+DURABILITIES = ("none", "async", "sync")
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """A store that servers can be given."""
+
+    kind: str
+    url: str
+    told: str
+    """What it is, for the description of the workload."""
+    pid: int | None = None
+    """Its process, if it has one of its own that was started here."""
+    folder: Path | None = None
+    """Where its files are, if they are here."""
+
+    def file_bytes(self) -> int:
+        """Bytes of its files, that of the log of writes too."""
+        files = self.folder.rglob("*") if self.folder is not None else ()
+        return sum(path.stat().st_size for path in files if path.is_file())
+
+
+@contextmanager
+def fresh_store(kind: str, folder: Path) -> Iterator[Store]:
+    """A store without sessions, in a folder of its own inside another."""
+    own = Path(tempfile.mkdtemp(prefix=f"{kind}-", dir=folder))
+    if kind == "redis":
+        with running_redis(own) as redis:
+            told = f"redis-server of its own with {' '.join(REDIS_OPTIONS[:4])}"
+            told += f", its file on {_file_system(own)}"
+            yield Store(kind, f"redis://{redis.address}/0", told, redis.pid, own)
+    elif kind == "sqlite":
+        told = f"sqlite without fsync, its file on {_file_system(own)}"
+        yield Store(kind, f"sqlite:{own}/sessions.db", told, folder=own)
+    else:
+        yield Store(kind, "memory:", "memory")
+
+
+def _file_system(path: Path) -> str:
+    """The kind of file system that a path is on, by proc(5)'s mounts."""
+    mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]
+    _, kind = max((len(point), kind) for point, kind in mounts if path.is_relative_to(point))
+    return kind

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 
-from stepstate.bench.figures import Spread
-from stepstate.bench.machine import Machine
+from benchmarks.results import Spread
+from benchmarks.report import Machine
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,3 +72,51 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
 def _line(row: Sequence[str], widths: Sequence[int]) -> str:
     cells = (f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True))
     return f"| {' | '.join(cells)} |"
+
+
+# ===== machine
+
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+_PACKAGES = ("stepstate", "torch", "grpcio", "uvloop")
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """A machine and what is installed on it."""
+
+    cpu: str
+    cores: int
+    load_average: float
+    """Over the minute before the benchmark: what else was running."""
+    python: str
+    packages: dict[str, str]
+
+    def __str__(self) -> str:
+        packages = ", ".join(f"{name} {number}" for name, number in self.packages.items())
+        return (
+            f"{self.cpu}, {self.cores} cores, load average {self.load_average} before; "
+            f"Python {self.python}, {packages}"
+        )
+
+
+def this_machine() -> Machine:
+    """Describes this machine; call it before the load starts."""
+    return Machine(
+        cpu=_cpu_model(),
+        cores=len(os.sched_getaffinity(0)),
+        load_average=round(os.getloadavg()[0], 2),
+        python=platform.python_version(),
+        packages={name: version(name) for name in _PACKAGES},
+    )
+
+
+def _cpu_model() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()

@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
-from stepstate.bench.figures import (
+from benchmarks.results import (
     Case,
     Comparison,
-    Contest,
+    Matchup,
     Figure,
     Measurement,
     cpu_of,
@@ -18,17 +18,17 @@ from stepstate.bench.figures import (
     rate_of,
     ratio,
 )
-from stepstate.bench.load import CallPath
-from stepstate.bench.model import DESCRIPTION
-from stepstate.bench.report import Report, spread_text
-from stepstate.bench.rounds import forward_rows
-from stepstate.bench.sender import GRACE_SECONDS
+from benchmarks.load import CallPath
+from benchmarks.models import DESCRIPTION
+from benchmarks.report import Report, spread_text
+from benchmarks.runner import forward_rows
+from benchmarks.sender import GRACE_SECONDS
 
 SHOWN = ("50", "90", "99", "99.9")
 """The percentiles of the table; --json has more."""
 
 
-def contest_report(comparisons: Sequence[Comparison], what: str, command: str) -> Report:
+def comparison_report(comparisons: Sequence[Comparison], what: str, command: str) -> Report:
     """What was measured by `rounds.run`, a line for each contender.
 
     Args:
@@ -191,7 +191,7 @@ def _result(compared: Comparison) -> dict[str, object]:
     }
 
 
-def _forward_ratios(compared: Comparison, contest: Contest) -> dict[str, object]:
+def _forward_ratios(compared: Comparison, contest: Matchup) -> dict[str, object]:
     if not compared.forward:
         return {}
     return {

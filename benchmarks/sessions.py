@@ -18,9 +18,9 @@ import numpy as np
 import uvloop
 from numpy.typing import NDArray
 
-from stepstate.bench.errors import BenchError
-from stepstate.bench.model import INPUTS
-from stepstate.bench.opening import AT_ONCE, Wish, opening
+from benchmarks import BenchError
+from benchmarks.models import INPUTS
+from benchmarks.sessions import AT_ONCE, SessionOptions, opening
 from stepstate.client.wire import from_status
 from stepstate.errors import StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
@@ -36,7 +36,7 @@ _Stream: TypeAlias = "grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class Timing:
     """How long something took for each session."""
 
     seconds: float
@@ -45,7 +45,7 @@ class Taken:
     """For each, in seconds, in the order in which they were done."""
 
 
-class Crowd:
+class SessionGroup:
     """Sessions that are stepped together, one row each at a time.
 
     Args:
@@ -58,10 +58,10 @@ class Crowd:
         self.names = [f"bench-{run_id}-{number}" for number in range(count)]
         self.t = 0
         """Rows sent to each."""
-        self._wish = Wish(durability)
+        self._wish = SessionOptions(durability)
         self._random = np.random.default_rng(_SEED)
 
-    def open(self, target: str) -> Taken:
+    def open(self, target: str) -> Timing:
         """Opens them all.
 
         Raises:
@@ -69,7 +69,7 @@ class Crowd:
         """
         return _run(self._open(target))
 
-    def step(self, target: str) -> Taken:
+    def step(self, target: str) -> Timing:
         """Sends each the next row, in random order.
 
         Raises:
@@ -82,7 +82,7 @@ class Crowd:
         self.t += 1
         return taken
 
-    async def _open(self, target: str) -> Taken:
+    async def _open(self, target: str) -> Timing:
         latencies: list[float] = []
         names = iter(self.names)
         async with grpc.aio.insecure_channel(target) as channel:
@@ -96,7 +96,7 @@ class Crowd:
 
             began = time.monotonic()
             await asyncio.gather(*(opener() for _ in range(AT_ONCE)))
-            return Taken(time.monotonic() - began, np.array(latencies))
+            return Timing(time.monotonic() - began, np.array(latencies))
 
 
 class _Pass:
@@ -109,7 +109,7 @@ class _Pass:
         self._latencies: list[float] = []
         self._y: NDArray[np.float32] | None = None
 
-    async def run(self, target: str) -> Taken:
+    async def run(self, target: str) -> Timing:
         async with grpc.aio.insecure_channel(target) as channel:
             stream: _Stream = StepstateServiceStub(channel).StreamSteps()
             began = time.monotonic()
@@ -121,7 +121,7 @@ class _Pass:
                 writing.cancel()
             if len(self._latencies) < len(self._requests):
                 raise BenchError("the server ended a stream")
-            return Taken(time.monotonic() - began, np.array(self._latencies))
+            return Timing(time.monotonic() - began, np.array(self._latencies))
 
     async def _write(self, stream: _Stream) -> None:
         for request in self._requests:
@@ -144,7 +144,7 @@ class _Pass:
             )
 
 
-def _run(work: Coroutine[object, object, Taken]) -> Taken:
+def _run(work: Coroutine[object, object, Timing]) -> Timing:
     """Runs it on a loop of its own."""
     try:
         return uvloop.run(work)
@@ -152,3 +152,82 @@ def _run(work: Coroutine[object, object, Taken]) -> Taken:
         raise BenchError(f"a step was refused: {error}") from error
     except grpc.aio.AioRpcError as error:
         raise BenchError(f"a call failed: {error.details()}") from error
+
+
+# ===== opening
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import TypeVar
+
+import grpc
+
+from benchmarks.models import NAME
+from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
+
+AT_ONCE = 64
+"""Calls on their way."""
+LEFT_BEHIND = timedelta(hours=1)
+"""When sessions expire that a broken off benchmark left in somebody's Redis."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """What sessions are opened with."""
+
+    durability: str = "unspecified"
+    """By the contract's name in small letters."""
+    expires_at: float | None = None
+    """When they are all to expire, by `time.monotonic`; None: when nobody is left to mind."""
+
+    def idle_timeout(self) -> timedelta:
+        """For a session that is opened now."""
+        if self.expires_at is None:
+            return LEFT_BEHIND
+        return timedelta(seconds=max(0.001, self.expires_at - time.monotonic()))
+
+
+def opening(session_id: str, wish: SessionOptions) -> pb.OpenSessionRequest:
+    """A request for a session of the benchmark's model, to be sent now."""
+    request = pb.OpenSessionRequest(
+        session_id=session_id, model=NAME, durability=f"DURABILITY_{wish.durability.upper()}"
+    )
+    request.idle_timeout.FromTimedelta(wish.idle_timeout())
+    return request
+
+
+async def open_sessions(target: str, names: Sequence[str], wish: SessionOptions) -> None:
+    """Opens sessions."""
+
+    async def call(stub: StepstateServiceStub, name: str) -> None:
+        await stub.OpenSession(opening(name, wish))
+
+    await _all(target, names, call)
+
+
+async def close_sessions(target: str, names: Sequence[str]) -> None:
+    """Closes sessions."""
+
+    async def call(stub: StepstateServiceStub, name: str) -> None:
+        await stub.CloseSession(pb.CloseSessionRequest(session_id=name))
+
+    await _all(target, names, call)
+
+
+async def _all(
+    target: str, items: Iterable[T], call: Callable[[StepstateServiceStub, T], Awaitable[None]]
+) -> None:
+    async with grpc.aio.insecure_channel(target) as channel:
+        stub, left = StepstateServiceStub(channel), iter(items)
+
+        async def caller() -> None:
+            for item in left:
+                await call(stub, item)
+
+        await asyncio.gather(*(caller() for _ in range(AT_ONCE)))

@@ -14,31 +14,31 @@ from typing import TypeAlias
 import grpc
 import uvloop
 
-from stepstate.bench import echo
-from stepstate.bench.errors import BenchError
-from stepstate.bench.load import (
+from benchmarks import echo
+from benchmarks import BenchError
+from benchmarks.load import (
     Answer,
     CallPath,
-    Closing,
+    CloseSessions,
     Failed,
     Kind,
     Load,
-    Opening,
-    Pace,
+    OpenSessions,
+    ArrivalSchedule,
     Question,
     Ready,
     Sample,
     Window,
 )
-from stepstate.bench.opening import close_sessions, open_sessions
-from stepstate.bench.pace import Timer
-from stepstate.bench.parts import PackedPart, Part, SessionPart, packed_key, session_key
-from stepstate.bench.record import Record
-from stepstate.bench.streams import Conversation, Dues
-from stepstate.bench.unary import Method, UnaryCalls
+from benchmarks.sessions import close_sessions, open_sessions
+from benchmarks.timer import Timer
+from benchmarks.templates import PackedTemplate, RequestTemplate, StepTemplate, packed_key, session_key
+from benchmarks.calls import Record
+from benchmarks.calls import StreamClient, Dues
+from benchmarks.calls import Method, UnaryClient
 from stepstate.v1 import stepstate_pb2 as pb
 
-MOST_STREAMS = 1_000
+MAX_STREAMS = 1_000
 """Of a process: beyond so many sessions several share a stream, as a large gateway's would."""
 GRACE_SECONDS = 10.0
 """How long after the window replies are waited for that were due within it."""
@@ -53,7 +53,7 @@ _METHODS = {
     (Kind.ECHO, CallPath.PACKED): echo.STREAM,
 }
 _Method: TypeAlias = "grpc.aio.StreamStreamMultiCallable[bytes, bytes]"
-Talk: TypeAlias = "Conversation | UnaryCalls"
+Talk: TypeAlias = "StreamClient | UnaryClient"
 
 
 def run_client(parent: Connection[Answer, Question]) -> None:
@@ -75,10 +75,10 @@ def run_client(parent: Connection[Answer, Question]) -> None:
 
 
 async def _answer(question: Question, parent: Connection[Answer, Question]) -> Answer:
-    if isinstance(question, Opening):
+    if isinstance(question, OpenSessions):
         await open_sessions(question.target, question.names, question.wish)
         return Ready()
-    if isinstance(question, Closing):
+    if isinstance(question, CloseSessions):
         await close_sessions(question.target, question.names)
         return Ready()
     assert isinstance(question, Load)
@@ -97,35 +97,35 @@ async def _run(load: Load, parent: Connection[Answer, Question]) -> Sample:
             return await _Sending(talks, window, load.pace, timer).run()
 
 
-def _single(load: Load) -> list[Part]:
-    return [SessionPart(name, x) for name, x in zip(load.names, load.x, strict=True)]
+def _single(load: Load) -> list[RequestTemplate]:
+    return [StepTemplate(name, x) for name, x in zip(load.names, load.x, strict=True)]
 
 
-def _packed(load: Load) -> list[Part]:
+def _packed(load: Load) -> list[RequestTemplate]:
     """Groups of sessions; some that are left over stay idle."""
     return [
-        PackedPart(
+        PackedTemplate(
             number, first, load.names[first : first + load.rows], load.x[first:][: load.rows]
         )
         for number, first in enumerate(range(0, len(load.names) - load.rows + 1, load.rows))
     ]
 
 
-def _talks(load: Load, channel: grpc.aio.Channel, parts: Sequence[Part]) -> list[Talk]:
+def _talks(load: Load, channel: grpc.aio.Channel, parts: Sequence[RequestTemplate]) -> list[Talk]:
     """The calls of a process: a stream each, or for unary calls a session each."""
     method = _METHODS[load.kind, load.path]
     if load.path is CallPath.UNARY:
         unary: Method = channel.unary_unary(method)
-        return [UnaryCalls(load.kind, unary, part) for part in parts]
+        return [UnaryClient(load.kind, unary, part) for part in parts]
     stream: _Method = channel.stream_stream(method)
     if load.path is CallPath.PACKED:
         key_of = partial(packed_key, load.kind)
         in_flight = load.in_flight
-        return [Conversation(load.kind, stream(), parts, key_of=key_of, in_flight=in_flight)]
-    count = min(len(parts), MOST_STREAMS)
+        return [StreamClient(load.kind, stream(), parts, key_of=key_of, in_flight=in_flight)]
+    count = min(len(parts), MAX_STREAMS)
     shares = [parts[place::count] for place in range(count)]
     return [
-        Conversation(load.kind, stream(), share, key_of=session_key, in_flight=len(share))
+        StreamClient(load.kind, stream(), share, key_of=session_key, in_flight=len(share))
         for share in shares
     ]
 
@@ -134,7 +134,7 @@ def _talks(load: Load, channel: grpc.aio.Channel, parts: Sequence[Part]) -> list
 class _Sending:
     talks: Sequence[Talk]
     window: Window
-    pace: Pace | None
+    pace: ArrivalSchedule | None
     timer: Timer
 
     async def run(self) -> Sample:
@@ -155,7 +155,7 @@ class _Sending:
             else:
                 yield talk.paced(self.timer, self._dues(self.pace, place, talk.parts), record)
 
-    def _dues(self, pace: Pace, place: int, parts: Sequence[Part]) -> Dues:
+    def _dues(self, pace: ArrivalSchedule, place: int, parts: Sequence[RequestTemplate]) -> Dues:
         """When a talk's messages are due: the talks, and each one's parts, take turns."""
         begin = self.window.begin + pace.phase + place * pace.interval
         stride = pace.interval * len(self.talks)

@@ -8,11 +8,11 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stepstate.bench.clients import Clients, running_clients
-from stepstate.bench.errors import BenchError
-from stepstate.bench.figures import (
+from benchmarks.clients import Clients, running_clients
+from benchmarks import BenchError
+from benchmarks.results import (
     Case,
-    Contest,
+    Matchup,
     Measurement,
     Plan,
     Spread,
@@ -21,16 +21,16 @@ from stepstate.bench.figures import (
     rate_of,
     ratio,
 )
-from stepstate.bench.load import CallPath
-from stepstate.bench.model import DESCRIPTION, INPUTS
-from stepstate.bench.opening import AT_ONCE, Wish
-from stepstate.bench.population import Population
-from stepstate.bench.report import Report, spread_text
-from stepstate.bench.rounds import Target, measure, opened_sessions
-from stepstate.bench.scrape import series
-from stepstate.bench.servers import Launched, bench_folder, running_stepstate
-from stepstate.bench.stores import fresh_store
-from stepstate.bench.usage import check_proc, cpu_seconds, resident_bytes
+from benchmarks.load import CallPath
+from benchmarks.models import DESCRIPTION, INPUTS
+from benchmarks.sessions import AT_ONCE, SessionOptions
+from benchmarks.idle import IdleSessions
+from benchmarks.report import Report, spread_text
+from benchmarks.runner import Target, measure, opened_sessions
+from benchmarks.procstat import series
+from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
+from benchmarks.servers import fresh_store
+from benchmarks.procstat import check_proc, cpu_seconds, resident_bytes
 from stepstate.config import ServerConfig
 
 FEW = 1_000
@@ -114,7 +114,7 @@ class _Level:
     opened: _Turnover
     closed: _Turnover
     memory: _Memory
-    contest: Contest
+    contest: Matchup
     """The active sessions, beside those of the server with few."""
 
     @property
@@ -134,7 +134,7 @@ def scale(plan: ScalePlan, tell: Callable[[str], None]) -> Report:
         stepper = stack.enter_context(running_clients(1))
         crowd = stack.enter_context(running_clients(plan.processes))
         few = stack.enter_context(_host(plan, folder, FEW))
-        _fill(Population(FEW, few.server.address, crowd), few.server)
+        _fill(IdleSessions(FEW, few.server.address, crowd), few.server)
         few_bytes = resident_bytes(few.server.pid)
         scaled = _Scale(plan, folder, tell, stepper, crowd, few, few_bytes)
         return _report(plan, [scaled.level(sessions) for sessions in plan.sessions])
@@ -152,9 +152,9 @@ def _host(plan: ScalePlan, folder: Path, sessions: int) -> Iterator[Target]:
         yield Target(f"{sessions} idle", server)
 
 
-def _fill(idle: Population, server: Launched) -> _Turnover:
+def _fill(idle: IdleSessions, server: ServerProcess) -> _Turnover:
     """Opens sessions and steps each once, so that its replay window is used."""
-    opened = _turnover(server, len(idle.names), lambda: idle.open(Wish()))
+    opened = _turnover(server, len(idle.names), lambda: idle.open(SessionOptions()))
     idle.step()
     deadline = time.monotonic() + SETTLE_SECONDS
     while series(server.metrics_url, "stepstate_snapshot_backlog_rows"):
@@ -164,7 +164,7 @@ def _fill(idle: Population, server: Launched) -> _Turnover:
     return opened
 
 
-def _turnover(server: Launched, sessions: int, work: Callable[[], float]) -> _Turnover:
+def _turnover(server: ServerProcess, sessions: int, work: Callable[[], float]) -> _Turnover:
     used = cpu_seconds(server.pid)
     seconds = work()
     return _Turnover(sessions, seconds, (cpu_seconds(server.pid) - used) / sessions * 1e6)
@@ -183,7 +183,7 @@ class _Scale:
 
     def level(self, sessions: int) -> _Level:
         with _host(self.plan, self.folder, sessions) as many:
-            idle = Population(sessions, many.server.address, self.crowd)
+            idle = IdleSessions(sessions, many.server.address, self.crowd)
             opened = _fill(idle, many.server)
             memory = self._memory(many.server, sessions)
             self.tell(
@@ -196,7 +196,7 @@ class _Scale:
             self.tell(f"{len(leaving.names):,} closed at {closed.per_second:,.0f}/s")
             return _Level(sessions, opened, closed, memory, contest)
 
-    def _memory(self, server: Launched, sessions: int) -> _Memory:
+    def _memory(self, server: ServerProcess, sessions: int) -> _Memory:
         resident = resident_bytes(server.pid)
         state = series(server.metrics_url, "stepstate_state_bytes") / sessions
         beyond = None
@@ -205,7 +205,7 @@ class _Scale:
             beyond = each - state - REPLAY_BYTES
         return _Memory(resident, state, REPLAY_BYTES, beyond)
 
-    def _contest(self, many: Target) -> Contest:
+    def _contest(self, many: Target) -> Matchup:
         """Windows of the active sessions beside few and beside many, in turn."""
         before: list[Measurement] = []
         measured: list[Measurement] = []
@@ -216,7 +216,7 @@ class _Scale:
                 f"round {number} of {self.plan.rounds}: beside {FEW:,} "
                 f"{rate_of(before[-1]):,.0f}/s, beside {many.name} {rate_of(measured[-1]):,.0f}/s"
             )
-        return Contest(many.name, tuple(before), tuple(measured))
+        return Matchup(many.name, tuple(before), tuple(measured))
 
     def _window(self, target: Target) -> Measurement:
         case = Case(CallPath.STREAM, self.plan.active, 1)

@@ -19,7 +19,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from stepstate.bench.report import table
+from benchmarks.report import table
 
 mpl.use("Agg")
 from matplotlib import pyplot

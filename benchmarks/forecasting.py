@@ -9,12 +9,12 @@ from dataclasses import asdict, dataclass
 import grpc
 import numpy as np
 
-from stepstate.bench.errors import BenchError
-from stepstate.bench.figures import Spread, spread
-from stepstate.bench.model import FORECASTING_DESCRIPTION, FORECASTING_NAME, HORIZONS
-from stepstate.bench.report import Report, spread_text
-from stepstate.bench.servers import Launched, bench_folder, running_stepstate
-from stepstate.bench.usage import check_proc, cpu_seconds
+from benchmarks import BenchError
+from benchmarks.results import Spread, spread
+from benchmarks.models import FORECASTING_DESCRIPTION, FORECASTING_NAME, HORIZONS
+from benchmarks.report import Report, spread_text
+from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
+from benchmarks.procstat import check_proc, cpu_seconds
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
@@ -75,7 +75,7 @@ def forecasting(plan: ForecastPlan, tell: Callable[[str], None]) -> Report:
 
 
 def _measure(
-    plan: ForecastPlan, server: Launched, stub: StepstateServiceStub, tell: Callable[[str], None]
+    plan: ForecastPlan, server: ServerProcess, stub: StepstateServiceStub, tell: Callable[[str], None]
 ) -> Report:
     names = [f"bench-{number}" for number in range(plan.sessions)]
     history = np.random.default_rng(_SEED).standard_normal(ROWS).tolist()
@@ -111,7 +111,7 @@ def _kinds(plan: ForecastPlan, stub: StepstateServiceStub, names: Sequence[str])
     ]
 
 
-def _cost(server: Launched, kind: _Kind) -> _Cost:
+def _cost(server: ServerProcess, kind: _Kind) -> _Cost:
     kind.call()
     taken: list[float] = []
     before = cpu_seconds(server.pid)

@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from stepstate.bench.crowd import STEPPED_AT_ONCE, Crowd, Taken
-from stepstate.bench.model import DESCRIPTION
-from stepstate.bench.opening import AT_ONCE
-from stepstate.bench.report import Report
-from stepstate.bench.scrape import counters
-from stepstate.bench.servers import Launched, bench_folder, running_stepstate
-from stepstate.bench.stores import Store, fresh_store
-from stepstate.bench.usage import check_proc, cpu_seconds, resident_bytes
+from benchmarks.sessions import STEPPED_AT_ONCE, SessionGroup, Timing
+from benchmarks.models import DESCRIPTION
+from benchmarks.sessions import AT_ONCE
+from benchmarks.report import Report
+from benchmarks.procstat import counters
+from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
+from benchmarks.servers import Store, fresh_store
+from benchmarks.procstat import check_proc, cpu_seconds, resident_bytes
 
 MIB = 2**20
 
@@ -62,10 +62,10 @@ class _Phase:
 class _Watch:
     """The server and its store, before and after."""
 
-    server: Launched
+    server: ServerProcess
     store: Store
 
-    def during(self, what: str, work: Callable[[str], Taken]) -> _Phase:
+    def during(self, what: str, work: Callable[[str], Timing]) -> _Phase:
         """Does something with every session, and says what it took."""
         before, used_before = counters(self.server.metrics_url), cpu_seconds(self.server.pid)
         taken = work(self.server.address)
@@ -98,7 +98,7 @@ def residency(plan: ResidencyPlan, tell: Callable[[str], None]) -> Report:
     with bench_folder() as folder, fresh_store(plan.store, folder) as store:
         slots = ("--slots", str(plan.slots))
         with running_stepstate(folder, store.url, *slots) as server:
-            watch, crowd = _Watch(server, store), Crowd(plan.sessions, plan.durability)
+            watch, crowd = _Watch(server, store), SessionGroup(plan.sessions, plan.durability)
             empty_bytes = resident_bytes(server.pid)
             phases = [watch.during("opened", crowd.open)]
             tell(f"opened {plan.sessions:,} at {phases[-1].sessions_per_second:,.0f}/s")

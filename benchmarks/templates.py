@@ -15,8 +15,8 @@ from typing import Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.bench.errors import BenchError
-from stepstate.bench.load import Kind
+from benchmarks import BenchError
+from benchmarks.load import Kind
 from stepstate.client.wire import from_status
 from stepstate.v1 import stepstate_pb2 as pb
 
@@ -28,7 +28,7 @@ _PACKED_T_TAG = bytes([pb.StreamPackedRequest.T_FIELD_NUMBER << 3 | 2])
 """Wire type 2: a length follows, then so many bytes."""
 
 
-class Part(Protocol):
+class RequestTemplate(Protocol):
     """Sends its messages one after the other."""
 
     since: deque[float]
@@ -49,7 +49,7 @@ class Part(Protocol):
         ...
 
 
-class SessionPart:
+class StepTemplate:
     """One session, one row a message."""
 
     rows = 1
@@ -88,7 +88,7 @@ def session_key(reply: bytes) -> Key:
     return reply[2 : 2 + reply[1]]
 
 
-class PackedPart:
+class PackedTemplate:
     """A group of sessions of one stream, one row of each a message.
 
     Args:

@@ -10,27 +10,27 @@ from pathlib import Path
 
 import click
 
-from stepstate.bench.comparisons import Choice, beside_echo, beside_memory
-from stepstate.bench.errors import BenchError
-from stepstate.bench.figures import MOST_SESSIONS, Plan
-from stepstate.bench.forecasting import ForecastPlan, forecasting
-from stepstate.bench.load import CallPath
-from stepstate.bench.machine import this_machine
-from stepstate.bench.priming import PrimingPlan, priming
-from stepstate.bench.report import Report, as_json, as_text
-from stepstate.bench.residency import ResidencyPlan, residency
-from stepstate.bench.restart import RestartPlan, restart
-from stepstate.bench.scale import ScalePlan, scale
-from stepstate.bench.stores import DURABILITIES, DURABLE, STORES
-from stepstate.bench.sweeps import SweepsPlan, sweeps
+from benchmarks.steps import Choice, beside_echo, beside_memory
+from benchmarks import BenchError
+from benchmarks.results import MAX_SESSIONS, Plan
+from benchmarks.forecasting import ForecastPlan, forecasting
+from benchmarks.load import CallPath
+from benchmarks.report import this_machine
+from benchmarks.priming import PrimingPlan, priming
+from benchmarks.report import Report, as_json, as_text
+from benchmarks.residency import ResidencyPlan, residency
+from benchmarks.restart import RestartPlan, restart
+from benchmarks.scale import ScalePlan, scale
+from benchmarks.servers import DURABILITIES, DURABLE, STORES
+from benchmarks.sweeps import SweepsPlan, sweeps
 from stepstate.cli.options import Command
 from stepstate.cli.options import option as any_option
 
 option = partial(any_option, variable=False)
 """What a server or a client is told, such as STEPSTATE_STORE, says nothing to a benchmark."""
-MOST_RATE = 10_000_000
+MAX_RATE = 10_000_000
 """Beyond any machine."""
-MOST_IDLE = 10_000_000
+MAX_IDLE = 10_000_000
 """What a server can be told to keep in memory."""
 
 
@@ -52,7 +52,7 @@ def whole_numbers(most: int) -> Callable[[str], tuple[int, ...]]:
     return counts
 
 
-counts, many = whole_numbers(MOST_SESSIONS), whole_numbers(MOST_IDLE)
+counts, many = whole_numbers(MAX_SESSIONS), whole_numbers(MAX_IDLE)
 
 
 def rates(value: str) -> tuple[float, ...]:
@@ -61,9 +61,9 @@ def rates(value: str) -> tuple[float, ...]:
         found = tuple(float(part) for part in value.split(",") if value)
     except ValueError:
         found = (0.0,)
-    if not all(0.1 <= rate <= MOST_RATE for rate in found):
+    if not all(0.1 <= rate <= MAX_RATE for rate in found):
         raise click.BadParameter(
-            f"{value!r}: expected steps a second from 0.1 to {MOST_RATE:,} separated by commas"
+            f"{value!r}: expected steps a second from 0.1 to {MAX_RATE:,} separated by commas"
         )
     return found
 
@@ -261,7 +261,7 @@ def scale_command(
 
 
 @bench_command.command("sweeps")
-@option("--sessions", 100_000, click.IntRange(1, MOST_IDLE), "That expire, or are saved.")
+@option("--sessions", 100_000, click.IntRange(1, MAX_IDLE), "That expire, or are saved.")
 @option("--store", "sqlite", click.Choice(STORES), "Where they are kept; memory saves none.")
 @option("--active", 64, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
 @option("--rate", 500.0, click.FloatRange(1.0, 1e6), "Steps a second of all of them.")

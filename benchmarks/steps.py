@@ -7,14 +7,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from stepstate.bench.contests import contest_report
-from stepstate.bench.echo import TUNED
-from stepstate.bench.figures import Measurement, Plan
-from stepstate.bench.load import Kind
-from stepstate.bench.report import Report
-from stepstate.bench.rounds import Forward, Target, run, workload
-from stepstate.bench.servers import bench_folder, bench_model, running_echo, running_stepstate
-from stepstate.bench.stores import Store, fresh_store
+from benchmarks.comparison import comparison_report
+from benchmarks.echo import TUNED
+from benchmarks.results import Measurement, Plan
+from benchmarks.load import Kind
+from benchmarks.report import Report
+from benchmarks.runner import Forward, Target, run, workload
+from benchmarks.servers import bench_folder, bench_model, running_echo, running_stepstate
+from benchmarks.servers import Store, fresh_store
 
 Tell = Callable[[str], None]
 
@@ -69,11 +69,11 @@ def beside_echo(plan: Plan, tell: Tell, *, tuned: bool = False) -> Report:
     if tuned:
         what += "; the echo gets gRPC's events as the server does"
         command += " --echo tuned"
-    return contest_report(found, what, command)
+    return comparison_report(found, what, command)
 
 
 def _forward_of(folder: Path, plan: Plan) -> Forward:
-    from stepstate.bench.forward import bare_forward  # noqa: PLC0415 - only it needs torch
+    from benchmarks.forward import bare_forward  # noqa: PLC0415 - only it needs torch
 
     seconds = min(plan.seconds, FORWARD_SECONDS)
 
@@ -104,7 +104,7 @@ def beside_memory(plan: Plan, choice: Choice, tell: Tell) -> Report:
             )
         found = run(plan, memory, contenders, tell)
     what = "; ".join((workload(plan, "memory and each other"), *(store.told for store in stores)))
-    return contest_report(
+    return comparison_report(
         found, what, f"stepstate bench durability {plan.options} {choice.options}"
     )
 

@@ -9,17 +9,17 @@ from itertools import zip_longest
 
 import numpy as np
 
-from stepstate.bench.clients import Clients
-from stepstate.bench.load import CallPath, Closing, Kind, Load, Opening, Window
-from stepstate.bench.model import INPUTS
-from stepstate.bench.opening import Wish
+from benchmarks.clients import Clients
+from benchmarks.load import CallPath, CloseSessions, Kind, Load, OpenSessions, Window
+from benchmarks.models import INPUTS
+from benchmarks.sessions import SessionOptions
 
 CHUNK = 10_000
 """Sessions of one question to a client process: it answers within seconds."""
 PACKED_ROWS = 256
 
 
-class Population:
+class IdleSessions:
     """Sessions of one server.
 
     Args:
@@ -34,19 +34,19 @@ class Population:
         self._address = address
         self._clients = clients
 
-    def first(self, count: int) -> Population:
+    def first(self, count: int) -> IdleSessions:
         """So many of them, or all."""
-        some = Population(0, self._address, self._clients)
+        some = IdleSessions(0, self._address, self._clients)
         some.names = self.names[:count]
         return some
 
-    def open(self, wish: Wish) -> float:
+    def open(self, wish: SessionOptions) -> float:
         """Opens them all; returns the seconds it took."""
-        return self._timed(lambda names: Opening(self._address, names, wish))
+        return self._timed(lambda names: OpenSessions(self._address, names, wish))
 
     def close(self) -> float:
         """Closes them all; returns the seconds it took."""
-        return self._timed(lambda names: Closing(self._address, names))
+        return self._timed(lambda names: CloseSessions(self._address, names))
 
     def step(self) -> float:
         """Sends each its first row, in packed messages; returns the seconds it took."""
@@ -70,7 +70,7 @@ class Population:
         rows = min(PACKED_ROWS, len(names))
         return Load(Kind.STEP, CallPath.PACKED, self._address, names, x, rows=rows)
 
-    def _timed(self, question: Callable[[Sequence[str]], Opening | Closing]) -> float:
+    def _timed(self, question: Callable[[Sequence[str]], OpenSessions | CloseSessions]) -> float:
         began = time.monotonic()
         for share in self._shares():
             self._clients.prepare([question(names) for names in share])

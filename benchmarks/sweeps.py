@@ -11,18 +11,18 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.bench.clients import Clients, running_clients
-from stepstate.bench.errors import BenchError
-from stepstate.bench.load import CallPath, Kind, Load, Pace, Sample, Window
-from stepstate.bench.model import DESCRIPTION, INPUTS
-from stepstate.bench.opening import Wish
-from stepstate.bench.population import Population
-from stepstate.bench.report import Report
-from stepstate.bench.rounds import Target, opened_sessions, percentiles
-from stepstate.bench.scrape import series
-from stepstate.bench.servers import Launched, bench_folder, running_stepstate
-from stepstate.bench.stores import DURABLE, fresh_store
-from stepstate.bench.usage import check_proc
+from benchmarks.clients import Clients, running_clients
+from benchmarks import BenchError
+from benchmarks.load import CallPath, Kind, Load, ArrivalSchedule, Sample, Window
+from benchmarks.models import DESCRIPTION, INPUTS
+from benchmarks.sessions import SessionOptions
+from benchmarks.idle import IdleSessions
+from benchmarks.report import Report
+from benchmarks.runner import Target, opened_sessions, percentiles
+from benchmarks.procstat import series
+from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
+from benchmarks.servers import DURABLE, fresh_store
+from benchmarks.procstat import check_proc
 
 QUIET_SECONDS = 5.0
 """How long the active sessions are measured before a sweep."""
@@ -117,8 +117,8 @@ class _Sweeps:
     def snapshots(self) -> _Sweep:
         """Sessions that all have a row that is not saved."""
         with self._active() as (server, names):
-            idle = Population(self.plan.sessions, server.address, self.crowd)
-            idle.open(Wish())
+            idle = IdleSessions(self.plan.sessions, server.address, self.crowd)
+            idle.open(SessionOptions())
             window = self._send(server, names, time.monotonic() + 1.0)
             self._watch(server, window.start + QUIET_SECONDS, window, lambda: 0)
             burst, saved = time.monotonic(), _saved(server)
@@ -133,7 +133,7 @@ class _Sweeps:
             )
 
     @contextmanager
-    def _active(self) -> Iterator[tuple[Launched, Sequence[str]]]:
+    def _active(self) -> Iterator[tuple[ServerProcess, Sequence[str]]]:
         """A server with room for all, and the sessions that are stepped."""
         room = str(self.plan.sessions + self.plan.active + _TRIAL)
         options = ("--slots", room, "--max-sessions", room)
@@ -144,24 +144,24 @@ class _Sweeps:
         ):
             yield server, names
 
-    def _open_until(self, server: Launched) -> float:
+    def _open_until(self, server: ServerProcess) -> float:
         """Opens sessions that all expire at the moment that is returned."""
-        trial = Population(_TRIAL, server.address, self.crowd)
-        each = trial.open(Wish()) / _TRIAL
+        trial = IdleSessions(_TRIAL, server.address, self.crowd)
+        each = trial.open(SessionOptions()) / _TRIAL
         trial.close()
         opening = _MARGIN * each * self.plan.sessions
         moment = time.monotonic() + opening + QUIET_SECONDS + 4.0
-        Population(self.plan.sessions, server.address, self.crowd).open(Wish(expires_at=moment))
+        IdleSessions(self.plan.sessions, server.address, self.crowd).open(SessionOptions(expires_at=moment))
         if time.monotonic() > moment - QUIET_SECONDS - 1.0:
             raise BenchError(
                 "opening became much slower meanwhile, and sessions expired: try again"
             )
         return moment
 
-    def _send(self, server: Launched, names: Sequence[str], start: float) -> Window:
+    def _send(self, server: ServerProcess, names: Sequence[str], start: float) -> Window:
         """Begins to step the active sessions, at fixed times."""
         x = np.random.default_rng(_SEED).standard_normal((len(names), INPUTS)).astype(np.float32)
-        pace = Pace(1 / self.plan.rate, 0.0)
+        pace = ArrivalSchedule(1 / self.plan.rate, 0.0)
         load = Load(Kind.STEP, CallPath.STREAM, server.address, names, x, pace)
         self.stepper.prepare([load])
         finish = start + QUIET_SECONDS + self.plan.seconds
@@ -170,7 +170,7 @@ class _Sweeps:
         return window
 
     def _watch(
-        self, server: Launched, moment: float, window: Window, left: Callable[[], float]
+        self, server: ServerProcess, moment: float, window: Window, left: Callable[[], float]
     ) -> float:
         """Waits for a moment, then until nothing is left to do; returns when that was seen."""
         while True:
@@ -180,7 +180,7 @@ class _Sweeps:
                 return now
             time.sleep(max(0.0, min(now + POLL_SECONDS, window.finish) - time.monotonic()))
 
-    def _left_to_expire(self, server: Launched) -> int:
+    def _left_to_expire(self, server: ServerProcess) -> int:
         ended = series(server.metrics_url, "stepstate_sessions_closed_total", reason="expired")
         return self.plan.sessions - int(ended)
 
@@ -208,11 +208,11 @@ def _due_within(sample: Sample, start: float, finish: float) -> NDArray[np.float
     return found
 
 
-def _saved(server: Launched) -> int:
+def _saved(server: ServerProcess) -> int:
     return int(series(server.metrics_url, "stepstate_snapshots_total"))
 
 
-def _unsaved(server: Launched) -> float:
+def _unsaved(server: ServerProcess) -> float:
     return series(server.metrics_url, "stepstate_snapshot_backlog_rows")
 
 

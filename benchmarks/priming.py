@@ -15,11 +15,11 @@ import numpy as np
 import uvloop
 from numpy.typing import NDArray
 
-from stepstate.bench.errors import BenchError
-from stepstate.bench.figures import Spread, spread
-from stepstate.bench.model import DESCRIPTION, INPUTS, NAME
-from stepstate.bench.report import Report, spread_text
-from stepstate.bench.servers import Launched, bench_folder, running_stepstate
+from benchmarks import BenchError
+from benchmarks.results import Spread, spread
+from benchmarks.models import DESCRIPTION, INPUTS, NAME
+from benchmarks.report import Report, spread_text
+from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
 from stepstate.client import Client
 from stepstate.errors import StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
@@ -89,7 +89,7 @@ def priming(plan: PrimingPlan, tell: Callable[[str], None]) -> Report:
         return _report(plan, rounds)
 
 
-async def _round(plan: PrimingPlan, server: Launched) -> _Round:
+async def _round(plan: PrimingPlan, server: ServerProcess) -> _Round:
     async with grpc.aio.insecure_channel(server.address) as channel:
         stub = StepstateServiceStub(channel)
         names = [f"other-{number}-{time.monotonic_ns()}" for number in range(plan.others)]

@@ -12,23 +12,23 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 
-from stepstate.bench.clients import Clients, running_clients
-from stepstate.bench.errors import BenchError
-from stepstate.bench.figures import (
+from benchmarks.clients import Clients, running_clients
+from benchmarks import BenchError
+from benchmarks.results import (
     PERCENTILES,
     Case,
     Comparison,
-    Contest,
+    Matchup,
     Measurement,
     Plan,
     rate_of,
 )
-from stepstate.bench.load import CallPath, Kind, Load, Pace, Sample, Window
-from stepstate.bench.model import INPUTS
-from stepstate.bench.opening import Wish, close_sessions, open_sessions
-from stepstate.bench.sender import MOST_STREAMS
-from stepstate.bench.servers import Launched
-from stepstate.bench.usage import check_proc, cpu_seconds
+from benchmarks.load import CallPath, Kind, Load, ArrivalSchedule, Sample, Window
+from benchmarks.models import INPUTS
+from benchmarks.sessions import SessionOptions, close_sessions, open_sessions
+from benchmarks.sender import MAX_STREAMS
+from benchmarks.servers import ServerProcess
+from benchmarks.procstat import check_proc, cpu_seconds
 
 _SEED = 2
 
@@ -38,7 +38,7 @@ class Target:
     """What is put under load."""
 
     name: str
-    server: Launched
+    server: ServerProcess
     kind: Kind = Kind.STEP
     durability: str = "unspecified"
     """Of its sessions, by the contract's name in small letters."""
@@ -87,8 +87,8 @@ def workload(plan: Plan, what: str) -> str:
 
 
 def _told_stream(plan: Plan) -> str:
-    shared = max(plan.sessions) > MOST_STREAMS * plan.processes
-    more = f", beyond {MOST_STREAMS:,} sessions a process several on one" if shared else ""
+    shared = max(plan.sessions) > MAX_STREAMS * plan.processes
+    more = f", beyond {MAX_STREAMS:,} sessions a process several on one" if shared else ""
     return f"stream: one row a message, one stream a session{more}"
 
 
@@ -120,10 +120,10 @@ class _Rounds:
             rounds.append(self._round(case, number))
             if self.forward is not None:
                 forwards.append(self.forward(forward_rows(case)))
-        contests: list[Contest] = []
+        contests: list[Matchup] = []
         for contender, pairs in zip(self.contenders, zip(*rounds, strict=True), strict=True):
             before, measured = zip(*pairs, strict=True)
-            contests.append(Contest(contender.name, before, measured))
+            contests.append(Matchup(contender.name, before, measured))
         return Comparison(case, self.baseline.name, tuple(contests), tuple(forwards))
 
     def _round(self, case: Case, number: int) -> list[tuple[Measurement, Measurement]]:
@@ -193,7 +193,7 @@ def _loads(
             target=target.server.address,
             names=names[place::count],
             x=x[place::count],
-            pace=None if between is None else Pace(between * count, between * place),
+            pace=None if between is None else ArrivalSchedule(between * count, between * place),
             rows=case.rows,
             in_flight=plan.in_flight,
         )
@@ -210,7 +210,7 @@ def opened_sessions(target: Target, count: int) -> Iterator[list[str]]:
         yield names
         return
     try:
-        asyncio.run(open_sessions(target.server.address, names, Wish(target.durability)))
+        asyncio.run(open_sessions(target.server.address, names, SessionOptions(target.durability)))
         yield names
         asyncio.run(close_sessions(target.server.address, names))
     except grpc.RpcError as error:

@@ -1,6 +1,6 @@
 """The bare forward: what a step costs before any queue, session or transport is added.
 
-`python -m stepstate.bench.forward [MODEL_FOLDER] [--device cuda]` prints it by batch size.
+`python -m benchmarks.forward [MODEL_FOLDER] [--device cuda]` prints it by batch size.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from stepstate.bench.machine import this_machine
-from stepstate.bench.model import NAME, write_bench_model
+from benchmarks.report import this_machine
+from benchmarks.models import NAME, write_bench_model
 from stepstate.engine import BareForward, NoAccelerator, check_accelerator, use_one_thread
 from stepstate.models import Model, load_model
 
@@ -82,7 +82,7 @@ def _run(forward: BareForward, slots: np.ndarray, x: np.ndarray, seconds: float)
 
 def main(arguments: Sequence[str] = ()) -> None:
     """Prints the bare forward of a model, or of the benchmarks' own, by batch size."""
-    parser = argparse.ArgumentParser(prog="python -m stepstate.bench.forward", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__)
     parser.add_argument("folder", nargs="?", help="of a model; without: the benchmarks' own")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     asked = parser.parse_args(arguments)

@@ -6,11 +6,11 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from stepstate.bench.errors import BenchError
-from stepstate.bench.load import CallPath
+from benchmarks import BenchError
+from benchmarks.load import CallPath
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99, 99.5, 99.9, 100)
-MOST_SESSIONS = 10_000
+MAX_SESSIONS = 10_000
 """What a server with default settings keeps in memory."""
 
 
@@ -87,10 +87,10 @@ class Plan:
     def _needed(self, rows: int) -> int:
         """Sessions, so that packed messages in flight have different ones."""
         needed = rows * self.in_flight * self.processes
-        if needed > MOST_SESSIONS:
+        if needed > MAX_SESSIONS:
             raise BenchError(
                 f"{rows} rows × {self.in_flight} messages in flight × {self.processes} "
-                f"processes are more than {MOST_SESSIONS:,} sessions: give less of one"
+                f"processes are more than {MAX_SESSIONS:,} sessions: give less of one"
             )
         return needed
 
@@ -152,7 +152,7 @@ def cpu_of(measured: Measurement) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Contest:
+class Matchup:
     """The rounds of a contender, each with that of the baseline just before it."""
 
     name: str
@@ -181,7 +181,7 @@ class Comparison:
 
     case: Case
     baseline: str
-    contests: tuple[Contest, ...]
+    contests: tuple[Matchup, ...]
     forward: tuple[Measurement, ...] = ()
     """The bare forward, after each round, if it was run."""
 

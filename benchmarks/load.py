@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.bench.opening import Wish
+from benchmarks.sessions import SessionOptions
 
 
 class Kind(enum.Enum):
@@ -28,7 +28,7 @@ class CallPath(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Pace:
+class ArrivalSchedule:
     """Messages are sent at fixed times, whether or not earlier ones were answered."""
 
     interval: float
@@ -48,7 +48,7 @@ class Load:
     """Its sessions, each at t = 0."""
     x: NDArray[np.float32]
     """[N, D], the row that each of them is sent again and again."""
-    pace: Pace | None = None
+    pace: ArrivalSchedule | None = None
     """None: closed loop, a message follows the reply to the one before it."""
     rows: int = 1
     """Of a message, each of another session; more than 1 on the packed path only."""
@@ -72,16 +72,16 @@ class Window:
 
 
 @dataclass(frozen=True, slots=True)
-class Opening:
+class OpenSessions:
     """Sessions that are to be opened, many calls at once."""
 
     target: str
     names: Sequence[str]
-    wish: Wish
+    wish: SessionOptions
 
 
 @dataclass(frozen=True, slots=True)
-class Closing:
+class CloseSessions:
     """Sessions that are to be closed, many calls at once."""
 
     target: str
@@ -118,5 +118,5 @@ class Failed:
     detail: str
 
 
-Question = Load | Window | Opening | Closing
+Question = Load | Window | OpenSessions | CloseSessions
 Answer = Ready | Sample | Failed

@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stepstate.bench.crowd import STEPPED_AT_ONCE, Crowd
-from stepstate.bench.figures import Spread, spread
-from stepstate.bench.model import DESCRIPTION
-from stepstate.bench.report import Report
-from stepstate.bench.servers import Launched, bench_folder, running_stepstate
-from stepstate.bench.stores import Store, fresh_store
+from benchmarks.sessions import STEPPED_AT_ONCE, SessionGroup
+from benchmarks.results import Spread, spread
+from benchmarks.models import DESCRIPTION
+from benchmarks.report import Report
+from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
+from benchmarks.servers import Store, fresh_store
 
 DURABILITY = "sync"
 """So that all steps before a kill are in the store, and the next one's t is known."""
@@ -59,7 +59,7 @@ def restart(plan: RestartPlan, tell: Callable[[str], None]) -> Report:
         BenchError: a server does not start, refuses a step, or answers it wrongly.
     """
     with bench_folder() as folder, fresh_store(plan.store, folder) as store:
-        first, others = Crowd(1, DURABILITY), Crowd(plan.stored - 1, DURABILITY)
+        first, others = SessionGroup(1, DURABILITY), SessionGroup(plan.stored - 1, DURABILITY)
         with running_stepstate(folder, store.url) as server:
             for crowd in (first, others):
                 _fill(crowd, server, plan.rows)
@@ -76,13 +76,13 @@ def restart(plan: RestartPlan, tell: Callable[[str], None]) -> Report:
         return _report(plan, store, rounds)
 
 
-def _fill(crowd: Crowd, server: Launched, rows: int) -> None:
+def _fill(crowd: SessionGroup, server: ServerProcess, rows: int) -> None:
     crowd.open(server.address)
     for _ in range(rows):
         crowd.step(server.address)
 
 
-def _kill(server: Launched) -> float:
+def _kill(server: ServerProcess) -> float:
     """Kills it, and tells when."""
     killed_at = time.monotonic()
     server.kill()
@@ -90,7 +90,7 @@ def _kill(server: Launched) -> float:
 
 
 def _round(
-    folder: Path, store: Store, first: Crowd, others: Crowd, killed_at: float
+    folder: Path, store: Store, first: SessionGroup, others: SessionGroup, killed_at: float
 ) -> tuple[_Round, float]:
     """Starts a server after the one before it was killed, and kills it in turn."""
     with running_stepstate(folder, store.url) as server:
@@ -104,7 +104,7 @@ def _bare_start(folder: Path, kind: str) -> float:
     with fresh_store(kind, folder) as empty:
         began = time.monotonic()
         with running_stepstate(folder, empty.url) as server:
-            _fill(Crowd(1, DURABILITY), server, 1)
+            _fill(SessionGroup(1, DURABILITY), server, 1)
             return time.monotonic() - began
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
-from stepstate.bench.errors import BenchError
-from stepstate.bench.load import Answer, Closing, Failed, Load, Opening, Question, Sample, Window
-from stepstate.bench.sender import run_client
+from benchmarks import BenchError
+from benchmarks.load import Answer, CloseSessions, Failed, Load, OpenSessions, Question, Sample, Window
+from benchmarks.sender import run_client
 
 ANSWER_SECONDS = 120.0
 """A client that says nothing for so long waits for a server that hangs."""
@@ -46,7 +46,7 @@ class Clients:
     def __len__(self) -> int:
         return len(self._clients)
 
-    def prepare(self, questions: Sequence[Load | Opening | Closing]) -> None:
+    def prepare(self, questions: Sequence[Load | OpenSessions | CloseSessions]) -> None:
         """Gives each question to a process, and returns when all is done.
 
         A `Load` is when each of its sessions was answered once.

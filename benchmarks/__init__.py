@@ -1,7 +1,10 @@
-"""`stepstate bench`: what a step costs, what keeping sessions costs, how they come back."""
+"""The benchmarks: what a step costs, what open sessions cost, and how fast a server comes back.
 
+`python -m benchmarks --help` lists them. The folder is no part of the package or its wheel: run it
+from the root of the repository, with the development tools installed.
+"""
 
-# ===== errors
+from __future__ import annotations
 
 
 class BenchError(Exception):

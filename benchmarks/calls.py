@@ -1,25 +1,66 @@
-"""One stream of a client process, in closed loop or at fixed times."""
+"""The calls of a client process, in closed loop or at fixed times: streams, or unary calls."""
 
 from __future__ import annotations
 
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import grpc
+import numpy as np
 
 from benchmarks import BenchError
-from benchmarks.load import Kind, Window
-from benchmarks.timer import Timer
+from benchmarks.load import Kind, Sample, Window
 from benchmarks.templates import Key, RequestTemplate
-from benchmarks.calls import Record
+from benchmarks.timer import Timer
 
 ENDED = "the server ended a stream"
+_WRITE_MET_END = "Internal error from Core"
+"""What gRPC sets as the status when a write meets the end of the call."""
 
 Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
+Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 Dues: TypeAlias = "Iterator[tuple[float, RequestTemplate]]"
+
+
+class Record:
+    """Messages that count, and how long each took.
+
+    Args:
+        window: when they count.
+        paced: by when a message was due, not by when its reply came.
+    """
+
+    def __init__(self, window: Window, *, paced: bool) -> None:
+        self._start, self._finish = window.start, window.finish
+        self._paced = paced
+        self._since: list[float] = []
+        self._latencies: list[float] = []
+        self._replies = 0
+        self._unanswered = 0
+
+    def answered(self, since: float, now: float) -> None:
+        """A message that was sent, or due, at `since` was answered."""
+        within = self._start <= now < self._finish
+        self._replies += within
+        if self._start <= since < self._finish if self._paced else within:
+            self._since.append(since)
+            self._latencies.append(now - since)
+
+    def unanswered(self, since: Iterable[float], now: float) -> None:
+        """Nobody waits any longer for the replies to messages that were due at `since`."""
+        for moment in since:
+            if self._start <= moment < self._finish:
+                self._unanswered += 1
+                self._since.append(moment)
+                self._latencies.append(now - moment)
+
+    def sample(self) -> Sample:
+        """All of it."""
+        since, latencies = np.array(self._since), np.array(self._latencies)
+        return Sample(since, latencies, self._replies, self._unanswered)
 
 
 class StreamClient:
@@ -84,6 +125,10 @@ class StreamClient:
             while (reply := await self._call.read()) is not grpc.aio.EOF:
                 _, since, now = self._take(reply)
                 record.answered(since, now)
+        except grpc.aio.AioRpcError as error:
+            if error.details() == _WRITE_MET_END:
+                raise BenchError(ENDED) from error
+            raise
         finally:
             writing.cancel()
         if not self._all_sent or any(part.since for part in self.parts):
@@ -130,70 +175,6 @@ class StreamClient:
     def _check(self) -> None:
         for key, reply in self._last.items():
             self._by_key[key].check(self._kind, reply)
-
-
-# ===== record
-
-from collections.abc import Iterable
-
-import numpy as np
-
-from benchmarks.load import Sample, Window
-
-
-class Record:
-    """Messages that count, and how long each took.
-
-    Args:
-        window: when they count.
-        paced: by when a message was due, not by when its reply came.
-    """
-
-    def __init__(self, window: Window, *, paced: bool) -> None:
-        self._start, self._finish = window.start, window.finish
-        self._paced = paced
-        self._since: list[float] = []
-        self._latencies: list[float] = []
-        self._replies = 0
-        self._unanswered = 0
-
-    def answered(self, since: float, now: float) -> None:
-        """A message that was sent, or due, at `since` was answered."""
-        within = self._start <= now < self._finish
-        self._replies += within
-        if self._start <= since < self._finish if self._paced else within:
-            self._since.append(since)
-            self._latencies.append(now - since)
-
-    def unanswered(self, since: Iterable[float], now: float) -> None:
-        """Nobody waits any longer for the replies to messages that were due at `since`."""
-        for moment in since:
-            if self._start <= moment < self._finish:
-                self._unanswered += 1
-                self._since.append(moment)
-                self._latencies.append(now - moment)
-
-    def sample(self) -> Sample:
-        """All of it."""
-        since, latencies = np.array(self._since), np.array(self._latencies)
-        return Sample(since, latencies, self._replies, self._unanswered)
-
-
-# ===== unary
-
-import time
-from collections.abc import Iterator
-from typing import TypeAlias
-
-import grpc
-
-from benchmarks.load import Kind, Window
-from benchmarks.timer import Timer
-from benchmarks.templates import RequestTemplate
-from benchmarks.calls import Record
-from benchmarks.calls import Dues
-
-Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
 
 
 class UnaryClient:

@@ -1,37 +1,32 @@
-"""`stepstate bench`: what a step costs here, what keeping sessions costs, and what it gives."""
+"""The command line of the benchmarks: `python -m benchmarks [COMMAND]`."""
 
 from __future__ import annotations
 
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 import click
 
-from benchmarks.steps import Choice, beside_echo, beside_memory
 from benchmarks import BenchError
-from benchmarks.results import MAX_SESSIONS, Plan
 from benchmarks.forecasting import ForecastPlan, forecasting
 from benchmarks.load import CallPath
-from benchmarks.report import this_machine
 from benchmarks.priming import PrimingPlan, priming
-from benchmarks.report import Report, as_json, as_text
+from benchmarks.report import Report, as_json, as_text, this_machine
 from benchmarks.residency import ResidencyPlan, residency
 from benchmarks.restart import RestartPlan, restart
+from benchmarks.results import MAX_SESSIONS, Plan
 from benchmarks.scale import ScalePlan, scale
-from benchmarks.servers import DURABILITIES, DURABLE, STORES
+from benchmarks.servers import DURABILITIES, DURABLE, STORES, without_password
+from benchmarks.steps import StoreChoice, beside_echo, beside_memory
 from benchmarks.sweeps import SweepsPlan, sweeps
-from stepstate.cli.options import Command
-from stepstate.cli.options import option as any_option
 
-option = partial(any_option, variable=False)
-"""What a server or a client is told, such as STEPSTATE_STORE, says nothing to a benchmark."""
+Command = Callable[..., None]
 MAX_RATE = 10_000_000
 """Beyond any machine."""
 MAX_IDLE = 10_000_000
-"""What a server can be told to keep in memory."""
+"""The most sessions that a server can be configured to keep in memory."""
 
 
 def whole_numbers(most: int) -> Callable[[str], tuple[int, ...]]:
@@ -80,6 +75,11 @@ def some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
     return names
 
 
+def option(name: str, default: object, kind: object, text: str) -> Callable[[Command], Command]:
+    """An option with a default that `--help` shows; `kind` is what click calls its type."""
+    return click.option(name, type=kind, default=default, help=text, show_default=True)
+
+
 class _WithDefault(click.Group):
     """A group whose first command is meant when none is named."""
 
@@ -113,8 +113,8 @@ _json = option("--json", "", click.Path(dir_okay=False), "Also writes every figu
 _paths = some_of([path.value for path in CallPath])
 
 
-@click.group("bench", cls=_WithDefault)
-def bench_command() -> None:
+@click.group(cls=_WithDefault, context_settings={"help_option_names": ["-h", "--help"]})
+def main() -> None:
     """Measures a server in one of several ways; without COMMAND: `steps`.
 
     It starts all servers itself, on free loopback ports. Machines differ and
@@ -122,7 +122,7 @@ def bench_command() -> None:
     """
 
 
-@bench_command.command("steps")
+@main.command("steps")
 @option("--path", "stream", _paths, "How they are sent: some of stream,unary,packed.")
 @_plan("1,16,64,256")
 @option("--rows", "16,64,256", counts, "Rows of a packed message, in turn.")
@@ -160,10 +160,10 @@ def steps_command(
         in_flight=in_flight,
         rates=rate,
     )
-    _publish(json, lambda: beside_echo(plan, _tell, tuned=echo == "tuned"))
+    _publish(json, lambda: beside_echo(plan, _log, tuned=echo == "tuned"))
 
 
-@bench_command.command("durability")
+@main.command("durability")
 @_plan("64")
 @option("--stores", "sqlite,redis", some_of(DURABLE), "Which stores to compare.")
 @option("--durabilities", "none,async,sync", some_of(DURABILITIES), "Which durabilities.")
@@ -187,11 +187,11 @@ def durability_command(
     plan = Plan(
         sessions=sessions, seconds=seconds, warm_up=warm_up, rounds=rounds, processes=processes
     )
-    choice = Choice(stores, durabilities, redis_url)
-    _publish(json, lambda: beside_memory(plan, choice, _tell))
+    choice = StoreChoice(stores, durabilities, redis_url)
+    _publish(json, lambda: beside_memory(plan, choice, _log))
 
 
-@bench_command.command("restart")
+@main.command("restart")
 @option("--store", "sqlite", click.Choice(DURABLE), "Where the sessions are stored.")
 @option("--stored", 10_000, click.IntRange(2, 1_000_000), "Sessions that are stored.")
 @option("--rows", 32, click.IntRange(1, 10_000), "Rows of each: so many are remembered too.")
@@ -199,10 +199,10 @@ def durability_command(
 @_json
 def restart_command(store: str, stored: int, rows: int, rounds: int, json: str) -> None:
     """From kill -9 to the first step of a stored session, beside a bare start."""
-    _publish(json, lambda: restart(RestartPlan(store, stored, rows, rounds), _tell))
+    _publish(json, lambda: restart(RestartPlan(store, stored, rows, rounds), _log))
 
 
-@bench_command.command("residency")
+@main.command("residency")
 @option("--store", "sqlite", click.Choice(DURABLE), "Where spilled sessions are.")
 @option("--sessions", 200_000, click.IntRange(1, 10_000_000), "Sessions that are open.")
 @option("--slots", 10_000, click.IntRange(1, 10_000_000), "How many of them fit in memory.")
@@ -214,20 +214,20 @@ def residency_command(
 ) -> None:
     """More open sessions than slots, opened at once and stepped in random order."""
     plan = ResidencyPlan(store, sessions, slots, durability, rounds)
-    _publish(json, lambda: residency(plan, _tell))
+    _publish(json, lambda: residency(plan, _log))
 
 
-@bench_command.command("forecast")
+@main.command("forecast")
 @option("--sessions", 1_000, click.IntRange(1, 6_000), "Sessions forecast in one call.")
 @option("--calls", 300, click.IntRange(1, 100_000), "Calls of each kind in a round.")
 @option("--rounds", 3, click.IntRange(1, 100), "Rounds of all kinds in turn.")
 @_json
 def forecast_command(sessions: int, calls: int, rounds: int, json: str) -> None:
     """A forecast beside a step, and many sessions' forecasts in one call."""
-    _publish(json, lambda: forecasting(ForecastPlan(sessions, calls, rounds), _tell))
+    _publish(json, lambda: forecasting(ForecastPlan(sessions, calls, rounds), _log))
 
 
-@bench_command.command("priming")
+@main.command("priming")
 @option("--rows", 100_000, click.IntRange(1, 1_000_000), "Of history.")
 @option("--others", 16, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
 @option("--rate", 50.0, click.FloatRange(0.1, 10_000.0), "Steps a second of each of them.")
@@ -235,10 +235,10 @@ def forecast_command(sessions: int, calls: int, rounds: int, json: str) -> None:
 @_json
 def priming_command(rows: int, others: int, rate: float, rounds: int, json: str) -> None:
     """Other sessions' latency while one is primed with history, and how fast that is."""
-    _publish(json, lambda: priming(PrimingPlan(rows, others, rate, rounds), _tell))
+    _publish(json, lambda: priming(PrimingPlan(rows, others, rate, rounds), _log))
 
 
-@bench_command.command("scale")
+@main.command("scale")
 @option("--sessions", "1000,10000,100000", many, "Open and idle sessions, in turn.")
 @option("--store", "memory", click.Choice(STORES), "Where they are kept.")
 @option("--active", 64, click.IntRange(1, 10_000), "Sessions that are stepped beside them.")
@@ -257,10 +257,10 @@ def scale_command(
 ) -> None:
     """Idle sessions: what they take in memory, to open and to close, and from active ones."""
     plan = ScalePlan(sessions, store, active, seconds, rounds, processes)
-    _publish(json, lambda: scale(plan, _tell))
+    _publish(json, lambda: scale(plan, _log))
 
 
-@bench_command.command("sweeps")
+@main.command("sweeps")
 @option("--sessions", 100_000, click.IntRange(1, MAX_IDLE), "That expire, or are saved.")
 @option("--store", "sqlite", click.Choice(STORES), "Where they are kept; memory saves none.")
 @option("--active", 64, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
@@ -279,29 +279,45 @@ def sweeps_command(
 ) -> None:
     """Steps of some sessions while very many others expire, and while they are saved."""
     plan = SweepsPlan(sessions, store, active, rate, seconds, processes)
-    _publish(json, lambda: sweeps(plan, _tell))
+    _publish(json, lambda: sweeps(plan, _log))
 
 
 def _publish(json: str, measure: Callable[[], Report]) -> None:
     """Measures, prints, and writes the file if one is wanted."""
     if json and not Path(json).absolute().parent.is_dir():
         raise click.BadParameter(f"the folder of {json!r} does not exist", param_hint="--json")
-    _end_cleanly()
+    _exit_on_signals()
     machine = this_machine()
     try:
         report = measure()
     except BenchError as error:
         raise click.ClickException(str(error)) from error
-    click.echo(as_text(machine, report))
+    command = _command_line(click.get_current_context())
+    click.echo(as_text(machine, command, report))
     if json:
-        Path(json).write_text(as_json(machine, report))
+        Path(json).write_text(as_json(machine, command, report))
 
 
-def _tell(line: str) -> None:
+def _command_line(context: click.Context) -> str:
+    """The command with all its options, which measures the same again; without passwords."""
+    words = [f"python -m benchmarks {context.info_name}"]
+    for name, value in context.params.items():
+        if name != "json" and value not in ("", ()):
+            words.append(f"--{name.replace('_', '-')} {_text_of(value)}")
+    return " ".join(words)
+
+
+def _text_of(value: object) -> str:
+    if isinstance(value, tuple):
+        return ",".join(map(_text_of, value))
+    return f"{value:g}" if isinstance(value, float) else without_password(str(value))
+
+
+def _log(line: str) -> None:
     click.echo(line, err=True)
 
 
-def _end_cleanly() -> None:
+def _exit_on_signals() -> None:
     """Lets a signal end the run as an exception, so that no server is left behind."""
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) is signal.SIG_DFL:

@@ -11,7 +11,16 @@ from multiprocessing.connection import Connection
 from multiprocessing.context import SpawnProcess
 
 from benchmarks import BenchError
-from benchmarks.load import Answer, CloseSessions, Failed, Load, OpenSessions, Question, Sample, Window
+from benchmarks.load import (
+    Answer,
+    CloseSessions,
+    Failed,
+    Load,
+    OpenSessions,
+    Question,
+    Sample,
+    Window,
+)
 from benchmarks.sender import run_client
 
 ANSWER_SECONDS = 120.0

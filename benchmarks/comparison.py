@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
+from benchmarks.load import CallPath
+from benchmarks.models import DESCRIPTION
+from benchmarks.report import Report, spread_text
 from benchmarks.results import (
     Case,
     Comparison,
-    Matchup,
     Figure,
+    Matchup,
     Measurement,
     cpu_of,
     median_round,
@@ -18,9 +21,6 @@ from benchmarks.results import (
     rate_of,
     ratio,
 )
-from benchmarks.load import CallPath
-from benchmarks.models import DESCRIPTION
-from benchmarks.report import Report, spread_text
 from benchmarks.runner import forward_rows
 from benchmarks.sender import GRACE_SECONDS
 
@@ -28,19 +28,17 @@ SHOWN = ("50", "90", "99", "99.9")
 """The percentiles of the table; --json has more."""
 
 
-def comparison_report(comparisons: Sequence[Comparison], what: str, command: str) -> Report:
-    """What was measured by `rounds.run`, a line for each contender.
+def comparison_report(comparisons: Sequence[Comparison], what: str) -> Report:
+    """What was measured by `runner.run`, a line for each contender.
 
     Args:
         comparisons: at least one.
         what: the load, in words.
-        command: what measures it again.
     """
     baseline = comparisons[0].baseline
     columns = [column for column in _columns(baseline) if column.wanted(comparisons)]
     return Report(
         workload=f"{DESCRIPTION}; {what}",
-        command=command,
         heads=[column.head for column in columns],
         rows=[
             [column.cell(line) for column in columns]

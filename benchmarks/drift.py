@@ -155,10 +155,10 @@ def river_adwin(errors: Errors) -> NDArray[np.int64]:
     """ADWIN (Bifet and Gavalda 2007) with river's defaults; its windows are no few numbers."""
     from river.drift import ADWIN  # noqa: PLC0415 - of the development tools
 
-    test = ADWIN()  # type: ignore[no-untyped-call]
+    test = ADWIN()
     alarms = []
     for error in np.abs(errors).tolist():
-        test.update(error)  # type: ignore[no-untyped-call]
+        test.update(error)
         alarms.append(test.drift_detected)
     return np.flatnonzero(alarms)
 

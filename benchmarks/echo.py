@@ -20,7 +20,7 @@ if TUNED in sys.argv:
 
 import grpc  # noqa: E402
 
-SERVICE = "stepstate.bench.Echo"
+SERVICE = "benchmarks.Echo"
 STREAM = f"/{SERVICE}/Stream"
 UNARY = f"/{SERVICE}/Unary"
 

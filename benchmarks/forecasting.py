@@ -10,11 +10,11 @@ import grpc
 import numpy as np
 
 from benchmarks import BenchError
-from benchmarks.results import Spread, spread
 from benchmarks.models import FORECASTING_DESCRIPTION, FORECASTING_NAME, HORIZONS
-from benchmarks.report import Report, spread_text
-from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
 from benchmarks.procstat import check_proc, cpu_seconds
+from benchmarks.report import Report, spread_text
+from benchmarks.results import Spread, spread
+from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
@@ -32,11 +32,6 @@ class ForecastPlan:
     calls: int
     """Of each kind in a round."""
     rounds: int
-
-    @property
-    def options(self) -> str:
-        """It, as options of the command."""
-        return f"--sessions {self.sessions} --calls {self.calls} --rounds {self.rounds}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +54,7 @@ class _Kind:
     """Sessions of a call."""
 
 
-def forecasting(plan: ForecastPlan, tell: Callable[[str], None]) -> Report:
+def forecasting(plan: ForecastPlan, log: Callable[[str], None]) -> Report:
     """Steps and forecasts in turn.
 
     Raises:
@@ -69,26 +64,29 @@ def forecasting(plan: ForecastPlan, tell: Callable[[str], None]) -> Report:
     with bench_folder(forecasting=True) as folder, running_stepstate(folder, "memory:") as server:
         try:
             with grpc.insecure_channel(server.address) as channel:
-                return _measure(plan, server, StepstateServiceStub(channel), tell)
+                return _measure(plan, server, StepstateServiceStub(channel), log)
         except grpc.RpcError as error:
             raise BenchError(f"a call was refused: {error.details()}") from error
 
 
 def _measure(
-    plan: ForecastPlan, server: ServerProcess, stub: StepstateServiceStub, tell: Callable[[str], None]
+    plan: ForecastPlan,
+    server: ServerProcess,
+    stub: StepstateServiceStub,
+    log: Callable[[str], None],
 ) -> Report:
     names = [f"bench-{number}" for number in range(plan.sessions)]
     history = np.random.default_rng(_SEED).standard_normal(ROWS).tolist()
     for name in names:
         stub.OpenSession(pb.OpenSessionRequest(session_id=name, model=FORECASTING_NAME))
         stub.Step(pb.StepRequest(session_id=name, x=history, last_only=True))
-    tell(f"{plan.sessions} sessions have {ROWS} rows each")
+    log(f"{plan.sessions} sessions have {ROWS} rows each")
     kinds = _kinds(plan, stub, names)
     rounds: list[dict[str, _Cost]] = []
     for number in range(1, plan.rounds + 1):
         rounds.append({kind.name: _cost(server, kind) for kind in kinds})
         told = ", ".join(f"{name} {cost.p50_ms:.2f} ms" for name, cost in rounds[-1].items())
-        tell(f"round {number} of {plan.rounds}: {told}")
+        log(f"round {number} of {plan.rounds}: {told}")
     return _report(plan, kinds, rounds)
 
 
@@ -141,7 +139,6 @@ def _report(
             f"{FORECASTING_DESCRIPTION}; unary calls of one Python client, one at a time; "
             f"{plan.rounds} round(s) of {plan.calls} calls of each kind in turn"
         ),
-        command=f"stepstate bench forecast {plan.options}",
         heads=("call", "p50 ms", "over step", "server CPU µs a session", "over step"),
         rows=[
             (

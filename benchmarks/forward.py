@@ -15,8 +15,8 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from benchmarks.report import this_machine
 from benchmarks.models import NAME, write_bench_model
+from benchmarks.report import this_machine
 from stepstate.engine import BareForward, NoAccelerator, check_accelerator, use_one_thread
 from stepstate.models import Model, load_model
 

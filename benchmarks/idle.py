@@ -40,9 +40,9 @@ class IdleSessions:
         some.names = self.names[:count]
         return some
 
-    def open(self, wish: SessionOptions) -> float:
+    def open(self, options: SessionOptions) -> float:
         """Opens them all; returns the seconds it took."""
-        return self._timed(lambda names: OpenSessions(self._address, names, wish))
+        return self._timed(lambda names: OpenSessions(self._address, names, options))
 
     def close(self) -> float:
         """Closes them all; returns the seconds it took."""

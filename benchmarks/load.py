@@ -77,7 +77,7 @@ class OpenSessions:
 
     target: str
     names: Sequence[str]
-    wish: SessionOptions
+    options: SessionOptions
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
 """Measures what docs/benchmarks.md shows, and writes its tables and pictures.
 
-    python docs/benchmarks.py measure          # all of it but the million, in some 15 minutes
-    python docs/benchmarks.py measure scale    # some of it
-    python docs/benchmarks.py render           # tables and pictures from what was measured
+    python -m benchmarks.page measure          # all of it but the million, in some 15 minutes
+    python -m benchmarks.page measure scale    # some of it
+    python -m benchmarks.page render           # tables and pictures from what was measured
 
-Every figure comes from the JSON files in docs/benchmarks/, which `stepstate bench --json` writes.
+Every figure comes from the JSON files in docs/benchmarks/, which `python -m benchmarks --json`
+writes.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any
 
 import matplotlib as mpl
 
-from benchmarks.report import table
+from benchmarks.report import Machine, table
 
 mpl.use("Agg")
 from matplotlib import pyplot
@@ -27,7 +28,7 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).parents[1] / "docs"
 PAGE = DOCS / "benchmarks.md"
 MEASURED = DOCS / "benchmarks"
 IMAGES = DOCS / "images"
@@ -58,28 +59,23 @@ def measure(names: Sequence[str]) -> None:
     MEASURED.mkdir(exist_ok=True)
     for name in names:
         out = str(MEASURED / f"{name}.json")
-        command = [sys.executable, "-m", "stepstate.cli", "bench", *RUNS[name].split()]
+        command = [sys.executable, "-m", "benchmarks", *RUNS[name].split()]
         subprocess.run([*command, "--json", out], check=True)
 
 
 def rendered(page: str) -> str:
     """The page with its tables as they were measured last."""
-    return _TABLE.sub(lambda found: found[1] + _told(found[2]) + found[3], page)
+    return _TABLE.sub(lambda found: found[1] + _section(found[2]) + found[3], page)
 
 
-def _told(name: str) -> str:
+def _section(name: str) -> str:
     path = MEASURED / f"{name}.json"
     if not path.exists():
         return "Not measured yet.\n"
     report = json.loads(path.read_text())
-    machine = report["machine"]
-    packages = ", ".join(" ".join(pair) for pair in machine["packages"].items())
-    where = (
-        f"{machine['cpu']}, {machine['cores']} cores, load average {machine['load_average']} "
-        f"before; Python {machine['python']}, {packages}"
-    )
+    machine = Machine(**report["machine"])
     lines = (
-        f"`{report['command']}`, {report['date'][:10]}. {where}. {report['workload']}.",
+        f"`{report['command']}`, {report['date'][:10]}. {machine}. {report['workload']}.",
         "",
         *table(report["table"]["heads"], report["table"]["rows"]),
         "",

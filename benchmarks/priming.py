@@ -16,9 +16,9 @@ import uvloop
 from numpy.typing import NDArray
 
 from benchmarks import BenchError
-from benchmarks.results import Spread, spread
 from benchmarks.models import DESCRIPTION, INPUTS, NAME
 from benchmarks.report import Report, spread_text
+from benchmarks.results import Spread, spread
 from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
 from stepstate.client import Client
 from stepstate.errors import StepstateError
@@ -43,13 +43,6 @@ class PrimingPlan:
     """Steps a second of each of them."""
     rounds: int
 
-    @property
-    def options(self) -> str:
-        """It, as options of the command."""
-        return (
-            f"--rows {self.rows} --others {self.others} --rate {self.rate:g} --rounds {self.rounds}"
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class _Round:
@@ -68,7 +61,7 @@ class _Round:
         return self.primed_p99_ms / self.quiet_p99_ms
 
 
-def priming(plan: PrimingPlan, tell: Callable[[str], None]) -> Report:
+def priming(plan: PrimingPlan, log: Callable[[str], None]) -> Report:
     """Primes a session while others are stepped at a fixed rate, and measures these.
 
     Raises:
@@ -82,7 +75,7 @@ def priming(plan: PrimingPlan, tell: Callable[[str], None]) -> Report:
             except grpc.RpcError as error:
                 raise BenchError(f"a step was refused: {error}") from error
             found = rounds[-1]
-            tell(
+            log(
                 f"round {number} of {plan.rounds}: {found.rows_per_second:,.0f} rows/s, p99 of the "
                 f"others {found.quiet_p99_ms:.2f} ms before, {found.primed_p99_ms:.2f} ms meanwhile"
             )
@@ -179,7 +172,6 @@ def _report(plan: PrimingPlan, rounds: Sequence[_Round]) -> Report:
             f"own, while another process primes one session with {plan.rows:,} rows; store "
             f"memory:; {plan.rounds} round(s), each with {QUIET_SECONDS:g} s without priming first"
         ),
-        command=f"stepstate bench priming {plan.options}",
         heads=("figure", "median (least–most)"),
         rows=[
             ("rows primed a second", told(lambda found: found.rows_per_second, 0)),

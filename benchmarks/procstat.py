@@ -1,9 +1,13 @@
-"""What a process uses, as Linux tells in /proc."""
+"""What a server uses and counts: its process in Linux's /proc, and its metrics."""
 
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
+from urllib.request import urlopen
+
+from prometheus_client.parser import text_string_to_metric_families
 
 from benchmarks import BenchError
 
@@ -12,7 +16,7 @@ _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
 
 
 def check_proc() -> None:
-    """Refuses a system without it.
+    """Refuses a system without /proc.
 
     Raises:
         BenchError.
@@ -36,17 +40,8 @@ def resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * _PAGE_BYTES
 
 
-# ===== scrape
-
-from collections import Counter
-from collections.abc import Mapping
-from urllib.request import urlopen
-
-from prometheus_client.parser import text_string_to_metric_families
-
-
 def counters(url: str) -> Counter[str]:
-    """Every counter of a server, its labels summed up."""
+    """Every counter of a server, summed over its labels."""
     found: Counter[str] = Counter()
     for name, _, value in _samples(url):
         if name.endswith("_total"):
@@ -57,19 +52,17 @@ def counters(url: str) -> Counter[str]:
 def series(url: str, name: str, **labels: str) -> float:
     """The sum of the series of a name that have these labels."""
     return sum(
-        value for found, held, value in _samples(url) if found == name and labels.items() <= held
+        value
+        for found, held, value in _samples(url)
+        if found == name and labels.items() <= held.items()
     )
 
 
-def _samples(url: str) -> list[tuple[str, set[tuple[str, str]], float]]:
+def _samples(url: str) -> list[tuple[str, dict[str, str], float]]:
     with urlopen(url) as answer:  # noqa: S310 - our own server
         families = text_string_to_metric_families(answer.read().decode())
     return [
-        (sample.name, _items(sample.labels), sample.value)
+        (sample.name, sample.labels, sample.value)
         for family in families
         for sample in family.samples
     ]
-
-
-def _items(labels: Mapping[str, str]) -> set[tuple[str, str]]:
-    return set(labels.items())

@@ -7,14 +7,11 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
-from benchmarks.sessions import STEPPED_AT_ONCE, SessionGroup, Timing
 from benchmarks.models import DESCRIPTION
-from benchmarks.sessions import AT_ONCE
+from benchmarks.procstat import check_proc, counters, cpu_seconds, resident_bytes
 from benchmarks.report import Report
-from benchmarks.procstat import counters
-from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
-from benchmarks.servers import Store, fresh_store
-from benchmarks.procstat import check_proc, cpu_seconds, resident_bytes
+from benchmarks.servers import ServerProcess, Store, bench_folder, fresh_store, running_stepstate
+from benchmarks.sessions import AT_ONCE, STEPPED_AT_ONCE, SessionGroup, Timing
 
 MIB = 2**20
 
@@ -29,14 +26,6 @@ class ResidencyPlan:
     durability: str
     rounds: int
     """How often every session is stepped."""
-
-    @property
-    def options(self) -> str:
-        """It, as options of the command."""
-        return (
-            f"--store {self.store} --sessions {self.sessions} --slots {self.slots} "
-            f"--durability {self.durability} --rounds {self.rounds}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +77,7 @@ class _Watch:
         )
 
 
-def residency(plan: ResidencyPlan, tell: Callable[[str], None]) -> Report:
+def residency(plan: ResidencyPlan, log: Callable[[str], None]) -> Report:
     """Opens the sessions concurrently, then steps all of them in random order, some times.
 
     Raises:
@@ -101,10 +90,10 @@ def residency(plan: ResidencyPlan, tell: Callable[[str], None]) -> Report:
             watch, crowd = _Watch(server, store), SessionGroup(plan.sessions, plan.durability)
             empty_bytes = resident_bytes(server.pid)
             phases = [watch.during("opened", crowd.open)]
-            tell(f"opened {plan.sessions:,} at {phases[-1].sessions_per_second:,.0f}/s")
+            log(f"opened {plan.sessions:,} at {phases[-1].sessions_per_second:,.0f}/s")
             for number in range(1, plan.rounds + 1):
                 phases.append(watch.during(f"stepped, round {number}", crowd.step))
-                tell(f"round {number} of {plan.rounds}: {phases[-1].sessions_per_second:,.0f}/s")
+                log(f"round {number} of {plan.rounds}: {phases[-1].sessions_per_second:,.0f}/s")
         return _report(plan, store, empty_bytes, phases)
 
 
@@ -114,11 +103,10 @@ def _report(
     return Report(
         workload=(
             f"{DESCRIPTION}; {plan.sessions:,} {plan.durability} sessions with {plan.slots:,} "
-            f"slots; {store.told}; one Python client on the same machine: {AT_ONCE} calls "
+            f"slots; {store.description}; one Python client on the same machine: {AT_ONCE} calls "
             f"to open, then one row for each session in random order on one stream, at most "
             f"{STEPPED_AT_ONCE} on their way"
         ),
-        command=f"stepstate bench residency {plan.options}",
         heads=(
             *("what", "seconds", "sessions/s", "p50 ms", "p99 ms", "most ms", "CPU µs"),
             *("spills", "restores", "memory MiB", "files MiB"),

@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.sessions import STEPPED_AT_ONCE, SessionGroup
-from benchmarks.results import Spread, spread
 from benchmarks.models import DESCRIPTION
 from benchmarks.report import Report
-from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
-from benchmarks.servers import Store, fresh_store
+from benchmarks.results import Spread, spread
+from benchmarks.servers import ServerProcess, Store, bench_folder, fresh_store, running_stepstate
+from benchmarks.sessions import STEPPED_AT_ONCE, SessionGroup
 
 DURABILITY = "sync"
 """So that all steps before a kill are in the store, and the next one's t is known."""
@@ -28,13 +27,6 @@ class RestartPlan:
     rows: int
     """Applied to each before the first kill."""
     rounds: int
-
-    @property
-    def options(self) -> str:
-        """It, as options of the command."""
-        return (
-            f"--store {self.store} --stored {self.stored} --rows {self.rows} --rounds {self.rounds}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +44,7 @@ class _Round:
         return self.restart - self.bare_start
 
 
-def restart(plan: RestartPlan, tell: Callable[[str], None]) -> Report:
+def restart(plan: RestartPlan, log: Callable[[str], None]) -> Report:
     """Kills a server and starts it again, in turn with bare starts.
 
     Raises:
@@ -63,13 +55,13 @@ def restart(plan: RestartPlan, tell: Callable[[str], None]) -> Report:
         with running_stepstate(folder, store.url) as server:
             for crowd in (first, others):
                 _fill(crowd, server, plan.rows)
-            tell(f"{plan.stored:,} sessions are stored, in {store.file_bytes():,} bytes")
+            log(f"{plan.stored:,} sessions are stored, in {store.file_bytes():,} bytes")
             killed_at = _kill(server)
         rounds: list[_Round] = []
         for number in range(1, plan.rounds + 1):
             found, killed_at = _round(folder, store, first, others, killed_at)
             rounds.append(found)
-            tell(
+            log(
                 f"round {number} of {plan.rounds}: bare start {found.bare_start:.2f} s, "
                 f"from kill -9 to the first step {found.restart:.2f} s"
             )
@@ -118,10 +110,10 @@ def _report(plan: RestartPlan, store: Store, rounds: Sequence[_Round]) -> Report
     return Report(
         workload=(
             f"{DESCRIPTION}; {plan.stored:,} sync sessions, {plan.rows} single rows applied to "
-            f"each, {store.file_bytes():,} bytes in {store.told}; one Python client, at most "
-            f"{STEPPED_AT_ONCE} steps on their way; {plan.rounds} round(s), each with both starts"
+            f"each, {store.file_bytes():,} bytes in {store.description}; one Python "
+            f"client, at most {STEPPED_AT_ONCE} steps on their way; {plan.rounds} round(s), each "
+            f"with both starts"
         ),
-        command=f"stepstate bench restart {plan.options}",
         heads=("seconds", "median", "least", "most"),
         rows=[
             _row("bare start on an empty store, to its first step", found["bare_start"]),

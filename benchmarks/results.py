@@ -49,23 +49,6 @@ class Plan:
     rates: tuple[float, ...] = ()
     """Steps a second in all, in turn; none: closed loop."""
 
-    @property
-    def options(self) -> str:
-        """It, as options of the command."""
-        return (
-            f"--sessions {_listed(self.sessions)} --seconds {self.seconds:g} "
-            f"--warm-up {self.warm_up:g} --rounds {self.rounds} --processes {self.processes}"
-        )
-
-    @property
-    def path_options(self) -> str:
-        """Those that say how steps are sent."""
-        told = f"--path {_listed(path.value for path in self.paths)}"
-        if CallPath.PACKED in self.paths:
-            told += f" --rows {_listed(self.rows)} --in-flight {self.in_flight}"
-        rates = _listed(f"{rate:g}" for rate in self.rates)
-        return f"{told} --rate {rates}" if rates else told
-
     def cases(self) -> list[Case]:
         """Every load, in turn.
 
@@ -206,7 +189,3 @@ def median_round(rounds: Sequence[Measurement]) -> Measurement:
     """The middle one by rate; of two the slower."""
     ordered = sorted(rounds, key=rate_of)
     return ordered[(len(ordered) - 1) // 2]
-
-
-def _listed(values: Iterable[object]) -> str:
-    return ",".join(map(str, values))

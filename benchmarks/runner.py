@@ -12,8 +12,11 @@ from dataclasses import dataclass
 import grpc
 import numpy as np
 
-from benchmarks.clients import Clients, running_clients
 from benchmarks import BenchError
+from benchmarks.clients import Clients, running_clients
+from benchmarks.load import ArrivalSchedule, CallPath, Kind, Load, Sample, Window
+from benchmarks.models import INPUTS
+from benchmarks.procstat import check_proc, cpu_seconds
 from benchmarks.results import (
     PERCENTILES,
     Case,
@@ -23,12 +26,9 @@ from benchmarks.results import (
     Plan,
     rate_of,
 )
-from benchmarks.load import CallPath, Kind, Load, ArrivalSchedule, Sample, Window
-from benchmarks.models import INPUTS
-from benchmarks.sessions import SessionOptions, close_sessions, open_sessions
 from benchmarks.sender import MAX_STREAMS
 from benchmarks.servers import ServerProcess
-from benchmarks.procstat import check_proc, cpu_seconds
+from benchmarks.sessions import SessionOptions, close_sessions, open_sessions
 
 _SEED = 2
 
@@ -54,7 +54,7 @@ def run(
     plan: Plan,
     baseline: Target,
     contenders: Sequence[Target],
-    tell: Callable[[str], None],
+    log: Callable[[str], None],
     forward: Forward | None = None,
 ) -> list[Comparison]:
     """Measures each contender after the baseline, round by round, and says how each round went.
@@ -63,7 +63,7 @@ def run(
         plan: what to run.
         baseline: measured before each contender.
         contenders: what is compared with it.
-        tell: is told how it goes.
+        log: is called with a line of progress.
         forward: measured after each round, if given.
 
     Raises:
@@ -71,7 +71,7 @@ def run(
     """
     check_proc()
     with running_clients(plan.processes) as clients:
-        rounds = _Rounds(plan, baseline, contenders, clients, tell, forward)
+        rounds = _Rounds(plan, baseline, contenders, clients, log, forward)
         return [rounds.compare(case) for case in plan.cases()]
 
 
@@ -110,7 +110,7 @@ class _Rounds:
     baseline: Target
     contenders: Sequence[Target]
     clients: Clients
-    tell: Callable[[str], None]
+    log: Callable[[str], None]
     forward: Forward | None
 
     def compare(self, case: Case) -> Comparison:
@@ -132,7 +132,7 @@ class _Rounds:
             before = self._measure(self.baseline, case)
             measured = self._measure(contender, case)
             pairs.append((before, measured))
-            self.tell(
+            self.log(
                 f"{case}, round {number} of {self.plan.rounds}: "
                 f"{self.baseline.name} {rate_of(before):,.0f}/s, "
                 f"{contender.name} {rate_of(measured):,.0f}/s"

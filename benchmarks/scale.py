@@ -8,8 +8,13 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.clients import Clients, running_clients
 from benchmarks import BenchError
+from benchmarks.clients import Clients, running_clients
+from benchmarks.idle import IdleSessions
+from benchmarks.load import CallPath
+from benchmarks.models import DESCRIPTION, INPUTS
+from benchmarks.procstat import check_proc, cpu_seconds, resident_bytes, series
+from benchmarks.report import Report, spread_text
 from benchmarks.results import (
     Case,
     Matchup,
@@ -21,16 +26,9 @@ from benchmarks.results import (
     rate_of,
     ratio,
 )
-from benchmarks.load import CallPath
-from benchmarks.models import DESCRIPTION, INPUTS
-from benchmarks.sessions import AT_ONCE, SessionOptions
-from benchmarks.idle import IdleSessions
-from benchmarks.report import Report, spread_text
 from benchmarks.runner import Target, measure, opened_sessions
-from benchmarks.procstat import series
-from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
-from benchmarks.servers import fresh_store
-from benchmarks.procstat import check_proc, cpu_seconds, resident_bytes
+from benchmarks.servers import ServerProcess, bench_folder, fresh_store, running_stepstate
+from benchmarks.sessions import AT_ONCE, SessionOptions
 from stepstate.config import ServerConfig
 
 FEW = 1_000
@@ -56,15 +54,6 @@ class ScalePlan:
     seconds: float
     rounds: int
     processes: int
-
-    @property
-    def options(self) -> str:
-        """It, as options of the command."""
-        return (
-            f"--sessions {','.join(map(str, self.sessions))} --store {self.store} "
-            f"--active {self.active} --seconds {self.seconds:g} --rounds {self.rounds} "
-            f"--processes {self.processes}"
-        )
 
     @property
     def load(self) -> Plan:
@@ -122,7 +111,7 @@ class _Level:
         return ratio(self.contest.measured, self.contest.baseline, p99_of)
 
 
-def scale(plan: ScalePlan, tell: Callable[[str], None]) -> Report:
+def scale(plan: ScalePlan, log: Callable[[str], None]) -> Report:
     """Opens more and more sessions, and steps some beside them and beside few, in turn.
 
     Raises:
@@ -136,7 +125,7 @@ def scale(plan: ScalePlan, tell: Callable[[str], None]) -> Report:
         few = stack.enter_context(_host(plan, folder, FEW))
         _fill(IdleSessions(FEW, few.server.address, crowd), few.server)
         few_bytes = resident_bytes(few.server.pid)
-        scaled = _Scale(plan, folder, tell, stepper, crowd, few, few_bytes)
+        scaled = _Scale(plan, folder, log, stepper, crowd, few, few_bytes)
         return _report(plan, [scaled.level(sessions) for sessions in plan.sessions])
 
 
@@ -174,7 +163,7 @@ def _turnover(server: ServerProcess, sessions: int, work: Callable[[], float]) -
 class _Scale:
     plan: ScalePlan
     folder: Path
-    tell: Callable[[str], None]
+    log: Callable[[str], None]
     stepper: Clients
     crowd: Clients
     few: Target
@@ -186,14 +175,14 @@ class _Scale:
             idle = IdleSessions(sessions, many.server.address, self.crowd)
             opened = _fill(idle, many.server)
             memory = self._memory(many.server, sessions)
-            self.tell(
+            self.log(
                 f"{sessions:,} sessions opened at {opened.per_second:,.0f}/s, "
                 f"{memory.resident_bytes / _MIB:,.0f} MiB"
             )
             contest = self._contest(many)
             leaving = idle.first(CLOSED)
             closed = _turnover(many.server, len(leaving.names), leaving.close)
-            self.tell(f"{len(leaving.names):,} closed at {closed.per_second:,.0f}/s")
+            self.log(f"{len(leaving.names):,} closed at {closed.per_second:,.0f}/s")
             return _Level(sessions, opened, closed, memory, contest)
 
     def _memory(self, server: ServerProcess, sessions: int) -> _Memory:
@@ -212,7 +201,7 @@ class _Scale:
         for number in range(1, self.plan.rounds + 1):
             before.append(self._window(self.few))
             measured.append(self._window(many))
-            self.tell(
+            self.log(
                 f"round {number} of {self.plan.rounds}: beside {FEW:,} "
                 f"{rate_of(before[-1]):,.0f}/s, beside {many.name} {rate_of(measured[-1]):,.0f}/s"
             )
@@ -233,7 +222,6 @@ def _report(plan: ScalePlan, levels: Sequence[_Level]) -> Report:
             f"{plan.rounds} round(s) of {plan.seconds:g} s after 1 s of warm-up, in turn with a "
             f"server that has {FEW:,} idle sessions"
         ),
-        command=f"stepstate bench scale {plan.options}",
         heads=(
             *("idle sessions", "opened/s", "CPU µs an open", "closed/s", "CPU µs a close"),
             *("memory MiB", "state + replay B", "beyond B", "steps/s", f"rate ÷ {FEW:,}'s"),

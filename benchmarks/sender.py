@@ -14,28 +14,31 @@ from typing import TypeAlias
 import grpc
 import uvloop
 
-from benchmarks import echo
-from benchmarks import BenchError
+from benchmarks import BenchError, echo
+from benchmarks.calls import Dues, Method, Record, StreamClient, UnaryClient
 from benchmarks.load import (
     Answer,
+    ArrivalSchedule,
     CallPath,
     CloseSessions,
     Failed,
     Kind,
     Load,
     OpenSessions,
-    ArrivalSchedule,
     Question,
     Ready,
     Sample,
     Window,
 )
 from benchmarks.sessions import close_sessions, open_sessions
+from benchmarks.templates import (
+    PackedTemplate,
+    RequestTemplate,
+    StepTemplate,
+    packed_key,
+    session_key,
+)
 from benchmarks.timer import Timer
-from benchmarks.templates import PackedTemplate, RequestTemplate, StepTemplate, packed_key, session_key
-from benchmarks.calls import Record
-from benchmarks.calls import StreamClient, Dues
-from benchmarks.calls import Method, UnaryClient
 from stepstate.v1 import stepstate_pb2 as pb
 
 MAX_STREAMS = 1_000
@@ -76,7 +79,7 @@ def run_client(parent: Connection[Answer, Question]) -> None:
 
 async def _answer(question: Question, parent: Connection[Answer, Question]) -> Answer:
     if isinstance(question, OpenSessions):
-        await open_sessions(question.target, question.names, question.wish)
+        await open_sessions(question.target, question.names, question.options)
         return Ready()
     if isinstance(question, CloseSessions):
         await close_sessions(question.target, question.names)

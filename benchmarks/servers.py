@@ -1,4 +1,7 @@
-"""What is under load, each a process of its own: a bare echo, `stepstate serve`, a Redis."""
+"""What is under load, each a process of its own: a bare echo, `stepstate serve`, a Redis.
+
+And the stores that are compared, each fresh: a file, a Redis of its own, or a given one.
+"""
 
 from __future__ import annotations
 
@@ -21,13 +24,16 @@ from typing import IO
 from benchmarks import BenchError
 from benchmarks.models import NAME, write_bench_model
 
+DURABLE = ("sqlite", "redis")
+STORES = ("memory", *DURABLE)
+DURABILITIES = ("none", "async", "sync")
 START_SECONDS = 120.0
 """Importing torch from a cold disk on a busy machine takes most of a minute."""
 
 STOP_SECONDS = 40.0
 """Longer than the server's own limit for a drain."""
 
-TOLD_CHARACTERS = 4_000
+LOG_CHARACTERS = 4_000
 """How much of a server's log an error shows: the end of it."""
 
 REDIS_OPTIONS = ("--appendonly", "yes", "--appendfsync", "everysec", "--save", "")
@@ -110,7 +116,9 @@ def _python(module: str, *arguments: str) -> list[str]:
 
 
 @contextmanager
-def _running(command: Sequence[str], ready: Callable[[_Process], ServerProcess]) -> Iterator[ServerProcess]:
+def _running(
+    command: Sequence[str], ready: Callable[[_Process], ServerProcess]
+) -> Iterator[ServerProcess]:
     """Runs a command until the block ends; an error in the block is told with its log."""
     with tempfile.TemporaryFile("w+") as log:
         process = _start(command, log)
@@ -129,6 +137,7 @@ def _start(command: Sequence[str], log: IO[str]) -> _Process:
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
+        cwd=Path(__file__).parents[1],  # where `-m benchmarks.echo` is found
         # The server has its defaults, whatever is set here, so that two runs compare.
         env={name: value for name, value in os.environ.items() if name[:10] != "STEPSTATE_"},
         # Ctrl-C is for the benchmark, which then stops its servers.
@@ -167,7 +176,7 @@ def _explained(
     except subprocess.TimeoutExpired:
         ended = "was still running"
     log.seek(0)
-    told = log.read().strip()[-TOLD_CHARACTERS:]
+    told = log.read().strip()[-LOG_CHARACTERS:]
     if not told and process.returncode is None:
         return error
     return BenchError(f"{error}\n`{' '.join(command)}` {ended}; its log:\n{told}")
@@ -185,29 +194,14 @@ def _stop(process: _Process) -> None:
             process.stdout.close()
 
 
-# ===== stores
-
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-
-from benchmarks.servers import REDIS_OPTIONS, running_redis
-
-DURABLE = ("sqlite", "redis")
-STORES = ("memory", *DURABLE)
-DURABILITIES = ("none", "async", "sync")
-
-
 @dataclass(frozen=True, slots=True)
 class Store:
     """A store that servers can be given."""
 
     kind: str
     url: str
-    told: str
-    """What it is, for the description of the workload."""
+    description: str
+    """For the workload in a report."""
     pid: int | None = None
     """Its process, if it has one of its own that was started here."""
     folder: Path | None = None
@@ -233,6 +227,12 @@ def fresh_store(kind: str, folder: Path) -> Iterator[Store]:
         yield Store(kind, f"sqlite:{own}/sessions.db", told, folder=own)
     else:
         yield Store(kind, "memory:", "memory")
+
+
+def without_password(url: str) -> str:
+    """A URL as it may be shown."""
+    scheme, separator, rest = url.partition("://")
+    return scheme + separator + rest.rpartition("@")[2]
 
 
 def _file_system(path: Path) -> str:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeAlias
 
 import grpc
@@ -19,13 +20,16 @@ import uvloop
 from numpy.typing import NDArray
 
 from benchmarks import BenchError
-from benchmarks.models import INPUTS
-from benchmarks.sessions import AT_ONCE, SessionOptions, opening
+from benchmarks.models import INPUTS, NAME
 from stepstate.client.wire import from_status
 from stepstate.errors import StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
+AT_ONCE = 64
+"""Calls on their way."""
+LEFT_BEHIND = timedelta(hours=1)
+"""When sessions expire that a broken off benchmark left in somebody's Redis."""
 STEPPED_AT_ONCE = 256
 """Steps on their way: as many as one forward takes."""
 SAME = 2e-5
@@ -33,6 +37,63 @@ SAME = 2e-5
 
 _SEED = 3
 _Stream: TypeAlias = "grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]"
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """What sessions are opened with."""
+
+    durability: str = "unspecified"
+    """By the contract's name in small letters."""
+    expires_at: float | None = None
+    """When they are all to expire, by `time.monotonic`; None: when nobody is left to mind."""
+
+    def idle_timeout(self) -> timedelta:
+        """For a session that is opened now."""
+        if self.expires_at is None:
+            return LEFT_BEHIND
+        return timedelta(seconds=max(0.001, self.expires_at - time.monotonic()))
+
+
+def open_request(session_id: str, options: SessionOptions) -> pb.OpenSessionRequest:
+    """A request for a session of the benchmark's model, to be sent now."""
+    request = pb.OpenSessionRequest(
+        session_id=session_id, model=NAME, durability=f"DURABILITY_{options.durability.upper()}"
+    )
+    request.idle_timeout.FromTimedelta(options.idle_timeout())
+    return request
+
+
+async def open_sessions(target: str, names: Sequence[str], options: SessionOptions) -> None:
+    """Opens sessions."""
+
+    async def call(stub: StepstateServiceStub, name: str) -> None:
+        await stub.OpenSession(open_request(name, options))
+
+    await _all(target, names, call)
+
+
+async def close_sessions(target: str, names: Sequence[str]) -> None:
+    """Closes sessions."""
+
+    async def call(stub: StepstateServiceStub, name: str) -> None:
+        await stub.CloseSession(pb.CloseSessionRequest(session_id=name))
+
+    await _all(target, names, call)
+
+
+async def _all(
+    target: str, names: Sequence[str], call: Callable[[StepstateServiceStub, str], Awaitable[None]]
+) -> None:
+    """Makes a call for each session, `AT_ONCE` of them at a time."""
+    async with grpc.aio.insecure_channel(target) as channel:
+        stub, left = StepstateServiceStub(channel), iter(names)
+
+        async def caller() -> None:
+            for name in left:
+                await call(stub, name)
+
+        await asyncio.gather(*(caller() for _ in range(AT_ONCE)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +119,7 @@ class SessionGroup:
         self.names = [f"bench-{run_id}-{number}" for number in range(count)]
         self.t = 0
         """Rows sent to each."""
-        self._wish = SessionOptions(durability)
+        self._options = SessionOptions(durability)
         self._random = np.random.default_rng(_SEED)
 
     def open(self, target: str) -> Timing:
@@ -84,19 +145,15 @@ class SessionGroup:
 
     async def _open(self, target: str) -> Timing:
         latencies: list[float] = []
-        names = iter(self.names)
-        async with grpc.aio.insecure_channel(target) as channel:
-            stub = StepstateServiceStub(channel)
 
-            async def opener() -> None:
-                for name in names:
-                    sent = time.monotonic()
-                    await stub.OpenSession(opening(name, self._wish))
-                    latencies.append(time.monotonic() - sent)
+        async def call(stub: StepstateServiceStub, name: str) -> None:
+            sent = time.monotonic()
+            await stub.OpenSession(open_request(name, self._options))
+            latencies.append(time.monotonic() - sent)
 
-            began = time.monotonic()
-            await asyncio.gather(*(opener() for _ in range(AT_ONCE)))
-            return Timing(time.monotonic() - began, np.array(latencies))
+        began = time.monotonic()
+        await _all(target, self.names, call)
+        return Timing(time.monotonic() - began, np.array(latencies))
 
 
 class _Pass:
@@ -152,82 +209,3 @@ def _run(work: Coroutine[object, object, Timing]) -> Timing:
         raise BenchError(f"a step was refused: {error}") from error
     except grpc.aio.AioRpcError as error:
         raise BenchError(f"a call failed: {error.details()}") from error
-
-
-# ===== opening
-
-import asyncio
-import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import dataclass
-from datetime import timedelta
-from typing import TypeVar
-
-import grpc
-
-from benchmarks.models import NAME
-from stepstate.v1 import stepstate_pb2 as pb
-from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
-
-AT_ONCE = 64
-"""Calls on their way."""
-LEFT_BEHIND = timedelta(hours=1)
-"""When sessions expire that a broken off benchmark left in somebody's Redis."""
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class SessionOptions:
-    """What sessions are opened with."""
-
-    durability: str = "unspecified"
-    """By the contract's name in small letters."""
-    expires_at: float | None = None
-    """When they are all to expire, by `time.monotonic`; None: when nobody is left to mind."""
-
-    def idle_timeout(self) -> timedelta:
-        """For a session that is opened now."""
-        if self.expires_at is None:
-            return LEFT_BEHIND
-        return timedelta(seconds=max(0.001, self.expires_at - time.monotonic()))
-
-
-def opening(session_id: str, wish: SessionOptions) -> pb.OpenSessionRequest:
-    """A request for a session of the benchmark's model, to be sent now."""
-    request = pb.OpenSessionRequest(
-        session_id=session_id, model=NAME, durability=f"DURABILITY_{wish.durability.upper()}"
-    )
-    request.idle_timeout.FromTimedelta(wish.idle_timeout())
-    return request
-
-
-async def open_sessions(target: str, names: Sequence[str], wish: SessionOptions) -> None:
-    """Opens sessions."""
-
-    async def call(stub: StepstateServiceStub, name: str) -> None:
-        await stub.OpenSession(opening(name, wish))
-
-    await _all(target, names, call)
-
-
-async def close_sessions(target: str, names: Sequence[str]) -> None:
-    """Closes sessions."""
-
-    async def call(stub: StepstateServiceStub, name: str) -> None:
-        await stub.CloseSession(pb.CloseSessionRequest(session_id=name))
-
-    await _all(target, names, call)
-
-
-async def _all(
-    target: str, items: Iterable[T], call: Callable[[StepstateServiceStub, T], Awaitable[None]]
-) -> None:
-    async with grpc.aio.insecure_channel(target) as channel:
-        stub, left = StepstateServiceStub(channel), iter(items)
-
-        async def caller() -> None:
-            for item in left:
-                await call(stub, item)
-
-        await asyncio.gather(*(caller() for _ in range(AT_ONCE)))

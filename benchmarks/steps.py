@@ -9,18 +9,25 @@ from pathlib import Path
 
 from benchmarks.comparison import comparison_report
 from benchmarks.echo import TUNED
-from benchmarks.results import Measurement, Plan
 from benchmarks.load import Kind
 from benchmarks.report import Report
+from benchmarks.results import Measurement, Plan
 from benchmarks.runner import Forward, Target, run, workload
-from benchmarks.servers import bench_folder, bench_model, running_echo, running_stepstate
-from benchmarks.servers import Store, fresh_store
+from benchmarks.servers import (
+    Store,
+    bench_folder,
+    bench_model,
+    fresh_store,
+    running_echo,
+    running_stepstate,
+    without_password,
+)
 
-Tell = Callable[[str], None]
+Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class StoreChoice:
     """Which stores and durabilities are compared."""
 
     stores: tuple[str, ...]
@@ -28,30 +35,17 @@ class Choice:
     redis_url: str
     """Empty: a Redis of its own."""
 
-    @property
-    def redis_place(self) -> str:
-        """Its URL without the password."""
-        scheme, _, rest = self.redis_url.partition("://")
-        return f"{scheme}://{rest.rpartition('@')[2]}"
-
-    @property
-    def options(self) -> str:
-        """It, as options of the command."""
-        stores, durabilities = ",".join(self.stores), ",".join(self.durabilities)
-        url = f" --redis-url {self.redis_place}" if self.redis_url else ""
-        return f"--stores {stores} --durabilities {durabilities}{url}"
-
 
 FORWARD_SECONDS = 1.0
 """The bare forward is steady: a longer run tells nothing more."""
 
 
-def beside_echo(plan: Plan, tell: Tell, *, tuned: bool = False) -> Report:
+def beside_echo(plan: Plan, log: Log, *, tuned: bool = False) -> Report:
     """Measures steps beside a bare echo of the same messages, and the bare forward.
 
     Args:
         plan: what to run.
-        tell: is told how it goes.
+        log: is called with a line of progress.
         tuned: the echo gets gRPC's events as the server does.
 
     Raises:
@@ -63,13 +57,11 @@ def beside_echo(plan: Plan, tell: Tell, *, tuned: bool = False) -> Report:
         echo = Target("echo", stack.enter_context(running_echo(*echo_options)), Kind.ECHO)
         store = stack.enter_context(fresh_store("sqlite", folder))
         steps = Target("steps", stack.enter_context(running_stepstate(folder, store.url)))
-        found = run(plan, echo, [steps], tell, _forward_of(folder, plan))
+        found = run(plan, echo, [steps], log, _forward_of(folder, plan))
     what = workload(plan, "echo, steps and the bare forward")
-    command = f"stepstate bench steps {plan.path_options} {plan.options}"
     if tuned:
         what += "; the echo gets gRPC's events as the server does"
-        command += " --echo tuned"
-    return comparison_report(found, what, command)
+    return comparison_report(found, what)
 
 
 def _forward_of(folder: Path, plan: Plan) -> Forward:
@@ -85,7 +77,7 @@ def _forward_of(folder: Path, plan: Plan) -> Forward:
     return forward
 
 
-def beside_memory(plan: Plan, choice: Choice, tell: Tell) -> Report:
+def beside_memory(plan: Plan, choice: StoreChoice, log: Log) -> Report:
     """Measures steps with each store and durability beside steps with the store `memory:`.
 
     Raises:
@@ -102,17 +94,17 @@ def beside_memory(plan: Plan, choice: Choice, tell: Tell) -> Report:
                 Target(f"{store.kind} {durability}", server, Kind.STEP, durability, store.pid)
                 for durability in choice.durabilities
             )
-        found = run(plan, memory, contenders, tell)
-    what = "; ".join((workload(plan, "memory and each other"), *(store.told for store in stores)))
-    return comparison_report(
-        found, what, f"stepstate bench durability {plan.options} {choice.options}"
+        found = run(plan, memory, contenders, log)
+    what = "; ".join(
+        (workload(plan, "memory and each other"), *(store.description for store in stores))
     )
+    return comparison_report(found, what)
 
 
 @contextmanager
-def _store(kind: str, choice: Choice, folder: Path) -> Iterator[Store]:
+def _store(kind: str, choice: StoreChoice, folder: Path) -> Iterator[Store]:
     if kind == "redis" and choice.redis_url:
-        yield Store(kind, choice.redis_url, f"the redis at {choice.redis_place}")
+        yield Store(kind, choice.redis_url, f"the redis at {without_password(choice.redis_url)}")
     else:
         with fresh_store(kind, folder) as store:
             yield store

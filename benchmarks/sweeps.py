@@ -11,18 +11,16 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.clients import Clients, running_clients
 from benchmarks import BenchError
-from benchmarks.load import CallPath, Kind, Load, ArrivalSchedule, Sample, Window
-from benchmarks.models import DESCRIPTION, INPUTS
-from benchmarks.sessions import SessionOptions
+from benchmarks.clients import Clients, running_clients
 from benchmarks.idle import IdleSessions
+from benchmarks.load import ArrivalSchedule, CallPath, Kind, Load, Sample, Window
+from benchmarks.models import DESCRIPTION, INPUTS
+from benchmarks.procstat import check_proc, series
 from benchmarks.report import Report
 from benchmarks.runner import Target, opened_sessions, percentiles
-from benchmarks.procstat import series
-from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
-from benchmarks.servers import DURABLE, fresh_store
-from benchmarks.procstat import check_proc
+from benchmarks.servers import DURABLE, ServerProcess, bench_folder, fresh_store, running_stepstate
+from benchmarks.sessions import SessionOptions
 
 QUIET_SECONDS = 5.0
 """How long the active sessions are measured before a sweep."""
@@ -50,14 +48,6 @@ class SweepsPlan:
     processes: int
     """That open the sessions."""
 
-    @property
-    def options(self) -> str:
-        """It, as options of the command."""
-        return (
-            f"--sessions {self.sessions} --store {self.store} --active {self.active} "
-            f"--rate {self.rate:g} --seconds {self.seconds:g} --processes {self.processes}"
-        )
-
 
 @dataclass(frozen=True, slots=True)
 class _Sweep:
@@ -77,7 +67,7 @@ class _Sweep:
         return self.swept_ms["99"] / self.quiet_ms["99"]
 
 
-def sweeps(plan: SweepsPlan, tell: Callable[[str], None]) -> Report:
+def sweeps(plan: SweepsPlan, log: Callable[[str], None]) -> Report:
     """Lets very many sessions expire at once and, with a durable store, saves as many.
 
     Raises:
@@ -91,10 +81,10 @@ def sweeps(plan: SweepsPlan, tell: Callable[[str], None]) -> Report:
     ):
         run = _Sweeps(plan, folder, stepper, crowd)
         found = [run.expiry()]
-        tell(_told(found[-1]))
+        log(_told(found[-1]))
         if plan.store in DURABLE:
             found.append(run.snapshots())
-            tell(_told(found[-1]))
+            log(_told(found[-1]))
     return _report(plan, found)
 
 
@@ -151,7 +141,9 @@ class _Sweeps:
         trial.close()
         opening = _MARGIN * each * self.plan.sessions
         moment = time.monotonic() + opening + QUIET_SECONDS + 4.0
-        IdleSessions(self.plan.sessions, server.address, self.crowd).open(SessionOptions(expires_at=moment))
+        IdleSessions(self.plan.sessions, server.address, self.crowd).open(
+            SessionOptions(expires_at=moment)
+        )
         if time.monotonic() > moment - QUIET_SECONDS - 1.0:
             raise BenchError(
                 "opening became much slower meanwhile, and sessions expired: try again"
@@ -231,7 +223,6 @@ def _report(plan: SweepsPlan, found: Sequence[_Sweep]) -> Report:
             f"expire at the same moment, or have their snapshots saved; each watched for at most "
             f"{plan.seconds:g} s, after {QUIET_SECONDS:g} s without"
         ),
-        command=f"stepstate bench sweeps {plan.options}",
         heads=(
             *("sweep", "sessions", "seconds", "p50 ms before", "p99 before", "most before"),
             *("p50 ms meanwhile", "p99 meanwhile", "most meanwhile", "p99 ÷ before"),

@@ -1,4 +1,4 @@
-"""`stepstate bench`, as a process: what it measures makes sense, what it refuses it explains."""
+"""`python -m benchmarks`: what it measures makes sense, and it explains what it refuses."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 
-from stepstate.cli import main
+from benchmarks.cli import main
 from tests.redis_process import redis_process
 
-COMMAND = [sys.executable, "-m", "stepstate.cli", "bench"]
+COMMAND = [sys.executable, "-m", "benchmarks"]
 SHORT = ["--seconds", "0.5", "--rounds", "1"]
 
 
@@ -32,7 +32,7 @@ def run(*options: str, env: dict[str, str] | None = None) -> subprocess.Complete
 
 def run_here(*options: str) -> Result:
     """In this process, which spares the imports: for what is refused before anything starts."""
-    return CliRunner().invoke(main, ["bench", *options])
+    return CliRunner().invoke(main, list(options))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:

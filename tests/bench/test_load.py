@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from benchmarks import BenchError
-from benchmarks.results import Case, Plan
-from benchmarks.load import CallPath, Kind, Window
-from benchmarks.timer import Timer
-from benchmarks.templates import PackedTemplate, StepTemplate, packed_key, session_key
 from benchmarks.calls import Record
+from benchmarks.load import CallPath, Kind, Window
+from benchmarks.results import Case, Plan
 from benchmarks.runner import percentiles
+from benchmarks.templates import PackedTemplate, StepTemplate, packed_key, session_key
+from benchmarks.timer import Timer
 from stepstate.errors import SessionUnknown
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb

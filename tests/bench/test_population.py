@@ -8,12 +8,12 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from benchmarks.clients import Clients, running_clients
 from benchmarks import BenchError
-from benchmarks.sessions import SessionOptions
+from benchmarks.clients import Clients, running_clients
 from benchmarks.idle import IdleSessions
 from benchmarks.procstat import counters, series
 from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
+from benchmarks.sessions import SessionOptions
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
@@ -43,7 +43,9 @@ def sessions(server: ServerProcess) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("count", [3, 512, 1_100])
-def test_every_session_is_opened_stepped_and_closed(server: ServerProcess, clients: Clients, count: int):
+def test_every_session_is_opened_stepped_and_closed(
+    server: ServerProcess, clients: Clients, count: int
+):
     crowd = IdleSessions(count, server.address, clients)
     assert crowd.open(SessionOptions()) > 0
     assert sessions(server) == dict.fromkeys(crowd.names, 0)

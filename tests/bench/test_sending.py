@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from benchmarks import echo, sender
-from benchmarks.load import CallPath, Failed, Kind, Load, ArrivalSchedule, Question, Ready, Window
+from benchmarks.load import ArrivalSchedule, CallPath, Failed, Kind, Load, Question, Ready, Window
 from stepstate.v1 import stepstate_pb2 as pb
 
 Reply = Callable[[bytes], Awaitable[bytes | None]]
@@ -114,9 +114,13 @@ async def test_in_closed_loop_a_stall_counts_once():
     assert sample.replies == len(sample.latencies)
 
 
-@pytest.mark.parametrize("pace", [None, ArrivalSchedule(0.005, 0.0)], ids=["closed loop", "fixed rate"])
+@pytest.mark.parametrize(
+    "pace", [None, ArrivalSchedule(0.005, 0.0)], ids=["closed loop", "fixed rate"]
+)
 @pytest.mark.parametrize("path", list(CallPath))
-async def test_every_session_is_sent_its_own_t_in_order(path: CallPath, pace: ArrivalSchedule | None):
+async def test_every_session_is_sent_its_own_t_in_order(
+    path: CallPath, pace: ArrivalSchedule | None
+):
     reply, messages = stalling(at=0)
     async with serving(reply) as target:
         sample = await sent(load(target, path, 5, pace), 0.1, 0.4)
@@ -161,7 +165,9 @@ async def test_steps_that_are_never_answered_are_counted(monkeypatch: pytest.Mon
     assert sample.latencies.max() > 1.0
 
 
-@pytest.mark.parametrize("pace", [None, ArrivalSchedule(0.01, 0.0)], ids=["closed loop", "fixed rate"])
+@pytest.mark.parametrize(
+    "pace", [None, ArrivalSchedule(0.01, 0.0)], ids=["closed loop", "fixed rate"]
+)
 @pytest.mark.parametrize("path", list(CallPath))
 async def test_a_call_that_ends_is_told(path: CallPath, pace: ArrivalSchedule | None):
     seen = 0

@@ -15,8 +15,8 @@ from typing import Any
 import grpc
 import pytest
 
-from stepstate import events
 from benchmarks import echo
+from stepstate import events
 from stepstate.events import ServerLoop
 
 _IMPORTS = """

@@ -69,24 +69,24 @@ class StreamClient:
     Args:
         kind: of the server.
         call: the stream.
-        parts: what is sent on it.
+        templates: what is sent on it.
         key_of: whose a reply is.
-        in_flight: messages of different parts that are unanswered at once in closed loop.
+        in_flight: messages of different templates that are unanswered at once in closed loop.
     """
 
     def __init__(
         self,
         kind: Kind,
         call: Call,
-        parts: Sequence[RequestTemplate],
+        templates: Sequence[RequestTemplate],
         *,
         key_of: Callable[[bytes], Key],
         in_flight: int,
     ) -> None:
         self._kind = kind
         self._call = call
-        self.parts = parts
-        self._by_key = {part.key: part for part in parts}
+        self.templates = templates
+        self._by_key = {template.key: template for template in templates}
         self._key_of = key_of
         self._in_flight = in_flight
         self._last: dict[Key, bytes] = {}
@@ -94,23 +94,23 @@ class StreamClient:
         self._all_sent = False
 
     async def begin(self) -> None:
-        """Sends each part's first message and checks the replies."""
-        for part in self.parts:
-            await self._send(part)
+        """Sends each template's first message and checks the replies."""
+        for template in self.templates:
+            await self._send(template)
             self._take(await self._call.read())
         self._check()
 
     async def closed_loop(self, window: Window, record: Record) -> None:
         """Sends a message for each reply until the window has passed."""
-        idle = deque(self.parts)
+        idle = deque(self.templates)
         unanswered = min(self._in_flight, len(idle))
         for _ in range(unanswered):
             await self._send(idle.popleft())
         while unanswered:
-            part, since, now = self._take(await self._call.read())
+            template, since, now = self._take(await self._call.read())
             record.answered(since, now)
             if now < window.finish:
-                idle.append(part)
+                idle.append(template)
                 await self._send(idle.popleft())
             else:
                 unanswered -= 1
@@ -131,29 +131,29 @@ class StreamClient:
             raise
         finally:
             writing.cancel()
-        if not self._all_sent or any(part.since for part in self.parts):
+        if not self._all_sent or any(template.since for template in self.templates):
             raise BenchError(ENDED)
         self._check()
 
     def give_up(self) -> Iterator[float]:
         """Ends the stream; when each message was due that was not answered, or not even sent."""
         self._call.cancel()
-        for part in self.parts:
-            yield from part.since
+        for template in self.templates:
+            yield from template.since
         for due, _ in self._dues:
             yield due
 
     async def _write(self, timer: Timer) -> None:
-        for due, part in self._dues:
-            part.since.append(due)
+        for due, template in self._dues:
+            template.since.append(due)
             await timer.until(due)
-            await self._put(part.request())
+            await self._put(template.request())
         self._all_sent = True
         await self._call.done_writing()
 
-    async def _send(self, part: RequestTemplate) -> None:
-        message = part.request()
-        part.since.append(time.monotonic())
+    async def _send(self, template: RequestTemplate) -> None:
+        message = template.request()
+        template.since.append(time.monotonic())
         await self._put(message)
 
     async def _put(self, message: bytes) -> None:
@@ -168,9 +168,9 @@ class StreamClient:
         if not isinstance(reply, bytes):
             raise BenchError(ENDED)
         key = self._key_of(reply)
-        part = self._by_key[key]
+        template = self._by_key[key]
         self._last[key] = reply
-        return part, part.since.popleft(), now
+        return template, template.since.popleft(), now
 
     def _check(self) -> None:
         for key, reply in self._last.items():
@@ -184,41 +184,41 @@ class UnaryClient:
     and the waiting counts.
     """
 
-    def __init__(self, kind: Kind, method: Method, part: RequestTemplate) -> None:
-        self.parts = (part,)
+    def __init__(self, kind: Kind, method: Method, template: RequestTemplate) -> None:
+        self.templates = (template,)
         self._kind = kind
         self._method = method
-        self._part = part
+        self._template = template
         self._dues: Dues = iter(())
         self._waiting_since: list[float] = []
 
     async def begin(self) -> None:
         """Sends the first step and checks the reply."""
-        self._part.check(self._kind, await self._method(self._part.request()))
+        self._template.check(self._kind, await self._method(self._template.request()))
 
     async def closed_loop(self, window: Window, record: Record) -> None:
         """Makes a call for each reply until the window has passed."""
         now = 0.0
         while now < window.finish:
-            message = self._part.request()
+            message = self._template.request()
             sent = time.monotonic()
             reply = await self._method(message)
             now = time.monotonic()
             record.answered(sent, now)
-        self._part.check(self._kind, reply)
+        self._template.check(self._kind, reply)
 
     async def paced(self, timer: Timer, dues: Dues, record: Record) -> None:
         """Makes a call when a step is due and the one before it is answered."""
         self._dues = dues
         reply = None
-        for due, part in dues:
+        for due, template in dues:
             self._waiting_since = [due]
             await timer.until(due)
-            reply = await self._method(part.request())
+            reply = await self._method(template.request())
             record.answered(due, time.monotonic())
             self._waiting_since = []
         if reply is not None:
-            self._part.check(self._kind, reply)
+            self._template.check(self._kind, reply)
 
     def give_up(self) -> Iterator[float]:
         """When each step was due that was not answered, or not even sent."""

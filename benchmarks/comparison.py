@@ -1,4 +1,4 @@
-"""Contests as a table and as JSON: those that compare rates with a baseline's."""
+"""Matchups as a table and as JSON: those that compare rates with a baseline's."""
 
 from __future__ import annotations
 
@@ -95,8 +95,8 @@ def _columns(baseline: str) -> list[_Column]:
 def _lines(compared: Comparison) -> Iterator[_Line]:
     case, forward = compared.case, compared.forward
     yield _Line(case, compared.baseline, compared.baseline_rounds, (), ())
-    for contest in compared.contests:
-        yield _Line(case, contest.name, contest.measured, contest.baseline, forward)
+    for matchup in compared.matchups:
+        yield _Line(case, matchup.name, matchup.measured, matchup.baseline, forward)
     if forward:
         yield _Line(case, f"forward of {forward_rows(case)}", forward, (), ())
 
@@ -135,8 +135,8 @@ def _has_forward(comparisons: Sequence[Comparison]) -> bool:
 
 
 def _has_store_cpu(comparisons: Sequence[Comparison]) -> bool:
-    contests = (contest for compared in comparisons for contest in compared.contests)
-    return any(one.store_cpu_us_per_step for contest in contests for one in contest.measured)
+    matchups = (matchup for compared in comparisons for matchup in compared.matchups)
+    return any(one.store_cpu_us_per_step for matchup in matchups for one in matchup.measured)
 
 
 def _notes(comparisons: Sequence[Comparison]) -> list[str]:
@@ -153,8 +153,8 @@ def _notes(comparisons: Sequence[Comparison]) -> list[str]:
     late = sum(
         one.unanswered
         for compared in comparisons
-        for contest in compared.contests
-        for one in (*contest.baseline, *contest.measured)
+        for matchup in compared.matchups
+        for one in (*matchup.baseline, *matchup.measured)
     )
     if late:
         notes.append(
@@ -174,25 +174,25 @@ def _result(compared: Comparison) -> dict[str, object]:
             "name": compared.baseline,
             "median_round": asdict(median_round(compared.baseline_rounds)),
         },
-        "contests": [
+        "matchups": [
             {
-                **asdict(contest),
-                "median_round": asdict(median_round(contest.measured)),
-                "rate_ratio": asdict(contest.rate_ratio),
-                "p50_ratio": asdict(contest.p50_ratio),
-                "cpu_ratio": asdict(contest.cpu_ratio),
-                **_forward_ratios(compared, contest),
+                **asdict(matchup),
+                "median_round": asdict(median_round(matchup.measured)),
+                "rate_ratio": asdict(matchup.rate_ratio),
+                "p50_ratio": asdict(matchup.p50_ratio),
+                "cpu_ratio": asdict(matchup.cpu_ratio),
+                **_forward_ratios(compared, matchup),
             }
-            for contest in compared.contests
+            for matchup in compared.matchups
         ],
         "forward": [asdict(each) for each in compared.forward],
     }
 
 
-def _forward_ratios(compared: Comparison, contest: Matchup) -> dict[str, object]:
+def _forward_ratios(compared: Comparison, matchup: Matchup) -> dict[str, object]:
     if not compared.forward:
         return {}
     return {
-        "forward_rate_ratio": asdict(ratio(contest.measured, compared.forward, rate_of)),
-        "forward_cpu_ratio": asdict(ratio(contest.measured, compared.forward, cpu_of)),
+        "forward_rate_ratio": asdict(ratio(matchup.measured, compared.forward, rate_of)),
+        "forward_cpu_ratio": asdict(ratio(matchup.measured, compared.forward, cpu_of)),
     }

@@ -85,8 +85,8 @@ def _measure(
     rounds: list[dict[str, _Cost]] = []
     for number in range(1, plan.rounds + 1):
         rounds.append({kind.name: _cost(server, kind) for kind in kinds})
-        told = ", ".join(f"{name} {cost.p50_ms:.2f} ms" for name, cost in rounds[-1].items())
-        log(f"round {number} of {plan.rounds}: {told}")
+        medians = ", ".join(f"{name} {cost.p50_ms:.2f} ms" for name, cost in rounds[-1].items())
+        log(f"round {number} of {plan.rounds}: {medians}")
     return _report(plan, kinds, rounds)
 
 
@@ -128,7 +128,7 @@ def _report(
 ) -> Report:
     step = kinds[0].name
 
-    def told(name: str, figure: Callable[[_Cost], float]) -> Spread:
+    def over_rounds(name: str, figure: Callable[[_Cost], float]) -> Spread:
         return spread(figure(found[name]) for found in rounds)
 
     def ratio(name: str, figure: Callable[[_Cost], float]) -> Spread:
@@ -143,9 +143,9 @@ def _report(
         rows=[
             (
                 kind.name,
-                spread_text(told(kind.name, lambda cost: cost.p50_ms)),
+                spread_text(over_rounds(kind.name, lambda cost: cost.p50_ms)),
                 spread_text(ratio(kind.name, lambda cost: cost.p50_ms)),
-                spread_text(told(kind.name, lambda cost: cost.cpu_us), 0),
+                spread_text(over_rounds(kind.name, lambda cost: cost.cpu_us), 0),
                 spread_text(ratio(kind.name, lambda cost: cost.cpu_us)),
             )
             for kind in kinds

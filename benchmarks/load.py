@@ -48,7 +48,7 @@ class Load:
     """Its sessions, each at t = 0."""
     x: NDArray[np.float32]
     """[N, D], the row that each of them is sent again and again."""
-    pace: ArrivalSchedule | None = None
+    schedule: ArrivalSchedule | None = None
     """None: closed loop, a message follows the reply to the one before it."""
     rows: int = 1
     """Of a message, each of another session; more than 1 on the packed path only."""

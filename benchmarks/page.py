@@ -150,7 +150,7 @@ def _window(case: Results, who: str) -> Results:
         return sorted(case["forward"], key=lambda one: one["steps_per_second"])[
             (len(case["forward"]) - 1) // 2
         ]
-    held = case["baseline"] if who == "echo" else case["contests"][0]
+    held = case["baseline"] if who == "echo" else case["matchups"][0]
     return held["median_round"]
 
 

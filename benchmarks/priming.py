@@ -163,7 +163,7 @@ def _prime(address: str, rows: int, parent: Connection[float | str, object]) -> 
 
 
 def _report(plan: PrimingPlan, rounds: Sequence[_Round]) -> Report:
-    def told(figure: Callable[[_Round], float], digits: int = 2) -> str:
+    def text(figure: Callable[[_Round], float], digits: int = 2) -> str:
         return spread_text(_spread(rounds, figure), digits)
 
     return Report(
@@ -174,12 +174,12 @@ def _report(plan: PrimingPlan, rounds: Sequence[_Round]) -> Report:
         ),
         heads=("figure", "median (least–most)"),
         rows=[
-            ("rows primed a second", told(lambda found: found.rows_per_second, 0)),
-            ("p50 of the others without, ms", told(lambda found: found.quiet_p50_ms)),
-            ("p50 of the others meanwhile, ms", told(lambda found: found.primed_p50_ms)),
-            ("p99 of the others without, ms", told(lambda found: found.quiet_p99_ms)),
-            ("p99 of the others meanwhile, ms", told(lambda found: found.primed_p99_ms)),
-            ("p99 meanwhile over without", told(lambda found: found.p99_ratio)),
+            ("rows primed a second", text(lambda found: found.rows_per_second, 0)),
+            ("p50 of the others without, ms", text(lambda found: found.quiet_p50_ms)),
+            ("p50 of the others meanwhile, ms", text(lambda found: found.primed_p50_ms)),
+            ("p99 of the others without, ms", text(lambda found: found.quiet_p99_ms)),
+            ("p99 of the others meanwhile, ms", text(lambda found: found.primed_p99_ms)),
+            ("p99 meanwhile over without", text(lambda found: found.p99_ratio)),
         ],
         notes=("Latency counts from the time at which a step was due.",),
         results=[{**asdict(found), "p99_ratio": found.p99_ratio} for found in rounds],

@@ -87,12 +87,12 @@ def residency(plan: ResidencyPlan, log: Callable[[str], None]) -> Report:
     with bench_folder() as folder, fresh_store(plan.store, folder) as store:
         slots = ("--slots", str(plan.slots))
         with running_stepstate(folder, store.url, *slots) as server:
-            watch, crowd = _Watch(server, store), SessionGroup(plan.sessions, plan.durability)
+            watch, group = _Watch(server, store), SessionGroup(plan.sessions, plan.durability)
             empty_bytes = resident_bytes(server.pid)
-            phases = [watch.during("opened", crowd.open)]
+            phases = [watch.during("opened", group.open)]
             log(f"opened {plan.sessions:,} at {phases[-1].sessions_per_second:,.0f}/s")
             for number in range(1, plan.rounds + 1):
-                phases.append(watch.during(f"stepped, round {number}", crowd.step))
+                phases.append(watch.during(f"stepped, round {number}", group.step))
                 log(f"round {number} of {plan.rounds}: {phases[-1].sessions_per_second:,.0f}/s")
         return _report(plan, store, empty_bytes, phases)
 

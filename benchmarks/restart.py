@@ -53,8 +53,8 @@ def restart(plan: RestartPlan, log: Callable[[str], None]) -> Report:
     with bench_folder() as folder, fresh_store(plan.store, folder) as store:
         first, others = SessionGroup(1, DURABILITY), SessionGroup(plan.stored - 1, DURABILITY)
         with running_stepstate(folder, store.url) as server:
-            for crowd in (first, others):
-                _fill(crowd, server, plan.rows)
+            for group in (first, others):
+                _fill(group, server, plan.rows)
             log(f"{plan.stored:,} sessions are stored, in {store.file_bytes():,} bytes")
             killed_at = _kill(server)
         rounds: list[_Round] = []
@@ -68,10 +68,10 @@ def restart(plan: RestartPlan, log: Callable[[str], None]) -> Report:
         return _report(plan, store, rounds)
 
 
-def _fill(crowd: SessionGroup, server: ServerProcess, rows: int) -> None:
-    crowd.open(server.address)
+def _fill(group: SessionGroup, server: ServerProcess, rows: int) -> None:
+    group.open(server.address)
     for _ in range(rows):
-        crowd.step(server.address)
+        group.step(server.address)
 
 
 def _kill(server: ServerProcess) -> float:

@@ -164,14 +164,14 @@ class Comparison:
 
     case: Case
     baseline: str
-    contests: tuple[Matchup, ...]
+    matchups: tuple[Matchup, ...]
     forward: tuple[Measurement, ...] = ()
     """The bare forward, after each round, if it was run."""
 
     @property
     def baseline_rounds(self) -> tuple[Measurement, ...]:
-        """Those of the baseline, of all contests."""
-        return tuple(measured for contest in self.contests for measured in contest.baseline)
+        """Those of the baseline, of all matchups."""
+        return tuple(measured for matchup in self.matchups for measured in matchup.baseline)
 
 
 def ratio(measured: Sequence[Measurement], baseline: Sequence[Measurement], of: Figure) -> Spread:

@@ -79,28 +79,29 @@ def workload(plan: Plan, what: str) -> str:
     """The load, in words."""
     rates = " and ".join(f"{rate:g}" for rate in plan.rates)
     loop = f"{rates} steps/s in all, at fixed times" if rates else "closed loop"
+    paths = "; ".join(_WORKLOADS[path](plan) for path in plan.paths)
     return (
-        f"{loop}; {'; '.join(_SENT[path](plan) for path in plan.paths)}; rows of {INPUTS}, with t; "
+        f"{loop}; {paths}; rows of {INPUTS}, with t; "
         f"clients: {plan.processes} Python process(es) on the same machine; {plan.rounds} round(s) "
         f"of {plan.seconds:g} s after {plan.warm_up:g} s of warm-up, {what} in turn"
     )
 
 
-def _told_stream(plan: Plan) -> str:
+def _stream_workload(plan: Plan) -> str:
     shared = max(plan.sessions) > MAX_STREAMS * plan.processes
     more = f", beyond {MAX_STREAMS:,} sessions a process several on one" if shared else ""
     return f"stream: one row a message, one stream a session{more}"
 
 
-def _told_packed(plan: Plan) -> str:
+def _packed_workload(plan: Plan) -> str:
     in_flight = "" if plan.rates else f", {plan.in_flight} messages in flight"
     return f"packed: rows of different sessions in a message, one stream a process{in_flight}"
 
 
-_SENT: dict[CallPath, Callable[[Plan], str]] = {
-    CallPath.STREAM: _told_stream,
+_WORKLOADS: dict[CallPath, Callable[[Plan], str]] = {
+    CallPath.STREAM: _stream_workload,
     CallPath.UNARY: lambda _: "unary: one row a call, one call of a session at a time",
-    CallPath.PACKED: _told_packed,
+    CallPath.PACKED: _packed_workload,
 }
 
 
@@ -120,11 +121,11 @@ class _Rounds:
             rounds.append(self._round(case, number))
             if self.forward is not None:
                 forwards.append(self.forward(forward_rows(case)))
-        contests: list[Matchup] = []
+        matchups: list[Matchup] = []
         for contender, pairs in zip(self.contenders, zip(*rounds, strict=True), strict=True):
             before, measured = zip(*pairs, strict=True)
-            contests.append(Matchup(contender.name, before, measured))
-        return Comparison(case, self.baseline.name, tuple(contests), tuple(forwards))
+            matchups.append(Matchup(contender.name, before, measured))
+        return Comparison(case, self.baseline.name, tuple(matchups), tuple(forwards))
 
     def _round(self, case: Case, number: int) -> list[tuple[Measurement, Measurement]]:
         pairs: list[tuple[Measurement, Measurement]] = []
@@ -159,7 +160,7 @@ def measure(
     """One window: the replies within it, and the CPU that was used within it.
 
     Args:
-        plan: the window, and the pace.
+        plan: the window, and the schedule.
         target: what is asked.
         clients: who ask.
         case: how they ask.
@@ -193,7 +194,7 @@ def _loads(
             target=target.server.address,
             names=names[place::count],
             x=x[place::count],
-            pace=None if between is None else ArrivalSchedule(between * count, between * place),
+            schedule=None if between is None else ArrivalSchedule(between * count, between * place),
             rows=case.rows,
             in_flight=plan.in_flight,
         )

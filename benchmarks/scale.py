@@ -103,12 +103,12 @@ class _Level:
     opened: _Turnover
     closed: _Turnover
     memory: _Memory
-    contest: Matchup
+    matchup: Matchup
     """The active sessions, beside those of the server with few."""
 
     @property
     def p99_ratio(self) -> Spread:
-        return ratio(self.contest.measured, self.contest.baseline, p99_of)
+        return ratio(self.matchup.measured, self.matchup.baseline, p99_of)
 
 
 def scale(plan: ScalePlan, log: Callable[[str], None]) -> Report:
@@ -121,11 +121,11 @@ def scale(plan: ScalePlan, log: Callable[[str], None]) -> Report:
     with ExitStack() as stack:
         folder = stack.enter_context(bench_folder())
         stepper = stack.enter_context(running_clients(1))
-        crowd = stack.enter_context(running_clients(plan.processes))
+        openers = stack.enter_context(running_clients(plan.processes))
         few = stack.enter_context(_host(plan, folder, FEW))
-        _fill(IdleSessions(FEW, few.server.address, crowd), few.server)
+        _fill(IdleSessions(FEW, few.server.address, openers), few.server)
         few_bytes = resident_bytes(few.server.pid)
-        scaled = _Scale(plan, folder, log, stepper, crowd, few, few_bytes)
+        scaled = _Scale(plan, folder, log, stepper, openers, few, few_bytes)
         return _report(plan, [scaled.level(sessions) for sessions in plan.sessions])
 
 
@@ -165,25 +165,25 @@ class _Scale:
     folder: Path
     log: Callable[[str], None]
     stepper: Clients
-    crowd: Clients
+    openers: Clients
     few: Target
     few_bytes: int
     """Memory of the server with few sessions."""
 
     def level(self, sessions: int) -> _Level:
         with _host(self.plan, self.folder, sessions) as many:
-            idle = IdleSessions(sessions, many.server.address, self.crowd)
+            idle = IdleSessions(sessions, many.server.address, self.openers)
             opened = _fill(idle, many.server)
             memory = self._memory(many.server, sessions)
             self.log(
                 f"{sessions:,} sessions opened at {opened.per_second:,.0f}/s, "
                 f"{memory.resident_bytes / _MIB:,.0f} MiB"
             )
-            contest = self._contest(many)
+            matchup = self._matchup(many)
             leaving = idle.first(CLOSED)
             closed = _turnover(many.server, len(leaving.names), leaving.close)
             self.log(f"{len(leaving.names):,} closed at {closed.per_second:,.0f}/s")
-            return _Level(sessions, opened, closed, memory, contest)
+            return _Level(sessions, opened, closed, memory, matchup)
 
     def _memory(self, server: ServerProcess, sessions: int) -> _Memory:
         resident = resident_bytes(server.pid)
@@ -194,7 +194,7 @@ class _Scale:
             beyond = each - state - REPLAY_BYTES
         return _Memory(resident, state, REPLAY_BYTES, beyond)
 
-    def _contest(self, many: Target) -> Matchup:
+    def _matchup(self, many: Target) -> Matchup:
         """Windows of the active sessions beside few and beside many, in turn."""
         before: list[Measurement] = []
         measured: list[Measurement] = []
@@ -249,8 +249,8 @@ def _row(level: _Level) -> tuple[str, ...]:
         f"{memory.resident_bytes / _MIB:,.0f}",
         f"{memory.state_bytes + memory.replay_bytes:,.0f}",
         "–" if beyond is None else f"{beyond:,.0f}",
-        f"{median_round(level.contest.measured).steps_per_second:,.0f}",
-        spread_text(level.contest.rate_ratio),
+        f"{median_round(level.matchup.measured).steps_per_second:,.0f}",
+        spread_text(level.matchup.rate_ratio),
         spread_text(level.p99_ratio),
     )
 
@@ -258,6 +258,6 @@ def _row(level: _Level) -> tuple[str, ...]:
 def _result(level: _Level) -> dict[str, object]:
     return {
         **asdict(level),
-        "rate_ratio": asdict(level.contest.rate_ratio),
+        "rate_ratio": asdict(level.matchup.rate_ratio),
         "p99_ratio": asdict(level.p99_ratio),
     }

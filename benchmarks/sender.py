@@ -56,7 +56,7 @@ _METHODS = {
     (Kind.ECHO, CallPath.PACKED): echo.STREAM,
 }
 _Method: TypeAlias = "grpc.aio.StreamStreamMultiCallable[bytes, bytes]"
-Talk: TypeAlias = "StreamClient | UnaryClient"
+SteppingClient: TypeAlias = "StreamClient | UnaryClient"
 
 
 def run_client(parent: Connection[Answer, Question]) -> None:
@@ -90,14 +90,14 @@ async def _answer(question: Question, parent: Connection[Answer, Question]) -> A
 
 async def _run(load: Load, parent: Connection[Answer, Question]) -> Sample:
     async with grpc.aio.insecure_channel(load.target) as channel:
-        parts = _packed(load) if load.path is CallPath.PACKED else _single(load)
-        talks = _talks(load, channel, parts)
-        await asyncio.gather(*(talk.begin() for talk in talks))
+        templates = _packed(load) if load.path is CallPath.PACKED else _single(load)
+        clients = _clients(load, channel, templates)
+        await asyncio.gather(*(client.begin() for client in clients))
         parent.send(Ready())
         window = await asyncio.to_thread(parent.recv)
         assert isinstance(window, Window)
         with Timer() as timer:
-            return await _Sending(talks, window, load.pace, timer).run()
+            return await _Sending(clients, window, load.schedule, timer).run()
 
 
 def _single(load: Load) -> list[RequestTemplate]:
@@ -114,19 +114,21 @@ def _packed(load: Load) -> list[RequestTemplate]:
     ]
 
 
-def _talks(load: Load, channel: grpc.aio.Channel, parts: Sequence[RequestTemplate]) -> list[Talk]:
+def _clients(
+    load: Load, channel: grpc.aio.Channel, templates: Sequence[RequestTemplate]
+) -> list[SteppingClient]:
     """The calls of a process: a stream each, or for unary calls a session each."""
     method = _METHODS[load.kind, load.path]
     if load.path is CallPath.UNARY:
         unary: Method = channel.unary_unary(method)
-        return [UnaryClient(load.kind, unary, part) for part in parts]
+        return [UnaryClient(load.kind, unary, template) for template in templates]
     stream: _Method = channel.stream_stream(method)
     if load.path is CallPath.PACKED:
         key_of = partial(packed_key, load.kind)
         in_flight = load.in_flight
-        return [StreamClient(load.kind, stream(), parts, key_of=key_of, in_flight=in_flight)]
-    count = min(len(parts), MAX_STREAMS)
-    shares = [parts[place::count] for place in range(count)]
+        return [StreamClient(load.kind, stream(), templates, key_of=key_of, in_flight=in_flight)]
+    count = min(len(templates), MAX_STREAMS)
+    shares = [templates[place::count] for place in range(count)]
     return [
         StreamClient(load.kind, stream(), share, key_of=session_key, in_flight=len(share))
         for share in shares
@@ -135,13 +137,13 @@ def _talks(load: Load, channel: grpc.aio.Channel, parts: Sequence[RequestTemplat
 
 @dataclass(frozen=True, slots=True)
 class _Sending:
-    talks: Sequence[Talk]
+    clients: Sequence[SteppingClient]
     window: Window
-    pace: ArrivalSchedule | None
+    schedule: ArrivalSchedule | None
     timer: Timer
 
     async def run(self) -> Sample:
-        record = Record(self.window, paced=self.pace is not None)
+        record = Record(self.window, paced=self.schedule is not None)
         patience = self.window.finish + GRACE_SECONDS - time.monotonic()
         try:
             async with asyncio.timeout(patience):
@@ -152,25 +154,29 @@ class _Sending:
         return record.sample()
 
     def _all(self, record: Record) -> Iterator[Coroutine[object, object, None]]:
-        for place, talk in enumerate(self.talks):
-            if self.pace is None:
-                yield talk.closed_loop(self.window, record)
+        for place, client in enumerate(self.clients):
+            if self.schedule is None:
+                yield client.closed_loop(self.window, record)
             else:
-                yield talk.paced(self.timer, self._dues(self.pace, place, talk.parts), record)
+                yield client.paced(
+                    self.timer, self._dues(self.schedule, place, client.templates), record
+                )
 
-    def _dues(self, pace: ArrivalSchedule, place: int, parts: Sequence[RequestTemplate]) -> Dues:
-        """When a talk's messages are due: the talks, and each one's parts, take turns."""
-        begin = self.window.begin + pace.phase + place * pace.interval
-        stride = pace.interval * len(self.talks)
+    def _dues(
+        self, schedule: ArrivalSchedule, place: int, templates: Sequence[RequestTemplate]
+    ) -> Dues:
+        """When a client's messages are due: the clients, and each one's templates, take turns."""
+        begin = self.window.begin + schedule.phase + place * schedule.interval
+        stride = schedule.interval * len(self.clients)
         for number in count():
             due = begin + number * stride
             if due >= self.window.finish:
                 return
-            yield due, parts[number % len(parts)]
+            yield due, templates[number % len(templates)]
 
     def _give_up(self, record: Record) -> None:
-        if self.pace is None:
+        if self.schedule is None:
             raise BenchError(f"a reply took more than {GRACE_SECONDS:g} s: the server hangs")
         now = time.monotonic()
-        for talk in self.talks:
-            record.unanswered(talk.give_up(), now)
+        for client in self.clients:
+            record.unanswered(client.give_up(), now)

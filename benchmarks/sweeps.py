@@ -77,14 +77,14 @@ def sweeps(plan: SweepsPlan, log: Callable[[str], None]) -> Report:
     with (
         bench_folder() as folder,
         running_clients(1) as stepper,
-        running_clients(plan.processes) as crowd,
+        running_clients(plan.processes) as openers,
     ):
-        run = _Sweeps(plan, folder, stepper, crowd)
+        run = _Sweeps(plan, folder, stepper, openers)
         found = [run.expiry()]
-        log(_told(found[-1]))
+        log(_progress(found[-1]))
         if plan.store in DURABLE:
             found.append(run.snapshots())
-            log(_told(found[-1]))
+            log(_progress(found[-1]))
     return _report(plan, found)
 
 
@@ -93,7 +93,7 @@ class _Sweeps:
     plan: SweepsPlan
     folder: Path
     stepper: Clients
-    crowd: Clients
+    openers: Clients
 
     def expiry(self) -> _Sweep:
         """Sessions whose time is up at the same moment."""
@@ -107,7 +107,7 @@ class _Sweeps:
     def snapshots(self) -> _Sweep:
         """Sessions that all have a row that is not saved."""
         with self._active() as (server, names):
-            idle = IdleSessions(self.plan.sessions, server.address, self.crowd)
+            idle = IdleSessions(self.plan.sessions, server.address, self.openers)
             idle.open(SessionOptions())
             window = self._send(server, names, time.monotonic() + 1.0)
             self._watch(server, window.start + QUIET_SECONDS, window, lambda: 0)
@@ -136,12 +136,12 @@ class _Sweeps:
 
     def _open_until(self, server: ServerProcess) -> float:
         """Opens sessions that all expire at the moment that is returned."""
-        trial = IdleSessions(_TRIAL, server.address, self.crowd)
+        trial = IdleSessions(_TRIAL, server.address, self.openers)
         each = trial.open(SessionOptions()) / _TRIAL
         trial.close()
         opening = _MARGIN * each * self.plan.sessions
         moment = time.monotonic() + opening + QUIET_SECONDS + 4.0
-        IdleSessions(self.plan.sessions, server.address, self.crowd).open(
+        IdleSessions(self.plan.sessions, server.address, self.openers).open(
             SessionOptions(expires_at=moment)
         )
         if time.monotonic() > moment - QUIET_SECONDS - 1.0:
@@ -153,8 +153,8 @@ class _Sweeps:
     def _send(self, server: ServerProcess, names: Sequence[str], start: float) -> Window:
         """Begins to step the active sessions, at fixed times."""
         x = np.random.default_rng(_SEED).standard_normal((len(names), INPUTS)).astype(np.float32)
-        pace = ArrivalSchedule(1 / self.plan.rate, 0.0)
-        load = Load(Kind.STEP, CallPath.STREAM, server.address, names, x, pace)
+        schedule = ArrivalSchedule(1 / self.plan.rate, 0.0)
+        load = Load(Kind.STEP, CallPath.STREAM, server.address, names, x, schedule)
         self.stepper.prepare([load])
         finish = start + QUIET_SECONDS + self.plan.seconds
         window = Window(time.monotonic(), start, finish)
@@ -208,7 +208,7 @@ def _unsaved(server: ServerProcess) -> float:
     return series(server.metrics_url, "stepstate_snapshot_backlog_rows")
 
 
-def _told(sweep: _Sweep) -> str:
+def _progress(sweep: _Sweep) -> str:
     return (
         f"{sweep.what}: {sweep.sessions:,} sessions in {sweep.seconds:.1f} s, p99 of the active "
         f"{sweep.quiet_ms['99']:.2f} ms before, {sweep.swept_ms['99']:.2f} ms meanwhile"

@@ -46,20 +46,20 @@ def sessions(server: ServerProcess) -> dict[str, int]:
 def test_every_session_is_opened_stepped_and_closed(
     server: ServerProcess, clients: Clients, count: int
 ):
-    crowd = IdleSessions(count, server.address, clients)
-    assert crowd.open(SessionOptions()) > 0
-    assert sessions(server) == dict.fromkeys(crowd.names, 0)
-    crowd.step()
+    idle = IdleSessions(count, server.address, clients)
+    assert idle.open(SessionOptions()) > 0
+    assert sessions(server) == dict.fromkeys(idle.names, 0)
+    idle.step()
     stepped = sessions(server)
-    assert set(stepped) == set(crowd.names)
+    assert set(stepped) == set(idle.names)
     assert min(stepped.values()) >= 1
     assert series(server.metrics_url, "stepstate_sessions", residency="resident") == count
-    first = crowd.first(2)
+    first = idle.first(2)
     first.close()
-    assert set(sessions(server)) == set(crowd.names) - set(first.names)
+    assert set(sessions(server)) == set(idle.names) - set(first.names)
     closed = counters(server.metrics_url)["stepstate_sessions_closed_total"]
-    rest = crowd.first(count)
-    rest.names = crowd.names[2:]
+    rest = idle.first(count)
+    rest.names = idle.names[2:]
     rest.close()
     assert sessions(server) == {}
     assert counters(server.metrics_url)["stepstate_sessions_closed_total"] == closed + count - 2
@@ -80,6 +80,6 @@ def test_sessions_expire_at_one_moment(server: ServerProcess, clients: Clients):
 
 def test_a_refusal_is_told(server: ServerProcess):
     with running_clients(1) as clients:
-        crowd = IdleSessions(1, server.address, clients)
+        idle = IdleSessions(1, server.address, clients)
         with pytest.raises(BenchError, match=r"a client failed: a call failed: .*is unknown"):
-            crowd.close()
+            idle.close()

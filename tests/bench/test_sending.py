@@ -54,11 +54,13 @@ async def serving(reply: Reply) -> AsyncIterator[str]:
     await server.stop(None)
 
 
-def load(target: str, path: CallPath, sessions: int, pace: ArrivalSchedule | None = None) -> Load:
+def load(
+    target: str, path: CallPath, sessions: int, schedule: ArrivalSchedule | None = None
+) -> Load:
     names = [f"s{place}" for place in range(sessions)]
     x = np.ones((sessions, 2), np.float32)
     packed = path is CallPath.PACKED
-    return Load(Kind.ECHO, path, target, names, x, pace, rows=2 if packed else 1, in_flight=2)
+    return Load(Kind.ECHO, path, target, names, x, schedule, rows=2 if packed else 1, in_flight=2)
 
 
 async def sent(asked: Load, warm_up: float, seconds: float) -> Any:
@@ -119,15 +121,15 @@ async def test_in_closed_loop_a_stall_counts_once():
 )
 @pytest.mark.parametrize("path", list(CallPath))
 async def test_every_session_is_sent_its_own_t_in_order(
-    path: CallPath, pace: ArrivalSchedule | None
+    path: CallPath, schedule: ArrivalSchedule | None
 ):
     reply, messages = stalling(at=0)
     async with serving(reply) as target:
-        sample = await sent(load(target, path, 5, pace), 0.1, 0.4)
+        sample = await sent(load(target, path, 5, schedule), 0.1, 0.4)
     assert not sample.unanswered
     assert sample.replies > 0
-    if pace is not None:
-        assert len(sample.latencies) == pytest.approx(0.4 / pace.interval, abs=1)
+    if schedule is not None:
+        assert len(sample.latencies) == pytest.approx(0.4 / schedule.interval, abs=1)
     sent_t: dict[object, list[int]] = {}
     for message in messages:
         if path is CallPath.PACKED:
@@ -169,7 +171,7 @@ async def test_steps_that_are_never_answered_are_counted(monkeypatch: pytest.Mon
     "pace", [None, ArrivalSchedule(0.01, 0.0)], ids=["closed loop", "fixed rate"]
 )
 @pytest.mark.parametrize("path", list(CallPath))
-async def test_a_call_that_ends_is_told(path: CallPath, pace: ArrivalSchedule | None):
+async def test_a_call_that_ends_is_told(path: CallPath, schedule: ArrivalSchedule | None):
     seen = 0
 
     async def reply(message: bytes) -> bytes | None:
@@ -178,7 +180,7 @@ async def test_a_call_that_ends_is_told(path: CallPath, pace: ArrivalSchedule | 
         return message if seen < 10 else None
 
     async with serving(reply) as target:
-        failed = await sent(load(target, path, 4, pace), 0.0, 2.0)
+        failed = await sent(load(target, path, 4, schedule), 0.0, 2.0)
     assert isinstance(failed, Failed)
     assert "gone" in failed.detail or "ended a stream" in failed.detail
 

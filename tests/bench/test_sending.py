@@ -117,7 +117,7 @@ async def test_in_closed_loop_a_stall_counts_once():
 
 
 @pytest.mark.parametrize(
-    "pace", [None, ArrivalSchedule(0.005, 0.0)], ids=["closed loop", "fixed rate"]
+    "schedule", [None, ArrivalSchedule(0.005, 0.0)], ids=["closed loop", "fixed rate"]
 )
 @pytest.mark.parametrize("path", list(CallPath))
 async def test_every_session_is_sent_its_own_t_in_order(
@@ -168,7 +168,7 @@ async def test_steps_that_are_never_answered_are_counted(monkeypatch: pytest.Mon
 
 
 @pytest.mark.parametrize(
-    "pace", [None, ArrivalSchedule(0.01, 0.0)], ids=["closed loop", "fixed rate"]
+    "schedule", [None, ArrivalSchedule(0.01, 0.0)], ids=["closed loop", "fixed rate"]
 )
 @pytest.mark.parametrize("path", list(CallPath))
 async def test_a_call_that_ends_is_told(path: CallPath, schedule: ArrivalSchedule | None):

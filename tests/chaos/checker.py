@@ -14,7 +14,7 @@ LOOKED_BACK = 64
 """How many rows before the first wrong output may be the ones applied twice, or left out."""
 
 
-def judge(ledger: Ledger, network: Network, server_t: int) -> Tally:
+def check(ledger: Ledger, network: Network, server_t: int) -> Tally:
     """Counts what is missing and what is there twice: by t, and by nn.LSTM over the inputs."""
     tally = ledger.tally
     tally.sessions, tally.rows = 1, ledger.t

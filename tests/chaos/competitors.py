@@ -30,14 +30,14 @@ class History:
     beaten: Counter[str] = field(default_factory=Counter)
 
     def claim(self, t: int, x: np.ndarray, reply: pb.StepResponse) -> None:
-        """A client was told that row t is its own."""
+        """A client was answered that row t is its own."""
         if t in self.rows:
             raise Complaint(f"session {self.session_id}: row {t} was given to two clients")
         if (reply.t, reply.durable_t) != (t + 1, t + 1):
             raise Complaint(f"session {self.session_id}: row {t} was answered with {reply}")
         self.rows[t] = x, np.asarray(reply.y, np.float32)
 
-    def judge(self, network: Network, server_t: int) -> Tally:
+    def check(self, network: Network, server_t: int) -> Tally:
         """The acknowledged rows are one sequence without a hole, and nothing else was applied."""
         ts = sorted(self.rows)
         holes = len(set(range(server_t)) - set(ts))
@@ -48,7 +48,7 @@ class History:
         return tally
 
 
-class Rival:
+class Competitor:
     """Appends rows of its own to a session, wherever it stands by then."""
 
     def __init__(self, history: History, ask: Ask, seed: int) -> None:

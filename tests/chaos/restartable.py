@@ -74,7 +74,7 @@ class Program:
             self.kill()
 
 
-class Station(Program):
+class RestartableServer(Program):
     """A `stepstate serve` that is always found at one address.
 
     Args:
@@ -120,11 +120,11 @@ class Station(Program):
 
 
 @asynccontextmanager
-async def station(
+async def restartable_server(
     folder: Path, *options: str, prefix: Sequence[str] = ()
-) -> AsyncIterator[Station]:
+) -> AsyncIterator[RestartableServer]:
     """A running server; what it logs must hold no surprise."""
-    made = Station(*options, log=folder / f"server-{free_port()}.log", prefix=prefix)
+    made = RestartableServer(*options, log=folder / f"server-{free_port()}.log", prefix=prefix)
     try:
         await made.start()
         yield made
@@ -133,7 +133,7 @@ async def station(
     assert not made.surprises(), made.log.read_text()
 
 
-class RedisStation(Program):
+class RestartableRedis(Program):
     """A Redis that keeps every write, and is always found at one port.
 
     Args:
@@ -174,9 +174,9 @@ class RedisStation(Program):
 
 
 @asynccontextmanager
-async def redis_station(folder: Path) -> AsyncIterator[RedisStation]:
+async def restartable_redis(folder: Path) -> AsyncIterator[RestartableRedis]:
     """A running Redis."""
-    made = RedisStation(folder)
+    made = RestartableRedis(folder)
     try:
         await made.start()
         yield made

@@ -17,6 +17,7 @@ from stepstate import errors
 from stepstate.client import AsyncClient, Client
 from stepstate.client.channel import CHANNEL_OPTIONS, channel_options
 from stepstate.server import Server
+from tests.chaos.faults import relay
 from tests.chaos.restartable import RestartableServer, free_port
 from tests.integration.clients import Connect
 from tests.integration.conftest import Mortal
@@ -228,3 +229,20 @@ def test_options_take_the_place_of_those_of_the_same_name():
     mine = {"grpc.keepalive_time_ms": 1, "grpc.primary_user_agent": "x"}
     assert dict(channel_options(list(mine.items()))) == dict(CHANNEL_OPTIONS) | mine
     assert len(channel_options(list(mine.items()))) == len(CHANNEL_OPTIONS) + 1
+
+
+async def test_a_stream_reconnects_however_long_ago_its_last_reply_was(server, networks):
+    x = draw(4)
+
+    async def seldom():
+        for row in x:
+            yield row
+            await asyncio.sleep(0.6)
+
+    async with relay(server.address) as way, AsyncClient(way.address, timeout=0.5) as client:
+        session = await client.open("lstm")
+        got = []
+        async for y in session.stream(seldom()):
+            got.append(y)
+            way.cut()
+    assert largest_difference(np.array(got), networks["lstm"].offline(x)) <= TOLERANCE

@@ -18,6 +18,7 @@ from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from stepstate.config import ServerConfig
+from stepstate.errors import ModelUnknown
 from stepstate.models import write_model
 from stepstate.server import Server, running_server
 from stepstate.v1 import stepstate_pb2 as pb
@@ -746,3 +747,20 @@ async def test_a_refusal_is_logged_without_a_traceback(
     await refused(stub.GetSession(pb.GetSessionRequest(session_id="nope")))
     (record,) = (r for r in caplog.records if getattr(r, "reason", "") == "SESSION_UNKNOWN")
     assert (record.levelname, record.exc_info) == ("INFO", None)
+
+
+async def test_a_start_time_at_the_end_of_time_is_told_back(server):
+    latest = datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
+    asked = Timestamp()
+    asked.FromDatetime(latest)
+    async with raw_stub(server.address) as stub:
+        opened = await stub.OpenSession(pb.OpenSessionRequest(model="lstm", start_time=asked))
+        assert opened.session.start_time == asked
+        assert len((await stub.ListSessions(pb.ListSessionsRequest())).sessions) == 1
+
+
+async def test_a_name_of_a_megabyte_is_refused_like_a_short_one(client):
+    with pytest.raises(ModelUnknown) as refused:
+        await client.open("x" * 1_000_000)
+    assert refused.value.loaded
+    assert len(str(refused.value)) < 2_000

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import math
 import random
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import grpc
 import numpy as np
 import pytest
 
-from stepstate.server import Server
+from stepstate.client import AsyncClient
+from stepstate.server import Server, running_server
+from stepstate.transport.stream import StepStream
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.chaos.faults import relay
@@ -304,3 +309,69 @@ async def test_a_session_closed_in_the_middle_of_a_stream_says_so_in_order(stub:
     await stream.write(request("a", 0, draw(1)))
     assert (await stream.read()).t == 1
     stream.cancel()
+
+
+async def test_a_stream_goes_on_after_in_band_refusals_of_a_full_queue(config, networks):
+    """A cancelled write must not end the feeding of rows."""
+    x = draw(300)
+    async with (
+        running_server(replace(config, queue_requests=20)) as server,
+        AsyncClient(server.address, timeout=60) as client,
+    ):
+
+        async def run() -> float:
+            session = await client.open("lstm")
+            got = np.array([y async for y in session.stream(x)])
+            return largest_difference(got, networks["lstm"].offline(x))
+
+        async with asyncio.timeout(90):
+            differences = await asyncio.gather(*(run() for _ in range(4)))
+    assert max(differences) <= TOLERANCE
+
+
+async def test_an_abandoned_stream_leaves_nothing_to_the_garbage_collector(server):
+    gc.collect()
+    async with raw_stub(server.address) as stub:
+        await stub.OpenSession(pb.OpenSessionRequest(session_id="a", model="lstm"))
+        call = stub.StreamSteps()
+        for _ in range(50):
+            await call.write(pb.StepRequest(session_id="a", x=[0.0] * 3 * 4_000))
+        await asyncio.sleep(0.2)
+        call.cancel()
+        await asyncio.sleep(0.2)
+    held = [o for o in gc.get_objects() if type(o) is StepStream]
+    assert sum(len(stream._ready) for stream in held) == 0
+    assert server._native._outgoing._bytes == 0
+
+
+async def test_unread_replies_of_a_stream_are_bounded_in_bytes(server):
+    rows = 4_000
+    async with raw_stub(server.address) as stub:
+        await stub.OpenSession(pb.OpenSessionRequest(session_id="a", model="lstm"))
+        call = stub.StreamSteps()
+
+        async def flood() -> None:
+            for _ in range(2_000):
+                await call.write(pb.StepRequest(session_id="a", x=[0.0] * 3 * rows))
+
+        flooding = asyncio.create_task(flood())
+        before = -1
+        while (after := server._native._outgoing._bytes) != before:
+            before = after
+            await asyncio.sleep(0.5)
+        assert 0 < after < 10 * 2**20
+        flooding.cancel()
+        call.cancel()
+
+
+async def test_a_stream_that_comes_while_streams_end_is_refused(server):
+    async with raw_stub(server.address) as stub:
+        idle = stub.StreamSteps()
+        await idle.write(pb.StepRequest(session_id="nobody", x=[0.0]))
+        await idle.read()
+        server._native._streams.draining = True
+        late = stub.StreamSteps()
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await late.read()
+        assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
+        idle.cancel()

@@ -12,8 +12,8 @@ import torch
 from stepstate.engine.network import Network
 from stepstate.models import build_timeline
 from tests.networks import make_network
+from tests.unit.models.test_timeline import slow_row
 from tests.unit.rig import model_of, rows_of, timed_network
-from tests.unit.test_timeline import slow_row
 
 START = datetime(2026, 3, 28, 20, 30, tzinfo=UTC)
 

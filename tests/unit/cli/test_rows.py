@@ -9,7 +9,7 @@ import pytest
 
 from stepstate.cli.rows import BadRow, Format, Rows, whole
 from stepstate.client import TimedRows
-from tests.unit.test_values import ONE, THREE
+from tests.unit.client.test_types import ONE, THREE
 
 COLUMNS = "the columns of m/1 are a, b, c, and time if it is known"
 

@@ -11,8 +11,8 @@ from stepstate.errors import Draining, SessionUnknown, StaleOwner, StoreUnavaila
 from stepstate.stores import Durability
 from tests.offline import forecasting_network
 from tests.unit.rig import Clock, Lasting, Rig, model_of, rounds
-from tests.unit.test_forecasting import rows
-from tests.unit.test_residency import Flaky
+from tests.unit.sessions.forecasts import rows
+from tests.unit.sessions.servers import Flaky
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ from stepstate.client import SessionInfo, backoff
 from stepstate.client.backlog import AS_SENT, AT_ONCE_ROWS, RESUME_ROWS, Sent
 from stepstate.client.footing import Footing
 from stepstate.client.track import MOST_BYTES, WINDOW, Track
+from tests.unit.client.test_types import ONE
 from tests.unit.rig import Clock
-from tests.unit.test_values import ONE
 
 EPOCH = datetime(2026, 1, 1, tzinfo=UTC)
 STALE = errors.StaleOwner("a", 0)

@@ -10,8 +10,8 @@ import pytest
 
 from stepstate.client.history import PIECE_BYTES, PIECE_ROWS, Feed, nothing, nothings
 from stepstate.errors import InvalidField, NonFiniteInput, SessionClosed
-from tests.unit.test_client_track import footing
-from tests.unit.test_values import ONE, THREE, model
+from tests.unit.client.test_step_protocol import footing
+from tests.unit.client.test_types import ONE, THREE, model
 
 
 def feed(history, session=None, **options) -> Feed:

@@ -19,7 +19,7 @@ from stepstate.stores import Durability, SessionRecord
 from tests.offline import forecasting_network
 from tests.unit.rig import model_of
 
-SAVED = Path(__file__).parent / "data" / "snapshot-v1.bin"
+SAVED = Path(__file__).parents[1] / "data" / "snapshot-v1.bin"
 RECORD = SessionRecord(
     session_id="meter-7",
     model="electricity",

@@ -18,7 +18,7 @@ from stepstate.client.times import (
     split_times,
 )
 from stepstate.errors import InvalidField
-from tests.unit.test_values import ONE, THREE
+from tests.unit.client.test_types import ONE, THREE
 
 START = datetime(2000, 8, 28)  # noqa: DTZ001 - naive on purpose
 STEP = timedelta(minutes=30)

@@ -20,9 +20,9 @@ from stepstate.client.track import Track
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import put_floats
+from tests.unit.client.test_step_protocol import footing, row
+from tests.unit.client.test_types import ONE, THREE
 from tests.unit.rig import Clock
-from tests.unit.test_client_track import footing, row
-from tests.unit.test_values import ONE, THREE
 
 mpl.use("agg")
 

@@ -21,6 +21,7 @@ from tests.accelerators import ACCELERATORS, there
 from tests.networks import make_network
 from tests.offline import forecasting_network
 from tests.unit.rig import Rig, model_of, outputs
+from tests.unit.sessions.forecasts import rows
 
 CLOSE = 1e-5
 GUILTY = 666.0
@@ -263,3 +264,27 @@ async def test_a_fault_of_all_rows_is_told_to_each(make, monkeypatch):
     for caller in callers:
         assert isinstance(await caller.error(), Internal)
     assert {rig.sessions.t(session) for session in sessions} == {4}
+
+
+@pytest.mark.parametrize("count", [1, 5])
+async def test_a_surprise_while_tracking_changes_no_state(make_rig, monkeypatch, count):
+    rig = make_rig(model_of(forecasting_network()), replay_rows=64)
+    sessions = [await rig.open(name) for name in ("a", "b")]
+    for session in sessions:
+        await rig.y(session, rows(20))
+    slots = np.array([session.slot for session in sessions])
+    before = rig.lane.engine.read_states(slots)
+    observe = Tracker.observe
+
+    def surprise(self, values, base, at, **named):
+        observe(self, values, base, at, **named)
+        if at == 20 + count - 1:  # the last row of the request
+            raise ZeroDivisionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Tracker, "observe", surprise)
+        callers = [rig.send(session, rows(count, seed=3)) for session in sessions]
+        for caller in callers:
+            assert isinstance(await caller.error(), Internal)
+    assert rig.lane.engine.read_states(slots).tobytes() == before.tobytes()
+    assert [rig.sessions.t(session) for session in sessions] == [20, 20]

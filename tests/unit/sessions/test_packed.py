@@ -10,7 +10,7 @@ import pytest
 from stepstate.sessions import Columns, Table
 from stepstate.sessions.packed import straight
 from stepstate.stores import Durability
-from tests.unit.test_table import add
+from tests.unit.sessions.test_table import add
 
 NOW, BACKLOG_ROWS, T = 5.0, 4, 3
 

@@ -47,10 +47,10 @@ train: setup ## Train the shipped model anew (two minutes)
 	$(BIN)/python models/electricity/train.py
 
 bench: setup ## Measure steps per second beside a bare echo and the bare forward
-	$(BIN)/stepstate bench
+	$(BIN)/python -m benchmarks
 
 benchmarks: setup ## Measure all of docs/benchmarks.md anew (15 minutes)
-	$(BIN)/python docs/benchmarks.py measure
+	$(BIN)/python -m benchmarks.page measure
 
 clean: ## Remove what was built, .venv too
 	rm -rf .venv build out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

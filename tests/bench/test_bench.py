@@ -1,4 +1,4 @@
-"""`stepstate bench`, as a process: what it measures makes sense, what it refuses it explains."""
+"""`python -m benchmarks`: what it measures makes sense, and it explains what it refuses."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ import psutil
 import pytest
 from click.testing import CliRunner, Result
 
-from stepstate.cli import main
+from benchmarks.cli import main
 from tests.redis_process import redis_process
 
-COMMAND = [sys.executable, "-m", "stepstate.cli", "bench"]
+COMMAND = [sys.executable, "-m", "benchmarks"]
 SHORT = ["--seconds", "0.5", "--rounds", "1"]
 
 
@@ -32,7 +32,7 @@ def run(*options: str, env: dict[str, str] | None = None) -> subprocess.Complete
 
 def run_here(*options: str) -> Result:
     """In this process, which spares the imports: for what is refused before anything starts."""
-    return CliRunner().invoke(main, ["bench", *options])
+    return CliRunner().invoke(main, list(options))
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120.0) -> None:
@@ -69,10 +69,10 @@ def assert_rising(latency: dict[str, float]) -> None:
     assert values == sorted(values)
 
 
-def assert_contest(contest: dict[str, Any]) -> None:
+def assert_matchup(matchup: dict[str, Any]) -> None:
     """A contender's rounds are sound, and its ratios are theirs."""
-    (before,), (measured,) = contest["baseline"], contest["measured"]
-    assert contest.get("median_round", measured) == measured
+    (before,), (measured,) = matchup["baseline"], matchup["measured"]
+    assert matchup.get("median_round", measured) == measured
     for window in (before, measured):
         assert_is_window(window)
     figures: dict[str, Callable[[dict[str, Any]], float]] = {
@@ -81,11 +81,11 @@ def assert_contest(contest: dict[str, Any]) -> None:
         "p99_ratio": lambda window: window["latency_ms"]["99"],
         "cpu_ratio": lambda window: window["cpu_us_per_step"],
     }
-    assert "rate_ratio" in contest
+    assert "rate_ratio" in matchup
     for name, figure in figures.items():
-        if name not in contest:
+        if name not in matchup:
             continue
-        ratio = contest[name]
+        ratio = matchup[name]
         assert ratio["least"] == ratio["median"] == ratio["most"]
         assert ratio["median"] == pytest.approx(figure(measured) / figure(before))
 
@@ -98,13 +98,13 @@ def test_measures_packed_streams_by_rows_of_a_message(tmp_path: Path):
     cases = [(result["path"], result["sessions"], result["rows"]) for result in results]
     assert cases == [("packed", 40, 8), ("packed", 64, 16)]
     for result in results:
-        (contest,) = result["contests"]
-        assert_contest(contest)
-        for window in (*contest["baseline"], *contest["measured"]):
+        (matchup,) = result["matchups"]
+        assert_matchup(matchup)
+        for window in (*matchup["baseline"], *matchup["measured"]):
             assert window["steps"] % result["rows"] == 0
-        (forward,), (measured,) = result["forward"], contest["measured"]
+        (forward,), (measured,) = result["forward"], matchup["measured"]
         for name, figure in (("rate", "steps_per_second"), ("cpu", "cpu_us_per_step")):
-            ratio = contest[f"forward_{name}_ratio"]["median"]
+            ratio = matchup[f"forward_{name}_ratio"]["median"]
             assert ratio == pytest.approx(measured[figure] / forward[figure])
     assert "2 messages in flight" in found.stdout
 
@@ -119,9 +119,9 @@ def test_measures_echo_steps_and_the_bare_forward_for_each_load(tmp_path: Path):
     for result in results:
         assert result["baseline"]["name"] == "echo"
         assert_is_window(result["baseline"]["median_round"])
-        (contest,) = result["contests"]
-        assert contest["name"] == "steps"
-        assert_contest(contest)
+        (matchup,) = result["matchups"]
+        assert matchup["name"] == "steps"
+        assert_matchup(matchup)
         (forward,) = result["forward"]
         assert forward["steps_per_second"] > 0
     for head in ("p99.9 ms", "rate ÷ echo's", "rate ÷ forward's"):
@@ -133,8 +133,8 @@ def test_at_a_fixed_rate_as_many_steps_are_sent_as_are_due(tmp_path: Path):
     options = ("--sessions", "4", "--processes", "2", "--seconds", "2", "--rounds", "1")
     found = run("--json", str(out), "--rate", "50", "--echo", "tuned", *options)
     (result,) = figures(out, found)
-    (contest,) = result["contests"]
-    for window in (*contest["baseline"], *contest["measured"]):
+    (matchup,) = result["matchups"]
+    for window in (*matchup["baseline"], *matchup["measured"]):
         # Replies to those that were due before it may come within it, on a busy machine.
         assert window["counted"] == pytest.approx(100, abs=2)
         assert window["unanswered"] == 0
@@ -151,15 +151,15 @@ def test_measures_each_store_and_durability_beside_memory(
     found = run("durability", "--sessions", "4", *SHORT, *chosen, "--json", str(out))
     (result,) = figures(out, found)
     assert (result["sessions"], result["baseline"]["name"]) == (4, "memory")
-    names = [contest["name"] for contest in result["contests"]]
+    names = [matchup["name"] for matchup in result["matchups"]]
     assert names == ["sqlite async", "sqlite sync", "redis async", "redis sync"]
-    for contest in result["contests"]:
-        assert_contest(contest)
-        (measured,) = contest["measured"]
+    for matchup in result["matchups"]:
+        assert_matchup(matchup)
+        (measured,) = matchup["measured"]
         store_cpu = measured["store_cpu_us_per_step"]
         # Redis async writes at its interval: a short window may hold none of it, or some.
-        if contest["name"] != "redis async":
-            assert (store_cpu > 0) == (contest["name"] == "redis sync")
+        if matchup["name"] != "redis async":
+            assert (store_cpu > 0) == (matchup["name"] == "redis sync")
     assert "--appendonly yes --appendfsync everysec" in found.stdout
 
 
@@ -218,7 +218,7 @@ def test_measures_what_idle_sessions_cost(tmp_path: Path):
     results = figures(out, run("scale", *few, *SHORT, "--json", str(out)))
     assert [level["sessions"] for level in results] == [500, 2_000]
     for level in results:
-        assert_contest(level | level["contest"])
+        assert_matchup(level | level["matchup"])
         for turnover in (level["opened"], level["closed"]):
             assert turnover["sessions"] == level["sessions"]
             assert min(turnover["seconds"], turnover["cpu_us_per_session"]) > 0

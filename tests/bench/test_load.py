@@ -9,13 +9,13 @@ import time
 import numpy as np
 import pytest
 
-from stepstate.bench.errors import BenchError
-from stepstate.bench.figures import Case, Plan
-from stepstate.bench.load import CallPath, Kind, Window
-from stepstate.bench.pace import Timer
-from stepstate.bench.parts import PackedPart, SessionPart, packed_key, session_key
-from stepstate.bench.record import Record
-from stepstate.bench.rounds import percentiles
+from benchmarks import BenchError
+from benchmarks.calls import Record
+from benchmarks.load import CallPath, Kind, Window
+from benchmarks.results import Case, Plan
+from benchmarks.runner import percentiles
+from benchmarks.templates import PackedTemplate, StepTemplate, packed_key, session_key
+from benchmarks.timer import Timer
 from stepstate.errors import SessionUnknown
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
@@ -30,37 +30,37 @@ def reply(t: int, y: float = 1.0) -> bytes:
 
 
 def test_a_session_sends_its_row_with_the_next_t():
-    part = SessionPart("first", X[0])
+    template = StepTemplate("first", X[0])
     for t in range(300):  # from 128 on t takes two bytes
-        request = pb.StepRequest.FromString(part.request())
+        request = pb.StepRequest.FromString(template.request())
         assert (request.session_id, request.t, list(request.x)) == ("first", t, [1.0, 2.0])
 
 
 def test_a_reply_and_an_echo_tell_whose_they_are():
-    part = SessionPart("first", X[0])
-    assert session_key(reply(1)) == part.key == session_key(part.request())
+    template = StepTemplate("first", X[0])
+    assert session_key(reply(1)) == template.key == session_key(template.request())
 
 
 @pytest.mark.parametrize("wrong", [reply(2), pb.StepResponse(t=1).SerializeToString()])
 def test_a_step_with_another_t_or_without_y_is_no_reply(wrong: bytes):
-    part = SessionPart("first", X[0])
-    part.request()
-    part.check(Kind.STEP, reply(1))
+    template = StepTemplate("first", X[0])
+    template.request()
+    template.check(Kind.STEP, reply(1))
     with pytest.raises(BenchError, match="a step to t = 1 was answered"):
-        part.check(Kind.STEP, wrong)
+        template.check(Kind.STEP, wrong)
 
 
 def test_a_refused_step_is_told():
-    part = SessionPart("first", X[0])
-    part.request()
+    template = StepTemplate("first", X[0])
+    template.request()
     refused = pb.StepResponse(error=status_of(SessionUnknown("first"))).SerializeToString()
     with pytest.raises(SessionUnknown):
-        part.check(Kind.STEP, refused)
+        template.check(Kind.STEP, refused)
 
 
 def test_an_echo_of_something_else_is_told():
-    part, packed = SessionPart("first", X[0]), PackedPart(0, 0, NAMES, X)
-    for each in (part, packed):
+    template, packed = StepTemplate("first", X[0]), PackedTemplate(0, 0, NAMES, X)
+    for each in (template, packed):
         request = each.request()
         each.check(Kind.ECHO, request)
         with pytest.raises(BenchError, match="something else"):
@@ -68,8 +68,8 @@ def test_an_echo_of_something_else_is_told():
 
 
 def test_a_packed_message_has_a_row_of_each_session_and_binds_once():
-    part = PackedPart(2, 6, NAMES, X)
-    first, second = (pb.StreamPackedRequest.FromString(part.request()) for _ in range(2))
+    template = PackedTemplate(2, 6, NAMES, X)
+    first, second = (pb.StreamPackedRequest.FromString(template.request()) for _ in range(2))
     assert [(one.handle, one.session_id) for one in first.bindings] == [
         (6, "first"),
         (7, "second"),
@@ -77,7 +77,7 @@ def test_a_packed_message_has_a_row_of_each_session_and_binds_once():
     ]
     assert not second.bindings
     for t, message in enumerate((first, second)):
-        assert message.id == part.key == 3
+        assert message.id == template.key == 3
         assert np.frombuffer(message.handles, "<u4").tolist() == [6, 7, 8]
         assert np.frombuffer(message.t, "<u8").tolist() == [t] * 3
         assert np.frombuffer(message.x, "<f4").tolist() == X.ravel().tolist()
@@ -89,11 +89,11 @@ def packed_reply(t: list[int], y: list[float]) -> bytes:
 
 
 def test_a_packed_reply_must_have_every_row():
-    part = PackedPart(0, 0, NAMES, X)
-    part.request()
+    template = PackedTemplate(0, 0, NAMES, X)
+    template.request()
     good = packed_reply([1, 1, 1], [1.0, 2.0, 3.0])
-    assert packed_key(Kind.STEP, good) == part.key
-    part.check(Kind.STEP, good)
+    assert packed_key(Kind.STEP, good) == template.key
+    template.check(Kind.STEP, good)
     for wrong in (
         packed_reply([1, 1, 2], [1.0, 2.0, 3.0]),
         packed_reply([1, 1], [1.0, 2.0]),
@@ -101,7 +101,7 @@ def test_a_packed_reply_must_have_every_row():
         packed_reply([1, 1, 1], []),
     ):
         with pytest.raises(BenchError, match="rows to t = 1 were answered"):
-            part.check(Kind.STEP, wrong)
+            template.check(Kind.STEP, wrong)
 
 
 def test_refused_rows_and_messages_are_told_at_once():

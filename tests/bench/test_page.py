@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 import shlex
@@ -13,39 +12,38 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
-from stepstate.cli import main
+from benchmarks import page
+from benchmarks.cli import main
 from tests.markdown import ROOT, blocks_of, run_shell
 
 PAGE = ROOT / "docs" / "benchmarks.md"
 LINES = [line for _, block in blocks_of(PAGE) for line in block.splitlines()]
 RUN_BY_HAND = ("make benchmarks",)  # sets up an environment of its own, and measures for minutes
-SHORT = ("stepstate bench --sessions 1,16 --seconds 1 --rounds 1", "stepstate bench --help")
+SHORT = (
+    "python -m benchmarks --sessions 1,16 --seconds 1 --rounds 1",
+    "python -m benchmarks --help",
+)
 
 
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
-    """docs/benchmarks.py, which draws into a temporary folder."""
-    spec = importlib.util.spec_from_file_location("benchmarks", PAGE.with_suffix(".py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "IMAGES", tmp_path)
-    return module
+    """What writes the page, drawing into a temporary folder."""
+    monkeypatch.setattr(page, "IMAGES", tmp_path)
+    return page
 
 
 @pytest.mark.parametrize("line", SHORT)
 def test_what_is_short_runs_and_prints(line: str, tmp_path: Path):
     assert line in LINES
-    done = run_shell(line, "", tmp_path)
+    done = run_shell(f"cd {ROOT}; {line}", "", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
 
 
 @pytest.mark.parametrize("line", [one for one in LINES if one not in (*RUN_BY_HAND, *SHORT)])
 def test_what_takes_minutes_has_options_that_are_taken(line: str, tmp_path: Path):
-    program, *options = shlex.split(line)
-    assert program == "stepstate"
+    python, dash_m, package, *options = shlex.split(line)
+    assert (python, dash_m, package) == ("python", "-m", "benchmarks")
     # Told only when all options are understood, and before anything is measured.
     done = CliRunner().invoke(main, [*options, "--json", f"{tmp_path}/missing/out"])
     assert done.exit_code == 2
@@ -56,10 +54,10 @@ def test_every_command_is_the_one_that_was_measured(script: ModuleType):
     named = re.findall(r"<!-- table (\w+) -->", PAGE.read_text())
     assert sorted(named) == sorted(script.RUNS)
     for name, options in script.RUNS.items():
-        assert f"stepstate bench {options}" in LINES
+        assert f"python -m benchmarks {options}" in LINES
         path = script.MEASURED / f"{name}.json"
         if path.exists():
-            assert f"bench {options.split()[0]}" in json.loads(path.read_text())["command"]
+            assert f"benchmarks {options.split()[0]}" in json.loads(path.read_text())["command"]
 
 
 def test_every_table_is_as_it_was_measured(script: ModuleType):

@@ -8,18 +8,18 @@ from collections.abc import Iterator
 import grpc
 import pytest
 
-from stepstate.bench.clients import Clients, running_clients
-from stepstate.bench.errors import BenchError
-from stepstate.bench.opening import Wish
-from stepstate.bench.population import Population
-from stepstate.bench.scrape import counters, series
-from stepstate.bench.servers import Launched, bench_folder, running_stepstate
+from benchmarks import BenchError
+from benchmarks.clients import Clients, running_clients
+from benchmarks.idle import IdleSessions
+from benchmarks.procstat import counters, series
+from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
+from benchmarks.sessions import SessionOptions
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Launched]:
+def server() -> Iterator[ServerProcess]:
     with bench_folder() as folder, running_stepstate(folder, "memory:") as running:
         yield running
 
@@ -30,7 +30,7 @@ def clients() -> Iterator[Clients]:
         yield running
 
 
-def sessions(server: Launched) -> dict[str, int]:
+def sessions(server: ServerProcess) -> dict[str, int]:
     """t of every open session."""
     with grpc.insecure_channel(server.address) as channel:
         stub, found, token = StepstateServiceStub(channel), {}, ""
@@ -43,30 +43,32 @@ def sessions(server: Launched) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("count", [3, 512, 1_100])
-def test_every_session_is_opened_stepped_and_closed(server: Launched, clients: Clients, count: int):
-    crowd = Population(count, server.address, clients)
-    assert crowd.open(Wish()) > 0
-    assert sessions(server) == dict.fromkeys(crowd.names, 0)
-    crowd.step()
+def test_every_session_is_opened_stepped_and_closed(
+    server: ServerProcess, clients: Clients, count: int
+):
+    idle = IdleSessions(count, server.address, clients)
+    assert idle.open(SessionOptions()) > 0
+    assert sessions(server) == dict.fromkeys(idle.names, 0)
+    idle.step()
     stepped = sessions(server)
-    assert set(stepped) == set(crowd.names)
+    assert set(stepped) == set(idle.names)
     assert min(stepped.values()) >= 1
     assert series(server.metrics_url, "stepstate_sessions", residency="resident") == count
-    first = crowd.first(2)
+    first = idle.first(2)
     first.close()
-    assert set(sessions(server)) == set(crowd.names) - set(first.names)
+    assert set(sessions(server)) == set(idle.names) - set(first.names)
     closed = counters(server.metrics_url)["stepstate_sessions_closed_total"]
-    rest = crowd.first(count)
-    rest.names = crowd.names[2:]
+    rest = idle.first(count)
+    rest.names = idle.names[2:]
     rest.close()
     assert sessions(server) == {}
     assert counters(server.metrics_url)["stepstate_sessions_closed_total"] == closed + count - 2
 
 
-def test_sessions_expire_at_one_moment(server: Launched, clients: Clients):
+def test_sessions_expire_at_one_moment(server: ServerProcess, clients: Clients):
     before = series(server.metrics_url, "stepstate_sessions_closed_total", reason="expired")
     moment = time.monotonic() + 2.0
-    Population(40, server.address, clients).open(Wish(expires_at=moment))
+    IdleSessions(40, server.address, clients).open(SessionOptions(expires_at=moment))
     deadline = moment + 30
     while series(server.metrics_url, "stepstate_sessions_closed_total", reason="expired") < (
         before + 40
@@ -76,8 +78,8 @@ def test_sessions_expire_at_one_moment(server: Launched, clients: Clients):
     assert time.monotonic() > moment
 
 
-def test_a_refusal_is_told(server: Launched):
+def test_a_refusal_is_told(server: ServerProcess):
     with running_clients(1) as clients:
-        crowd = Population(1, server.address, clients)
+        idle = IdleSessions(1, server.address, clients)
         with pytest.raises(BenchError, match=r"a client failed: a call failed: .*is unknown"):
-            crowd.close()
+            idle.close()

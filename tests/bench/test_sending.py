@@ -15,8 +15,8 @@ import grpc
 import numpy as np
 import pytest
 
-from stepstate.bench import echo, sender
-from stepstate.bench.load import CallPath, Failed, Kind, Load, Pace, Question, Ready, Window
+from benchmarks import echo, sender
+from benchmarks.load import ArrivalSchedule, CallPath, Failed, Kind, Load, Question, Ready, Window
 from stepstate.v1 import stepstate_pb2 as pb
 
 Reply = Callable[[bytes], Awaitable[bytes | None]]
@@ -54,11 +54,13 @@ async def serving(reply: Reply) -> AsyncIterator[str]:
     await server.stop(None)
 
 
-def load(target: str, path: CallPath, sessions: int, pace: Pace | None = None) -> Load:
+def load(
+    target: str, path: CallPath, sessions: int, schedule: ArrivalSchedule | None = None
+) -> Load:
     names = [f"s{place}" for place in range(sessions)]
     x = np.ones((sessions, 2), np.float32)
     packed = path is CallPath.PACKED
-    return Load(Kind.ECHO, path, target, names, x, pace, rows=2 if packed else 1, in_flight=2)
+    return Load(Kind.ECHO, path, target, names, x, schedule, rows=2 if packed else 1, in_flight=2)
 
 
 async def sent(asked: Load, warm_up: float, seconds: float) -> Any:
@@ -100,7 +102,7 @@ def stalling(at: int) -> tuple[Reply, list[bytes]]:
 async def test_at_a_fixed_rate_a_stall_counts_for_every_step_that_was_due_in_it(path: CallPath):
     reply, _ = stalling(at=20)
     async with serving(reply) as target:
-        sample = await sent(load(target, path, 1, Pace(0.01, 0.0)), 0.0, 1.0)
+        sample = await sent(load(target, path, 1, ArrivalSchedule(0.01, 0.0)), 0.0, 1.0)
     assert len(sample.latencies) == 100
     # Of the 50 that were due in the stall some 40 waited for more than a fifth of it.
     assert (sample.latencies > STALL / 5).sum() >= 40
@@ -114,16 +116,20 @@ async def test_in_closed_loop_a_stall_counts_once():
     assert sample.replies == len(sample.latencies)
 
 
-@pytest.mark.parametrize("pace", [None, Pace(0.005, 0.0)], ids=["closed loop", "fixed rate"])
+@pytest.mark.parametrize(
+    "schedule", [None, ArrivalSchedule(0.005, 0.0)], ids=["closed loop", "fixed rate"]
+)
 @pytest.mark.parametrize("path", list(CallPath))
-async def test_every_session_is_sent_its_own_t_in_order(path: CallPath, pace: Pace | None):
+async def test_every_session_is_sent_its_own_t_in_order(
+    path: CallPath, schedule: ArrivalSchedule | None
+):
     reply, messages = stalling(at=0)
     async with serving(reply) as target:
-        sample = await sent(load(target, path, 5, pace), 0.1, 0.4)
+        sample = await sent(load(target, path, 5, schedule), 0.1, 0.4)
     assert not sample.unanswered
     assert sample.replies > 0
-    if pace is not None:
-        assert len(sample.latencies) == pytest.approx(0.4 / pace.interval, abs=1)
+    if schedule is not None:
+        assert len(sample.latencies) == pytest.approx(0.4 / schedule.interval, abs=1)
     sent_t: dict[object, list[int]] = {}
     for message in messages:
         if path is CallPath.PACKED:
@@ -137,7 +143,7 @@ async def test_every_session_is_sent_its_own_t_in_order(path: CallPath, pace: Pa
 
 
 async def test_sessions_share_streams_beyond_a_number(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(sender, "MOST_STREAMS", 2)
+    monkeypatch.setattr(sender, "MAX_STREAMS", 2)
     reply, messages = stalling(at=0)
     async with serving(reply) as target:
         sample = await sent(load(target, CallPath.STREAM, 5), 0.0, 0.3)
@@ -155,15 +161,17 @@ async def test_steps_that_are_never_answered_are_counted(monkeypatch: pytest.Mon
         return message
 
     async with serving(reply) as target:
-        sample = await sent(load(target, CallPath.STREAM, 1, Pace(0.05, 0.0)), 0.0, 1.0)
+        sample = await sent(load(target, CallPath.STREAM, 1, ArrivalSchedule(0.05, 0.0)), 0.0, 1.0)
     assert len(sample.latencies) == 20
     assert sample.unanswered == 16
     assert sample.latencies.max() > 1.0
 
 
-@pytest.mark.parametrize("pace", [None, Pace(0.01, 0.0)], ids=["closed loop", "fixed rate"])
+@pytest.mark.parametrize(
+    "schedule", [None, ArrivalSchedule(0.01, 0.0)], ids=["closed loop", "fixed rate"]
+)
 @pytest.mark.parametrize("path", list(CallPath))
-async def test_a_call_that_ends_is_told(path: CallPath, pace: Pace | None):
+async def test_a_call_that_ends_is_told(path: CallPath, schedule: ArrivalSchedule | None):
     seen = 0
 
     async def reply(message: bytes) -> bytes | None:
@@ -172,7 +180,7 @@ async def test_a_call_that_ends_is_told(path: CallPath, pace: Pace | None):
         return message if seen < 10 else None
 
     async with serving(reply) as target:
-        failed = await sent(load(target, path, 4, pace), 0.0, 2.0)
+        failed = await sent(load(target, path, 4, schedule), 0.0, 2.0)
     assert isinstance(failed, Failed)
     assert "gone" in failed.detail or "ended a stream" in failed.detail
 

@@ -1,7 +1,7 @@
 """Raw clients: they know the contract only, and believe nothing.
 
-A client keeps its rows, sends a request until it is answered, and goes back where it is told
-to: what the project's own client must do too, without a line of it.
+A client keeps its rows, sends a request until it is answered, and goes back to where it is
+sent: what the project's own client must do too, without a line of it.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ Ask = Callable[[pb.StepRequest], Awaitable[pb.StepResponse]]
 """Sends a request and waits for its reply. Raises `Broken`, `Refused`."""
 
 
-def told(error: grpc.aio.AioRpcError) -> Exception:
+def call_error(error: grpc.aio.AioRpcError) -> Exception:
     """The server's own refusal; whatever else gRPC calls a failure is a broken connection."""
     if DETAILS_KEY in dict(error.trailing_metadata() or ()):
         return Refused(refusal_of_call(error))
@@ -70,7 +70,7 @@ def by_call(*stubs: StepstateServiceStub, patience: float | None = None) -> Ask:
         try:
             return await call
         except grpc.aio.AioRpcError as error:
-            raise told(error) from error
+            raise call_error(error) from error
         except asyncio.CancelledError:
             if asyncio.current_task().cancelling():
                 raise
@@ -79,7 +79,7 @@ def by_call(*stubs: StepstateServiceStub, patience: float | None = None) -> Ask:
     return ask
 
 
-class Carrier:
+class SharedStream:
     """Many sessions on one stream, each with one request at a time; a new stream when it broke."""
 
     def __init__(self, stub: StepstateServiceStub) -> None:
@@ -124,7 +124,7 @@ class Carrier:
             while (reply := await stream.read()) is not grpc.aio.EOF:
                 self._answer(reply)
         except grpc.aio.AioRpcError as error:
-            broken = told(error)
+            broken = call_error(error)
         except asyncio.CancelledError:
             pass
         self._stream = None
@@ -143,7 +143,7 @@ class Carrier:
             asked.set_result(reply)
 
 
-class Packer(Carrier):
+class SharedPackedStream(SharedStream):
     """The same by columns: what many sessions ask at once goes in one message."""
 
     def __init__(self, stub: StepstateServiceStub) -> None:
@@ -201,7 +201,7 @@ class Packer(Carrier):
 
 
 class RawClient:
-    """One session's client: steps until it is told to stop, and misses nothing.
+    """One session's client: steps until it is stopped, and misses nothing.
 
     Args:
         ledger: what it knows.
@@ -324,7 +324,7 @@ class Streaming(RawClient):
         try:
             reply = await stream.read()
         except grpc.aio.AioRpcError as error:
-            raise told(error) from error
+            raise call_error(error) from error
         if reply is grpc.aio.EOF:
             raise Broken("the stream ended")
         if reply.HasField("error"):

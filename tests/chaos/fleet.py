@@ -14,22 +14,22 @@ import grpc
 
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
+from tests.chaos.checker import check, total
 from tests.chaos.clients import (
     CALL_SECONDS,
     CHANNEL,
     PAUSE_SECONDS,
     Asking,
-    Carrier,
-    Packer,
     RawClient,
     Refused,
+    SharedPackedStream,
+    SharedStream,
     Streaming,
     by_call,
-    told,
+    call_error,
 )
-from tests.chaos.judge import judge, total
+from tests.chaos.competitors import History
 from tests.chaos.ledger import Complaint, Ledger, Tally
-from tests.chaos.rivals import History
 from tests.integration.wire import HANG
 from tests.networks import Network
 
@@ -39,7 +39,7 @@ DURABILITIES = {
     "sync": pb.DURABILITY_SYNC,
 }
 CONNECTIONS = 4
-CARRIED = 25
+SESSIONS_A_STREAM = 25
 """Sessions on one shared stream."""
 THINK_SECONDS = 0.15
 """With 200 sessions some 1,000 rows/s, which leaves two cores room for what else they do."""
@@ -66,17 +66,19 @@ def streaming(ledger: Ledger, fleet: Fleet) -> RawClient:
     return Streaming(ledger, stub, most_rows=2, think_seconds=fleet.think_seconds)
 
 
-def carried(ledger: Ledger, fleet: Fleet) -> RawClient:
+def sharing(ledger: Ledger, fleet: Fleet) -> RawClient:
     """A stream that it shares with others."""
-    return Asking(ledger, fleet.carrier().ask, most_rows=1, think_seconds=fleet.think_seconds)
+    return Asking(ledger, fleet.shared_stream().ask, most_rows=1, think_seconds=fleet.think_seconds)
 
 
 def packed(ledger: Ledger, fleet: Fleet) -> RawClient:
     """A packed stream that it shares with others."""
-    return Asking(ledger, fleet.packer().ask, most_rows=1, think_seconds=fleet.think_seconds)
+    return Asking(
+        ledger, fleet.shared_packed_stream().ask, most_rows=1, think_seconds=fleet.think_seconds
+    )
 
 
-EVERY_KIND: tuple[Kind, ...] = (calling, streaming, carried, packed)
+EVERY_KIND: tuple[Kind, ...] = (calling, streaming, sharing, packed)
 
 
 class Fleet:
@@ -93,9 +95,9 @@ class Fleet:
         self.kinds: defaultdict[Kind, list[Ledger]] = defaultdict(list)
         self._servers = servers
         self._tasks: list[asyncio.Task[None]] = []
-        self._carriers: list[Carrier] = []
-        self._carried = itertools.count()
-        self._packers: list[Packer] = []
+        self._shared_streams: list[SharedStream] = []
+        self._sharing = itertools.count()
+        self._shared_packed_streams: list[SharedPackedStream] = []
         self._packed = itertools.count()
 
     @property
@@ -107,17 +109,19 @@ class Fleet:
         """One stub of each server."""
         return [random.choice(stubs) for stubs in self._servers]
 
-    def carrier(self) -> Carrier:
+    def shared_stream(self) -> SharedStream:
         """A shared stream that is not full."""
-        if next(self._carried) % CARRIED == 0:
-            self._carriers.append(Carrier(random.choice(self.any_connection())))
-        return self._carriers[-1]
+        if next(self._sharing) % SESSIONS_A_STREAM == 0:
+            self._shared_streams.append(SharedStream(random.choice(self.any_connection())))
+        return self._shared_streams[-1]
 
-    def packer(self) -> Packer:
+    def shared_packed_stream(self) -> SharedPackedStream:
         """A shared packed stream that is not full."""
-        if next(self._packed) % CARRIED == 0:
-            self._packers.append(Packer(random.choice(self.any_connection())))
-        return self._packers[-1]
+        if next(self._packed) % SESSIONS_A_STREAM == 0:
+            self._shared_packed_streams.append(
+                SharedPackedStream(random.choice(self.any_connection()))
+            )
+        return self._shared_packed_streams[-1]
 
     async def launch(
         self,
@@ -152,7 +156,7 @@ class Fleet:
                 call = self.any_connection()[0].OpenSession
                 await call(request, timeout=CALL_SECONDS, wait_for_ready=True)
             except grpc.aio.AioRpcError as error:
-                why = told(error)
+                why = call_error(error)
                 if isinstance(why, Refused) and why.refusal.reason == "SESSION_EXISTS" and again:
                     return
                 if isinstance(why, Refused) and why.refusal.retry_seconds is None:
@@ -182,7 +186,7 @@ class Fleet:
                 await asyncio.sleep(0.01)
 
     async def durable(self) -> None:
-        """Waits until every session has rows that are told to be durable."""
+        """Waits until every session has rows that are reported as durable."""
         async with asyncio.timeout(HANG):
             while not all(ledger.durable_t for ledger in self.ledgers):
                 await self.last(0.02)
@@ -210,9 +214,9 @@ class Fleet:
         self._listen()
 
     async def finish(self, network: Network) -> Tally:
-        """Stops all clients, and judges."""
+        """Stops all clients, and checks what they were given."""
         await self.settle()
-        return await self.judge(self.ledgers, network)
+        return await self.check(self.ledgers, network)
 
     async def settle(self) -> None:
         """Stops all clients when everything they sent is answered."""
@@ -221,14 +225,14 @@ class Fleet:
         async with asyncio.timeout(2 * HANG):
             await asyncio.gather(*self._tasks)
 
-    async def judge(self, ledgers: Sequence[Ledger], network: Network) -> Tally:
+    async def check(self, ledgers: Sequence[Ledger], network: Network) -> Tally:
         """Compares sessions with their ledgers, and with the offline run.
 
         Each is sent one row more before: its output tells what the state is by then.
         """
         await asyncio.gather(*(self._one_more(ledger) for ledger in ledgers))
         ts = await asyncio.gather(*(self.where(ledger.session_id) for ledger in ledgers))
-        return total(judge(ledger, network, t) for ledger, t in zip(ledgers, ts, strict=True))
+        return total(check(ledger, network, t) for ledger, t in zip(ledgers, ts, strict=True))
 
     async def where(self, session_id: str) -> int:
         """The rows that a session has, as a server says."""
@@ -242,8 +246,8 @@ class Fleet:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for carrier in (*self._carriers, *self._packers):
-            await carrier.close()
+        for shared_stream in (*self._shared_streams, *self._shared_packed_streams):
+            await shared_stream.close()
 
     async def _one_more(self, ledger: Ledger) -> None:
         ask = by_call(*self.any_connection())

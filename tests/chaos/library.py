@@ -1,4 +1,4 @@
-"""The project's own client under the same judge: it resumes by itself, each output comes once."""
+"""The project's own client under the same checker: it resumes by itself, each output comes once."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Library:
     """Sessions that are stepped by calls, by streams, by one stream for many and by a pack.
 
     When they stop, each is stepped once more: so a server that was set back last is sent all that
-    it lacks, and stands where the judge expects it.
+    it lacks, and stands where the checker expects it.
 
     Args:
         client: the client.
@@ -134,9 +134,9 @@ class Library:
         async with self._client.packed([follower.session for follower in crowd]) as pack:
             while which != everyone:
                 which = everyone if self.stopping else random.choices(everyone, k=len(crowd))
-                told = await pack.step([crowd[place].row() for place in which], which=which)
-                assert not told.errors, told.errors
-                for place, y in zip(which, told.y, strict=True):
+                reply = await pack.step([crowd[place].row() for place in which], which=which)
+                assert not reply.errors, reply.errors
+                for place, y in zip(which, reply.y, strict=True):
                     crowd[place].given(y)
                 await asyncio.sleep(self._think_seconds)
 

@@ -12,13 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tests.chaos import journal, store_faults
+from tests.chaos.checker import total
 from tests.chaos.clients import by_call
+from tests.chaos.competitors import Competitor, History
 from tests.chaos.fleet import EVERY_KIND, THINK_SECONDS, Fleet, Kind, calling, fleet, impatient
-from tests.chaos.judge import total
 from tests.chaos.ledger import Tally
 from tests.chaos.library import library
-from tests.chaos.rivals import History, Rival
-from tests.chaos.station import Program, Station, redis_station, station
+from tests.chaos.restartable import (
+    Program,
+    RestartableServer,
+    restartable_redis,
+    restartable_server,
+)
 from tests.integration.wire import HANG, sample, scrape
 from tests.networks import Network
 
@@ -42,7 +47,7 @@ class Ground:
         """A server of the models."""
         settings = ("--models", str(self.models), "--store", store)
         settings += ("--snapshot-interval", str(INTERVAL_SECONDS), *options)
-        return station(self.folder, *settings, prefix=prefix)
+        return restartable_server(self.folder, *settings, prefix=prefix)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +70,7 @@ async def store(ground: Ground, kind: str) -> AsyncIterator[str]:
     if kind == "sqlite":
         yield f"sqlite:{ground.folder / 'sessions.db'}"
     else:
-        async with redis_station(ground.folder) as redis:
+        async with restartable_redis(ground.folder) as redis:
             yield redis.url
 
 
@@ -130,7 +135,7 @@ async def server_terminated(ground: Ground, *, kind: str) -> Outcome:
 async def redis_killed(ground: Ground, *, durability: str) -> Outcome:
     """kill -9 of Redis at random moments; it comes back from its append-only file."""
     async with (
-        redis_station(ground.folder) as redis,
+        restartable_redis(ground.folder) as redis,
         ground.serve(redis.url) as server,
         fleet(server.address) as clients,
     ):
@@ -180,7 +185,7 @@ async def client_killed(ground: Ground, *, kind: str, durability: str) -> Outcom
         tally = await clients.finish(ground.network)
         for place, ledger in enumerate(ledgers):
             journal.read(ledger, journals / f"{place}.journal")
-        tally.add(await clients.judge(ledgers, ground.network))
+        tally.add(await clients.check(ledgers, ground.network))
         return Outcome(ground.faults, tally)
 
 
@@ -189,7 +194,7 @@ async def library_resumes(ground: Ground, *, kind: str, durability: str) -> Outc
     async with (
         store(ground, kind) as url,
         ground.serve(url) as server,
-        fleet(server.address) as judges,
+        fleet(server.address) as checker,
         library(server.address, THINK_SECONDS) as clients,
     ):
         await clients.launch(ground.sessions, durability)
@@ -200,7 +205,7 @@ async def library_resumes(ground: Ground, *, kind: str, durability: str) -> Outc
             await server.start()
         await clients.progress(2)
         await clients.settle()
-        return Outcome(ground.faults, await judges.judge(clients.ledgers, ground.network))
+        return Outcome(ground.faults, await checker.check(clients.ledgers, ground.network))
 
 
 async def grows(folder: Path) -> None:
@@ -227,7 +232,7 @@ async def hurting(
     folder = ground.folder / "disk"
     async with AsyncExitStack() as stack:
         if how == "stopped Redis":
-            redis = await stack.enter_async_context(redis_station(ground.folder))
+            redis = await stack.enter_async_context(restartable_redis(ground.folder))
             yield redis.url, store_faults.stopped_redis(redis), ()
             return
         if how == "full disk":
@@ -270,7 +275,7 @@ async def store_hurt(ground: Ground, *, how: str) -> Outcome:
 async def servers_swapped(ground: Ground, *, durability: str) -> Outcome:
     """Every call goes to one of two servers on one Redis, at random; at times one is killed."""
     async with (
-        redis_station(ground.folder) as redis,
+        restartable_redis(ground.folder) as redis,
         ground.serve(redis.url, "--server-name", "one") as one,
         ground.serve(redis.url, "--server-name", "two") as two,
         fleet(one.address, two.address) as clients,
@@ -287,7 +292,7 @@ async def servers_swapped(ground: Ground, *, durability: str) -> Outcome:
         await two.drained()
         await two.start()
         clients.keep_to(1)
-        return Outcome(ground.faults, await clients.judge(clients.ledgers, ground.network))
+        return Outcome(ground.faults, await clients.check(clients.ledgers, ground.network))
 
 
 async def servers_fought(ground: Ground) -> Outcome:
@@ -296,7 +301,7 @@ async def servers_fought(ground: Ground) -> Outcome:
     A fault is a takeover.
     """
     async with (
-        redis_station(ground.folder) as redis,
+        restartable_redis(ground.folder) as redis,
         ground.serve(redis.url, "--server-name", "one") as one,
         ground.serve(redis.url, "--server-name", "two") as two,
         fleet(one.address, two.address) as clients,
@@ -304,28 +309,28 @@ async def servers_fought(ground: Ground) -> Outcome:
         histories = [History(f"fought-{place}") for place in range(ground.sessions)]
         await asyncio.gather(*(clients.open(history) for history in histories))
         asks = [by_call(stub) for stub in clients.any_connection()]
-        rivals = [
-            Rival(history, ask, seed)
+        competitors = [
+            Competitor(history, ask, seed)
             for seed, (history, ask) in enumerate(itertools.product(histories, asks))
         ]
         async with asyncio.timeout(2 * HANG), asyncio.TaskGroup() as group:
-            for rival in rivals:
-                group.create_task(rival.run())
+            for competitor in competitors:
+                group.create_task(competitor.run())
             while min(len(history.rows) for history in histories) < 2 * ground.faults:
                 await asyncio.sleep(0.02)
-            for rival in rivals:
-                rival.stopping = True
+            for competitor in competitors:
+                competitor.stopping = True
         takeovers = sum([await taken_over(server) for server in (one, two)])
         await one.drained()
         await two.drained()
         await two.start()
         clients.keep_to(1)
         ts = await asyncio.gather(*(clients.where(history.session_id) for history in histories))
-        tallies = (h.judge(ground.network, t) for h, t in zip(histories, ts, strict=True))
+        tallies = (h.check(ground.network, t) for h, t in zip(histories, ts, strict=True))
         return Outcome(takeovers, total(tallies))
 
 
-async def taken_over(server: Station) -> int:
+async def taken_over(server: RestartableServer) -> int:
     """Sessions that a server took from another one."""
     text = await scrape(server.metrics_address)
     return int(sample(text, "stepstate_session_takeovers_total"))

@@ -27,7 +27,7 @@ class Steady:
         self.stopping = False
 
     async def run(self) -> None:
-        """Steps by stream and by call in turn, until it is told to stop."""
+        """Steps by stream and by call in turn, until it is stopped."""
         while not self.stopping:
             async for y in self._session.stream(self._rows(40)):
                 await self._keep(y)

@@ -13,13 +13,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
 
-from tests.chaos.station import RedisStation, Station
+from tests.chaos.restartable import RestartableRedis, RestartableServer
 
 ROOM = "256m"
 _LITTLE = 65_536
 """The log of a server is smaller than that, its database is not."""
 
-Fault = Callable[[Station], AbstractAsyncContextManager[None]]
+Fault = Callable[[RestartableServer], AbstractAsyncContextManager[None]]
 
 
 @contextmanager
@@ -44,7 +44,7 @@ def full_disk(disk: Path) -> Fault:
     """The disk is as large as what is on it; afterwards somebody makes it larger."""
 
     @asynccontextmanager
-    async def fault(_: Station) -> AsyncIterator[None]:
+    async def fault(_: RestartableServer) -> AsyncIterator[None]:
         while not _resize(disk, str(shutil.disk_usage(disk).used)):
             pass  # it has grown meanwhile
         try:
@@ -61,7 +61,7 @@ def _resize(disk: Path, size: str) -> bool:
 
 
 @asynccontextmanager
-async def limited_files(server: Station) -> AsyncIterator[None]:
+async def limited_files(server: RestartableServer) -> AsyncIterator[None]:
     """The server's files may not grow beyond a limit (RLIMIT_FSIZE) that they have long passed."""
     pid = server.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
@@ -76,7 +76,7 @@ def locked_database(path: Path) -> Fault:
     """Another process has begun to write to the database, and does not end."""
 
     @asynccontextmanager
-    async def fault(_: Station) -> AsyncIterator[None]:
+    async def fault(_: RestartableServer) -> AsyncIterator[None]:
         other = sqlite3.connect(path, isolation_level=None, timeout=10, check_same_thread=False)
         try:
             await asyncio.to_thread(other.execute, "BEGIN IMMEDIATE")
@@ -114,7 +114,7 @@ def read_only_database(folder: Path) -> Fault:
     """The database is read-only from when the server opens it again, after a failed write, on."""
 
     @asynccontextmanager
-    async def fault(server: Station) -> AsyncIterator[None]:
+    async def fault(server: RestartableServer) -> AsyncIterator[None]:
         with read_only(folder):
             async with limited_files(server):
                 await asyncio.sleep(0.5)
@@ -123,11 +123,11 @@ def read_only_database(folder: Path) -> Fault:
     return fault
 
 
-def stopped_redis(redis: RedisStation) -> Fault:
+def stopped_redis(redis: RestartableRedis) -> Fault:
     """Redis takes requests and answers none; afterwards it does what it was asked, late."""
 
     @asynccontextmanager
-    async def fault(_: Station) -> AsyncIterator[None]:
+    async def fault(_: RestartableServer) -> AsyncIterator[None]:
         redis.process.send_signal(signal.SIGSTOP)
         try:
             yield

@@ -1,4 +1,4 @@
-"""Through kill -9, stores that are away and rival servers no row is lost, none applied twice.
+"""Through kill -9, stores that are away and competing servers no row is lost, none applied twice.
 
 Short runs; `python -m tests.chaos.campaign --all` runs every scenario at length.
 """

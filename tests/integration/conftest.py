@@ -10,11 +10,11 @@ import pytest
 
 from stepstate.server import Server
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
-from tests.chaos.station import Station, station
+from tests.chaos.restartable import RestartableServer, restartable_server
 from tests.integration.clients import KINDS, Connect
 from tests.integration.wire import raw_stub
 
-Mortal = Callable[..., Awaitable[Station]]
+Mortal = Callable[..., Awaitable[RestartableServer]]
 
 
 @pytest.fixture
@@ -36,15 +36,15 @@ async def mortal(model_root: Path, tmp_path: Path) -> AsyncIterator[Mortal]:
     """Starts a server with a file as its store, that can be killed and started again."""
     async with AsyncExitStack() as stack:
 
-        async def start(interval: str, *options: str) -> Station:
+        async def start(interval: str, *options: str) -> RestartableServer:
             store = ("--store", f"sqlite:{tmp_path / 'mortal.db'}", "--snapshot-interval")
             told = ("--models", str(model_root), *store, interval, *options)
-            return await stack.enter_async_context(station(tmp_path, *told))
+            return await stack.enter_async_context(restartable_server(tmp_path, *told))
 
         yield start
 
 
-async def reborn(server: Station) -> None:
+async def reborn(server: RestartableServer) -> None:
     """kill -9, and a start in the same place."""
     server.kill()
     await server.start()

@@ -18,7 +18,7 @@ from stepstate.client import AsyncClient, Client
 from stepstate.client.channel import CHANNEL_OPTIONS, channel_options
 from stepstate.server import Server
 from tests.chaos.faults import relay
-from tests.chaos.station import Station, free_port
+from tests.chaos.restartable import RestartableServer, free_port
 from tests.integration.clients import Connect
 from tests.integration.conftest import Mortal
 from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference
@@ -57,11 +57,11 @@ async def test_a_client_may_be_there_before_its_server(connect: Connect, mortal:
         assert len(await models) == 6
 
 
-async def killed(server: Station) -> None:
+async def killed(server: RestartableServer) -> None:
     server.kill()
 
 
-async def stopped(server: Station) -> None:
+async def stopped(server: RestartableServer) -> None:
     await server.drained()
 
 

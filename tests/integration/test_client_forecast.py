@@ -21,7 +21,7 @@ from stepstate.models import write_model
 from stepstate.server import Server, running_server
 from tests import offline
 from tests.chaos.faults import relay
-from tests.chaos.station import station
+from tests.chaos.restartable import restartable_server
 from tests.integration.clients import KINDS, AnyClient, Connect
 from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference, sample, scrape
 from tests.networks import Network, make_network
@@ -218,7 +218,7 @@ async def test_a_history_goes_on_after_a_kill(root: Path, tmp_path: Path, connec
     store = f"sqlite:{tmp_path / 'mortal.db'}"
     options = ("--models", str(root), "--store", store, "--snapshot-interval", "0.05")
     async with (
-        station(tmp_path, *options) as server,
+        restartable_server(tmp_path, *options) as server,
         connect(server.address, timeout=HANG) as client,
     ):
         session = await client.open("small")
@@ -438,7 +438,7 @@ async def test_a_server_that_was_set_back_is_brought_up_before_it_forecasts(
     store = f"sqlite:{tmp_path / 'mortal.db'}"
     options = ("--models", str(root), "--store", store, "--snapshot-interval", "600")
     async with (
-        station(tmp_path, *options) as server,
+        restartable_server(tmp_path, *options) as server,
         connect(server.address, timeout=HANG) as client,
     ):
         session = await client.open("sensor1", session_id="a")
@@ -469,7 +469,7 @@ async def test_rows_that_are_not_kept_are_missing_by_name(
     options = ("--models", str(root), "--store", f"sqlite:{tmp_path / 'mortal.db'}")
     options += ("--snapshot-interval", "600")
     async with (
-        station(tmp_path, *options) as server,
+        restartable_server(tmp_path, *options) as server,
         connect(server.address, timeout=HANG, resume_rows=5) as client,
     ):
         session = await client.open("sensor1", history=rows(20))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from stepstate.bench.model import write_bench_model
+from benchmarks.models import write_bench_model
 from tests.processes import server_process
 
 START = Path(__file__).parents[2] / "build" / "perf_analyzer" / "start"

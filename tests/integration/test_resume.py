@@ -25,7 +25,7 @@ from stepstate.config import ServerConfig
 from stepstate.server import Server, running_server
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.chaos.faults import relay
-from tests.chaos.station import Station, redis_station
+from tests.chaos.restartable import RestartableServer, restartable_redis
 from tests.integration.clients import AnyClient, AnySession, Connect
 from tests.integration.conftest import Mortal, reborn
 from tests.integration.wire import (
@@ -360,7 +360,7 @@ async def test_many_sessions_go_on_after_kills(
         assert difference(got[session.session_id], networks["lstm"], x) <= TOLERANCE
 
 
-async def kill_some(server: Station, times: int) -> None:
+async def kill_some(server: RestartableServer, times: int) -> None:
     for _ in range(times):
         await asyncio.sleep(0.3)
         await reborn(server)
@@ -568,7 +568,7 @@ async def test_sessions_go_to_and_fro_between_two_servers(
     """Both live and share a Redis; a proxy sends the client now to the one, now to the other."""
     program("redis-server")
     xs = [draw(60, seed=seed) for seed in range(8)]
-    async with redis_station(tmp_path) as redis, AsyncExitStack() as stack:
+    async with restartable_redis(tmp_path) as redis, AsyncExitStack() as stack:
         shared = dataclasses.replace(config, store=redis.url, snapshot_interval=0.3)
         servers = [await stack.enter_async_context(running_server(shared)) for _ in range(2)]
         way = await stack.enter_async_context(relay(servers[0].address))

@@ -65,8 +65,7 @@ def imported_by(*arguments: str) -> set[str]:
 def test_nothing_imports_torch_but_a_server_that_is_to_run(arguments: tuple[str, ...]):
     found = imported_by(*arguments)
     assert "click" in found
-    if arguments[0] != "bench":  # it starts servers, and measures the bare forward here
-        assert "torch" not in found
+    assert "torch" not in found
     if arguments == ("--help",):
         assert not {"grpc", "numpy", "stepstate.client"} & found
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepstate.bench import forward
-from stepstate.bench.forward import ForwardRate, bare_forward, main
+from benchmarks import forward
+from benchmarks.forward import ForwardRate, bare_forward, main
 from stepstate.engine import BareForward
 from tests.conftest import ELECTRICITY
 from tests.unit.rig import model_of, rows_of

@@ -1,4 +1,4 @@
-"""The promise of the default drift test, on fewer seeds than `python -m stepstate.bench.drift`.
+"""The promise of the default drift test, on fewer seeds than `python -m benchmarks.drift`.
 
 Seeds are fixed, so these are the same figures at each run.
 """
@@ -12,7 +12,7 @@ import sys
 import numpy as np
 import pytest
 
-from stepstate.bench.drift import DETECTORS, NOISES, delays, false_alarms
+from benchmarks.drift import DETECTORS, NOISES, delays, false_alarms
 
 CUSUM, PAGE_HINKLEY = DETECTORS["CUSUM (default)"], DETECTORS["Page-Hinkley"]
 
@@ -55,7 +55,7 @@ def test_a_change_for_good_is_found_soon(noise, change, rows):
 def test_the_command_prints_both_tables():
     options = ["--rows", "200", "--seeds", "1", "--delays-of"]
     told = subprocess.run(
-        [sys.executable, "-m", "stepstate.bench.drift", *options],
+        [sys.executable, "-m", "benchmarks.drift", *options],
         capture_output=True,
         check=True,
         text=True,

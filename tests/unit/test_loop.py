@@ -15,8 +15,8 @@ from typing import Any
 import grpc
 import pytest
 
+from benchmarks import echo
 from stepstate import events
-from stepstate.bench import echo
 from stepstate.events import ServerLoop
 
 _IMPORTS = """
@@ -37,8 +37,8 @@ for module in sys.argv[1].split(","):
     ("module", "set_up"),
     [
         (("stepstate.cli.serve,stepstate.server",), "-event_engine_listener"),
-        (("stepstate.bench.echo", "--tuned"), "-event_engine_listener"),
-        (("stepstate.bench.echo",), None),
+        (("benchmarks.echo", "--tuned"), "-event_engine_listener"),
+        (("benchmarks.echo",), None),
         (("stepstate.client",), None),
     ],
 )

@@ -19,7 +19,6 @@ COMMANDS = {
     "sessions": ("stepstate.cli.sessions:sessions_group", "Lists, shows and moves sessions."),
     "models": ("stepstate.cli.models:models_group", "Prints the loaded models, or writes one."),
     "health": ("stepstate.cli.health:health_command", "Asks whether a server serves."),
-    "bench": ("stepstate.cli.bench:bench_command", "Measures what a step costs here."),
 }
 """Where each command is, and what the list of all says of it: to show that imports none of them."""
 

@@ -16,9 +16,7 @@ _VARIABLES = {"--version": "STEPSTATE_MODEL_VERSION"}
 """STEPSTATE_VERSION is what images call the version of the software."""
 
 
-def option(
-    name: str, default: object, kind: object, text: str, *, variable: bool = True
-) -> Callable[[Command], Command]:
+def option(name: str, default: object, kind: object, text: str) -> Callable[[Command], Command]:
     """The option --some-name, which the variable STEPSTATE_SOME_NAME sets too.
 
     Args:
@@ -26,7 +24,6 @@ def option(
         default: its value if neither sets it.
         kind: what click calls its type; of a bool, the bare option means true.
         text: for --help.
-        variable: False: no variable sets it.
     """
     usual = "STEPSTATE_" + name.removeprefix("--").replace("-", "_").upper()
     made = partial(
@@ -35,8 +32,8 @@ def option(
         type=kind,
         default=default,
         help=text,
-        envvar=_VARIABLES.get(name, usual) if variable else None,
-        show_envvar=variable,
+        envvar=_VARIABLES.get(name, usual),
+        show_envvar=True,
         show_default=True,
     )
     return made(is_flag=False, flag_value=True) if kind is bool else made()

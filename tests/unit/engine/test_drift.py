@@ -10,7 +10,7 @@ import pytest
 from pydantic import ValidationError
 from river.drift import PageHinkley as RiversPageHinkley
 
-from stepstate.bench.drift import NOISES, autoregressive
+from benchmarks.drift import NOISES, autoregressive
 from stepstate.engine.drift import Chart, drift_test
 from stepstate.models import CusumSpec, PageHinkleySpec, Tracking
 

@@ -1,0 +1,212 @@
+"""Measures what docs/benchmarks.md shows, and writes its tables and pictures.
+
+    python -m benchmarks.page measure          # all of it but the million, in some 15 minutes
+    python -m benchmarks.page measure scale    # some of it
+    python -m benchmarks.page render           # tables and pictures from what was measured
+
+Every figure comes from the JSON files in docs/benchmarks/, which `python -m benchmarks --json`
+writes.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+
+from benchmarks.report import Machine, table
+
+mpl.use("Agg")
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = DOCS / "benchmarks.md"
+MEASURED = DOCS / "benchmarks"
+IMAGES = DOCS / "images"
+
+RUNS = {
+    "stream": "steps --path stream --sessions 1,16,64,256,1000,10000 --processes 2 --seconds 2",
+    "tuned": "steps --path stream --sessions 1,64,256 --seconds 2 --echo tuned",
+    "unary": "steps --path unary --sessions 1,64 --processes 2 --seconds 2",
+    "packed": "steps --path packed --sessions 1 --rows 16,64,256 --seconds 2",
+    "rates": "steps --path stream --sessions 64 --rate 500,2000,4000,8000 --seconds 2",
+    "scale": "scale --sessions 1000,10000,100000 --seconds 2",
+    "stored": "scale --sessions 1000,10000 --store sqlite --seconds 2",
+    "sweeps": "sweeps --sessions 20000 --seconds 20",
+    "priming": "priming --rounds 5",
+    "million": "scale --sessions 1000000 --seconds 2",
+}
+BY_HAND = ("million",)
+"""It takes longer than all others together, and 8 GiB."""
+
+ECHO, STEPS, FORWARD = "#8a8a8a", "#0a7d8c", "#c4762b"
+_TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
+
+Results = Any
+
+
+def measure(names: Sequence[str]) -> None:
+    """Runs benchmarks, one after the other."""
+    MEASURED.mkdir(exist_ok=True)
+    for name in names:
+        out = str(MEASURED / f"{name}.json")
+        command = [sys.executable, "-m", "benchmarks", *RUNS[name].split()]
+        subprocess.run([*command, "--json", out], check=True)
+
+
+def rendered(page: str) -> str:
+    """The page with its tables as they were measured last."""
+    return _TABLE.sub(lambda found: found[1] + _section(found[2]) + found[3], page)
+
+
+def _section(name: str) -> str:
+    path = MEASURED / f"{name}.json"
+    if not path.exists():
+        return "Not measured yet.\n"
+    report = json.loads(path.read_text())
+    machine = Machine(**report["machine"])
+    lines = (
+        f"`{report['command']}`, {report['date'][:10]}. {machine}. {report['workload']}.",
+        "",
+        *table(report["table"]["heads"], report["table"]["rows"]),
+        "",
+        " ".join(report["table"]["notes"]),
+    )
+    return "\n".join(lines) + "\n"
+
+
+def draw() -> None:
+    """Draws what was measured."""
+    mpl.rcParams |= {"svg.hashsalt": "stepstate", "font.size": 9}
+    for name, picture in (
+        ("paths", _draw_paths),
+        ("latency", _draw_latency),
+        ("scale", _draw_scale),
+    ):
+        figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+        picture(*axes)
+        for each in axes:
+            each.spines[["top", "right"]].set_visible(False)
+            each.grid(axis="y", alpha=0.3)
+            each.legend(frameon=False)
+            _name(each.yaxis)
+        figure.savefig(IMAGES / f"bench-{name}.svg", metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def _results(name: str) -> Results:
+    path = MEASURED / f"{name}.json"
+    return json.loads(path.read_text())["results"] if path.exists() else []
+
+
+def _draw_paths(single: Axes, packed: Axes) -> None:
+    for name, style in (("stream", "o-"), ("unary", "s--")):
+        found = _results(name)
+        across = [case["sessions"] for case in found]
+        for who, color in (("echo", ECHO), ("steps", STEPS)):
+            rates = [_window(case, who)["steps_per_second"] for case in found]
+            single.plot(across, rates, style, color=color, label=f"{name}, {who}")
+    single.set(yscale="log", xlabel="sessions", ylabel="steps/s")
+    _space(single, [case["sessions"] for case in _results("stream")])
+    single.set_title("one row a message")
+    found = _results("packed")
+    across = [case["rows"] for case in found]
+    for who, color in (("forward", FORWARD), ("steps", STEPS)):
+        rates = [_window(case, who)["steps_per_second"] for case in found]
+        label = {"forward": "bare forward", "steps": "packed stream"}[who]
+        packed.plot(across, rates, "o-", color=color, label=label)
+    packed.set(xlabel="rows a message", ylabel="steps/s", ylim=(0, None))
+    _space(packed, across)
+    packed.set_title("many rows a message")
+
+
+def _name(axis: Axis) -> None:
+    """Names of an axis in plain numbers; a logarithmic one has 1, 2 and 5."""
+    axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
+    if axis.get_scale() == "log":
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
+
+
+def _space(axes: Axes, across: Sequence[int]) -> None:
+    """A logarithmic axis that names the values that were measured."""
+    axes.set_xscale("log")
+    axes.set_xticks(across, [f"{value:,}" for value in across])
+    axes.minorticks_off()
+
+
+def _window(case: Results, who: str) -> Results:
+    """The median round of one of those that were compared."""
+    if who == "forward":
+        return sorted(case["forward"], key=lambda one: one["steps_per_second"])[
+            (len(case["forward"]) - 1) // 2
+        ]
+    held = case["baseline"] if who == "echo" else case["matchups"][0]
+    return held["median_round"]
+
+
+def _draw_latency(loop: Axes, paced: Axes) -> None:
+    for case in _results("stream"):
+        if case["sessions"] == 64:
+            for who, color in (("echo", ECHO), ("steps", STEPS)):
+                latency = _window(case, who)["latency_ms"]
+                shares = sorted(map(float, latency))
+                values = [latency[f"{share:g}"] for share in shares]
+                loop.plot(values, shares, "o-", color=color, label=who)
+    loop.set(xscale="log", xlabel="ms", ylabel="% of the messages")
+    _name(loop.xaxis)
+    loop.set_title("64 sessions in closed loop")
+    found = _results("rates")
+    across = [case["rate"] for case in found]
+    for who, color in (("echo", ECHO), ("steps", STEPS)):
+        for percentile, style in (("50", "o-"), ("99", "s--"), ("99.9", "^:")):
+            values = [_window(case, who)["latency_ms"][percentile] for case in found]
+            paced.plot(across, values, style, color=color, label=f"{who}, p{percentile}")
+    paced.set(yscale="log", xlabel="steps/s that are due", ylabel="ms since due")
+    _name(paced.xaxis)
+    paced.set_title("64 sessions at a fixed rate")
+
+
+def _draw_scale(rate: Axes, turnover: Axes) -> None:
+    found = [*_results("scale"), *_results("million")]
+    across = [level["sessions"] for level in found]
+    ratios = [level["rate_ratio"] for level in found]
+    middle = [one["median"] for one in ratios]
+    spread = [
+        [one["median"] - one["least"] for one in ratios],
+        [one["most"] - one["median"] for one in ratios],
+    ]
+    rate.errorbar(across, middle, spread, fmt="o-", color=STEPS, capsize=3, label="64 active ones")
+    rate.axhline(1.0, color=ECHO, linewidth=1, label="beside 1,000")
+    rate.set(xlabel="idle sessions", ylabel="their steps/s over those", ylim=(0, None))
+    _space(rate, across)
+    rate.set_title("stepping beside idle sessions")
+    for what, color in (("opened", STEPS), ("closed", FORWARD)):
+        rates = [level[what]["sessions"] / level[what]["seconds"] for level in found]
+        turnover.plot(across, rates, "o-", color=color, label=what)
+    turnover.set(xlabel="sessions", ylabel="sessions/s", ylim=(0, None))
+    _space(turnover, across)
+    turnover.set_title("opening and closing them")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Measures, perhaps, and renders."""
+    if arguments[:1] == ["measure"]:
+        measure(arguments[1:] or [name for name in RUNS if name not in BY_HAND])
+    elif list(arguments) != ["render"]:
+        raise SystemExit(__doc__)
+    draw()
+    PAGE.write_text(rendered(PAGE.read_text()))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,182 @@
+"""One client process: sends a load to a server, and says how long replies took."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Coroutine, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count
+from multiprocessing.connection import Connection
+from typing import TypeAlias
+
+import grpc
+import uvloop
+
+from benchmarks import BenchError, echo
+from benchmarks.calls import Dues, Method, Record, StreamClient, UnaryClient
+from benchmarks.load import (
+    Answer,
+    ArrivalSchedule,
+    CallPath,
+    CloseSessions,
+    Failed,
+    Kind,
+    Load,
+    OpenSessions,
+    Question,
+    Ready,
+    Sample,
+    Window,
+)
+from benchmarks.sessions import close_sessions, open_sessions
+from benchmarks.templates import (
+    PackedTemplate,
+    RequestTemplate,
+    StepTemplate,
+    packed_key,
+    session_key,
+)
+from benchmarks.timer import Timer
+from stepstate.v1 import stepstate_pb2 as pb
+
+MAX_STREAMS = 1_000
+"""Of a process: beyond so many sessions several share a stream, as a large gateway's would."""
+GRACE_SECONDS = 10.0
+"""How long after the window replies are waited for that were due within it."""
+
+_SERVICE = pb.DESCRIPTOR.services_by_name["StepstateService"].full_name
+_METHODS = {
+    (Kind.STEP, CallPath.STREAM): f"/{_SERVICE}/StreamSteps",
+    (Kind.STEP, CallPath.UNARY): f"/{_SERVICE}/Step",
+    (Kind.STEP, CallPath.PACKED): f"/{_SERVICE}/StreamPacked",
+    (Kind.ECHO, CallPath.STREAM): echo.STREAM,
+    (Kind.ECHO, CallPath.UNARY): echo.UNARY,
+    (Kind.ECHO, CallPath.PACKED): echo.STREAM,
+}
+_Method: TypeAlias = "grpc.aio.StreamStreamMultiCallable[bytes, bytes]"
+SteppingClient: TypeAlias = "StreamClient | UnaryClient"
+
+
+def run_client(parent: Connection[Answer, Question]) -> None:
+    """Answers each question until the parent is gone, or the first failure.
+
+    A `Load` is answered with `Ready`, then its `Window` with `Sample`: between the two it
+    waits, after them it sends until the window has passed.
+    """
+    try:
+        while True:
+            question = parent.recv()
+            parent.send(uvloop.run(_answer(question, parent)))
+    except EOFError:
+        return
+    except grpc.aio.AioRpcError as error:
+        parent.send(Failed(f"a call failed: {error.details()}"))
+    except Exception as error:  # noqa: BLE001 - the parent tells it
+        parent.send(Failed(f"{type(error).__name__}: {error}"))
+
+
+async def _answer(question: Question, parent: Connection[Answer, Question]) -> Answer:
+    if isinstance(question, OpenSessions):
+        await open_sessions(question.target, question.names, question.options)
+        return Ready()
+    if isinstance(question, CloseSessions):
+        await close_sessions(question.target, question.names)
+        return Ready()
+    assert isinstance(question, Load)
+    return await _run(question, parent)
+
+
+async def _run(load: Load, parent: Connection[Answer, Question]) -> Sample:
+    async with grpc.aio.insecure_channel(load.target) as channel:
+        templates = _packed(load) if load.path is CallPath.PACKED else _single(load)
+        clients = _clients(load, channel, templates)
+        await asyncio.gather(*(client.begin() for client in clients))
+        parent.send(Ready())
+        window = await asyncio.to_thread(parent.recv)
+        assert isinstance(window, Window)
+        with Timer() as timer:
+            return await _Sending(clients, window, load.schedule, timer).run()
+
+
+def _single(load: Load) -> list[RequestTemplate]:
+    return [StepTemplate(name, x) for name, x in zip(load.names, load.x, strict=True)]
+
+
+def _packed(load: Load) -> list[RequestTemplate]:
+    """Groups of sessions; some that are left over stay idle."""
+    return [
+        PackedTemplate(
+            number, first, load.names[first : first + load.rows], load.x[first:][: load.rows]
+        )
+        for number, first in enumerate(range(0, len(load.names) - load.rows + 1, load.rows))
+    ]
+
+
+def _clients(
+    load: Load, channel: grpc.aio.Channel, templates: Sequence[RequestTemplate]
+) -> list[SteppingClient]:
+    """The calls of a process: a stream each, or for unary calls a session each."""
+    method = _METHODS[load.kind, load.path]
+    if load.path is CallPath.UNARY:
+        unary: Method = channel.unary_unary(method)
+        return [UnaryClient(load.kind, unary, template) for template in templates]
+    stream: _Method = channel.stream_stream(method)
+    if load.path is CallPath.PACKED:
+        key_of = partial(packed_key, load.kind)
+        in_flight = load.in_flight
+        return [StreamClient(load.kind, stream(), templates, key_of=key_of, in_flight=in_flight)]
+    count = min(len(templates), MAX_STREAMS)
+    shares = [templates[place::count] for place in range(count)]
+    return [
+        StreamClient(load.kind, stream(), share, key_of=session_key, in_flight=len(share))
+        for share in shares
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sending:
+    clients: Sequence[SteppingClient]
+    window: Window
+    schedule: ArrivalSchedule | None
+    timer: Timer
+
+    async def run(self) -> Sample:
+        record = Record(self.window, paced=self.schedule is not None)
+        patience = self.window.finish + GRACE_SECONDS - time.monotonic()
+        try:
+            async with asyncio.timeout(patience):
+                await self.timer.until(self.window.begin)
+                await asyncio.gather(*self._all(record))
+        except TimeoutError:
+            self._give_up(record)
+        return record.sample()
+
+    def _all(self, record: Record) -> Iterator[Coroutine[object, object, None]]:
+        for place, client in enumerate(self.clients):
+            if self.schedule is None:
+                yield client.closed_loop(self.window, record)
+            else:
+                yield client.paced(
+                    self.timer, self._dues(self.schedule, place, client.templates), record
+                )
+
+    def _dues(
+        self, schedule: ArrivalSchedule, place: int, templates: Sequence[RequestTemplate]
+    ) -> Dues:
+        """When a client's messages are due: the clients, and each one's templates, take turns."""
+        begin = self.window.begin + schedule.phase + place * schedule.interval
+        stride = schedule.interval * len(self.clients)
+        for number in count():
+            due = begin + number * stride
+            if due >= self.window.finish:
+                return
+            yield due, templates[number % len(templates)]
+
+    def _give_up(self, record: Record) -> None:
+        if self.schedule is None:
+            raise BenchError(f"a reply took more than {GRACE_SECONDS:g} s: the server hangs")
+        now = time.monotonic()
+        for client in self.clients:
+            record.unanswered(client.give_up(), now)

@@ -1,1 +1,0 @@
-"""`stepstate bench`: what a step costs, what keeping sessions costs, how they come back."""

@@ -17,7 +17,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.engine.drift import drift_test
+from stepstate.engine.tracking.drift import drift_test
 from stepstate.models import CusumSpec, DriftSpec, PageHinkleySpec
 
 Errors = NDArray[np.float64]

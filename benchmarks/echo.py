@@ -1,7 +1,7 @@
 """The floor: a bare `grpc.aio` server on uvloop that sends every message back.
 
 It parses nothing and keeps nothing, so what it costs is what the transport costs. With `--tuned`
-it gets gRPC's events as `stepstate serve` does, see `stepstate.events`.
+it gets gRPC's events as `stepstate serve` does, see `stepstate.loop`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import uvloop
 
-from stepstate.events import ServerLoop, set_up_grpc
+from stepstate.loop import ServerLoop, set_up_grpc
 
 TUNED = "--tuned"
 if TUNED in sys.argv:

@@ -17,7 +17,7 @@ import numpy as np
 
 from benchmarks.models import NAME, write_bench_model
 from benchmarks.report import this_machine
-from stepstate.engine import BareForward, NoAccelerator, check_accelerator, use_one_thread
+from stepstate.engine import BareForward, DeviceUnavailable, check_accelerator, use_one_thread
 from stepstate.models import Model, load_model
 
 _SPREAD = 16
@@ -90,7 +90,7 @@ def main(arguments: Sequence[str] = ()) -> None:
     if accelerator is not None:
         try:
             check_accelerator(accelerator)
-        except NoAccelerator as error:
+        except DeviceUnavailable as error:
             parser.error(str(error))
     print(f"{this_machine()}; on {asked.device}")
     model = _model(asked.folder)

@@ -37,7 +37,7 @@ class _Phase:
     sessions_per_second: float
     p50_ms: float
     p99_ms: float
-    most_ms: float
+    max_ms: float
     cpu_us_per_session: float
     spills: int
     restores: int
@@ -68,7 +68,7 @@ class _Watch:
             sessions_per_second=count / taken.seconds,
             p50_ms=float(p50),
             p99_ms=float(p99),
-            most_ms=float(taken.latencies.max() * 1e3),
+            max_ms=float(taken.latencies.max() * 1e3),
             cpu_us_per_session=used / count * 1e6,
             spills=counted["stepstate_session_spills_total"],
             restores=counted["stepstate_session_restores_total"],
@@ -128,7 +128,7 @@ def _row(phase: _Phase) -> tuple[str, ...]:
         f"{phase.sessions_per_second:,.0f}",
         f"{phase.p50_ms:.1f}",
         f"{phase.p99_ms:.1f}",
-        f"{phase.most_ms:.0f}",
+        f"{phase.max_ms:.0f}",
         f"{phase.cpu_us_per_session:.0f}",
         f"{phase.spills:,}",
         f"{phase.restores:,}",

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from benchmarks import BenchError
 from benchmarks.models import INPUTS, NAME
-from stepstate.client.wire import from_status
+from stepstate.client.convert import from_status
 from stepstate.errors import StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub

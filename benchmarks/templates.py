@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from benchmarks import BenchError
 from benchmarks.load import Kind
-from stepstate.client.wire import from_status
+from stepstate.client.convert import from_status
 from stepstate.v1 import stepstate_pb2 as pb
 
 Key: TypeAlias = "bytes | int"

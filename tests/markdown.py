@@ -11,7 +11,11 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-_LINK = re.compile(r"\]\((?!http)([^)#]+)\)")
+_LINK = re.compile(r"""(?:\]\(|(?:src|href)=")([^)#"\s]+)""")
+_REPOSITORY = re.compile(
+    r"https://(?:raw\.githubusercontent\.com/stepstate/stepstate|"
+    r"github\.com/stepstate/stepstate/(?:blob|tree))/main/"
+)
 
 
 def blocks_of(document: Path) -> list[tuple[str, str]]:
@@ -20,9 +24,14 @@ def blocks_of(document: Path) -> list[tuple[str, str]]:
 
 
 def dead_links(document: Path) -> list[str]:
-    """Links to files that do not exist."""
-    links = _LINK.findall(document.read_text())
-    return [link for link in links if not (document.parent / link).exists()]
+    """Links to files that do not exist: relative ones, and those to the repository's address."""
+    dead = []
+    for link in _LINK.findall(document.read_text()):
+        inside = _REPOSITORY.match(link)
+        path = ROOT / link[inside.end() :] if inside else document.parent / link
+        if (inside or "://" not in link) and not path.exists():
+            dead.append(link)
+    return dead
 
 
 def run_python(block: str, address: str, folder: Path) -> subprocess.CompletedProcess[str]:

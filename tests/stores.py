@@ -10,12 +10,12 @@ from pathlib import Path
 from stepstate.errors import StoreUnavailable
 from stepstate.stores import (
     Durability,
-    Ending,
     EndReason,
-    Entry,
-    Save,
+    SaveRequest,
     SessionRecord,
     SessionStore,
+    StoredSession,
+    Tombstone,
     open_store,
 )
 from stepstate.uptime import BEAT_SECONDS
@@ -23,8 +23,8 @@ from tests.redis_process import RedisProcess
 
 OPENED = datetime(2026, 1, 2, 3, 4, 5, 678_901, tzinfo=UTC)
 STARTED = datetime(1969, 7, 20, tzinfo=UTC)
-CLOSED = Ending(EndReason.CLOSED, 12, 60.0)
-EXPIRED = Ending(EndReason.EXPIRED, 2**40, 0.1 + 0.2)
+CLOSED = Tombstone(EndReason.CLOSED, 12, 60.0)
+EXPIRED = Tombstone(EndReason.EXPIRED, 2**40, 0.1 + 0.2)
 FINGERPRINT = "sha256:00"
 SNAPSHOT = b"\x00snapshot\xff"
 
@@ -54,7 +54,7 @@ class Home:
         """One more store in the same place. In memory there is one only."""
         if self.url == "memory:" and self._opened:
             return self._opened[0]
-        store = await open_store(self.url, clock=self.clock, wall=self.clock)
+        store = await open_store(self.url, clock=self.clock, unix_time=self.clock)
         self._opened.append(store)
         with suppress(StoreUnavailable):
             await store.beat()  # as a server does when it starts
@@ -139,7 +139,9 @@ async def create(
     return epoch
 
 
-async def acquire(store: SessionStore, session_id: str, owner: str = "B") -> tuple[Entry, bytes]:
+async def acquire(
+    store: SessionStore, session_id: str, owner: str = "B"
+) -> tuple[StoredSession, bytes]:
     """Takes a session that can be taken."""
     taken = await store.acquire(session_id, owner=owner, fingerprints={FINGERPRINT, "other"})
     assert isinstance(taken, tuple)
@@ -148,6 +150,6 @@ async def acquire(store: SessionStore, session_id: str, owner: str = "B") -> tup
 
 def saving(
     home: Home, session_id: str, epoch: int, t: int = 1, snapshot: bytes | None = b"later"
-) -> Save:
+) -> SaveRequest:
     """A save that is as good as its epoch."""
-    return Save(session_id, epoch, "A", t, home.clock() + 60.0, snapshot)
+    return SaveRequest(session_id, epoch, "A", t, home.clock() + 60.0, snapshot)

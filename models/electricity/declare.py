@@ -20,12 +20,12 @@ DRIFT = DriftTest(delta=0.4, threshold=2.0, min_rows=336, forget=0.9999)
 """Half as much again as the training weeks come to at their worst; 10% more demand is beyond it."""
 
 
-def describe(version: str, fitted: Fitted, series: Series) -> dict[str, object]:
+def describe(version: str, adapt: Fitted, series: Series) -> dict[str, object]:
     """The keys of `manifest.json`."""
-    column = {"name": "demand", "unit": "MW", "mean": 0.0, "scale": fitted.scale}
+    column = {"name": "demand", "unit": "MW", "mean": 0.0, "scale": adapt.scale}
     column["profile"] = PROFILE
     output: dict[str, object] = {**column, "horizons": list(range(1, HORIZONS + 1))}
-    cell = {"kind": "lstm", "hidden_size": fitted.network.cell.hidden_size}
+    cell = {"kind": "lstm", "hidden_size": adapt.network.cell.hidden_size}
     found: dict[str, object] = {
         "format": "stepstate.model/1",
         "name": "electricity",
@@ -41,7 +41,7 @@ def describe(version: str, fitted: Fitted, series: Series) -> dict[str, object]:
         "profiles": {PROFILE: {"period_steps": STEPS_PER_WEEK, "origin": f"{series.times[0]}Z"}},
         "outputs": [output],
     }
-    network = fitted.network
+    network = adapt.network
     if network.lags:
         lag = {"kind": "lag", "input": "demand", "steps": list(network.lags), "into": "head"}
         found |= {"lags": [lag], "fallback": "level", "tracking": tracking()}
@@ -60,7 +60,7 @@ def tracking() -> dict[str, object]:
     }
 
 
-def tensors(fitted: Fitted) -> dict[str, NDArray[np.float32]]:
+def tensors(adapt: Fitted) -> dict[str, NDArray[np.float32]]:
     """The tensors of `model.safetensors`: the network's and the profile."""
-    network = {name: tensor.numpy() for name, tensor in fitted.network.state_dict().items()}
-    return {**network, PROFILE: fitted.profile.astype(np.float32)}
+    network = {name: tensor.numpy() for name, tensor in adapt.network.state_dict().items()}
+    return {**network, PROFILE: adapt.profile.astype(np.float32)}

@@ -94,16 +94,16 @@ def lagged_input(deviation: Floats, lags: Sequence[int]) -> Tensor:
     return torch.from_numpy(padded[:, rows[:, None] - steps])
 
 
-def forecast_streamed(fitted: Fitted, series: Series, origins: Rows) -> Floats:
+def forecast_streamed(adapt: Fitted, series: Series, origins: Rows) -> Floats:
     """Forecasts [N, 48, Q] in MW, all from one session that steps from the first row on."""
-    y = _run(fitted, series, np.arange(len(series.demand))[None])
-    return _in_megawatts(fitted, y[0, origins], origins)
+    y = _run(adapt, series, np.arange(len(series.demand))[None])
+    return _in_megawatts(adapt, y[0, origins], origins)
 
 
-def forecast_primed(fitted: Fitted, series: Series, origins: Rows, rows: int) -> Floats:
+def forecast_primed(adapt: Fitted, series: Series, origins: Rows, rows: int) -> Floats:
     """Forecasts [N, 48, Q] in MW, each from a session that has seen just so many rows."""
-    y = _run(fitted, series, origins[:, None] - np.arange(rows)[::-1])
-    return _in_megawatts(fitted, y[:, -1], origins)
+    y = _run(adapt, series, origins[:, None] - np.arange(rows)[::-1])
+    return _in_megawatts(adapt, y[:, -1], origins)
 
 
 def point_forecasts(forecasts: Floats) -> Floats:
@@ -112,17 +112,17 @@ def point_forecasts(forecasts: Floats) -> Floats:
     return median
 
 
-def _run(fitted: Fitted, series: Series, rows: Rows) -> Tensor:
-    network = fitted.network
-    profile = fitted.profile[rows % STEPS_PER_WEEK]
-    deviation = (series.demand[rows] - profile) / fitted.scale
+def _run(adapt: Fitted, series: Series, rows: Rows) -> Tensor:
+    network = adapt.network
+    profile = adapt.profile[rows % STEPS_PER_WEEK]
+    deviation = (series.demand[rows] - profile) / adapt.scale
     x = network_input(deviation, calendar_inputs(series.times)[rows])
     with torch.inference_mode():
         y: Tensor = network(x, lagged_input(deviation, network.lags))
     return y
 
 
-def _in_megawatts(fitted: Fitted, y: Tensor, origins: Rows) -> Floats:
-    base = fitted.profile[forecast_rows(origins) % STEPS_PER_WEEK]
-    forecasts: Floats = y.numpy().astype(np.float64) * fitted.scale + base[..., None]
+def _in_megawatts(adapt: Fitted, y: Tensor, origins: Rows) -> Floats:
+    base = adapt.profile[forecast_rows(origins) % STEPS_PER_WEEK]
+    forecasts: Floats = y.numpy().astype(np.float64) * adapt.scale + base[..., None]
     return forecasts

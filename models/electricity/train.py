@@ -136,11 +136,11 @@ def validate(series: Series, settings: Settings, seed: int) -> dict[str, Floats]
     the training weeks may lie where they never were.
     """
     weeks = TRAIN_WEEKS - settings.validation_weeks
-    fitted = fit(series, weeks, settings, seed)
+    adapt = fit(series, weeks, settings, seed)
     origins = origins_within(weeks * STEPS_PER_WEEK, TRAIN_ROWS)
     lowered = Series(series.times, series.demand * (1.0 - settings.validation_drop))
     cases = {"as they are": series, f"lowered by {settings.validation_drop:.0%}": lowered}
-    return {name: score_streamed(fitted, case, origins) for name, case in cases.items()}
+    return {name: score_streamed(adapt, case, origins) for name, case in cases.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,35 +165,35 @@ def train(plan: Plan) -> None:
     for name, mape in validation.items():
         print(f"validation weeks {name}: MAPE {mape.mean():.2f} %, mean of all horizons")
     print(f"fit to all {TRAIN_WEEKS} training weeks", flush=True)
-    fitted = fit(series, TRAIN_WEEKS, settings, plan.seed)
-    model = describe(plan.version, fitted, series)
-    fingerprint = write_model(plan.output, model, tensors(fitted))
-    run = score(plan, series, fitted, fingerprint, validation)
+    adapt = fit(series, TRAIN_WEEKS, settings, plan.seed)
+    model = describe(plan.version, adapt, series)
+    fingerprint = write_model(plan.output, model, tensors(adapt))
+    run = score(plan, series, adapt, fingerprint, validation)
     (plan.output / "card.md").write_text(CARDS[plan.version](run, series), encoding="utf-8")
     picture(run).savefig(plan.output / "accuracy.png", dpi=150)
     print(f"test MAPE {run.model.mean():.2f} %, mean of all horizons; wrote {plan.output}")
 
 
 def score(
-    plan: Plan, series: Series, fitted: Fitted, fingerprint: str, validation: dict[str, Floats]
+    plan: Plan, series: Series, adapt: Fitted, fingerprint: str, validation: dict[str, Floats]
 ) -> Run:
     """All that the card tells, from the test weeks."""
     origins = origins_of_test_weeks(series)
     lagged = bool(plan.settings.lags)
-    model = score_streamed(fitted, series, origins)
+    model = score_streamed(adapt, series, origins)
     baselines = score_baselines(series, holt_winters=lagged)
     return Run(
         seed=plan.seed,
         settings=plan.settings.numbers(),
-        seconds=fitted.seconds,
-        parameters=sum(tensor.numel() for tensor in fitted.network.parameters()),
+        seconds=adapt.seconds,
+        parameters=sum(tensor.numel() for tensor in adapt.network.parameters()),
         fingerprint=fingerprint,
         validation=validation,
         test={"this model": model, **baselines},
-        primed=score_primed(fitted, series, PRIMED_ROWS[plan.version]),
+        primed=score_primed(adapt, series, PRIMED_ROWS[plan.version]),
         seeds={plan.seed: model, **score_other_seeds(plan, series)},
-        coverage=score_coverage(fitted, series, origins) if lagged else {},
-        drift=drift_cases(fitted, series, TRAIN_ROWS) if lagged else {},
+        coverage=score_coverage(adapt, series, origins) if lagged else {},
+        drift=drift_cases(adapt, series, TRAIN_ROWS) if lagged else {},
     )
 
 
@@ -202,8 +202,8 @@ def score_other_seeds(plan: Plan, series: Series) -> dict[int, Floats]:
     found = {}
     for seed in OTHER_SEEDS[plan.version]:
         print(f"fit to all {TRAIN_WEEKS} training weeks with seed {seed}, to compare", flush=True)
-        fitted = fit(series, TRAIN_WEEKS, plan.settings, seed)
-        found[seed] = score_streamed(fitted, series, origins_of_test_weeks(series))
+        adapt = fit(series, TRAIN_WEEKS, plan.settings, seed)
+        found[seed] = score_streamed(adapt, series, origins_of_test_weeks(series))
     return found
 
 

@@ -15,7 +15,7 @@ LONGEST_IDLE_SECONDS = 100 * 366 * 86_400.0
 """A century: beyond it the time of expiry could not be told."""
 DURABILITIES = ("none", "async", "sync")
 WEIGHTS = ("float32", "bfloat16", "int8")
-MOST_SLOTS = 10_000_000
+MAX_SLOTS = 10_000_000
 """The arrays of the session table are made at start, some 100 bytes a session."""
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:\s/\[\]]+):(\d{1,5})")
@@ -143,8 +143,8 @@ class ServerConfig:
                 raise ConfigError(
                     f"{name} is {getattr(self, name):g} s, at most {LONGEST_IDLE_SECONDS:g}"
                 )
-        if self.slots > MOST_SLOTS:
-            raise ConfigError(f"slots is {self.slots}, at most {MOST_SLOTS}")
+        if self.slots > MAX_SLOTS:
+            raise ConfigError(f"slots is {self.slots}, at most {MAX_SLOTS}")
         if self.idle_timeout > self.max_idle_timeout:
             raise ConfigError(
                 f"idle_timeout is {self.idle_timeout:g} s, more than max_idle_timeout, "

@@ -12,15 +12,15 @@
     │   ├── InvalidField        a field that no session could accept
     │   ├── NonFiniteInput      NaN or infinity in x
     │   ├── NonFiniteResult     the rows would make the state or y non-finite
-    │   ├── SequenceUnstarted   at the Triton door: no start flag, and nothing to go on with
+    │   ├── SequenceNotStarted   at the Triton door: no start flag, and nothing to go on with
     │   └── StepMismatch        this t was already applied, with another payload
     ├── StepAhead               t is larger than the rows applied so far
     ├── StepTooOld              t is older than the replay window
-    ├── StepUnplaced            no t, after a restart that may have set the session back
+    ├── StepPositionUnknown            no t, after a restart that may have set the session back
     ├── StaleOwner              another server has taken the session over
     ├── ForecastImpossible      the model can't look so far ahead, or not without a scenario
     ├── RowsMissing             raised by the client: rows to send again are not kept any more
-    ├── SnapshotForeign         a snapshot of a model that is not loaded here
+    ├── SnapshotModelMismatch         a snapshot of a model that is not loaded here
     ├── SnapshotCorrupt         bytes that are no whole snapshot
     ├── SnapshotTooLarge        a snapshot that no message can hold
     ├── SessionUnreadable       what the store has of a session can't be read
@@ -228,10 +228,10 @@ class NonFiniteResult(InvalidRequest):
 
 
 @dataclass(eq=False)
-class SequenceUnstarted(InvalidRequest):
+class SequenceNotStarted(InvalidRequest):
     """At the Triton door: a request without start, of a sequence that is not going on."""
 
-    reason = "SEQUENCE_UNSTARTED"
+    reason = "SEQUENCE_NOT_STARTED"
     sequence_id: str
     model: str
     cause: str
@@ -292,10 +292,10 @@ class StepTooOld(StepstateError):
 
 
 @dataclass(eq=False)
-class StepUnplaced(StepstateError):
+class StepPositionUnknown(StepstateError):
     """A request without t, for a session that a restart may have set back."""
 
-    reason = "STEP_UNPLACED"
+    reason = "STEP_POSITION_UNKNOWN"
     session_id: str
     expected_t: int
 
@@ -353,10 +353,10 @@ class RowsMissing(StepstateError):
 
 
 @dataclass(eq=False)
-class SnapshotForeign(StepstateError):
+class SnapshotModelMismatch(StepstateError):
     """A snapshot, or a stored session, of a model that is not loaded here."""
 
-    reason = "SNAPSHOT_FOREIGN"
+    reason = "SNAPSHOT_MODEL_MISMATCH"
     session_id: str
     model: str
     fingerprint: str

@@ -40,11 +40,11 @@ def start_http(
     """
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
 
-    class Server(_ThreadingServer):
+    class MetricsServer(_ThreadingServer):
         address_family = family
 
     app = _application(make_wsgi_app(registry), serving)
-    server = make_server(host, port, app, Server, handler_class=_QuietHandler)
+    server = make_server(host, port, app, MetricsServer, handler_class=_QuietHandler)
     thread = Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     return server, thread

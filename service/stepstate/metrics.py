@@ -138,7 +138,7 @@ class Histogram:
         return list(zip(bounds, accumulate(self._counts), strict=True)), self._sum
 
 
-class LaneGauges(Protocol):
+class SchedulerGauges(Protocol):
     """What is read of a model's lane at each scrape."""
 
     @property
@@ -167,7 +167,7 @@ class LaneGauges(Protocol):
         ...
 
     @property
-    def tally(self) -> TallyCounts:
+    def tally(self) -> ScoreTotalsView:
         """What was scored of the model's forecasts."""
         ...
 
@@ -186,7 +186,7 @@ class ScoreCounts(Protocol):
     outliers: int
 
 
-class TallyCounts(Protocol):
+class ScoreTotalsView(Protocol):
     """What was scored of a model's forecasts."""
 
     alarms: int
@@ -270,7 +270,7 @@ class StoreGauges(Protocol):
 
 
 class ModelMetrics:
-    """What happened to the steps of one model; a `LaneObserver`."""
+    """What happened to the steps of one model; a `SchedulerObserver`."""
 
     def __init__(self) -> None:
         self.steps = dict.fromkeys(RESULTS, 0)
@@ -283,7 +283,7 @@ class ModelMetrics:
         self.sequences_restarted = 0
         self.last_applied_at = 0.0
         """Unix seconds; 0: never."""
-        self.lane: LaneGauges | None = None
+        self.scheduler: SchedulerGauges | None = None
 
     def microbatch(self, queued_at: Sequence[float], started: float, finished: float) -> None:
         """Single rows were stepped together; `time.perf_counter` seconds."""
@@ -461,7 +461,7 @@ class Metrics(Collector):
             labels=labels[:2],
         )
         for key, model in list(self._models.items()):
-            tally = model.lane.tally if model.lane is not None else None
+            tally = model.scheduler.tally if model.scheduler is not None else None
             for score in tally.scores if tally is not None else ():
                 for attribute, family in families:
                     where = [*key, score.output, str(score.horizon)]
@@ -513,14 +513,14 @@ class Metrics(Collector):
             labels=labels,
         )
         for key, model in list(self._models.items()):
-            if model.lane is not None:
-                sessions.add_metric([*key, "resident"], model.lane.open_sessions)
+            if model.scheduler is not None:
+                sessions.add_metric([*key, "resident"], model.scheduler.open_sessions)
                 if self.store is not None:
                     sessions.add_metric([*key, "spilled"], self.store.spilled("/".join(key)))
-                queue.add_metric(key, model.lane.queued_rows)
-                requests.add_metric(key, model.lane.queued_requests)
-                state.add_metric(key, model.lane.state_bytes)
-                replay.add_metric(key, model.lane.replay_bytes)
+                queue.add_metric(key, model.scheduler.queued_rows)
+                requests.add_metric(key, model.scheduler.queued_requests)
+                state.add_metric(key, model.scheduler.state_bytes)
+                replay.add_metric(key, model.scheduler.replay_bytes)
         yield from (sessions, queue, requests, state, replay)
 
     def _of_expired(self) -> Iterator[Metric]:

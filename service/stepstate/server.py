@@ -33,9 +33,9 @@ from stepstate.errors import StoreUnavailable
 from stepstate.http import start_http
 from stepstate.metrics import Metrics
 from stepstate.models import Catalog, Model, load_catalog
-from stepstate.sessions import Lane, Limits, Sessions, Table
+from stepstate.sessions import Limits, SessionService, StepScheduler, Table
 from stepstate.stores import Durability, SessionStore, open_store
-from stepstate.transport import Guard, NativeService, Outgoing, add_reflection
+from stepstate.transport import ReplyBudget, RpcInterceptor, StepstateServicer, add_reflection
 from stepstate.uptime import BEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
@@ -73,7 +73,7 @@ CHANNEL_OPTIONS = (
 )
 
 
-class Phase(enum.Enum):
+class ServerState(enum.Enum):
     """The life of a server."""
 
     STARTING = "starting"
@@ -83,7 +83,7 @@ class Phase(enum.Enum):
 
 
 @dataclass(eq=False)
-class CannotListen(Exception):
+class ListenError(Exception):
     """An address can't be listened on."""
 
     option: str
@@ -102,19 +102,19 @@ class Server:
 
     def __init__(self, config: ServerConfig, catalog: Catalog, store: SessionStore) -> None:
         use_one_thread()
-        self.phase = Phase.STARTING
+        self.phase = ServerState.STARTING
         self.address = ""
         self.metrics_address = ""
         self._config = config
         self._store = store
         self._precision = Precision(config.weights)
         self._slots = min(config.slots, config.max_sessions)
-        self._most_sessions = config.max_sessions if store.durable else self._slots
+        self._max_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry()
         self._metrics = Metrics(
             self._registry,
             limits={
-                "sessions": self._most_sessions,
+                "sessions": self._max_sessions,
                 "slots": self._slots,
                 "backlog_rows": config.backlog_rows,
                 "queue_requests": config.queue_requests,
@@ -126,13 +126,13 @@ class Server:
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
         self.sessions = self._wire_sessions(catalog)
-        outgoing = Outgoing()
-        self._native = NativeService(
+        outgoing = ReplyBudget()
+        self._native = StepstateServicer(
             self.sessions, outgoing=outgoing, refused=self._metrics.refused
         )
         self._triton = self._triton_door(outgoing)
         self._health = health.aio.HealthServicer()
-        guard = Guard(self._metrics)
+        guard = RpcInterceptor(self._metrics)
         guard.expect(SERVICE.methods)
         if self._triton is not None:
             guard.expect(self._triton.methods())
@@ -146,7 +146,7 @@ class Server:
         """Listens, then says that it serves.
 
         Raises:
-            CannotListen: an address is taken, or not ours.
+            ListenError: an address is taken, or not ours.
         """
         add_StepstateServiceServicer_to_server(self._native, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
@@ -168,7 +168,7 @@ class Server:
             self._tasks.append(asyncio.create_task(self.sessions.survey.run()))
         for service in ("", *services, STORE_SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        self.phase = Phase.SERVING
+        self.phase = ServerState.SERVING
 
     async def drain(self) -> None:
         """Stops in order, and loses nothing that was accepted. Further calls wait for the first.
@@ -200,10 +200,10 @@ class Server:
             http.server_close()
             thread.join()
             self._http = None
-        self.phase = Phase.STOPPED
+        self.phase = ServerState.STOPPED
 
     async def _drain(self) -> None:
-        self.phase = Phase.DRAINING
+        self.phase = ServerState.DRAINING
         log.info("draining", extra={"sessions": len(self.sessions)})
         await self._health.enter_graceful_shutdown()
         try:
@@ -217,7 +217,7 @@ class Server:
         await self.stop(LAST_CALLS_SECONDS)
         log.info("stopped")
 
-    def _triton_door(self, outgoing: Outgoing) -> TritonService | None:
+    def _triton_door(self, outgoing: ReplyBudget) -> TritonService | None:
         """The door for Triton's clients, where the package with its messages is installed."""
         try:
             from stepstate.transport.triton import TritonService  # noqa: PLC0415 - an extra
@@ -229,10 +229,10 @@ class Server:
             return None
         return TritonService(self.sessions, self._metrics, outgoing)
 
-    def _wire_sessions(self, catalog: Catalog) -> Sessions:
+    def _wire_sessions(self, catalog: Catalog) -> SessionService:
         config = self._config
         table = Table(self._slots)
-        sessions = Sessions(
+        sessions = SessionService(
             catalog,
             table,
             self._store,
@@ -240,21 +240,21 @@ class Server:
                 queued_requests=config.queue_requests,
                 queued_rows=config.queue_rows,
                 default_idle_seconds=config.idle_timeout,
-                most_idle_seconds=config.max_idle_timeout,
+                max_idle_seconds=config.max_idle_timeout,
                 expired_grace_seconds=config.expired_grace,
-                sessions=self._most_sessions,
+                sessions=self._max_sessions,
                 durability=Durability(config.durability),
                 durable=self._store.durable,
             ),
             owner=f"{config.server_name or _host_and_port(config)}#{secrets.token_hex(4)}",
             clock=UPTIME,
-            wall=time.time,
+            unix_time=time.time,
             observer=self._metrics,
         )
         self._metrics.store = sessions
         for number, model in enumerate(catalog):
             metrics = self._metrics.model(model.manifest.name, model.manifest.version)
-            lane = Lane(
+            scheduler = StepScheduler(
                 model,
                 table,
                 number=number,
@@ -262,8 +262,8 @@ class Server:
                 observer=metrics,
                 settled=sessions.settled,
                 commit=sessions.saver.commit,
-                urge=sessions.saver.urge,
-                doubt=sessions.saver.doubt if self._store.durable else None,
+                request_flush=sessions.saver.request_flush,
+                verify_lease=sessions.saver.verify_lease if self._store.durable else None,
                 backlog_rows=config.backlog_rows,
                 capacity=self._slots,
                 batch_rows=config.batch_rows,
@@ -273,9 +273,9 @@ class Server:
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
             )
-            sessions.lanes[model.key] = lane
+            sessions.schedulers[model.key] = scheduler
             self._tell_loss(model)
-            metrics.lane = lane
+            metrics.scheduler = scheduler
         return sessions
 
     def _tell_loss(self, model: Model) -> None:
@@ -298,18 +298,18 @@ class Server:
         try:
             port = self._grpc.add_insecure_port(self._config.listen)
         except RuntimeError as error:
-            raise CannotListen("--listen", self._config.listen, str(error)) from error
+            raise ListenError("--listen", self._config.listen, str(error)) from error
         return f"{self._config.listen.rpartition(':')[0]}:{port}"
 
     def _listen_metrics(self) -> str:
         host, port = split_address(self._config.metrics_listen)
         try:
             self._http = start_http(
-                host, port, self._registry, serving=lambda: self.phase is Phase.SERVING
+                host, port, self._registry, serving=lambda: self.phase is ServerState.SERVING
             )
         except OSError as error:
             address = self._config.metrics_listen
-            raise CannotListen("--metrics-listen", address, str(error)) from error
+            raise ListenError("--metrics-listen", address, str(error)) from error
         return f"{self._config.metrics_listen.rpartition(':')[0]}:{self._http[0].server_port}"
 
     async def _sweep(self) -> None:
@@ -342,7 +342,7 @@ class Server:
     async def _tell_store_health(self) -> None:
         """A service of its own, so that no load balancer turns away from all servers at once."""
         up = self.sessions.link.up
-        if up is not self._store_told and self.phase is Phase.SERVING:
+        if up is not self._store_told and self.phase is ServerState.SERVING:
             status = health_pb2.HealthCheckResponse
             await self._health.set(STORE_SERVICE, status.SERVING if up else status.NOT_SERVING)
             self._store_told = up
@@ -353,8 +353,8 @@ async def build_server(config: ServerConfig) -> Server:
 
     Raises:
         ModelInvalid: there is no model to serve, or one can't be served.
-        NoAccelerator: the device is not here.
-        CannotOpenStore: the store is not to be had.
+        DeviceUnavailable: the device is not here.
+        StoreOpenError: the store is not to be had.
     """
     if config.device != "cpu":
         check_accelerator(config.device)
@@ -377,7 +377,9 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
 
 
 async def _store(config: ServerConfig) -> SessionStore:
-    return await open_store(config.store, clock=UPTIME, wall=time.time, fsync=config.store_fsync)
+    return await open_store(
+        config.store, clock=UPTIME, unix_time=time.time, fsync=config.store_fsync
+    )
 
 
 def _host_and_port(config: ServerConfig) -> str:

@@ -207,7 +207,7 @@ def test_measures_more_sessions_than_slots(tmp_path: Path):
         assert 30 <= phase["restores"] <= 50
         assert phase["spills"] >= phase["restores"] - 10
         assert phase["sessions_per_second"] == pytest.approx(50 / phase["seconds"])
-        assert 0 < phase["p50_ms"] <= phase["p99_ms"] <= phase["most_ms"]
+        assert 0 < phase["p50_ms"] <= phase["p99_ms"] <= phase["max_ms"]
         assert phase["resident_bytes"] > 50 * 2**20
         assert phase["file_bytes"] > 50 * 1_000
 

@@ -205,14 +205,14 @@ class RawClient:
 
     Args:
         ledger: what it knows.
-        most_rows: of one request.
+        max_rows: of one request.
         think_seconds: between an answer and the next request, about.
     """
 
-    def __init__(self, ledger: Ledger, *, most_rows: int, think_seconds: float) -> None:
+    def __init__(self, ledger: Ledger, *, max_rows: int, think_seconds: float) -> None:
         self.ledger = ledger
         self.stopping = False
-        self._most_rows = most_rows
+        self._max_rows = max_rows
         self._think_seconds = think_seconds
         self._t = ledger.t
 
@@ -225,7 +225,7 @@ class RawClient:
         raise NotImplementedError
 
     def _request(self, t: int) -> pb.StepRequest:
-        return self.ledger.request(t, random.randint(1, self._most_rows))
+        return self.ledger.request(t, random.randint(1, self._max_rows))
 
     @property
     def _done(self) -> bool:

@@ -51,30 +51,30 @@ Kind = Callable[[Ledger, "Fleet"], RawClient]
 def calling(ledger: Ledger, fleet: Fleet) -> RawClient:
     """One call after the other, of up to three rows."""
     ask = by_call(*fleet.any_connection())
-    return Asking(ledger, ask, most_rows=3, think_seconds=fleet.think_seconds)
+    return Asking(ledger, ask, max_rows=3, think_seconds=fleet.think_seconds)
 
 
 def impatient(ledger: Ledger, fleet: Fleet) -> RawClient:
     """Calls, half of which are cancelled, and then made again."""
     ask = by_call(*fleet.any_connection(), patience=0.01)
-    return Asking(ledger, ask, most_rows=3, think_seconds=fleet.think_seconds)
+    return Asking(ledger, ask, max_rows=3, think_seconds=fleet.think_seconds)
 
 
 def streaming(ledger: Ledger, fleet: Fleet) -> RawClient:
     """A stream of its own with some requests in flight."""
     stub = random.choice(fleet.any_connection())
-    return Streaming(ledger, stub, most_rows=2, think_seconds=fleet.think_seconds)
+    return Streaming(ledger, stub, max_rows=2, think_seconds=fleet.think_seconds)
 
 
 def sharing(ledger: Ledger, fleet: Fleet) -> RawClient:
     """A stream that it shares with others."""
-    return Asking(ledger, fleet.shared_stream().ask, most_rows=1, think_seconds=fleet.think_seconds)
+    return Asking(ledger, fleet.shared_stream().ask, max_rows=1, think_seconds=fleet.think_seconds)
 
 
 def packed(ledger: Ledger, fleet: Fleet) -> RawClient:
     """A packed stream that it shares with others."""
     return Asking(
-        ledger, fleet.shared_packed_stream().ask, most_rows=1, think_seconds=fleet.think_seconds
+        ledger, fleet.shared_packed_stream().ask, max_rows=1, think_seconds=fleet.think_seconds
     )
 
 
@@ -251,7 +251,7 @@ class Fleet:
 
     async def _one_more(self, ledger: Ledger) -> None:
         ask = by_call(*self.any_connection())
-        client = Asking(ledger, ask, most_rows=1, think_seconds=0.0)
+        client = Asking(ledger, ask, max_rows=1, think_seconds=0.0)
         ledger.request(ledger.t, 1)
         client.stopping = True
         await asyncio.wait_for(client.run(), HANG)

@@ -77,7 +77,7 @@ async def run(address: str, folder: Path, sessions: int, durability: str) -> Non
                 read(ledger, path)
                 ledger.file = path.open("a", buffering=1)
                 ask = by_call(stub)
-                client = Asking(ledger, ask, most_rows=3, think_seconds=THINK_SECONDS)
+                client = Asking(ledger, ask, max_rows=3, think_seconds=THINK_SECONDS)
                 group.create_task(client.run())
 
 

@@ -30,7 +30,7 @@ from tests.integration.wire import (
 from tests.networks import Network
 from tests.processes import ServerProcess, server_process
 
-MOST_SESSIONS = 100
+MAX_SESSIONS = 100
 ROOM = 64 * 2**20
 """Bytes that a server may grow by over storms that it has seen already: allocators keep some."""
 
@@ -40,7 +40,7 @@ Storm = Callable[[str], Awaitable[None]]
 @pytest.fixture(scope="module")
 def process(model_root: Path) -> Iterator[ServerProcess]:
     """One server for all storms: what one leaves behind the others must bear."""
-    options = ("--max-sessions", str(MOST_SESSIONS), "--log-level", "ERROR")
+    options = ("--max-sessions", str(MAX_SESSIONS), "--log-level", "ERROR")
     with server_process("--models", str(model_root), *options) as server:
         yield server
         assert server.process.poll() is None
@@ -103,7 +103,7 @@ async def test_storms_at_once_pass(process: ServerProcess, network: Network):
 async def test_a_full_table_refuses_new_sessions_only(process: ServerProcess, network: Network):
     async with (
         steady_sessions(process.address, network) as steady,
-        faults.full_table(process.address, MOST_SESSIONS + 1),
+        faults.full_table(process.address, MAX_SESSIONS + 1),
         raw_stub(process.address) as stub,
     ):
         for _ in range(20):

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import time
 
-from stepstate.stores import Save, SessionStore, open_store
+from stepstate.stores import SaveRequest, SessionStore, open_store
 from tests.stores import record
 
 SESSIONS = [f"s{i}" for i in range(16)]
@@ -28,7 +28,7 @@ async def write(store: SessionStore) -> None:
     while True:
         t += 1
         saves = [
-            Save(name, epoch, "writer", t, time.time() + 600, snapshot(t))
+            SaveRequest(name, epoch, "writer", t, time.time() + 600, snapshot(t))
             for name, epoch in zip(SESSIONS, epochs, strict=True)
         ]
         await asyncio.gather(*(store.save(saves[i::4]) for i in range(4)))

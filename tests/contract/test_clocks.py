@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from stepstate.errors import SessionExpired, SessionUnknown
-from stepstate.sessions import Session
+from stepstate.sessions import ResidentSession
 from stepstate.stores import Durability, SessionStore, open_store
 from stepstate.uptime import BEAT_SECONDS, UptimeClock
 from tests.contract.conftest import KINDS as ALL_KINDS
@@ -37,8 +37,10 @@ TABLE: dict[tuple[str, str], str] = {}
 class Machine:
     """A server with clocks of its own, on a store that others may share."""
 
-    def __init__(self, store: SessionStore, clock: Clock, uptime: UptimeClock, wall: Clock) -> None:
-        self.clock, self.uptime, self.wall = clock, uptime, wall
+    def __init__(
+        self, store: SessionStore, clock: Clock, uptime: UptimeClock, unix_time: Clock
+    ) -> None:
+        self.clock, self.uptime, self.unix_time = clock, uptime, unix_time
         self.store = store
         durable = store.durable
         slots = SLOTS if durable else SESSIONS
@@ -46,7 +48,7 @@ class Machine:
             MODEL,
             store=store,
             clock=uptime,
-            wall=wall,
+            unix_time=unix_time,
             max_sessions=slots,
             owner=f"server-{id(self)}",
             grace_seconds=GRACE,
@@ -65,15 +67,15 @@ class World:
     def __init__(self, home: Home) -> None:
         self.home = home
         self.machines: list[Machine] = []
-        self.wall = Clock()
-        self.wall.now = 1.7e9
+        self.unix_time = Clock()
+        self.unix_time.now = 1.7e9
 
     async def start(self, wall_apart: float = 0.0) -> Machine:
-        clock, wall = Clock(), Clock()
-        wall.now = self.wall.now + wall_apart
+        clock, unix_time = Clock(), Clock()
+        unix_time.now = self.unix_time.now + wall_apart
         uptime = UptimeClock(clock)
-        store = await open_store(self.home.url, clock=uptime, wall=wall)
-        machine = Machine(store, clock, uptime, wall)
+        store = await open_store(self.home.url, clock=uptime, unix_time=unix_time)
+        machine = Machine(store, clock, uptime, unix_time)
         await machine.rig.sessions.start()
         self.machines.append(machine)
         return machine
@@ -93,16 +95,16 @@ class World:
         while passed < seconds:
             for machine in self.machines:
                 machine.clock.advance(BEAT_SECONDS)
-                machine.wall.advance(BEAT_SECONDS)
+                machine.unix_time.advance(BEAT_SECONDS)
                 await machine.beat()
-            self.wall.advance(BEAT_SECONDS)
+            self.unix_time.advance(BEAT_SECONDS)
             passed += BEAT_SECONDS
 
     def jump(self, seconds: float) -> None:
         """Sets the wall clocks of all machines, on or back."""
-        self.wall.advance(seconds)
+        self.unix_time.advance(seconds)
         for machine in self.machines:
-            machine.wall.advance(seconds)
+            machine.unix_time.advance(seconds)
 
     async def close(self) -> None:
         for machine in self.machines:
@@ -271,7 +273,7 @@ async def test_idle_time_ends_sessions_and_they_come_back_bit_for_bit(world):
 
 async def whole(machine: Machine, name: str) -> tuple[int, bytes, list[bytes]]:
     """A session's t, its state and what it remembers of its replies."""
-    session: Session = await machine.rig.sessions.get(name)
+    session: ResidentSession = await machine.rig.sessions.get(name)
     state = machine.rig.lane.engine.read_states(np.array([session.slot]))[0]
     window = session.lane.window.read(session.slot)
     remembered = [window.stamps.tobytes(), window.ring.tobytes()]

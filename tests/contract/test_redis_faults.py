@@ -10,9 +10,9 @@ import pytest
 from redis.crc import key_slot
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores import CannotOpenStore, Saved, open_store
+from stepstate.stores import SaveResult, StoreOpenError, open_store
 from stepstate.stores.base import ENDING_SECONDS
-from stepstate.stores.redis import keys, link
+from stepstate.stores.redis import connection, keys
 from tests.contract.proxy import proxy
 from tests.redis_process import free_port, redis_process
 from tests.stores import CLOSED, FINGERPRINT, SNAPSHOT, RedisHome, acquire, create, saving
@@ -44,7 +44,7 @@ async def test_what_was_acknowledged_survives_kill_9_of_redis(home, server):
     store = await home.open()
     epochs = {f"s{i}": await create(home, store, f"s{i}") for i in range(20)}
     saves = [saving(home, name, epoch, t=5) for name, epoch in epochs.items()]
-    assert await store.save(saves) == [Saved.DONE] * 20
+    assert await store.save(saves) == [SaveResult.DONE] * 20
     server.restart()
     for name in epochs:
         entry, snapshot = await acquire(store, name)
@@ -79,7 +79,7 @@ async def test_without_redis_each_call_says_so_at_once_until_it_is_back(home, se
             await store.save([saving(home, "a", epoch)])
         assert time.monotonic() - started < 1.0
     server.start()
-    assert await store.save([saving(home, "a", epoch)]) == [Saved.DONE]
+    assert await store.save([saving(home, "a", epoch)]) == [SaveResult.DONE]
 
 
 async def test_a_redis_that_does_not_answer_is_given_up_after_two_seconds(home, server):
@@ -97,7 +97,7 @@ async def test_a_redis_that_does_not_answer_is_given_up_after_two_seconds(home, 
         assert 1.9 < time.monotonic() - started < 2.5
         newest = asyncio.create_task(store.save([saving(home, "a", epoch, t=9)]))
         await asyncio.sleep(0.05)
-    assert await newest == [Saved.DONE]
+    assert await newest == [SaveResult.DONE]
     assert (await store.find("a")).t == 9
 
 
@@ -127,7 +127,7 @@ async def test_a_call_whose_answer_was_lost_is_sent_again_and_acts_once(far_home
     entry, snapshot = await losing(acquire(store, "a", owner="B"))
     assert (entry.owner, entry.epoch, snapshot) == ("A", first + 1, SNAPSHOT)
     assert (await store.find("a")).epoch == first + 1
-    assert await losing(store.save([saving(home, "a", first + 1, t=3)])) == [Saved.DONE]
+    assert await losing(store.save([saving(home, "a", first + 1, t=3)])) == [SaveResult.DONE]
     assert await losing(store.count()) == {"lstm/1": 1}
     assert await losing(store.end("a", first + 1, CLOSED)) is True
     assert await store.end("a", first + 1, CLOSED) is False
@@ -144,7 +144,7 @@ async def use_every_script(home, store) -> None:
 
 async def test_a_save_that_arrives_late_undoes_no_newer_one(far_home, monkeypatch):
     """Redis may find a save in its socket when the server that sent it has long gone on."""
-    monkeypatch.setattr(link, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(connection, "TIMEOUT_SECONDS", 0.2)
     home, between = far_home
     store = await home.open()
     epoch = await create(home, store, "a")
@@ -152,7 +152,7 @@ async def test_a_save_that_arrives_late_undoes_no_newer_one(far_home, monkeypatc
     with pytest.raises(StoreUnavailable):
         await store.save([saving(home, "a", epoch, t=1, snapshot=b"1")])
     between.holding = False
-    assert await store.save([saving(home, "a", epoch, t=2, snapshot=b"2")]) == [Saved.DONE]
+    assert await store.save([saving(home, "a", epoch, t=2, snapshot=b"2")]) == [SaveResult.DONE]
     await between.let_go()
     entry, snapshot = await acquire(store, "a")
     assert (entry.t, snapshot) == (2, b"2")
@@ -168,7 +168,7 @@ async def test_a_replica_that_may_not_write_says_so_until_it_leads_again(home, s
         assert refused.value.cause == "readonly"
     server.command("REPLICAOF", "NO", "ONE")
     await store.probe()
-    assert await store.save([saving(home, "a", epoch)]) == [Saved.DONE]
+    assert await store.save([saving(home, "a", epoch)]) == [SaveResult.DONE]
 
 
 async def test_a_redis_without_memory_says_so_and_still_ends_sessions(home, server):
@@ -291,7 +291,7 @@ async def test_passwords_are_used_and_never_told(server, caplog):
     server.command("CONFIG", "SET", "requirepass", "s3cret/+@")
     place = f"127.0.0.1:{server.port}"
     for wrong in ("", ":s3cret@", "somebody:s3cret@"):
-        with pytest.raises(CannotOpenStore, match=place) as refused:
+        with pytest.raises(StoreOpenError, match=place) as refused:
             await open_store(f"redis://{wrong}{place}", clock=time.time)
         assert "s3cret" not in str(refused.value) + repr(refused.value)
     store = await open_store(f"redis://:s3cret%2F%2B%40@{place}/3", clock=time.time)
@@ -330,7 +330,7 @@ async def test_a_slot_that_moves_to_another_node_is_found_there(cluster_home, on
         await create(cluster_home, store, f"{taker.port}")
         await cluster_home.pass_time(61)
         epoch = await create(cluster_home, store, "a")
-        assert await store.save([saving(cluster_home, "a", epoch)]) == [Saved.DONE]
+        assert await store.save([saving(cluster_home, "a", epoch)]) == [SaveResult.DONE]
         assert taker.command("CLUSTER", "COUNTKEYSINSLOT", slot)
         cluster_home.empty()
 
@@ -350,7 +350,7 @@ async def test_a_probe_of_a_cluster_fails_while_one_of_its_nodes_takes_no_writes
 
 
 async def test_one_node_of_a_cluster_is_opened_only_as_a_cluster(one_cluster, server):
-    with pytest.raises(CannotOpenStore, match=r"redis\+cluster"):
+    with pytest.raises(StoreOpenError, match=r"redis\+cluster"):
         await open_store(one_cluster[0].url, clock=time.time)
-    with pytest.raises(CannotOpenStore, match="no cluster"):
+    with pytest.raises(StoreOpenError, match="no cluster"):
         await open_store(f"redis+cluster://127.0.0.1:{server.port}", clock=time.time)

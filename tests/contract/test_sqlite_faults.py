@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores import CannotOpenStore, Saved
+from stepstate.stores import SaveResult, StoreOpenError
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reserve
 from tests.contract import store_writer
@@ -74,7 +74,7 @@ async def test_a_store_that_cant_grow_says_so_and_goes_on_when_it_can(home):
         for _ in range(2):
             with pytest.raises(StoreUnavailable, match=str(home.path)):
                 await store.save([saving(home, "a", epoch, snapshot=bytes(10**6))])
-    assert await store.save([saving(home, "a", epoch, t=3)]) == [Saved.DONE]
+    assert await store.save([saving(home, "a", epoch, t=3)]) == [SaveResult.DONE]
     assert (await acquire(store, "a"))[1] == b"later"
 
 
@@ -103,7 +103,7 @@ async def test_on_a_full_disk_what_is_there_is_read_and_it_goes_on_when_there_is
     with pytest.raises(StoreUnavailable, match="full"):
         await create(home, store, "b")
     ballast.unlink()
-    assert await store.save([saving(home, "a", epoch, t=3)]) == [Saved.DONE]
+    assert await store.save([saving(home, "a", epoch, t=3)]) == [SaveResult.DONE]
     assert (await acquire(store, "a"))[1] == b"later"
     await home.close()
 
@@ -135,7 +135,7 @@ async def test_a_wal_that_filled_the_disk_is_written_back_when_its_reader_is_gon
         await store.probe()
     assert home.path.stat().st_size > before + 500_000
     (small_disk / "ballast").unlink()
-    assert await store.save([saving(home, "a", epoch, t=3)]) == [Saved.DONE]
+    assert await store.save([saving(home, "a", epoch, t=3)]) == [SaveResult.DONE]
     assert (await store.count())["lstm/1"] in (len(kept) + 1, len(kept) + 2)
     await home.close()
     assert [one.name for one in small_disk.iterdir()] == ["sessions.db"]
@@ -156,11 +156,11 @@ async def test_a_store_that_is_opened_on_a_full_disk_is_read_and_written_when_th
     with pytest.raises(StoreUnavailable, match="full"):
         for t in range(1000):
             await second.save([saving(home, "a", epoch, t)])
-    with pytest.raises(CannotOpenStore, match="make room on the disk"):
+    with pytest.raises(StoreOpenError, match="make room on the disk"):
         await FileHome(small_disk / "other.db").open()
     ballast.unlink()
     await second.probe()
-    assert await second.save([saving(home, "a", epoch, t=9)]) == [Saved.DONE]
+    assert await second.save([saving(home, "a", epoch, t=9)]) == [SaveResult.DONE]
     await home.close()
 
 
@@ -177,7 +177,7 @@ async def test_a_wal_is_bounded_however_long_a_reader_reads(home, monkeypatch):
     assert refused.value.cause == "wal"
     assert store.disk_usage().wal < 17 * 2**20  # as large as the reserve may be at once
     other.close()
-    assert await store.save([saving(home, "a", epoch, t=3)]) == [Saved.DONE]
+    assert await store.save([saving(home, "a", epoch, t=3)]) == [SaveResult.DONE]
 
 
 @pytest.fixture
@@ -245,7 +245,7 @@ async def test_the_reserve_is_as_large_as_the_wal_whatever_is_written(home):
     large = bytes(5 * 2**20)
     for name in names:
         save = saving(home, name, epochs[name], snapshot=large)
-        assert await store.expire([save], delete_at=9e9) == [Saved.DONE]
+        assert await store.expire([save], delete_at=9e9) == [SaveResult.DONE]
         usage = store.disk_usage()
         assert usage.wal <= usage.reserve
     other.close()
@@ -257,7 +257,7 @@ async def test_a_file_that_was_made_read_only_says_so_and_goes_on_when_it_is_not
     store._worker.file.connection().execute("PRAGMA query_only = ON")
     with pytest.raises(StoreUnavailable, match="readonly"):
         await store.save([saving(home, "a", epoch)])
-    assert await store.save([saving(home, "a", epoch)]) == [Saved.DONE]
+    assert await store.save([saving(home, "a", epoch)]) == [SaveResult.DONE]
 
 
 async def test_a_deleted_file_is_made_anew_and_its_sessions_are_missing(home, monkeypatch):
@@ -266,7 +266,7 @@ async def test_a_deleted_file_is_made_anew_and_its_sessions_are_missing(home, mo
     epoch = await create(home, store, "a")
     for part in home.path.parent.iterdir():
         part.unlink()
-    assert await store.save([saving(home, "a", epoch)]) == [Saved.MISSING]
+    assert await store.save([saving(home, "a", epoch)]) == [SaveResult.MISSING]
     assert await create(home, store, "a") > 0
     shutil.rmtree(home.path.parent)
     with pytest.raises(StoreUnavailable, match="unable to open"):
@@ -289,7 +289,7 @@ async def test_a_lock_of_another_process_is_waited_for_and_then_told(home, monke
     waiting = asyncio.create_task(store.save([saving(home, "a", epoch)]))
     await asyncio.sleep(0.1)
     other.execute("ROLLBACK")
-    assert await waiting == [Saved.DONE]
+    assert await waiting == [SaveResult.DONE]
     other.close()
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from stepstate.errors import InvalidField
-from stepstate.stores import Entry, Save, Saved
+from stepstate.stores import SaveRequest, SaveResult, StoredSession
 from stepstate.stores.base import ENDING_SECONDS
 from tests.stores import (
     CLOSED,
@@ -33,7 +33,7 @@ async def test_an_id_that_was_never_created_is_not_known(store):
 async def test_a_created_session_is_found_with_all_that_was_told_of_it(home, store, start):
     told, expires_at = record("a", start=start), home.clock() + 60
     epoch = await store.create(told, owner="A", t=7, expires_at=expires_at, snapshot=SNAPSHOT)
-    assert await store.find("a") == Entry(told, 7, expires_at, epoch, "A")
+    assert await store.find("a") == StoredSession(told, 7, expires_at, epoch, "A")
 
 
 async def test_finding_takes_nothing(home, store):
@@ -62,7 +62,7 @@ async def test_a_session_past_its_time_is_replaced_on_request_with_a_higher_epoc
     found = await store.find("a")
     assert (found.record.model, found.owner, found.t) == ("gru", "B", 0)
     assert await store.count() == {"gru/1": 1}
-    assert await store.save([saving(home, "a", first)]) == [Saved.FENCED]
+    assert await store.save([saving(home, "a", first)]) == [SaveResult.FENCED]
 
 
 async def test_taking_a_session_raises_its_epoch_and_tells_who_had_it(home, store):
@@ -93,8 +93,8 @@ async def test_a_session_past_its_time_is_shown_and_not_taken(home, store):
 
 async def test_a_save_is_what_the_next_taker_gets(home, store):
     epoch = await create(home, store, "a")
-    assert await store.save([Save("a", epoch, "A", 2**50, home.clock() + 99, b"\x01")]) == [
-        Saved.DONE
+    assert await store.save([SaveRequest("a", epoch, "A", 2**50, home.clock() + 99, b"\x01")]) == [
+        SaveResult.DONE
     ]
     entry, snapshot = await acquire(store, "a")
     assert (entry.t, entry.expires_at, entry.owner) == (2**50, home.clock() + 99, "A")
@@ -103,7 +103,7 @@ async def test_a_save_is_what_the_next_taker_gets(home, store):
 
 async def test_a_save_without_a_snapshot_keeps_the_one_that_is_stored(home, store):
     epoch = await create(home, store, "a")
-    await store.save([Save("a", epoch, "", 0, home.clock() + 99, None)])
+    await store.save([SaveRequest("a", epoch, "", 0, home.clock() + 99, None)])
     entry, snapshot = await acquire(store, "a")
     assert (entry.owner, entry.expires_at, snapshot) == ("", home.clock() + 99, SNAPSHOT)
 
@@ -120,7 +120,7 @@ async def test_each_save_of_a_group_has_its_own_verdict_in_order(home, store):
     assert await store.end("c", epochs["c"], CLOSED)
     names = ["z", "a", "c", "b", "d"]
     verdicts = await store.save([saving(home, n, epochs.get(n, 1), t=5) for n in names])
-    done, fenced, missing = Saved.DONE, Saved.FENCED, Saved.MISSING
+    done, fenced, missing = SaveResult.DONE, SaveResult.FENCED, SaveResult.MISSING
     assert verdicts == [missing, done, fenced, fenced, done]
     ts = {name: (await store.find(name)).t for name in "abd"}
     assert ts == {"a": 5, "b": 0, "d": 5}
@@ -130,7 +130,7 @@ async def test_each_save_of_a_group_has_its_own_verdict_in_order(home, store):
 async def test_of_two_saves_of_a_session_the_later_counts(home, store):
     epoch = await create(home, store, "a")
     both = [saving(home, "a", epoch, t, snapshot=bytes([t])) for t in (1, 2)]
-    assert await store.save(both) == [Saved.DONE] * 2
+    assert await store.save(both) == [SaveResult.DONE] * 2
     assert (await acquire(store, "a"))[1] == b"\x02"
     epoch = (await store.find("a")).epoch
     await asyncio.gather(*(store.save([saving(home, "a", epoch, t)]) for t in range(3, 40)))
@@ -150,7 +150,7 @@ async def test_an_older_epoch_ends_nothing(home, store):
     epoch = await create(home, store, "a")
     entry, _ = await acquire(store, "a")
     assert not await store.end("a", epoch, CLOSED)
-    assert isinstance(await store.find("a"), Entry)
+    assert isinstance(await store.find("a"), StoredSession)
     assert await store.end("a", entry.epoch, CLOSED)
     assert not await store.end("a", entry.epoch, EXPIRED)
     assert await store.find("a") == CLOSED
@@ -170,7 +170,7 @@ async def test_creating_an_id_again_forgets_its_ending_and_raises_its_epoch(home
     home.clock.advance(-30)  # a wall clock may go back
     second = await create(home, store, "a")
     assert second > first
-    assert isinstance(await store.find("a"), Entry)
+    assert isinstance(await store.find("a"), StoredSession)
     assert await store.end("a", second, EXPIRED)
     assert await store.find("a") == EXPIRED
 
@@ -178,8 +178,8 @@ async def test_creating_an_id_again_forgets_its_ending_and_raises_its_epoch(home
 async def test_overdue_are_those_that_were_not_used_in_time(home, store):
     epochs = {name: await create(home, store, name) for name in "abcd"}
     now = home.clock()
-    await store.save([Save("b", epochs["b"], "A", 1, now + 200, b"")])
-    await store.save([Save("c", epochs["c"], "A", 1, now + 10, b"")])
+    await store.save([SaveRequest("b", epochs["b"], "A", 1, now + 200, b"")])
+    await store.save([SaveRequest("c", epochs["c"], "A", 1, now + 10, b"")])
     assert await overdue(store, now + 10) == set()
     assert await overdue(store, now + 11) == {"c"}
     assert await overdue(store, now + 61) == {"a", "c", "d"}
@@ -193,7 +193,7 @@ async def test_overdue_are_those_that_were_not_used_in_time(home, store):
 async def test_a_session_that_was_lengthened_and_shortened_is_overdue_by_its_last_word(home, store):
     epoch, now = await create(home, store, "a"), home.clock()
     for later in (500, 100, 300):
-        await store.save([Save("a", epoch, "A", 1, now + later, b"")])
+        await store.save([SaveRequest("a", epoch, "A", 1, now + later, b"")])
         assert await overdue(store, now + later) == set()
         assert await overdue(store, now + later + 1) == {"a"}
 
@@ -254,7 +254,7 @@ async def test_what_is_no_token_is_refused_or_is_only_a_place_in_the_order(home,
 async def test_a_large_snapshot_comes_back_whole(home, store):
     large = bytes(range(256)) * 32_768  # 8 MiB
     epoch = await create(home, store, "a")
-    assert await store.save([saving(home, "a", epoch, snapshot=large)]) == [Saved.DONE]
+    assert await store.save([saving(home, "a", epoch, snapshot=large)]) == [SaveResult.DONE]
     assert (await acquire(store, "a"))[1] == large
 
 

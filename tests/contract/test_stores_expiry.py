@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from stepstate.stores import Entry, Save, Saved
+from stepstate.stores import SaveRequest, SaveResult, StoredSession
 from stepstate.uptime import BEAT_SECONDS, MAX_BEAT_SECONDS
 from tests.contract.conftest import KINDS
 from tests.stores import (
@@ -27,8 +27,10 @@ lasting = pytest.mark.parametrize("home", KINDS[1:], indirect=True)
 """In memory the clock is that of the process, see test_uptime, and nobody shares it."""
 
 
-async def expire(home, store, session_id: str, epoch: int, snapshot: bytes | None = None) -> Saved:
-    save = Save(session_id, epoch, "", 7, 0.0, snapshot)
+async def expire(
+    home, store, session_id: str, epoch: int, snapshot: bytes | None = None
+) -> SaveResult:
+    save = SaveRequest(session_id, epoch, "", 7, 0.0, snapshot)
     (verdict,) = await store.expire([save], delete_at=store.now() + GRACE)
     return verdict
 
@@ -89,13 +91,13 @@ async def test_a_store_that_lost_everything_takes_the_clock_of_a_server_that_is_
     await lost.beat()
     await create(home, lost, "a")
     assert lost.now() >= before
-    assert isinstance((await acquire(lost, "a"))[0], Entry)
+    assert isinstance((await acquire(lost, "a"))[0], StoredSession)
 
 
 async def test_an_expired_session_is_kept_whole_and_out_of_the_way(home, store):
     epoch = await create(home, store, "a")
     await create(home, store, "b")
-    assert await expire(home, store, "a", epoch, b"last") is Saved.DONE
+    assert await expire(home, store, "a", epoch, b"last") is SaveResult.DONE
     found = await store.find("a")
     assert (found.t, found.owner) == (7, "")
     assert found.epoch > epoch
@@ -112,9 +114,9 @@ async def test_an_expired_session_is_kept_whole_and_out_of_the_way(home, store):
 
 async def test_who_held_an_expired_session_can_neither_save_nor_expire_nor_end_it(home, store):
     epoch = await create(home, store, "a")
-    assert await expire(home, store, "a", epoch) is Saved.DONE
-    assert await store.save([saving(home, "a", epoch)]) == [Saved.FENCED]
-    assert await expire(home, store, "a", epoch) is Saved.FENCED
+    assert await expire(home, store, "a", epoch) is SaveResult.DONE
+    assert await store.save([saving(home, "a", epoch)]) == [SaveResult.FENCED]
+    assert await expire(home, store, "a", epoch) is SaveResult.FENCED
     assert not await store.end("a", epoch, CLOSED)
     assert not await store.restore("a", epoch, expires_at=store.now() + 60)
 
@@ -134,7 +136,7 @@ async def test_a_restored_session_is_as_it_was(home, store):
     assert not await store.restore("a", marked.epoch, expires_at=until)
     entry, snapshot = await acquire(store, "a")
     assert (entry.t, snapshot) == (7, b"last")
-    assert await store.save([saving(home, "a", entry.epoch)]) == [Saved.DONE]
+    assert await store.save([saving(home, "a", entry.epoch)]) == [SaveResult.DONE]
     assert await store.overdue(store.now() + 61, 9) == [await store.find("a")]
 
 
@@ -146,7 +148,7 @@ async def test_only_an_expired_session_is_restored(home, store):
 
 async def test_what_expires_without_a_lease_given_up_still_tells_of_it(home, store):
     epoch = await create(home, store, "a", owner="A")
-    await store.expire([Save("a", epoch, "A", 0, 0.0, None)], delete_at=store.now() + GRACE)
+    await store.expire([SaveRequest("a", epoch, "A", 0, 0.0, None)], delete_at=store.now() + GRACE)
     marked = await store.find("a")
     assert await store.restore("a", marked.epoch, expires_at=store.now() + 60)
     assert (await acquire(store, "a"))[0].owner == "A"
@@ -195,11 +197,14 @@ async def test_each_of_many_that_expire_together_has_its_own_verdict(home, store
     epochs = {f"s{i}": await create(home, store, f"s{i}") for i in range(600)}
     await acquire(store, "s1")
     await store.end("s2", epochs["s2"], CLOSED)
-    saves = [Save(n, epoch, "", 0, 0.0, None) for n, epoch in epochs.items()]
-    saves.append(Save("never", 1, "", 0, 0.0, None))
+    saves = [SaveRequest(n, epoch, "", 0, 0.0, None) for n, epoch in epochs.items()]
+    saves.append(SaveRequest("never", 1, "", 0, 0.0, None))
     verdicts = await store.expire(saves, delete_at=store.now() + GRACE)
-    wanted = dict.fromkeys(epochs, Saved.DONE) | {"s1": Saved.FENCED, "s2": Saved.FENCED}
-    assert verdicts == [*wanted.values(), Saved.MISSING]
+    wanted = dict.fromkeys(epochs, SaveResult.DONE) | {
+        "s1": SaveResult.FENCED,
+        "s2": SaveResult.FENCED,
+    }
+    assert verdicts == [*wanted.values(), SaveResult.MISSING]
     assert await store.count_expired() == 598
     assert await store.count() == {"lstm/1": 1}
 

@@ -8,7 +8,7 @@ import random
 import pytest
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores import Entry, Saved
+from stepstate.stores import SaveResult, StoredSession
 from tests.stores import CLOSED, FINGERPRINT, SNAPSHOT, acquire, create, record, saving
 
 
@@ -16,10 +16,12 @@ async def test_three_hundred_calls_at_once_are_each_answered_for_themselves(home
     async def life(i: int) -> None:
         name = f"s{i}"
         epoch = await create(home, store, name)
-        assert await store.save([saving(home, name, epoch, i, bytes([i % 256]))]) == [Saved.DONE]
+        assert await store.save([saving(home, name, epoch, i, bytes([i % 256]))]) == [
+            SaveResult.DONE
+        ]
         entry, snapshot = await acquire(store, name)
         assert (entry.record.session_id, entry.t, snapshot) == (name, i, bytes([i % 256]))
-        assert await store.save([saving(home, name, epoch)]) == [Saved.FENCED]
+        assert await store.save([saving(home, name, epoch)]) == [SaveResult.FENCED]
         assert await store.find(name) is not None
         assert await store.end(name, entry.epoch, CLOSED)
         assert await store.find(name) == CLOSED
@@ -37,9 +39,9 @@ async def test_of_many_who_take_a_session_only_the_one_with_the_newest_epoch_can
     assert len(set(epochs)) == len(epochs)
     saves = (stores[i % 3].save([saving(home, "a", epoch)]) for i, epoch in enumerate(epochs))
     verdicts = [verdict for (verdict,) in await asyncio.gather(*saves)]
-    assert verdicts.count(Saved.DONE) == 1
-    assert verdicts.index(Saved.DONE) == epochs.index(max(epochs))
-    assert verdicts.count(Saved.FENCED) == len(epochs) - 1
+    assert verdicts.count(SaveResult.DONE) == 1
+    assert verdicts.index(SaveResult.DONE) == epochs.index(max(epochs))
+    assert verdicts.count(SaveResult.FENCED) == len(epochs) - 1
 
 
 async def test_of_many_who_create_an_id_one_does(home):
@@ -54,7 +56,7 @@ async def test_of_many_who_create_an_id_one_does(home):
     found = await stores[0].find("a")
     assert found.epoch == epoch
     assert answers.index(epoch) == found.t
-    assert all(answer == found for answer in answers if isinstance(answer, Entry))
+    assert all(answer == found for answer in answers if isinstance(answer, StoredSession))
 
 
 async def test_what_one_server_writes_another_reads(home):
@@ -62,8 +64,8 @@ async def test_what_one_server_writes_another_reads(home):
     epoch = await create(home, one, "a")
     entry, snapshot = await acquire(other, "a", owner="other")
     assert (entry.owner, snapshot) == ("A", SNAPSHOT)
-    assert await one.save([saving(home, "a", epoch)]) == [Saved.FENCED]
-    assert await other.save([saving(home, "a", entry.epoch, t=9)]) == [Saved.DONE]
+    assert await one.save([saving(home, "a", epoch)]) == [SaveResult.FENCED]
+    assert await other.save([saving(home, "a", entry.epoch, t=9)]) == [SaveResult.DONE]
     assert (await one.find("a")).t == 9
     assert await one.count() == {"lstm/1": 1}
 
@@ -73,9 +75,9 @@ async def test_a_store_that_lost_everything_gives_no_epoch_again(home, store):
     await home.pass_time(1)
     store = await home.lose()
     assert await store.find("a") is None
-    assert await store.save([saving(home, "a", first)]) == [Saved.MISSING]
+    assert await store.save([saving(home, "a", first)]) == [SaveResult.MISSING]
     assert await create(home, store, "a") > first
-    assert await store.save([saving(home, "a", first)]) == [Saved.FENCED]
+    assert await store.save([saving(home, "a", first)]) == [SaveResult.FENCED]
 
 
 async def test_servers_that_fight_for_sessions_never_both_commit(home):
@@ -92,7 +94,7 @@ async def test_servers_that_fight_for_sessions_never_both_commit(home):
             name = chance.choice(names)
             entry, _ = await acquire(store, name, owner=str(seed))
             for t in range(entry.t + 1, entry.t + 1 + chance.randrange(3)):
-                if await store.save([saving(home, name, entry.epoch, t)]) != [Saved.DONE]:
+                if await store.save([saving(home, name, entry.epoch, t)]) != [SaveResult.DONE]:
                     break
                 committed[name].append(t)
 
@@ -109,8 +111,8 @@ async def test_a_caller_that_gives_up_disturbs_nobody(home, store):
     for task in tasks[::2]:
         task.cancel()
     done = await asyncio.gather(*tasks, return_exceptions=True)
-    assert done[1::2] == [[Saved.DONE]] * 24
-    assert await store.save([saving(home, "a", epoch, 50)]) == [Saved.DONE]
+    assert done[1::2] == [[SaveResult.DONE]] * 24
+    assert await store.save([saving(home, "a", epoch, 50)]) == [SaveResult.DONE]
 
 
 async def test_a_closed_store_says_so(home, store):

@@ -143,4 +143,4 @@ async def load(
 
 
 def outages(caplog: pytest.LogCaptureFixture) -> list[str]:
-    return [r.message for r in caplog.records if r.name == "stepstate.sessions.link"]
+    return [r.message for r in caplog.records if r.name == "stepstate.sessions.monitored_store"]

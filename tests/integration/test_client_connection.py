@@ -15,7 +15,7 @@ import pytest
 
 from stepstate import errors
 from stepstate.client import AsyncClient, Client
-from stepstate.client.channel import CHANNEL_OPTIONS, channel_options
+from stepstate.client._connection import CHANNEL_OPTIONS, channel_options
 from stepstate.server import Server
 from tests.chaos.faults import relay
 from tests.chaos.restartable import RestartableServer, free_port

@@ -14,7 +14,8 @@ import pandas as pd
 import pytest
 
 from stepstate import errors
-from stepstate.client import AsyncClient, Forecast, asking
+from stepstate.client import AsyncClient, Forecast
+from stepstate.client._protocol import forecasts
 from stepstate.client.history import PIECE_ROWS
 from stepstate.config import ServerConfig
 from stepstate.models import write_model
@@ -413,7 +414,7 @@ async def test_very_many_forecasts_take_several_calls(
 ):
     sessions = [await client.open("sensor1", history=rows(9, seed=n)) for n in range(7)]
     whole = await client.forecast(sessions, 3)
-    monkeypatch.setattr(asking, "CALL_SESSIONS", 3)
+    monkeypatch.setattr(forecasts, "CALL_SESSIONS", 3)
     parts = await client.forecast([*sessions, "nobody"], 3)
     for one, other in zip(whole, parts[:-1], strict=True):
         assert isinstance(one, Forecast)

@@ -217,7 +217,10 @@ async def test_sessions_of_a_model_that_is_gone_are_listed_counted_and_closed(
         (said,) = [record for record in caplog.records if "not loaded here" in record.message]
         assert (said.sessions, said.models) == (4, "lstm/1: 4")
         refusal = await refused(stub.Step(request("a", 3, draw(1))))
-        assert (refusal.code, refusal.reason) == (Code.FAILED_PRECONDITION, "SNAPSHOT_FOREIGN")
+        assert (refusal.code, refusal.reason) == (
+            Code.FAILED_PRECONDITION,
+            "SNAPSHOT_MODEL_MISMATCH",
+        )
         assert "close it: stepstate sessions close a" in refusal.message
         told = {info.session_id: (info.status, info.t) async for info in client.sessions("lstm")}
         assert told == dict.fromkeys(NAMES, ("model_missing", 3))

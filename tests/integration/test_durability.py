@@ -191,8 +191,11 @@ async def test_after_kill_9_each_durability_is_what_it_says(
                 assert (await where(stub, "a")).t == 4
                 assert (await stub.Step(request("a", None, x[4]))).t == 5
             elif durability == ASYNC:
-                unplaced = await refused(stub.Step(request("a", None, x[4])))
-                assert (unplaced.code, unplaced.reason) == (Code.ABORTED, "STEP_UNPLACED")
+                position_unknown = await refused(stub.Step(request("a", None, x[4])))
+                assert (position_unknown.code, position_unknown.reason) == (
+                    Code.ABORTED,
+                    "STEP_POSITION_UNKNOWN",
+                )
                 ahead = await refused(stub.Step(request("a", 4, x[4])))
                 assert (ahead.reason, ahead.metadata["expected_t"]) == ("STEP_AHEAD", "0")
                 assert (await stub.Step(request("a", 0, x))).t == 5
@@ -291,7 +294,10 @@ async def test_a_snapshot_of_other_weights_is_a_failed_precondition(stub, config
     other = replace(config, models=tmp_path / "models", store=f"sqlite:{tmp_path / 'other.db'}")
     async with running_server(other) as server, raw_stub(server.address) as there:
         refusal = await refused(there.ImportSession(restore(snapshot)))
-        assert (refusal.code, refusal.reason) == (Code.FAILED_PRECONDITION, "SNAPSHOT_FOREIGN")
+        assert (refusal.code, refusal.reason) == (
+            Code.FAILED_PRECONDITION,
+            "SNAPSHOT_MODEL_MISMATCH",
+        )
         assert refusal.precondition == "lstm/1"
 
 
@@ -305,7 +311,7 @@ async def test_a_stored_session_of_other_weights_is_refused_and_kept(config, tmp
         refusal = await refused(stub.Step(request("a", 3, draw(1))))
         assert refusal.code is Code.FAILED_PRECONDITION
         (reply,) = await ask(stub, [request("a", 3, draw(1))])
-        assert refusal_in(reply).reason == "SNAPSHOT_FOREIGN"
+        assert refusal_in(reply).reason == "SNAPSHOT_MODEL_MISMATCH"
     async with running_server(config) as server, raw_stub(server.address) as stub:
         assert (await stub.Step(request("a", 3, draw(1)))).t == 4
 

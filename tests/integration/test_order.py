@@ -26,7 +26,7 @@ from tritonclient import grpc as triton_client
 
 from stepstate.config import ServerConfig
 from stepstate.server import running_server
-from stepstate.transport import Guard
+from stepstate.transport import RpcInterceptor
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.triton import inputs
@@ -66,15 +66,15 @@ def stored(
 def arrived(monkeypatch: pytest.MonkeyPatch) -> dict[int, list[int]]:
     """The calls of each sequence in the order in which gRPC hands them over."""
     places: dict[int, list[int]] = defaultdict(list)
-    enter = Guard.intercept_service
+    enter = RpcInterceptor.intercept_service
 
-    async def noted(self: Guard, continuation: Any, details: Any) -> Any:
+    async def noted(self: RpcInterceptor, continuation: Any, details: Any) -> Any:
         sent = dict(details.invocation_metadata)
         if "sequence" in sent:
             places[int(sent["sequence"])].append(int(sent["place"]))
         return await enter(self, continuation, details)
 
-    monkeypatch.setattr(Guard, "intercept_service", noted)
+    monkeypatch.setattr(RpcInterceptor, "intercept_service", noted)
     return places
 
 

@@ -468,7 +468,7 @@ async def test_the_source_is_read_no_further_than_the_bound(client: AsyncClient)
             yield sessions[taken % 3], row
 
     sessions = [await client.open("lstm") for _ in range(3)]
-    stream = client.stream(items(), most_items=60)
+    stream = client.stream(items(), max_items=60)
     for place in range(100):
         await anext(stream)
         await asyncio.sleep(0.001)

@@ -17,7 +17,7 @@ import pytest
 
 from stepstate.client import AsyncClient
 from stepstate.server import Server, running_server
-from stepstate.transport.stream import StepStream
+from stepstate.transport.steps import StepStream
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.chaos.faults import relay

@@ -32,13 +32,20 @@ from stepstate.errors import (
     StaleOwner,
     StepAhead,
     StepMismatch,
+    StepPositionUnknown,
     StepstateError,
     StepTooOld,
-    StepUnplaced,
     StoreUnavailable,
 )
-from stepstate.sessions import Copying, Session
-from stepstate.stores import Durability, Ending, EndReason, Entry, Save, Saved
+from stepstate.sessions import CopyOptions, ResidentSession
+from stepstate.stores import (
+    Durability,
+    EndReason,
+    SaveRequest,
+    SaveResult,
+    StoredSession,
+    Tombstone,
+)
 from tests.networks import make_network
 from tests.reference import lstm
 from tests.unit.rig import IDLE_SECONDS, Caller, Clock, Lasting, Rig, model_of, outputs, rounds
@@ -116,7 +123,7 @@ class Copy:
     idle: float
     expires_at: float
     durable_t: int
-    unplaced: bool = False
+    position_unknown: bool = False
 
 
 class Door:
@@ -126,7 +133,7 @@ class Door:
 
     def __init__(self, store: Lasting) -> None:
         self.mode = "up"
-        self.saves: list[Save] = []
+        self.saves: list[SaveRequest] = []
         """What the store did."""
         self.gate: asyncio.Event | None = None
         """Saves wait for it."""
@@ -140,16 +147,16 @@ class Door:
             raise StoreUnavailable("no answer in time")
         return answer
 
-    async def save(self, saves: Sequence[Save]) -> list[Saved]:
+    async def save(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
         if self.gate is not None:
             await self.gate.wait()
         return await self._through(self._save, saves)
 
-    async def _save(self, saves: Sequence[Save]) -> list[Saved]:
+    async def _save(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
         verdicts = await self._store.save(saves)
         done = zip(saves, verdicts, strict=True)
-        self.saves += [save for save, verdict in done if verdict is Saved.DONE]
-        assert Saved.MISSING not in verdicts
+        self.saves += [save for save, verdict in done if verdict is SaveResult.DONE]
+        assert SaveResult.MISSING not in verdicts
         return verdicts
 
     async def create(self, record, **what):
@@ -299,11 +306,11 @@ class CrashesMachine(RuleBasedStateMachine):
 
     # What the model sees of the real side.
 
-    def entry(self, name: str) -> Entry | None:
+    def entry(self, name: str) -> StoredSession | None:
         kept = self.store._sessions.get(name)
         return None if kept is None else kept.entry
 
-    def resident(self, server: Server, name: str) -> Session | None:
+    def resident(self, server: Server, name: str) -> ResidentSession | None:
         return server.rig.table.get(name)
 
     def settle(self, server: Server) -> None:
@@ -345,9 +352,9 @@ class CrashesMachine(RuleBasedStateMachine):
     def told(self, name: str) -> StepstateError:
         """Why there is no session of the name."""
         found = self.run(self.store.find(name))
-        if isinstance(found, Entry):
+        if isinstance(found, StoredSession):
             return SessionExpired(name, found.t, found.record.idle_timeout_seconds, "kept")
-        if not isinstance(found, Ending):
+        if not isinstance(found, Tombstone):
             return SessionUnknown(name)
         closed = found.reason is EndReason.CLOSED
         return SessionClosed(name, found.t) if closed else SessionLost(name)
@@ -380,8 +387,10 @@ class CrashesMachine(RuleBasedStateMachine):
         if entry.owner and kept.durability is Durability.NONE:
             return SessionLost(name)
         durable_t = 0 if kept.durability is Durability.NONE else entry.t
-        unplaced = entry.owner != "" and kept.durability is Durability.ASYNC
-        return Copy(kept.line, kept.durability, 0, kept.idle, entry.expires_at, durable_t, unplaced)
+        position_unknown = entry.owner != "" and kept.durability is Durability.ASYNC
+        return Copy(
+            kept.line, kept.durability, 0, kept.idle, entry.expires_at, durable_t, position_unknown
+        )
 
     def got(self, server: Server, name: str) -> Copy | None:
         """The copy that a server steps, made resident; None if there is none, which it says.
@@ -404,7 +413,7 @@ class CrashesMachine(RuleBasedStateMachine):
         assert server.rig.sessions.t(session) == found.line.t
         return found
 
-    def take_in(self, server: Server, name: str, copy: Copy, session: Session) -> None:
+    def take_in(self, server: Server, name: str, copy: Copy, session: ResidentSession) -> None:
         copy.epoch = session.epoch
         stale = server.copies.get(name)
         if stale is not copy:
@@ -483,10 +492,10 @@ class CrashesMachine(RuleBasedStateMachine):
         if self.resident(server, name).lease_in_doubt:
             self.refused(server, story, StoreUnavailable(""))
             return
-        if copy.unplaced and not with_t:
-            self.refused(server, story, StepUnplaced(name, t))
+        if copy.position_unknown and not with_t:
+            self.refused(server, story, StepPositionUnknown(name, t))
             return
-        copy.unplaced = False
+        copy.position_unknown = False
         if copy.durability is not Durability.SYNC:
             step = self.run(story)
             self.apply(copy, step, x, inspect=inspect)
@@ -607,7 +616,7 @@ class CrashesMachine(RuleBasedStateMachine):
             return await asyncio.gather(*map(play, plan))
 
         for name, steps in zip(plan, self.run(play_all()), strict=True):
-            copies[name].unplaced = False
+            copies[name].position_unknown = False
             for step in steps:
                 if copies[name].durability is Durability.SYNC:
                     assert step.durable_t == step.t_after
@@ -663,7 +672,7 @@ class CrashesMachine(RuleBasedStateMachine):
             return
         kept = Kept(source.line, durability or source.durability, source.idle)
         self.adopt(
-            server, new, server.rig.sessions.fork(name, Copying(new, None, durability)), kept
+            server, new, server.rig.sessions.fork(name, CopyOptions(new, None, durability)), kept
         )
 
     @rule(place=places, name=names)
@@ -681,7 +690,7 @@ class CrashesMachine(RuleBasedStateMachine):
         if not self.exported:
             return
         server, some = self.servers[place], self.exported[pick % len(self.exported)]
-        story = server.rig.sessions.restore(some.data, Copying(name, None, None))
+        story = server.rig.sessions.restore(some.data, CopyOptions(name, None, None))
         self.adopt(server, name, story, Kept(some.line, some.durability, some.idle))
 
     # Rules: faults.
@@ -818,9 +827,9 @@ class CrashesMachine(RuleBasedStateMachine):
         for name, kept in self.kept.items():
             assert self.entry(name).t == kept.line.t
         for server in self.servers:
-            sessions, lane = server.rig.sessions, server.rig.lane
-            assert len(sessions) == lane.open_sessions == len(server.copies) <= self.slots
-            assert sessions.queued_rows == lane.queued_rows == 0
+            sessions, scheduler = server.rig.sessions, server.rig.scheduler
+            assert len(sessions) == scheduler.open_sessions == len(server.copies) <= self.slots
+            assert sessions.queued_rows == scheduler.queued_rows == 0
             for name, copy in server.copies.items():
                 session = self.resident(server, name)
                 assert sessions.t(session) == copy.line.t

@@ -22,10 +22,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stepstate import errors
-from stepstate.sessions.opening import Copying
+from stepstate.sessions.options import CopyOptions
 from stepstate.stores import Durability, SessionStore, open_store
 from stepstate.stores.redis import keys
-from stepstate.transport import NativeService, Outgoing
+from stepstate.transport import ReplyBudget, StepstateServicer
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.networks import make_network
 from tests.redis_process import RedisProcess, redis_process
@@ -40,7 +40,7 @@ CLOSE = 1e-5
 DEEP = 100_000
 TYPED = (
     errors.SessionUnreadable,
-    errors.SnapshotForeign,
+    errors.SnapshotModelMismatch,
     errors.NotFound,
     errors.SessionExists,
     errors.StaleOwner,
@@ -120,8 +120,8 @@ class Door:
 
     def __init__(self, store: SessionStore, clock: Clock, owner: str) -> None:
         self.rig = Rig(MODEL, store=store, clock=clock, owner=owner)
-        self.native = NativeService(
-            self.rig.sessions, outgoing=Outgoing(), refused=lambda reason: None
+        self.native = StepstateServicer(
+            self.rig.sessions, outgoing=ReplyBudget(), refused=lambda reason: None
         )
 
     async def step(self, session_id: str, t: int) -> np.ndarray:
@@ -168,7 +168,7 @@ async def survive(home: FileHome | RedisHome | MemoryHome, damage: object) -> No
         sessions.look(ODD),
         sessions.get(ODD),
         sessions.open(opening(ODD)),
-        sessions.fork(ODD, Copying("copy", None, None)),
+        sessions.fork(ODD, CopyOptions("copy", None, None)),
         second.native.GetSession(pb.GetSessionRequest(session_id=ODD), None),
     ):
         with suppress(*TYPED):
@@ -207,7 +207,7 @@ class FileHome:
         self.path = folder / "sessions.db"
 
     async def open(self, clock: Clock) -> SessionStore:
-        return await open_store(f"sqlite:{self.path}", clock=clock, wall=clock)
+        return await open_store(f"sqlite:{self.path}", clock=clock, unix_time=clock)
 
     def damage(self, columns: dict[str, object]) -> None:
         with closing(sqlite3.connect(self.path, isolation_level=None)) as file:
@@ -226,7 +226,7 @@ class RedisHome:
         server.command("FLUSHALL")
 
     async def open(self, clock: Clock) -> SessionStore:
-        return await open_store(self.server.url, clock=clock, wall=clock)
+        return await open_store(self.server.url, clock=clock, unix_time=clock)
 
     def damage(self, fields: dict[str, bytes | None] | bytes) -> None:
         key = keys.session(ODD)

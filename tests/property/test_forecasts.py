@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from stepstate.sessions import Copying, Scenario, Wish
+from stepstate.sessions import CopyOptions, ForecastRequest, Scenario
 from tests import offline
 from tests.offline import forecasting_network
 from tests.unit.rig import Rig, model_of
@@ -33,7 +33,7 @@ scenarios = st.lists(rows, max_size=3).map(
     lambda paths: tuple(Scenario(str(n), path.ravel()) for n, path in enumerate(paths))
 )
 wishes = st.builds(
-    Wish,
+    ForecastRequest,
     st.integers(0, 5),
     st.lists(st.floats(0.01, 0.99), max_size=3).map(tuple),
     scenarios,
@@ -56,7 +56,7 @@ def test_forecasts_between_steps_change_nothing(which, first, actions):
             session = await rig.open(session_id, missing="impute")
             await rig.y(session, first)
         for number, action in enumerate(actions):
-            if isinstance(action, Wish):
+            if isinstance(action, ForecastRequest):
                 told = [await rig.sessions.forecast(["asked"], action) for _ in range(2)]
                 assert _bytes(told[0]) == _bytes(told[1])
             else:
@@ -65,9 +65,9 @@ def test_forecasts_between_steps_change_nothing(which, first, actions):
             if number == len(actions) // 2:
                 data, _ = await rig.sessions.export("asked")
                 await rig.sessions.close("asked")
-                await rig.sessions.restore(data, Copying("asked", None, None))
+                await rig.sessions.restore(data, CopyOptions("asked", None, None))
         slots = np.array([rig.sessions.find(name).slot for name in ("asked", "left")])
-        states = rig.lane.engine.read_states(slots)
+        states = rig.scheduler.engine.read_states(slots)
         assert states[0].tobytes() == states[1].tobytes()
 
     asyncio.run(run())

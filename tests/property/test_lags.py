@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepstate.sessions import Columns, Scenario, Session, Wish
+from stepstate.sessions import ForecastRequest, ResidentSession, RowBatch, Scenario
 from tests.networks import Network, make_network
 from tests.reference import Series
 from tests.unit.rig import Rig, model_of
@@ -82,7 +82,7 @@ MODELS = {key: model_of(network) for key, network in SENSORS.items()}
 class Pair:
     """A session, and what it should be."""
 
-    def __init__(self, rig: Rig, session: Session, series: Series) -> None:
+    def __init__(self, rig: Rig, session: ResidentSession, series: Series) -> None:
         self.rig = rig
         self.session = session
         self.series = series
@@ -116,7 +116,9 @@ class Pair:
         handles = np.array([self.session.handle])
         generations = self.rig.table.generation_array[handles]
         self.rig.sessions.accept(1, 1)
-        assert self.rig.lane.submit_pack(Columns(handles, generations, None, row), ReplyTo()).all()
+        assert self.rig.scheduler.submit_pack(
+            RowBatch(handles, generations, None, row), ReplyTo()
+        ).all()
         pack = await done
         assert not pack.errors
         return pack.y
@@ -128,7 +130,7 @@ class Pair:
         heat = np.array([[NAN, -1.5], [NAN, 0.0], [NAN, -0.5]], np.float32)
         scenario = Scenario("heat", heat.ravel())
         found = await self.rig.sessions.forecast(
-            [self.session.session_id], Wish(4, (0.5,), (scenario,))
+            [self.session.session_id], ForecastRequest(4, (0.5,), (scenario,))
         )
         values = found[0][0].outputs[0].values[:, 0]
         assert np.abs(values - self.series.forecast("flow", heat)).max() < CLOSE

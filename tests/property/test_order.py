@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 from stepstate.errors import StepstateError
 from stepstate.stores import Durability
-from stepstate.transport import NativeService, Outgoing
-from stepstate.transport.exchange import Exchange
+from stepstate.transport import ReplyBudget, StepstateServicer
+from stepstate.transport.bidi import BidiStream
 from stepstate.transport.packed import PackedStream
-from stepstate.transport.stream import StepStream
-from stepstate.transport.triton.sequences import Sequences
+from stepstate.transport.steps import StepStream
+from stepstate.transport.triton.sequences import SequenceService
 from stepstate.transport.triton.service import TritonService
 from stepstate.transport.triton.stream import InferStream
 from stepstate.v1 import stepstate_pb2 as pb
@@ -54,7 +54,7 @@ KINDS = (
     *("ModelInfer start", "ModelStreamInfer start", "ModelInfer end", "ModelStreamInfer end"),
 )
 STATES = ("unknown", "resident", "spilled", "elsewhere", "expired")
-GONE = {"SESSION_UNKNOWN", "SESSION_CLOSED", "SESSION_EXPIRED", "SEQUENCE_UNSTARTED"}
+GONE = {"SESSION_UNKNOWN", "SESSION_CLOSED", "SESSION_EXPIRED", "SEQUENCE_NOT_STARTED"}
 
 
 class Delayed(Lasting):
@@ -156,12 +156,12 @@ class Doors:
     asked: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
-        sessions, outgoing = self.rig.sessions, Outgoing()
-        self.native = NativeService(sessions, outgoing=outgoing, refused=_ignore)
+        sessions, outgoing = self.rig.sessions, ReplyBudget()
+        self.native = StepstateServicer(sessions, outgoing=outgoing, refused=_ignore)
         self.triton = TritonService(sessions, self.rig.metrics, outgoing)
-        sequences: Sequences = self.triton._sequences
+        sequences: SequenceService = self.triton._sequences
         self.wires = {kind: Wire() for kind in STREAMS}
-        streams: list[Exchange[Any, Any, Any]] = [
+        streams: list[BidiStream[Any, Any, Any]] = [
             StepStream(sessions, self.wires["StreamSteps"], outgoing=outgoing, refused=_ignore),
             PackedStream(sessions, self.wires["StreamPacked"], outgoing=outgoing, refused=_ignore),
             InferStream(

@@ -32,7 +32,7 @@ from tests.reference import lstm
 from tests.unit.rig import (
     GRACE_SECONDS,
     IDLE_SECONDS,
-    MOST_IDLE_SECONDS,
+    MAX_IDLE_SECONDS,
     Caller,
     Rig,
     model_of,
@@ -43,7 +43,7 @@ NETWORK = make_network("lstm", hidden=8, seed=1)
 MODEL = model_of(NETWORK)
 CLOSE = 1e-5
 WINDOW = 3
-MOST_SESSIONS = 3
+MAX_SESSIONS = 3
 
 names = st.sampled_from("aaaabbcd")
 seeds = st.integers(0, 2**32 - 1)
@@ -135,7 +135,7 @@ class SessionsMachine(RuleBasedStateMachine):
     def start(self, chunk_rows: int, batch_rows: int) -> None:
         self.rig = Rig(
             MODEL,
-            max_sessions=MOST_SESSIONS,
+            max_sessions=MAX_SESSIONS,
             replay_rows=WINDOW,
             chunk_rows=chunk_rows,
             batch_rows=batch_rows,
@@ -216,7 +216,7 @@ class SessionsMachine(RuleBasedStateMachine):
 
     # Rules.
 
-    @rule(name=names, idle=st.sampled_from([None, 20.0, MOST_IDLE_SECONDS]))
+    @rule(name=names, idle=st.sampled_from([None, 20.0, MAX_IDLE_SECONDS]))
     def open(self, name: str, idle: float | None) -> None:
         self.open_or_be_refused(name, idle)
 
@@ -225,8 +225,8 @@ class SessionsMachine(RuleBasedStateMachine):
         story = self.rig.open(name, idle=idle)
         if isinstance(found, Open):
             self.refused(story, SessionExists(name, found.t))
-        elif self.held() >= MOST_SESSIONS:
-            self.refused(story, SessionLimit(MOST_SESSIONS))
+        elif self.held() >= MAX_SESSIONS:
+            self.refused(story, SessionLimit(MAX_SESSIONS))
         else:
             self.run(story)
             idle = IDLE_SECONDS if idle is None else idle
@@ -379,8 +379,8 @@ class SessionsMachine(RuleBasedStateMachine):
             self.refused(story, SessionExists(name, found.t))
         elif not isinstance(known, Expired):
             self.refused(story, found)
-        elif self.held() >= MOST_SESSIONS:
-            self.refused(story, SessionLimit(MOST_SESSIONS))
+        elif self.held() >= MAX_SESSIONS:
+            self.refused(story, SessionLimit(MAX_SESSIONS))
         else:
             session = self.run(story)
             assert self.rig.sessions.t(session) == known.session.t
@@ -399,9 +399,7 @@ class SessionsMachine(RuleBasedStateMachine):
         kept = [name for name, known in self.model.items() if isinstance(known, Expired)]
         gone = [name for name in kept if name not in self.rig.store._expired]
         early = [name for name in gone if self.model[name].delete_at >= self.now]
-        assert len(early) == max(
-            0, self.held() + len(kept) - len(gone) + len(early) - MOST_SESSIONS
-        )
+        assert len(early) == max(0, self.held() + len(kept) - len(gone) + len(early) - MAX_SESSIONS)
         for name in gone:
             error = replace(self.model[name].error, restore_until="")
             self.model[name] = Ended(error, self.now + ENDING_SECONDS)
@@ -412,8 +410,8 @@ class SessionsMachine(RuleBasedStateMachine):
         if not hasattr(self, "rig"):
             return
         sessions = self.rig.sessions
-        assert len(sessions) == self.rig.lane.open_sessions == self.held()
-        assert sessions.queued_rows == self.rig.lane.queued_rows == 0
+        assert len(sessions) == self.rig.scheduler.open_sessions == self.held()
+        assert sessions.queued_rows == self.rig.scheduler.queued_rows == 0
         for standing in self.run(sessions.page("", 10, ""))[0]:
             known = self.model[standing.record.session_id]
             assert standing.t == known.t

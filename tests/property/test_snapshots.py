@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stepstate.errors import SnapshotCorrupt
-from stepstate.sessions.opening import Copying
-from stepstate.sessions.snapshot import Snapshot, decode, encode
-from stepstate.sessions.window import Remains, Remembered
+from stepstate.sessions.options import CopyOptions
+from stepstate.sessions.replay import CachedReply, ReplayState
+from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.stores import Durability, MissingPolicy, SessionRecord
 from tests.networks import make_network
 from tests.offline import forecasting_network
@@ -51,12 +51,12 @@ def records(draw) -> SessionRecord:
 
 
 @st.composite
-def replies(draw, t: int) -> Remembered:
+def replies(draw, t: int) -> CachedReply:
     rows, width = draw(st.integers(1, 4)), draw(st.integers(1, 3))
     layer = st.dictionaries(st.sampled_from("ifgoch"), floats(rows, width), min_size=1, max_size=3)
     layers = draw(st.none() | st.lists(layer, min_size=1, max_size=2))
     digest = draw(st.binary(min_size=16, max_size=16))
-    return Remembered(t, rows, draw(st.binary(max_size=40)), layers, digest)
+    return CachedReply(t, rows, draw(st.binary(max_size=40)), layers, digest)
 
 
 @st.composite
@@ -64,7 +64,7 @@ def snapshots(draw) -> Snapshot:
     t = draw(st.integers(0, 2**53 - 1))
     rows, width = draw(st.integers(0, min(t, 5))), draw(st.integers(1, 6))
     stamps = draw(hnp.arrays(np.int64, rows, elements=st.integers(1, max(1, t)), unique=True))
-    window = Remains(
+    window = ReplayState(
         stamps, draw(floats(rows, width)), tuple(draw(st.lists(replies(t), max_size=3)))
     )
     return Snapshot(
@@ -132,7 +132,7 @@ async def _go_on_elsewhere(which: int, sizes: list[int], *, inspect: bool, seed:
         t = here.sessions.t(session)
         sent.append((x, t, await here.step(session, x, t, inspect=inspect)))
     snapshot, _ = await here.sessions.export("a")
-    copy = await there.sessions.restore(snapshot, Copying("", None, None))
+    copy = await there.sessions.restore(snapshot, CopyOptions("", None, None))
     assert there.sessions.t(copy) == here.sessions.t(session)
     for x, t, _ in sent:
         first = await here.step(session, x, t, inspect=inspect)

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from stepstate.client.times import MAX_GAP_ROWS, Clock, Times
+from stepstate.client.times import MAX_GAP_ROWS, RowClock, Times
 from stepstate.errors import InvalidField
 
 START = datetime(2026, 1, 5, tzinfo=UTC)
@@ -37,7 +37,7 @@ def first_bad(moved: list[float], *, fill: bool) -> int:
     return len(moved)
 
 
-def apply(made: Clock, times: np.ndarray, t: int, found: list[int]) -> str:
+def apply(made: RowClock, times: np.ndarray, t: int, found: list[int]) -> str:
     """Adds the places of rows in the session to those found, or tells why there are none."""
     try:
         found += [t + int(after) for after in made.place(Times(times, naive=False), t, "x")]
@@ -62,7 +62,7 @@ def test_rows_are_placed_up_to_the_first_that_is_no_next_one(
     begin = int(START.timestamp() * 1e6)
     places = np.cumsum(moved) - 1
     times = (begin + places * step).astype(np.int64)
-    made = Clock("m/1", interval, START, takes_missing=fill)
+    made = RowClock("m/1", interval, START, takes_missing=fill)
     bad, t, found = first_bad(moved, fill=fill), 0, []
     edges = [0, *sorted(cut for cut in cuts if cut < len(moved)), len(moved)]
     for first, end in pairwise(edges):

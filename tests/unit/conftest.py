@@ -46,4 +46,4 @@ def rig(make_rig: Callable[..., Rig]) -> Iterator[Rig]:
     """Sessions of the LSTM; at the end nothing may be left in the queues."""
     made = make_rig()
     yield made
-    assert made.sessions.queued_rows == made.lane.queued_rows == 0
+    assert made.sessions.queued_rows == made.scheduler.queued_rows == 0

@@ -11,14 +11,22 @@ from prometheus_client import CollectorRegistry
 from stepstate.engine import use_one_thread
 from stepstate.metrics import Metrics
 from stepstate.models import Catalog, Manifest, Model
-from stepstate.sessions import Lane, Limits, Opening, Session, Sessions, Step, Table
+from stepstate.sessions import (
+    Limits,
+    OpenOptions,
+    ResidentSession,
+    SessionService,
+    Step,
+    StepScheduler,
+    Table,
+)
 from stepstate.stores import Durability, MemoryStore, MissingPolicy, SessionStore
 from tests.networks import Network, make_network
 
 use_one_thread()  # as the server does
 
 IDLE_SECONDS = 100.0
-MOST_IDLE_SECONDS = 1000.0
+MAX_IDLE_SECONDS = 1000.0
 GRACE_SECONDS = 10_000.0
 
 
@@ -83,11 +91,11 @@ class Rig:
         queued_requests: int = 1000,
         queued_rows: int = 100_000,
         backlog_rows: int = 1000,
-        most_sessions: int = 1000,
+        stored_sessions: int = 1000,
         owner: str = "here",
         accelerator: str | None = None,
         clock: Clock | None = None,
-        wall: Callable[[], float] | None = None,
+        unix_time: Callable[[], float] | None = None,
         grace_seconds: float = GRACE_SECONDS,
     ) -> None:
         self.clock = clock if clock is not None else Clock()
@@ -96,7 +104,7 @@ class Rig:
         self.registry = CollectorRegistry()
         self.metrics = Metrics(self.registry, limits={})
         self.table = Table(max_sessions)
-        self.sessions = Sessions(
+        self.sessions = SessionService(
             Catalog(models),
             self.table,
             self.store,
@@ -104,29 +112,29 @@ class Rig:
                 queued_requests=queued_requests,
                 queued_rows=queued_rows,
                 default_idle_seconds=IDLE_SECONDS,
-                most_idle_seconds=MOST_IDLE_SECONDS,
+                max_idle_seconds=MAX_IDLE_SECONDS,
                 expired_grace_seconds=grace_seconds,
-                sessions=most_sessions if durable else max_sessions,
+                sessions=stored_sessions if durable else max_sessions,
                 durability=Durability.ASYNC,
                 durable=durable,
             ),
             owner=owner,
             clock=self.clock,
-            wall=wall or self.clock,
+            unix_time=unix_time or self.clock,
             observer=self.metrics,
         )
         for model in models:
             metrics = self.metrics.model(model.manifest.name, model.manifest.version)
-            metrics.lane = self.sessions.lanes[model.key] = Lane(
+            metrics.scheduler = self.sessions.schedulers[model.key] = StepScheduler(
                 model,
                 self.table,
-                number=len(self.sessions.lanes),
+                number=len(self.sessions.schedulers),
                 clock=self.clock,
                 observer=metrics,
                 settled=self.sessions.settled,
                 commit=self.sessions.saver.commit,
-                urge=self.sessions.saver.urge,
-                doubt=self.sessions.saver.doubt if durable else None,
+                request_flush=self.sessions.saver.request_flush,
+                verify_lease=self.sessions.saver.verify_lease if durable else None,
                 backlog_rows=backlog_rows,
                 capacity=max_sessions,
                 batch_rows=batch_rows,
@@ -135,22 +143,22 @@ class Rig:
                 replay_bytes=replay_bytes,
                 accelerator=accelerator or self.accelerator,
             )
-        self.lane = next(iter(self.sessions.lanes.values()))
+        self.scheduler = next(iter(self.sessions.schedulers.values()))
 
     @property
     def results(self) -> dict[str, int]:
         """How the steps of the first model ended, by result; without those at 0."""
-        manifest = self.lane.model.manifest
+        manifest = self.scheduler.model.manifest
         steps = self.metrics.model(manifest.name, manifest.version).steps
         return {result: count for result, count in steps.items() if count}
 
-    async def open(self, session_id: str = "a", **options: object) -> Session:
+    async def open(self, session_id: str = "a", **options: object) -> ResidentSession:
         """Opens a session of the first model, unless told otherwise."""
         return await self.sessions.open(opening(session_id, **options))
 
     def send(
         self,
-        session: Session,
+        session: ResidentSession,
         x: object,
         t: int | None = None,
         *,
@@ -163,20 +171,20 @@ class Rig:
         return caller
 
     async def step(
-        self, session: Session, x: object, t: int | None = None, **options: bool
+        self, session: ResidentSession, x: object, t: int | None = None, **options: bool
     ) -> Step:
         """Submits rows and waits for their outcome."""
         return await self.send(session, x, t, **options).outcome()
 
     async def y(
-        self, session: Session, x: object, t: int | None = None, **options: bool
+        self, session: ResidentSession, x: object, t: int | None = None, **options: bool
     ) -> np.ndarray:
         """The outputs [T, O] of rows."""
         return outputs(await self.step(session, x, t, **options))
 
 
 def request(
-    session: Session,
+    session: ResidentSession,
     x: object,
     t: int | None,
     caller: Caller,
@@ -205,9 +213,9 @@ def opening(
     durability: Durability | None = None,
     missing: str = "reject",
     level: float | None = None,
-) -> Opening:
+) -> OpenOptions:
     policy = MissingPolicy(missing)
-    return Opening(session_id, model, version, idle, start, durability, policy, level)
+    return OpenOptions(session_id, model, version, idle, start, durability, policy, level)
 
 
 class Lasting(MemoryStore):
@@ -218,7 +226,7 @@ class Lasting(MemoryStore):
 
 def outputs(step: Step) -> np.ndarray:
     """y [T, O] of an outcome."""
-    width = step.session.lane.model.manifest.output_width
+    width = step.session.scheduler.model.manifest.output_width
     return np.frombuffer(step.y, "<f4").reshape(-1, width)
 
 

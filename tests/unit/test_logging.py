@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from stepstate.logs import configure_logs
+from stepstate.logging import configure_logs
 
 
 @pytest.fixture(autouse=True)

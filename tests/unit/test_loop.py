@@ -16,8 +16,8 @@ import grpc
 import pytest
 
 from benchmarks import echo
-from stepstate import events
-from stepstate.events import ServerLoop
+from stepstate import loop
+from stepstate.loop import ServerLoop
 
 _IMPORTS = """
 import os, sys
@@ -57,7 +57,7 @@ def test_grpc_knows_what_it_is_told() -> None:
 
 def test_settings_of_an_operator_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GRPC_EXPERIMENTS", "tcp_frame_size_tuning")
-    events.set_up_grpc()
+    loop.set_up_grpc()
     assert os.environ["GRPC_EXPERIMENTS"] == "tcp_frame_size_tuning"
 
 
@@ -94,7 +94,7 @@ def test_another_loop_of_the_process_may_take_the_bytes_first(
     with told, teller:
         told.settimeout(0)
         teller.send(b"123")
-        events._at_once(told, array.array("i", [0]), lambda: told.recv(1))
+        loop._at_once(told, array.array("i", [0]), lambda: told.recv(1))
         with pytest.raises(BlockingIOError):
             told.recv(1)
 
@@ -111,13 +111,13 @@ def test_other_readers_get_every_byte() -> None:
 def test_grpc_is_read_in_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its class is known by name only: a new name would go unseen, and cost a third."""
     turns: list[socket.socket] = []
-    at_once = events._at_once
+    at_once = loop._at_once
 
     def counted(told: socket.socket, *rest: object) -> None:
         turns.append(told)
         at_once(told, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(events, "_at_once", counted)
+    monkeypatch.setattr(loop, "_at_once", counted)
     with asyncio.Runner(loop_factory=ServerLoop) as runner:
         replies = runner.run(_talk())
     assert replies == [b"0", b"1", b"2"]

@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stepstate.errors import StoreUnavailable
 from stepstate.metrics import ROWS, SECONDS, Histogram, Metrics
-from stepstate.sessions.link import STEADY_SECONDS
+from stepstate.sessions.monitored_store import STEADY_SECONDS
 from tests.offline import forecasting_network, outputs, track
 from tests.unit.rig import Lasting, model_of, rows_of
 

@@ -13,7 +13,7 @@ import click
 
 from stepstate.cli.options import format_options, server_option
 from stepstate.cli.plot import plot_forecasts
-from stepstate.cli.rows import BadRow, Format, Rows, whole
+from stepstate.cli.rows import BadRow, Format, RowReader, whole
 from stepstate.cli.values import short, without_nan
 from stepstate.client import Client, Forecast, ModelInfo, OutputForecast, TimedRows
 from stepstate.errors import StepstateError
@@ -98,7 +98,7 @@ def _scenarios(model: ModelInfo, files: Iterable[Path], format_: Format) -> Scen
         if file.stem in found:
             raise BadRow(f"two scenarios have the name {file.stem!r}: rename {file}")
         with file.open("rb") as lines:
-            rows = Rows(lines, model, str(file), empty=True, part=True, format_=format_)
+            rows = RowReader(lines, model, str(file), empty=True, part=True, format_=format_)
             found[file.stem], _ = whole(rows)
     return found or None
 

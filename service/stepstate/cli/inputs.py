@@ -10,12 +10,12 @@ from itertools import chain
 from pathlib import Path
 
 from stepstate.cli.progress import lines_with_progress, progress_bar
-from stepstate.cli.rows import BadRow, Format, Rows, whole
+from stepstate.cli.rows import BadRow, Format, RowReader, whole
 from stepstate.client import ModelInfo, Session, TimedRows
 from stepstate.errors import InvalidField, NonFiniteInput, NonFiniteResult
 
 
-class Input:
+class InputReader:
     """The rows of standard input.
 
     Args:
@@ -26,7 +26,7 @@ class Input:
 
     def __init__(self, model: ModelInfo, format_: Format, *, empty: bool) -> None:
         lines = lines_with_progress(sys.stdin.buffer)
-        self._rows = Rows(lines, model, "the input", empty=empty, format_=format_)
+        self._rows = RowReader(lines, model, "the input", empty=empty, format_=format_)
         self._items = iter(self._rows)
 
     @property
@@ -58,7 +58,7 @@ class Input:
             raise BadRow(f"{rows.place}: {problem}") from error
 
 
-class History:
+class HistoryFile:
     """The rows of a file, all at once: nothing is opened for a file that can't be read.
 
     Args:
@@ -71,7 +71,7 @@ class History:
     def __init__(self, file: Path, model: ModelInfo, format_: Format, *, empty: bool) -> None:
         self._file = file
         with file.open("rb") as lines:
-            rows = Rows(lines, model, str(file), empty=empty, format_=format_)
+            rows = RowReader(lines, model, str(file), empty=empty, format_=format_)
             self._rows, self._lines = whole(rows)
 
     @property

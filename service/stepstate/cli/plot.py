@@ -17,12 +17,12 @@ from stepstate.client import Forecast, OutputForecast
 
 _COLORS = ("cyan", "magenta", "yellow", "green", "red")
 _BOUNDS = "blue"
-_MOST_WIDTH, _FRAME = 100, 12  # columns; those beside the plot have the numbers of the axis
+_MAX_WIDTH, _FRAME = 100, 12  # columns; those beside the plot have the numbers of the axis
 
 
 def plot_forecasts(forecasts: Sequence[Forecast], *, color: bool) -> str:
     """A plot for each output: each scenario's median, and the bounds of its interval."""
-    width = min(_MOST_WIDTH, shutil.get_terminal_size().columns) - _FRAME
+    width = min(_MAX_WIDTH, shutil.get_terminal_size().columns) - _FRAME
     plots = [_plot(forecasts, name, max(20, width), color=color) for name in _names(forecasts)]
     return "\n".join(plots)
 

@@ -46,7 +46,7 @@ class _Columns:
     named: bool = False
 
 
-class Rows:
+class RowReader:
     """Rows [D]. A first line that holds names is a header: its columns are taken by name.
 
     Cells are separated by commas, semicolons or tabs; with the latter two
@@ -246,7 +246,7 @@ def _texts(lines: Iterable[bytes]) -> Iterator[str]:
         encoding = "utf-8"
 
 
-def whole(rows: Rows) -> tuple[TimedRows | list[list[float]], list[int]]:
+def whole(rows: RowReader) -> tuple[TimedRows | list[list[float]], list[int]]:
     """All rows at once, with the number of each one's line.
 
     Raises:

@@ -16,8 +16,8 @@ import click
 from stepstate.cli.options import INTERRUPTED, option
 from stepstate.config import ConfigError, ServerConfig
 from stepstate.errors import ModelInvalid
-from stepstate.events import ServerLoop, set_up_grpc
-from stepstate.logs import configure_logs
+from stepstate.logging import configure_logs
+from stepstate.loop import ServerLoop, set_up_grpc
 
 if TYPE_CHECKING:
     from stepstate.server import Server
@@ -56,14 +56,14 @@ def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
 
 def _run(config: ServerConfig) -> bool:
     # Only now, since they import torch: a wrong option and --help are answered at once.
-    from stepstate.engine import NoAccelerator  # noqa: PLC0415
-    from stepstate.server import CannotListen, serve  # noqa: PLC0415
-    from stepstate.stores import CannotOpenStore  # noqa: PLC0415
+    from stepstate.engine import DeviceUnavailable  # noqa: PLC0415
+    from stepstate.server import ListenError, serve  # noqa: PLC0415
+    from stepstate.stores import StoreOpenError  # noqa: PLC0415
 
     try:
         with asyncio.Runner(loop_factory=ServerLoop) as runner:
             return runner.run(serve(config, _announce))
-    except (ModelInvalid, CannotListen, CannotOpenStore, NoAccelerator) as error:
+    except (ModelInvalid, ListenError, StoreOpenError, DeviceUnavailable) as error:
         raise click.ClickException(str(error)) from error
     except MemoryError as error:
         raise click.ClickException(

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import click
 
-from stepstate.cli.inputs import History, Input
+from stepstate.cli.inputs import HistoryFile, InputReader
 from stepstate.cli.options import format_options, option, server_option
 from stepstate.cli.rows import BadRow, Format
 from stepstate.client import (
@@ -106,8 +106,8 @@ def step_command(
                 _agree(session.info, wishes, history)
             info = client.model(model, version) if session is None else session.model
             empty = (missing if session is None else session.info.missing) in ("impute", "hold")
-            past = None if history is None else History(history, info, format_, empty=empty)
-            given = Input(info, format_, empty=empty)
+            past = None if history is None else HistoryFile(history, info, format_, empty=empty)
+            given = InputReader(info, format_, empty=empty)
             if session is None:
                 session = client.open(
                     model,
@@ -195,7 +195,7 @@ def _ending(session: Session, *, named: bool, keep: bool) -> Iterator[None]:
         session.close()
 
 
-def _run(session: Session, given: Input, output: str) -> None:
+def _run(session: Session, given: InputReader, output: str) -> None:
     names = session.model.output_columns
     timed = session.time(0) is not None
     writer = csv.writer(sys.stdout, lineterminator="\n")

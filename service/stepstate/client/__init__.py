@@ -5,17 +5,17 @@
 >>> client.disconnect()
 """
 
-from stepstate.client.aio import AsyncClient
-from stepstate.client.aio_pack import AsyncPack
-from stepstate.client.aio_session import AsyncSession
+from stepstate.client._protocol.packed import PackedResult
+from stepstate.client.aio.client import AsyncClient
+from stepstate.client.aio.pack import AsyncPack
+from stepstate.client.aio.session import AsyncSession
 from stepstate.client.forecast import Forecast, OutputForecast
 from stepstate.client.outputs import Outputs
-from stepstate.client.packing import PackedResult
-from stepstate.client.sync import Client
-from stepstate.client.sync_pack import Pack
-from stepstate.client.sync_session import Session
+from stepstate.client.sync.client import Client
+from stepstate.client.sync.pack import Pack
+from stepstate.client.sync.session import Session
 from stepstate.client.times import TimedRows
-from stepstate.client.values import (
+from stepstate.client.types import (
     Accuracy,
     Drift,
     Durability,

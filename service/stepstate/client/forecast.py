@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepstate.client.times import TimedRows
-from stepstate.client.values import Floats
+from stepstate.client.types import Floats
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -14,9 +14,9 @@ from typing import TypeGuard, TypeVar, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stepstate.client.footing import Footing
+from stepstate.client.base_session import BaseSession
 from stepstate.client.times import TimedRows, first_time
-from stepstate.client.values import Floats, ModelInfo
+from stepstate.client.types import Floats, ModelInfo
 from stepstate.errors import InvalidField, NonFiniteInput, StepstateError
 
 PIECE_ROWS = 8_192
@@ -27,14 +27,14 @@ PIECE_BYTES = 2**20
 IN_FLIGHT = 4
 """Pieces: enough that the server never waits for the next one."""
 
-S = TypeVar("S", bound=Footing)
+S = TypeVar("S", bound=BaseSession)
 History = ArrayLike | TimedRows | Iterable[ArrayLike | TimedRows]
 """Rows [T, D], or an iterable of such, which needs not be in memory as a whole."""
 Progress = Callable[[int, int | None], object]
 """Called with the rows that are done, and with all there are, None where that is not known."""
 
 
-class Feed:
+class HistoryReader:
     """A history that a session is brought through.
 
     Args:
@@ -48,7 +48,7 @@ class Feed:
 
     def __init__(
         self,
-        session: Footing,
+        session: BaseSession,
         history: History | AsyncIterable[ArrayLike | TimedRows],
         progress: Progress | None = None,
     ) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.client.times import to_datetime
-from stepstate.client.values import Floats, ModelInfo, Output
+from stepstate.client.types import Floats, ModelInfo, Output
 from stepstate.errors import InvalidField
 
 if TYPE_CHECKING:

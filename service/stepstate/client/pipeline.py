@@ -4,7 +4,7 @@ Rule 1: every item has one result; those of a session come in the order of its i
 Rule 2: a session has at most `WINDOW` items sent and not yet taken by the application, so
         that a server remembers all whose outputs the application may not have.
 Rule 3: sessions take turns at sending. One that recovers, waits or is full lets its items
-        queue here; only when `most` items, or `MOST_BYTES`, are here does the source wait.
+        queue here; only when `most` items, or `MAX_BYTES`, are here does the source wait.
 """
 
 from __future__ import annotations
@@ -17,25 +17,25 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import grpc
 from numpy.typing import ArrayLike
 
-from stepstate.client import wire
-from stepstate.client.backlog import Sent
-from stepstate.client.backoff import Backoff
-from stepstate.client.footing import Footing
+from stepstate.client import convert
+from stepstate.client._protocol.backoff import Backoff
+from stepstate.client._protocol.replay import SentRequest
+from stepstate.client._protocol.steps import WINDOW, StepProtocol
+from stepstate.client.base_session import BaseSession
 from stepstate.client.times import TimedRows
-from stepstate.client.track import WINDOW, Track
-from stepstate.client.values import Result
+from stepstate.client.types import Result
 from stepstate.errors import InvalidField, ServerUnreachable, StepstateError, Unavailable
 from stepstate.v1 import stepstate_pb2 as pb
 
 if TYPE_CHECKING:
     Call = grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]
 
-S = TypeVar("S", bound=Footing)
+S = TypeVar("S", bound=BaseSession)
 Items = Iterable[tuple[S, ArrayLike | TimedRows]] | AsyncIterable[tuple[S, ArrayLike | TimedRows]]
 
-MOST_ITEMS = 10_000
+MAX_ITEMS = 10_000
 """Of all sessions together: some hundred a session for as many sessions."""
-MOST_BYTES = 64 * 2**20
+MAX_BYTES = 64 * 2**20
 """Four of the longest requests."""
 _AT_ONCE = 64  # items of a source that never waits, between two turns of the loop
 
@@ -55,7 +55,7 @@ class _Bell:
         await self._waiter
 
 
-class _Way(Track, Generic[S]):
+class _SessionQueue(StepProtocol, Generic[S]):
     """A session's track in a pipeline."""
 
     def __init__(self, session: S, timeout: float) -> None:
@@ -83,15 +83,17 @@ class Pipeline(Generic[S]):
         *,
         target: str,
         timeout: float,
-        most: int = MOST_ITEMS,
+        most: int = MAX_ITEMS,
     ) -> None:
         self._connect = connect
         self._target = target
         self._timeout = timeout
         self._most = most
-        self._ways: dict[str, _Way[S]] = {}
-        self._ready: deque[_Way[S]] = deque()
-        self._results: deque[tuple[_Way[S], Sent | None, pb.StepResponse | None]] = deque()
+        self._ways: dict[str, _SessionQueue[S]] = {}
+        self._ready: deque[_SessionQueue[S]] = deque()
+        self._results: deque[
+            tuple[_SessionQueue[S], SentRequest | None, pb.StepResponse | None]
+        ] = deque()
         self._inside = 0  # items without a result that was taken
         self._inside_bytes = 0
         self._unanswered = 0
@@ -125,17 +127,19 @@ class Pipeline(Generic[S]):
         self._running.cancel()
         await asyncio.gather(self._feeding, self._running, return_exceptions=True)
 
-    def _take(self, way: _Way[S], sent: Sent | None, response: pb.StepResponse | None) -> Result[S]:
+    def _take(
+        self, way: _SessionQueue[S], sent: SentRequest | None, response: pb.StepResponse | None
+    ) -> Result[S]:
         """Makes a result of an answer, and room for another item."""
         self._inside -= 1
         if sent is None or response is None:
             result = Result(way.session, None, way.error)
         else:
-            way.untaken -= 1
+            way.missing_reason -= 1
             self._inside_bytes -= len(sent.data)
             self._line_up(way)
-            y = wire.outputs(response, way.session.model)
-            told = wire.stand_ins(response)
+            y = convert.outputs(response, way.session.model)
+            told = convert.stand_ins(response)
             way.session.arrived(sent.end, **told)
             moment = way.session.time()
             result = Result(way.session, y[0], None, **told, t=sent.end, time=moment)
@@ -153,7 +157,7 @@ class Pipeline(Generic[S]):
                 count += 1
                 if count % _AT_ONCE == 0:
                     await asyncio.sleep(0)
-                while self._inside >= self._most or self._inside_bytes >= MOST_BYTES:
+                while self._inside >= self._most or self._inside_bytes >= MAX_BYTES:
                     await self._room.wait()
         except Exception as error:  # noqa: BLE001 - whatever the application's iterator raises
             self._failure = error
@@ -177,10 +181,10 @@ class Pipeline(Generic[S]):
         self._unanswered += 1
         self._line_up(way)
 
-    def _way(self, session: S) -> _Way[S]:
+    def _way(self, session: S) -> _SessionQueue[S]:
         way = self._ways.get(session.session_id)
         if way is None:
-            way = self._ways[session.session_id] = _Way(session, self._timeout)
+            way = self._ways[session.session_id] = _SessionQueue(session, self._timeout)
         elif way.session is not session:
             raise InvalidField(
                 "items",
@@ -189,7 +193,7 @@ class Pipeline(Generic[S]):
             )
         return way
 
-    def _line_up(self, way: _Way[S]) -> None:
+    def _line_up(self, way: _SessionQueue[S]) -> None:
         if not way.ready and way.sendable:
             way.ready = True
             self._ready.append(way)
@@ -208,7 +212,7 @@ class Pipeline(Generic[S]):
             try:
                 await self._converse()
             except grpc.aio.AioRpcError as failure:
-                error = wire.from_rpc(failure, self._target)
+                error = convert.from_rpc(failure, self._target)
             except Unavailable as ended:
                 error = ended
             if error is None or not self._unanswered:
@@ -246,7 +250,7 @@ class Pipeline(Generic[S]):
                     way = ready.popleft()
                     way.ready = False
                     if way.sendable:
-                        request = wire.step_request(way.session.session_id, way.next())
+                        request = convert.step_request(way.session.session_id, way.next())
                         self._line_up(way)
                         await call.write(request)
                 if self._fed and not self._unanswered:
@@ -260,13 +264,13 @@ class Pipeline(Generic[S]):
         self._backoff = None
         way = self._ways.get(response.session_id)
         if way is None:
-            raise wire.from_status(response.error)
+            raise convert.from_status(response.error)
         if response.HasField("error"):
-            way.refused(wire.from_status(response.error))
+            way.refused(convert.from_status(response.error))
         else:
             sent = way.answered(response.durable_t)
             if sent is not None:
-                way.untaken += 1
+                way.missing_reason += 1
                 self._answered(1)
                 self._results.append((way, sent, response))
                 self._to_take.ring()
@@ -277,11 +281,11 @@ class Pipeline(Generic[S]):
         self._settle(way)
         self._line_up(way)
 
-    def _resume(self, way: _Way[S]) -> None:
+    def _resume(self, way: _SessionQueue[S]) -> None:
         way.resume()
         self._line_up(way)
 
-    def _settle(self, way: _Way[S]) -> None:
+    def _settle(self, way: _SessionQueue[S]) -> None:
         """Gives the items of a session that can't go on their results."""
         if way.error is None:
             return

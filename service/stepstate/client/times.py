@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from stepstate.client.values import Floats, ModelInfo
+from stepstate.client.types import Floats, ModelInfo
 from stepstate.errors import InvalidField
 
 Microseconds = NDArray[np.int64]
@@ -217,7 +217,7 @@ def _plain(moment: Any) -> Any:
     raise TypeError(f"{moment!r} is a {type(moment).__name__}, not a datetime")
 
 
-class Clock:
+class RowClock:
     """The times of a session's rows.
 
     Args:
@@ -242,7 +242,7 @@ class Clock:
         self._last: tuple[int, int] | None = None  # without an interval: t and time of a row
         self._steps: deque[int] = deque(maxlen=_SESSION_SPACINGS)  # rows from one row to the next
 
-    def follow(self, source: Clock) -> None:
+    def follow(self, source: RowClock) -> None:
         """Goes on where a clock stands, as that of a fork does."""
         self._start, self._last = source._start, source._last
         self._steps = source._steps.copy()
@@ -285,7 +285,7 @@ class Clock:
         if len(times.utc) == 1 and self._is_next(int(times.utc[0]), t):
             self._steps.append(1)
             return _NEXT
-        report = Report(field, times, first_row)
+        report = TimeErrors(field, times, first_row)
         if self._interval is None:
             return self._place_by_order(times, t, report)
         fill = self._takes_missing if takes_missing is None else takes_missing
@@ -303,14 +303,14 @@ class Clock:
 
     def lay_out(self, times: Times, t: int, field: str) -> NDArray[np.int64]:
         """The same for rows that are not applied, those of a scenario, which may lack some."""
-        report = Report(field, times, 0)
+        report = TimeErrors(field, times, 0)
         if self._interval is None:
             report.check_order()
             return np.arange(len(times.utc))
         return self._check(times, t, report, fill=True)[1]
 
     def _check(
-        self, times: Times, t: int, report: Report, *, fill: bool
+        self, times: Times, t: int, report: TimeErrors, *, fill: bool
     ) -> tuple[int, NDArray[np.int64]]:
         """The time of row 0, and where each row is, counted from row t on."""
         interval = self._interval or 1
@@ -336,14 +336,14 @@ class Clock:
             f"{timedelta(microseconds=interval)}, one of them at {told(next_time)}",
         )
 
-    def _early(self, after: int, next_time: int, t: int, report: Report) -> InvalidField:
+    def _early(self, after: int, next_time: int, t: int, report: TimeErrors) -> InvalidField:
         problem = f"{{}}; the session is at t={t}, and its next row is that of {told(next_time)}"
         hint = "leave out the rows that it has already"
         if -after * (self._interval or 1) == _HOUR and report.may_end_saving(0):
             hint = _ENDS
         return report.error(0, f"{problem}: {hint}")
 
-    def _place_by_order(self, times: Times, t: int, report: Report) -> NDArray[np.int64]:
+    def _place_by_order(self, times: Times, t: int, report: TimeErrors) -> NDArray[np.int64]:
         """For a model that knows no time: all there is to check is that it goes on."""
         if self._last is not None and self._last[0] == t - 1 and times.utc[0] <= self._last[1]:
             raise report.error(0, f"{{}}, not after the row before it at {told(self._last[1])}")
@@ -351,7 +351,7 @@ class Clock:
         self._last = t + len(times.utc) - 1, int(times.utc[-1])
         return np.arange(len(times.utc))
 
-    def _check_spacing(self, times: Times, report: Report) -> None:
+    def _check_spacing(self, times: Times, report: TimeErrors) -> None:
         """Rows from last to first, or of another step than the model's, are told as that."""
         spacings = np.diff(times.utc)
         if len(spacings) and (spacings < 0).all():
@@ -361,14 +361,14 @@ class Clock:
         if (spacings == spacings[0]).all() and abs(spacings[0] - (self._interval or 0)) > 1_000:
             raise self._other_step(int(spacings[0]), report)
 
-    def _other_step(self, spacing: int, report: Report) -> InvalidField:
+    def _other_step(self, spacing: int, report: TimeErrors) -> InvalidField:
         return InvalidField(
             report.field,
             f"has a row every {timedelta(microseconds=spacing)} by its times; {self._model} has "
             f"one every {timedelta(microseconds=self._interval or 0)}: resample the rows first",
         )
 
-    def _check_gaps(self, steps: NDArray[np.int64], report: Report, *, fill: bool) -> None:
+    def _check_gaps(self, steps: NDArray[np.int64], report: TimeErrors, *, fill: bool) -> None:
         for row in np.flatnonzero(steps > 1).tolist():
             missing = int(steps[row]) - 1
             problem = f"{{}}, and {missing:,} row{'s' * (missing > 1)} of {self._model} before it "
@@ -388,7 +388,7 @@ class Clock:
                 continue
             raise report.error(row, problem + hint)
 
-    def _note(self, steps: NDArray[np.int64], report: Report) -> None:
+    def _note(self, steps: NDArray[np.int64], report: TimeErrors) -> None:
         """Rows that all leave the same rows out have another step than the model."""
         inner = steps[-_SESSION_SPACINGS:].tolist()
         self._steps.extend(inner)
@@ -400,7 +400,7 @@ class Clock:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Report:
+class TimeErrors:
     """Errors about rows by their times.
 
     `first_row` is the number of the first one.

@@ -1,39 +1,39 @@
 """The engine: arena, cells and micro-batcher. The only part that imports torch."""
 
-from stepstate.engine.accelerator import NoAccelerator, check_accelerator
+from stepstate.engine.accelerator import DeviceUnavailable, check_accelerator
 from stepstate.engine.bare import BareForward
-from stepstate.engine.batch import Pack
+from stepstate.engine.batch import PackedWork
 from stepstate.engine.engine import Engine, Observer, use_one_thread
-from stepstate.engine.forecasts import Method, Origins, Outlook, Plan
+from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Method, Plan
 from stepstate.engine.layout import Layout
-from stepstate.engine.loss import Loss, measure_loss
 from stepstate.engine.precision import Precision, has_instructions
-from stepstate.engine.scores import Accuracy, Figures, Tally
-from stepstate.engine.tracking import Drift, Quality
-from stepstate.engine.work import Floats, Layers, Owner, Work
+from stepstate.engine.quantization import QuantizationError, measure_loss
+from stepstate.engine.tracking.scores import HorizonAccuracy, ScoreSummary, ScoreTotals
+from stepstate.engine.tracking.tracker import DriftStatus, ForecastQuality
+from stepstate.engine.work import CompletionSink, Floats, Layers, WorkItem
 
 __all__ = [
-    "Accuracy",
     "BareForward",
-    "Drift",
+    "CompletionSink",
+    "DeviceUnavailable",
+    "DriftStatus",
     "Engine",
-    "Figures",
     "Floats",
+    "ForecastOrigins",
+    "ForecastQuality",
+    "HorizonAccuracy",
+    "HorizonForecast",
     "Layers",
     "Layout",
-    "Loss",
     "Method",
-    "NoAccelerator",
     "Observer",
-    "Origins",
-    "Outlook",
-    "Owner",
-    "Pack",
+    "PackedWork",
     "Plan",
     "Precision",
-    "Quality",
-    "Tally",
-    "Work",
+    "QuantizationError",
+    "ScoreSummary",
+    "ScoreTotals",
+    "WorkItem",
     "check_accelerator",
     "has_instructions",
     "measure_loss",

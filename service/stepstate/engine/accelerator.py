@@ -15,7 +15,7 @@ WARM_UP_RUNS = 3
 
 
 @dataclass(eq=False)
-class NoAccelerator(Exception):
+class DeviceUnavailable(Exception):
     """A device that the server was told to use is not there."""
 
     device: str
@@ -32,13 +32,13 @@ def check_accelerator(name: str) -> None:
     """Makes sure that a CUDA device is there.
 
     Raises:
-        NoAccelerator: it is not.
+        DeviceUnavailable: it is not.
     """
     if not torch.cuda.is_available():
-        raise NoAccelerator(name, "this build of torch, or this machine, has no CUDA")
+        raise DeviceUnavailable(name, "this build of torch, or this machine, has no CUDA")
     count = torch.cuda.device_count()
     if (torch.device(name).index or 0) >= count:
-        raise NoAccelerator(name, f"the last CUDA device is cuda:{count - 1}")
+        raise DeviceUnavailable(name, f"the last CUDA device is cuda:{count - 1}")
 
 
 def capture(run: Run, device: torch.device) -> Run:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from stepstate.engine.calendar import Calendar
 from stepstate.engine.device_forward import place_states
 from stepstate.engine.layout import Layout
-from stepstate.engine.network import Network, Past
+from stepstate.engine.network import Network, RowHistory
 from stepstate.engine.precision import Precision
 from stepstate.engine.work import Floats
 from stepstate.models import Model, build_timeline
@@ -71,7 +71,7 @@ class BareForward:
             return outputs
         past = None
         if self._network.lagged:
-            past = Past(torch.from_numpy(self._arena.past(slots, at)), torch.from_numpy(at))
+            past = RowHistory(torch.from_numpy(self._arena.past(slots, at)), torch.from_numpy(at))
         with torch.inference_mode():
             states = torch.from_numpy(self._arena.gather(slots))
             y, states = self._network.step(torch.from_numpy(x), torch.from_numpy(at), states, past)

@@ -14,12 +14,12 @@ from typing import Generic, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.engine.work import Floats, Work
+from stepstate.engine.work import Floats, WorkItem
 
-W = TypeVar("W", bound=Work)
+W = TypeVar("W", bound=WorkItem)
 
 
-class Pack(ABC):
+class PackedWork(ABC):
     """Single rows of different slots that came together, as columns; it takes its own outcome.
 
     Args:
@@ -62,8 +62,8 @@ class Pack(ABC):
 
 
 @dataclass(frozen=True, slots=True)
-class Rows:
-    """Single rows of different slots as columns [B]: x [B, D], and what `Work` says of each."""
+class RowColumns:
+    """Single rows of different slots as columns [B]: x [B, D], and what `WorkItem` says of each."""
 
     x: Floats
     slots: NDArray[np.int64]
@@ -79,7 +79,7 @@ class Rows:
 class MicroBatch(Generic[W]):
     """Pieces of work with one row each, then packs: all of different slots."""
 
-    def __init__(self, works: list[W], packs: Sequence[Pack]) -> None:
+    def __init__(self, works: list[W], packs: Sequence[PackedWork]) -> None:
         self.works = works
         self.packs = packs
         self._rows = len(works) + sum(map(len, packs))
@@ -87,14 +87,14 @@ class MicroBatch(Generic[W]):
     def __len__(self) -> int:
         return self._rows
 
-    def rows(self, first: int, last: int) -> Rows:
+    def rows(self, first: int, last: int) -> RowColumns:
         """Those from place `first` to before `last`, the works' before the packs'."""
         works, packs = self.works[first:last], list(self._parts(first, last))
         impute = None
         if any(work.missing_rows for work in works):
             impute = np.zeros(last - first, np.bool_)
             impute[: len(works)] = [work.impute for work in works]
-        return Rows(
+        return RowColumns(
             _column([work.x for work in works], [pack.x[part] for pack, part in packs], np.float32),
             _column([work.slot for work in works], [pack.slots[p] for pack, p in packs], np.int64),
             _column([work.at for work in works], [pack.at[p] for pack, p in packs], np.int64),
@@ -102,7 +102,7 @@ class MicroBatch(Generic[W]):
             impute,
         )
 
-    def _parts(self, first: int, last: int) -> Iterator[tuple[Pack, slice]]:
+    def _parts(self, first: int, last: int) -> Iterator[tuple[PackedWork, slice]]:
         """Packs, and which of their rows lie between two places."""
         start = len(self.works)
         for pack in self.packs:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MOST_ROWS = 256
+MAX_ROWS = 256
 """Larger batches get tensors of their own each time: there the arithmetic hides what they cost."""
 
 
@@ -47,7 +47,7 @@ class Views:
 
 
 class Buffers:
-    """Memory for one forward at a time of up to MOST_ROWS rows, and its views by batch size."""
+    """Memory for one forward at a time of up to MAX_ROWS rows, and its views by batch size."""
 
     def __init__(
         self, *, inputs: int, layers: int, hidden: int, output: int, device: torch.device
@@ -55,14 +55,14 @@ class Buffers:
         self._device = device
         self._inputs, self._layers = inputs, layers
         self._hidden, self._output = hidden, output
-        self._memory = self._allocate(MOST_ROWS)
+        self._memory = self._allocate(MAX_ROWS)
         self._views: dict[int, Views] = {}
 
     def of(self, batch: int) -> Views:
         """The views of B rows; they hold what the last forward left."""
         views = self._views.get(batch)
         if views is None:
-            if batch > MOST_ROWS:
+            if batch > MAX_ROWS:
                 return self._cut(*self._allocate(batch))
             views = self._views[batch] = self._cut(*(part[:batch] for part in self._memory))
         return views

@@ -26,7 +26,7 @@ Columns = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TimeIndex:
     """Where rows [B] lie in time: their steps, or what is left of those in a table."""
 
     profiles: Tensor
@@ -47,22 +47,22 @@ class Calendar:
         self.bases_at = _columns(_profile(timeline.bases), self._profiles, device)
         self.inputs_at = _columns(_waves_and_days(timeline), self._calendar, device)
 
-    def place(self, step: Tensor) -> Place:
+    def place(self, step: Tensor) -> TimeIndex:
         """What the other methods ask for, from the steps of rows [B]."""
         profiles = step.remainder(self._profiles) if self._profiles else step
         if self._calendar == self._profiles:
-            return Place(profiles, profiles)
-        return Place(profiles, step.remainder(self._calendar) if self._calendar else step)
+            return TimeIndex(profiles, profiles)
+        return TimeIndex(profiles, step.remainder(self._calendar) if self._calendar else step)
 
-    def levels(self, place: Place) -> Tensor:
+    def levels(self, place: TimeIndex) -> Tensor:
         """What is taken off x [B, D], raw units."""
         return self.levels_at(place.profiles)
 
-    def inputs(self, place: Place) -> Tensor:
+    def inputs(self, place: TimeIndex) -> Tensor:
         """Calendar inputs [B, C]."""
         return self.inputs_at(place.calendar)
 
-    def bases(self, place: Place) -> Tensor:
+    def bases(self, place: TimeIndex) -> Tensor:
         """What is added to the scaled y [B, O], raw units."""
         return self.bases_at(place.profiles)
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from stepstate.engine.buffers import Buffers
-from stepstate.engine.precision import AnyProduct, Precision, make_product
+from stepstate.engine.precision import LinearKernel, Precision, make_product
 from stepstate.models import CellKind, CellSpec
 
 _M = TypeVar("_M", bound=nn.RNNBase)
@@ -116,7 +116,7 @@ class LstmCell:
         )
 
     @staticmethod
-    def _layer_gates(tensors: dict[str, Tensor], layer: int, precision: Precision) -> AnyProduct:
+    def _layer_gates(tensors: dict[str, Tensor], layer: int, precision: Precision) -> LinearKernel:
         """All four gates as one product over [x | h], the three of the sigmoid side by side."""
         weight = torch.cat((tensors[f"weight_ih_l{layer}"], tensors[f"weight_hh_l{layer}"]), dim=1)
         bias = tensors[f"bias_ih_l{layer}"] + tensors[f"bias_hh_l{layer}"]
@@ -246,7 +246,9 @@ def _top(spec: CellSpec) -> slice:
     return slice(last - spec.output_size, last)
 
 
-def _product(tensors: dict[str, Tensor], part: str, layer: int, precision: Precision) -> AnyProduct:
+def _product(
+    tensors: dict[str, Tensor], part: str, layer: int, precision: Precision
+) -> LinearKernel:
     """The product of `weight_<part>` and `bias_<part>`."""
     weight, bias = tensors[f"weight_{part}_l{layer}"], tensors[f"bias_{part}_l{layer}"]
     return make_product(weight, bias, precision)

@@ -27,30 +27,30 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepstate.engine.batch import MicroBatch, Pack
+from stepstate.engine.batch import MicroBatch, PackedWork
+from stepstate.engine.chunked import Chunk, ChunkedRequest, traced
 from stepstate.engine.device_forward import place_states
-from stepstate.engine.forecasts import Origins, Outlook, Plan, Rollout
-from stepstate.engine.forward import Forward, Stepped
-from stepstate.engine.intervals import quantiles_of
+from stepstate.engine.forecast.intervals import quantiles_of
+from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Plan, Rollout
+from stepstate.engine.forward import Forward, ForwardResult
+from stepstate.engine.imputation import Imputer
 from stepstate.engine.isolation import isolated
-from stepstate.engine.jobs import Job, Part, traced
 from stepstate.engine.layout import Layout
-from stepstate.engine.network import Network, Past
+from stepstate.engine.network import Network, RowHistory
 from stepstate.engine.precision import Precision
-from stepstate.engine.scores import Tally
-from stepstate.engine.standins import StandIns
-from stepstate.engine.tracking import Quality, Tracker
-from stepstate.engine.work import Floats, Owner, Work
+from stepstate.engine.tracking.scores import ScoreTotals
+from stepstate.engine.tracking.tracker import ForecastQuality, Tracker
+from stepstate.engine.work import CompletionSink, Floats, WorkItem
 from stepstate.models import Model, Timeline
 
-W = TypeVar("W", bound=Work)
+W = TypeVar("W", bound=WorkItem)
 
 
 ROUNDS_TO_A_CHUNK = 4
 """Rounds of the loop; one without work takes some ten microseconds."""
 MAX_ROWS_ONE_BY_ONE = 16
 """Of a request in one chunk: rows that need the forecast of the row before; about a millisecond."""
-MOST_PLANS = 256
+MAX_PLANS = 256
 """Horizons whose plans are kept: most clients ask for one, again and again."""
 
 
@@ -84,7 +84,7 @@ class Engine(Generic[W]):
         model: Model,
         timeline: Timeline,
         *,
-        owner: Owner[W],
+        owner: CompletionSink[W],
         observer: Observer,
         capacity: int,
         batch_rows: int,
@@ -95,7 +95,7 @@ class Engine(Generic[W]):
         manifest = self._manifest = model.manifest
         self._plans: dict[int, Plan] = {}
         self._network = Network(model, timeline, precision)
-        self._stand_ins = StandIns(manifest, self._network)
+        self._stand_ins = Imputer(manifest, self._network)
         self._tracker = Tracker(manifest, manifest.tracking) if manifest.tracking else None
         self.layout = Layout(
             cell=self._network.state_width,
@@ -103,7 +103,7 @@ class Engine(Generic[W]):
             inputs=manifest.input_width,
             tracked=self._tracker.width if self._tracker else 0,
         )
-        self.tally = self._tracker.tally() if self._tracker else Tally()
+        self.tally = self._tracker.tally() if self._tracker else ScoreTotals()
         self._arena, self._on_device = place_states(
             self._network, self.layout, self.blank(), capacity, accelerator
         )
@@ -122,8 +122,8 @@ class Engine(Generic[W]):
         self._batch_rows = batch_rows
         self._chunk_rows = chunk_rows
         self._queue: deque[W] = deque()
-        self._packs: deque[Pack] = deque()
-        self._jobs: deque[Job[W]] = deque()
+        self._packs: deque[PackedWork] = deque()
+        self._jobs: deque[ChunkedRequest[W]] = deque()
         self._awake = False
         self._rounds = 0
         self._seen = 1  # singles queued when a turn was last due
@@ -151,7 +151,7 @@ class Engine(Generic[W]):
         tracked = self._tracker.blank(level) if self._tracker else np.zeros(0, np.float32)
         return self.layout.blank(tracked)
 
-    def quality(self, slot: int, t: int) -> Quality | None:
+    def quality(self, slot: int, t: int) -> ForecastQuality | None:
         """What is tracked of the forecasts of the session in a slot, at t."""
         if self._tracker is None:
             return None
@@ -203,11 +203,13 @@ class Engine(Generic[W]):
         plan = self._plans.get(horizon)
         if plan is None:
             plan = Plan(self._manifest, horizon, given)
-            if len(self._plans) < MOST_PLANS:
+            if len(self._plans) < MAX_PLANS:
                 self._plans[horizon] = plan
         return plan
 
-    async def forecast(self, origins: Origins, plan: Plan, scenario: Floats) -> Sequence[Outlook]:
+    async def forecast(
+        self, origins: ForecastOrigins, plan: Plan, scenario: Floats
+    ) -> Sequence[HorizonForecast]:
         """Forecasts from copies of states, in pieces between the turns.
 
         Args:
@@ -221,7 +223,9 @@ class Engine(Generic[W]):
                 await asyncio.sleep(0)
         return rollout.outlooks
 
-    def quantiles(self, outlook: Outlook, levels: Sequence[float], states: Floats) -> Floats:
+    def quantiles(
+        self, outlook: HorizonForecast, levels: Sequence[float], states: Floats
+    ) -> Floats:
         """The quantiles [B, K, Q] of forecasts from states [B, R]; NaN where none is known."""
         return quantiles_of(outlook, levels, self._tracker, self._parts(states))
 
@@ -240,10 +244,10 @@ class Engine(Generic[W]):
         if work.single:
             self._queue.append(work)
         else:
-            self._jobs.append(Job(work, self.layout, self._tracker))
+            self._jobs.append(ChunkedRequest(work, self.layout, self._tracker))
         self._wake()
 
-    def submit_pack(self, pack: Pack) -> None:
+    def submit_pack(self, pack: PackedWork) -> None:
         """Queues a pack for the next turn."""
         self._packs.append(pack)
         self._wake()
@@ -303,8 +307,8 @@ class Engine(Generic[W]):
         packs = self._take_packs(self._batch_rows - len(works)) if self._packs else ()
         return MicroBatch(works, packs) if works or packs else None
 
-    def _take_packs(self, room: int) -> list[Pack]:
-        packs: list[Pack] = []
+    def _take_packs(self, room: int) -> list[PackedWork]:
+        packs: list[PackedWork] = []
         while self._packs and (not packs or len(self._packs[0]) <= room):
             pack = self._packs.popleft()
             if pack.cancelled:
@@ -330,7 +334,9 @@ class Engine(Generic[W]):
         else:
             self._settle(batch, self._together(len(batch), parts), failed)
 
-    def _together(self, rows: int, parts: Sequence[tuple[Sequence[int], Stepped]]) -> Stepped:
+    def _together(
+        self, rows: int, parts: Sequence[tuple[Sequence[int], ForwardResult]]
+    ) -> ForwardResult:
         """What became of a batch that went in parts; rows that are in none of them are not fine."""
         manifest = self._manifest
         x = np.full((rows, manifest.input_width), np.nan, np.float32)
@@ -340,10 +346,10 @@ class Engine(Generic[W]):
             here = slice(places[0], places[-1] + 1)
             x[here], y[here] = stepped.x, stepped.y
             fine[here] = True if stepped.fine is None else stepped.fine
-        return Stepped(x, y, fine)
+        return ForwardResult(x, y, fine)
 
     def _settle(
-        self, batch: MicroBatch[W], stepped: Stepped, failed: Mapping[int, Exception]
+        self, batch: MicroBatch[W], stepped: ForwardResult, failed: Mapping[int, Exception]
     ) -> None:
         works, y, fine = batch.works, stepped.y, stepped.fine
         if works and fine is None:
@@ -360,7 +366,7 @@ class Engine(Generic[W]):
     def _settle_some(
         self,
         works: list[W],
-        stepped: Stepped,
+        stepped: ForwardResult,
         fine: NDArray[np.bool_],
         failed: Mapping[int, Exception],
     ) -> None:
@@ -383,7 +389,7 @@ class Engine(Generic[W]):
         for job in jobs:
             self._settle_job(job)
 
-    def _settle_job(self, job: Job[W]) -> None:
+    def _settle_job(self, job: ChunkedRequest[W]) -> None:
         """Tells the outcome of a request that has one; the others wait for their next chunk."""
         if job.left and not job.over:
             self._jobs.append(job)
@@ -402,9 +408,9 @@ class Engine(Generic[W]):
             self.tally.add(job.tally)
             self._owner.finished(job.work, *results)
 
-    def _take_jobs(self) -> list[Job[W]]:
+    def _take_jobs(self) -> list[ChunkedRequest[W]]:
         """Takes as many as give a chunk a row each, all of one kind, leaving the cancelled out."""
-        jobs: list[Job[W]] = []
+        jobs: list[ChunkedRequest[W]] = []
         kind = self._jobs[0].kind
         for job in list(islice(self._jobs, self._chunk_rows)):
             if job.work.cancelled:
@@ -415,19 +421,19 @@ class Engine(Generic[W]):
                 jobs.append(job)
         return jobs
 
-    def _run_chunk(self, jobs: list[Job[W]]) -> None:
+    def _run_chunk(self, jobs: list[ChunkedRequest[W]]) -> None:
         """Runs the next rows of requests of one kind, none of which is over, on copies of states.
 
         What raises is the end of the request that it raises for.
         """
-        for some, parts in isolated(jobs, self._computed, Job.fail):
+        for some, parts in isolated(jobs, self._computed, ChunkedRequest.fail):
             for job, part in zip(some, parts, strict=True):
                 try:
                     job.take(part)
                 except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
                     job.fail(error)
 
-    def _computed(self, jobs: Sequence[Job[W]]) -> list[Part]:
+    def _computed(self, jobs: Sequence[ChunkedRequest[W]]) -> list[Chunk]:
         """What the next rows of requests give; they themselves are as they were."""
         for job in jobs:
             if not job.begun:
@@ -450,7 +456,7 @@ class Engine(Generic[W]):
         else:
             y, states = self._network.sequence(x, phase, states, past)
         return [
-            Part(
+            Chunk(
                 x[place].numpy(),
                 y[place].numpy(),
                 states[place].numpy(),
@@ -459,11 +465,11 @@ class Engine(Generic[W]):
             for place in range(len(jobs))
         ]
 
-    def _past_of(self, jobs: Sequence[Job[W]]) -> Past | None:
+    def _past_of(self, jobs: Sequence[ChunkedRequest[W]]) -> RowHistory | None:
         if not self._network.lagged and not any(job.work.missing_rows for job in jobs):
             return None
         rows = torch.from_numpy(np.stack([job.past for job in jobs]))
-        return Past(rows, torch.tensor([job.at for job in jobs]))
+        return RowHistory(rows, torch.tensor([job.at for job in jobs]))
 
 
 def use_one_thread() -> None:

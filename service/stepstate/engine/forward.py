@@ -16,17 +16,17 @@ import torch
 from numpy.typing import NDArray
 
 from stepstate.engine.arena import Arena
-from stepstate.engine.batch import Rows
+from stepstate.engine.batch import RowColumns
 from stepstate.engine.device_forward import DeviceForward
-from stepstate.engine.network import Network, Past
-from stepstate.engine.scores import Tally
-from stepstate.engine.standins import StandIns
-from stepstate.engine.tracking import Tracker
+from stepstate.engine.imputation import Imputer
+from stepstate.engine.network import Network, RowHistory
+from stepstate.engine.tracking.scores import ScoreTotals
+from stepstate.engine.tracking.tracker import Tracker
 from stepstate.engine.work import Floats
 
 
 @dataclass(frozen=True, slots=True)
-class Stepped:
+class ForwardResult:
     """What a forward gave: rows x [B, D] as they came, and outputs y [B, O].
 
     `fine` [B]: for which rows y and the state are finite; None: for all. The others are as they
@@ -56,9 +56,9 @@ class Forward:
         network: Network,
         on_device: DeviceForward | None,
         *,
-        stand_ins: StandIns,
+        stand_ins: Imputer,
         tracker: Tracker | None,
-        tally: Tally,
+        tally: ScoreTotals,
     ) -> None:
         self._arena = arena
         self._network = network
@@ -67,7 +67,7 @@ class Forward:
         self._tracker = tracker
         self._tally = tally
 
-    def step(self, rows: Rows) -> Stepped:
+    def step(self, rows: RowColumns) -> ForwardResult:
         """Applies rows to their slots, all at once."""
         if self._on_device is not None and rows.impute is None:
             return self._step_there(self._on_device, rows)
@@ -97,17 +97,17 @@ class Forward:
         tracked = self._track(slots, at, x, told)
         self._arena.scatter(slots, after)  # first, as on a device it may raise
         self._write_host(slots, at, applied, tracked)
-        return Stepped(rows.x, outputs, fine)
+        return ForwardResult(rows.x, outputs, fine)
 
-    def _past(self, slots: NDArray[np.int64], at: NDArray[np.int64]) -> Past:
+    def _past(self, slots: NDArray[np.int64], at: NDArray[np.int64]) -> RowHistory:
         """The past rows of sessions: all where the model looks back, else the last one."""
         if self._network.lagged:
             rows = self._arena.past(slots, at)
         else:
             rows = self._arena.past_row(slots, at - 1)[:, None]
-        return Past(torch.from_numpy(rows), torch.from_numpy(at))
+        return RowHistory(torch.from_numpy(rows), torch.from_numpy(at))
 
-    def _step_there(self, forward: DeviceForward, rows: Rows) -> Stepped:
+    def _step_there(self, forward: DeviceForward, rows: RowColumns) -> ForwardResult:
         """The same on the accelerator; past rows and what is tracked are the host's."""
         slots, at, x = rows.slots, rows.at, rows.x
         y, fine = forward.step(slots, x, rows.phase)
@@ -117,14 +117,14 @@ class Forward:
         tracked = self._track(slots, at, x, told)
         forward.commit()
         self._write_host(slots, at, x, tracked)
-        return Stepped(rows.x, y, fine)
+        return ForwardResult(rows.x, y, fine)
 
     def _write_host(
         self,
         slots: NDArray[np.int64],
         at: NDArray[np.int64],
         applied: Floats,
-        tracked: tuple[Floats, Tally] | None,
+        tracked: tuple[Floats, ScoreTotals] | None,
     ) -> None:
         if tracked is not None:
             parts, tally = tracked
@@ -134,7 +134,7 @@ class Forward:
 
     def _track(
         self, slots: NDArray[np.int64], at: NDArray[np.int64], x: Floats, y: Floats
-    ) -> tuple[Floats, Tally] | None:
+    ) -> tuple[Floats, ScoreTotals] | None:
         """Scores rows x [B, D], as they came, and keeps what their outputs y [B, O] say ahead.
 
         Returns:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepstate.engine.calendar import Calendar, Place
+from stepstate.engine.calendar import Calendar, TimeIndex
 from stepstate.engine.cells import Trace, build_cell
 from stepstate.engine.lags import LaggedInputs, fill_unknown
 from stepstate.engine.precision import Precision
@@ -22,7 +22,7 @@ from stepstate.models import Manifest, Model, Timeline
 
 
 @dataclass(frozen=True, slots=True)
-class Past:
+class RowHistory:
     """What sessions stand on: their past rows [B, N, D], raw, the oldest first, and their t [B]."""
 
     rows: Tensor
@@ -102,7 +102,7 @@ class Network:
         x: Tensor,
         phase: Tensor,
         state: Tensor,
-        past: Past | None = None,
+        past: RowHistory | None = None,
         trace: Trace | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Applies one raw row to each of B states.
@@ -127,7 +127,7 @@ class Network:
     def step_seen(
         self,
         seen: Tensor,
-        place: Place | None,
+        place: TimeIndex | None,
         state: Tensor,
         window: Tensor | None,
         trace: Trace | None = None,
@@ -142,7 +142,7 @@ class Network:
         return self._outputs(h, place, features), state
 
     def sequence(
-        self, x: Tensor, phase: Tensor, state: Tensor, past: Past | None = None
+        self, x: Tensor, phase: Tensor, state: Tensor, past: RowHistory | None = None
     ) -> tuple[Tensor, Tensor]:
         """Applies T raw rows to each of B states.
 
@@ -164,7 +164,7 @@ class Network:
         return self.sequence_seen(seen, place, state, window)
 
     def sequence_seen(
-        self, seen: Tensor, place: Place | None, state: Tensor, window: Tensor | None
+        self, seen: Tensor, place: TimeIndex | None, state: Tensor, window: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The same with `scaled` rows [B, T, D], the last ones of a `window`; places [B T]."""
         batch, rows, width = seen.shape
@@ -178,7 +178,7 @@ class Network:
         y = self._outputs(h.reshape(batch * rows, -1), place, features)
         return y.view(batch, rows, -1), state
 
-    def read(self, phase: Tensor, state: Tensor, past: Past | None = None) -> Tensor:
+    def read(self, phase: Tensor, state: Tensor, past: RowHistory | None = None) -> Tensor:
         """The outputs [B, O] of the last row of B states, once more.
 
         Args:
@@ -191,11 +191,11 @@ class Network:
             features = self._into_head.of(self.window(past, phase), 1)[:, 0]
         return self._outputs(state[:, self._cell.output], self.place(phase - 1), features)
 
-    def place(self, phase: Tensor) -> Place | None:
+    def place(self, phase: Tensor) -> TimeIndex | None:
         """Where rows at these steps lie in time; None: the model knows no time."""
         return self._calendar.place(phase) if self._timed else None
 
-    def _outputs(self, h: Tensor, place: Place | None, features: Tensor | None) -> Tensor:
+    def _outputs(self, h: Tensor, place: TimeIndex | None, features: Tensor | None) -> Tensor:
         """y [B, O] of the top layer's h [B, P] and the head's lagged inputs [B, n]."""
         if features is not None:
             h = torch.cat((h, features), dim=1)
@@ -222,7 +222,7 @@ class Network:
             part = y[:, columns].unflatten(1, (-1, levels))
             part.copy_(part.sort(dim=2).values)
 
-    def _with_calendar(self, seen: Tensor, place: Place | None) -> Tensor:
+    def _with_calendar(self, seen: Tensor, place: TimeIndex | None) -> Tensor:
         if place is None:
             return seen
         return torch.cat((seen, self._calendar.inputs(place)), dim=1)
@@ -234,7 +234,7 @@ class Network:
             inputs = torch.cat((inputs, self._into_cell.of(window, rows)), dim=2)
         return inputs, self._into_head.of(window, rows) if self._into_head else None
 
-    def window(self, past: Past, phase: Tensor, seen: Tensor | None = None) -> Tensor:
+    def window(self, past: RowHistory, phase: Tensor, seen: Tensor | None = None) -> Tensor:
         """Past rows, and those being applied, [B, N + T, D] as the network sees them, without gaps.
 
         Args:
@@ -248,7 +248,7 @@ class Network:
         first = past.rows.shape[1] - past.at if self._from_first else None
         return fill_unknown(window, first)
 
-    def _seen_past(self, past: Past, phase: Tensor) -> Tensor:
+    def _seen_past(self, past: RowHistory, phase: Tensor) -> Tensor:
         batch, length, width = past.rows.shape
         phases = phase[:, None] + torch.arange(-length, 0)
         seen = self._level_free(
@@ -256,19 +256,19 @@ class Network:
         )
         return seen.view(batch, length, width)
 
-    def scaled(self, x: Tensor, place: Place | None) -> Tensor:
+    def scaled(self, x: Tensor, place: TimeIndex | None) -> Tensor:
         """Raw rows [B, D] as the network sees them; NaN where they are too large to be applied."""
         x = self._level_free(x, place)
         if not self._branches or x.abs().max().item() > self._largest:
             x = x.masked_fill(x.abs() > self._largest, math.nan)
         return x
 
-    def _level_free(self, x: Tensor, place: Place | None) -> Tensor:
+    def _level_free(self, x: Tensor, place: TimeIndex | None) -> Tensor:
         if self._plain:
             return x
         return (x - self.levels(place)) * self._inverse_scale
 
-    def levels(self, place: Place | None) -> Tensor:
+    def levels(self, place: TimeIndex | None) -> Tensor:
         """What columns are taken to be where nothing is known of them: [B or 1, D], raw."""
         return self._levels if place is None else self._calendar.levels(place)
 

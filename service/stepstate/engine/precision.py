@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stepstate.engine.products import Product
+from stepstate.engine.linear import Linear
 
 _TINY = 1e-30
 
@@ -26,7 +26,7 @@ class Precision(enum.Enum):
     INT8 = "int8"
 
 
-class AnyProduct(Protocol):
+class LinearKernel(Protocol):
     """W v + b for rows [B, inputs]."""
 
     def __call__(self, rows: Tensor) -> Tensor:
@@ -38,22 +38,22 @@ class AnyProduct(Protocol):
         ...
 
 
-def make_product(weight: Tensor, bias: Tensor, precision: Precision) -> AnyProduct:
+def make_product(weight: Tensor, bias: Tensor, precision: Precision) -> LinearKernel:
     """The product of a weight [outputs, inputs] and a bias [outputs].
 
     Without instructions for it in the processor it is float32 with rounded weights: torch
     would compute it ten times as slowly.
     """
     if precision is Precision.FLOAT32:
-        return Product(weight, bias)
+        return Linear(weight, bias)
     if precision is Precision.BFLOAT16:
         if has_instructions(precision):
-            return Bfloat16Product(weight, bias)
-        return Product(weight.bfloat16().float(), bias)
+            return Bfloat16Linear(weight, bias)
+        return Linear(weight.bfloat16().float(), bias)
     if has_instructions(precision):
-        return Int8Product(weight, bias)
+        return Int8Linear(weight, bias)
     rounded, scales = _rounded(weight)
-    return Product(rounded.float() * scales[:, None], bias)
+    return Linear(rounded.float() * scales[:, None], bias)
 
 
 def has_instructions(precision: Precision) -> bool:
@@ -64,7 +64,7 @@ def has_instructions(precision: Precision) -> bool:
     return precision is Precision.FLOAT32 or cpu._is_vnni_supported()  # noqa: SLF001
 
 
-class Bfloat16Product:
+class Bfloat16Linear:
     """Weights, rows and results as bfloat16, sums in float32."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:
@@ -82,7 +82,7 @@ class Bfloat16Product:
         return torch.nn.functional.linear(rows.bfloat16(), self._weight, self._bias)
 
 
-class Int8Product:
+class Int8Linear:
     """Weights as int8 with a scale for each output, rows as int8 with a scale for each row."""
 
     def __init__(self, weight: Tensor, bias: Tensor) -> None:

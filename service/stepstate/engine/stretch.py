@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from stepstate.engine.cells import Trace
-from stepstate.engine.network import Network, Past
+from stepstate.engine.network import Network, RowHistory
 
 
-class Stretch:
+class RowSpan:
     """T rows of B sessions, of which the first ones are applied and the others are to come.
 
     Args:
@@ -29,7 +29,7 @@ class Stretch:
         network: Network,
         phase: Tensor,
         state: Tensor,
-        past: Past,
+        past: RowHistory,
         *,
         first: Tensor,
         trace: Trace | None = None,

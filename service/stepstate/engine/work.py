@@ -15,7 +15,7 @@ Layers = list[dict[str, Floats]]
 
 
 @dataclass(slots=True, eq=False)
-class Work:
+class WorkItem:
     """Rows to apply to the state in one slot.
 
     The engine runs one piece of work of a slot at a time: whoever submits it
@@ -53,10 +53,10 @@ class Work:
         return self.rows == 1 and not self.inspect
 
 
-W_contra = TypeVar("W_contra", bound=Work, contravariant=True)
+W_contra = TypeVar("W_contra", bound=WorkItem, contravariant=True)
 
 
-class Owner(Protocol[W_contra]):
+class CompletionSink(Protocol[W_contra]):
     """Whoever submits work. Each piece ends in exactly one of these calls."""
 
     def stepped(self, works: Sequence[W_contra], x: Floats, y: Floats) -> None:

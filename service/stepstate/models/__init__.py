@@ -3,8 +3,8 @@
 from stepstate.models.catalog import Catalog, load_catalog
 from stepstate.models.files import load_model, write_model
 from stepstate.models.manifest import (
-    LEAST_LEVEL,
-    MOST_LEVEL,
+    MAX_LEVEL,
+    MIN_LEVEL,
     CellKind,
     CellSpec,
     CusumSpec,
@@ -12,7 +12,7 @@ from stepstate.models.manifest import (
     Lag,
     LaggedInput,
     Manifest,
-    Output,
+    OutputSpec,
     PageHinkleySpec,
     Rolling,
     Tracking,
@@ -22,8 +22,8 @@ from stepstate.models.validate import Model
 
 __all__ = [
     "EPOCH",
-    "LEAST_LEVEL",
-    "MOST_LEVEL",
+    "MAX_LEVEL",
+    "MIN_LEVEL",
     "Catalog",
     "CellKind",
     "CellSpec",
@@ -33,7 +33,7 @@ __all__ = [
     "LaggedInput",
     "Manifest",
     "Model",
-    "Output",
+    "OutputSpec",
     "PageHinkleySpec",
     "Rolling",
     "Timeline",

@@ -114,14 +114,14 @@ def _read_tensors(folder: Path, manifest: Manifest) -> dict[str, NDArray[np.floa
         ) from error
 
 
-def _read(path: Path, most_bytes: int) -> bytes:
+def _read(path: Path, max_bytes: int) -> bytes:
     """A file's bytes, if it is a file and no longer than it can mean anything."""
     try:
         if path.exists() and not path.is_file():
             raise ModelInvalid(str(path), "is not a file")
         size = path.stat().st_size
-        if size > most_bytes:
-            raise ModelInvalid(str(path), f"has {size} bytes, expected at most {most_bytes}")
+        if size > max_bytes:
+            raise ModelInvalid(str(path), f"has {size} bytes, expected at most {max_bytes}")
         return path.read_bytes()
     except OSError as error:
         raise ModelInvalid(str(path), f"can't be read: {error.strerror}") from error

@@ -27,7 +27,7 @@ from pydantic import (
     model_validator,
 )
 
-MOST_LAG = 100_000
+MAX_LAG = 100_000
 """Rows that a session keeps: 400 KB a column, as much as many thousands of hidden units."""
 MAX_LAYERS = 256
 MAX_UNITS = 65_536
@@ -97,22 +97,22 @@ Scale = Annotated[Number, AfterValidator(_not_zero)]
 Period = Annotated[float, Field(strict=True, ge=1e-6, le=MAX_SECONDS)]
 Interval = Annotated[Period, AfterValidator(_whole_microseconds)]
 Horizons = Annotated[
-    tuple[Annotated[Whole, Field(le=MOST_LAG)], ...],
+    tuple[Annotated[Whole, Field(le=MAX_LAG)], ...],
     Field(min_length=1, max_length=MAX_COLUMNS),
     AfterValidator(_all_different),
 ]
 Level = Annotated[float, Field(strict=True, gt=0.0, lt=1.0)]
-LEAST_LEVEL, MOST_LEVEL = 0.01, 0.999
+MIN_LEVEL, MAX_LEVEL = 0.01, 0.999
 """Of intervals: outside, a session's truths are too few to tell whether they keep it."""
 Quantiles = Annotated[tuple[Level, ...], Field(max_length=MAX_PARTS), AfterValidator(_rising)]
 Lags = Annotated[
-    tuple[Annotated[int, Field(ge=0, le=MOST_LAG, strict=True)], ...],
+    tuple[Annotated[int, Field(ge=0, le=MAX_LAG, strict=True)], ...],
     Field(min_length=1, max_length=MAX_COLUMNS),
     AfterValidator(_all_different),
 ]
 
 
-class _Part(BaseModel):
+class _Section(BaseModel):
     # A misspelt key must not pass unseen, and a value is what it says it is.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -126,7 +126,7 @@ class CellKind(enum.Enum):
     RNN_RELU = "rnn_relu"
 
 
-class CellSpec(_Part):
+class CellSpec(_Section):
     """A stacked recurrent network of `num_layers` layers (L) of `hidden_size` units (H)."""
 
     kind: CellKind
@@ -149,7 +149,7 @@ class CellSpec(_Part):
         return self
 
 
-class Input(_Part):
+class InputSpec(_Section):
     """A column of x: the network sees (x - profile[phase(t)] - mean) / scale."""
 
     name: Name
@@ -159,7 +159,7 @@ class Input(_Part):
     profile: str | None = None
 
 
-class Output(_Part):
+class OutputSpec(_Section):
     """A column of y for each horizon h: network * scale + mean + profile[phase(t + h)].
 
     With `quantiles` there is one for each horizon and each quantile level; the server sorts those
@@ -204,7 +204,7 @@ class Output(_Part):
         return self
 
 
-class Fourier(_Part):
+class Fourier(_Section):
     """Calendar input: sin and cos of 2 pi k s / period, k = 1 .. harmonics, s in Unix seconds."""
 
     kind: Literal["fourier"]
@@ -217,7 +217,7 @@ class Fourier(_Part):
         return 2 * self.harmonics
 
 
-class DayOfWeek(_Part):
+class DayOfWeek(_Section):
     """Calendar input: seven flags, Monday first."""
 
     kind: Literal["day_of_week"]
@@ -231,7 +231,7 @@ class DayOfWeek(_Part):
 Calendar = Annotated[Fourier | DayOfWeek, Field(discriminator="kind")]
 
 
-class Lag(_Part):
+class Lag(_Section):
     """Lagged inputs: a column of x as the network saw it so many rows ago, one for each lag.
 
     0 is the row itself. `into` says what takes them: the cell, as further inputs
@@ -255,7 +255,7 @@ class Lag(_Part):
         return max(self.steps)
 
 
-class Rolling(_Part):
+class Rolling(_Section):
     """A lagged input: a statistic of a column, as the network saw it, over the last rows.
 
     `steps` rows, the present one among them.
@@ -263,7 +263,7 @@ class Rolling(_Part):
 
     kind: Literal["rolling"]
     input: str
-    steps: Annotated[int, Field(ge=2, le=MOST_LAG, strict=True)]
+    steps: Annotated[int, Field(ge=2, le=MAX_LAG, strict=True)]
     statistic: Literal["mean", "min", "max"]
     into: Literal["cell", "head"] = "cell"
 
@@ -281,7 +281,7 @@ class Rolling(_Part):
 LaggedInput = Annotated[Lag | Rolling, Field(discriminator="kind")]
 
 
-class CusumSpec(_Part):
+class CusumSpec(_Section):
     """The default drift test: a CUSUM chart whose limit follows from how the errors hang together.
 
     An alarm comes when the errors at the first tracked horizon have risen, for good and by more
@@ -296,7 +296,7 @@ class CusumSpec(_Part):
     average_run_length: Annotated[float, Field(strict=True, ge=100.0, le=1e12)] = 2_000_000.0
 
 
-class PageHinkleySpec(_Part):
+class PageHinkleySpec(_Section):
     """The Page-Hinkley test on the scaled error at the first tracked horizon.
 
     An alarm comes when the errors' running sum of (error - mean - delta) has
@@ -330,7 +330,7 @@ DriftSpec = Annotated[
 ]
 
 
-class Tracking(_Part):
+class Tracking(_Section):
     """What is tracked of the forecasts of every output that has an input's name.
 
     At each of `horizons`: the error, and an interval that is to cover a share
@@ -344,20 +344,20 @@ class Tracking(_Part):
         Field(min_length=1, max_length=MAX_COLUMNS),
         AfterValidator(_all_different),
     ]
-    level: Annotated[Level, Field(ge=LEAST_LEVEL, le=MOST_LEVEL)] = 0.9
+    level: Annotated[Level, Field(ge=MIN_LEVEL, le=MAX_LEVEL)] = 0.9
     rate: Annotated[float, Field(strict=True, gt=0.0, lt=1.0)] = 0.05
-    season_steps: Annotated[int, Field(ge=1, le=MOST_LAG, strict=True)] = 1
+    season_steps: Annotated[int, Field(ge=1, le=MAX_LAG, strict=True)] = 1
     drift: DriftSpec = CusumSpec()
 
 
-class Profile(_Part):
+class Profile(_Section):
     """A seasonal profile: value k is for the time origin + k * step interval, modulo period."""
 
     period_steps: Annotated[Positive, Field(le=MAX_PROFILE_STEPS)]
     origin: Annotated[datetime, AfterValidator(_in_utc)]
 
 
-class Manifest(_Part):
+class Manifest(_Section):
     """A model's manifest."""
 
     format: Literal["stepstate.model/1"]
@@ -367,14 +367,14 @@ class Manifest(_Part):
     """For people: it may change, the model stays the same."""
     cell: CellSpec
     step_interval_seconds: Interval | None = None
-    inputs: Annotated[tuple[Input, ...], Field(min_length=1, max_length=MAX_NAMED)]
+    inputs: Annotated[tuple[InputSpec, ...], Field(min_length=1, max_length=MAX_NAMED)]
     calendar: Annotated[tuple[Calendar, ...], Field(max_length=MAX_PARTS)] = ()
     profiles: Annotated[dict[Name, Profile], Field(max_length=MAX_PARTS)] = {}
     lags: Annotated[tuple[LaggedInput, ...], Field(max_length=MAX_PARTS)] = ()
     fallback: Literal["level", "first"] = "level"
     """What lagged inputs are before a session's first row: as if every row had been at its column's
     level (mean and profile), or as its first row."""
-    outputs: Annotated[tuple[Output, ...], Field(min_length=1, max_length=MAX_NAMED)]
+    outputs: Annotated[tuple[OutputSpec, ...], Field(min_length=1, max_length=MAX_NAMED)]
     tracking: Tracking | None = None
     fingerprint: str = ""
 
@@ -422,7 +422,7 @@ class Manifest(_Part):
         """O, the columns of y."""
         return sum(output.width for output in self.outputs)
 
-    def placed_outputs(self) -> Iterator[tuple[Output, int, int | None]]:
+    def placed_outputs(self) -> Iterator[tuple[OutputSpec, int, int | None]]:
         """Each output, the first of its columns of y, and the input whose name it has, if any.
 
         Such an output forecasts that input: its truth arrives with later rows.
@@ -443,7 +443,7 @@ class Manifest(_Part):
         for name in self.profiles:
             if name.startswith(("cell.", "head.")):
                 raise ValueError(f"profiles.{name}: names a tensor of the network")
-        columns: list[Input | Output] = [*self.inputs, *self.outputs]
+        columns: list[InputSpec | OutputSpec] = [*self.inputs, *self.outputs]
         for column in columns:
             if column.profile is not None and column.profile not in self.profiles:
                 raise ValueError(f"{column.name}.profile: {column.profile!r} is not in profiles")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.models.manifest import Input, Manifest, Output
+from stepstate.models.manifest import InputSpec, Manifest, OutputSpec
 
 MAX_STEP = 1.0
 """In scales: with such steps, or longer ones, values a whole scale apart may be the same."""
@@ -51,7 +51,7 @@ def resolutions(
     manifest: Manifest, tensors: Mapping[str, NDArray[np.float32]]
 ) -> Iterator[Resolution]:
     """How finely float32 holds each column of x and y about its level, mean and profile."""
-    kinds: list[tuple[str, Sequence[Input | Output]]] = [
+    kinds: list[tuple[str, Sequence[InputSpec | OutputSpec]]] = [
         ("inputs", manifest.inputs),
         ("outputs", manifest.outputs),
     ]
@@ -64,6 +64,8 @@ def resolutions(
             yield Resolution(key, level, step, abs(column.scale))
 
 
-def _largest_level(column: Input | Output, tensors: Mapping[str, NDArray[np.float32]]) -> float:
+def _largest_level(
+    column: InputSpec | OutputSpec, tensors: Mapping[str, NDArray[np.float32]]
+) -> float:
     profile = np.zeros(1) if column.profile is None else tensors[column.profile].astype(np.float64)
     return float(np.abs(profile + column.mean).max())

@@ -19,7 +19,7 @@ from fractions import Fraction
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.models.manifest import DayOfWeek, Fourier, Input, Manifest, Output
+from stepstate.models.manifest import DayOfWeek, Fourier, InputSpec, Manifest, OutputSpec
 from stepstate.models.validate import Model
 
 MAX_TABLE_CELLS = 2**22
@@ -148,7 +148,7 @@ def _calendar_repeats(manifest: Manifest, seconds: Fraction) -> int:
 
 def _cycles(
     model: Model,
-    columns: Sequence[tuple[Input | Output, int]],
+    columns: Sequence[tuple[InputSpec | OutputSpec, int]],
     interval: timedelta,
 ) -> Cycles:
     """Each column's profile, a horizon ahead."""

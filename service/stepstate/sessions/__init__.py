@@ -1,46 +1,46 @@
 """Sessions: who is open, where each stands, and in which order steps are applied."""
 
 from stepstate.sessions.arrivals import Hold, Waiter
-from stepstate.sessions.forecaster import (
-    OutputForecast,
+from stepstate.sessions.forecasting.forecaster import (
+    ForecastRequest,
+    OutputTrajectory,
     Scenario,
     SessionForecast,
-    Wish,
 )
-from stepstate.sessions.lane import Lane, LaneObserver
-from stepstate.sessions.opening import ID_LENGTH, Copying, Limits, Opening, check_id, new_id
-from stepstate.sessions.packed import Columns, PackedRows, PackReplyTo, Seat
-from stepstate.sessions.residency import ResidencyObserver
-from stepstate.sessions.session import ReplyTo, Session, Step
-from stepstate.sessions.sessions import Sessions
-from stepstate.sessions.standing import SessionStatus, Standing
+from stepstate.sessions.loader import LoaderObserver
+from stepstate.sessions.options import ID_LENGTH, CopyOptions, Limits, OpenOptions, check_id, new_id
+from stepstate.sessions.packed import PackedReplyTo, PackedStep, RowBatch, SessionRef
+from stepstate.sessions.scheduler import SchedulerObserver, StepScheduler
+from stepstate.sessions.service import SessionService
+from stepstate.sessions.status import SessionStatus, SessionSummary
 from stepstate.sessions.table import Table
+from stepstate.sessions.types import ReplyTo, ResidentSession, Step
 
 __all__ = [
     "ID_LENGTH",
-    "Columns",
-    "Copying",
+    "CopyOptions",
+    "ForecastRequest",
     "Hold",
-    "Lane",
-    "LaneObserver",
     "Limits",
-    "Opening",
-    "OutputForecast",
-    "PackReplyTo",
-    "PackedRows",
+    "LoaderObserver",
+    "OpenOptions",
+    "OutputTrajectory",
+    "PackedReplyTo",
+    "PackedStep",
     "ReplyTo",
-    "ResidencyObserver",
+    "ResidentSession",
+    "RowBatch",
     "Scenario",
-    "Seat",
-    "Session",
+    "SchedulerObserver",
     "SessionForecast",
+    "SessionRef",
+    "SessionService",
     "SessionStatus",
-    "Sessions",
-    "Standing",
+    "SessionSummary",
     "Step",
+    "StepScheduler",
     "Table",
     "Waiter",
-    "Wish",
     "check_id",
     "new_id",
 ]

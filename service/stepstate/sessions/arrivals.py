@@ -18,8 +18,8 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Generic, Protocol, Self, TypeVar
 
 from stepstate.errors import QueueFull, StepstateError
-from stepstate.sessions.session import Session
 from stepstate.sessions.surprise import surprise
+from stepstate.sessions.types import ResidentSession
 
 RETRY_SECONDS = 0.02
 """How often one at the head of its line asks again for room in the queue."""
@@ -33,7 +33,7 @@ class Waiter(Protocol):
     deadline: float
     """In the event loop's time: until then it waits at the head of the line for a full queue."""
 
-    def found(self, session: Session) -> None:
+    def found(self, session: ResidentSession) -> None:
         """Uses the session, without a wait. What it raises is given to `failed`."""
         ...
 
@@ -50,13 +50,13 @@ class Call(Generic[T]):
         deadline: see `Waiter`.
     """
 
-    def __init__(self, act: Callable[[Session], T], deadline: float = 0.0) -> None:
+    def __init__(self, act: Callable[[ResidentSession], T], deadline: float = 0.0) -> None:
         self.deadline = deadline
         self.result: asyncio.Future[T] = asyncio.get_running_loop().create_future()
         """What `act` returned; cancelled: nobody waits for it."""
         self._act = act
 
-    def found(self, session: Session) -> None:
+    def found(self, session: ResidentSession) -> None:
         """See `Waiter`."""
         if not self.result.done():
             self.result.set_result(self._act(session))
@@ -137,7 +137,7 @@ class Arrivals:
 
     def __init__(
         self,
-        find: Callable[[str], Session | None],
+        find: Callable[[str], ResidentSession | None],
         make_ready: Callable[[str], Coroutine[Any, Any, None]],
     ) -> None:
         self.lines: dict[str, _Line] = {}
@@ -232,7 +232,7 @@ class Arrivals:
         self._move(session_id)
 
 
-def served(waiter: Waiter, session: Session) -> bool:
+def served(waiter: Waiter, session: ResidentSession) -> bool:
     """Whether a request has been served, with an error too; else it has to be asked again."""
     try:
         waiter.found(session)

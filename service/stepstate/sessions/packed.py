@@ -17,17 +17,17 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.engine import Floats, Pack
+from stepstate.engine import Floats, PackedWork
 from stepstate.errors import StepstateError
-from stepstate.sessions.session import Session
 from stepstate.sessions.table import Table
+from stepstate.sessions.types import ResidentSession
 
 if TYPE_CHECKING:
-    from stepstate.sessions.lane import Lane
+    from stepstate.sessions.scheduler import StepScheduler
 
 
 @dataclass(frozen=True, slots=True)
-class Seat:
+class SessionRef:
     """Where a session was when it was last looked at; it goes straight as long as that holds."""
 
     handle: int
@@ -35,7 +35,7 @@ class Seat:
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class RowBatch:
     """N rows: seats (generation 0: none), the t that each is to be applied at, if told, and x."""
 
     handles: NDArray[np.int64]
@@ -46,13 +46,13 @@ class Columns:
     def __len__(self) -> int:
         return len(self.handles)
 
-    def some(self, rows: NDArray[np.int64]) -> Columns:
+    def some(self, rows: NDArray[np.int64]) -> RowBatch:
         """Some of the rows."""
         t = None if self.t is None else self.t[rows]
-        return Columns(self.handles[rows], self.generations[rows], t, self.x[rows])
+        return RowBatch(self.handles[rows], self.generations[rows], t, self.x[rows])
 
 
-class PackReplyTo(Protocol):
+class PackedReplyTo(Protocol):
     """Where a pack's outcome goes."""
 
     @property
@@ -60,7 +60,7 @@ class PackReplyTo(Protocol):
         """Nobody waits any more."""
         ...
 
-    def deliver_pack(self, pack: PackedRows) -> None:
+    def deliver_pack(self, pack: PackedStep) -> None:
         """Takes a pack that has its outcome; called once, on the event loop."""
         ...
 
@@ -73,10 +73,12 @@ class DeferredRows(Protocol):
         ...
 
 
-class PackedRows(Pack):
+class PackedStep(PackedWork):
     """Rows on their straight way through a lane's engine. It carries its own outcome."""
 
-    def __init__(self, columns: Columns, table: Table, lane: Lane, reply_to: PackReplyTo) -> None:
+    def __init__(
+        self, columns: RowBatch, table: Table, scheduler: StepScheduler, reply_to: PackedReplyTo
+    ) -> None:
         handles = columns.handles
         at = table.t_array[handles]
         super().__init__(
@@ -93,47 +95,47 @@ class PackedRows(Pack):
         self.durable_t: NDArray[np.int64] = np.zeros(0, np.int64)
         self.errors: list[tuple[int, StepstateError]] = []
         """Rows that were not applied, and why."""
-        self._lane = lane
+        self._scheduler = scheduler
 
     @property
     def cancelled(self) -> bool:
-        """See `Pack`."""
+        """See `PackedWork`."""
         return self.reply_to.cancelled
 
     def stepped(
         self, y: Floats, fine: NDArray[np.bool_] | None, failed: Mapping[int, Exception]
     ) -> None:
-        """See `Pack`."""
-        self._lane.stepped_pack(self, y, fine, failed)
+        """See `PackedWork`."""
+        self._scheduler.stepped_pack(self, y, fine, failed)
 
     def dropped(self) -> None:
-        """See `Pack`."""
-        self._lane.dropped_pack(self)
+        """See `PackedWork`."""
+        self._scheduler.dropped_pack(self)
 
 
-def seat_of(session: Session, table: Table) -> Seat | None:
+def seat_of(session: ResidentSession, table: Table) -> SessionRef | None:
     """Where a resident session's rows go straight to; None: they can't for now."""
-    if session.sync or session.barred or session.unplaced or session.lease_in_doubt:
+    if session.sync or session.barred or session.position_unknown or session.lease_in_doubt:
         return None
-    return Seat(session.handle, int(table.generation_array[session.handle]))
+    return SessionRef(session.handle, int(table.generation_array[session.handle]))
 
 
-def lane_of(columns: Columns, table: Table) -> Lane | None:
+def lane_of(columns: RowBatch, table: Table) -> StepScheduler | None:
     """The lane of the first row whose seat holds."""
     holds = table.generation_array[columns.handles] == columns.generations
     first = int(holds.argmax())
     session = table.at(int(columns.handles[first])) if holds[first] else None
-    return None if session is None else session.lane
+    return None if session is None else session.scheduler
 
 
-def straight(
-    columns: Columns, table: Table, *, lane: int, now: float, backlog_rows: int
+def fast_path_mask(
+    columns: RowBatch, table: Table, *, scheduler: int, now: float, backlog_rows: int
 ) -> NDArray[np.bool_]:
     """Which rows [N] go straight (rule 1); of the rows of one session only the first may."""
     handles = columns.handles
     at = table.t_array[handles]
     good: NDArray[np.bool_] = table.generation_array[handles] == columns.generations
-    good &= table.lane_array[handles] == lane
+    good &= table.lane_array[handles] == scheduler
     good &= ~table.busy_array[handles]
     good &= table.expires_at_array[handles] > now
     behind = at - table.durable_t_array[handles]

@@ -12,9 +12,9 @@ import time
 from collections import Counter
 
 from stepstate.errors import StoreUnavailable
-from stepstate.sessions.link import StoreLink
-from stepstate.sessions.standing import Standings
-from stepstate.stores import Entry, Unreadable
+from stepstate.sessions.monitored_store import MonitoredStore
+from stepstate.sessions.status import SessionSummaries
+from stepstate.stores import StoredSession, UnreadableSession
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Survey:
         standings: tell what its entries mean.
     """
 
-    def __init__(self, link: StoreLink, standings: Standings) -> None:
+    def __init__(self, link: MonitoredStore, standings: SessionSummaries) -> None:
         self._link = link
         self._standings = standings
         self.orphaned: Counter[str] = Counter()
@@ -45,7 +45,7 @@ class Survey:
         self.unreadable: set[str] = set()
         """Ids of damaged sessions."""
 
-    def met(self, unreadable: Unreadable) -> None:
+    def met(self, unreadable: UnreadableSession) -> None:
         """Somebody came across a damaged session; it is logged the first time."""
         if unreadable.session_id in self.unreadable or len(self.unreadable) >= MAX_UNREADABLE:
             return
@@ -59,10 +59,10 @@ class Survey:
         """A session could be read."""
         self.unreadable.discard(session_id)
 
-    def ended(self, found: Entry | Unreadable) -> None:
+    def ended(self, found: StoredSession | UnreadableSession) -> None:
         """Such a session was closed, or expired."""
         self.unreadable.discard(found.session_id)
-        if isinstance(found, Unreadable):
+        if isinstance(found, UnreadableSession):
             return
         if self._standings.orphaned(found) and self.orphaned[found.record.model_key]:
             self.orphaned[found.record.model_key] -= 1
@@ -91,11 +91,11 @@ class Survey:
             began, begun = time.perf_counter(), True
             entries, token = await self._link.ask(self._link.store.page(token, READ_AT_ONCE))
             for entry in entries:
-                if isinstance(entry, Unreadable):
+                if isinstance(entry, UnreadableSession):
                     self.met(entry)
                 if entry.session_id in self.unreadable:
                     unreadable.add(entry.session_id)
-                elif isinstance(entry, Entry) and self._standings.orphaned(entry):
+                elif isinstance(entry, StoredSession) and self._standings.orphaned(entry):
                     orphaned[entry.record.model_key] += 1
             if token:
                 await asyncio.sleep(IDLE_SHARE * (time.perf_counter() - began))

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.sessions.session import Session
+from stepstate.sessions.types import ResidentSession
 from stepstate.stores import Durability
 
 NEVER = float("inf")
@@ -54,15 +54,15 @@ class Table:
         self.deferred: memoryview[bool] = memoryview(self.deferred_array.data)
         self.awaited: memoryview[bool] = memoryview(self.awaited_array.data)
         self.expires_at: memoryview[float] = memoryview(self.expires_at_array.data)
-        self._by_id: dict[str, Session] = {}
-        self._by_handle: list[Session | None] = [None] * limit
+        self._by_id: dict[str, ResidentSession] = {}
+        self._by_handle: list[ResidentSession | None] = [None] * limit
         self._free = list(range(limit - 1, -1, -1))
         self._first: NDArray[np.int64] = np.zeros(limit, np.int64)
 
     def __len__(self) -> int:
         return len(self._by_id)
 
-    def get(self, session_id: str) -> Session | None:
+    def get(self, session_id: str) -> ResidentSession | None:
         """The open session of this id."""
         return self._by_id.get(session_id)
 
@@ -72,7 +72,7 @@ class Table:
         return len(self._free)
 
     def add(
-        self, session: Session, *, t: int, durable_t: int, now: float, expires_at: float
+        self, session: ResidentSession, *, t: int, durable_t: int, now: float, expires_at: float
     ) -> None:
         """Adds a session; there is room, and its id is not resident."""
         handle = self._free.pop()
@@ -83,14 +83,14 @@ class Table:
         self.expires_at[handle] = expires_at
         self._placed_at[handle] = now
         self.busy[handle] = self.awaited[handle] = self.deferred[handle] = False
-        self.lane_array[handle] = session.lane.number
+        self.lane_array[handle] = session.scheduler.number
         self.slot_array[handle] = session.slot
         self.phase_array[handle] = session.phase
         self.saved_behind_array[handle] = session.record.durability is Durability.ASYNC
         self._by_id[session.session_id] = session
         self._by_handle[handle] = session
 
-    def remove(self, session: Session) -> None:
+    def remove(self, session: ResidentSession) -> None:
         """Takes a session out; its handle may be used again."""
         self.revoke(session)
         self.expires_at[session.handle] = NEVER
@@ -107,35 +107,35 @@ class Table:
         first: NDArray[np.bool_] = self._first[handles] == order
         return first
 
-    def at(self, handle: int) -> Session | None:
+    def at(self, handle: int) -> ResidentSession | None:
         """The session at a handle."""
         return self._by_handle[handle]
 
-    def bar(self, session: Session) -> None:
+    def bar(self, session: ResidentSession) -> None:
         """Lets a session take no new steps."""
         session.barred = True
         self.revoke(session)
 
-    def revoke(self, session: Session) -> None:
+    def revoke(self, session: ResidentSession) -> None:
         """Makes whoever keeps the session's handle look at it anew before its next step."""
         self.generation_array[session.handle] += 1
 
-    def queued_requests(self, session: Session) -> int:
+    def queued_requests(self, session: ResidentSession) -> int:
         """Steps of a session that are accepted and not yet answered."""
         return self.busy[session.handle] + (len(session.waiting) if session.waiting else 0)
 
-    def when_idle(self, session: Session) -> asyncio.Future[None]:
+    def when_idle(self, session: ResidentSession) -> asyncio.Future[None]:
         """Resolved when a barred session has finished its steps."""
         self.awaited[session.handle] = True
         if session.idle is None or session.idle.done():
             session.idle = asyncio.get_running_loop().create_future()
         return session.idle
 
-    def overdue(self, now: float) -> list[Session]:
+    def overdue(self, now: float) -> list[ResidentSession]:
         """Sessions whose time is up."""
         return self._sessions(np.flatnonzero(self.expires_at_array <= now))
 
-    def undurable(self) -> list[Session]:
+    def undurable(self) -> list[ResidentSession]:
         """Sessions that are saved in the background and have rows that are not saved."""
         behind = self.saved_behind_array & (self.t_array > self.durable_t_array)
         return self._sessions(np.flatnonzero(behind))
@@ -145,15 +145,15 @@ class Table:
         lag = (self.t_array - self.durable_t_array)[self.saved_behind_array]
         return int(lag.sum())
 
-    def touch(self, session: Session, at: float) -> None:
+    def touch(self, session: ResidentSession, at: float) -> None:
         """Makes `untouched` name a session from a time on."""
         self._touch_at[session.handle] = at
 
-    def untouched(self, now: float) -> list[Session]:
+    def untouched(self, now: float) -> list[ResidentSession]:
         """Sessions whose time to be touched has come."""
         return self._sessions(np.flatnonzero(self._touch_at <= now))
 
-    def longest_idle(self, count: int) -> list[Session]:
+    def longest_idle(self, count: int) -> list[ResidentSession]:
         """`count` sessions that were neither stepped nor loaded for the longest time, in order."""
         used_at = np.maximum(self.expires_at_array - self.idle_timeout_array, self._placed_at)
         count = min(count, len(self))
@@ -162,9 +162,9 @@ class Table:
         handles = np.argpartition(used_at, count - 1)[:count]
         return self._sessions(handles[np.argsort(used_at[handles])])
 
-    def __iter__(self) -> Iterator[Session]:
+    def __iter__(self) -> Iterator[ResidentSession]:
         return iter(list(self._by_id.values()))
 
-    def _sessions(self, handles: NDArray[np.int64]) -> list[Session]:
+    def _sessions(self, handles: NDArray[np.int64]) -> list[ResidentSession]:
         found = (self._by_handle[handle] for handle in handles.tolist())
         return [session for session in found if session is not None]

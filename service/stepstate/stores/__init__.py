@@ -3,35 +3,35 @@
 from stepstate.stores.base import (
     DiskUsage,
     Durability,
-    Ending,
     EndReason,
-    Entry,
     MissingPolicy,
-    Save,
-    Saved,
+    SaveRequest,
+    SaveResult,
     SessionRecord,
     SessionStore,
-    Unreadable,
+    StoredSession,
+    Tombstone,
+    UnreadableSession,
 )
-from stepstate.stores.failures import CannotOpenStore
+from stepstate.stores.factory import open_store
+from stepstate.stores.failures import StoreOpenError
 from stepstate.stores.memory import MemoryStore
-from stepstate.stores.opening import open_store
 from stepstate.stores.sqlite import SqliteStore
 
 __all__ = [
-    "CannotOpenStore",
     "DiskUsage",
     "Durability",
     "EndReason",
-    "Ending",
-    "Entry",
     "MemoryStore",
     "MissingPolicy",
-    "Save",
-    "Saved",
+    "SaveRequest",
+    "SaveResult",
     "SessionRecord",
     "SessionStore",
     "SqliteStore",
-    "Unreadable",
+    "StoreOpenError",
+    "StoredSession",
+    "Tombstone",
+    "UnreadableSession",
     "open_store",
 ]

@@ -139,7 +139,7 @@ _RECORDS = TypeAdapter(SessionRecord)
 
 
 @dataclass(frozen=True, slots=True)
-class Ending:
+class Tombstone:
     """How a session ended, remembered for a while so that its clients can be told."""
 
     reason: EndReason
@@ -148,7 +148,7 @@ class Ending:
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class StoredSession:
     """An open or expired session as a store knows it, without its snapshot."""
 
     record: SessionRecord
@@ -169,7 +169,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Unreadable:
+class UnreadableSession:
     """A session whose record in the store can't be read. It can be told of, and discarded."""
 
     session_id: str
@@ -178,7 +178,7 @@ class Unreadable:
 
 
 @dataclass(frozen=True, slots=True)
-class Save:
+class SaveRequest:
     """One session to save."""
 
     session_id: str
@@ -191,8 +191,8 @@ class Save:
     """None: the one that is stored is still good."""
 
 
-class Saved(enum.Enum):
-    """What became of a `Save`."""
+class SaveResult(enum.Enum):
+    """What became of a `SaveRequest`."""
 
     DONE = "done"
     FENCED = "fenced"
@@ -218,8 +218,8 @@ class SessionStore(Protocol):
     """Keeps sessions and their endings.
 
     Every method raises `StoreUnavailable` when the store can't be reached or can't write.
-    What is stored may be damaged: a record that can't be read is `Unreadable`, an ending that
-    can't be is forgotten, and neither touches another session.
+    What is stored may be damaged: a record that can't be read is `UnreadableSession`,
+    an ending that can't be is forgotten, and neither touches another session.
     """
 
     durable: bool
@@ -251,7 +251,7 @@ class SessionStore(Protocol):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | Entry | Unreadable:
+    ) -> int | StoredSession | UnreadableSession:
         """Keeps a new session, and forgets how an older one of its id ended.
 
         Args:
@@ -270,7 +270,7 @@ class SessionStore(Protocol):
 
     async def acquire(
         self, session_id: str, *, owner: str, fingerprints: Collection[str]
-    ) -> tuple[Entry, bytes] | Entry | Unreadable | Ending | None:
+    ) -> tuple[StoredSession, bytes] | StoredSession | UnreadableSession | Tombstone | None:
         """Takes a session's lease, whoever held it: its epoch rises.
 
         Args:
@@ -285,11 +285,11 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def find(self, session_id: str) -> Entry | Unreadable | Ending | None:
+    async def find(self, session_id: str) -> StoredSession | UnreadableSession | Tombstone | None:
         """What is known of an id. It takes nothing."""
         ...
 
-    async def save(self, saves: Sequence[Save]) -> list[Saved]:
+    async def save(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
         """Saves sessions together, each if its epoch is still the newest.
 
         Returns:
@@ -297,7 +297,7 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def expire(self, saves: Sequence[Save], *, delete_at: float) -> list[Saved]:
+    async def expire(self, saves: Sequence[SaveRequest], *, delete_at: float) -> list[SaveResult]:
         """Saves sessions for the last time, and marks them as expired.
 
         Their epochs rise, so that who held them can't save them any more.
@@ -319,7 +319,7 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
+    async def end(self, session_id: str, epoch: int, ending: Tombstone) -> bool:
         """Forgets a session, if the epoch is still the newest, and remembers how it ended.
 
         Returns:
@@ -327,19 +327,19 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def discard(self, session_id: str, ending: Ending) -> bool:
-        """Forgets a session that is `Unreadable`, and remembers how it ended.
+    async def discard(self, session_id: str, ending: Tombstone) -> bool:
+        """Forgets a session that is `UnreadableSession`, and remembers how it ended.
 
         Returns:
             Whether it was so; False: it is not there, or can be read.
         """
         ...
 
-    async def overdue(self, before: float, limit: int) -> list[Entry]:
+    async def overdue(self, before: float, limit: int) -> list[StoredSession]:
         """Up to `limit` open sessions with `expires_at` before a time; none that is unreadable."""
         ...
 
-    async def expired(self, before: float, limit: int) -> list[Entry]:
+    async def expired(self, before: float, limit: int) -> list[StoredSession]:
         """Up to `limit` expired sessions with `delete_at` before a time, about the oldest.
 
         None that is unreadable.
@@ -348,7 +348,7 @@ class SessionStore(Protocol):
 
     async def page(
         self, token: str, size: int, model: str = "", *, expired: bool = False
-    ) -> tuple[list[Entry | Unreadable], str]:
+    ) -> tuple[list[StoredSession | UnreadableSession], str]:
         """Some of the sessions.
 
         A session that is open during the whole listing is in exactly one page.

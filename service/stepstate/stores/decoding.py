@@ -1,7 +1,7 @@
 """What a store holds, as values: the one place that makes sessions of stored fields.
 
 Any field may be damaged, by a disk, a person or another program. What can't be a
-session's is `Unreadable` and never raises, so that it stays a matter of that session.
+session's is `UnreadableSession` and never raises, so that it stays a matter of that session.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pydantic import ValidationError
 from stepstate.stores.base import (
     MAX_IDLE_SECONDS,
     MAX_T,
-    Ending,
     EndReason,
-    Entry,
     SessionRecord,
-    Unreadable,
+    StoredSession,
+    Tombstone,
+    UnreadableSession,
 )
 
 MAX_MICROSECONDS = 253_402_300_800_000_000
@@ -41,7 +41,7 @@ def entry_of(
     epoch: object,
     owner: object,
     delete: object,
-) -> Entry | Unreadable:
+) -> StoredSession | UnreadableSession:
     """A session, from what a store has under its id.
 
     Args:
@@ -56,7 +56,7 @@ def entry_of(
     """
     try:
         read = SessionRecord.from_json(_bytes("record", record))
-        return Entry(
+        return StoredSession(
             _same(read, session_id, model),
             t=whole("t", t, MAX_T),
             expires_at=whole("expires", expires, MAX_MICROSECONDS) / 1e6,
@@ -65,14 +65,14 @@ def entry_of(
             delete_at=None if delete is None else whole("delete", delete, MAX_MICROSECONDS) / 1e6,
         )
     except ValueError as error:
-        return Unreadable(session_id, _problem(error))
+        return UnreadableSession(session_id, _problem(error))
 
 
-def ending_of(reason: object, t: object, idle_timeout_seconds: object) -> Ending | None:
+def ending_of(reason: object, t: object, idle_timeout_seconds: object) -> Tombstone | None:
     """How a session ended, from what a store has; None: it can't be told any more."""
     try:
         idle = float(_text("idle_timeout_seconds", idle_timeout_seconds, 40))
-        ending = Ending(EndReason(_text("reason", reason, 40)), whole("t", t, MAX_T), idle)
+        ending = Tombstone(EndReason(_text("reason", reason, 40)), whole("t", t, MAX_T), idle)
     except ValueError:
         return None
     return ending if 0 <= idle <= MAX_IDLE_SECONDS else None

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 
 @dataclass(eq=False)
-class CannotOpenStore(Exception):
+class StoreOpenError(Exception):
     """A store's URL is wrong, or what it names is not a store. Never on the wire.
 
     Args:

@@ -11,21 +11,21 @@ from itertools import chain, islice
 from stepstate.stores.base import (
     ENDING_SECONDS,
     DiskUsage,
-    Ending,
-    Entry,
-    Save,
-    Saved,
+    SaveRequest,
+    SaveResult,
     SessionRecord,
-    Unreadable,
+    StoredSession,
+    Tombstone,
+    UnreadableSession,
 )
 
-MOST_ENDINGS = 100_000
+MAX_ENDINGS = 100_000
 """About 20 MB; the oldest are forgotten first."""
 
 
 @dataclass(slots=True)
 class _Kept:
-    entry: Entry
+    entry: StoredSession
     snapshot: bytes
 
 
@@ -34,17 +34,17 @@ class MemoryStore:
 
     Args:
         clock: seconds in which this process ran.
-        most_endings: how many endings are remembered.
+        max_endings: how many endings are remembered.
     """
 
     durable = False
 
-    def __init__(self, clock: Callable[[], float], *, most_endings: int = MOST_ENDINGS) -> None:
+    def __init__(self, clock: Callable[[], float], *, max_endings: int = MAX_ENDINGS) -> None:
         self._clock = clock
-        self._most_endings = most_endings
+        self._max_endings = max_endings
         self._sessions: dict[str, _Kept] = {}
         self._expired: dict[str, _Kept] = {}  # the oldest first
-        self._endings: dict[str, tuple[float, Ending]] = {}  # the oldest first
+        self._endings: dict[str, tuple[float, Tombstone]] = {}  # the oldest first
         self._epoch = 0
 
     def now(self) -> float:
@@ -64,20 +64,20 @@ class MemoryStore:
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | Entry:
+    ) -> int | StoredSession:
         """See `SessionStore.create`."""
         kept = self._kept(record.session_id)
         if kept is not None and not (kept.entry.epoch == replacing and self._past(kept.entry)):
             return kept.entry
         self._expired.pop(record.session_id, None)
         self._endings.pop(record.session_id, None)
-        entry = Entry(record, t, expires_at, self._next_epoch(), owner)
+        entry = StoredSession(record, t, expires_at, self._next_epoch(), owner)
         self._sessions[record.session_id] = _Kept(entry, snapshot)
         return entry.epoch
 
     async def acquire(
         self, session_id: str, *, owner: str, fingerprints: Collection[str]
-    ) -> tuple[Entry, bytes] | Entry | Ending | None:
+    ) -> tuple[StoredSession, bytes] | StoredSession | Tombstone | None:
         """See `SessionStore.acquire`."""
         kept = self._kept(session_id)
         if kept is None:
@@ -88,7 +88,7 @@ class MemoryStore:
         kept.entry = replace(before, epoch=self._next_epoch(), owner=owner)
         return replace(kept.entry, owner=before.owner), kept.snapshot
 
-    async def find(self, session_id: str) -> Entry | Ending | None:
+    async def find(self, session_id: str) -> StoredSession | Tombstone | None:
         """See `SessionStore.find`."""
         self._forget()
         kept = self._kept(session_id)
@@ -97,18 +97,18 @@ class MemoryStore:
         ended = self._endings.get(session_id)
         return None if ended is None else ended[1]
 
-    async def save(self, saves: Sequence[Save]) -> list[Saved]:
+    async def save(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
         """See `SessionStore.save`."""
         return [self._save(save) for save in saves]
 
-    async def expire(self, saves: Sequence[Save], *, delete_at: float) -> list[Saved]:
+    async def expire(self, saves: Sequence[SaveRequest], *, delete_at: float) -> list[SaveResult]:
         """See `SessionStore.expire`."""
         verdicts = []
         for save in saves:
             kept = self._sessions.get(save.session_id)
             before = 0.0 if kept is None else kept.entry.expires_at
             verdict = self._save(replace(save, expires_at=before))
-            if verdict is Saved.DONE:
+            if verdict is SaveResult.DONE:
                 kept = self._sessions.pop(save.session_id)
                 kept.entry = replace(kept.entry, epoch=self._next_epoch(), delete_at=delete_at)
                 self._expired[save.session_id] = kept
@@ -126,7 +126,7 @@ class MemoryStore:
         self._sessions[session_id] = self._expired.pop(session_id)
         return True
 
-    async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
+    async def end(self, session_id: str, epoch: int, ending: Tombstone) -> bool:
         """See `SessionStore.end`."""
         kept = self._kept(session_id)
         if kept is None or kept.entry.epoch != epoch:
@@ -137,24 +137,24 @@ class MemoryStore:
         self._forget()
         return True
 
-    async def discard(self, session_id: str, ending: Ending) -> bool:
+    async def discard(self, session_id: str, ending: Tombstone) -> bool:
         """See `SessionStore.discard`: what is in memory can be read."""
         del session_id, ending
         return False
 
-    async def overdue(self, before: float, limit: int) -> list[Entry]:
+    async def overdue(self, before: float, limit: int) -> list[StoredSession]:
         """See `SessionStore.overdue`."""
         due = (kept.entry for kept in self._sessions.values() if kept.entry.expires_at < before)
         return [entry for entry, _ in zip(due, range(limit), strict=False)]
 
-    async def expired(self, before: float, limit: int) -> list[Entry]:
+    async def expired(self, before: float, limit: int) -> list[StoredSession]:
         """See `SessionStore.expired`."""
         oldest = (kept.entry for kept in islice(self._expired.values(), limit))
         return [e for e in oldest if e.delete_at is not None and e.delete_at < before]
 
     async def page(
         self, token: str, size: int, model: str = "", *, expired: bool = False
-    ) -> tuple[list[Entry | Unreadable], str]:
+    ) -> tuple[list[StoredSession | UnreadableSession], str]:
         """See `SessionStore.page`; the token is the last id."""
         everything = chain(self._sessions.items(), self._expired.items() if expired else ())
         later = (
@@ -163,7 +163,7 @@ class MemoryStore:
             if session_id > token and model in ("", kept.entry.record.model)
         )
         found = heapq.nsmallest(size + 1, later, key=lambda pair: pair[0])
-        entries: list[Entry | Unreadable] = [entry for _, entry in found[:size]]
+        entries: list[StoredSession | UnreadableSession] = [entry for _, entry in found[:size]]
         return entries, found[size - 1][0] if len(found) > size else ""
 
     async def count(self) -> Mapping[str, int]:
@@ -187,29 +187,29 @@ class MemoryStore:
     def _kept(self, session_id: str) -> _Kept | None:
         return self._sessions.get(session_id) or self._expired.get(session_id)
 
-    def _past(self, entry: Entry) -> bool:
+    def _past(self, entry: StoredSession) -> bool:
         return entry.delete_at is not None or entry.expires_at <= self._clock()
 
     def _next_epoch(self) -> int:
         self._epoch = max(self._epoch + 1, int(self._clock() * 1e6))
         return self._epoch
 
-    def _save(self, save: Save) -> Saved:
+    def _save(self, save: SaveRequest) -> SaveResult:
         kept = self._sessions.get(save.session_id)
         if kept is None:
             gone = save.session_id in self._endings or save.session_id in self._expired
-            return Saved.FENCED if gone else Saved.MISSING
+            return SaveResult.FENCED if gone else SaveResult.MISSING
         if kept.entry.epoch != save.epoch:
-            return Saved.FENCED
+            return SaveResult.FENCED
         kept.entry = replace(kept.entry, owner=save.owner, t=save.t, expires_at=save.expires_at)
         if save.snapshot is not None:
             kept.snapshot = save.snapshot
-        return Saved.DONE
+        return SaveResult.DONE
 
     def _forget(self) -> None:
         now = self._clock()
         while self._endings:
             oldest = next(iter(self._endings))
-            if len(self._endings) <= self._most_endings and self._endings[oldest][0] > now:
+            if len(self._endings) <= self._max_endings and self._endings[oldest][0] > now:
                 return
             del self._endings[oldest]

@@ -1,8 +1,8 @@
 """The gRPC front doors."""
 
-from stepstate.transport.guard import Guard
-from stepstate.transport.native import NativeService
-from stepstate.transport.outgoing import Outgoing
+from stepstate.transport.interceptor import RpcInterceptor
 from stepstate.transport.reflection import add_reflection
+from stepstate.transport.reply_budget import ReplyBudget
+from stepstate.transport.servicer import StepstateServicer
 
-__all__ = ["Guard", "NativeService", "Outgoing", "add_reflection"]
+__all__ = ["ReplyBudget", "RpcInterceptor", "StepstateServicer", "add_reflection"]

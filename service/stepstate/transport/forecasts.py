@@ -7,9 +7,15 @@ from collections.abc import Sequence
 
 from stepstate.engine import Method
 from stepstate.errors import StepstateError
-from stepstate.sessions import ID_LENGTH, OutputForecast, Scenario, SessionForecast, Wish
-from stepstate.sessions.forecast_bounds import check_scenario_count, error_bytes
-from stepstate.transport.codec import duration, timestamp
+from stepstate.sessions import (
+    ID_LENGTH,
+    ForecastRequest,
+    OutputTrajectory,
+    Scenario,
+    SessionForecast,
+)
+from stepstate.sessions.forecasting.limits import check_scenario_count, error_bytes
+from stepstate.transport.convert import duration, timestamp
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import array_of, put_floats
@@ -27,7 +33,7 @@ _METHODS: dict[int, pb.ForecastMethod] = {
 _VALUES = pb.OutputForecast.VALUES_FIELD_NUMBER
 
 
-def decode_wish(request: pb.ForecastRequest) -> Wish:
+def decode_wish(request: pb.ForecastRequest) -> ForecastRequest:
     """What a client asks for.
 
     Raises:
@@ -35,7 +41,7 @@ def decode_wish(request: pb.ForecastRequest) -> Wish:
     """
     check_scenario_count(len(request.scenarios))
     scenarios = [Scenario(one.name, array_of(one.x)) for one in request.scenarios]
-    return Wish(request.horizon, tuple(request.quantiles), tuple(scenarios))
+    return ForecastRequest(request.horizon, tuple(request.quantiles), tuple(scenarios))
 
 
 def reply_bytes(told: Sequence[Told]) -> int:
@@ -88,7 +94,7 @@ def _forecast(forecast: SessionForecast) -> pb.SessionForecast:
     )
 
 
-def _output(forecast: OutputForecast) -> pb.OutputForecast:
+def _output(forecast: OutputTrajectory) -> pb.OutputForecast:
     message = pb.OutputForecast(
         name=forecast.output.name,
         unit=forecast.output.unit,

@@ -9,7 +9,7 @@ from stepstate.errors import InvalidField
 
 
 @dataclass(frozen=True, slots=True)
-class Malformed:
+class DecodeFailure:
     """Stands for bytes that are no message of the RPC's type."""
 
     detail: str
@@ -24,8 +24,8 @@ def well_formed(message: Any) -> Any:
     """The message.
 
     Raises:
-        InvalidField: it is `Malformed`.
+        InvalidField: it is `DecodeFailure`.
     """
-    if isinstance(message, Malformed):
+    if isinstance(message, DecodeFailure):
         raise message.error
     return message

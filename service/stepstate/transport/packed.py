@@ -17,46 +17,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.errors import StepstateError
-from stepstate.sessions import PackedRows, Session, Sessions, Step
-from stepstate.transport.bindings import Bindings
-from stepstate.transport.exchange import Exchange, Messages
-from stepstate.transport.fetches import Fetches
-from stepstate.transport.outgoing import Outgoing
-from stepstate.transport.packed_message import PackedMessage, reply_bytes
+from stepstate.sessions import PackedStep, ResidentSession, SessionService, Step
+from stepstate.transport.bidi import BidiStream, MessageChannel
+from stepstate.transport.handles import HandleTable
+from stepstate.transport.packed_request import PackedRequest, reply_bytes
+from stepstate.transport.pending_loads import PendingLoads
+from stepstate.transport.reply_budget import ReplyBudget
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 
-MOST_ROWS = 16_384
+MAX_ROWS = 16_384
 """Accepted and not answered: 64 of the largest forwards. Beyond them the call is not read."""
 
 
-class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, PackedMessage]):
-    """See `Exchange` for its arguments."""
+class PackedStream(BidiStream[pb.StreamPackedRequest, pb.StreamPackedResponse, PackedRequest]):
+    """See `BidiStream` for its arguments."""
 
     def __init__(
         self,
-        sessions: Sessions,
-        messages: Messages,
+        sessions: SessionService,
+        messages: MessageChannel,
         *,
-        outgoing: Outgoing,
+        outgoing: ReplyBudget,
         refused: Callable[[str], None],
     ) -> None:
         super().__init__(sessions, messages, outgoing=outgoing, refused=refused)
         self._widest = max((model.manifest.output_width for model in sessions.catalog), default=0)
-        self._bindings = Bindings.none()
+        self._bindings = HandleTable.none()
         self._under_way = np.zeros(0, np.bool_)  # by handle: a row of it went straight
-        self._waiting: list[PackedMessage] = []
+        self._waiting: list[PackedRequest] = []
         self._rows = 0
-        self._fetches: Fetches[_Row] = Fetches(sessions, found=self._go_alone, failed=self._refuse)
+        self._fetches: PendingLoads[_Row] = PendingLoads(
+            sessions, found=self._go_alone, failed=self._refuse
+        )
 
     async def run(self) -> None:
-        """See `Exchange.run`."""
+        """See `BidiStream.run`."""
         try:
             await super().run()
         finally:
             self._settle(self._fetches.drop())
 
-    def packed(self, part: _Part, pack: PackedRows) -> None:
+    def packed(self, part: _PackedRows, pack: PackedStep) -> None:
         """Takes the outcome of rows that went straight, and begins those that waited for them."""
         self._under_way[part.message.handles[part.rows]] = False
         part.message.put_pack(part.rows, pack)
@@ -78,7 +80,7 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
             for row in rows.tolist():
                 self._go(_Row(self, message, row))
 
-    def ended(self, message: PackedMessage) -> None:
+    def ended(self, message: PackedRequest) -> None:
         """Rows of a message have their outcome."""
         if not message.left:
             self._rows -= len(message)
@@ -87,7 +89,7 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
 
     @property
     def _full(self) -> bool:
-        return self._rows >= MOST_ROWS or super()._full
+        return self._rows >= MAX_ROWS or super()._full
 
     def _take(self, request: pb.StreamPackedRequest) -> None:
         try:
@@ -102,14 +104,14 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
         else:
             self.ended(message)
 
-    def _accepted(self, request: pb.StreamPackedRequest) -> PackedMessage:
+    def _accepted(self, request: pb.StreamPackedRequest) -> PackedRequest:
         """Reads a message and accepts its rows.
 
         Raises:
             InvalidField, Draining, QueueFull: nothing of it was accepted.
         """
         bindings = self._bindings.with_(request.bindings)
-        message = PackedMessage.read(request, bindings)
+        message = PackedRequest.read(request, bindings)
         self._reserve(self._size(message))
         try:
             self._sessions.accept(len(message), len(message))
@@ -122,7 +124,7 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
         self._bindings = bindings
         return message
 
-    def _begin(self, message: PackedMessage) -> None:
+    def _begin(self, message: PackedRequest) -> None:
         """Begins every row that does not have to wait; the others are begun later."""
         rest = message.rest
         if self.cancelled:
@@ -142,14 +144,14 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
             self._waiting.append(message)
             self._sessions.defer(self, message.columns.handles[message.rest])
 
-    def _go_straight(self, message: PackedMessage, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+    def _go_straight(self, message: PackedRequest, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Sends what can go straight, together, and tells which rows these were."""
         columns = message.columns if len(rows) == len(message) else message.columns.some(rows)
-        lane = message.lane or self._sessions.lane_of(columns)
-        if lane is None or not message.fits(lane):
+        scheduler = message.scheduler or self._sessions.lane_of(columns)
+        if scheduler is None or not message.fits(scheduler):
             return np.zeros(len(rows), np.bool_)
-        part = _Part(self, message)
-        went = lane.submit_pack(columns, part)
+        part = _PackedRows(self, message)
+        went = scheduler.submit_pack(columns, part)
         part.rows = rows[went]
         self._under_way[message.handles[part.rows]] = True
         return went
@@ -161,14 +163,14 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
         else:
             self._go_alone(row, session)
 
-    def _go_alone(self, row: _Row, session: Session) -> None:
+    def _go_alone(self, row: _Row, session: ResidentSession) -> None:
         self._bindings.seat(row.handle, row.session_id, self._sessions.seat(session))
         try:
             step = row.message.step(row.place, session, row)
         except StepstateError as error:
             self._refuse(row, error)
         else:
-            session.lane.submit(step)
+            session.scheduler.submit(step)
 
     def _refuse(self, row: _Row, error: StepstateError) -> None:
         row.message.put_error(row.place, error)
@@ -186,30 +188,30 @@ class PackedStream(Exchange[pb.StreamPackedRequest, pb.StreamPackedResponse, Pac
         self._refused(error.reason)
         return pb.StreamPackedResponse(id=request_id, error=status_of(error))
 
-    def _encoded(self, outcome: PackedMessage) -> pb.StreamPackedResponse:
+    def _encoded(self, outcome: PackedRequest) -> pb.StreamPackedResponse:
         for error in outcome.errors.values():
             self._refused(error.reason)
         return outcome.response()
 
-    def _size(self, outcome: PackedMessage) -> int:
+    def _size(self, outcome: PackedRequest) -> int:
         return reply_bytes(len(outcome), self._widest)
 
 
 @dataclass(slots=True, eq=False)
-class _Part:
-    """Rows of a message on their straight way; a `PackReplyTo`."""
+class _PackedRows:
+    """Rows of a message on their straight way; a `PackedReplyTo`."""
 
     stream: PackedStream
-    message: PackedMessage
+    message: PackedRequest
     rows: NDArray[np.int64] = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def cancelled(self) -> bool:
-        """See `PackReplyTo`."""
+        """See `PackedReplyTo`."""
         return self.stream.cancelled
 
-    def deliver_pack(self, pack: PackedRows) -> None:
-        """See `PackReplyTo`."""
+    def deliver_pack(self, pack: PackedStep) -> None:
+        """See `PackedReplyTo`."""
         self.stream.packed(self, pack)
 
 
@@ -218,7 +220,7 @@ class _Row:
     """One row of a message on its way alone; a `ReplyTo`."""
 
     stream: PackedStream
-    message: PackedMessage
+    message: PackedRequest
     place: int
 
     @property

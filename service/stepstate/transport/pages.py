@@ -9,12 +9,12 @@ from typing import TypeVar
 
 from stepstate.errors import InvalidField
 from stepstate.models import Model
-from stepstate.sessions import Sessions, Standing
-from stepstate.stores import Unreadable
-from stepstate.transport.codec import REPLY_BYTES, encode_model, encode_session
+from stepstate.sessions import SessionService, SessionSummary
+from stepstate.stores import UnreadableSession
+from stepstate.transport.convert import REPLY_BYTES, encode_model, encode_session
 from stepstate.v1 import stepstate_pb2 as pb
 
-PAGE_SIZE, MOST_PAGE_SIZE = 100, 1000
+PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
 ENCODED_AT_ONCE = 16_384
 """Bytes: about as many take a millisecond or two."""
 _ITEM_BYTES = 8
@@ -44,7 +44,7 @@ class Page(list[M]):
 
 
 async def list_sessions(
-    sessions: Sessions, request: pb.ListSessionsRequest
+    sessions: SessionService, request: pb.ListSessionsRequest
 ) -> pb.ListSessionsResponse:
     """A page of the sessions.
 
@@ -52,8 +52,8 @@ async def list_sessions(
         InvalidField, StoreUnavailable.
     """
     size = request.page_size or PAGE_SIZE
-    if size > MOST_PAGE_SIZE:
-        raise InvalidField("page_size", f"is {size}, expected at most {MOST_PAGE_SIZE}")
+    if size > MAX_PAGE_SIZE:
+        raise InvalidField("page_size", f"is {size}, expected at most {MAX_PAGE_SIZE}")
     while True:
         found, following = await sessions.page(
             request.page_token, size, request.model, expired=request.show_expired
@@ -64,7 +64,7 @@ async def list_sessions(
         size = len(page)  # the store is asked anew: only it knows where the page after begins
 
 
-async def _encoded(found: Sequence[Standing | Unreadable]) -> Page[pb.Session]:
+async def _encoded(found: Sequence[SessionSummary | UnreadableSession]) -> Page[pb.Session]:
     """As many as fit; made in pieces, others take turns in between."""
     page, made = Page[pb.Session](), 0
     for one in found:

@@ -10,13 +10,13 @@ from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING
 
 from stepstate.errors import InvalidField, SnapshotTooLarge
-from stepstate.sessions import Session, Sessions
-from stepstate.transport.codec import REPLY_BYTES, decode_import, encode_session
-from stepstate.transport.outgoing import Outgoing
+from stepstate.sessions import ResidentSession, SessionService
+from stepstate.transport.convert import REPLY_BYTES, decode_import, encode_session
+from stepstate.transport.reply_budget import ReplyBudget
 from stepstate.v1 import stepstate_pb2 as pb
 
 if TYPE_CHECKING:
-    from stepstate.transport.guard import Context
+    from stepstate.transport.interceptor import Context
 
 PART_BYTES = 2**20
 MAX_SNAPSHOT_BYTES = 256 * 2**20
@@ -24,12 +24,12 @@ MAX_SNAPSHOT_BYTES = 256 * 2**20
 
 
 async def export_whole(
-    sessions: Sessions, request: pb.ExportSessionRequest
+    sessions: SessionService, request: pb.ExportSessionRequest
 ) -> pb.ExportSessionResponse:
     """A snapshot in one reply.
 
     Raises:
-        SnapshotTooLarge; and as `Sessions.export`.
+        SnapshotTooLarge; and as `SessionService.export`.
     """
     snapshot, standing = await sessions.export(request.session_id)
     reply = pb.ExportSessionResponse(snapshot=snapshot, session=encode_session(standing))
@@ -39,12 +39,12 @@ async def export_whole(
 
 
 async def export_parts(
-    sessions: Sessions, moving: Outgoing, request: pb.StreamExportRequest, context: Context
+    sessions: SessionService, moving: ReplyBudget, request: pb.StreamExportRequest, context: Context
 ) -> None:
     """Sends a snapshot in parts.
 
     Raises:
-        SnapshotTooLarge, QueueFull; and as `Sessions.export`.
+        SnapshotTooLarge, QueueFull; and as `SessionService.export`.
     """
     snapshot, standing = await sessions.export(request.session_id)
     size = len(snapshot)
@@ -62,13 +62,13 @@ async def export_parts(
 
 
 async def import_parts(
-    sessions: Sessions, moving: Outgoing, requests: AsyncIterator[pb.StreamImportRequest]
-) -> Session:
+    sessions: SessionService, moving: ReplyBudget, requests: AsyncIterator[pb.StreamImportRequest]
+) -> ResidentSession:
     """Opens a session from a snapshot that comes in parts.
 
     Raises:
         InvalidField: the parts are not those of a snapshot of the size that the first one tells.
-        QueueFull; and as `Sessions.restore`.
+        QueueFull; and as `SessionService.restore`.
     """
     first = await anext(requests, None)
     if first is None:

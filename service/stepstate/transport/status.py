@@ -24,7 +24,7 @@ from stepstate.v1.google_rpc import (
 )
 
 DOMAIN = "stepstate"
-MOST_TEXT = 600
+MAX_TEXT = 600
 DETAILS_KEY = "grpc-status-details-bin"
 
 _CODES: dict[type[errors.StepstateError], StatusCode] = {
@@ -32,10 +32,10 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.SessionExists: StatusCode.ALREADY_EXISTS,
     errors.InvalidRequest: StatusCode.INVALID_ARGUMENT,
     errors.StepAhead: StatusCode.ABORTED,
-    errors.StepUnplaced: StatusCode.ABORTED,
+    errors.StepPositionUnknown: StatusCode.ABORTED,
     errors.StaleOwner: StatusCode.ABORTED,
     errors.StepTooOld: StatusCode.OUT_OF_RANGE,
-    errors.SnapshotForeign: StatusCode.FAILED_PRECONDITION,
+    errors.SnapshotModelMismatch: StatusCode.FAILED_PRECONDITION,
     errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotTooLarge: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
@@ -64,7 +64,7 @@ def status_of(error: errors.StepstateError) -> Status:
 
 def _cut(text: str) -> str:
     """Keeps an error within what gRPC takes as metadata, 8 KiB by default, with all its parts."""
-    return text if len(text) <= MOST_TEXT else f"{text[:MOST_TEXT]}…"
+    return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
 
 
 def _details(error: errors.StepstateError) -> Iterator[Message]:
@@ -82,7 +82,7 @@ def _details(error: errors.StepstateError) -> Iterator[Message]:
             type="FORECAST", subject=_cut(error.subject), description=_cut(str(error))
         )
         yield PreconditionFailure(violations=[broken])
-    if isinstance(error, errors.SnapshotForeign):
+    if isinstance(error, errors.SnapshotModelMismatch):
         broken = PreconditionFailure.Violation(
             type="MODEL", subject=_cut(error.model), description=_cut(str(error))
         )
@@ -97,5 +97,5 @@ _FIELDS: dict[type[errors.StepstateError], str] = {
     errors.NonFiniteInput: "x",
     errors.NonFiniteResult: "x",
     errors.StepMismatch: "x",
-    errors.SequenceUnstarted: "sequence_id",
+    errors.SequenceNotStarted: "sequence_id",
 }

@@ -199,8 +199,8 @@ class StepstateServiceServicer(object):
         Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
         SESSION_LOST; INVALID_ARGUMENT INVALID_FIELD, NON_FINITE_INPUT,
         NON_FINITE_RESULT, STEP_MISMATCH; ABORTED STEP_AHEAD, STALE_OWNER,
-        STEP_UNPLACED; OUT_OF_RANGE STEP_TOO_OLD; FAILED_PRECONDITION
-        SNAPSHOT_FOREIGN; DATA_LOSS SESSION_UNREADABLE; UNAVAILABLE QUEUE_FULL,
+        STEP_POSITION_UNKNOWN; OUT_OF_RANGE STEP_TOO_OLD; FAILED_PRECONDITION
+        SNAPSHOT_MODEL_MISMATCH; DATA_LOSS SESSION_UNREADABLE; UNAVAILABLE QUEUE_FULL,
         DRAINING, STORE_UNAVAILABLE.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         """
@@ -261,7 +261,7 @@ class StepstateServiceServicer(object):
     def ImportSession(self, request, context):
         """Opens a session from a snapshot. Its idle time begins anew. A request holds
         at most 16 MiB: StreamImport takes a larger snapshot in parts.
-        Errors: DATA_LOSS SNAPSHOT_CORRUPT; FAILED_PRECONDITION SNAPSHOT_FOREIGN;
+        Errors: DATA_LOSS SNAPSHOT_CORRUPT; FAILED_PRECONDITION SNAPSHOT_MODEL_MISMATCH;
         those of OpenSession.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

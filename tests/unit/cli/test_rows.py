@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta, timezone
 
 import pytest
 
-from stepstate.cli.rows import BadRow, Format, Rows, whole
+from stepstate.cli.rows import BadRow, Format, RowReader, whole
 from stepstate.client import TimedRows
 from tests.unit.client.test_types import ONE, THREE
 
@@ -16,7 +16,7 @@ COLUMNS = "the columns of m/1 are a, b, c, and time if it is known"
 
 def read(text: str, model=THREE, *, empty: bool = True, part: bool = False, **format_: str):
     lines = text.encode().splitlines(keepends=True)
-    rows = Rows(lines, model, "the input", empty=empty, part=part, format_=Format(**format_))
+    rows = RowReader(lines, model, "the input", empty=empty, part=part, format_=Format(**format_))
     return list(rows)
 
 
@@ -110,7 +110,7 @@ def test_what_is_wrong_is_told_with_its_line_and_the_columns(text: str, told: st
 @pytest.mark.parametrize("before", ["", "1,2,3\n"])
 def test_another_encoding_is_told_with_its_line(before: str):
     lines = [line.encode() for line in before.splitlines(keepends=True)]
-    rows = Rows([*lines, "1,2,°\n".encode("latin-1")], THREE, "the input", empty=False)
+    rows = RowReader([*lines, "1,2,°\n".encode("latin-1")], THREE, "the input", empty=False)
     with pytest.raises(BadRow, match=f"line {len(lines) + 1} of the input is not UTF-8: .*0xb0"):
         list(rows)
 
@@ -141,8 +141,8 @@ def test_a_scenario_may_lack_columns():
 
 
 def test_a_whole_file_knows_the_lines_of_its_rows():
-    rows = Rows([b"a;b;c;time\n", b"\n", b"1;2;3;2026-03-29\n"], THREE, "file", empty=False)
+    rows = RowReader([b"a;b;c;time\n", b"\n", b"1;2;3;2026-03-29\n"], THREE, "file", empty=False)
     found, lines = whole(rows)
     assert (found.values, lines) == ([[1, 2, 3]], [3])
     with pytest.raises(BadRow, match="has no rows"):
-        whole(Rows([b"a;b;c\n"], THREE, "file", empty=False))
+        whole(RowReader([b"a;b;c\n"], THREE, "file", empty=False))

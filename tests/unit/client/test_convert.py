@@ -6,8 +6,8 @@ import grpc
 import numpy as np
 import pytest
 
-from stepstate.client import wire
-from stepstate.client.backlog import Sent
+from stepstate.client import convert
+from stepstate.client._protocol.replay import SentRequest
 from stepstate.errors import (
     Cancelled,
     Draining,
@@ -18,7 +18,7 @@ from stepstate.errors import (
     StepAhead,
     UnexpectedStatus,
 )
-from stepstate.transport.codec import encode_model, encode_session, encode_step
+from stepstate.transport.convert import encode_model, encode_session, encode_step
 from stepstate.transport.status import DETAILS_KEY, status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import x_of
@@ -49,7 +49,7 @@ def failure_of(error) -> Failure:
 
 @pytest.mark.parametrize("error", [StepAhead("a", 5, 3), Draining(2.0), Internal("ab12")])
 def test_an_error_with_details_is_raised_as_what_it_is(error):
-    again = wire.from_rpc(failure_of(error), "host:1")
+    again = convert.from_rpc(failure_of(error), "host:1")
     assert type(again) is type(error)
     assert again.fields() == error.fields()
 
@@ -63,32 +63,32 @@ def test_an_error_with_details_is_raised_as_what_it_is(error):
     ],
 )
 def test_no_answer_is_a_server_that_can_not_be_reached(code):
-    error = wire.from_rpc(Failure(code, "no route"), "host:1")
+    error = convert.from_rpc(Failure(code, "no route"), "host:1")
     assert isinstance(error, ServerUnreachable)
     assert (error.target, error.detail) == ("host:1", "no route")
-    assert wire.from_rpc(Failure(code, None), "host:1").detail == code.name
+    assert convert.from_rpc(Failure(code, None), "host:1").detail == code.name
 
 
 def test_a_call_that_was_given_up_here_is_cancelled():
     with grpc.insecure_channel("127.0.0.1:1") as channel:
         call = channel.unary_unary("/s/M").future(b"", wait_for_ready=True)
         assert call.cancel()
-        given_up = wire.from_rpc(call, "host:1")
+        given_up = convert.from_rpc(call, "host:1")
         waiting = channel.unary_unary("/s/M").future(b"", wait_for_ready=True)
     assert isinstance(given_up, Cancelled)
-    assert isinstance(wire.from_rpc(waiting, "host:1"), Cancelled)
+    assert isinstance(convert.from_rpc(waiting, "host:1"), Cancelled)
 
 
 def test_any_other_answer_is_named_as_unexpected():
-    error = wire.from_rpc(Failure(grpc.StatusCode.UNIMPLEMENTED, "no such method"), "host:1")
+    error = convert.from_rpc(Failure(grpc.StatusCode.UNIMPLEMENTED, "no such method"), "host:1")
     assert isinstance(error, UnexpectedStatus)
     assert (error.code, error.detail) == ("UNIMPLEMENTED", "no such method")
     status = Status(code=3, message="from a proxy")
-    assert isinstance(wire.from_status(status), UnexpectedStatus)
+    assert isinstance(convert.from_status(status), UnexpectedStatus)
 
 
 def opening(session_id=None, *, start_time=None, idle_timeout=None, durability=None, **wishes):
-    return wire.opening(
+    return convert.opening(
         "m",
         "1",
         session_id,
@@ -109,17 +109,17 @@ def test_an_opening_without_an_id_gets_one_that_can_be_sent_again():
 
 
 def test_a_fork_without_an_id_gets_one_that_can_be_sent_again():
-    made = [wire.forking("a", None, None, None) for _ in range(2)]
+    made = [convert.forking("a", None, None, None) for _ in range(2)]
     assert made[0].new_session_id
     assert made[0].new_session_id != made[1].new_session_id
-    chosen = wire.forking("a", "b", timedelta(minutes=5), "sync")
+    chosen = convert.forking("a", "b", timedelta(minutes=5), "sync")
     assert (chosen.session_id, chosen.new_session_id) == ("a", "b")
     assert chosen.idle_timeout.ToTimedelta() == timedelta(minutes=5)
     assert chosen.durability == pb.DURABILITY_SYNC
 
 
 def test_an_import_without_an_id_keeps_that_of_the_snapshot():
-    (request,) = wire.importing(b"bytes", None, None, "none")
+    (request,) = convert.importing(b"bytes", None, None, "none")
     assert (request.data, request.size, request.session_id) == (b"bytes", 5, "")
     assert request.durability == pb.DURABILITY_NONE
     assert not request.HasField("idle_timeout")
@@ -147,10 +147,10 @@ def test_a_missing_policy_and_a_level_travel_where_they_are_chosen():
 
 
 def test_what_passes_is_worth_asking_again():
-    assert wire.passing(Draining(1.0))
-    assert wire.passing(StaleOwner("a", 3))
-    assert not wire.passing(StepAhead("a", 5, 3))
-    assert not wire.passing(Internal("ab"))
+    assert convert.passing(Draining(1.0))
+    assert convert.passing(StaleOwner("a", 3))
+    assert not convert.passing(StepAhead("a", 5, 3))
+    assert not convert.passing(Internal("ab"))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_a_start_time_travels_in_utc(start):
 @pytest.mark.parametrize("rows", [1, 100])
 def test_a_step_request_carries_rows_options_and_t(network, rows):
     x = rows_of(network, rows)
-    request = wire.step_request("a", Sent(0, rows, x.tobytes(), last_only=True))
+    request = convert.step_request("a", SentRequest(0, rows, x.tobytes(), last_only=True))
     assert np.array_equal(x_of(request).reshape(-1, 3), x)
     assert (request.session_id, request.t, request.HasField("t")) == ("a", 0, True)
     assert (request.inspect, request.last_only) == (False, True)
@@ -178,8 +178,10 @@ def test_a_step_request_carries_rows_options_and_t(network, rows):
 
 async def test_outputs_and_layers_come_out_as_the_server_put_them_in(rig, network):
     step = await rig.step(await rig.open(), rows_of(network, 5), inspect=True)
-    found = wire.inspection(
-        encode_step(step), wire.model_info(encode_model(rig.lane.model)), lambda values: values
+    found = convert.inspection(
+        encode_step(step),
+        convert.model_info(encode_model(rig.scheduler.model)),
+        lambda values: values,
     )
     assert np.array_equal(found.y, outputs(step))
     assert len(found.layers) == 2
@@ -191,11 +193,11 @@ async def test_outputs_and_layers_come_out_as_the_server_put_them_in(rig, networ
 def test_an_error_in_band_is_raised(model):
     response = pb.StepResponse(error=status_of(StepAhead("a", 5, 3)))
     with pytest.raises(StepAhead):
-        wire.outputs(response, wire.model_info(encode_model(model)))
+        convert.outputs(response, convert.model_info(encode_model(model)))
 
 
 def test_a_model_is_what_the_server_told():
-    info = wire.model_info(encode_model(model_of(*timed_network())))
+    info = convert.model_info(encode_model(model_of(*timed_network())))
     assert info.inputs == {"load": "", "heat": ""}
     assert [output.horizons for output in info.outputs] == [(0, 3), (7,)]
     assert info.step_interval == timedelta(hours=1)
@@ -205,7 +207,7 @@ def test_a_model_is_what_the_server_told():
 async def test_a_session_is_what_the_server_told(rig):
     start = datetime(1931, 2, 3, tzinfo=UTC)
     session = await rig.open("a", idle=50.0, start=start)
-    info = wire.session_info(encode_session(rig.sessions.standing(session)))
+    info = convert.session_info(encode_session(rig.sessions.standing(session)))
     assert (info.session_id, info.t, info.idle_timeout) == ("a", 0, timedelta(seconds=50))
     assert info.start_time == start
     assert (info.durable_t, info.residency) == (0, "resident")
@@ -217,7 +219,7 @@ async def test_a_session_is_what_the_server_told(rig):
 
 
 def test_accuracy_and_drift_are_what_the_server_told():
-    info = wire.session_info(
+    info = convert.session_info(
         pb.Session(
             accuracy=[
                 pb.Accuracy(
@@ -250,7 +252,7 @@ def test_accuracy_and_drift_are_what_the_server_told():
     assert (info.drift.learning, info.drift.score) == (True, 0.25)
     assert (info.drift.drifting, info.drift.alarms, info.drift.last_t) == (True, 2, 0)
     assert (info.missing, info.interval_level) == ("impute", 0.8)
-    assert wire.session_info(pb.Session()).drift.last_t is None
+    assert convert.session_info(pb.Session()).drift.last_t is None
 
 
 def forecast_message(**fields) -> pb.SessionForecast:
@@ -266,7 +268,7 @@ def forecast_message(**fields) -> pb.SessionForecast:
 
 
 def test_a_forecast_is_what_the_server_told():
-    forecast = wire.forecast(forecast_message())
+    forecast = convert.forecast(forecast_message())
     assert (forecast.session_id, forecast.t, forecast.scenario) == ("a", 7, "hot")
     assert (forecast.times, forecast.levels, list(forecast.outputs)) == (None, (0.5, 0.9), ["load"])
     assert forecast["load"].unit == "MW"
@@ -279,9 +281,9 @@ def test_a_forecast_has_the_time_of_each_horizon_where_the_model_knows_time():
     message.first_time.FromDatetime(datetime(2026, 3, 1, 12, tzinfo=UTC))
     message.step_interval.FromTimedelta(timedelta(days=1))
     days = [f"2026-03-0{day}T12:00:00" for day in (1, 2, 3)]
-    assert wire.forecast(message).times.astype(str).tolist() == days
+    assert convert.forecast(message).times.astype(str).tolist() == days
 
 
 def test_what_a_newer_server_calls_otherwise_has_no_name():
-    info = wire.session_info(pb.Session(durability=9, residency=7))
+    info = convert.session_info(pb.Session(durability=9, residency=7))
     assert (info.durability, info.residency, info.resumable) == ("", "", False)

@@ -13,10 +13,12 @@ import pytest
 
 from stepstate import errors
 from stepstate.cli.plot import plot_forecasts
-from stepstate.client import Client, Forecast, Output, OutputForecast, asking, backoff
-from stepstate.client.asking import Asking, listed
-from stepstate.client.footing import Footing
-from stepstate.client.track import Track
+from stepstate.client import Client, Forecast, Output, OutputForecast
+from stepstate.client._protocol import backoff
+from stepstate.client._protocol import forecasts as asking
+from stepstate.client._protocol.forecasts import ForecastProtocol, listed
+from stepstate.client._protocol.steps import StepProtocol
+from stepstate.client.base_session import BaseSession
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import put_floats
@@ -198,7 +200,7 @@ def ticking(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def ask(sessions, horizon=3, *, scenarios=None, models=(ONE,), timeout=10.0, quantiles=None):
-    return Asking(
+    return ForecastProtocol(
         sessions,
         horizon,
         quantiles=quantiles,
@@ -208,7 +210,7 @@ def ask(sessions, horizon=3, *, scenarios=None, models=(ONE,), timeout=10.0, qua
     )
 
 
-def session(name: str, t: int) -> Footing:
+def session(name: str, t: int) -> BaseSession:
     made = footing(at=t)
     made.session_id = name
     return made
@@ -412,11 +414,11 @@ def test_a_single_session_is_no_list_of_them(single):
 # What a server that was set back is sent.
 
 
-def stepped(*counts: int) -> Footing:
+def stepped(*counts: int) -> BaseSession:
     """A session that was stepped by so many rows in each request."""
     made = footing()
     for value, count in enumerate(counts):
-        track = Track(made, timeout=1.0)
+        track = StepProtocol(made, timeout=1.0)
         track.add(row(value, count))
         sent = track.next()
         track.answered(0)
@@ -426,7 +428,7 @@ def stepped(*counts: int) -> Footing:
 
 def test_the_last_request_is_repeated_as_it_was():
     made = stepped(2, 3, 4)
-    track = Track(made, timeout=1.0)
+    track = StepProtocol(made, timeout=1.0)
     track.repeat(0)
     assert track.next().t == 5
     track.refused(errors.StepAhead("a", 5, 0))
@@ -443,7 +445,7 @@ def test_the_last_request_is_repeated_as_it_was():
 
 
 def test_of_a_request_that_the_server_has_in_part_the_rest_is_sent():
-    track = Track(stepped(2, 5), timeout=1.0)
+    track = StepProtocol(stepped(2, 5), timeout=1.0)
     track.repeat(4)
     sent = track.next()
     assert (sent.t, sent.count) == (4, 3)
@@ -454,13 +456,13 @@ def test_rows_that_are_not_kept_can_not_be_repeated():
     made = stepped(2, 5)
     made.saved(2)
     with pytest.raises(errors.RowsMissing) as missing:
-        Track(made, timeout=1.0).repeat(1)
+        StepProtocol(made, timeout=1.0).repeat(1)
     assert (missing.value.first, missing.value.last) == (1, 1)
 
 
 def test_a_broken_connection_refuses_all_that_was_in_flight():
     made = footing()
-    track = Track(made, timeout=10.0, window=4)
+    track = StepProtocol(made, timeout=10.0, window=4)
     for value in range(4):
         track.add(row(value))
     assert [track.next().t for _ in range(3)] == [0, 1, 2]

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from stepstate.client import AsyncClient, AsyncPack, AsyncSession, Client, Pack, Session
-from stepstate.client.footing import Footing
+from stepstate.client.base_session import BaseSession
 
 TWINS = [(AsyncClient, Client), (AsyncSession, Session), (AsyncPack, Pack)]
 CLASSES = [cls for twins in TWINS for cls in twins]
@@ -34,7 +34,7 @@ def section(found: str, name: str) -> str:
 METHODS = [
     pytest.param(cls, name, id=f"{cls.__name__}.{name}")
     for cls in CLASSES
-    for name in [*public(cls), *(["time"] if issubclass(cls, Footing) else [])]
+    for name in [*public(cls), *(["time"] if issubclass(cls, BaseSession) else [])]
 ]
 
 
@@ -57,7 +57,7 @@ def test_both_clients_have_the_same_methods_with_the_same_arguments(twins: tuple
     assert set(theirs) == set(ours)
     for name, member in ours.items():
         if callable(member):
-            extra = {"most_items"}  # one item is in flight at a time here
+            extra = {"max_items"}  # one item is in flight at a time here
             wanted = set(inspect.signature(theirs[name]).parameters) - extra
             assert set(inspect.signature(member).parameters) == wanted
 
@@ -79,7 +79,7 @@ def test_both_clients_raise_the_same(twins: tuple[type, type]):
 def test_a_class_says_what_it_takes(cls: type):
     found = text(cls)
     assert not re.search(r"\b[Ss]ee `", found)
-    if not issubclass(cls, Footing):  # a session is made by a client
+    if not issubclass(cls, BaseSession):  # a session is made by a client
         arguments = section(found, "Args")
         for parameter in list(inspect.signature(cls).parameters):
             assert re.search(rf"\b{parameter}\b", arguments), f"{parameter} is not described"

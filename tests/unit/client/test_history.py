@@ -8,17 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stepstate.client.history import PIECE_BYTES, PIECE_ROWS, Feed, nothing, nothings
+from stepstate.client.history import PIECE_BYTES, PIECE_ROWS, HistoryReader, nothing, nothings
 from stepstate.errors import InvalidField, NonFiniteInput, SessionClosed
 from tests.unit.client.test_step_protocol import footing
 from tests.unit.client.test_types import ONE, THREE, model
 
 
-def feed(history, session=None, **options) -> Feed:
-    return Feed(session or footing(), history, **options)
+def feed(history, session=None, **options) -> HistoryReader:
+    return HistoryReader(session or footing(), history, **options)
 
 
-def sizes(made: Feed) -> list[int]:
+def sizes(made: HistoryReader) -> list[int]:
     return [len(piece) for piece in made.pieces()]
 
 

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepstate.client.backlog import AS_SENT, AT_ONCE_BYTES, AT_ONCE_ROWS, Backlog, Sent
+from stepstate.client._protocol.replay import (
+    AS_SENT,
+    AT_ONCE_BYTES,
+    AT_ONCE_ROWS,
+    ReplayBuffer,
+    SentRequest,
+)
 from stepstate.errors import RowsMissing
 
 D = 3
@@ -15,18 +21,18 @@ def x_at(t: int, count: int = 1) -> np.ndarray:
     return (np.arange(t, t + count, dtype=np.float32)[:, None] * [1, 10, 100]).astype(np.float32)
 
 
-def sent(t: int, count: int = 1, **options: bool) -> Sent:
-    return Sent(t, count, x_at(t, count).tobytes(), **options)
+def sent(t: int, count: int = 1, **options: bool) -> SentRequest:
+    return SentRequest(t, count, x_at(t, count).tobytes(), **options)
 
 
-def backlog(*counts: int, t: int = 0, limit: int = 1_000_000) -> Backlog:
-    made = Backlog("a", D, limit, t)
+def backlog(*counts: int, t: int = 0, limit: int = 1_000_000) -> ReplayBuffer:
+    made = ReplayBuffer("a", D, limit, t)
     for count in counts:
         made.put(sent(made.end, count))
     return made
 
 
-def requests(kept: Backlog, first: int, end: int) -> list[Sent]:
+def requests(kept: ReplayBuffer, first: int, end: int) -> list[SentRequest]:
     """Everything that is sent again."""
     found = []
     while first < end:
@@ -36,7 +42,7 @@ def requests(kept: Backlog, first: int, end: int) -> list[Sent]:
     return found
 
 
-def missing(kept: Backlog, first: int, last: int) -> tuple[int, int]:
+def missing(kept: ReplayBuffer, first: int, last: int) -> tuple[int, int]:
     with pytest.raises(RowsMissing) as raised:
         kept.rows(first, last)
     assert raised.value.session_id == "a"
@@ -96,7 +102,7 @@ def test_what_is_missing_is_named_exactly():
 
 def test_rows_put_again_replace_those_and_all_after_them():
     kept = backlog(1, 1, 4, 1, 1)
-    kept.put(Sent(3, 1, x_at(77).tobytes()))
+    kept.put(SentRequest(3, 1, x_at(77).tobytes()))
     assert kept.end == 4
     assert np.array_equal(kept.rows(0, 2), x_at(0, 3))
     assert np.array_equal(kept.rows(3, 3), x_at(77))
@@ -111,7 +117,7 @@ def test_rows_apart_from_what_is_kept_replace_it(t: int):
 
 
 def test_the_newest_requests_go_again_as_they_were_sent():
-    kept = Backlog("a", D, 1_000)
+    kept = ReplayBuffer("a", D, 1_000)
     for t in range(0, 200, 2):
         kept.put(sent(t, 2, inspect=t == 196, last_only=t != 198))
     again = requests(kept, 10, 200)
@@ -126,9 +132,9 @@ def test_older_rows_go_again_many_at_once_within_a_bound():
     again = requests(kept, 1, kept.end)
     assert [s.count for s in again[:4]] == [AT_ONCE_ROWS] * 3 + [12_999 - 3 * AT_ONCE_ROWS]
     assert [s.count for s in again[4:]] == [1] * AS_SENT
-    wide = Backlog("a", 100_000, 1_000)
+    wide = ReplayBuffer("a", 100_000, 1_000)
     for t in range(100):
-        wide.put(Sent(t, 1, bytes(400_000)))
+        wide.put(SentRequest(t, 1, bytes(400_000)))
     assert max(len(s.data) for s in requests(wide, 0, 100)) <= AT_ONCE_BYTES
 
 
@@ -149,7 +155,7 @@ def test_a_copy_goes_on_apart():
     copy = kept.copy("b", limit=6)
     kept.put(sent(10))
     kept.forget(9)
-    copy.put(Sent(10, 1, x_at(77).tobytes()))
+    copy.put(SentRequest(10, 1, x_at(77).tobytes()))
     assert np.array_equal(copy.rows(5, 10), np.concatenate((x_at(5, 5), x_at(77))))
     with pytest.raises(RowsMissing) as raised:
         copy.rows(3, 10)
@@ -169,7 +175,7 @@ def test_a_copy_goes_on_apart():
 )
 def test_it_equals_a_plain_list_of_rows(steps, limit: int):
     """Against a model: a mapping of t to row, one run without a hole."""
-    kept, rows, start, end, number = Backlog("a", 1, limit), {}, 0, 0, 0
+    kept, rows, start, end, number = ReplayBuffer("a", 1, limit), {}, 0, 0, 0
     for kind, back, count in steps:
         t = max(0, end + back)
         if kind == "put":
@@ -177,7 +183,7 @@ def test_it_equals_a_plain_list_of_rows(steps, limit: int):
                 start = t
             values = np.arange(number, number + count, dtype=np.float32)
             number += count
-            kept.put(Sent(t, count, values.tobytes()))
+            kept.put(SentRequest(t, count, values.tobytes()))
             rows |= dict(enumerate(values.tolist(), start=t))
             end = t + count
             start = max(start, end - limit)

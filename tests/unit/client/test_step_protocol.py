@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 
 from stepstate import errors
-from stepstate.client import SessionInfo, backoff
-from stepstate.client.backlog import AS_SENT, AT_ONCE_ROWS, RESUME_ROWS, Sent
-from stepstate.client.footing import Footing
-from stepstate.client.track import MOST_BYTES, WINDOW, Track
+from stepstate.client import SessionInfo
+from stepstate.client._protocol import backoff
+from stepstate.client._protocol.replay import AS_SENT, AT_ONCE_ROWS, RESUME_ROWS, SentRequest
+from stepstate.client._protocol.steps import MAX_BYTES, WINDOW, StepProtocol
+from stepstate.client.base_session import BaseSession
 from tests.unit.client.test_types import ONE
 from tests.unit.rig import Clock
 
@@ -40,7 +41,7 @@ def info(t: int = 0, durable_t: int = 0, durability: str = "async") -> SessionIn
 
 
 def footing(t: int | None = None, *, at: int = 0, resume_rows: int = RESUME_ROWS, **known: str):
-    return Footing(ONE, info(at, **known), t=t, resume_rows=resume_rows)
+    return BaseSession(ONE, info(at, **known), t=t, resume_rows=resume_rows)
 
 
 def row(value: float, count: int = 1) -> np.ndarray:
@@ -63,7 +64,7 @@ class FakeServer:
         self.most = 0
         """Most rows in one request."""
 
-    def step(self, sent: Sent) -> int:
+    def step(self, sent: SentRequest) -> int:
         """Applies a request; returns durable_t."""
         t, key = len(self.rows), (sent.t, sent.data, sent.last_only)
         self.most = max(self.most, sent.count)
@@ -92,13 +93,13 @@ class FakeServer:
 class Line:
     """A connection between a track and a server, and the application behind the track."""
 
-    def __init__(self, kept: Footing, server: FakeServer, *, window: int = WINDOW) -> None:
-        self.track = Track(kept, timeout=10.0, window=window)
+    def __init__(self, kept: BaseSession, server: FakeServer, *, window: int = WINDOW) -> None:
+        self.track = StepProtocol(kept, timeout=10.0, window=window)
         self.server = server
-        self.requests: deque[Sent] = deque()
+        self.requests: deque[SentRequest] = deque()
         self.replies: deque[int | errors.StepstateError] = deque()
-        self.answered: deque[Sent] = deque()
-        self.got: list[Sent] = []
+        self.answered: deque[SentRequest] = deque()
+        self.got: list[SentRequest] = []
 
     def send(self) -> bool:
         if not self.track.sendable:
@@ -128,14 +129,14 @@ class Line:
             sent = self.track.answered(reply)
             if sent is not None:
                 self.answered.append(sent)
-                self.track.untaken += 1
+                self.track.missing_reason += 1
         return True
 
     def take(self) -> bool:
         if not self.answered:
             return False
         self.got.append(self.answered.popleft())
-        self.track.untaken -= 1
+        self.track.missing_reason -= 1
         self.track.footing.t = self.got[-1].end
         return True
 
@@ -362,16 +363,16 @@ def test_an_error_of_the_application_comes_after_the_answers_before_it():
         line.serve()
         line.receive()
     assert line.track.error is wrong
-    alone = Track(footing(), timeout=1.0)
+    alone = StepProtocol(footing(), timeout=1.0)
     alone.end(wrong)
     assert alone.error is wrong
 
 
 def test_rows_too_large_for_a_message_are_refused():
-    track = Track(footing(), timeout=1.0)
+    track = StepProtocol(footing(), timeout=1.0)
     with pytest.raises(errors.InvalidField, match="send several"):
         track.add(row(1.0, 4 * 2**20))
-    track.add(row(1.0, MOST_BYTES // 4))
+    track.add(row(1.0, MAX_BYTES // 4))
     assert len(track) == 1
 
 
@@ -382,7 +383,7 @@ def test_rows_too_large_for_a_message_are_refused():
 def test_it_gives_up_when_nothing_brings_it_on_for_the_timeout(
     ticking: Clock, error: errors.StepstateError
 ):
-    track = Track(footing(), timeout=10.0)
+    track = StepProtocol(footing(), timeout=10.0)
     track.add(row(1.0))
     began, waits = ticking(), 0
     while True:
@@ -426,7 +427,7 @@ def test_a_server_that_is_set_back_without_end_is_given_up(ticking: Clock):
 
 
 def test_a_request_may_take_what_is_left(ticking: Clock):
-    track = Track(footing(), timeout=10.0)
+    track = StepProtocol(footing(), timeout=10.0)
     track.add(row(1.0))
     assert track.left == 10.0
     track.next()
@@ -479,7 +480,7 @@ class Trouble:
         self.server = FakeServer()
         self.line = Line(footing(), self.server, window=chance.choice([1, 4, WINDOW]))
         self.given = 0
-        self.got: list[Sent] = []
+        self.got: list[SentRequest] = []
 
     @property
     def done(self) -> bool:

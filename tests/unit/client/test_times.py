@@ -10,7 +10,7 @@ import pytest
 
 from stepstate.client.times import (
     MAX_GAP_ROWS,
-    Clock,
+    RowClock,
     TimedRows,
     each_row,
     first_time,
@@ -26,15 +26,15 @@ STEP = timedelta(minutes=30)
 
 def clock(
     start: datetime | None = START, *, fill: bool = False, interval: timedelta | None = STEP
-) -> Clock:
-    return Clock("m/1", interval, start, takes_missing=fill)
+) -> RowClock:
+    return RowClock("m/1", interval, start, takes_missing=fill)
 
 
 def index(*minutes: float, start: str = "2000-08-28") -> pd.DatetimeIndex:
     return pd.Timestamp(start) + pd.to_timedelta(minutes, unit="min")
 
 
-def place(made: Clock, times: object, t: int = 0) -> list[int]:
+def place(made: RowClock, times: object, t: int = 0) -> list[int]:
     rows, _, found = read_rows(ONE, TimedRows(np.zeros(len(times)), times), "x")
     assert len(rows) == len(found.utc)
     return made.place(found, t, "x").tolist()

@@ -7,7 +7,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from stepstate.engine import NoAccelerator, check_accelerator
+from stepstate.engine import DeviceUnavailable, check_accelerator
 from stepstate.errors import Internal, NonFiniteResult
 from tests.accelerators import there
 from tests.networks import make_network
@@ -71,7 +71,7 @@ async def test_a_state_moves_between_host_and_device(make_rig, accelerator):
     network, x = NETWORKS["lstm"], rows_of(NETWORKS["lstm"], 9)
     here = make_rig(model_of(network))
     there = make_rig(model_of(network), accelerator=accelerator)
-    first, second = here.lane.engine, there.lane.engine
+    first, second = here.scheduler.engine, there.scheduler.engine
     session = await here.open()
     got = [outputs(await here.step(session, row))[0] for row in x[:3]]
     moved = await there.open()
@@ -134,10 +134,10 @@ async def test_forecasts_are_tracked_as_on_the_host(make_rig, accelerator):
         for call in calls:
             await call.outcome()
     slots = np.array([session.slot for session in sessions[0]])
-    here, there = (rig.lane.engine.read_states(slots) for rig in rigs)
-    assert rigs[1].lane.engine._on_device is not None
+    here, there = (rig.scheduler.engine.read_states(slots) for rig in rigs)
+    assert rigs[1].scheduler.engine._on_device is not None
     assert np.allclose(here, there, atol=CLOSE, equal_nan=True)
-    tracked = here[:, rigs[0].lane.engine.layout.tracked_from :]
+    tracked = here[:, rigs[0].scheduler.engine.layout.tracked_from :]
     assert len(np.unique(tracked)) > 6  # something was
 
 
@@ -146,7 +146,7 @@ async def test_a_surprise_after_the_forward_leaves_every_part_of_a_state(
 ):
     network = tracked_network()
     rig = make_rig(model_of(network), accelerator=accelerator)
-    session, engine = await rig.open(), rig.lane.engine
+    session, engine = await rig.open(), rig.scheduler.engine
     for row in rows_of(network, 6):
         await rig.step(session, row)
     slots = np.array([session.slot])
@@ -166,9 +166,9 @@ async def test_a_model_with_lagged_inputs_stays_on_the_host(make_rig, accelerato
     for row in x:
         y = [await rig.y(session, row) for rig, session in sessions]
         assert y[0].tobytes() == y[1].tobytes()
-    assert there.lane.engine._on_device is None
+    assert there.scheduler.engine._on_device is None
 
 
 def test_a_device_that_is_not_there_is_told_before_the_start():
-    with pytest.raises(NoAccelerator, match=r"--device cuda:99: .*leave the option out"):
+    with pytest.raises(DeviceUnavailable, match=r"--device cuda:99: .*leave the option out"):
         check_accelerator("cuda:99")

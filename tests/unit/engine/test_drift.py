@@ -11,10 +11,10 @@ from pydantic import ValidationError
 from river.drift import PageHinkley as RiversPageHinkley
 
 from benchmarks.drift import NOISES, autoregressive
-from stepstate.engine.drift import Chart, drift_test
+from stepstate.engine.tracking.drift import ControlChart, drift_test
 from stepstate.models import CusumSpec, PageHinkleySpec, Tracking
 
-LEAST_UNIT = 1e-6
+MIN_UNIT = 1e-6
 
 
 @dataclass
@@ -87,7 +87,7 @@ class Chartered:
     """A test with its numbers, in float64 so that it can be compared exactly."""
 
     def __init__(self, spec: CusumSpec | PageHinkleySpec, dtype: type = np.float64) -> None:
-        self.test = drift_test(spec, LEAST_UNIT)
+        self.test = drift_test(spec, MIN_UNIT)
         self.numbers = np.zeros(self.test.width, dtype)
 
     def row(self, error: float, naive: float = math.nan) -> bool:
@@ -97,7 +97,7 @@ class Chartered:
         return [row for row, error in enumerate(np.abs(errors).tolist()) if self.row(error)]
 
     @property
-    def chart(self) -> Chart:
+    def chart(self) -> ControlChart:
         return self.test.chart(self.numbers)
 
 

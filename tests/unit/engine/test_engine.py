@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from stepstate.engine import Engine, Work
+from stepstate.engine import Engine, WorkItem
 from stepstate.engine.engine import ROUNDS_TO_A_CHUNK
 from stepstate.models import build_timeline
 from tests.accelerators import ACCELERATORS, there
@@ -14,7 +14,7 @@ from tests.unit.rig import HUGE, model_of, overflowing_network, rounds, rows_of
 CLOSE = 1e-5
 
 
-class Request(Work):
+class Request(WorkItem):
     cancelled = False
 
 

@@ -8,15 +8,15 @@ import numpy as np
 import pytest
 import torch
 
-from stepstate.engine import Pack
+from stepstate.engine import PackedWork
 from stepstate.engine.device_forward import DeviceForward
+from stepstate.engine.imputation import Imputer
 from stepstate.engine.isolation import isolated
 from stepstate.engine.network import Network
-from stepstate.engine.standins import StandIns
-from stepstate.engine.tracking import Tracker
+from stepstate.engine.tracking.tracker import Tracker
 from stepstate.errors import Internal
-from stepstate.sessions import Columns, Wish
-from stepstate.sessions.forecaster import Forecaster
+from stepstate.sessions import ForecastRequest, RowBatch
+from stepstate.sessions.forecasting.forecaster import Forecaster
 from tests.accelerators import ACCELERATORS, there
 from tests.networks import make_network
 from tests.offline import forecasting_network
@@ -49,10 +49,10 @@ def test_items_that_raise_are_found_and_the_others_run_once(count, share):
 
 
 class Seats:
-    """A `PackReplyTo` that keeps the one outcome it is given."""
+    """A `PackedReplyTo` that keeps the one outcome it is given."""
 
     cancelled = False
-    pack: Pack | None = None
+    pack: PackedWork | None = None
 
     def deliver_pack(self, pack) -> None:
         assert self.pack is None
@@ -86,7 +86,7 @@ FAULTS = {
         patch.setattr(Network, "sequence", poisoned(Network.sequence, 1)),
         patch.setattr(DeviceForward, "step", poisoned(DeviceForward.step, 2)),
     ],
-    "stand-ins": lambda patch: patch.setattr(StandIns, "apply", poisoned(StandIns.apply, 1)),
+    "stand-ins": lambda patch: patch.setattr(Imputer, "apply", poisoned(Imputer.apply, 1)),
     "tracking": lambda patch: patch.setattr(Tracker, "observe", poisoned_tracking(Tracker.observe)),
 }
 
@@ -121,7 +121,7 @@ async def opened(rig: Rig) -> list:
 
 
 def states(rig: Rig, sessions: list) -> np.ndarray:
-    return rig.lane.engine.read_states(np.array([session.slot for session in sessions]))
+    return rig.scheduler.engine.read_states(np.array([session.slot for session in sessions]))
 
 
 def same(one: np.ndarray, other: np.ndarray) -> bool:
@@ -159,8 +159,8 @@ async def test_rows_that_raise_fail_alone_in_a_micro_batch_and_in_a_chunk(
     assert after[sorted(guilty)].tobytes() == before[sorted(guilty)].tobytes()
     ts = [rig.sessions.t(session) for session in sessions]
     assert ts == [4 if place in guilty else 4 + rows for place in range(SESSIONS)]
-    assert [score.scored for score in rig.lane.tally.scores] == [
-        score.scored for score in quiet.lane.tally.scores
+    assert [score.scored for score in rig.scheduler.tally.scores] == [
+        score.scored for score in quiet.scheduler.tally.scores
     ]
     assert rig.results["failed"] == len(guilty)
     for place in guilty:  # and they go on as if nothing had been sent
@@ -184,8 +184,8 @@ async def test_a_packed_row_that_raises_fails_alone(make, monkeypatch, fault):
         for reply_to, part in zip(seats, parts, strict=True):
             handles = np.array([sessions[place].handle for place in part])
             rig.sessions.accept(len(part), len(part))
-            columns = Columns(handles, rig.table.generation_array[handles], None, sent[part])
-            assert rig.lane.submit_pack(columns, reply_to).all()
+            columns = RowBatch(handles, rig.table.generation_array[handles], None, sent[part])
+            assert rig.scheduler.submit_pack(columns, reply_to).all()
         for place, caller in enumerate(callers):
             assert isinstance(await caller.error(), Internal if place in guilty else type(None))
     for reply_to, part in zip(seats, parts, strict=True):
@@ -207,7 +207,7 @@ async def test_rows_that_make_no_columns_fail_alone(make, rows):
     rig = make()
     sessions = await opened(rig)
     callers = [rig.send(session, history(9)[:rows]) for session in sessions[:5]]
-    for work in [*rig.lane.engine._queue, *(job.work for job in rig.lane.engine._jobs)]:
+    for work in [*rig.scheduler.engine._queue, *(job.work for job in rig.scheduler.engine._jobs)]:
         if work.session is sessions[2]:
             work.x = [1.0] * 7
     errors = [await caller.error() for caller in callers]
@@ -220,7 +220,7 @@ async def test_a_session_whose_forecast_raises_hides_no_other(make, monkeypatch,
     rig = make()
     sessions = await opened(rig)
     names = [session.session_id for session in sessions]
-    wish = Wish(2, (), ())
+    wish = ForecastRequest(2, (), ())
     wanted = await rig.sessions.forecast(names, wish)
     guilty = {5, 33}
     slots = {sessions[place].slot for place in guilty}
@@ -235,7 +235,9 @@ async def test_a_session_whose_forecast_raises_hides_no_other(make, monkeypatch,
         monkeypatch.setattr(Forecaster, "_copy", copy)
     else:
         read = Network.read
-        cells = states(rig, [sessions[place] for place in guilty])[:, : rig.lane.engine.layout.cell]
+        cells = states(rig, [sessions[place] for place in guilty])[
+            :, : rig.scheduler.engine.layout.cell
+        ]
 
         def raises(self, phase, state, past=None):
             if any((state == torch.from_numpy(cell)).all(dim=1).any() for cell in cells):
@@ -273,7 +275,7 @@ async def test_a_surprise_while_tracking_changes_no_state(make_rig, monkeypatch,
     for session in sessions:
         await rig.y(session, rows(20))
     slots = np.array([session.slot for session in sessions])
-    before = rig.lane.engine.read_states(slots)
+    before = rig.scheduler.engine.read_states(slots)
     observe = Tracker.observe
 
     def surprise(self, values, base, at, **named):
@@ -286,5 +288,5 @@ async def test_a_surprise_while_tracking_changes_no_state(make_rig, monkeypatch,
         callers = [rig.send(session, rows(count, seed=3)) for session in sessions]
         for caller in callers:
             assert isinstance(await caller.error(), Internal)
-    assert rig.lane.engine.read_states(slots).tobytes() == before.tobytes()
+    assert rig.scheduler.engine.read_states(slots).tobytes() == before.tobytes()
     assert [rig.sessions.t(session) for session in sessions] == [20, 20]

@@ -3,8 +3,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepstate.engine import products
-from stepstate.engine.products import FEW_ROWS, Product
+from stepstate.engine import linear
+from stepstate.engine.linear import FEW_ROWS, Linear
 
 
 @pytest.fixture
@@ -19,10 +19,10 @@ def bias() -> torch.Tensor:
 
 @pytest.fixture(autouse=True)
 def _wide_vectors(monkeypatch):
-    monkeypatch.setattr(products.torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(linear.torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
 
 
-def assert_right(product: Product, weight: torch.Tensor, bias: torch.Tensor) -> None:
+def assert_right(product: Linear, weight: torch.Tensor, bias: torch.Tensor) -> None:
     for count in (1, FEW_ROWS - 1, FEW_ROWS, 64):
         rows = torch.randn(count, 12, generator=torch.Generator().manual_seed(count))
         expected = rows.double() @ weight.double().t() + bias.double()
@@ -33,14 +33,14 @@ def assert_right(product: Product, weight: torch.Tensor, bias: torch.Tensor) -> 
 
 
 def test_both_paths_give_the_product(weight, bias):
-    product = Product(weight, bias)
+    product = Linear(weight, bias)
     assert product._packed is not None
     assert_right(product, weight, bias)
 
 
 def test_rows_that_are_part_of_wider_ones_do(weight, bias):
     rows = torch.randn(5, 30, generator=torch.Generator().manual_seed(4))[:, 7:19]
-    product, out = Product(weight, bias), torch.empty(5, 20)
+    product, out = Linear(weight, bias), torch.empty(5, 20)
     product.into(out, rows)
     assert torch.allclose(out, rows @ weight.t() + bias, atol=1e-5)
 
@@ -48,13 +48,13 @@ def test_rows_that_are_part_of_wider_ones_do(weight, bias):
 @pytest.mark.parametrize("lacks", ["AVX-512", "oneDNN", "the operators", "this weight"])
 def test_without_the_packed_path_the_plain_one_serves_all(weight, bias, monkeypatch, lacks):
     if lacks == "AVX-512":
-        monkeypatch.setattr(products.torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+        monkeypatch.setattr(linear.torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     elif lacks == "oneDNN":
-        monkeypatch.setattr(products.torch.backends.mkldnn, "is_available", lambda: False)
+        monkeypatch.setattr(linear.torch.backends.mkldnn, "is_available", lambda: False)
     else:
         error = AttributeError if lacks == "the operators" else RuntimeError
-        monkeypatch.setattr(products.torch.ops, "mkldnn", Lacking(error))
-    product = Product(weight, bias)
+        monkeypatch.setattr(linear.torch.ops, "mkldnn", Lacking(error))
+    product = Linear(weight, bias)
     assert product._packed is None
     assert_right(product, weight, bias)
 
@@ -68,4 +68,4 @@ class Lacking:
 
 
 def test_a_weight_that_is_a_transposed_view_is_taken_as_it_reads(weight, bias):
-    assert_right(Product(weight.t().contiguous().t(), bias), weight, bias)
+    assert_right(Linear(weight.t().contiguous().t(), bias), weight, bias)

@@ -8,12 +8,12 @@ import torch
 
 from stepstate.engine import Precision, measure_loss
 from stepstate.engine.cells import build_cell
-from stepstate.engine.precision import Bfloat16Product, Int8Product, make_product
-from stepstate.engine.products import Product
+from stepstate.engine.linear import Linear
+from stepstate.engine.precision import Bfloat16Linear, Int8Linear, make_product
 from tests.unit.rig import model_of, timed_network
 
 FEWER_BITS = [Precision.BFLOAT16, Precision.INT8]
-PRODUCTS = [Bfloat16Product, Int8Product]
+PRODUCTS = [Bfloat16Linear, Int8Linear]
 
 
 @pytest.fixture
@@ -33,7 +33,7 @@ def rows(count: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", PRODUCTS)
 @pytest.mark.parametrize("count", [1, 2, 64])
 def test_a_product_is_near_the_exact_one(kind, count, weight, bias):
-    found, exact = kind(weight, bias)(rows(count)), Product(weight, bias)(rows(count))
+    found, exact = kind(weight, bias)(rows(count)), Linear(weight, bias)(rows(count))
     off = (found - exact).abs().max() / exact.abs().max()
     assert found.dtype is torch.float32
     assert 1e-5 < off < 0.03  # coarser, and no more than that
@@ -54,9 +54,9 @@ def test_a_row_does_not_feel_its_batch_mates(kind, weight, bias):
 
 
 def test_rows_and_weights_of_zeros_give_the_bias(bias):
-    assert torch.equal(Int8Product(torch.zeros(20, 12), bias)(rows(3)), bias.expand(3, 20))
+    assert torch.equal(Int8Linear(torch.zeros(20, 12), bias)(rows(3)), bias.expand(3, 20))
     zeros = torch.zeros(2, 12)
-    assert torch.equal(Int8Product(torch.ones(20, 12), bias)(zeros), bias.expand(2, 20))
+    assert torch.equal(Int8Linear(torch.ones(20, 12), bias)(zeros), bias.expand(2, 20))
 
 
 @pytest.mark.parametrize(("kept", "kind"), list(zip(FEWER_BITS, PRODUCTS, strict=True)))
@@ -64,12 +64,12 @@ def test_without_instructions_it_is_float32_with_rounded_weights(
     weight, bias, monkeypatch, kept, kind
 ):
     set_instructions(monkeypatch, there=True)
-    exact = Product(weight, bias)(rows(2))
+    exact = Linear(weight, bias)(rows(2))
     own = make_product(weight, bias, kept)
     assert type(own) is kind
     set_instructions(monkeypatch, there=False)
     rounded = make_product(weight, bias, kept)
-    assert type(rounded) is Product
+    assert type(rounded) is Linear
     off = (rounded(rows(2)) - exact).abs().max()
     assert off > 1e-4
     assert (rounded(rows(2)) - own(rows(2))).abs().max() < 0.1

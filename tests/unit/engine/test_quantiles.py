@@ -8,9 +8,9 @@ import copy
 import numpy as np
 import pytest
 
-from stepstate.engine.forecasts import Method, Outlook
-from stepstate.engine.intervals import quantiles_of
-from stepstate.sessions import Columns, Wish
+from stepstate.engine.forecast.intervals import quantiles_of
+from stepstate.engine.forecast.rollout import HorizonForecast, Method
+from stepstate.sessions import ForecastRequest, RowBatch
 from stepstate.transport.triton.tensors import outputs_of
 from tests import offline
 from tests.accelerators import ACCELERATORS, there
@@ -77,9 +77,9 @@ async def pack(rig: Rig, session, row: np.ndarray) -> np.ndarray:
             done.set_result(pack.y)
 
     handles = np.array([session.handle])
-    columns = Columns(handles, rig.table.generation_array[handles], None, row[None])
+    columns = RowBatch(handles, rig.table.generation_array[handles], None, row[None])
     rig.sessions.accept(1, 1)
-    assert rig.lane.submit_pack(columns, ReplyTo()).all()
+    assert rig.scheduler.submit_pack(columns, ReplyTo()).all()
     return (await done)[0]
 
 
@@ -96,9 +96,13 @@ async def test_y_rises_by_every_way(rig):
     assert np.abs(await rig.y(primed, x[:8]) - y[:8]).max() < CLOSE
     assert np.abs(await rig.y(primed, x[8:], inspect=True) - y[8:]).max() < CLOSE
     for session in (stepped, primed, packed):
-        forecast = (await rig.sessions.forecast([session.session_id], Wish(2, (0.5,), ())))[0][0]
+        forecast = (
+            await rig.sessions.forecast([session.session_id], ForecastRequest(2, (0.5,), ()))
+        )[0][0]
         assert np.abs(forecast.outputs[0].values[:, 0] - y[-1, [1, 4]]).max() < CLOSE
-        told = (await rig.sessions.forecast([session.session_id], Wish(2, LEVELS, ())))[0][0]
+        told = (await rig.sessions.forecast([session.session_id], ForecastRequest(2, LEVELS, ())))[
+            0
+        ][0]
         assert (np.diff(told.outputs[0].values, axis=1) >= 0).all()
 
 
@@ -144,7 +148,7 @@ async def test_models_without_quantiles_are_left_alone(make_rig, accelerator, ne
     """Columns of several horizons fall as they like."""
     model = model_of(network)
     rig = make_rig(model, accelerator=accelerator)
-    assert rig.lane.engine._network._quantiles == []
+    assert rig.scheduler.engine._network._quantiles == []
     x = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
     assert np.abs(await rig.y(await rig.open(), x) - network.offline(x)).max() < CLOSE
 
@@ -153,7 +157,7 @@ async def test_farther_quantiles_are_never_nearer(make_rig):
     rig = make_rig(model_of(forecasting_network()), replay_rows=64)
     session = await rig.open()
     await rig.y(session, forecasts.rows(60))
-    engine = rig.lane.engine
+    engine = rig.scheduler.engine
     state = engine.read_states(np.array([session.slot]))
     tracker = engine._tracker
     spot = tracker.targets[0].spots[0]
@@ -161,6 +165,6 @@ async def test_farther_quantiles_are_never_nearer(make_rig):
     levels = (0.02, 0.05, 0.3, 0.45, 0.5, 0.6, 0.95, 0.99)
     values = np.array([[[-0.2, 0.0, 1.0]]], np.float32)
     methods = np.full((1, 1), Method.DIRECT, np.uint8)
-    outlook = Outlook(tracker.targets[0].output, values, methods)
+    outlook = HorizonForecast(tracker.targets[0].output, values, methods)
     found = quantiles_of(outlook, levels, tracker, state[:, engine.layout.tracked_from :])
     assert (np.diff(found[0, 0]) >= 0).all()

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from stepstate.engine.scores import BLOCK, LAST, LIFE, MEDIAN, SCALE, SCALE_N, SCORES
-from stepstate.engine.tracking import (
+from stepstate.engine.tracking.scores import BLOCK, LAST, LIFE, MEDIAN, SCALE, SCALE_N, SCORES
+from stepstate.engine.tracking.tracker import (
     _ALARMS,
     _LOW_WIDTH,
     _SINCE,

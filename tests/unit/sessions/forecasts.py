@@ -8,12 +8,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from stepstate.sessions import Wish
-from stepstate.sessions.snapshot import decode, encode
+from stepstate.sessions import ForecastRequest
+from stepstate.sessions.snapshots.format import decode, encode
 
 CLOSE = 2e-5  # of values around 5
 
-BOUNDS = "stepstate.sessions.forecast_bounds"
+BOUNDS = "stepstate.sessions.forecasting.limits"
 
 PATH = np.zeros(2, np.float32)
 
@@ -30,7 +30,7 @@ async def stepped(rig, session, x):
 
 
 async def told(rig, session_id="a", horizon=0, quantiles=(), scenarios=()):
-    wish = Wish(horizon, tuple(quantiles), tuple(scenarios))
+    wish = ForecastRequest(horizon, tuple(quantiles), tuple(scenarios))
     found = (await rig.sessions.forecast([session_id], wish))[0]
     if isinstance(found, Exception):
         raise found

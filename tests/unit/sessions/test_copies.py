@@ -13,11 +13,11 @@ from stepstate.errors import (
     SessionExists,
     SessionUnknown,
     SnapshotCorrupt,
-    SnapshotForeign,
+    SnapshotModelMismatch,
     StepTooOld,
 )
-from stepstate.sessions.opening import Copying
-from stepstate.sessions.snapshot import decode, encode
+from stepstate.sessions.options import CopyOptions
+from stepstate.sessions.snapshots.format import decode, encode
 from stepstate.stores import Durability
 from tests.networks import make_network
 from tests.unit.rig import (
@@ -26,7 +26,7 @@ from tests.unit.rig import (
 )
 from tests.unit.sessions.servers import CLOSE, play, printed
 
-AS_IT_IS = Copying("", None, None)
+AS_IT_IS = CopyOptions("", None, None)
 
 
 @pytest.fixture
@@ -42,7 +42,7 @@ def rig(start):
 async def test_a_fork_goes_on_from_the_state_of_its_source_and_apart_from_it(rig, x, network):
     await rig.open("a")
     await play(rig, "a", x[:6], 0)
-    fork = await rig.sessions.fork("a", Copying("b", None, None))
+    fork = await rig.sessions.fork("a", CopyOptions("b", None, None))
     assert rig.sessions.t(fork) == 6
     await play(rig, "a", x[10:13], 6)
     y = await play(rig, "b", x[6:9], 6)
@@ -54,7 +54,7 @@ async def test_a_fork_has_the_steps_accepted_before_it_and_none_after(start, x, 
     rig = start(chunk_rows=1)
     session = await rig.open("a")
     before = rig.send(session, x[:4], 0)
-    forking = asyncio.create_task(rig.sessions.fork("a", Copying("b", None, None)))
+    forking = asyncio.create_task(rig.sessions.fork("a", CopyOptions("b", None, None)))
     await asyncio.sleep(0)
     after = rig.send(session, x[4:6], 4)
     fork = await forking
@@ -67,15 +67,15 @@ async def test_a_fork_has_the_steps_accepted_before_it_and_none_after(start, x, 
 
 async def test_a_fork_can_have_another_timeout_and_durability(rig):
     await rig.open("a")
-    fork = await rig.sessions.fork("a", Copying("b", 7.0, Durability.SYNC))
+    fork = await rig.sessions.fork("a", CopyOptions("b", 7.0, Durability.SYNC))
     assert fork.record.idle_timeout_seconds == 7.0
     assert fork.record.durability is Durability.SYNC
     with pytest.raises(SessionExists):
-        await rig.sessions.fork("a", Copying("b", None, None))
+        await rig.sessions.fork("a", CopyOptions("b", None, None))
     with pytest.raises(InvalidField, match="session_id"):
-        await rig.sessions.fork("a", Copying("b b", None, None))
+        await rig.sessions.fork("a", CopyOptions("b b", None, None))
     with pytest.raises(SessionUnknown):
-        await rig.sessions.fork("never", Copying("c", None, None))
+        await rig.sessions.fork("never", CopyOptions("c", None, None))
 
 
 async def test_an_exported_session_goes_on_elsewhere_with_the_same_bytes(rig, make_rig, x, network):
@@ -99,7 +99,7 @@ async def test_a_snapshot_can_be_imported_under_another_id(rig, x):
     snapshot, _ = await rig.sessions.export("a")
     with pytest.raises(SessionExists):
         await rig.sessions.restore(snapshot, AS_IT_IS)
-    session = await rig.sessions.restore(snapshot, Copying("b", None, None))
+    session = await rig.sessions.restore(snapshot, CopyOptions("b", None, None))
     assert rig.sessions.t(session) == 3
 
 
@@ -107,9 +107,9 @@ async def test_an_import_of_other_weights_is_refused(rig, make_rig, x):
     await rig.open("a")
     snapshot, _ = await rig.sessions.export("a")
     other = make_rig(printed(make_network("lstm", seed=77), "22"))
-    with pytest.raises(SnapshotForeign) as refused:
+    with pytest.raises(SnapshotModelMismatch) as refused:
         await other.sessions.restore(snapshot, AS_IT_IS)
-    assert refused.value.loaded == other.lane.model.manifest.fingerprint
+    assert refused.value.loaded == other.scheduler.model.manifest.fingerprint
     assert len(other.sessions) == 0
 
 
@@ -117,8 +117,8 @@ async def test_an_import_whose_state_does_not_fit_its_model_is_refused(rig):
     await rig.open("a")
     snapshot = decode((await rig.sessions.export("a"))[0])
     cut = encode(replace(snapshot, state=snapshot.state[:-1]))
-    with pytest.raises(SnapshotForeign):
-        await rig.sessions.restore(cut, Copying("b", None, None))
+    with pytest.raises(SnapshotModelMismatch):
+        await rig.sessions.restore(cut, CopyOptions("b", None, None))
 
 
 async def test_an_import_that_is_no_snapshot_is_refused(rig):

@@ -11,7 +11,7 @@ from stepstate.errors import (
     InvalidField,
     SessionLost,
     StepAhead,
-    StepUnplaced,
+    StepPositionUnknown,
     StoreUnavailable,
 )
 from stepstate.stores import Durability
@@ -127,7 +127,7 @@ async def test_a_request_without_t_is_refused_where_a_crash_may_have_lost_rows(s
     await play(first, "a", x[:5], 0)
     second = start()
     session = await second.sessions.get("a")
-    with pytest.raises(StepUnplaced) as refused:
+    with pytest.raises(StepPositionUnknown) as refused:
         await second.step(session, x[5])
     assert refused.value.expected_t == 0
     await second.step(session, x[0], 0)
@@ -203,7 +203,7 @@ async def test_steps_that_wait_behind_a_failed_commit_fail_too(rig, store, x):
     for caller in callers:
         assert isinstance(await caller.error(), StoreUnavailable)
     await rounds(3)
-    assert len(rig.sessions) == rig.lane.open_sessions == 0
+    assert len(rig.sessions) == rig.scheduler.open_sessions == 0
     store.away = False
     assert rig.sessions.t(await rig.sessions.get("a")) == 0
 
@@ -256,7 +256,7 @@ async def test_an_acquire_without_an_answer_does_not_make_an_old_snapshot_good(
         with pytest.raises(SessionLost):
             await two.sessions.get("a")
     elif durability is Durability.ASYNC:
-        with pytest.raises(StepUnplaced):
+        with pytest.raises(StepPositionUnknown):
             await two.step(await two.sessions.get("a"), x[3])
     else:
         assert two.sessions.t(await two.sessions.get("a")) == 3

@@ -16,15 +16,15 @@ from stepstate.errors import (
     SessionExpired,
     SessionLimit,
     SessionLost,
-    SnapshotForeign,
+    SnapshotModelMismatch,
 )
-from stepstate.sessions import Copying, expiry
-from stepstate.stores import Durability, Ending
+from stepstate.sessions import CopyOptions, sweeper
+from stepstate.stores import Durability, Tombstone
 from tests.networks import make_network
 from tests.unit.rig import (
     GRACE_SECONDS,
     IDLE_SECONDS,
-    MOST_IDLE_SECONDS,
+    MAX_IDLE_SECONDS,
     Lasting,
     Rig,
     model_of,
@@ -110,7 +110,7 @@ async def test_a_grace_of_other_length_may_be_set(make_rig, store, clock):
 
 
 async def test_open_and_expired_sessions_together_keep_the_bound(make_rig, store, clock, caplog):
-    rig = make_rig(store=store, clock=clock, most_sessions=4)
+    rig = make_rig(store=store, clock=clock, stored_sessions=4)
     await expire(rig, clock, "a")
     clock.advance(1)
     await expire(rig, clock, "b", "c")
@@ -131,8 +131,8 @@ async def test_open_and_expired_sessions_together_keep_the_bound(make_rig, store
 async def test_servers_that_keep_the_bound_together_delete_little_more_than_one_would(
     make_rig, store, clock, monkeypatch, delays
 ):
-    monkeypatch.setattr(expiry, "GROUP", 4)
-    monkeypatch.setattr(expiry, "LOOKED_AT_ONCE", 8)
+    monkeypatch.setattr(sweeper, "GROUP", 4)
+    monkeypatch.setattr(sweeper, "LOOKED_AT_ONCE", 8)
     plain, turns = store.end, itertools.cycle(delays)
 
     async def slow(*args: object) -> bool:
@@ -140,17 +140,17 @@ async def test_servers_that_keep_the_bound_together_delete_little_more_than_one_
         return await plain(*args)
 
     monkeypatch.setattr(store, "end", slow)
-    larger = make_rig(store=store, clock=clock, most_sessions=200)
+    larger = make_rig(store=store, clock=clock, stored_sessions=200)
     names = [f"s{number}" for number in range(200)]
     for first in range(0, 200, 8):
         await expire(larger, clock, *names[first : first + 8])
-    servers = [make_rig(store=store, clock=clock, most_sessions=100, owner=o) for o in "abc"]
+    servers = [make_rig(store=store, clock=clock, stored_sessions=100, owner=o) for o in "abc"]
     sweeps = []
     for server in servers:
         sweeps.append(asyncio.create_task(server.sessions.sweep()))
         await rounds(7)
     await asyncio.gather(*sweeps)
-    assert 100 - len(servers) * expiry.LOOKED_AT_ONCE <= await store.count_expired() <= 100
+    assert 100 - len(servers) * sweeper.LOOKED_AT_ONCE <= await store.count_expired() <= 100
 
 
 @pytest.mark.parametrize("seen", [True, False])
@@ -184,7 +184,7 @@ async def test_what_is_restored_counts_as_open_and_is_counted(rig, clock, x):
 
 
 async def test_only_where_there_is_room_a_session_is_restored(make_rig, store, clock):
-    rig = make_rig(store=store, clock=clock, most_sessions=2)
+    rig = make_rig(store=store, clock=clock, stored_sessions=2)
     await expire(rig, clock, "a")
     for name in "bc":
         await rig.open(name)
@@ -195,7 +195,7 @@ async def test_only_where_there_is_room_a_session_is_restored(make_rig, store, c
 async def test_sessions_that_are_restored_together_keep_the_bound(
     make_rig, store, clock, monkeypatch
 ):
-    rig, plain = make_rig(store=store, clock=clock, most_sessions=4), store.restore
+    rig, plain = make_rig(store=store, clock=clock, stored_sessions=4), store.restore
     await expire(rig, clock, *"abcd")
     for name in "efg":
         await rig.open(name)
@@ -247,7 +247,7 @@ async def test_a_session_that_was_closed_or_is_of_another_model_is_not_restored(
         await rig.sessions.restore_expired("closed")
     await expire(rig, clock, "a")
     other = make_rig(model_of(make_network("other")), store=store, clock=clock, owner="o")
-    with pytest.raises(SnapshotForeign):
+    with pytest.raises(SnapshotModelMismatch):
         await other.sessions.restore_expired("a")
     assert await rig.sessions.restore_expired("a")
 
@@ -292,8 +292,8 @@ async def test_many_expire_and_are_deleted_in_groups_with_rests(
     make_rig, store, clock, monkeypatch
 ):
     """One wait for the store for each group, and others come in between two."""
-    count = 3 * expiry.GROUP + 5
-    rig = make_rig(store=store, clock=clock, max_sessions=4, most_sessions=count)
+    count = 3 * sweeper.GROUP + 5
+    rig = make_rig(store=store, clock=clock, max_sessions=4, stored_sessions=count)
     for i in range(count):
         await rig.open(f"s{i}")
     clock.advance(IDLE_SECONDS + 61)
@@ -310,7 +310,7 @@ async def test_many_expire_and_are_deleted_in_groups_with_rests(
         await asyncio.sleep(0)
         others += 1
     assert await done == count
-    assert max(groups) <= expiry.GROUP
+    assert max(groups) <= sweeper.GROUP
     assert len(groups) <= 3 + 1 + 1
     assert others >= len(groups)
     assert await store.count() == {}
@@ -324,7 +324,7 @@ async def test_all_are_deleted_whose_grace_is_over_also_if_the_store_tells_of_fe
     make_rig, store, clock, monkeypatch
 ):
     """Redis tells of as many of each bucket; where those are uneven, of fewer than asked for."""
-    rig = make_rig(store=store, clock=clock, max_sessions=4, most_sessions=50)
+    rig = make_rig(store=store, clock=clock, max_sessions=4, stored_sessions=50)
     for i in range(20):
         await rig.open(f"s{i}")
     clock.advance(IDLE_SECONDS + 61)
@@ -348,7 +348,7 @@ async def test_a_model_of_long_intervals_has_a_long_idle_timeout(make_rig, clock
     rig = make_rig(model_of(network), clock=clock)
     session = await rig.open("a")
     assert session.record.idle_timeout_seconds == default
-    assert rig.sessions.default_idle_timeout(session.lane.model.manifest) == default
+    assert rig.sessions.default_idle_timeout(session.scheduler.model.manifest) == default
     for t in range(4):
         await rig.step(session, rows_of(network, 1), t)
         clock.advance(max(days * DAY, 10.0))
@@ -357,10 +357,10 @@ async def test_a_model_of_long_intervals_has_a_long_idle_timeout(make_rig, clock
 
 async def test_the_bound_on_idle_timeouts_is_never_below_a_few_intervals(make_rig, clock):
     rig = make_rig(model_of(slow_network(int(DAY))), clock=clock)
-    assert 5 * DAY > MOST_IDLE_SECONDS
+    assert 5 * DAY > MAX_IDLE_SECONDS
     session = await rig.open("a", idle=5 * DAY)
     assert session.record.idle_timeout_seconds == 5 * DAY
-    copy = await rig.sessions.fork("a", Copying("b", None, None))
+    copy = await rig.sessions.fork("a", CopyOptions("b", None, None))
     assert copy.record.idle_timeout_seconds == 5 * DAY
     with pytest.raises(InvalidField, match="at most 432000 s"):
         await rig.open("c", idle=5 * DAY + 1)
@@ -373,7 +373,7 @@ async def test_an_interval_of_ages_makes_no_time_that_cannot_be_told(make_rig, c
 
 
 def test_an_ending_of_a_deleted_session_says_so():
-    ending = Ending(expiry.EndReason.EXPIRED, 3, 60.0)
-    error = expiry.expired_error("a", ending.t, ending.idle_timeout_seconds, 0.0)
+    ending = Tombstone(sweeper.EndReason.EXPIRED, 3, 60.0)
+    error = sweeper.expired_error("a", ending.t, ending.idle_timeout_seconds, 0.0)
     assert error.restore_until == ""
     assert "deleted" in str(error)

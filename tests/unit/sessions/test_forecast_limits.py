@@ -13,8 +13,9 @@ from stepstate.errors import (
     InvalidField,
     QueueFull,
 )
-from stepstate.sessions import Scenario, Wish, forecast_bounds
-from stepstate.transport.codec import REPLY_BYTES
+from stepstate.sessions import ForecastRequest, Scenario
+from stepstate.sessions.forecasting import limits
+from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.forecasts import decode_wish, encode_forecasts, reply_bytes
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.unit.rig import Rig, model_of, rounds
@@ -29,9 +30,9 @@ def rig(make_rig, sensor) -> Rig:
 async def test_calls_under_way_are_bounded_by_their_bytes(rig, monkeypatch):
     """A session counts once, with the whole of its state; what is refused can be asked again."""
     await stepped(rig, await rig.open(), rows(3))
-    state_bytes = 4 * rig.lane.engine.layout.width
-    monkeypatch.setattr(f"{BOUNDS}.MOST_BYTES", state_bytes + 2_000)
-    calls = [rig.sessions.forecast(["a"] * 9, Wish(1, (), ())) for _ in range(3)]
+    state_bytes = 4 * rig.scheduler.engine.layout.width
+    monkeypatch.setattr(f"{BOUNDS}.MAX_BYTES", state_bytes + 2_000)
+    calls = [rig.sessions.forecast(["a"] * 9, ForecastRequest(1, (), ())) for _ in range(3)]
     found = await asyncio.gather(*calls, return_exceptions=True)
     assert [type(one) for one in found] == [list, QueueFull, QueueFull]
     (forecast,) = await told(rig, horizon=1)
@@ -42,10 +43,10 @@ async def test_a_call_alone_can_be_too_large(rig, monkeypatch):
     await stepped(rig, await rig.open(), rows(3))
     busy = await rig.open("busy")
     await stepped(rig, busy, rows(3))
-    monkeypatch.setattr(f"{BOUNDS}.MOST_BYTES", 6 * rig.lane.engine.layout.width)
+    monkeypatch.setattr(f"{BOUNDS}.MAX_BYTES", 6 * rig.scheduler.engine.layout.width)
     caller = rig.send(busy, rows(5))
     with pytest.raises(InvalidField, match="ask for fewer at once"):
-        await rig.sessions.forecast(["busy", "a"], Wish(1, (), ()))
+        await rig.sessions.forecast(["busy", "a"], ForecastRequest(1, (), ()))
     await caller.outcome()
     assert (await told(rig, horizon=1))[0].t == 3
 
@@ -54,23 +55,23 @@ async def test_a_call_alone_can_be_too_large(rig, monkeypatch):
 def blocks(rig, monkeypatch) -> list[int]:
     """How many states were forecast together, block by block."""
     found: list[int] = []
-    forecast = rig.lane.engine.forecast
+    forecast = rig.scheduler.engine.forecast
 
     async def counted(origins, plan, scenario):
         found.append(len(origins.rows))
         return await forecast(origins, plan, scenario)
 
-    monkeypatch.setattr(rig.lane.engine, "forecast", counted)
+    monkeypatch.setattr(rig.scheduler.engine, "forecast", counted)
     return found
 
 
 async def test_sessions_and_scenarios_go_in_blocks(rig, blocks, monkeypatch):
     """However many scenarios there are; and a session that is named twice is forecast once."""
-    monkeypatch.setattr("stepstate.sessions.forecaster.TOGETHER", 4)
+    monkeypatch.setattr("stepstate.sessions.forecasting.forecaster.TOGETHER", 4)
     for session_id in ("a", "b", "c"):
         await stepped(rig, await rig.open(session_id), rows(20, seed=ord(session_id)))
     scenarios = tuple(Scenario(str(n), np.full(2, float(n), np.float32)) for n in range(5))
-    found = await rig.sessions.forecast(["a", "b", "a", "c"], Wish(1, (0.5,), scenarios))
+    found = await rig.sessions.forecast(["a", "b", "a", "c"], ForecastRequest(1, (0.5,), scenarios))
     assert blocks == [4, 4, 4, 3]
     for session_id, mine in zip("abac", found, strict=True):
         assert [one.session_id for one in mine] == [session_id] * 5
@@ -81,11 +82,11 @@ async def test_sessions_and_scenarios_go_in_blocks(rig, blocks, monkeypatch):
 
 async def test_calls_take_turns_block_by_block(rig, blocks, monkeypatch):
     """A small one is not kept waiting for a large one; both are from where sessions stood."""
-    monkeypatch.setattr("stepstate.sessions.forecaster.TOGETHER", 1)
+    monkeypatch.setattr("stepstate.sessions.forecasting.forecaster.TOGETHER", 1)
     names = [f"s{n}" for n in range(7)]
     for name in names:
         await stepped(rig, await rig.open(name), rows(5))
-    large = asyncio.create_task(rig.sessions.forecast(names, Wish(3, (), ())))
+    large = asyncio.create_task(rig.sessions.forecast(names, ForecastRequest(3, (), ())))
     await rounds(2)
     last = rig.sessions.find(names[-1])
     await rig.y(last, rows(1))
@@ -98,7 +99,7 @@ async def test_calls_take_turns_block_by_block(rig, blocks, monkeypatch):
 
 async def test_a_short_forecast_does_not_wait_for_a_long_one(rig, blocks, monkeypatch):
     """Even though that is one block; a second long one waits."""
-    monkeypatch.setattr("stepstate.sessions.forecaster.LONG_ROWS", 99)
+    monkeypatch.setattr("stepstate.sessions.forecasting.forecaster.LONG_ROWS", 99)
     await stepped(rig, await rig.open(), rows(20))
     cold = Scenario("cold", np.array([np.nan, -1.0] * 100, np.float32))
     calls = [asyncio.create_task(told(rig, horizon=100, scenarios=[cold])) for _ in range(2)]
@@ -127,24 +128,24 @@ async def test_scenarios_that_give_other_values_have_their_own_plan(rig, blocks)
 async def test_rows_fed_back_are_bounded_over_all_states(rig, blocks, monkeypatch):
     await stepped(rig, await rig.open(), rows(20))
     await stepped(rig, await rig.open("b"), rows(20))
-    monkeypatch.setattr("stepstate.sessions.forecaster.MOST_FED_ROWS", 7)
+    monkeypatch.setattr("stepstate.sessions.forecasting.forecaster.MAX_FED_ROWS", 7)
     path = Scenario("s", np.zeros(10, np.float32))
     assert len(await told(rig, horizon=5, scenarios=[path])) == 1
     for names, scenarios in ((["a", "b"], (path,)), (["a"], (path, path, path))):
         with pytest.raises(InvalidField, match=r"rows to be fed back.*at most 7: ask"):
-            await rig.sessions.forecast(names, Wish(5, (), scenarios))
+            await rig.sessions.forecast(names, ForecastRequest(5, (), scenarios))
     assert blocks == [1]
 
 
 @pytest.mark.parametrize(
     ("names", "wish"),
     [
-        (["a"] * 30, Wish(3, (), ())),
-        (["a"], Wish(3, (0.1, 0.5) * 50, ())),
-        (["a"], Wish(3, (), tuple(Scenario("n" * 100, PATH) for _ in range(20)))),
-        (["a", *(f"nobody{n}" for n in range(9))], Wish(3, (), ())),
-        (["a" * 100, *("ü" * 100 for n in range(9))], Wish(3, (), ())),
-        (["a"] * 9, Wish(9, (), ())),
+        (["a"] * 30, ForecastRequest(3, (), ())),
+        (["a"], ForecastRequest(3, (0.1, 0.5) * 50, ())),
+        (["a"], ForecastRequest(3, (), tuple(Scenario("n" * 100, PATH) for _ in range(20)))),
+        (["a", *(f"nobody{n}" for n in range(9))], ForecastRequest(3, (), ())),
+        (["a" * 100, *("ü" * 100 for n in range(9))], ForecastRequest(3, (), ())),
+        (["a"] * 9, ForecastRequest(9, (), ())),
     ],
     ids=["sessions", "quantiles", "scenarios", "errors", "ids", "the model's errors"],
 )
@@ -152,7 +153,7 @@ async def test_a_reply_that_would_be_too_large_is_refused_before_the_work(
     rig, blocks, monkeypatch, names, wish
 ):
     await stepped(rig, await rig.open(), rows(20))
-    monkeypatch.setattr(f"{BOUNDS}.MOST_REPLY_BYTES", 2_000)
+    monkeypatch.setattr(f"{BOUNDS}.MAX_REPLY_BYTES", 2_000)
     with pytest.raises(InvalidField, match="more than 2000: ask for fewer"):
         await rig.sessions.forecast(names, wish)
     assert not blocks
@@ -163,10 +164,12 @@ async def test_what_a_reply_takes_is_known_before_it_is_made(rig):
     await stepped(rig, await rig.open(), rows(20))
     names = ["a", "x" * 128, "ü" * 200, "no\n", "a"]
     for wish in (
-        Wish(3, (0.1, 0.5, 0.9), ()),
-        Wish(5, (), (Scenario("so heiß", rows(2).ravel()), Scenario("x" * 128, rows(3).ravel()))),
-        Wish(200, (0.5,), (Scenario("", np.zeros(400, np.float32)),)),
-        Wish(9, (), ()),
+        ForecastRequest(3, (0.1, 0.5, 0.9), ()),
+        ForecastRequest(
+            5, (), (Scenario("so heiß", rows(2).ravel()), Scenario("x" * 128, rows(3).ravel()))
+        ),
+        ForecastRequest(200, (0.5,), (Scenario("", np.zeros(400, np.float32)),)),
+        ForecastRequest(9, (), ()),
     ):
         found = await rig.sessions.forecast(names, wish)
         for name, one in zip(names, found, strict=True):
@@ -189,11 +192,11 @@ async def test_the_longest_numbers_and_times_are_counted(rig):
 
 
 def test_replies_are_bounded_like_all_others():
-    assert forecast_bounds.MOST_REPLY_BYTES == REPLY_BYTES
+    assert limits.MAX_REPLY_BYTES == REPLY_BYTES
 
 
 def test_too_many_scenarios_are_refused_before_they_are_read(monkeypatch):
-    monkeypatch.setattr(f"{BOUNDS}.MOST_SCENARIOS", 2)
+    monkeypatch.setattr(f"{BOUNDS}.MAX_SCENARIOS", 2)
     monkeypatch.delattr("stepstate.transport.forecasts.array_of")
     request = pb.ForecastRequest(session_id=["a"], scenarios=[pb.Scenario(x=[1.0])] * 3)
     with pytest.raises(InvalidField, match="scenarios: holds 3, expected at most 2"):

@@ -13,7 +13,7 @@ from stepstate.errors import (
     InvalidField,
     SessionUnknown,
 )
-from stepstate.sessions import Scenario, Wish
+from stepstate.sessions import ForecastRequest, Scenario
 from tests import offline
 from tests.unit.rig import Rig, model_of
 from tests.unit.sessions.forecasts import CLOSE, PATH, rows, stepped, told
@@ -84,7 +84,7 @@ async def test_scenarios_of_many_lengths_come_back_in_order(rig):
         await stepped(rig, await rig.open(session_id), rows(20, seed=ord(session_id)))
     paths = [np.full((length, 2), float(length), np.float32) for length in (3, 1, 3, 2)]
     scenarios = tuple(Scenario(str(n), path.ravel()) for n, path in enumerate(paths))
-    wish = Wish(4, (0.5,), scenarios)
+    wish = ForecastRequest(4, (0.5,), scenarios)
     found = await rig.sessions.forecast(["a", "b", "c"], wish)
     for session_id, of_session in zip("abc", found, strict=True):
         assert [one.scenario for one in of_session] == ["0", "1", "2", "3"]
@@ -105,7 +105,7 @@ async def test_a_forecast_changes_nothing_and_comes_again_the_same(rig):
     again = await told(rig, horizon=5, scenarios=[scenario])
     assert first[0].outputs[0].values.tobytes() == again[0].outputs[0].values.tobytes()
     assert np.array_equal(await stepped(rig, session, x[20:]), await stepped(rig, other, x[20:]))
-    left = rig.lane.engine.read_states(np.array([session.slot, other.slot]))
+    left = rig.scheduler.engine.read_states(np.array([session.slot, other.slot]))
     assert left[0].tobytes() == left[1].tobytes()
 
 
@@ -135,7 +135,7 @@ async def test_each_session_has_its_own_interval_among_others(rig):
     x = rows(60)
     for name, level in (("a", 0.5), ("b", 0.9), ("c", 0.5)):
         await stepped(rig, await rig.open(name, level=level), x)
-    found = await rig.sessions.forecast(["a", "b", "c"], Wish(3, (), ()))
+    found = await rig.sessions.forecast(["a", "b", "c"], ForecastRequest(3, (), ()))
     for name, (together,) in zip("abc", found, strict=True):
         (alone,) = await told(rig, name, horizon=3)
         assert together.levels == alone.levels
@@ -154,7 +154,7 @@ async def test_a_scenario_that_can_not_be_forecast_is_named(rig):
 
 async def test_one_unknown_session_does_not_hide_the_others(rig):
     await stepped(rig, await rig.open(), rows(3))
-    found = await rig.sessions.forecast(["a", "nobody", "a"], Wish(1, (), ()))
+    found = await rig.sessions.forecast(["a", "nobody", "a"], ForecastRequest(1, (), ()))
     assert isinstance(found[1], SessionUnknown)
     assert [type(one) for one in (found[0], found[2])] == [list, list]
 
@@ -162,15 +162,18 @@ async def test_one_unknown_session_does_not_hide_the_others(rig):
 @pytest.mark.parametrize(
     ("wish", "field"),
     [
-        (Wish(10_001, (), ()), "horizon"),
-        (Wish(1, (0.0,), ()), r"quantiles\[0\]"),
-        (Wish(1, (0.5, math.nan), ()), r"quantiles\[1\]"),
-        (Wish(1, (0.5,) * 101, ()), "quantiles: holds 101"),
-        (Wish(1, (), (Scenario("s", PATH),) * 1001), "scenarios: holds 1001"),
-        (Wish(1, (), (Scenario("s" * 129, PATH),)), r"scenarios\[0\].name: has 129"),
-        (Wish(1, (), (Scenario("s", np.ones(3, np.float32)),)), r"scenarios\[0\].x"),
-        (Wish(1, (), (Scenario("s", np.array([1, math.inf], np.float32)),)), r"scenarios\[0\].x"),
-        (Wish(1, (), (Scenario("s", np.ones(0, np.float32)),)), r"scenarios\[0\].x"),
+        (ForecastRequest(10_001, (), ()), "horizon"),
+        (ForecastRequest(1, (0.0,), ()), r"quantiles\[0\]"),
+        (ForecastRequest(1, (0.5, math.nan), ()), r"quantiles\[1\]"),
+        (ForecastRequest(1, (0.5,) * 101, ()), "quantiles: holds 101"),
+        (ForecastRequest(1, (), (Scenario("s", PATH),) * 1001), "scenarios: holds 1001"),
+        (ForecastRequest(1, (), (Scenario("s" * 129, PATH),)), r"scenarios\[0\].name: has 129"),
+        (ForecastRequest(1, (), (Scenario("s", np.ones(3, np.float32)),)), r"scenarios\[0\].x"),
+        (
+            ForecastRequest(1, (), (Scenario("s", np.array([1, math.inf], np.float32)),)),
+            r"scenarios\[0\].x",
+        ),
+        (ForecastRequest(1, (), (Scenario("s", np.ones(0, np.float32)),)), r"scenarios\[0\].x"),
     ],
 )
 async def test_what_can_not_be_asked_for_is_told_by_field(rig, wish, field):

@@ -7,10 +7,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from stepstate.engine.scores import BLOCK
+from stepstate.engine.tracking.scores import BLOCK
 from stepstate.errors import SnapshotCorrupt
-from stepstate.sessions import Copying
-from stepstate.sessions.snapshot import decode, encode
+from stepstate.sessions import CopyOptions
+from stepstate.sessions.snapshots.format import decode, encode
 from tests.offline import forecasting_network
 from tests.unit.rig import Rig, model_of
 from tests.unit.sessions.forecasts import as_version_1, rows
@@ -29,20 +29,20 @@ async def forged(rig: Rig, place: int, value: float, *, version_1: bool = False)
     state = snapshot.state.copy()
     state[place] = value
     data = encode(replace(snapshot, state=state))
-    return as_version_1(data, rig.lane.engine.layout.cell) if version_1 else data
+    return as_version_1(data, rig.scheduler.engine.layout.cell) if version_1 else data
 
 
 @pytest.mark.parametrize("value", [-1.0, 0.5, np.nan])
 async def test_a_snapshot_with_a_count_that_can_not_be_is_corrupt(rig, value):
-    engine = rig.lane.engine
+    engine = rig.scheduler.engine
     spot = engine._tracker.targets[0].spots[0]
     place = engine.layout.tracked_from + spot.place + BLOCK  # how many errors there were
     data = await forged(rig, place, value)
     with pytest.raises(SnapshotCorrupt, match="tracks"):
-        await rig.sessions.restore(data, Copying("b", None, None))
+        await rig.sessions.restore(data, CopyOptions("b", None, None))
 
 
 async def test_a_state_of_version_1_that_is_not_a_number_is_corrupt(rig):
     data = await forged(rig, 0, np.nan, version_1=True)
     with pytest.raises(SnapshotCorrupt, match="not finite"):
-        await rig.sessions.restore(data, Copying("b", None, None))
+        await rig.sessions.restore(data, CopyOptions("b", None, None))

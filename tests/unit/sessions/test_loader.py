@@ -16,11 +16,11 @@ from stepstate.errors import (
     SessionLost,
     SessionUnknown,
     SessionUnreadable,
-    SnapshotForeign,
-    StepUnplaced,
+    SnapshotModelMismatch,
+    StepPositionUnknown,
     StoreUnavailable,
 )
-from stepstate.sessions import room
+from stepstate.sessions import slots
 from stepstate.stores import Durability
 from tests.unit.rig import (
     IDLE_SECONDS,
@@ -185,7 +185,7 @@ async def test_a_spill_without_an_answer_renews_the_lease_before_the_next_step( 
         with pytest.raises(SessionLost):
             await second.sessions.get("a")
     elif durability is Durability.ASYNC:
-        with pytest.raises(StepUnplaced):
+        with pytest.raises(StepPositionUnknown):
             await second.step(await second.sessions.get("a"), x[6])
     else:
         assert second.sessions.t(await second.sessions.get("a")) == 6
@@ -205,7 +205,7 @@ async def test_when_every_resident_session_is_busy_a_load_is_refused_for_now(
 
     store.save = slow
     caller = rig.send(session, x[0], 0)
-    monkeypatch.setattr(room, "ROOM_SECONDS", 0.05)
+    monkeypatch.setattr(slots, "ROOM_SECONDS", 0.05)
     with pytest.raises(QueueFull, match="all of them busy"):
         await rig.open("b")
     monkeypatch.undo()
@@ -226,7 +226,7 @@ async def test_waiting_for_room_in_vain_leaves_nothing_behind(start, store, x, m
 
     store.save = slow
     callers = [rig.send(session, x[0], 0) for session in busy]
-    monkeypatch.setattr(room, "ROOM_SECONDS", 0.05)
+    monkeypatch.setattr(slots, "ROOM_SECONDS", 0.05)
     given_up = asyncio.create_task(rig.open("c"))
     await rounds(3)
     given_up.cancel()
@@ -245,7 +245,7 @@ async def test_waiting_for_room_in_vain_leaves_nothing_behind(start, store, x, m
 
 
 async def test_open_sessions_are_bounded_wherever_they_are(start):
-    rig = start(max_sessions=2, most_sessions=3)
+    rig = start(max_sessions=2, stored_sessions=3)
     for name in "abc":
         await rig.open(name)
     with pytest.raises(SessionLimit) as refused:
@@ -312,7 +312,7 @@ async def test_a_session_of_a_model_that_is_not_here_stays_where_it_is(start, st
     await first.open("a")
     for models in ([], [printed(networks["gru"], "22")]):
         second = start(*models)
-        with pytest.raises(SnapshotForeign, match="gru/1"):
+        with pytest.raises(SnapshotModelMismatch, match="gru/1"):
             await second.sessions.get("a")
     assert (await store.find("a")).owner == "server-0"
 
@@ -344,7 +344,7 @@ async def test_a_damaged_snapshot_in_the_store_is_told_and_kept(start, store, x)
     second = start()
     with pytest.raises(SessionUnreadable, match="checksum"):
         await second.sessions.get("a")
-    assert len(second.sessions) == second.lane.open_sessions == 0
+    assert len(second.sessions) == second.scheduler.open_sessions == 0
     store._sessions["a"].snapshot = good
     await play(second, "a", x[:2], 0)
 

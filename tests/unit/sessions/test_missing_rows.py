@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepstate.engine.scores import _PAIRS, BLOCK
+from stepstate.engine.tracking.scores import _PAIRS, BLOCK
 from stepstate.errors import (
     NonFiniteResult,
 )
@@ -60,10 +60,10 @@ async def test_a_level_that_stood_in_is_no_naive_forecast(rig):
     x = rows(9)
     x[:4, 0] = np.nan
     await stepped(rig, session, x)
-    part = rig.lane.engine.read_states(np.array([session.slot]))[
-        0, rig.lane.engine.layout.tracked_from :
+    part = rig.scheduler.engine.read_states(np.array([session.slot]))[
+        0, rig.scheduler.engine.layout.tracked_from :
     ]
-    spot = rig.lane.engine._tracker.targets[0].spots[0]
+    spot = rig.scheduler.engine._tracker.targets[0].spots[0]
     assert (
         part[spot.place + BLOCK + _PAIRS] == 1
     )  # of nine rows, only the last had one a season before
@@ -124,8 +124,8 @@ async def test_a_session_with_missing_rows_does_not_slow_another_that_is_primed(
     whole = await rig.open("whole")
     await rig.y(gappy, rows(1))
     chunks = []
-    sequence = rig.lane.engine._network.sequence
-    rig.lane.engine._network.sequence = lambda x, *rest: (
+    sequence = rig.scheduler.engine._network.sequence
+    rig.scheduler.engine._network.sequence = lambda x, *rest: (
         chunks.append(x.shape),
         sequence(x, *rest),
     )[1]
@@ -153,7 +153,7 @@ async def test_runs_of_missing_rows_leave_what_stepping_leaves(rig, policy):
         step = await caller.outcome()
         assert outputs(step) == pytest.approx(y, abs=CLOSE)
     slots = np.array([session.slot for session in (*slow, *fast)])
-    states = rig.lane.engine.read_states(slots)
+    states = rig.scheduler.engine.read_states(slots)
     assert np.array_equal(np.isnan(states[:3]), np.isnan(states[3:]))
     assert np.nanmax(np.abs(states[:3] - states[3:])) < 1e-3
 
@@ -173,7 +173,7 @@ async def test_rows_held_are_applied_a_chunk_at_a_time(rig):
     x = rows(256)
     x[100:200] = np.nan
     pieces = []
-    network = rig.lane.engine._network
+    network = rig.scheduler.engine._network
     sequence = network.sequence_seen
     network.sequence_seen = lambda seen, *rest: (
         pieces.append(seen.shape[1]),

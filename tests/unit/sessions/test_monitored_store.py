@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from stepstate.errors import StoreUnavailable
-from stepstate.sessions.link import PROBE_SECONDS, STEADY_SECONDS, StoreLink
+from stepstate.sessions.monitored_store import PROBE_SECONDS, STEADY_SECONDS, MonitoredStore
 from stepstate.stores import MemoryStore
 from tests.unit.rig import Clock
 
@@ -39,21 +39,21 @@ def store(clock: Clock) -> HalfAway:
 
 
 @pytest.fixture
-def link(store: HalfAway, clock: Clock) -> StoreLink:
-    return StoreLink(store, clock=clock)
+def link(store: HalfAway, clock: Clock) -> MonitoredStore:
+    return MonitoredStore(store, clock=clock)
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.message for record in caplog.records]
 
 
-async def fails(link: StoreLink) -> None:
+async def fails(link: MonitoredStore) -> None:
     with pytest.raises(StoreUnavailable):
         await link.ask(link.store.save([]))
 
 
 async def test_reads_that_succeed_do_not_bring_back_a_store_that_cant_be_written(
-    link: StoreLink, store: HalfAway, clock: Clock, caplog: pytest.LogCaptureFixture
+    link: MonitoredStore, store: HalfAway, clock: Clock, caplog: pytest.LogCaptureFixture
 ):
     caplog.set_level(logging.INFO)
     store.read_only = True
@@ -75,7 +75,7 @@ async def test_reads_that_succeed_do_not_bring_back_a_store_that_cant_be_written
 
 
 async def test_a_store_that_takes_some_writes_only_stays_away(
-    link: StoreLink, store: HalfAway, clock: Clock, caplog: pytest.LogCaptureFixture
+    link: MonitoredStore, store: HalfAway, clock: Clock, caplog: pytest.LogCaptureFixture
 ):
     for _ in range(60):
         store.read_only = not store.read_only
@@ -87,7 +87,7 @@ async def test_a_store_that_takes_some_writes_only_stays_away(
 
 
 async def test_an_idle_server_notices_that_its_store_cant_be_written(
-    link: StoreLink, store: HalfAway, clock: Clock
+    link: MonitoredStore, store: HalfAway, clock: Clock
 ):
     await link.check()
     store.read_only = True

@@ -7,8 +7,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from stepstate.sessions import Columns, Table
-from stepstate.sessions.packed import straight
+from stepstate.sessions import RowBatch, Table
+from stepstate.sessions.packed import fast_path_mask
 from stepstate.stores import Durability
 from tests.unit.sessions.test_table import add
 
@@ -37,8 +37,8 @@ def go_straight(table: Table, **changed: object) -> list[bool]:
         "t": np.full(3, T),
         "x": np.zeros((3, 2), np.float32),
     }
-    columns = Columns(**fields | changed)
-    return straight(columns, table, lane=0, now=NOW, backlog_rows=BACKLOG_ROWS).tolist()
+    columns = RowBatch(**fields | changed)
+    return fast_path_mask(columns, table, scheduler=0, now=NOW, backlog_rows=BACKLOG_ROWS).tolist()
 
 
 def test_rows_of_idle_seated_sessions_go_straight_with_their_t_or_without(table):

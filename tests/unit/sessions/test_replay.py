@@ -3,17 +3,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepstate.client.aio import WINDOW
-from stepstate.engine import Work
-from stepstate.sessions.window import RING_BYTES, ReplayWindow
+from stepstate.client.aio.client import WINDOW
+from stepstate.engine import WorkItem
+from stepstate.sessions.replay import RING_BYTES, ReplayWindow
 
 D, OUT, W = 3, 2, 4
 SLOTS = 5
 
 
-def work(x: object, slot: int = 0, *, inspect: bool = False, last_only: bool = False) -> Work:
+def work(x: object, slot: int = 0, *, inspect: bool = False, last_only: bool = False) -> WorkItem:
     rows = np.atleast_2d(np.asarray(x, np.float32))
-    made = Work(rows.ravel(), len(rows), inspect, last_only)
+    made = WorkItem(rows.ravel(), len(rows), inspect, last_only)
     made.slot = slot
     return made
 
@@ -40,7 +40,7 @@ def remember_long(kept: ReplayWindow, t: int, rows: int, slot: int = 0) -> bytes
     return reply
 
 
-def long_request(t: int, rows: int, slot: int = 0) -> Work:
+def long_request(t: int, rows: int, slot: int = 0) -> WorkItem:
     return work(np.full((rows, D), t), slot)
 
 

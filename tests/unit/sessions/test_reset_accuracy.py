@@ -52,8 +52,8 @@ async def test_a_reset_changes_nothing_that_a_session_computes(make_rig, sensor)
     assert [one.accuracy[0].lifetime.scored for one in told] == [20, 59]
     for one, other in zip(told[0].accuracy, told[1].accuracy, strict=True):
         assert one.offset == other.offset
-    states = rig.lane.engine.read_states(np.array([session.slot for session in sessions]))
-    untracked = rig.lane.engine.layout.tracked_from
+    states = rig.scheduler.engine.read_states(np.array([session.slot for session in sessions]))
+    untracked = rig.scheduler.engine.layout.tracked_from
     assert states[0, :untracked].tobytes() == states[1, :untracked].tobytes()
 
 
@@ -123,7 +123,7 @@ async def test_a_reset_is_answered_when_it_is_saved_whoever_else_saves_meanwhile
     rig = make_rig(sensor, store=store, clock=clock)
     session = await rig.open(durability=Durability.ASYNC)
     await rig.y(session, rows(40))
-    engine, plain, saving = rig.lane.engine, rig.lane.engine.reset_accuracy, []
+    engine, plain, saving = rig.scheduler.engine, rig.scheduler.engine.reset_accuracy, []
 
     def reset(slot: int) -> None:
         plain(slot)

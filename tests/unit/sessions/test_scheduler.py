@@ -212,7 +212,7 @@ async def test_rows_that_overflow_float32_are_refused_and_change_nothing(make_ri
 async def test_a_forward_that_raises_is_an_internal_error_whose_id_is_in_the_log(
     *, rig, session, x, network, monkeypatch, caplog
 ):
-    steps = rig.lane.engine._on_device or rig.lane.engine._network
+    steps = rig.scheduler.engine._on_device or rig.scheduler.engine._network
     with monkeypatch.context() as broken:
         broken.setattr(steps, "step", lambda *_: 1 / 0)
         with caplog.at_level(logging.ERROR), pytest.raises(Internal) as failed:
@@ -254,11 +254,15 @@ async def test_a_slot_that_is_used_again_starts_from_zero_and_remembers_nothing(
 
 
 async def test_gauges_follow_sessions_and_queue(rig, session, x):
-    assert (rig.lane.open_sessions, rig.lane.state_bytes) == (1, 4 * (2 * 2 * 16 + 3))
+    assert (rig.scheduler.open_sessions, rig.scheduler.state_bytes) == (1, 4 * (2 * 2 * 16 + 3))
     caller = rig.send(session, x[:5], 0)
-    assert rig.lane.queued_rows == rig.sessions.queued_rows == 5
+    assert rig.scheduler.queued_rows == rig.sessions.queued_rows == 5
     await caller.outcome()
-    assert rig.lane.queued_rows == 0
-    assert rig.lane.replay_bytes == 5 * 2 * 4
+    assert rig.scheduler.queued_rows == 0
+    assert rig.scheduler.replay_bytes == 5 * 2 * 4
     await rig.sessions.close("a")
-    assert (rig.lane.open_sessions, rig.lane.state_bytes, rig.lane.replay_bytes) == (0, 0, 0)
+    assert (rig.scheduler.open_sessions, rig.scheduler.state_bytes, rig.scheduler.replay_bytes) == (
+        0,
+        0,
+        0,
+    )

@@ -22,7 +22,7 @@ from stepstate.sessions import check_id
 from tests.offline import forecasting_network
 from tests.unit.rig import (
     IDLE_SECONDS,
-    MOST_IDLE_SECONDS,
+    MAX_IDLE_SECONDS,
     Caller,
     model_of,
     outputs,
@@ -45,7 +45,7 @@ async def test_an_opened_session_stands_at_0_and_is_found(rig):
     assert rig.sessions.find("a") is session
     assert await rig.sessions.get("a") is session
     assert len(rig.sessions) == 1
-    assert session.record.fingerprint == rig.lane.model.manifest.fingerprint
+    assert session.record.fingerprint == rig.scheduler.model.manifest.fingerprint
 
 
 async def test_without_an_id_the_server_makes_one_that_is_unique(rig):
@@ -122,7 +122,7 @@ async def test_row_t_has_the_calendar_of_start_time_plus_t_steps(make_rig):
     assert np.abs(whole - single).max() <= 1e-4
 
 
-@pytest.mark.parametrize("idle", [0.0, -1.0, MOST_IDLE_SECONDS + 1, float("nan"), float("inf")])
+@pytest.mark.parametrize("idle", [0.0, -1.0, MAX_IDLE_SECONDS + 1, float("nan"), float("inf")])
 async def test_an_idle_timeout_outside_the_limits_is_refused(rig, idle):
     with pytest.raises(InvalidField, match="idle_timeout"):
         await rig.open("a", idle=idle)
@@ -235,7 +235,7 @@ async def test_a_session_that_the_store_did_not_take_leaves_nothing_behind(make_
     for _ in range(2):
         with pytest.raises(StoreUnavailable):
             await rig.open("a")
-    assert len(rig.sessions) == rig.lane.open_sessions == 0
+    assert len(rig.sessions) == rig.scheduler.open_sessions == 0
     with pytest.raises(SessionUnknown):
         await rig.sessions.get("a")
 

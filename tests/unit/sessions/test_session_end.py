@@ -15,7 +15,7 @@ from stepstate.errors import (
     SessionUnknown,
     StoreUnavailable,
 )
-from stepstate.stores import Ending, Entry, MemoryStore, SessionRecord
+from stepstate.stores import MemoryStore, SessionRecord, StoredSession, Tombstone
 from stepstate.stores.base import ENDING_SECONDS
 from tests.unit.rig import (
     GRACE_SECONDS,
@@ -58,7 +58,7 @@ async def test_a_session_expires_exactly_when_its_time_is_up_without_any_sweep(r
     fields = told.value.fields()
     assert fields.pop("restore_until") in str(told.value)
     assert fields == {"session_id": "a", "t": "1", "idle_timeout_seconds": "7.0"}
-    assert len(rig.sessions) == rig.lane.open_sessions == 0
+    assert len(rig.sessions) == rig.scheduler.open_sessions == 0
 
 
 async def test_an_expired_session_is_told_for_a_while_and_then_unknown(rig):
@@ -85,7 +85,7 @@ async def test_a_sweep_ends_those_whose_time_is_up_and_no_others(rig, x):
     assert await rig.sessions.sweep() == 2
     assert await rig.sessions.sweep() == 0
     assert [one.record.session_id for one in (await rig.sessions.page("", 10, ""))[0]] == ["b"]
-    assert rig.lane.open_sessions == 1
+    assert rig.scheduler.open_sessions == 1
 
 
 class Forgetful(MemoryStore):
@@ -93,11 +93,11 @@ class Forgetful(MemoryStore):
 
     snapshots: ClassVar[list[bytes]] = []
 
-    async def create(self, record: SessionRecord, **fields: Any) -> int | Entry:
+    async def create(self, record: SessionRecord, **fields: Any) -> int | StoredSession:
         self.snapshots.append(fields["snapshot"])
         return await super().create(record, **fields)
 
-    async def overdue(self, before: float, limit: int) -> list[Entry]:
+    async def overdue(self, before: float, limit: int) -> list[StoredSession]:
         raise AssertionError("was searched")
 
 
@@ -116,7 +116,7 @@ class Gathering(MemoryStore):
 
     barrier: ClassVar[asyncio.Barrier]
 
-    async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
+    async def end(self, session_id: str, epoch: int, ending: Tombstone) -> bool:
         await self.barrier.wait()
         return await super().end(session_id, epoch, ending)
 
@@ -139,7 +139,7 @@ async def test_a_session_that_another_ends_meanwhile_is_ended_once(rig):
     )
     assert swept == 1
     assert isinstance(asked, SessionExpired)
-    assert rig.lane.open_sessions == 0
+    assert rig.scheduler.open_sessions == 0
     assert await rig.sessions.sweep() == 0
 
 

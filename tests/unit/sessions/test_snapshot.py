@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from stepstate.engine.scores import SCORES
+from stepstate.engine.tracking.scores import SCORES
 from stepstate.errors import SnapshotCorrupt
-from stepstate.sessions.snapshot import Snapshot, decode, encode
-from stepstate.sessions.window import Remains, Remembered
+from stepstate.sessions.replay import CachedReply, ReplayState
+from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.stores import Durability, SessionRecord
 from tests.offline import forecasting_network
 from tests.unit.rig import model_of
@@ -41,11 +41,11 @@ def make() -> Snapshot:
 
     layers = [{"i": floats(2, 5), "h": floats(2, 5)}, {"i": floats(2, 5), "h": floats(2, 3)}]
     replies = (
-        Remembered(0, 90, floats(90, 2).tobytes(), None, b"d" * 16),
-        Remembered(90, 2, floats(2, 2).tobytes(), layers, b"e" * 16),
+        CachedReply(0, 90, floats(90, 2).tobytes(), None, b"d" * 16),
+        CachedReply(90, 2, floats(2, 2).tobytes(), layers, b"e" * 16),
     )
     stamps = np.array([97, 94, 95, 96], np.int64)
-    window = Remains(stamps, floats(4, 5), replies)
+    window = ReplayState(stamps, floats(4, 5), replies)
     return Snapshot(RECORD, 97, 1_763_900_000.25, floats(20), window, "host:50051#00", 7)
 
 
@@ -75,7 +75,7 @@ def test_a_snapshot_comes_back_bit_for_bit():
 
 
 def test_a_session_without_rows_and_start_time_comes_back():
-    window = Remains(np.zeros(0, np.int64), np.zeros((0, 5), np.float32), ())
+    window = ReplayState(np.zeros(0, np.int64), np.zeros((0, 5), np.float32), ())
     blank = replace(make(), window=window, t=0, record=replace(RECORD, start_time=None))
     assert same(decode(encode(blank)), blank)
 
@@ -149,13 +149,13 @@ async def test_a_session_of_version_2_goes_on_with_what_it_tracked(make_rig):
     rig = make_rig(model_of(forecasting_network(quantiles=())))
     data = (SAVED.parent / "snapshot-v2.bin").read_bytes()
     old = decode(data)
-    fitted = rig.lane.fitted(old)
-    engine = rig.lane.engine
-    assert len(fitted.state) == engine.layout.width > len(old.state)
+    adapt = rig.scheduler.adapt(old)
+    engine = rig.scheduler.engine
+    assert len(adapt.state) == engine.layout.width > len(old.state)
     rows = engine.layout.tracked_from
-    assert fitted.state[:rows].tobytes() == old.state[:rows].tobytes()
+    assert adapt.state[:rows].tobytes() == old.state[:rows].tobytes()
     session = await rig.open()
-    engine.write_state(session.slot, fitted.state)
+    engine.write_state(session.slot, adapt.state)
     quality = engine.quality(session.slot, 60)
     assert (quality.level, quality.drift.alarms, quality.drift.last_t) == (0.9, 1, 40)
     told = [
@@ -175,7 +175,7 @@ async def test_a_session_of_version_2_goes_on_with_what_it_tracked(make_rig):
     place = 0
     for spot in spots:  # what is pending is as it was issued
         pending = before[place + 8 : place + 8 + 3 * spot.horizon]
-        now = fitted.state[rows + spot.place + SCORES :][: 3 * spot.horizon]
+        now = adapt.state[rows + spot.place + SCORES :][: 3 * spot.horizon]
         assert np.array_equal(now, pending)
         place += 8 + 3 * spot.horizon
 
@@ -187,10 +187,10 @@ def test_a_forged_session_of_version_2_is_corrupt_or_sound(make_rig, place, valu
     rig = make_rig(model_of(forecasting_network(quantiles=())))
     old = decode((SAVED.parent / "snapshot-v2.bin").read_bytes())
     state = old.state.copy()
-    state[rig.lane.engine.layout.tracked_from + place - 1] = value
+    state[rig.scheduler.engine.layout.tracked_from + place - 1] = value
     try:
-        fitted = rig.lane.fitted(replace(old, state=state))
+        adapt = rig.scheduler.adapt(replace(old, state=state))
     except SnapshotCorrupt:
         return
-    assert rig.lane.engine.sound(fitted.state)
-    assert not np.isinf(fitted.state).any()
+    assert rig.scheduler.engine.sound(adapt.state)
+    assert not np.isinf(adapt.state).any()

@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from stepstate.sessions import Session, Table
+from stepstate.sessions import ResidentSession, Table
 from stepstate.stores import Durability, SessionRecord
 
 
 def session(
     session_id: str, durability: Durability = Durability.ASYNC, idle: float = 10.0
-) -> Session:
+) -> ResidentSession:
     now = datetime.now(UTC)
     record = SessionRecord(session_id, "m", "1", "", idle, None, now, durability)
-    return Session(record, SimpleNamespace(number=0), 0, 0)
+    return ResidentSession(record, SimpleNamespace(number=0), 0, 0)
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def table() -> Table:
 
 def add(
     table: Table, *names: str, now: float = 0.0, durability: Durability = Durability.ASYNC
-) -> list[Session]:
+) -> list[ResidentSession]:
     made = [session(name, durability) for name in names]
     for one in made:
         table.add(one, t=0, durable_t=0, now=now, expires_at=now + 10.0)

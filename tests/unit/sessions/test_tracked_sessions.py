@@ -10,8 +10,8 @@ import pytest
 from stepstate.errors import (
     SnapshotCorrupt,
 )
-from stepstate.sessions import Copying
-from stepstate.sessions.snapshot import decode, encode
+from stepstate.sessions import CopyOptions
+from stepstate.sessions.snapshots.format import decode, encode
 from tests import offline
 from tests.unit.rig import Rig, model_of
 from tests.unit.sessions.forecasts import CLOSE, as_version_1, rows, stepped, told
@@ -37,7 +37,7 @@ async def test_priming_leaves_what_stepping_leaves(rig, sensor):
     slow = await stepped(rig, one, x)
     fast = np.concatenate([await rig.y(many, part) for part in (x[:300], x[300:301], x[301:])])
     assert np.abs(slow - fast).max() < CLOSE
-    states = rig.lane.engine.read_states(np.array([one.slot, many.slot]))
+    states = rig.scheduler.engine.read_states(np.array([one.slot, many.slot]))
     assert np.array_equal(np.isnan(states[0]), np.isnan(states[1]))
     assert np.nanmax(np.abs(states[0] - states[1])) < 1e-3  # counts and sums, over 400 rows
 
@@ -80,16 +80,16 @@ async def test_a_fork_carries_past_rows_and_what_is_tracked(make_rig, sensor):
     x = rows(60)
     session = await rig.open()
     await stepped(rig, session, x[:40])
-    copy = await rig.sessions.fork("a", Copying("b", None, None))
+    copy = await rig.sessions.fork("a", CopyOptions("b", None, None))
     assert np.array_equal(await stepped(rig, session, x[40:]), await stepped(rig, copy, x[40:]))
-    left = rig.lane.engine.read_states(np.array([session.slot, copy.slot]))
+    left = rig.scheduler.engine.read_states(np.array([session.slot, copy.slot]))
     assert left[0].tobytes() == left[1].tobytes()
 
 
 async def test_metrics_add_up_what_sessions_tell(rig):
     for session_id in ("a", "b"):
         await rig.y(await rig.open(session_id), rows(50, seed=ord(session_id)))
-    tally = rig.lane.engine.tally
+    tally = rig.scheduler.engine.tally
     standings = [rig.sessions.standing(rig.sessions.find(s)) for s in ("a", "b")]
     for place, score in enumerate(tally.scores):
         parts = [standing.quality.accuracy[place].lifetime for standing in standings]
@@ -105,9 +105,9 @@ async def test_a_snapshot_of_version_1_goes_on_where_it_was(make_rig, model):
     x = np.random.default_rng(1).normal(size=(9, 3)).astype(np.float32)
     session = await rig.open(missing="hold")
     await stepped(rig, session, x)
-    old = as_version_1((await rig.sessions.export("a"))[0], rig.lane.engine.layout.cell)
-    copy = await rig.sessions.restore(old, Copying("b", None, None))
-    states = rig.lane.engine.read_states(np.array([session.slot, copy.slot]))
+    old = as_version_1((await rig.sessions.export("a"))[0], rig.scheduler.engine.layout.cell)
+    copy = await rig.sessions.restore(old, CopyOptions("b", None, None))
+    states = rig.scheduler.engine.read_states(np.array([session.slot, copy.slot]))
     assert states[0].tobytes() == states[1].tobytes()
     hole = [np.nan, 1.0, np.nan]
     assert np.array_equal(await rig.y(session, hole), await rig.y(copy, hole))
@@ -120,4 +120,6 @@ async def test_a_state_that_is_not_a_number_is_corrupt(make_rig):
     state = snapshot.state.copy()
     state[0] = np.nan
     with pytest.raises(SnapshotCorrupt, match="not finite"):
-        await rig.sessions.restore(encode(replace(snapshot, state=state)), Copying("b", None, None))
+        await rig.sessions.restore(
+            encode(replace(snapshot, state=state)), CopyOptions("b", None, None)
+        )

@@ -11,12 +11,12 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from stepstate.stores import CannotOpenStore, MemoryStore, SqliteStore, open_store
+from stepstate.stores import MemoryStore, SqliteStore, StoreOpenError, open_store
 from stepstate.stores.sqlite import schema
 
 
 async def refused(url: str) -> str:
-    with pytest.raises(CannotOpenStore) as error:
+    with pytest.raises(StoreOpenError) as error:
         await open_store(url, clock=time.time)
     return str(error.value)
 

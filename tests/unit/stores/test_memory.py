@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from datetime import UTC, datetime
 
-from stepstate.stores import Durability, Ending, EndReason, MemoryStore, SessionRecord
+from stepstate.stores import Durability, EndReason, MemoryStore, SessionRecord, Tombstone
 from stepstate.stores.base import ENDING_SECONDS
 
-ENDING = Ending(EndReason.CLOSED, 1, 60.0)
+ENDING = Tombstone(EndReason.CLOSED, 1, 60.0)
 OPENED = datetime(2026, 1, 2, tzinfo=UTC)
 
 
@@ -29,7 +29,7 @@ async def test_an_ending_is_remembered_for_its_time_and_not_longer(clock):
 
 
 async def test_beyond_the_bound_the_oldest_endings_are_forgotten(clock):
-    store = MemoryStore(clock, most_endings=2)
+    store = MemoryStore(clock, max_endings=2)
     for name in ("a", "b", "a", "c"):
         await come_and_go(store, name)
     assert [await store.find(name) for name in "abc"] == [ENDING, None, ENDING]

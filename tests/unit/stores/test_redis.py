@@ -16,8 +16,8 @@ from redis.exceptions import ConnectionError as Disconnected
 from stepstate.errors import STORE_CAUSES, InvalidField
 from stepstate.stores.redis import keys, scripts
 from stepstate.stores.redis.causes import cause_of, may_pass
-from stepstate.stores.redis.link import Command
-from stepstate.stores.redis.members import id_of, model_of, place_after, place_of, token_of
+from stepstate.stores.redis.connection import Command
+from stepstate.stores.redis.index import id_of, model_of, place_after, place_of, token_of
 
 IDS = [f"meter-{i}" for i in range(5000)]
 

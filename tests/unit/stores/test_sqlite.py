@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores import CannotOpenStore, Ending, EndReason, Saved
+from stepstate.stores import EndReason, SaveResult, StoreOpenError, Tombstone
 from stepstate.stores.sqlite import file as session_file
-from stepstate.stores.sqlite import reads, worker, writes
+from stepstate.stores.sqlite import reads, writer_thread, writes
 from stepstate.uptime import UptimeClock
 from tests.stores import FINGERPRINT, FileHome, acquire, create, saving
 
@@ -41,7 +41,7 @@ def groups(store, monkeypatch):
         time.sleep(0.02)  # while more come
         return writes.write(connection, parts, **clocks)
 
-    monkeypatch.setattr(worker, "write", write)
+    monkeypatch.setattr(writer_thread, "write", write)
     return sizes
 
 
@@ -62,7 +62,7 @@ async def test_a_value_that_cant_be_written_fails_its_own_call_only(home, store)
     bad = {"b": 2**70}
     saves = (store.save([saving(home, n, e, t=bad.get(n, 5))]) for n, e in epochs.items())
     answers = await asyncio.gather(*saves, return_exceptions=True)
-    assert answers[0] == answers[2] == [Saved.DONE]
+    assert answers[0] == answers[2] == [SaveResult.DONE]
     assert isinstance(answers[1], OverflowError)
     assert [(await store.find(name)).t for name in "abc"] == [5, 0, 5]
 
@@ -81,7 +81,7 @@ async def test_more_saves_than_a_statement_takes_are_all_written(home, store):
     names = [f"s{i}" for i in range(2 * writes.ROWS_AT_ONCE + 3)]
     epochs = await asyncio.gather(*(create(home, store, name) for name in names))
     saves = [saving(home, *pair, t=4) for pair in zip(names, epochs, strict=True)]
-    assert await store.save(saves) == [Saved.DONE] * len(names)
+    assert await store.save(saves) == [SaveResult.DONE] * len(names)
     assert {entry.t for entry in (await store.page("", 1000))[0]} == {4}
 
 
@@ -90,7 +90,7 @@ async def test_the_file_does_not_grow_with_sessions_that_come_and_go(home, store
     for _ in range(3):
         names = [f"{time.monotonic_ns()}" for _ in range(200)]
         epochs = await asyncio.gather(*(create(home, store, name) for name in names))
-        ending = Ending(EndReason.CLOSED, 1, 60.0)
+        ending = Tombstone(EndReason.CLOSED, 1, 60.0)
         ends = (store.end(*pair, ending) for pair in zip(names, epochs, strict=True))
         assert all(await asyncio.gather(*ends))
         await home.pass_time(4000)
@@ -100,7 +100,7 @@ async def test_the_file_does_not_grow_with_sessions_that_come_and_go(home, store
 
 async def test_endings_that_were_forgotten_leave_the_file(home, store):
     for name in "abc":
-        await store.end(name, await create(home, store, name), Ending(EndReason.CLOSED, 1, 60.0))
+        await store.end(name, await create(home, store, name), Tombstone(EndReason.CLOSED, 1, 60.0))
         await home.pass_time(4000)
     assert ask(home.path, "SELECT count(*) FROM endings") == 1
 
@@ -137,11 +137,13 @@ async def test_many_that_were_used_do_not_hide_one_that_was_not(home, store, mon
 async def test_a_disk_that_hangs_is_told_of_and_what_was_given_up_is_not_written(
     home, store, monkeypatch
 ):
-    monkeypatch.setattr(worker, "ANSWER_SECONDS", 0.05)
+    monkeypatch.setattr(writer_thread, "ANSWER_SECONDS", 0.05)
     epoch = await create(home, store, "a")
     blocking = asyncio.Event()
     loop = asyncio.get_running_loop()
-    hang = worker.Job(call=lambda _: (loop.call_soon_threadsafe(blocking.set), time.sleep(0.3)))
+    hang = writer_thread.StoreOp(
+        call=lambda _: (loop.call_soon_threadsafe(blocking.set), time.sleep(0.3))
+    )
     hanging = asyncio.create_task(store._worker.do(hang))
     await blocking.wait()
     with pytest.raises(StoreUnavailable, match="hang"):
@@ -225,7 +227,7 @@ async def test_a_file_of_version_1_keeps_its_sessions_and_the_time_they_had_left
         await create(home, store, name)
     await home.pass_time(20)
     await store.save([saving(home, "b", (await store.find("b")).epoch)])
-    await store.end("a", (await store.find("a")).epoch, Ending(EndReason.CLOSED, 1, 60.0))
+    await store.end("a", (await store.find("a")).epoch, Tombstone(EndReason.CLOSED, 1, 60.0))
     await create(home, store, "c")
     await home.close()
     for jump in (-21 * 86_400, 400 * 86_400):  # a wrong clock, or years in a cupboard
@@ -367,5 +369,5 @@ def foreign_reserve(tmp_path):
 
 async def test_a_reserve_that_cant_be_made_is_told_as_what_it_is(home, foreign_reserve):
     """It was told as a full disk, and only when something was written."""
-    with pytest.raises(CannotOpenStore, match=rf"directory.*{foreign_reserve.name}"):
+    with pytest.raises(StoreOpenError, match=rf"directory.*{foreign_reserve.name}"):
         await home.open()

@@ -8,7 +8,7 @@ import pytest
 from stepstate.errors import InvalidField, NonFiniteInput
 from stepstate.sessions import Step
 from stepstate.stores import MissingPolicy
-from stepstate.transport.codec import (
+from stepstate.transport.convert import (
     REPLY_BYTES,
     REQUEST_ROWS,
     decode_opening,

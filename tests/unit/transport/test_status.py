@@ -5,7 +5,7 @@ from google.protobuf.message import Message
 from grpc import StatusCode
 
 from stepstate import errors
-from stepstate.client.wire import from_status
+from stepstate.client.convert import from_status
 from stepstate.transport.status import code_of, status_of
 from stepstate.v1.google_rpc import (
     BadRequest,
@@ -30,15 +30,15 @@ CODES = {
     errors.StepAhead: StatusCode.ABORTED,
     errors.StepTooOld: StatusCode.OUT_OF_RANGE,
     errors.SessionLost: StatusCode.NOT_FOUND,
-    errors.StepUnplaced: StatusCode.ABORTED,
+    errors.StepPositionUnknown: StatusCode.ABORTED,
     errors.StaleOwner: StatusCode.ABORTED,
-    errors.SnapshotForeign: StatusCode.FAILED_PRECONDITION,
+    errors.SnapshotModelMismatch: StatusCode.FAILED_PRECONDITION,
     errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
     errors.SnapshotTooLarge: StatusCode.FAILED_PRECONDITION,
     errors.SessionUnreadable: StatusCode.DATA_LOSS,
     errors.StoreUnavailable: StatusCode.UNAVAILABLE,
-    errors.SequenceUnstarted: StatusCode.INVALID_ARGUMENT,
+    errors.SequenceNotStarted: StatusCode.INVALID_ARGUMENT,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.QueueFull: StatusCode.UNAVAILABLE,
     errors.Draining: StatusCode.UNAVAILABLE,
@@ -82,7 +82,7 @@ def test_an_error_has_the_details_of_the_design(cls):
     wanted = {ErrorInfo}
     if issubclass(cls, errors.InvalidRequest):
         wanted.add(BadRequest)
-    if cls in (errors.SnapshotForeign, errors.ForecastImpossible):
+    if cls in (errors.SnapshotModelMismatch, errors.ForecastImpossible):
         wanted.add(PreconditionFailure)
     if cls is errors.SessionLimit:
         wanted.add(QuotaFailure)

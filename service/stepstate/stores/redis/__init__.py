@@ -10,7 +10,7 @@ scripts   the Lua that keeps Rule 1 of the stores
 keys      where a session is
 """
 
-from stepstate.stores.redis.opening import open_redis
+from stepstate.stores.redis.factory import open_redis
 from stepstate.stores.redis.store import RedisStore
 
 __all__ = ["RedisStore", "open_redis"]

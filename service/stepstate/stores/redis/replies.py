@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from stepstate.stores.base import Ending, Entry, Unreadable
+from stepstate.stores.base import StoredSession, Tombstone, UnreadableSession
 from stepstate.stores.decoding import ending_of, entry_of
-from stepstate.stores.redis.link import Reply
+from stepstate.stores.redis.connection import Reply
 
 
-def read_entry(session_id: str, reply: Reply) -> Entry | Unreadable:
+def read_entry(session_id: str, reply: Reply) -> StoredSession | UnreadableSession:
     """A session, from [record, t, expiry, epoch, owner, when to delete it, model]."""
     record, t, expires, epoch, owner, delete, model = reply
     return entry_of(
@@ -22,7 +22,7 @@ def read_entry(session_id: str, reply: Reply) -> Entry | Unreadable:
     )
 
 
-def read_ending(reply: Reply, now: float) -> Ending | None:
+def read_ending(reply: Reply, now: float) -> Tombstone | None:
     """How a session ended, from [reason, t, idle timeout, when to forget it]; None: unknown."""
     reason, t, idle, forget = reply
     if not forget.isdigit() or int(forget) / 1e6 <= now:

@@ -11,17 +11,16 @@ from stepstate.errors import StoreUnavailable
 from stepstate.stores.base import (
     ENDING_SECONDS,
     DiskUsage,
-    Ending,
-    Entry,
-    Save,
-    Saved,
+    SaveRequest,
+    SaveResult,
     SessionRecord,
-    Unreadable,
+    StoredSession,
+    Tombstone,
+    UnreadableSession,
 )
 from stepstate.stores.redis import keys, scripts
-from stepstate.stores.redis.lane import Lane
-from stepstate.stores.redis.link import Argument, Command, Link, Reply
-from stepstate.stores.redis.members import (
+from stepstate.stores.redis.connection import Argument, Command, RedisConnection, Reply
+from stepstate.stores.redis.index import (
     id_of,
     is_of,
     model_of,
@@ -29,6 +28,7 @@ from stepstate.stores.redis.members import (
     place_of,
     token_of,
 )
+from stepstate.stores.redis.pipeline import CommandPipeline
 from stepstate.stores.redis.replies import micros, read_ending, read_entry, text_of
 from stepstate.stores.redis.scripts import Script
 from stepstate.uptime import UptimeClock
@@ -69,15 +69,15 @@ class RedisStore:
     durable = True
 
     def __init__(
-        self, link: Link, *, clock: Callable[[], float], wall: Callable[[], float]
+        self, link: RedisConnection, *, clock: Callable[[], float], unix_time: Callable[[], float]
     ) -> None:
         self._link = link
-        self._wall = wall
-        self._clock = UptimeClock(clock, start=wall())
+        self._unix_time = unix_time
+        self._clock = UptimeClock(clock, start=unix_time())
         self._forget_at = 0.0
         self._started = False
         self._starting = asyncio.Lock()
-        self._lanes: dict[str, Lane] = {}
+        self._lanes: dict[str, CommandPipeline] = {}
         self._name = secrets.token_hex(8)
         self._number = 0
         self._closed = False
@@ -105,43 +105,43 @@ class RedisStore:
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | Entry | Unreadable:
+    ) -> int | StoredSession | UnreadableSession:
         """See `SessionStore.create`."""
         await self._start()
         what = (record.session_id, record.model_key, record.fingerprint, record.to_json())
         arguments: list[Argument] = [*what, owner, t, micros(expires_at), snapshot]
-        arguments += (self._now(), micros(self._wall()), replacing, *self._mark())
+        arguments += (self._now(), micros(self._unix_time()), replacing, *self._mark())
         command = Command(scripts.CREATE, _all_keys(record.session_id), arguments)
         taken, reply = await self._ask(command)
         return int(reply) if taken else read_entry(record.session_id, reply)
 
     async def acquire(
         self, session_id: str, *, owner: str, fingerprints: Collection[str]
-    ) -> tuple[Entry, bytes] | Entry | Unreadable | Ending | None:
+    ) -> tuple[StoredSession, bytes] | StoredSession | UnreadableSession | Tombstone | None:
         """See `SessionStore.acquire`."""
         await self._start()
         where = (keys.session(session_id), keys.ending(session_id))
-        arguments: list[Argument] = [owner, self._now(), micros(self._wall()), *self._mark()]
+        arguments: list[Argument] = [owner, self._now(), micros(self._unix_time()), *self._mark()]
         arguments += fingerprints
         found, *reply = await self._ask(Command(scripts.ACQUIRE, where, arguments))
         if found == 0:
             return read_ending(reply[0], self._clock())
         entry = read_entry(session_id, reply[0])
-        if found == 1 or isinstance(entry, Unreadable):
+        if found == 1 or isinstance(entry, UnreadableSession):
             return entry
         return entry, bytes(reply[1])
 
-    async def find(self, session_id: str) -> Entry | Unreadable | Ending | None:
+    async def find(self, session_id: str) -> StoredSession | UnreadableSession | Tombstone | None:
         """See `SessionStore.find`."""
         found = await self.acquire(session_id, owner="", fingerprints=())
         assert not isinstance(found, tuple)  # of no model it takes none
         return found
 
-    async def save(self, saves: Sequence[Save]) -> list[Saved]:
+    async def save(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
         """See `SessionStore.save`."""
         return await self._save(saves, self._save_command)
 
-    async def expire(self, saves: Sequence[Save], *, delete_at: float) -> list[Saved]:
+    async def expire(self, saves: Sequence[SaveRequest], *, delete_at: float) -> list[SaveResult]:
         """See `SessionStore.expire`."""
         until = micros(delete_at)
         return await self._save(saves, lambda some: self._expire_command(some, until))
@@ -153,25 +153,25 @@ class RedisStore:
         command = Command(scripts.RESTORE, (session, due, counts, expired), arguments)
         return bool(await self._ask(command))
 
-    async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
+    async def end(self, session_id: str, epoch: int, ending: Tombstone) -> bool:
         """See `SessionStore.end`."""
         await self._start()
         arguments = (epoch, *self._ended(ending))
         command = Command(scripts.END, _all_keys(session_id), arguments)
         return bool(await self._ask(command))
 
-    async def discard(self, session_id: str, ending: Ending) -> bool:
+    async def discard(self, session_id: str, ending: Tombstone) -> bool:
         """See `SessionStore.discard`."""
         await self._start()
         (found,) = await self._each(scripts.ENTRIES, [keys.session(session_id)])
-        if not found or isinstance(read_entry(session_id, found), Entry):
+        if not found or isinstance(read_entry(session_id, found), StoredSession):
             return False
         arguments = (session_id, *self._ended(ending), *found)
         return bool(await self._ask(Command(scripts.DISCARD, _all_keys(session_id), arguments)))
 
-    async def overdue(self, before: float, limit: int) -> list[Entry]:
+    async def overdue(self, before: float, limit: int) -> list[StoredSession]:
         """See `SessionStore.overdue`."""
-        entries: list[Entry] = []
+        entries: list[StoredSession] = []
         step = BUCKETS_AT_ONCE if self._link.one_slot else keys.BUCKETS
         for first in range(0, keys.BUCKETS, step):
             where = [keys.due(number) for number in range(first, first + step)]
@@ -182,7 +182,7 @@ class RedisStore:
                 break
         return entries
 
-    async def expired(self, before: float, limit: int) -> list[Entry]:
+    async def expired(self, before: float, limit: int) -> list[StoredSession]:
         """See `SessionStore.expired`: as many of each bucket."""
         where = [keys.expired(number) for number in range(keys.BUCKETS)]
         score = f"({micros(before)}" if before < float("inf") else "+inf"
@@ -193,7 +193,7 @@ class RedisStore:
 
     async def page(
         self, token: str, size: int, model: str = "", *, expired: bool = False
-    ) -> tuple[list[Entry | Unreadable], str]:
+    ) -> tuple[list[StoredSession | UnreadableSession], str]:
         """See `SessionStore.page`: in the order of buckets, and of ids in each.
 
         Raises:
@@ -283,33 +283,33 @@ class RedisStore:
         no matter how long it was ago, or what the wall clock has been set to meanwhile. A session
         whose time can't be, as it is damaged or the clock was wrong, tells nothing.
         """
-        wall = self._wall()
+        unix_time = self._unix_time()
         where = [keys.due(number) for number in range(keys.BUCKETS)]
         latest = [text_of(member) for member in await self._each(scripts.LATEST, where)]
         used_at = [
             entry.expires_at - entry.record.idle_timeout_seconds
             for _, entry in await self._entries(latest)
-            if isinstance(entry, Entry)
+            if isinstance(entry, StoredSession)
         ]
         for one in where:
             sessions = [keys.session(id_of(m)) for m in await self._members([one], "+inf", _ALL)]
             groups = range(0, len(sessions), PERSISTED_AT_ONCE)
             some = (sessions[first : first + PERSISTED_AT_ONCE] for first in groups)
             await self._ask_all([Command(scripts.PERSIST, group, ()) for group in some])
-        return micros(max((at for at in used_at if 0 <= at <= wall), default=wall))
+        return micros(max((at for at in used_at if 0 <= at <= unix_time), default=unix_time))
 
     async def _save(
-        self, saves: Sequence[Save], command: Callable[[Sequence[Save]], Command]
-    ) -> list[Saved]:
+        self, saves: Sequence[SaveRequest], command: Callable[[Sequence[SaveRequest]], Command]
+    ) -> list[SaveResult]:
         groups = list(self._groups(saves))
         commands = [command([saves[i] for i in group]) for group in groups]
-        verdicts = [Saved.MISSING] * len(saves)
+        verdicts = [SaveResult.MISSING] * len(saves)
         for group, reply in zip(groups, await self._ask_all(commands), strict=True):
             for i, verdict in zip(group, reply, strict=True):
-                verdicts[i] = Saved(verdict.decode())
+                verdicts[i] = SaveResult(verdict.decode())
         return verdicts
 
-    def _groups(self, saves: Sequence[Save]) -> Iterable[list[int]]:
+    def _groups(self, saves: Sequence[SaveRequest]) -> Iterable[list[int]]:
         """Which saves one script may take, by their numbers."""
         groups: dict[int, list[int]] = {}
         for i, save in enumerate(saves):
@@ -319,7 +319,7 @@ class RedisStore:
             for first in range(0, len(group), SAVES_AT_ONCE):
                 yield group[first : first + SAVES_AT_ONCE]
 
-    def _save_command(self, saves: Sequence[Save]) -> Command:
+    def _save_command(self, saves: Sequence[SaveRequest]) -> Command:
         where: list[str] = []
         arguments: list[Argument] = []
         for save in saves:
@@ -330,7 +330,7 @@ class RedisStore:
             arguments += (" ".join(map(str, numbers)) + f" {save.owner}", save.snapshot or b"")
         return Command(scripts.SAVE, where, arguments)
 
-    def _expire_command(self, saves: Sequence[Save], delete_at: int) -> Command:
+    def _expire_command(self, saves: Sequence[SaveRequest], delete_at: int) -> Command:
         where: list[str] = []
         number, name = self._mark()
         arguments: list[Argument] = [delete_at, name]
@@ -349,11 +349,13 @@ class RedisStore:
         members = await self._each(scripts.MEMBERS, where, score, most, each)
         return [text_of(member) for member in members]
 
-    async def _entries(self, members: Sequence[str]) -> list[tuple[str, Entry | Unreadable]]:
+    async def _entries(
+        self, members: Sequence[str]
+    ) -> list[tuple[str, StoredSession | UnreadableSession]]:
         """Those of the members that are there; those that went by themselves are forgotten."""
         where = [keys.session(id_of(member)) for member in members]
         replies = await self._each(scripts.ENTRIES, where)
-        entries: list[tuple[str, Entry | Unreadable]] = []
+        entries: list[tuple[str, StoredSession | UnreadableSession]] = []
         strange: list[str] = []
         for member, reply in zip(members, replies, strict=True):
             if reply and text_of(reply[-1]) == model_of(member):
@@ -363,20 +365,20 @@ class RedisStore:
         tidied = await self._ask_all([_tidy(member) for member in strange])
         damaged = [member for member, gone in zip(strange, tidied, strict=True) if not gone]
         return entries + [
-            (member, Unreadable(id_of(member), "its model is not the one it is kept by"))
+            (member, UnreadableSession(id_of(member), "its model is not the one it is kept by"))
             for member in damaged
         ]
 
-    async def _readable(self, members: Sequence[str], before: float) -> list[Entry]:
+    async def _readable(self, members: Sequence[str], before: float) -> list[StoredSession]:
         """The entries of members that can be read; the others are left alone for a while.
 
         Or they would come first for ever, and hide those behind them.
         """
         found = await self._entries(members)
         later = micros(min(before + UNREADABLE_SECONDS, LAST))
-        unreadable = [member for member, entry in found if isinstance(entry, Unreadable)]
+        unreadable = [member for member, entry in found if isinstance(entry, UnreadableSession)]
         await self._ask_all([_postpone(member, later) for member in unreadable])
-        return [entry for _, entry in found if isinstance(entry, Entry)]
+        return [entry for _, entry in found if isinstance(entry, StoredSession)]
 
     async def _each(
         self, script: Script, where: Sequence[str], *arguments: str | int
@@ -395,15 +397,15 @@ class RedisStore:
             return [await self._ask(commands[0])]  # gather would take another turn of the loop
         return await asyncio.gather(*(self._lane(command).ask(command) for command in commands))
 
-    def _lane(self, command: Command) -> Lane:
+    def _lane(self, command: Command) -> CommandPipeline:
         if self._closed:
             raise StoreUnavailable(f"the store on redis at {self._link.place} was closed")
         node = self._link.node(command.keys[0])
         if node not in self._lanes:
-            self._lanes[node] = Lane(self._link)
+            self._lanes[node] = CommandPipeline(self._link)
         return self._lanes[node]
 
-    def _ended(self, ending: Ending) -> tuple[str | int, ...]:
+    def _ended(self, ending: Tombstone) -> tuple[str | int, ...]:
         """The arguments of the scripts that end a session, from its reason on."""
         how = (ending.reason.value, ending.t, repr(ending.idle_timeout_seconds))
         return (*how, self._now() + micros(ENDING_SECONDS), *self._mark())

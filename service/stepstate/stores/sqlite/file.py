@@ -9,9 +9,9 @@ import time
 from pathlib import Path
 
 from stepstate.stores.base import DiskUsage
-from stepstate.stores.failures import CannotOpenStore
+from stepstate.stores.failures import StoreOpenError
 from stepstate.stores.sqlite.reserve import Reserve
-from stepstate.stores.sqlite.schema import ForeignFile, prepare
+from stepstate.stores.sqlite.schema import NotAStepstateFile, prepare
 from stepstate.uptime import UptimeClock
 
 log = logging.getLogger(__name__)
@@ -60,14 +60,14 @@ class SessionFile:
         """Opens the file for the first time.
 
         Raises:
-            CannotOpenStore: it is not a file to keep sessions in.
+            StoreOpenError: it is not a file to keep sessions in.
         """
         try:
             self._check_place()
             self._open()
             self._check_writable()
         except (sqlite3.Error, OSError) as error:
-            raise CannotOpenStore(f"sqlite:{self.path}", _problem(error)) from error
+            raise StoreOpenError(f"sqlite:{self.path}", _problem(error)) from error
 
     def connection(self) -> sqlite3.Connection:
         """The connection, opened again if need be.
@@ -205,7 +205,7 @@ def _problem(error: Exception) -> str:
     name = getattr(error, "sqlite_errorname", "")
     if isinstance(error, PermissionError):
         return f"{error.strerror}: see that the server may write there, or give another path"
-    if isinstance(error, ForeignFile | sqlite3.NotSupportedError) or not name:
+    if isinstance(error, NotAStepstateFile | sqlite3.NotSupportedError) or not name:
         return str(error)
     for start, advice in _ADVICE.items():
         if name.startswith(start):

@@ -2,7 +2,7 @@
 
 Each answer is one row of JSON: a row more is a wait for the interpreter's lock more. Texts are
 in it in hexadecimal, and numbers only if they are whole: so whatever is in a damaged row, the
-JSON can be read, and the row alone is `Unreadable`.
+JSON can be read, and the row alone is `UnreadableSession`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from itertools import chain
 from typing import Any
 
 from stepstate.errors import InvalidField
-from stepstate.stores.base import Ending, Entry, Unreadable
+from stepstate.stores.base import StoredSession, Tombstone, UnreadableSession
 from stepstate.stores.decoding import ending_of, entry_of
 from stepstate.stores.sqlite.schema import microseconds
 
@@ -97,7 +97,7 @@ class Row:
     """A session's row, without its snapshot."""
 
     session_id: str
-    entry: Entry | Unreadable
+    entry: StoredSession | UnreadableSession
     epoch: int
     """0: none can be read."""
     snapshot_bytes: int
@@ -105,14 +105,14 @@ class Row:
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class Lookup:
     """What is known of some ids."""
 
     rows: dict[str, Row]
-    endings: dict[str, tuple[int, Ending | None]]
+    endings: dict[str, tuple[int, Tombstone | None]]
     """With the epochs that they had; None: it can't be read how it ended."""
 
-    def of(self, session_id: str) -> Entry | Unreadable | Ending | None:
+    def of(self, session_id: str) -> StoredSession | UnreadableSession | Tombstone | None:
         """The session, or how it ended."""
         if session_id in self.rows:
             return self.rows[session_id].entry
@@ -129,7 +129,7 @@ class Known:
 class Due:
     """Sessions whose time has come, and rowids of those that are to be looked at later."""
 
-    entries: list[Entry]
+    entries: list[StoredSession]
     used: list[int]
     """They were used meanwhile."""
     unreadable: list[int]
@@ -140,11 +140,11 @@ class Due:
         return self.used + self.unreadable
 
 
-def look(connection: sqlite3.Connection, session_ids: Iterable[str], now: float) -> Known:
+def look(connection: sqlite3.Connection, session_ids: Iterable[str], now: float) -> Lookup:
     """What is known of some ids."""
     ids = json.dumps(list(session_ids))
     sessions, endings = connection.execute(_KNOWN, (ids, microseconds(now))).fetchone()
-    return Known(
+    return Lookup(
         rows={row.session_id: row for row in _rows(sessions)},
         endings={
             _name(session_id): (epoch or 0, ending_of(_text(reason), t, _text(idle)))
@@ -155,7 +155,7 @@ def look(connection: sqlite3.Connection, session_ids: Iterable[str], now: float)
 
 def find(
     connection: sqlite3.Connection, session_id: str, now: float
-) -> Entry | Unreadable | Ending | None:
+) -> StoredSession | UnreadableSession | Tombstone | None:
     """See `SessionStore.find`."""
     return look(connection, [session_id], now).of(session_id)
 
@@ -185,16 +185,18 @@ def postpone(connection: sqlite3.Connection, due: Due, before: float) -> None:
 
 def _due(
     connection: sqlite3.Connection, marked: int, before: float, limit: int
-) -> tuple[list[tuple[int, Entry]], list[int]]:
+) -> tuple[list[tuple[int, StoredSession]], list[int]]:
     """Sessions whose time has come, with their rowids; and rowids of those that can't be read."""
     rows = _rows(_one(connection, _DUE, (marked, microseconds(before), limit)))
-    unreadable = [row.rowid for row in rows if isinstance(row.entry, Unreadable)]
-    return [(row.rowid, row.entry) for row in rows if isinstance(row.entry, Entry)], unreadable
+    unreadable = [row.rowid for row in rows if isinstance(row.entry, UnreadableSession)]
+    return [
+        (row.rowid, row.entry) for row in rows if isinstance(row.entry, StoredSession)
+    ], unreadable
 
 
 def page(
     connection: sqlite3.Connection, token: str, size: int, model: str, *, expired: bool
-) -> tuple[list[Entry | Unreadable], str]:
+) -> tuple[list[StoredSession | UnreadableSession], str]:
     """See `SessionStore.page`: in the order of ids, which the index has for each model.
 
     Raises:

@@ -32,7 +32,7 @@ rather than slow."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-class NoRoom(sqlite3.OperationalError):
+class OutOfSpace(sqlite3.OperationalError):
     """Nothing is written, as it might never be written back.
 
     Args:
@@ -98,7 +98,7 @@ class Reserve:
             size: the bytes of their snapshots.
 
         Raises:
-            NoRoom: it has not.
+            OutOfSpace: it has not.
             sqlite3.Error: the WAL can't be written back now.
             OSError: the reserve can't be made.
         """
@@ -184,11 +184,11 @@ class Reserve:
             connection.execute(f"PRAGMA busy_timeout = {timeout}")
 
 
-def _no_room(wal: int) -> NoRoom:
+def _no_room(wal: int) -> OutOfSpace:
     """An error about a WAL of so many bytes that could not be emptied; 0: it is not to blame."""
     if not wal:
-        return NoRoom("full", "the disk is full: make room on it, or enlarge it")
-    return NoRoom(
+        return OutOfSpace("full", "the disk is full: make room on it, or enlarge it")
+    return OutOfSpace(
         "wal",
         f"another process has read or written the database for so long that {wal:,} bytes of its "
         "WAL can't be written back, and there is no room for more: end that process",

@@ -85,7 +85,7 @@ INSERT OR REPLACE INTO clock SELECT 0, ifnull(CAST(max(at) AS INTEGER), ?1) FROM
 """
 
 
-class ForeignFile(sqlite3.DatabaseError):
+class NotAStepstateFile(sqlite3.DatabaseError):
     """The file is not one of ours, or of a later version."""
 
 
@@ -181,9 +181,9 @@ def _check(connection: sqlite3.Connection) -> int:
     if application == 0 and version == 0 and tables == 0:
         return 0
     if application != APPLICATION_ID:
-        raise ForeignFile("it is the database of another program: give a path of its own")
+        raise NotAStepstateFile("it is the database of another program: give a path of its own")
     if version > VERSION:
-        raise ForeignFile(
+        raise NotAStepstateFile(
             f"it has version {version} of the tables and this server knows up to {VERSION}: "
             "start the Stepstate that wrote it, or give another path"
         )

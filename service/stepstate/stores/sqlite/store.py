@@ -11,16 +11,16 @@ from typing import Self, TypeVar
 
 from stepstate.stores.base import (
     DiskUsage,
-    Ending,
-    Entry,
-    Save,
-    Saved,
+    SaveRequest,
+    SaveResult,
     SessionRecord,
-    Unreadable,
+    StoredSession,
+    Tombstone,
+    UnreadableSession,
 )
 from stepstate.stores.sqlite import reads, schema
 from stepstate.stores.sqlite.file import SessionFile
-from stepstate.stores.sqlite.worker import Job, Worker
+from stepstate.stores.sqlite.writer_thread import StoreOp, WriterThread
 from stepstate.stores.sqlite.writes import (
     Acquire,
     Create,
@@ -48,9 +48,9 @@ class SqliteStore:
 
     durable = True
 
-    def __init__(self, file: SessionFile, *, wall: Callable[[], float]) -> None:
+    def __init__(self, file: SessionFile, *, unix_time: Callable[[], float]) -> None:
         self._clock = file.clock
-        self._worker = Worker(file, wall)
+        self._worker = WriterThread(file, unix_time)
 
     @classmethod
     async def open(
@@ -58,7 +58,7 @@ class SqliteStore:
         path: Path,
         *,
         clock: Callable[[], float],
-        wall: Callable[[], float] = time.time,
+        unix_time: Callable[[], float] = time.time,
         fsync: bool = False,
     ) -> Self:
         """Opens a file, and makes it if its folder is there.
@@ -70,11 +70,11 @@ class SqliteStore:
             fsync: whether every commit waits for the disk.
 
         Raises:
-            CannotOpenStore: it is not a file to keep sessions in.
+            StoreOpenError: it is not a file to keep sessions in.
         """
-        file = SessionFile(path, fsync=fsync, clock=UptimeClock(clock, start=wall()))
+        file = SessionFile(path, fsync=fsync, clock=UptimeClock(clock, start=unix_time()))
         await asyncio.to_thread(file.open)
-        return cls(file, wall=wall)
+        return cls(file, unix_time=unix_time)
 
     def now(self) -> float:
         """See `SessionStore.now`."""
@@ -95,67 +95,67 @@ class SqliteStore:
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | Entry | Unreadable:
+    ) -> int | StoredSession | UnreadableSession:
         """See `SessionStore.create`."""
         part = Create(record, owner, t, expires_at, snapshot, replacing)
-        await self._worker.do(Job([part]))
+        await self._worker.do(StoreOp([part]))
         return part.answer
 
     async def acquire(
         self, session_id: str, *, owner: str, fingerprints: Collection[str]
-    ) -> tuple[Entry, bytes] | Entry | Unreadable | Ending | None:
+    ) -> tuple[StoredSession, bytes] | StoredSession | UnreadableSession | Tombstone | None:
         """See `SessionStore.acquire`."""
         part = Acquire(session_id, owner, fingerprints)
-        await self._worker.do(Job([part]))
+        await self._worker.do(StoreOp([part]))
         return part.answer
 
-    async def find(self, session_id: str) -> Entry | Unreadable | Ending | None:
+    async def find(self, session_id: str) -> StoredSession | UnreadableSession | Tombstone | None:
         """See `SessionStore.find`."""
         return await self._call(lambda file: reads.find(file, session_id, self._clock()))
 
-    async def save(self, saves: Sequence[Save]) -> list[Saved]:
+    async def save(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
         """See `SessionStore.save`."""
         parts = [SaveOne(save.session_id, save) for save in saves]
         if parts:
-            await self._worker.do(Job(parts))
+            await self._worker.do(StoreOp(parts))
         return [part.answer for part in parts]
 
-    async def expire(self, saves: Sequence[Save], *, delete_at: float) -> list[Saved]:
+    async def expire(self, saves: Sequence[SaveRequest], *, delete_at: float) -> list[SaveResult]:
         """See `SessionStore.expire`."""
         parts = [Expire(save.session_id, save, delete_at) for save in saves]
         if parts:
-            await self._worker.do(Job(parts))
+            await self._worker.do(StoreOp(parts))
         return [part.answer for part in parts]
 
     async def restore(self, session_id: str, epoch: int, *, expires_at: float) -> bool:
         """See `SessionStore.restore`."""
         part = Restore(session_id, epoch, expires_at)
-        await self._worker.do(Job([part]))
+        await self._worker.do(StoreOp([part]))
         return part.answer
 
-    async def end(self, session_id: str, epoch: int, ending: Ending) -> bool:
+    async def end(self, session_id: str, epoch: int, ending: Tombstone) -> bool:
         """See `SessionStore.end`."""
         part = End(session_id, epoch, ending)
-        await self._worker.do(Job([part]))
+        await self._worker.do(StoreOp([part]))
         return part.answer
 
-    async def discard(self, session_id: str, ending: Ending) -> bool:
+    async def discard(self, session_id: str, ending: Tombstone) -> bool:
         """See `SessionStore.discard`."""
         part = Discard(session_id, ending)
-        await self._worker.do(Job([part]))
+        await self._worker.do(StoreOp([part]))
         return part.answer
 
-    async def overdue(self, before: float, limit: int) -> list[Entry]:
+    async def overdue(self, before: float, limit: int) -> list[StoredSession]:
         """See `SessionStore.overdue`."""
         return await self._due(lambda file: reads.overdue(file, before, limit), before)
 
-    async def expired(self, before: float, limit: int) -> list[Entry]:
+    async def expired(self, before: float, limit: int) -> list[StoredSession]:
         """See `SessionStore.expired`."""
         return await self._due(lambda file: reads.expired(file, before, limit), before)
 
     async def page(
         self, token: str, size: int, model: str = "", *, expired: bool = False
-    ) -> tuple[list[Entry | Unreadable], str]:
+    ) -> tuple[list[StoredSession | UnreadableSession], str]:
         """See `SessionStore.page`; the token is the last id, and nearly any text is one."""
         return await self._call(lambda file: reads.page(file, token, size, model, expired=expired))
 
@@ -181,7 +181,7 @@ class SqliteStore:
 
     async def _due(
         self, look: Callable[[sqlite3.Connection], reads.Due], before: float
-    ) -> list[Entry]:
+    ) -> list[StoredSession]:
         due = await self._call(look)
         if due.postponed:
             rows = len(due.postponed)
@@ -191,5 +191,5 @@ class SqliteStore:
     async def _call(self, ask: Callable[[sqlite3.Connection], T], *, rows: int = 0) -> T:
         """What a call of the connection returns; `rows`: how many it writes."""
         answers: list[T] = []
-        await self._worker.do(Job(call=lambda file: answers.append(ask(file)), rows=rows))
+        await self._worker.do(StoreOp(call=lambda file: answers.append(ask(file)), rows=rows))
         return answers[0]

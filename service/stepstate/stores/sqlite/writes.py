@@ -15,15 +15,15 @@ from typing import Any, TypeVar
 
 from stepstate.stores.base import (
     ENDING_SECONDS,
-    Ending,
-    Entry,
-    Save,
-    Saved,
+    SaveRequest,
+    SaveResult,
     SessionRecord,
-    Unreadable,
+    StoredSession,
+    Tombstone,
+    UnreadableSession,
 )
 from stepstate.stores.epochs import next_epoch
-from stepstate.stores.sqlite.reads import Known, Row, look
+from stepstate.stores.sqlite.reads import Lookup, Row, look
 from stepstate.stores.sqlite.schema import microseconds
 
 ROWS_AT_ONCE = 256
@@ -85,7 +85,7 @@ class Create:
     expires_at: float
     snapshot: bytes
     replacing: int = 0
-    answer: int | Entry | Unreadable = 0
+    answer: int | StoredSession | UnreadableSession = 0
 
     @property
     def session_id(self) -> str:
@@ -100,7 +100,9 @@ class Acquire:
     session_id: str
     owner: str
     fingerprints: Collection[str]
-    answer: tuple[Entry, bytes] | Entry | Unreadable | Ending | None = None
+    answer: tuple[StoredSession, bytes] | StoredSession | UnreadableSession | Tombstone | None = (
+        None
+    )
 
 
 @dataclass(slots=True, eq=False)
@@ -108,8 +110,8 @@ class SaveOne:
     """One of the saves of `SessionStore.save`."""
 
     session_id: str
-    save: Save
-    answer: Saved = Saved.MISSING
+    save: SaveRequest
+    answer: SaveResult = SaveResult.MISSING
 
 
 @dataclass(slots=True, eq=False)
@@ -117,9 +119,9 @@ class Expire:
     """One of the saves of `SessionStore.expire`."""
 
     session_id: str
-    save: Save
+    save: SaveRequest
     delete_at: float
-    answer: Saved = Saved.MISSING
+    answer: SaveResult = SaveResult.MISSING
 
 
 @dataclass(slots=True, eq=False)
@@ -138,7 +140,7 @@ class End:
 
     session_id: str
     epoch: int
-    ending: Ending
+    ending: Tombstone
     answer: bool = False
 
 
@@ -147,7 +149,7 @@ class Discard:
     """See `SessionStore.discard`."""
 
     session_id: str
-    ending: Ending
+    ending: Tombstone
     answer: bool = False
 
 
@@ -155,7 +157,7 @@ Part = Create | Acquire | SaveOne | Expire | Restore | End | Discard
 
 
 def write(
-    connection: sqlite3.Connection, parts: Sequence[Part], *, now: float, wall: float
+    connection: sqlite3.Connection, parts: Sequence[Part], *, now: float, unix_time: float
 ) -> None:
     """Writes all parts, or none, and gives each its answer.
 
@@ -177,7 +179,7 @@ def write(
         _save(connection, _of(SaveOne, some), now)
         _expire(connection, _of(Expire, some), now)
         others: list[Part] = [p for p in some if not isinstance(p, SaveOne | Expire)]
-        _change(connection, others, now, wall)
+        _change(connection, others, now, unix_time)
     connection.execute("COMMIT")
 
 
@@ -202,7 +204,7 @@ def _save(connection: sqlite3.Connection, parts: list[SaveOne], now: float) -> N
         return
     done = _execute_many(connection, _SAVE, [_saved(part.save) for part in parts])
     for part in parts:
-        part.answer = Saved.DONE
+        part.answer = SaveResult.DONE
     if done < len(parts):
         _tell_apart(look(connection, [part.session_id for part in parts], now), parts)
 
@@ -214,10 +216,10 @@ def _expire(connection: sqlite3.Connection, parts: list[Expire], now: float) -> 
     ids = json.dumps([[part.session_id, part.save.epoch] for part in parts])
     (known,) = connection.execute(_HELD, (ids,)).fetchone()
     for part in parts:
-        part.answer = Saved.DONE
+        part.answer = SaveResult.DONE
     if known < len(parts):
         _tell_apart(look(connection, [part.session_id for part in parts], now), parts)
-    rows = [_expired(part) for part in parts if part.answer is Saved.DONE]
+    rows = [_expired(part) for part in parts if part.answer is SaveResult.DONE]
     _execute_many(connection, _EXPIRE, rows)
 
 
@@ -226,39 +228,43 @@ def _expired(part: Expire) -> Values:
     return (save.session_id, save.epoch, save.owner, save.t, due, save.snapshot)
 
 
-def _saved(save: Save) -> Values:
+def _saved(save: SaveRequest) -> Values:
     expires = microseconds(save.expires_at)
     return (save.session_id, save.epoch, save.owner, save.t, expires, save.snapshot)
 
 
-def _tell_apart(known: Known, parts: Sequence[SaveOne | Expire]) -> None:
+def _tell_apart(known: Lookup, parts: Sequence[SaveOne | Expire]) -> None:
     for part in parts:
         if part.session_id in known.rows:
             fenced = known.epoch(part.session_id) != part.save.epoch
-            part.answer = Saved.FENCED if fenced else Saved.DONE
+            part.answer = SaveResult.FENCED if fenced else SaveResult.DONE
         else:
-            part.answer = Saved.FENCED if part.session_id in known.endings else Saved.MISSING
+            part.answer = (
+                SaveResult.FENCED if part.session_id in known.endings else SaveResult.MISSING
+            )
 
 
-def _change(connection: sqlite3.Connection, parts: list[Part], now: float, wall: float) -> None:
+def _change(
+    connection: sqlite3.Connection, parts: list[Part], now: float, unix_time: float
+) -> None:
     if not parts:
         return
     known = look(connection, [part.session_id for part in parts], now)
-    _create(connection, known, _of(Create, parts), now, wall)
-    _acquire(connection, known, _of(Acquire, parts), now, wall)
+    _create(connection, known, _of(Create, parts), now, unix_time)
+    _acquire(connection, known, _of(Acquire, parts), now, unix_time)
     _restore(connection, known, _of(Restore, parts))
     ends: list[End | Discard] = [*_of(End, parts), *_of(Discard, parts)]
     _end(connection, known, ends, now)
 
 
-def _past(entry: Entry | Unreadable, now: float) -> bool:
-    if isinstance(entry, Unreadable):
+def _past(entry: StoredSession | UnreadableSession, now: float) -> bool:
+    if isinstance(entry, UnreadableSession):
         return False
     return entry.delete_at is not None or entry.expires_at <= now
 
 
 def _create(
-    connection: sqlite3.Connection, known: Known, parts: list[Create], now: float, wall: float
+    connection: sqlite3.Connection, known: Lookup, parts: list[Create], now: float, unix_time: float
 ) -> None:
     new: list[Values] = []
     for part in parts:
@@ -266,7 +272,7 @@ def _create(
         if row is not None and not (row.epoch == part.replacing and _past(row.entry, now)):
             part.answer = row.entry
             continue
-        part.answer = next_epoch(known.epoch(part.session_id), wall)
+        part.answer = next_epoch(known.epoch(part.session_id), unix_time)
         record, expires = part.record, microseconds(part.expires_at)
         what = (record.session_id, record.model_key, record.to_json(), part.answer)
         new.append((*what, part.owner, part.t, expires, part.snapshot))
@@ -277,17 +283,21 @@ def _create(
 
 
 def _acquire(
-    connection: sqlite3.Connection, known: Known, parts: list[Acquire], now: float, wall: float
+    connection: sqlite3.Connection,
+    known: Lookup,
+    parts: list[Acquire],
+    now: float,
+    unix_time: float,
 ) -> None:
-    taken: dict[int, tuple[Acquire, Entry]] = {}
+    taken: dict[int, tuple[Acquire, StoredSession]] = {}
     rows: list[Row] = []
     for part in parts:
         part.answer = known.of(part.session_id)
         row = known.rows.get(part.session_id)
-        if row is None or not isinstance(row.entry, Entry) or _past(row.entry, now):
+        if row is None or not isinstance(row.entry, StoredSession) or _past(row.entry, now):
             continue
         if row.entry.record.fingerprint in part.fingerprints:
-            entry = replace(row.entry, epoch=next_epoch(row.entry.epoch, wall))
+            entry = replace(row.entry, epoch=next_epoch(row.entry.epoch, unix_time))
             taken[row.rowid] = part, entry
             rows.append(row)
     owners = [(part.session_id, entry.epoch, part.owner) for part, entry in taken.values()]
@@ -320,12 +330,12 @@ def _chunks_of_bytes(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _restore(connection: sqlite3.Connection, known: Known, parts: list[Restore]) -> None:
+def _restore(connection: sqlite3.Connection, known: Lookup, parts: list[Restore]) -> None:
     for part in parts:
         row = known.rows.get(part.session_id)
         part.answer = (
             row is not None
-            and isinstance(row.entry, Entry)
+            and isinstance(row.entry, StoredSession)
             and row.entry.epoch == part.epoch
             and row.entry.delete_at is not None
         )
@@ -334,7 +344,7 @@ def _restore(connection: sqlite3.Connection, known: Known, parts: list[Restore])
 
 
 def _end(
-    connection: sqlite3.Connection, known: Known, parts: Sequence[End | Discard], now: float
+    connection: sqlite3.Connection, known: Lookup, parts: Sequence[End | Discard], now: float
 ) -> None:
     forget = microseconds(now + ENDING_SECONDS)
     rows: list[Values] = []
@@ -354,7 +364,7 @@ def _may_end(part: End | Discard, row: Row | None) -> bool:
     if row is None:
         return False
     if isinstance(part, Discard):
-        return isinstance(row.entry, Unreadable)
+        return isinstance(row.entry, UnreadableSession)
     return row.epoch == part.epoch
 
 

@@ -16,25 +16,25 @@ from collections.abc import Callable
 
 from stepstate.errors import (
     NotFound,
-    SequenceUnstarted,
+    SequenceNotStarted,
     SessionExists,
     StepMismatch,
 )
-from stepstate.sessions import Hold, Session, Sessions, Step
-from stepstate.transport.outgoing import Outgoing
-from stepstate.transport.triton.infer import Infer
-from stepstate.transport.waiting import apply_step
+from stepstate.sessions import Hold, ResidentSession, SessionService, Step
+from stepstate.transport.reply_budget import ReplyBudget
+from stepstate.transport.triton.call import InferCall
+from stepstate.transport.unary import apply_step
 
 log = logging.getLogger(__name__)
 
 LONGEST_WAIT_SECONDS = 10.0
 """For room in the queue; then the error says that it is full."""
 RETRY_SECONDS = 0.02
-MOST_ENDED, MOST_ENDED_BYTES = 1024, 16_384
+MAX_ENDED, MAX_ENDED_BYTES = 1024, 16_384
 """Last steps that are remembered beyond their session, and the longest such reply."""
 
 
-class Sequences:
+class SequenceService:
     """Carries out requests.
 
     Args:
@@ -46,23 +46,23 @@ class Sequences:
 
     def __init__(
         self,
-        sessions: Sessions,
-        outgoing: Outgoing,
+        sessions: SessionService,
+        outgoing: ReplyBudget,
         *,
-        wall: Callable[[], float],
+        unix_time: Callable[[], float],
         restarted: Callable[[str, str], None],
     ) -> None:
         self._sessions = sessions
         self._outgoing = outgoing
-        self._wall = wall
+        self._unix_time = unix_time
         self._restarted = restarted
-        self._ended: OrderedDict[str, tuple[Infer, Step]] = OrderedDict()
+        self._ended: OrderedDict[str, tuple[InferCall, Step]] = OrderedDict()
 
-    async def step(self, infer: Infer) -> Step:
+    async def step(self, infer: InferCall) -> Step:
         """Applies the rows of a request that neither starts nor ends its sequence.
 
         Raises:
-            SequenceUnstarted, and StepstateError: why not; then nothing was applied.
+            SequenceNotStarted, and StepstateError: why not; then nothing was applied.
         """
         try:
             step = await self._step(infer)
@@ -72,7 +72,7 @@ class Sequences:
             raise step.error
         return step
 
-    async def apply(self, infer: Infer, hold: Hold) -> Step:
+    async def apply(self, infer: InferCall, hold: Hold) -> Step:
         """Starts the sequence if it is to start, applies the rows, and ends it if it is to end.
 
         Args:
@@ -100,7 +100,7 @@ class Sequences:
             self._remember_ended(infer, step)
         return step
 
-    async def _start(self, infer: Infer, hold: Hold) -> Step:
+    async def _start(self, infer: InferCall, hold: Hold) -> Step:
         await self._begin(infer, hold, anew=infer.t is None)
         step = await self._step(infer, hold)
         if isinstance(step.error, StepMismatch):  # not that request sent again
@@ -108,7 +108,7 @@ class Sequences:
             step = await self._step(infer, hold)
         return step
 
-    async def _step(self, infer: Infer, hold: Hold | None = None) -> Step:
+    async def _step(self, infer: InferCall, hold: Hold | None = None) -> Step:
         return await apply_step(
             self._sessions,
             self._outgoing,
@@ -118,15 +118,15 @@ class Sequences:
             hold=hold,
         )
 
-    async def _begin(self, infer: Infer, hold: Hold, *, anew: bool) -> None:
+    async def _begin(self, infer: InferCall, hold: Hold, *, anew: bool) -> None:
         """Opens the session of a sequence; `anew`: even if it is open already.
 
         Raises:
-            InvalidField: the id is that of a session of another model; and as `Sessions.open`.
+            InvalidField: the id is that of a session of another model; as `SessionService.open`.
         """
         request = infer.request
         model = self._sessions.catalog.find(request.model_name, request.model_version)
-        opening = infer.opening(model, self._wall())
+        opening = infer.opening(model, self._unix_time())
         deadline = asyncio.get_running_loop().time() + LONGEST_WAIT_SECONDS
         while True:
             try:
@@ -146,7 +146,7 @@ class Sequences:
             except NotFound:  # it has ended meanwhile
                 await asyncio.sleep(RETRY_SECONDS)
 
-    async def _end_early(self, session: Session, hold: Hold) -> None:
+    async def _end_early(self, session: ResidentSession, hold: Hold) -> None:
         t = await self._sessions.close(session.session_id, hold=hold)
         record = session.record
         self._restarted(record.model, record.version)
@@ -155,25 +155,25 @@ class Sequences:
             extra={"session": session.session_id, "model": record.model, "t": t},
         )
 
-    def _ended_by(self, infer: Infer) -> Step | None:
+    def _ended_by(self, infer: InferCall) -> Step | None:
         """The step that ended the sequence, if this is its request once more."""
         before, step = self._ended.get(infer.session_id, (None, None))
         if before is None or step is None or infer.t is None or before.t != infer.t:
             return None
-        manifest = step.session.lane.model.manifest
+        manifest = step.session.scheduler.model.manifest
         if infer.payload(manifest) != before.payload(manifest):
             return None
         step.replayed = True
         return step
 
-    def _remember_ended(self, infer: Infer, step: Step) -> None:
-        if infer.t is None or step.reply_bytes > MOST_ENDED_BYTES:
+    def _remember_ended(self, infer: InferCall, step: Step) -> None:
+        if infer.t is None or step.reply_bytes > MAX_ENDED_BYTES:
             return
         self._ended[infer.session_id] = (infer, step)
-        if len(self._ended) > MOST_ENDED:
+        if len(self._ended) > MAX_ENDED:
             self._ended.popitem(last=False)
 
 
-def unstarted(infer: Infer, gone: NotFound) -> SequenceUnstarted:
+def unstarted(infer: InferCall, gone: NotFound) -> SequenceNotStarted:
     """Why a request has no sequence."""
-    return SequenceUnstarted(infer.session_id[:64], infer.request.model_name[:64], str(gone))
+    return SequenceNotStarted(infer.session_id[:64], infer.request.model_name[:64], str(gone))

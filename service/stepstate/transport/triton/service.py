@@ -16,17 +16,17 @@ from google.protobuf.message_factory import GetMessageClass
 from stepstate.errors import ModelUnknown
 from stepstate.metrics import Metrics
 from stepstate.models import Model
-from stepstate.sessions import Sessions
-from stepstate.transport.exchange import Streams
-from stepstate.transport.outgoing import Outgoing
-from stepstate.transport.triton import describe
-from stepstate.transport.triton.infer import Infer
+from stepstate.sessions import SessionService
+from stepstate.transport.bidi import StreamRegistry
+from stepstate.transport.reply_budget import ReplyBudget
+from stepstate.transport.triton import metadata
+from stepstate.transport.triton.call import InferCall
 from stepstate.transport.triton.messages import SERVICE, pb
-from stepstate.transport.triton.sequences import Sequences
+from stepstate.transport.triton.sequences import SequenceService
 from stepstate.transport.triton.stream import InferStream
 
 if TYPE_CHECKING:
-    from stepstate.transport.guard import Context
+    from stepstate.transport.interceptor import Context
 
 
 class TritonService:
@@ -40,17 +40,17 @@ class TritonService:
 
     name: str = SERVICE.full_name
 
-    def __init__(self, sessions: Sessions, metrics: Metrics, outgoing: Outgoing) -> None:
+    def __init__(self, sessions: SessionService, metrics: Metrics, outgoing: ReplyBudget) -> None:
         self._sessions = sessions
         self._metrics = metrics
         self._outgoing = outgoing
-        self._sequences = Sequences(
+        self._sequences = SequenceService(
             sessions,
             outgoing,
-            wall=time.time,
+            unix_time=time.time,
             restarted=metrics.restarted,
         )
-        self._streams = Streams(metrics.refused)
+        self._streams = StreamRegistry(metrics.refused)
 
     def methods(self) -> Iterator[MethodDescriptor]:
         """The RPCs that are offered."""
@@ -96,7 +96,7 @@ class TritonService:
     async def ServerMetadata(
         self, request: pb.ServerMetadataRequest, context: Context
     ) -> pb.ServerMetadataResponse:
-        return describe.server_metadata()
+        return metadata.server_metadata()
 
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: Context
@@ -104,18 +104,18 @@ class TritonService:
         model = self._model(request.name, request.version)
         name = model.manifest.name
         versions = [m.manifest.version for m in self._sessions.catalog if m.manifest.name == name]
-        return describe.metadata(model, versions)
+        return metadata.metadata(model, versions)
 
     async def ModelConfig(
         self, request: pb.ModelConfigRequest, context: Context
     ) -> pb.ModelConfigResponse:
         model = self._model(request.name, request.version)
-        return describe.config(model, self._sessions.default_idle_timeout(model.manifest))
+        return metadata.config(model, self._sessions.default_idle_timeout(model.manifest))
 
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
-        infer = Infer.of(request)
+        infer = InferCall.of(request)
         if infer.plain:
             return infer.reply(await self._sequences.step(infer))
         async with self._sessions.hold(infer.session_id) as hold:
@@ -139,7 +139,7 @@ class TritonService:
             self._model(request.name, request.version)
         return pb.ModelStatisticsResponse(
             model_stats=[
-                describe.statistics(model, self._metrics.model(*key))
+                metadata.statistics(model, self._metrics.model(*key))
                 for model in self._sessions.catalog
                 for key in ((model.manifest.name, model.manifest.version),)
                 if request.name in ("", key[0]) and request.version in ("", key[1])
@@ -157,7 +157,7 @@ class TritonService:
         return response
 
     async def drain(self) -> None:
-        """See `Streams.drain`."""
+        """See `StreamRegistry.drain`."""
         await self._streams.drain()
 
     def _model(self, name: str, version: str) -> Model:

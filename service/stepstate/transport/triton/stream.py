@@ -12,21 +12,21 @@ import secrets
 from collections.abc import Callable
 
 from stepstate.errors import Internal, NotFound, QueueFull, StepstateError
-from stepstate.sessions import Hold, Session, Sessions, Step
-from stepstate.transport.exchange import Exchange, Messages
-from stepstate.transport.fetches import Fetches
-from stepstate.transport.outgoing import Outgoing
-from stepstate.transport.triton.infer import ASKS_FOR_FINAL, FINAL, Infer
+from stepstate.sessions import Hold, ResidentSession, SessionService, Step
+from stepstate.transport.bidi import BidiStream, MessageChannel
+from stepstate.transport.pending_loads import PendingLoads
+from stepstate.transport.reply_budget import ReplyBudget
+from stepstate.transport.triton.call import ASKS_FOR_FINAL, FINAL, InferCall
 from stepstate.transport.triton.messages import pb
-from stepstate.transport.triton.sequences import LONGEST_WAIT_SECONDS, Sequences, unstarted
+from stepstate.transport.triton.sequences import LONGEST_WAIT_SECONDS, SequenceService, unstarted
 
 log = logging.getLogger(__name__)
 
-MOST_TEXT = 1024
+MAX_TEXT = 1024
 """Characters of an error, and of what it echoes."""
 
 
-class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, Step]):
+class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, Step]):
     """A call that may carry any number of sequences.
 
     Args:
@@ -39,16 +39,16 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
 
     def __init__(
         self,
-        sessions: Sessions,
-        messages: Messages,
+        sessions: SessionService,
+        messages: MessageChannel,
         *,
-        outgoing: Outgoing,
-        sequences: Sequences,
+        outgoing: ReplyBudget,
+        sequences: SequenceService,
         refused: Callable[[str], None],
     ) -> None:
         super().__init__(sessions, messages, outgoing=outgoing, refused=refused)
         self._sequences = sequences
-        self._fetches: Fetches[Infer] = Fetches(
+        self._fetches: PendingLoads[InferCall] = PendingLoads(
             sessions,
             found=self._accept_late,
             failed=self._refuse_late,
@@ -56,7 +56,7 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
         )
 
     async def run(self) -> None:
-        """See `Exchange.run`."""
+        """See `BidiStream.run`."""
         try:
             await super().run()
         finally:
@@ -64,7 +64,7 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
 
     def _take(self, request: pb.ModelInferRequest) -> None:
         try:
-            infer = Infer.of(request)
+            infer = InferCall.of(request)
         except StepstateError as error:
             self._reply(self._error(request, error))
             return
@@ -74,28 +74,28 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
             self._hold(infer.request.ByteSize())
             self._fetches.wait(infer.session_id, infer)
 
-    def _accept(self, infer: Infer) -> bool:
+    def _accept(self, infer: InferCall) -> bool:
         """Answers for a request at once if its session is here; False: it has to wait."""
         session = self._sessions.find(infer.session_id)
         if session is None:
             return False
         try:
-            self._submit(infer.step(session, _Way(self, infer)))
+            self._submit(infer.step(session, _StreamReply(self, infer)))
         except QueueFull:
             return False
         except StepstateError as error:
             self._refuse(infer, error)
         return True
 
-    def _accept_late(self, infer: Infer, session: Session) -> None:
-        self._submit(infer.step(session, _Way(self, infer)))
+    def _accept_late(self, infer: InferCall, session: ResidentSession) -> None:
+        self._submit(infer.step(session, _StreamReply(self, infer)))
         self._hold(-infer.request.ByteSize())
 
-    def _refuse_late(self, infer: Infer, error: StepstateError) -> None:
+    def _refuse_late(self, infer: InferCall, error: StepstateError) -> None:
         self._hold(-infer.request.ByteSize())
         self._refuse(infer, unstarted(infer, error) if isinstance(error, NotFound) else error)
 
-    def _begin(self, infer: Infer) -> None:
+    def _begin(self, infer: InferCall) -> None:
         """Lets a request that starts or ends its sequence take its place in the line."""
         try:
             hold = self._sessions.hold(infer.session_id)
@@ -111,7 +111,7 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
 
         self._start(self._carry_out(infer, hold)).add_done_callback(left)
 
-    async def _carry_out(self, infer: Infer, hold: Hold) -> None:
+    async def _carry_out(self, infer: InferCall, hold: Hold) -> None:
         async with hold:
             try:
                 self._reply(self._applied(infer, await self._sequences.apply(infer, hold)))
@@ -127,7 +127,7 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
         return self._error(pb.ModelInferRequest(), error)
 
     def _encoded(self, outcome: Step) -> pb.ModelStreamInferResponse:
-        assert isinstance(outcome.reply_to, _Way)
+        assert isinstance(outcome.reply_to, _StreamReply)
         infer = outcome.reply_to.infer
         if outcome.error is not None:
             return self._error(infer.request, outcome.error)
@@ -137,33 +137,33 @@ class InferStream(Exchange[pb.ModelInferRequest, pb.ModelStreamInferResponse, St
         return outcome.reply_bytes
 
     @staticmethod
-    def _applied(infer: Infer, step: Step) -> pb.ModelStreamInferResponse:
+    def _applied(infer: InferCall, step: Step) -> pb.ModelStreamInferResponse:
         response = pb.ModelStreamInferResponse()
         infer.put_reply(response.infer_response, step)
         return response
 
-    def _refuse(self, infer: Infer, error: StepstateError) -> None:
-        if not self._sessions.refuse(infer.session_id, error, _Way(self, infer)):
+    def _refuse(self, infer: InferCall, error: StepstateError) -> None:
+        if not self._sessions.refuse(infer.session_id, error, _StreamReply(self, infer)):
             self._reply(self._error(infer.request, error))
 
     def _error(
         self, request: pb.ModelInferRequest, error: StepstateError
     ) -> pb.ModelStreamInferResponse:
         self._refused(error.reason)
-        response = pb.ModelStreamInferResponse(error_message=str(error)[:MOST_TEXT])
-        response.infer_response.id = request.id[:MOST_TEXT]
-        response.infer_response.model_name = request.model_name[:MOST_TEXT]
+        response = pb.ModelStreamInferResponse(error_message=str(error)[:MAX_TEXT])
+        response.infer_response.id = request.id[:MAX_TEXT]
+        response.infer_response.model_name = request.model_name[:MAX_TEXT]
         if ASKS_FOR_FINAL in request.parameters:
             response.infer_response.parameters[FINAL].bool_param = True
         return response
 
 
-class _Way:
+class _StreamReply:
     """A `ReplyTo` that knows the request."""
 
     __slots__ = ("_stream", "infer")
 
-    def __init__(self, stream: InferStream, infer: Infer) -> None:
+    def __init__(self, stream: InferStream, infer: InferCall) -> None:
         self._stream = stream
         self.infer = infer
 

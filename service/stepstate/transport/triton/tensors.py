@@ -40,7 +40,7 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(slots=True, eq=False)
-class Rows:
+class InputRows:
     """x of a request."""
 
     x: Sequence[float] | np.ndarray
@@ -52,7 +52,7 @@ class Rows:
     """It came as [D]: the outputs have no dimension for rows either."""
 
 
-def decode_rows(request: pb.ModelInferRequest, manifest: Manifest) -> Rows:
+def decode_rows(request: pb.ModelInferRequest, manifest: Manifest) -> InputRows:
     """x of a request, as float32.
 
     Raises:
@@ -83,12 +83,12 @@ def decode_rows(request: pb.ModelInferRequest, manifest: Manifest) -> Rows:
     data = _data(request, tensor, dtype, count * manifest.input_width)
     if count == 1 and dtype is _FP32:
         row = unpack(f"<{len(data) // 4}f", data)  # a seventh of what an array takes
-        return Rows(row, 1, math.isfinite(sum(row)), flat)
+        return InputRows(row, 1, math.isfinite(sum(row)), flat)
     values = np.frombuffer(data, dtype)
     if dtype is not _FP32:
         with np.errstate(over="ignore"):  # beyond float32 it is infinite, and refused as that
             values = values.astype(np.float32)
-    return Rows(values, count, bool(np.isfinite(values).all()), flat)
+    return InputRows(values, count, bool(np.isfinite(values).all()), flat)
 
 
 def _count(shape: Sequence[int], manifest: Manifest) -> int:
@@ -208,7 +208,7 @@ def outputs_of(step: Step, names: Sequence[str], *, flat: bool) -> tuple[Shapes,
 
 def _part(step: Step, name: str) -> np.ndarray:
     """y [T, O], an output [T, K], the first's quantiles [T, K, Q], a gate or state [T, L, H]."""
-    manifest = step.session.lane.model.manifest
+    manifest = step.session.scheduler.model.manifest
     y = np.frombuffer(step.y, "<f4").reshape(step.rows, -1)
     if name == OUTPUT:
         return y

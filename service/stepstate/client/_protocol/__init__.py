@@ -1,0 +1,1 @@
+"""What both clients share, without any input or output (sans-IO)."""

@@ -1,0 +1,259 @@
+"""One session's requests on their way: what to send next, and what an answer means. No I/O.
+
+Rule 1: answers come in the order of what was sent. After a refusal, those to what was
+        sent behind it mean nothing; when the last one is in, it is decided how to go on.
+Rule 2: a server that was set back is sent what it lacks, each row once and in order, then
+        what was not answered, as it was. The application hears of neither.
+Rule 3: every answer that brings the session on sets the clock of the timeout back.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from stepstate.client._protocol.backoff import Backoff
+from stepstate.client._protocol.replay import AT_ONCE_ROWS, SentRequest
+from stepstate.client.base_session import BaseSession
+from stepstate.client.times import TimedRows
+from stepstate.client.types import Floats
+from stepstate.errors import (
+    InvalidField,
+    NotFound,
+    StaleOwner,
+    StepAhead,
+    StepMismatch,
+    StepstateError,
+    StepTooOld,
+    Unavailable,
+)
+
+WINDOW = 16
+"""Requests of a session in flight: half of what a server remembers for retries by default."""
+MAX_BYTES = 16 * 2**20 - 1024
+"""Of rows in a request: what a server takes as a message, less what is beside them."""
+
+
+class StepProtocol:
+    """Requests of one session, from the application to their answers.
+
+    Args:
+        footing: where the session stands; its rows are kept when they are sent.
+        timeout: seconds to go on without an answer that brings the session on.
+        window: most requests sent and not yet taken by the application.
+
+    Attributes:
+        error: why the session can't go on; nothing is sent any more.
+        pause: seconds to wait before `resume` may be called and more is sent.
+        untaken: requests that were answered and not yet taken by the application.
+    """
+
+    def __init__(self, footing: BaseSession, *, timeout: float, window: int = 1) -> None:
+        self.footing = footing
+        self.error: StepstateError | None = None
+        self.pause = 0.0
+        self.missing_reason = 0
+        self._timeout = timeout
+        self._window = window
+        self._end = footing.t
+        self._items: deque[SentRequest] = deque()  # not answered; the first `_sent` are in flight
+        self._sent = 0
+        self._first_time = footing.t  # from this t on, nothing was sent yet
+        self._flight: deque[SentRequest] = deque()  # what answers are due for, replayed rows too
+        self._replayed: int | None = None  # the server has the rows before it; None: it has all
+        self._replay = 0  # while it has not: the next row to send
+        self._refusal: tuple[StepstateError, SentRequest] | None = None
+        self._last: StepstateError | None = None  # what comes when all items are answered
+        self._backoff: Backoff | None = None
+        self._stalled = False  # set back, and not brought on since
+
+    def __len__(self) -> int:
+        """Requests of the application that are not answered."""
+        return len(self._items)
+
+    @property
+    def sendable(self) -> bool:
+        """Whether there is something to send now."""
+        if self.pause or self._refusal is not None or self.error is not None:
+            return False
+        if len(self._flight) + self.missing_reason >= self._window:
+            return False
+        if self._replaying:
+            return sum(sent.count for sent in self._flight) < AT_ONCE_ROWS
+        return self._sent < len(self._items)
+
+    @property
+    def left(self) -> float:
+        """Seconds that one request may take, where the clock runs from the first one on."""
+        if self._backoff is None:
+            self._backoff = Backoff(self._timeout)
+        return max(self._backoff.left, 0.001)
+
+    @property
+    def ending(self) -> bool:
+        """Whether it takes no more requests."""
+        return self._last is not None or self.error is not None
+
+    @property
+    def _replaying(self) -> bool:
+        return self._replayed is not None and self._replay < self._items[0].t
+
+    def place(self, x: ArrayLike | TimedRows) -> Floats:
+        """What the application gave as its next rows [T, D], to be added.
+
+        Raises:
+            InvalidField: it is no rows, or by its times not the next ones.
+        """
+        return self.footing.place(x, self._end).rows
+
+    def add(self, rows: Floats, *, inspect: bool = False, last_only: bool = False) -> int:
+        """Takes rows [T, D] from the application; returns their size in bytes.
+
+        Raises:
+            InvalidField: they are too large for a message.
+        """
+        data = np.ascontiguousarray(rows, "<f4").tobytes()
+        if len(data) > MAX_BYTES:
+            raise InvalidField(
+                "x",
+                f"holds {len(rows)} rows of {len(data) // len(rows)} bytes, a request takes at "
+                f"most {MAX_BYTES} bytes: send several",
+            )
+        self._items.append(SentRequest(self._end, len(rows), data, inspect, last_only))
+        self._end += len(rows)
+        return len(data)
+
+    def repeat(self, t: int) -> None:
+        """Takes the application's last request once more, for a server that stands at t.
+
+        The answer to it says that the server stands where the application does.
+
+        Raises:
+            RowsMissing: the rows for it are not kept.
+        """
+        backlog, until = self.footing.backlog, self.footing.t
+        backlog.check(t, until - 1)
+        self._items.append(backlog.last(t, until))
+
+    def end(self, error: StepstateError) -> None:
+        """Takes no more: when all before it is answered, this is the error."""
+        self._last = error
+        if not self._items:
+            self.error = error
+
+    def drop(self) -> int:
+        """Gives up what is not answered, after an error; returns its size in bytes."""
+        size = sum(len(sent.data) for sent in self._items)
+        self._items.clear()
+        return size
+
+    def next(self) -> SentRequest:
+        """What to send now; call it if `sendable`."""
+        if self._replaying:
+            sent = self.footing.backlog.again(self._replay, self._items[0].t)
+            self._replay = sent.end
+        else:
+            sent = self._items[self._sent]
+            self._sent += 1
+            if sent.t >= self._first_time:
+                self.footing.backlog.put(sent)
+                self._first_time = sent.end
+        self._flight.append(sent)
+        return sent
+
+    def answered(self, durable_t: int) -> SentRequest | None:
+        """Takes an answer; returns the application's request that it answers, if it does."""
+        sent = self._flight.popleft()
+        if self._refusal is not None:
+            self._decide_if_last()
+            return None
+        self.footing.saved(durable_t)
+        self._backoff, self._stalled = None, False
+        if sent.t < self._items[0].t:
+            has = max(sent.end, durable_t)  # what is durable is no longer kept
+            self._replayed = has if has < self._items[0].t else None
+            self._replay = max(self._replay, has)
+            return None
+        self._replayed = None
+        self._items.popleft()
+        self._sent -= 1
+        if self._last is not None and not self._items:
+            self.error = self._last
+        return sent
+
+    def refused(self, error: StepstateError) -> None:
+        """Takes a refusal; then `error` or `pause` may be set."""
+        sent = self._flight.popleft()
+        if self._refusal is None:
+            self._refusal = error, sent
+        self._decide_if_last()
+
+    def lost(self) -> None:
+        """The connection broke: what was in flight is to be sent again."""
+        self._flight.clear()
+        self._refusal = None
+        self._sent = 0
+        if self._replayed is not None:
+            self._replay = max(self._replayed, self.footing.durable_t)
+
+    def broken(self, error: StepstateError) -> None:
+        """The connection broke, and with it all that was in flight was refused."""
+        while self._flight:
+            self.refused(error)
+
+    def resume(self) -> None:
+        """The pause is over."""
+        self.pause = 0.0
+
+    def rest(self) -> float:
+        """After a refusal of all that was sent: seconds to wait before the next try.
+
+        Raises:
+            StepstateError: there will be none.
+        """
+        if self.error is not None:
+            raise self.error
+        pause, self.pause = self.pause, 0.0
+        return pause
+
+    def _decide_if_last(self) -> None:
+        if self._flight or self._refusal is None:
+            return
+        error, sent = self._refusal
+        self.lost()
+        try:
+            self._decide(error, sent)
+        except StepstateError as final:
+            self.error = final
+            self.footing.closed |= isinstance(final, NotFound)
+
+    def _decide(self, error: StepstateError, sent: SentRequest) -> None:
+        """How to go on after a refusal; raises what ends the session's requests."""
+        if isinstance(error, StepAhead):
+            if self._stalled:
+                self._wait(error)
+            self._stalled = True
+            self._replay_from(error.expected_t)
+        elif isinstance(error, StepMismatch | StepTooOld) and self._has_more(error, sent):
+            self._replay_from(error.expected_t)
+        elif isinstance(error, Unavailable | StaleOwner):
+            self._wait(error)
+        else:
+            raise error
+
+    def _has_more(self, error: StepMismatch | StepTooOld, sent: SentRequest) -> bool:
+        """Whether rows that it was sent again had reached the server before, in other requests."""
+        return sent.t < self._items[0].t and error.expected_t > sent.t
+
+    def _replay_from(self, t: int) -> None:
+        until = self._items[0].t
+        self.footing.backlog.check(t, until - 1)
+        self._replayed = t if t < until else None
+        self._replay = t
+
+    def _wait(self, error: StepstateError) -> None:
+        if self._backoff is None:
+            self._backoff = Backoff(self._timeout)
+        self.pause = self._backoff.wait(error)

@@ -1,0 +1,1 @@
+"""Forecasts: rollouts on copies of states, and their intervals."""

@@ -1,0 +1,1 @@
+"""How good a session's forecasts were: scores, interval widths, drift tests."""

@@ -1,0 +1,1 @@
+"""Forecasts for the sessions of a server."""

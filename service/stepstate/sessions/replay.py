@@ -1,0 +1,192 @@
+"""The replay window: what was answered to the last requests, so that a retry gets it again.
+
+Replies to single rows lie in one ring a slot, as [x | y] rows of an array: a
+micro-batch is remembered in two writes, and a snapshot is one copy. x itself is
+kept, not a digest of it, so that telling a retry from a mismatch is exact.
+Replies to requests with many rows, or with `inspect`, are kept whole beside
+them, within a bound in bytes for all sessions together: the oldest give way.
+
+D inputs, O outputs, W rows in a ring, B rows in a micro-batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepstate.engine.work import Floats, Layers, WorkItem
+
+RING_BYTES = 65_536
+"""A ring is larger only for rows of over a thousand columns: 10,000 sessions stay below 655 MB."""
+ROWS_IN_FLIGHT = 16
+"""What the client's streams have in flight: a retry of any of them must be answered."""
+
+
+SNAPSHOT_BYTES = 4_000_000
+"""Of long replies a snapshot holds the newest, and older ones within this: what one reply takes."""
+
+
+@dataclass(slots=True, eq=False)
+class CachedReply:
+    """A reply that was given to the request that began at t."""
+
+    t: int
+    rows: int
+    y: bytes
+    layers: Layers | None = None
+    digest: bytes = b""
+    slot: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """What it costs to keep."""
+        layers = self.layers or []
+        return len(self.y) + sum(part.nbytes for layer in layers for part in layer.values())
+
+
+@dataclass(frozen=True, slots=True)
+class ReplayState:
+    """What one slot remembers.
+
+    stamps [K]: t + 1 of each row; ring [K, D + O]: the rows; the long replies, the oldest first.
+    """
+
+    stamps: NDArray[np.int64]
+    ring: Floats
+    replies: tuple[CachedReply, ...]
+
+
+class ReplayWindow:
+    """Remembered replies of the sessions in a model's slots.
+
+    Args:
+        capacity: slots.
+        input_width: D.
+        output_width: O.
+        rows: W, if `RING_BYTES` holds so many; else what it holds, but at least
+            `ROWS_IN_FLIGHT` of them.
+        long_bytes: bound for the replies with many rows, all slots together.
+    """
+
+    def __init__(
+        self, capacity: int, *, input_width: int, output_width: int, rows: int, long_bytes: int
+    ) -> None:
+        width = input_width + output_width
+        self.rows = min(rows, max(ROWS_IN_FLIGHT, RING_BYTES // (4 * width)))
+        self._input_width = input_width
+        self._ring: Floats = np.zeros((capacity * self.rows, width), np.float32)
+        # t + 1 of the row in each place of the ring; 0: none.
+        self._stamps: NDArray[np.int64] = np.zeros(capacity * self.rows, np.int64)
+        self._long: dict[int, deque[CachedReply]] = {}
+        self._by_age: dict[CachedReply, None] = {}  # the oldest first
+        self._long_limit = long_bytes
+        self.long_bytes = 0
+
+    def clear(self, slot: int) -> None:
+        """Forgets everything of a slot."""
+        self._stamps[slot * self.rows : (slot + 1) * self.rows] = 0
+        for reply in self._long.pop(slot, ()):
+            self._forget(reply)
+
+    def remember_rows(
+        self, slots: NDArray[np.int64], t: NDArray[np.int64], x: Floats, y: Floats
+    ) -> None:
+        """Remembers single rows, each applied to its slot [B] at its t [B]."""
+        places = slots * self.rows + t % self.rows
+        self._stamps[places] = t + 1
+        self._ring[places] = np.concatenate((x, y), axis=1)
+
+    def remember_row(self, slot: int, t: int, x: Floats, y: Floats) -> None:
+        """Remembers one row [D] and its outputs [O], applied to a slot at t."""
+        place = slot * self.rows + t % self.rows
+        self._stamps[place] = t + 1
+        row = self._ring[place]
+        row[: self._input_width] = x
+        row[self._input_width :] = y
+
+    def remember_long(self, work: WorkItem, t: int, y: bytes, layers: Layers | None) -> None:
+        """Remembers the reply to a request with many rows, or with `inspect`."""
+        self._keep(work.slot, CachedReply(t, work.rows, y, layers, _digest(work)))
+
+    def _keep(self, slot: int, reply: CachedReply) -> None:
+        reply.slot = slot
+        replies = self._long.setdefault(slot, deque())
+        replies.append(reply)
+        self._by_age[reply] = None
+        self.long_bytes += reply.nbytes
+        if len(replies) > self.rows:
+            self._forget(replies.popleft())
+        while self.long_bytes > self._long_limit:
+            oldest = next(iter(self._by_age))
+            self._long[oldest.slot].remove(oldest)
+            self._forget(oldest)
+
+    def find(self, work: WorkItem, t: int) -> CachedReply | None:
+        """The reply to this very request, if it is remembered."""
+        if work.single:
+            return self._find_row(work.slot, t, work.x)
+        digest = _digest(work)
+        for reply in self._long.get(work.slot, ()):
+            if reply.t == t and reply.digest == digest:
+                return reply
+        return None
+
+    def read(self, slot: int) -> ReplayState:
+        """What a slot remembers, for a snapshot; views that hold until the next step."""
+        first, last = slot * self.rows, (slot + 1) * self.rows
+        stamps, ring = self._stamps[first:last], self._ring[first:last]
+        if not stamps.all():
+            held = stamps > 0
+            stamps, ring = stamps[held], ring[held]
+        return ReplayState(stamps, ring, self._newest(slot))
+
+    def write(self, slot: int, remains: ReplayState) -> None:
+        """Puts into an empty slot what a snapshot remembers; a shorter ring keeps the newest."""
+        order = np.argsort(remains.stamps)[-self.rows :]
+        stamps = remains.stamps[order]
+        places = slot * self.rows + (stamps - 1) % self.rows
+        self._stamps[places] = stamps
+        self._ring[places] = remains.ring[order]
+        for reply in remains.replies:
+            self._keep(slot, reply)
+
+    def _newest(self, slot: int) -> tuple[CachedReply, ...]:
+        newest: list[CachedReply] = []
+        size = 0
+        for reply in reversed(self._long.get(slot, ())):
+            size += reply.nbytes
+            if newest and size > SNAPSHOT_BYTES:
+                break
+            newest.append(reply)
+        return tuple(reversed(newest))
+
+    def covers(self, slot: int, t: int) -> bool:
+        """Whether the window still reaches back to row t, by whatever request it was applied."""
+        place = slot * self.rows + t % self.rows
+        if self._stamps[place] == t + 1:
+            return True
+        return any(reply.t <= t < reply.t + reply.rows for reply in self._long.get(slot, ()))
+
+    def _find_row(self, slot: int, t: int, x: Sequence[float] | Floats) -> CachedReply | None:
+        place = slot * self.rows + t % self.rows
+        row = self._ring[place]
+        sent = np.asarray(x, np.float32)
+        if self._stamps[place] != t + 1 or row[: self._input_width].tobytes() != sent.tobytes():
+            return None
+        return CachedReply(t, 1, row[self._input_width :].tobytes())
+
+    def _forget(self, reply: CachedReply) -> None:
+        del self._by_age[reply]
+        self.long_bytes -= reply.nbytes
+
+
+def _digest(work: WorkItem) -> bytes:
+    """Of everything that makes two requests at one t the same."""
+    sent = np.asarray(work.x, np.float32).tobytes()
+    options = bytes((work.inspect, work.last_only))
+    return hashlib.blake2b(options + sent, digest_size=16).digest()

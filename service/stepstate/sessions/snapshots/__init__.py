@@ -1,0 +1,1 @@
+"""Snapshots: their format, and the writer that saves them."""

@@ -1,0 +1,212 @@
+"""One session's saved state as bytes: versioned, with a checksum.
+
+Version 3, all numbers little-endian:
+
+    8 s   magic "STEPSNAP"          u16   version             u16   0
+    u32   length of the identity    u32   R   state values    u32   K   ring rows
+    u32   D + O   ring columns      u32   N   long replies    u32   0
+    u64   t                         u64   epoch               f64   Unix seconds of the last step
+    ...   identity: JSON of the `SessionRecord`, and the owner who wrote it
+    f32   state [R], the arena's row: see `engine.layout`
+    i64   stamps [K]: t + 1 of each row of the replay window
+    f32   ring [K, D + O]: x and y of each
+    N times:  u64 t, u32 rows, u32 bytes of y, u32 length of the names, digest [16],
+              names: JSON [[[name, T, H] ...] of each layer], y, then the layers' f32 [T, H]
+    u32   CRC-32 of everything before it
+
+Version 2 is the same, but less is tracked in its state: `Engine.upgraded` brings it up. Version 1
+is the same, but its state is the cell's only: `extended` brings it up.
+A reader of each version stays here for good: `_READERS`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from stepstate.engine import Floats, Layers, Layout
+from stepstate.errors import SnapshotCorrupt
+from stepstate.sessions.replay import CachedReply, ReplayState
+from stepstate.stores import SessionRecord
+
+MAGIC = b"STEPSNAP"
+VERSION = 3
+
+_START = struct.Struct("<8sHH")
+_HEAD = struct.Struct("<8sHH6I2Qd")
+_REPLY = struct.Struct("<Q3I16s")
+_CRC = struct.Struct("<I")
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """One session, whole: `state` [R] in float32, `window` what it remembers of its replies."""
+
+    record: SessionRecord
+    t: int
+    stepped_at: float
+    """Unix seconds of its last step, or of its opening."""
+    state: Floats
+    window: ReplayState
+    owner: str = ""
+    """The server that wrote it."""
+    epoch: int = 0
+
+
+def identity_of(record: SessionRecord, owner: str) -> bytes:
+    """The part of a snapshot that stays the same while a session is resident."""
+    return json.dumps([record.to_json(), owner], separators=(",", ":")).encode()
+
+
+def encode(snapshot: Snapshot, identity: bytes | None = None) -> bytes:
+    """A snapshot as bytes.
+
+    Args:
+        snapshot: the session.
+        identity: what `identity_of` gives for it, where it is at hand.
+    """
+    if identity is None:
+        identity = identity_of(snapshot.record, snapshot.owner)
+    window = snapshot.window
+    rows, width = window.ring.shape
+    head = _HEAD.pack(
+        *(MAGIC, VERSION, 0),
+        *(len(identity), len(snapshot.state), rows, width, len(window.replies), 0),
+        *(snapshot.t, snapshot.epoch, snapshot.stepped_at),
+    )
+    parts = [
+        head,
+        identity,
+        _f32(snapshot.state),
+        window.stamps.astype("<i8", copy=False).tobytes(),
+    ]
+    parts.append(_f32(window.ring))
+    for reply in window.replies:
+        parts.extend(_encode_reply(reply))
+    body = b"".join(parts)
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def decode(data: bytes) -> Snapshot:
+    """The snapshot that `encode` made bytes of. Its arrays are read-only views of them.
+
+    Raises:
+        SnapshotCorrupt: they are cut, changed, something else, or of a later version.
+    """
+    if len(data) < _START.size + _CRC.size or not data.startswith(MAGIC):
+        raise SnapshotCorrupt(f"these {len(data)} bytes do not begin as a snapshot does")
+    if zlib.crc32(memoryview(data)[: -_CRC.size]) != _CRC.unpack(data[-_CRC.size :])[0]:
+        raise SnapshotCorrupt("its checksum is not that of its bytes: it was cut or changed")
+    version: int = _START.unpack_from(data)[1]
+    reader = _READERS.get(version)
+    if reader is None:
+        raise SnapshotCorrupt(
+            f"it has version {version} of the format, this server reads up to {VERSION}"
+        )
+    try:
+        snapshot = reader(data)
+    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
+        raise SnapshotCorrupt(f"its parts do not fit together ({error})") from error
+    _check(snapshot)
+    return snapshot
+
+
+def _check(snapshot: Snapshot) -> None:
+    """Refuses values that no session can have, whoever wrote them."""
+    # What may be NaN in a state depends on the model: see `Lane.adapt`.
+    if np.isinf(snapshot.state).any() or not math.isfinite(snapshot.stepped_at):
+        raise SnapshotCorrupt("its state or its time is not finite")
+    stamps = snapshot.window.stamps
+    if snapshot.t >= 2**53 or (stamps < 1).any() or (stamps > snapshot.t).any():
+        raise SnapshotCorrupt("it remembers rows that it can't have applied")
+
+
+def extended(snapshot: Snapshot, layout: Layout, blank: Floats) -> Snapshot:
+    """A snapshot that has the cell's state only, with past rows as far as it remembers them.
+
+    Args:
+        snapshot: of version 1.
+        layout: the parts of a state now.
+        blank: a session's state [R] without rows.
+    """
+    state = blank.copy()
+    state[: layout.cell] = snapshot.state
+    ring = layout.rings(state[None])[0]
+    rows = snapshot.window.stamps - 1
+    known = rows >= snapshot.t - layout.history
+    ring[rows[known] % layout.history] = snapshot.window.ring[known, : layout.inputs]
+    return replace(snapshot, state=state)
+
+
+def _read(data: bytes) -> Snapshot:
+    parts = _HEAD.unpack_from(data)
+    identity_length, state_width, rows, width, replies, _, t, epoch, stepped_at = parts[3:]
+    cursor = _Cursor(data, _HEAD.size, len(data) - _CRC.size)
+    record, owner = json.loads(cursor.take(identity_length))
+    state = cursor.floats(state_width)
+    stamps = np.frombuffer(cursor.take(8 * rows), "<i8")
+    ring = cursor.floats(rows * width).reshape(rows, width)
+    window = ReplayState(stamps, ring, tuple(_read_reply(cursor) for _ in range(replies)))
+    cursor.end()
+    return Snapshot(
+        SessionRecord.from_json(record), t, stepped_at, state, window, str(owner), epoch
+    )
+
+
+_READERS: dict[int, Callable[[bytes], Snapshot]] = {1: _read, 2: _read, 3: _read}
+
+
+class _Cursor:
+    """Goes through bytes from a place on, never past the end."""
+
+    def __init__(self, data: bytes, place: int, end: int) -> None:
+        self._data = data
+        self._place = place
+        self._end = end
+
+    def take(self, count: int) -> bytes:
+        first, self._place = self._place, self._place + count
+        if count < 0 or self._place > self._end:
+            raise ValueError("it ends too early")
+        return self._data[first : self._place]
+
+    def floats(self, count: int) -> Floats:
+        return np.frombuffer(self.take(4 * count), "<f4")
+
+    def end(self) -> None:
+        if self._place != self._end:
+            raise ValueError("there is more than it tells of")
+
+
+def _encode_reply(reply: CachedReply) -> list[bytes]:
+    layers = reply.layers or []
+    shapes = [[[name, *part.shape] for name, part in layer.items()] for layer in layers]
+    names = json.dumps(shapes, separators=(",", ":")).encode() if layers else b""
+    head = _REPLY.pack(reply.t, reply.rows, len(reply.y), len(names), reply.digest)
+    return [head, names, reply.y, *(_f32(part) for layer in layers for part in layer.values())]
+
+
+def _read_reply(cursor: _Cursor) -> CachedReply:
+    t, rows, y_length, names_length, digest = _REPLY.unpack(cursor.take(_REPLY.size))
+    names = cursor.take(names_length)
+    y = cursor.take(y_length)
+    layers: Layers | None = None
+    if names:
+        layers = [
+            {
+                name: cursor.floats(length * width).reshape(length, width)
+                for name, length, width in layer
+            }
+            for layer in json.loads(names)
+        ]
+    return CachedReply(t, rows, y, layers, digest)
+
+
+def _f32(values: Floats) -> bytes:
+    return values.astype("<f4", copy=False).tobytes()

@@ -1,0 +1,122 @@
+"""Where sessions stand, wherever their state is."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from stepstate.engine import ForecastQuality
+from stepstate.sessions.table import Table
+from stepstate.sessions.types import ResidentSession
+from stepstate.stores import Durability, SessionRecord, StoredSession
+
+
+class SessionStatus(enum.Enum):
+    """What can be done with a session."""
+
+    OPEN = "open"
+    """It takes steps."""
+    EXPIRED = "expired"
+    """It was idle for too long, and is kept for a while: it can be restored."""
+    MODEL_MISSING = "model_missing"
+    """Its model is not loaded here, or is another one by now: it can be closed."""
+
+
+@dataclass(frozen=True, slots=True)
+class SessionSummary:
+    """What is told of an open session."""
+
+    record: SessionRecord
+    t: int
+    durable_t: int
+    seconds_left: float
+    """Until it expires if no step comes."""
+    queued_requests: int
+    resident: bool
+    owner: str
+    """The server that holds its lease; empty: none."""
+    epoch: int
+    delete_seconds: float | None = None
+    """Until it is deleted, if it is marked as expired."""
+    quality: ForecastQuality | None = None
+    """Of its forecasts, where it is resident and its model tracks them."""
+    status: SessionStatus = SessionStatus.OPEN
+
+
+class SessionSummaries:
+    """Tells where sessions stand.
+
+    Args:
+        table: the resident sessions.
+        served: whether the very model of a session is loaded here.
+        owner: the name under which this server holds leases.
+        clock: monotonic seconds.
+        now: the time by the store's clock.
+    """
+
+    def __init__(
+        self,
+        table: Table,
+        *,
+        served: Callable[[SessionRecord], bool],
+        owner: str,
+        clock: Callable[[], float],
+        now: Callable[[], float],
+    ) -> None:
+        self._table = table
+        self._served = served
+        self._owner = owner
+        self._clock = clock
+        self._now = now
+
+    def resident(self, session: ResidentSession) -> SessionSummary:
+        """Of a resident session; a sync step counts when it is committed."""
+        handle = session.handle
+        durable_t = self._table.durable_t[handle]
+        return SessionSummary(
+            session.record,
+            t=durable_t if session.sync else self._table.t[handle],
+            durable_t=durable_t,
+            seconds_left=self._table.expires_at[handle] - self._clock(),
+            queued_requests=self._table.queued_requests(session),
+            resident=True,
+            owner=self._owner,
+            epoch=session.epoch,
+            quality=session.scheduler.engine.quality(session.slot, self._table.t[handle]),
+        )
+
+    def stored(self, entry: StoredSession) -> SessionSummary:
+        """Of one that is in the store."""
+        kept = entry.record.durability is not Durability.NONE
+        now, delete_at = self._now(), entry.delete_at
+        return SessionSummary(
+            entry.record,
+            t=entry.t,
+            durable_t=entry.t if kept else 0,
+            seconds_left=entry.expires_at - now,
+            queued_requests=0,
+            resident=False,
+            owner=entry.owner,
+            epoch=entry.epoch,
+            delete_seconds=None if delete_at is None else delete_at - now,
+            status=self._status(entry),
+        )
+
+    def _status(self, entry: StoredSession) -> SessionStatus:
+        if entry.delete_at is not None:
+            return SessionStatus.EXPIRED
+        return SessionStatus.MODEL_MISSING if self.orphaned(entry) else SessionStatus.OPEN
+
+    def orphaned(self, entry: StoredSession) -> bool:
+        """Whether its very model is not loaded here."""
+        return not self._served(entry.record)
+
+    def past(self, entry: StoredSession) -> bool:
+        """Whether the time of one in the store is up."""
+        return entry.delete_at is not None or entry.expires_at <= self._now()
+
+    def lost(self, entry: StoredSession) -> bool:
+        """Whether it was in the memory of another server, or of an earlier one, only."""
+        kept = entry.record.durability is not Durability.NONE
+        return not kept and entry.owner not in ("", self._owner)

@@ -1,0 +1,219 @@
+"""What becomes of sessions that were idle for too long: expired, kept for a while, deleted.
+
+Rule 1: idle time is time by the store's clock, in which a server was up to take a step.
+Rule 2: an expired session is kept, whole, for the grace period, and can be restored; a
+        deletion is logged and counted.
+Rule 3: open and expired sessions together keep the bound on sessions: beyond it the oldest
+        expired ones are deleted early.
+Rule 4: many are dealt with in groups, with a rest between two: neither the event loop nor the
+        store is kept from others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Iterator, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Protocol
+
+from stepstate.errors import SessionExpired
+from stepstate.sessions.counts import SessionCounts
+from stepstate.sessions.monitored_store import MonitoredStore
+from stepstate.sessions.table import Table
+from stepstate.stores import EndReason, SaveRequest, SaveResult, StoredSession, Tombstone
+
+log = logging.getLogger(__name__)
+
+OVERDUE_GRACE_SECONDS = 60.0
+"""A server that was cut off from the store has this long to save what it stepped meanwhile."""
+GROUP = 256
+"""Sessions of one transaction: some 10 ms of a store's time."""
+LOOKED_AT_ONCE = 1024
+"""Sessions that the store is asked for together."""
+REST_SHARE = 0.5
+"""The rest after each group, in parts of the time that it took."""
+LOGGED_AT_ONCE = 50
+"""Ids in one line of the log."""
+
+
+class DeletionObserver(Protocol):
+    """Is told of expired sessions that were deleted."""
+
+    def deleted(self, reason: str, count: int) -> None:
+        """Expired sessions were deleted: grace_over, limit (of sessions), or replaced."""
+        ...
+
+
+class ExpirySweeper:
+    """Expires sessions that are not resident, and deletes those that were kept long enough.
+
+    Args:
+        link: the store.
+        table: the resident sessions.
+        census: told of sessions that expired.
+        grace_seconds: how long an expired session is kept.
+        limit: sessions, open and expired, that are kept.
+        observer: told of deletions.
+    """
+
+    def __init__(
+        self,
+        link: MonitoredStore,
+        table: Table,
+        census: SessionCounts,
+        *,
+        grace_seconds: float,
+        limit: int,
+        observer: DeletionObserver,
+    ) -> None:
+        self._link = link
+        self._table = table
+        self._census = census
+        self._grace_seconds = grace_seconds
+        self._limit = limit
+        self._observer = observer
+
+    async def expire(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
+        """Saves sessions for the last time, and marks them as expired.
+
+        Raises:
+            StoreUnavailable.
+        """
+        store = self._link.store
+        delete_at = store.now() + self._grace_seconds
+        return await self._link.ask(store.expire(saves, delete_at=delete_at))
+
+    async def settle(self, entry: StoredSession) -> SessionExpired:
+        """Marks a session of the store whose time is up, if it is not; returns what to tell.
+
+        Raises:
+            StoreUnavailable.
+        """
+        if entry.delete_at is None:
+            await self._expire_stored([entry])
+            found = await self._link.ask(self._link.store.find(entry.record.session_id))
+            entry = found if isinstance(found, StoredSession) else entry
+        if entry.delete_at is None:
+            return self.kept_error(entry.record.session_id, _ending(entry))
+        left = entry.delete_at - self._link.store.now()
+        return expired_error(
+            entry.record.session_id, entry.t, entry.record.idle_timeout_seconds, left
+        )
+
+    def kept_error(self, session_id: str, ending: Tombstone) -> SessionExpired:
+        """What to tell of a session that is about to be marked as expired."""
+        return expired_error(session_id, ending.t, ending.idle_timeout_seconds, self._grace_seconds)
+
+    async def sweep(self) -> int:
+        """Expires all sessions that are not resident and whose time is up; returns how many.
+
+        Raises:
+            StoreUnavailable.
+        """
+        store, ended = self._link.store, 0
+        while True:
+            before = store.now() - OVERDUE_GRACE_SECONDS
+            entries = await self._link.ask(store.overdue(before, LOOKED_AT_ONCE))
+            gone = [e for e in entries if self._table.get(e.record.session_id) is None]
+            for group in _groups(gone):
+                began = time.perf_counter()
+                ended += await self._expire_stored(group)
+                await asyncio.sleep(REST_SHARE * (time.perf_counter() - began))
+            if len(entries) < LOOKED_AT_ONCE or not gone:
+                return ended
+
+    async def purge(self) -> int:
+        """Deletes expired sessions: those whose grace is over, and those beyond the bound.
+
+        Raises:
+            StoreUnavailable.
+        """
+        deleted = await self._purge("grace_over", self._link.store.now(), float("inf"))
+        while (excess := self._census.total + self._census.expired - self._limit) > 0:
+            gone = await self._purge("limit", float("inf"), min(excess, LOOKED_AT_ONCE))
+            if not gone:
+                break
+            deleted += gone
+            await self._census.count()  # other servers delete the same ones meanwhile
+        return deleted
+
+    def replaced(self, entry: StoredSession) -> None:
+        """Tells that an expired session was deleted, since its id was opened anew."""
+        if entry.delete_at is None:  # its time was up, and nobody had seen it yet
+            self._census.expired_here([entry.record.model_key])
+        self._census.expired -= 1
+        self._tell("replaced", [entry])
+
+    async def _expire_stored(self, entries: Sequence[StoredSession]) -> int:
+        if not entries:
+            return 0
+        verdicts = await self.expire([_last_save(entry) for entry in entries])
+        pairs = zip(entries, verdicts, strict=True)
+        expired = [entry.record.model_key for entry, verdict in pairs if verdict is SaveResult.DONE]
+        self._census.expired_here(expired)
+        return len(expired)
+
+    async def _purge(self, reason: str, before: float, most: float) -> int:
+        deleted = 0
+        while deleted < most:
+            limit = int(min(LOOKED_AT_ONCE, most - deleted))
+            entries = await self._link.ask(self._link.store.expired(before, limit))
+            gone = 0
+            for group in _groups(entries):
+                began = time.perf_counter()
+                gone += await self._delete(reason, group)
+                await asyncio.sleep(REST_SHARE * (time.perf_counter() - began))
+            deleted += gone
+            if not gone:  # none is left, or other servers were faster
+                break
+        return deleted
+
+    async def _delete(self, reason: str, entries: Sequence[StoredSession]) -> int:
+        store = self._link.store
+        results = await asyncio.gather(  # the store takes them together
+            *(store.end(e.record.session_id, e.epoch, _ending(e)) for e in entries),
+            return_exceptions=True,
+        )
+        gone = [entry for entry, done in zip(entries, results, strict=True) if done is True]
+        self._census.expired -= len(gone)
+        self._tell(reason, gone)
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result
+        return len(gone)
+
+    def _tell(self, reason: str, entries: Sequence[StoredSession]) -> None:
+        if entries:
+            self._observer.deleted(reason, len(entries))
+        for first in range(0, len(entries), LOGGED_AT_ONCE):
+            ids = [entry.record.session_id for entry in entries[first : first + LOGGED_AT_ONCE]]
+            extra = {"reason": reason, "count": len(ids), "sessions": " ".join(ids)}
+            log.info("expired sessions were deleted", extra=extra)
+
+
+def expired_error(
+    session_id: str, t: int, idle_timeout_seconds: float, seconds_left: float
+) -> SessionExpired:
+    """What to tell of an expired session that is kept for `seconds_left`; 0: it is deleted."""
+    until = ""
+    if seconds_left > 0:
+        until = f"{datetime.now(UTC) + timedelta(seconds=seconds_left):%Y-%m-%dT%H:%M:%SZ}"
+    return SessionExpired(session_id, t, idle_timeout_seconds, until)
+
+
+def _groups(entries: Sequence[StoredSession]) -> Iterator[Sequence[StoredSession]]:
+    for first in range(0, len(entries), GROUP):
+        yield entries[first : first + GROUP]
+
+
+def _last_save(entry: StoredSession) -> SaveRequest:
+    # Its owner stays: a server that ended without giving the lease up may have been further.
+    return SaveRequest(
+        entry.record.session_id, entry.epoch, entry.owner, entry.t, entry.expires_at, None
+    )
+
+
+def _ending(entry: StoredSession) -> Tombstone:
+    return Tombstone(EndReason.EXPIRED, entry.t, entry.record.idle_timeout_seconds)

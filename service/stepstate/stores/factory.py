@@ -1,0 +1,65 @@
+"""A store by its URL."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from stepstate.stores.base import SessionStore
+from stepstate.stores.failures import StoreOpenError
+from stepstate.stores.memory import MemoryStore
+from stepstate.stores.sqlite import SqliteStore
+
+REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster", "redis+sentinel")
+KINDS = (
+    "sqlite:PATH, redis://HOST:PORT/DB, rediss://, redis+cluster://HOST:PORT, "
+    "redis+sentinel://HOST:PORT/SERVICE or memory:"
+)
+
+
+async def open_store(
+    url: str,
+    *,
+    clock: Callable[[], float],
+    unix_time: Callable[[], float] = time.time,
+    fsync: bool = False,
+) -> SessionStore:
+    """Opens the store that a URL names.
+
+    Args:
+        url: `sqlite:PATH`, `redis://[USER:PASSWORD@]HOST:PORT/DB` (`rediss://` with TLS),
+            `redis+cluster://HOST:PORT` (`rediss+cluster://`),
+            `redis+sentinel://HOST:PORT/SERVICE/DB` or `memory:`.
+        clock: seconds in which this process ran; may be called from a thread.
+        wall: Unix seconds, for epochs, and for where the clock of a new store begins; may be
+            called from a thread.
+        fsync: whether a commit of sqlite waits for the disk. Redis is configured by itself.
+
+    Raises:
+        StoreOpenError: there is no such store.
+    """
+    scheme, colon, rest = url.partition(":")
+    if colon and scheme == "memory" and not rest:
+        return MemoryStore(clock)
+    if colon and scheme == "sqlite":
+        return await SqliteStore.open(
+            _path(url, rest), clock=clock, unix_time=unix_time, fsync=fsync
+        )
+    if scheme in REDIS and rest.startswith("//"):
+        from stepstate.stores.redis import open_redis  # noqa: PLC0415 - 0.1 s of CPU, only here
+
+        return await open_redis(url, clock=clock, unix_time=unix_time)
+    raise StoreOpenError(repr(scheme), f"no such kind of store, expected {KINDS}")
+
+
+def _path(url: str, rest: str) -> Path:
+    """The path of `sqlite:PATH`; `sqlite:///PATH` is an absolute one, as others write it."""
+    if rest in {"", ":memory:"}:
+        raise StoreOpenError(repr(url), "no file is named: write sqlite:PATH, or memory:")
+    if rest.startswith("//") and not rest.startswith("///"):
+        path = rest.lstrip("/")
+        raise StoreOpenError(
+            repr(url), f"write sqlite:{path} or, if it is absolute, sqlite:/{path}"
+        )
+    return Path(rest)

@@ -1,0 +1,179 @@
+"""A store by its URL, and what is worth a warning about its Redis."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+from urllib.parse import urlsplit
+
+from redis.asyncio import Redis
+from redis.asyncio.cluster import ClusterNode, RedisCluster
+from redis.asyncio.connection import parse_url
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import NoBackoff
+from redis.exceptions import AuthenticationError, AuthorizationError, ResponseError
+
+from stepstate.stores.failures import StoreOpenError
+from stepstate.stores.redis.connection import (
+    AWAY,
+    TIMEOUT_SECONDS,
+    ClusterConnection,
+    RedisConnection,
+    SentinelConnection,
+    SingleConnection,
+)
+from stepstate.stores.redis.store import RedisStore
+
+log = logging.getLogger(__name__)
+
+PORT = 6379
+SENTINEL_PORT = 26379
+SENTINEL_SECONDS = 0.5
+"""For one Sentinel: the next is asked while a pipeline still has time."""
+
+_OPTIONS: Mapping[str, Any] = {
+    "socket_timeout": None,  # `link` has one for whole pipelines
+    "socket_connect_timeout": TIMEOUT_SECONDS,
+    "protocol": 2,  # scripts need no more, and every Redis has it
+}
+
+
+async def open_redis(
+    url: str, *, clock: Callable[[], float], unix_time: Callable[[], float] = time.time
+) -> RedisStore:
+    """A store on the Redis, or the cluster, that a URL names.
+
+    One that is away is no error here: the store's methods say so until it is back.
+
+    Args:
+        url: `redis://[USER:PASSWORD@]HOST:PORT/DB`, `rediss://` with TLS; for a cluster
+            `redis+cluster://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]` or `rediss+cluster://`;
+            for a primary that Sentinels name
+            `redis+sentinel://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]/SERVICE[/DB]`, where user
+            and password are Redis's, and `?sentinel_password=` and `&sentinel_username=` the
+            Sentinels'.
+        clock: monotonic seconds.
+        wall: Unix seconds.
+
+    Raises:
+        StoreOpenError: the URL can't be read, or Redis refuses what it says.
+    """
+    link = _link(url)
+    name = f"{url.partition(':')[0]}://{link.place}"
+    try:
+        problem = _look(name, await _info(link), clustered=link.one_slot)
+    except AWAY as error:
+        problem = _refusal(error)
+        if not problem:
+            log.warning("redis is away", extra={"store": name, "problem": str(error)})
+    except TypeError:  # from a constructor of redis-py
+        problem = "an option after the ? of its URL is not one of redis-py's"
+    except BaseException:
+        await link.close()
+        raise
+    if problem:
+        await link.close()
+        raise StoreOpenError(name, problem)
+    return RedisStore(link, clock=clock, unix_time=unix_time)
+
+
+def _link(url: str) -> RedisConnection:
+    scheme, _, rest = url.partition("://")
+    try:
+        first, *others = _urls(scheme, rest)
+        options = dict(_OPTIONS)
+        if scheme.endswith("+sentinel"):
+            return _sentinel_link((first, *others))
+        place = ",".join(f"{host}:{port}" for host, port in map(_address, (first, *others)))
+        if scheme.endswith("+cluster"):
+            nodes = [ClusterNode(*_address(node), **options) for node in others]
+            options |= {"startup_nodes": nodes, "require_full_coverage": False}
+            options |= {"retry": Retry(NoBackoff(), 0)}
+            return ClusterConnection(RedisCluster.from_url(first, **options), place)
+        return SingleConnection(
+            Redis.from_url(first, retry=Retry(NoBackoff(), 0), **options), place
+        )
+    except (ValueError, TypeError, *AWAY):
+        # Not with its text: that may hold a part of the password.
+        sentinels = "[,HOST:PORT...]/SERVICE[/DB]" if scheme.endswith("+sentinel") else ""
+        raise StoreOpenError(
+            f"{scheme}://...",
+            f"can't be read, expected {scheme}://[USER:PASSWORD@]HOST:PORT{sentinels}; "
+            "special characters of a password are written as %XX",
+        ) from None
+
+
+def _sentinel_link(urls: Sequence[str]) -> RedisConnection:
+    """The primary of a service, found anew for each connection; hosts are those of Sentinels."""
+    sentinels = [_address(url, SENTINEL_PORT) for url in urls]
+    service, _, db = urlsplit(urls[0]).path.strip("/").partition("/")
+    if not service:
+        raise ValueError(urls[0])
+    options: dict[str, Any] = {**parse_url(urls[0]), **_OPTIONS}
+    del options["host"]  # of a Sentinel, as the port
+    options.pop("port", None)
+    options |= {"db": int(db or 0), "retry": Retry(NoBackoff(), 0)}
+    ask = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+    seconds = {"socket_timeout": SENTINEL_SECONDS, "socket_connect_timeout": SENTINEL_SECONDS}
+    ask |= {"protocol": 2, "retry": options["retry"], **seconds}
+    sentinel = Sentinel(sentinels, sentinel_kwargs=ask, **options)  # type: ignore[no-untyped-call]
+    return SentinelConnection(
+        sentinel, service, ",".join(f"{host}:{port}" for host, port in sentinels)
+    )
+
+
+def _urls(scheme: str, rest: str) -> list[str]:
+    """A URL, as redis-py reads it, for each of the hosts, with the same credentials and options."""
+    hosts, slash, tail = rest.partition("/")
+    credentials, at, hosts = hosts.rpartition("@")
+    plain, _, cluster = scheme.partition("+")
+    if "," in hosts and not cluster:
+        raise ValueError(hosts)
+    return [f"{plain}://{credentials}{at}{host}{slash}{tail}" for host in hosts.split(",")]
+
+
+def _address(url: str, port: int = PORT) -> tuple[str, int]:
+    parts = urlsplit(url)
+    if not parts.hostname or parts.fragment:
+        raise ValueError(parts.netloc)
+    return parts.hostname, parts.port or port
+
+
+async def _info(link: RedisConnection) -> Mapping[str, Any]:
+    """What INFO tells; of a cluster, what one of its nodes does."""
+    async with asyncio.timeout(TIMEOUT_SECONDS):
+        if isinstance(link, ClusterConnection):
+            await link.client.initialize()
+            return dict(await link.client.info(target_nodes=link.client.get_random_node()))
+        assert isinstance(link, SingleConnection)
+        return dict(await link.client.info())
+
+
+def _look(name: str, info: Mapping[str, Any], *, clustered: bool) -> str:
+    """Warns of what may lose sessions; returns why Redis can't be used, or nothing."""
+    where = {"store": name}
+    if not info.get("aof_enabled"):
+        log.warning(
+            "this Redis forgets what its last dump has not: set appendonly yes", extra=where
+        )
+    if info.get("maxmemory_policy", "noeviction") != "noeviction":
+        log.warning("this Redis may evict sessions: set maxmemory-policy noeviction", extra=where)
+    if info.get("role") == "slave" and not clustered:
+        log.warning("this Redis is a replica, which takes no writes", extra=where)
+    if info.get("cluster_enabled") and not clustered:
+        return "it is a node of a cluster: write redis+cluster://"
+    return ""
+
+
+def _refusal(error: BaseException) -> str:
+    """What to tell of an error that stays until a person does something; empty: it may pass."""
+    cause = error.__cause__ or error
+    if isinstance(cause, AuthenticationError | AuthorizationError):
+        return f"{cause}: see the user and password of its URL"
+    if "Cluster mode is not enabled" in str(error):
+        return "it is no cluster: write redis://"
+    return str(error) if type(error) is ResponseError else ""

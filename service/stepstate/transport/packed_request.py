@@ -1,0 +1,205 @@
+"""One message of a packed stream: its rows as columns, and what became of each.
+
+N rows of a message, D inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepstate.engine import Floats
+from stepstate.errors import InvalidField, StepstateError
+from stepstate.sessions import PackedStep, ReplyTo, ResidentSession, RowBatch, Step, StepScheduler
+from stepstate.transport.convert import REPLY_BYTES, make_step
+from stepstate.transport.handles import HandleTable
+from stepstate.transport.status import status_of
+from stepstate.v1 import stepstate_pb2 as pb
+
+MAX_ROWS = 4096
+"""Sixteen of the largest forwards; and the reply stays readable if every row is refused."""
+REPLAYED, IMPUTED, FALLBACK = 1, 2, 4
+_LARGEST_T = 2**63 - 1
+
+
+class PackedRequest:
+    """Rows [N] of sessions of one model.
+
+    Args:
+        request_id: the client's id of the message.
+        handles: of each row, as the stream has bound them.
+        columns: the rows.
+        ids: of the sessions, by handle.
+    """
+
+    def __init__(
+        self,
+        request_id: int,
+        handles: NDArray[np.int64],
+        columns: RowBatch,
+        ids: Sequence[str | None],
+    ) -> None:
+        count = len(handles)
+        self.handles = handles
+        self.columns = columns
+        self.scheduler: StepScheduler | None = None
+        """Of the model that all rows are of, once the session of one was found."""
+        self.rest: NDArray[np.int64] = np.arange(count)
+        """Rows that have not begun."""
+        self.left = count
+        """Rows without an outcome."""
+        self._request_id = request_id
+        self._ids = ids
+        self._unfit: InvalidField | None = None
+        self._y: Floats = np.zeros((0, 0), np.float32)
+        self._t: NDArray[np.uint64] = np.zeros(count, np.uint64)
+        self._durable_t: NDArray[np.uint64] = np.zeros(count, np.uint64)
+        self._flags: NDArray[np.uint8] = np.zeros(count, np.uint8)
+        self.errors: dict[int, StepstateError] = {}
+        """Why rows were refused."""
+
+    @classmethod
+    def read(cls, request: pb.StreamPackedRequest, bindings: HandleTable) -> PackedRequest:
+        """Reads a message.
+
+        Raises:
+            InvalidField: the columns do not fit together, or a handle is not bound.
+        """
+        handles = _column(request.handles, "handles", "<u4").astype(np.int64)
+        count = len(handles)
+        if count > MAX_ROWS:
+            raise InvalidField("handles", f"names {count} rows, expected at most {MAX_ROWS}")
+        t = None
+        if request.t:
+            t = np.minimum(_column(request.t, "t", "<u8"), _LARGEST_T).astype(np.int64)
+            if len(t) != count:
+                raise InvalidField("t", f"holds {len(t)} numbers, expected {count} or none")
+        x = _column(request.x, "x", "<f4")
+        if len(x) % max(1, count) or (len(x) > 0) != (count > 0):
+            raise InvalidField("x", f"holds {len(x)} values, not {count} rows of the same width")
+        x = x.reshape(count, -1) if count else x.reshape(0, 0)
+        return cls(request.id, handles, bindings.columns(handles, t, x.copy()), bindings.ids)
+
+    def __len__(self) -> int:
+        return len(self.handles)
+
+    @property
+    def whole(self) -> bool:
+        """Whether no row has begun."""
+        return len(self.rest) == len(self)
+
+    def session_id(self, row: int) -> str:
+        """Of a row."""
+        session_id: str | None = self._ids[self.handles[row]]
+        assert session_id is not None, "only bound handles make a message"
+        return session_id
+
+    def fits(self, scheduler: StepScheduler) -> bool:
+        """Whether rows can be of a lane's model; the first lane that is named becomes theirs."""
+        if self.scheduler is None:
+            self.scheduler = scheduler
+            self._unfit = self._misfit(scheduler)
+            width = scheduler.model.manifest.output_width if self._unfit is None else 0
+            self._y = np.full((len(self), width), np.nan, np.float32)
+        return self.scheduler is scheduler and self._unfit is None
+
+    def step(self, row: int, session: ResidentSession, reply_to: ReplyTo) -> Step:
+        """A row as a step of its own.
+
+        Raises:
+            InvalidField, NonFiniteInput.
+        """
+        if not self.fits(session.scheduler):
+            raise self._unfit or self._other_model(session)
+        x = self.columns.x[row]
+        finite = bool(np.isfinite(x).all())
+        t = None if self.columns.t is None else int(self.columns.t[row])
+        return make_step(session, x.tolist(), 1, finite=finite, t=t, reply_to=reply_to)
+
+    def put_pack(self, rows: NDArray[np.int64], pack: PackedStep) -> None:
+        """Takes the outcome of rows that went together."""
+        assert self.scheduler is not None
+        if len(pack.y):
+            self._y[rows] = pack.y
+            self._t[rows] = pack.at + 1
+            self._durable_t[rows] = pack.durable_t
+            self._flags[rows[pack.at < self.scheduler.lag_rows]] = FALLBACK
+        for place, error in pack.errors:
+            self._refuse(int(rows[place]), error)
+        self.left -= len(rows)
+
+    def put_step(self, row: int, step: Step) -> None:
+        """Takes the outcome of a row that went alone."""
+        if step.error is not None:
+            self.put_error(row, step.error)
+            return
+        fallback = step.t_after <= step.session.scheduler.lag_rows
+        self._y[row] = np.frombuffer(step.y, "<f4")
+        self._t[row], self._durable_t[row] = step.t_after, step.durable_t
+        self._flags[row] = (
+            REPLAYED * step.replayed + IMPUTED * (step.missing_rows > 0) + FALLBACK * fallback
+        )
+        self.left -= 1
+
+    def put_error(self, row: int, error: StepstateError) -> None:
+        """Takes the refusal of a row."""
+        self._refuse(row, error)
+        self.left -= 1
+
+    def response(self) -> pb.StreamPackedResponse:
+        """The reply, once no row is left."""
+        response = pb.StreamPackedResponse(
+            id=self._request_id,
+            y=self._y.astype("<f4", copy=False).tobytes() if len(self.errors) < len(self) else b"",
+            t=self._t.astype("<u8", copy=False).tobytes(),
+            durable_t=self._durable_t.astype("<u8", copy=False).tobytes(),
+            flags=self._flags.tobytes() if self._flags.any() else b"",
+        )
+        for row in sorted(self.errors):
+            response.errors.add(row=row, status=status_of(self.errors[row]))
+        return response
+
+    def _refuse(self, row: int, error: StepstateError) -> None:
+        self.errors[row] = error
+        self._t[row] = self._durable_t[row] = self._flags[row] = 0
+        if len(self._y):
+            self._y[row] = np.nan
+
+    def _misfit(self, scheduler: StepScheduler) -> InvalidField | None:
+        """Why no row can be of a lane's model."""
+        manifest, width = scheduler.model.manifest, self.columns.x.shape[1]
+        if width != manifest.input_width:
+            return InvalidField(
+                "x",
+                f"holds {width} values a row; {scheduler.model.key} takes rows of "
+                f"{manifest.input_width}: send {manifest.input_width} for each handle",
+            )
+        if reply_bytes(len(self), manifest.output_width) > REPLY_BYTES:
+            most = REPLY_BYTES // reply_bytes(1, manifest.output_width)
+            return InvalidField(
+                "handles",
+                f"names {len(self)} rows; of {scheduler.model.key} at most {most} a message",
+            )
+        return None
+
+    def _other_model(self, session: ResidentSession) -> InvalidField:
+        assert self.scheduler is not None
+        return InvalidField(
+            "handles",
+            f"names session {session.session_id!r} of {session.scheduler.model.key} beside rows of "
+            f"{self.scheduler.model.key}: send the rows of each model in messages of their own",
+        )
+
+
+def reply_bytes(rows: int, output_width: int) -> int:
+    """What the columns of a reply take."""
+    return rows * (4 * output_width + 17)
+
+
+def _column(data: bytes, field: str, dtype: str) -> np.ndarray:
+    size = np.dtype(dtype).itemsize
+    if len(data) % size:
+        raise InvalidField(field, f"holds {len(data)} bytes, expected a multiple of {size}")
+    return np.frombuffer(data, dtype)

@@ -25,6 +25,9 @@ from stepstate.client import (
     Session,
     SessionInfo,
 )
+from tests.integration.wire import (
+    HANG,
+)
 
 
 class InThreadSession:
@@ -226,3 +229,8 @@ KINDS: dict[str, Callable[..., AbstractAsyncContextManager[AnyClient]]] = {
     "async": AsyncClient,
     "sync": in_thread,
 }
+
+
+async def collect(session: AnySession, xs) -> np.ndarray:
+    async with asyncio.timeout(HANG):
+        return np.array([y async for y in session.stream(xs)])

@@ -11,7 +11,13 @@ import numpy as np
 
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
-from tests.integration.wire import HANG, Refusal, refusal_of
+from tests.integration.wire import (
+    HANG,
+    Refusal,
+    draw,
+    opened,
+    refusal_of,
+)
 
 REPLAYED, IMPUTED, FALLBACK = 1, 2, 4
 
@@ -106,3 +112,15 @@ class Conversation:
     def cancel(self) -> None:
         """Gives the stream up."""
         self._stream.cancel()
+
+
+async def crowd(stub: StepstateServiceStub, count: int, **fields: object) -> dict[int, str]:
+    """Opens sessions, and gives each its handle."""
+    names = {handle: f"s{handle}" for handle in range(count)}
+    await asyncio.gather(*(opened(stub, name, **fields) for name in names.values()))
+    return names
+
+
+def series(count: int, rows: int) -> np.ndarray:
+    """Rows [sessions, T, D], another sequence for each session."""
+    return np.stack([draw(rows, seed=place) for place in range(count)])

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 
 import grpc
 import numpy as np
+import pytest
 from tritonclient import grpc as sync_client
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
@@ -109,3 +110,9 @@ def inputs(row: np.ndarray, dtype: str = "FP32") -> list[sync_client.InferInput]
     one = sync_client.InferInput("x", list(values.shape), dtype)
     one.set_data_from_numpy(values)
     return [one]
+
+
+async def refusal(call: grpc.aio.UnaryUnaryCall) -> tuple[grpc.StatusCode, str]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        await call
+    return caught.value.code(), str(caught.value.details())

@@ -25,6 +25,10 @@ TOLERANCE = 1e-5
 KINDS = ("ErrorInfo", "BadRequest", "PreconditionFailure", "QuotaFailure", "RetryInfo")
 HANG = 60.0
 """Seconds after which a wait counts as a hang."""
+BLOCKER_ROWS = 1_500
+"""Rows of a request that keeps its session busy while others are served."""
+STEEP = 1e3
+"""What the steep networks multiply x with: rows of 3e38 overflow their float32 inside."""
 
 
 def draw(rows: int, width: int = 3, *, seed: int = 0) -> np.ndarray:
@@ -189,3 +193,20 @@ def largest_difference(got: Iterable[float], want: np.ndarray) -> float:
     assert mine.size == want.size, f"{mine.size} values, expected {want.size}"
     assert np.isfinite(mine).all()
     return float(np.abs(mine.reshape(want.shape) - want).max())
+
+
+def outputs(replies) -> list[float]:
+    return [value for reply in replies for value in reply.y]
+
+
+async def unary(stub: StepstateServiceStub, sent: pb.StepRequest) -> pb.StepResponse:
+    return await stub.Step(sent)
+
+
+async def streamed(stub: StepstateServiceStub, sent: pb.StepRequest) -> pb.StepResponse:
+    (reply,) = await ask(stub, [sent])
+    return reply
+
+
+def opening(**fields: object) -> pb.OpenSessionRequest:
+    return pb.OpenSessionRequest(**{"model": "lstm", **fields})

@@ -1,0 +1,36 @@
+"""Models that forecast, for both clients, and rows for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from stepstate.models import write_model
+from tests.networks import Network, make_network
+
+CLOSE = 1e-4  # of values around 5
+
+
+def small() -> Network:
+    return make_network("small", hidden=4, layers=1, seed=1)
+
+
+def write_forecasters(sensor: Network, folder: Path) -> Path:
+    """One that forecasts with quantiles, two that know the time, and a plain small one."""
+    sensor.write(folder)
+    small().write(folder)
+    for name, interval in (("hourly", 3600), ("minutely", 60)):
+        made = make_network(name, inputs=1, outputs=3, hidden=4, layers=1, seed=2)
+        made.manifest.update(
+            step_interval_seconds=interval,
+            outputs=[{"name": "x0", "unit": "m", "horizons": [1, 2, 3]}],
+        )
+        write_model(folder / name / "1", made.manifest, made.tensors())
+    return folder
+
+
+def rows(count: int, seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    level = 5 + 2 * np.sin(np.arange(count) / 2) + rng.normal(0, 0.5, count)
+    return np.stack([level, rng.normal(-1, 0.5, count)], axis=1).astype(np.float32)

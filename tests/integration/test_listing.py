@@ -1,0 +1,87 @@
+"""Listing sessions page by page."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+
+import grpc
+import pytest
+
+from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
+from tests.integration.wire import (
+    opened,
+    refused,
+)
+
+Code = grpc.StatusCode
+
+Stub = StepstateServiceStub
+
+
+async def pages(stub: Stub, **fields: object) -> list[list[str]]:
+    listing = pb.ListSessionsRequest(**fields)
+    found = []
+    while True:
+        reply = await stub.ListSessions(listing)
+        found.append([session.session_id for session in reply.sessions])
+        if not reply.next_page_token:
+            return found
+        listing.page_token = reply.next_page_token
+
+
+async def test_pages_hold_every_session_exactly_once(stub: Stub):
+    names = [f"s-{place}" for place in range(230)]
+    models = {name: ("lstm", "gru")[place % 2] for place, name in enumerate(names)}
+    await asyncio.gather(*(opened(stub, name, models[name]) for name in names))
+    for size, lengths in (
+        (0, [100, 100, 30]),
+        (1, [1] * 230),
+        (115, [115, 115]),
+        (230, [230]),
+        (1000, [230]),
+    ):
+        found = await pages(stub, page_size=size)
+        assert [len(page) for page in found] == lengths
+        assert sorted(itertools.chain(*found)) == sorted(names)
+    of_gru = await pages(stub, page_size=50, model="gru")
+    assert sorted(itertools.chain(*of_gru)) == sorted(
+        name for name in names if models[name] == "gru"
+    )
+    assert await pages(stub, model="nope") == [[]]
+
+
+async def test_no_sessions_are_one_empty_page(stub: Stub):
+    assert await pages(stub) == [[]]
+
+
+async def test_sessions_that_stay_open_are_listed_once_while_others_come_and_go(stub: Stub):
+    names = [f"s-{place}" for place in range(60)]
+    for name in names:
+        await opened(stub, name)
+    stay = set(names[::2])
+    listing, seen = pb.ListSessionsRequest(page_size=7), []
+    leaving = iter(names[1::2])
+    while True:
+        reply = await stub.ListSessions(listing)
+        seen += [session.session_id for session in reply.sessions]
+        if not reply.next_page_token:
+            break
+        listing.page_token = reply.next_page_token
+        for name in (next(leaving), next(leaving)):
+            await stub.CloseSession(pb.CloseSessionRequest(session_id=name))
+            await opened(stub, f"new-{name}")
+    assert sorted(name for name in seen if name in stay) == sorted(stay)
+
+
+@pytest.mark.parametrize("token", ["a b", "a/b", "é", "\n", "x" * 200])
+async def test_a_token_of_no_page_is_an_invalid_field(stub: Stub, token: str):
+    refusal = await refused(stub.ListSessions(pb.ListSessionsRequest(page_token=token)))
+    assert (refusal.code, refusal.field) == (Code.INVALID_ARGUMENT, "page_token")
+
+
+async def test_a_token_past_the_end_is_an_empty_last_page(stub: Stub):
+    await opened(stub, "a")
+    reply = await stub.ListSessions(pb.ListSessionsRequest(page_token="z" * 128))
+    assert (list(reply.sessions), reply.next_page_token) == ([], "")

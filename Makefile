@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo serve test lint types protos protos-check docs train bench benchmarks clean
+.PHONY: help setup demo serve test lint types protos protos-check docs build train bench benchmarks clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -13,7 +13,8 @@ setup: $(READY) ## Make .venv with everything in it
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --upgrade 'pip>=25.1' # which knows dependency groups
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[server,demo,triton]' --group dev
 	touch $@
 
 demo: setup ## Replay four weeks of demand through a server and score its live forecasts
@@ -40,6 +41,11 @@ protos-check: setup ## Fail if the committed stubs are not those of the contract
 	$(BIN)/python protos/generate.py build/protos
 	for made in $$(cd build/protos && find stepstate -type f); do cmp build/protos/$$made service/$$made || exit 1; done
 
+build: setup ## Make wheel and sdist in dist/, and check them
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+
 docs: setup ## Build the documentation site in build/site; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
@@ -53,5 +59,5 @@ benchmarks: setup ## Measure all of docs/benchmarks.md anew (15 minutes)
 	$(BIN)/python -m benchmarks.page measure
 
 clean: ## Remove what was built, .venv too
-	rm -rf .venv build out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv build dist out .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -47,7 +47,7 @@ def format_options(command: Command) -> Command:
     command = click.option(
         "--time-column",
         default="",
-        help="The column with the times. Default: time, timestamp, datetime or date, if there is one.",
+        help="The column with the times. Default: time, timestamp, datetime or date, if any.",
     )(command)
     return click.option(
         "--delimiter",

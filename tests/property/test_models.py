@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from stepstate.engine import BareForward, Engine
@@ -108,7 +108,7 @@ class Nobody:
     """Is told of nothing: no row is queued."""
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(document=MANIFESTS)
 def test_what_is_written_is_served(document):
     with tempfile.TemporaryDirectory() as root:

@@ -68,6 +68,10 @@ def test_the_blocks_run_against_the_shipped_models(guide):
         run_through(guide, ROOT, lambda: server.address, server.address)
 
 
-@pytest.mark.parametrize("document", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))],
+    ids=lambda path: path.name,
+)
 def test_every_linked_file_exists(document):
     assert dead_links(document) == []

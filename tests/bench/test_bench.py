@@ -20,6 +20,8 @@ from click.testing import CliRunner, Result
 from benchmarks.cli import main
 from tests.redis_process import redis_process
 
+pytestmark = pytest.mark.long  # measures real servers
+
 COMMAND = [sys.executable, "-m", "benchmarks"]
 SHORT = ["--seconds", "0.5", "--rounds", "1"]
 

@@ -44,6 +44,7 @@ def run_through(
     return printed
 
 
+@pytest.mark.long
 def test_ten_minutes_from_training_to_live_forecasts(tmp_path):
     with ExitStack() as stack:
 
@@ -58,6 +59,7 @@ def test_ten_minutes_from_training_to_live_forecasts(tmp_path):
     assert live.count("of a seasonal naive forecast's error") == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "guide", [page for page in PAGES if page.name not in NOT_RUN_HERE], ids=lambda path: path.name
 )
@@ -66,6 +68,10 @@ def test_the_blocks_run_against_the_shipped_models(guide):
         run_through(guide, ROOT, lambda: server.address, server.address)
 
 
-@pytest.mark.parametrize("document", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "document",
+    [*PAGES, *(ROOT / name for name in ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"))],
+    ids=lambda path: path.name,
+)
 def test_every_linked_file_exists(document):
     assert dead_links(document) == []

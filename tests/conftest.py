@@ -13,6 +13,7 @@ import pytest
 from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
 from stepstate.server import Server, running_server
+from tests.hypothesis_profiles import register_profiles
 from tests.networks import Network, make_network
 from tests.processes import ServerProcess, server_process
 
@@ -22,6 +23,8 @@ ELECTRICITY = Path(__file__).parent.parent / "models"
 # every program that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+register_profiles()
 
 
 @pytest.fixture(scope="session")

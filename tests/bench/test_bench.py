@@ -21,6 +21,8 @@ from benchmarks.cli import main
 from tests.markdown import ROOT
 from tests.redis_process import redis_process
 
+pytestmark = pytest.mark.long  # measures real servers
+
 COMMAND = [sys.executable, "-m", "benchmarks"]
 SHORT = ["--seconds", "0.5", "--rounds", "1"]
 

@@ -173,6 +173,7 @@ SWEEPS = 8.0
 """Seconds: the store's sessions are looked at every 5."""
 
 
+@pytest.mark.long
 def test_a_machine_that_boots_in_the_past_loses_nothing_when_its_clock_is_right(machine):
     machine.set_clock(-21)
     with machine.running() as address:
@@ -183,6 +184,7 @@ def test_a_machine_that_boots_in_the_past_loses_nothing_when_its_clock_is_right(
         assert lost(address) == []
 
 
+@pytest.mark.long
 def test_a_clock_that_is_set_while_a_server_runs_or_is_down_loses_nothing(machine):
     with machine.running(kill=True) as address:
         fill(address)

@@ -44,6 +44,7 @@ def run_through(
     return printed
 
 
+@pytest.mark.long
 def test_ten_minutes_from_training_to_live_forecasts(tmp_path):
     with ExitStack() as stack:
 
@@ -58,6 +59,7 @@ def test_ten_minutes_from_training_to_live_forecasts(tmp_path):
     assert live.count("of a seasonal naive forecast's error") == 3
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "guide", [page for page in PAGES if page.name not in NOT_RUN_HERE], ids=lambda path: path.name
 )

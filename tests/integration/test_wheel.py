@@ -25,6 +25,8 @@ from stepstate import __version__
 from tests.integration.wire import HANG
 from tests.markdown import ROOT
 
+pytestmark = pytest.mark.long  # builds the package and installs it
+
 Install = Callable[..., Path]
 
 

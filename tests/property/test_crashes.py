@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -46,6 +45,7 @@ from stepstate.stores import (
     StoredSession,
     Tombstone,
 )
+from tests.hypothesis_profiles import examples
 from tests.networks import make_network
 from tests.reference import lstm
 from tests.unit.rig import IDLE_SECONDS, Caller, Clock, Lasting, Rig, model_of, outputs, rounds
@@ -840,6 +840,4 @@ class CrashesMachine(RuleBasedStateMachine):
 
 
 TestCrashes = CrashesMachine.TestCase
-TestCrashes.settings = settings(
-    settings.get_profile("stepstate"), max_examples=80, stateful_step_count=50
-)
+TestCrashes.settings = examples(80, stateful_step_count=50)

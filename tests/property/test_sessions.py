@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -27,6 +26,7 @@ from stepstate.errors import (
     StepTooOld,
 )
 from stepstate.stores.base import ENDING_SECONDS
+from tests.hypothesis_profiles import examples
 from tests.networks import make_network
 from tests.reference import lstm
 from tests.unit.rig import (
@@ -420,6 +420,4 @@ class SessionsMachine(RuleBasedStateMachine):
 
 
 TestSessions = SessionsMachine.TestCase
-TestSessions.settings = settings(
-    settings.get_profile("stepstate"), max_examples=100, stateful_step_count=50
-)
+TestSessions.settings = examples(100, stateful_step_count=50)

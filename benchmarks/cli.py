@@ -19,12 +19,12 @@ from benchmarks.restart import RestartPlan, restart
 from benchmarks.results import MAX_SESSIONS, Plan
 from benchmarks.scale import ScalePlan, scale
 from benchmarks.servers import DURABILITIES, DURABLE, STORES, without_password
-from benchmarks.steps import StoreChoice, beside_echo, beside_memory
+from benchmarks.steps import StoreChoice, beside_echo, beside_memory, beside_other
 from benchmarks.sweeps import SweepsPlan, sweeps
 
 Command = Callable[..., None]
 MAX_RATE = 10_000_000
-"""Beyond any machine."""
+"""More than any machine can do."""
 MAX_IDLE = 10_000_000
 """The most sessions that a server can be configured to keep in memory."""
 
@@ -51,7 +51,7 @@ counts, many = whole_numbers(MAX_SESSIONS), whole_numbers(MAX_IDLE)
 
 
 def rates(value: str) -> tuple[float, ...]:
-    """Steps a second, separated by commas; none of them is a closed loop."""
+    """Steps per second, separated by commas; an empty value means a closed loop."""
     try:
         found = tuple(float(part) for part in value.split(",") if value)
     except ValueError:
@@ -64,7 +64,7 @@ def rates(value: str) -> tuple[float, ...]:
 
 
 def some_of(known: Sequence[str]) -> Callable[[str], tuple[str, ...]]:
-    """A type for names of a few, separated by commas."""
+    """A type for some of the known names, separated by commas."""
 
     def names(value: str) -> tuple[str, ...]:
         found = tuple(dict.fromkeys(value.split(",")))
@@ -81,7 +81,7 @@ def option(name: str, default: object, kind: object, text: str) -> Callable[[Com
 
 
 class _WithDefault(click.Group):
-    """A group whose first command is meant when none is named."""
+    """A group whose first command is the default."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         if not args or (args[0] not in self.commands and args[0] not in ctx.help_option_names):
@@ -92,9 +92,19 @@ class _WithDefault(click.Group):
 def _plan(sessions: str) -> Callable[[Command], Command]:
     """The options of every `Plan`."""
     return _together(
-        option("--sessions", sessions, counts, "How many sessions step at once, in turn."),
-        option("--seconds", 3.0, click.FloatRange(0.1, 3600.0), "What is counted of a round."),
-        option("--warm-up", 1.0, click.FloatRange(0.0, 3600.0), "Seconds before that."),
+        option(
+            "--sessions",
+            sessions,
+            counts,
+            "Sessions that step at once; several numbers: one after the other.",
+        ),
+        option(
+            "--seconds",
+            3.0,
+            click.FloatRange(0.1, 3600.0),
+            "Length of the measured window of a round.",
+        ),
+        option("--warm-up", 1.0, click.FloatRange(0.0, 3600.0), "Seconds before the window."),
         option("--rounds", 3, click.IntRange(1, 100), "Rounds of each; the median is printed."),
         option("--processes", 1, click.IntRange(1, 64), "Client processes, sharing the sessions."),
     )
@@ -110,12 +120,13 @@ def _together(*options: Callable[[Command], Command]) -> Callable[[Command], Com
 
 
 _json = option("--json", "", click.Path(dir_okay=False), "Also writes every figure to this file.")
+_folder = click.Path(exists=True, file_okay=False, path_type=Path)
 _paths = some_of([path.value for path in CallPath])
 
 
 @click.group(cls=_WithDefault, context_settings={"help_option_names": ["-h", "--help"]})
 def main() -> None:
-    """Measures a server in one of several ways; without COMMAND: `steps`.
+    """Measures a server in one of several ways. The default COMMAND is `steps`.
 
     It starts all servers itself, on free loopback ports. Machines differ and
     are shared: compare the ratios of one run, not the figures of two.
@@ -123,12 +134,15 @@ def main() -> None:
 
 
 @main.command("steps")
-@option("--path", "stream", _paths, "How they are sent: some of stream,unary,packed.")
+@option("--path", "stream", _paths, "How steps are sent: some of stream,unary,packed.")
 @_plan("1,16,64,256")
-@option("--rows", "16,64,256", counts, "Rows of a packed message, in turn.")
+@option(
+    "--rows", "16,64,256", counts, "Rows of a packed message; several numbers: one after the other."
+)
 @option("--in-flight", 2, click.IntRange(1, 64), "Unanswered packed messages of a process.")
 @option("--rate", "", rates, "Steps a second in all, at fixed times; empty: a closed loop.")
-@option("--echo", "plain", click.Choice(["plain", "tuned"]), "tuned: set up as the server is.")
+@option("--echo", "plain", click.Choice(["plain", "tuned"]), "tuned: the server's gRPC settings.")
+@option("--other", None, _folder, "Another checkout: its server takes the place of the echo.")
 @_json
 def steps_command(
     path: tuple[str, ...],
@@ -141,6 +155,7 @@ def steps_command(
     in_flight: int,
     rate: tuple[float, ...],
     echo: str,
+    other: Path | None,
     json: str,
 ) -> None:
     """Steps, beside a bare gRPC echo of the same messages and the bare forward.
@@ -160,14 +175,17 @@ def steps_command(
         in_flight=in_flight,
         rates=rate,
     )
-    _publish(json, lambda: beside_echo(plan, _log, tuned=echo == "tuned"))
+    if other is not None:
+        _publish(json, lambda: beside_other(plan, other, _log))
+    else:
+        _publish(json, lambda: beside_echo(plan, _log, tuned=echo == "tuned"))
 
 
 @main.command("durability")
 @_plan("64")
 @option("--stores", "sqlite,redis", some_of(DURABLE), "Which stores to compare.")
 @option("--durabilities", "none,async,sync", some_of(DURABILITIES), "Which durabilities.")
-@option("--redis-url", "", str, "A Redis that is there; empty: a redis-server is started.")
+@option("--redis-url", "", str, "A running Redis; empty: a redis-server is started.")
 @_json
 def durability_command(
     sessions: tuple[int, ...],
@@ -194,7 +212,9 @@ def durability_command(
 @main.command("restart")
 @option("--store", "sqlite", click.Choice(DURABLE), "Where the sessions are stored.")
 @option("--stored", 10_000, click.IntRange(2, 1_000_000), "Sessions that are stored.")
-@option("--rows", 32, click.IntRange(1, 10_000), "Rows of each: so many are remembered too.")
+@option(
+    "--rows", 32, click.IntRange(1, 10_000), "Rows of each session, all kept in its replay window."
+)
 @option("--rounds", 3, click.IntRange(1, 100), "Starts of each kind.")
 @_json
 def restart_command(store: str, stored: int, rows: int, rounds: int, json: str) -> None:
@@ -206,7 +226,7 @@ def restart_command(store: str, stored: int, rows: int, rounds: int, json: str) 
 @option("--store", "sqlite", click.Choice(DURABLE), "Where spilled sessions are.")
 @option("--sessions", 200_000, click.IntRange(1, 10_000_000), "Sessions that are open.")
 @option("--slots", 10_000, click.IntRange(1, 10_000_000), "How many of them fit in memory.")
-@option("--durability", "async", click.Choice(DURABILITIES), "Of all of them.")
+@option("--durability", "async", click.Choice(DURABILITIES), "Durability of the sessions.")
 @option("--rounds", 2, click.IntRange(1, 100), "How often each is stepped.")
 @_json
 def residency_command(
@@ -228,23 +248,30 @@ def forecast_command(sessions: int, calls: int, rounds: int, json: str) -> None:
 
 
 @main.command("priming")
-@option("--rows", 100_000, click.IntRange(1, 1_000_000), "Of history.")
+@option("--rows", 100_000, click.IntRange(1, 1_000_000), "Rows of history.")
 @option("--others", 16, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
 @option("--rate", 50.0, click.FloatRange(0.1, 10_000.0), "Steps a second of each of them.")
 @option("--rounds", 3, click.IntRange(1, 100), "Primed sessions, one after the other.")
 @_json
 def priming_command(rows: int, others: int, rate: float, rounds: int, json: str) -> None:
-    """Other sessions' latency while one is primed with history, and how fast that is."""
+    """The latency of other sessions while one is primed with history, and the rate of priming."""
     _publish(json, lambda: priming(PrimingPlan(rows, others, rate, rounds), _log))
 
 
 @main.command("scale")
-@option("--sessions", "1000,10000,100000", many, "Open and idle sessions, in turn.")
+@option(
+    "--sessions",
+    "1000,10000,100000",
+    many,
+    "Open and idle sessions; several numbers: one after the other.",
+)
 @option("--store", "memory", click.Choice(STORES), "Where they are kept.")
 @option("--active", 64, click.IntRange(1, 10_000), "Sessions that are stepped beside them.")
-@option("--seconds", 3.0, click.FloatRange(0.1, 3600.0), "What is counted of a round.")
+@option(
+    "--seconds", 3.0, click.FloatRange(0.1, 3600.0), "Length of the measured window of a round."
+)
 @option("--rounds", 3, click.IntRange(1, 100), "Rounds of each; the median is printed.")
-@option("--processes", 2, click.IntRange(1, 64), "That open and close sessions.")
+@option("--processes", 2, click.IntRange(1, 64), "Client processes that open and close sessions.")
 @_json
 def scale_command(
     sessions: tuple[int, ...],
@@ -255,18 +282,18 @@ def scale_command(
     processes: int,
     json: str,
 ) -> None:
-    """Idle sessions: what they take in memory, to open and to close, and from active ones."""
+    """What idle sessions cost: memory, opening, closing, and the rate of active sessions."""
     plan = ScalePlan(sessions, store, active, seconds, rounds, processes)
     _publish(json, lambda: scale(plan, _log))
 
 
 @main.command("sweeps")
-@option("--sessions", 100_000, click.IntRange(1, MAX_IDLE), "That expire, or are saved.")
+@option("--sessions", 100_000, click.IntRange(1, MAX_IDLE), "Sessions that expire, or are saved.")
 @option("--store", "sqlite", click.Choice(STORES), "Where they are kept; memory saves none.")
 @option("--active", 64, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
 @option("--rate", 500.0, click.FloatRange(1.0, 1e6), "Steps a second of all of them.")
-@option("--seconds", 30.0, click.FloatRange(1.0, 3600.0), "For how long each is watched.")
-@option("--processes", 2, click.IntRange(1, 64), "That open the sessions.")
+@option("--seconds", 30.0, click.FloatRange(1.0, 3600.0), "How long each sweep is watched.")
+@option("--processes", 2, click.IntRange(1, 64), "Client processes that open the sessions.")
 @_json
 def sweeps_command(
     sessions: int,
@@ -277,7 +304,7 @@ def sweeps_command(
     processes: int,
     json: str,
 ) -> None:
-    """Steps of some sessions while very many others expire, and while they are saved."""
+    """Latency of active sessions while very many others expire, and while they are saved."""
     plan = SweepsPlan(sessions, store, active, rate, seconds, processes)
     _publish(json, lambda: sweeps(plan, _log))
 
@@ -299,11 +326,12 @@ def _publish(json: str, measure: Callable[[], Report]) -> None:
 
 
 def _command_line(context: click.Context) -> str:
-    """The command with all its options, which measures the same again; without passwords."""
+    """The command with all its options, to measure the same again; without passwords."""
     words = [f"python -m benchmarks {context.info_name}"]
-    for name, value in context.params.items():
-        if name != "json" and value not in ("", ()):
-            words.append(f"--{name.replace('_', '-')} {_text_of(value)}")
+    for parameter in context.command.params:
+        value = context.params[parameter.name or ""]
+        if parameter.name != "json" and value not in ("", (), None):
+            words.append(f"{parameter.opts[0]} {_text_of(value)}")
     return " ".join(words)
 
 

@@ -1,4 +1,4 @@
-"""What a forecast costs beside a step, both as unary calls, in turn."""
+"""What a forecast costs beside a step: unary calls of each, in turn."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What other sessions notice of one that is primed with much history."""
+"""The latency of other sessions while one is primed with a long history."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class _Round:
 
     @property
     def p99_ratio(self) -> float:
-        """What priming costs the others."""
+        """The p99 of the others during priming over that before."""
         return self.primed_p99_ms / self.quiet_p99_ms
 
 

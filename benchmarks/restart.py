@@ -1,4 +1,4 @@
-"""How long a server that was killed is away, with many sessions in its store."""
+"""How long a restart after kill -9 takes, with many sessions in the store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.servers import ServerProcess, Store, bench_folder, fresh_store, 
 from benchmarks.sessions import STEPPED_AT_ONCE, SessionGroup
 
 DURABILITY = "sync"
-"""So that all steps before a kill are in the store, and the next one's t is known."""
+"""All steps before a kill are in the store, so the t of the next one is known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +75,7 @@ def _fill(group: SessionGroup, server: ServerProcess, rows: int) -> None:
 
 
 def _kill(server: ServerProcess) -> float:
-    """Kills it, and tells when."""
+    """Kills it; returns when."""
     killed_at = time.monotonic()
     server.kill()
     return killed_at

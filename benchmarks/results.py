@@ -1,4 +1,4 @@
-"""What was asked for and what was measured: plain values, and how rounds are summed up."""
+"""What to measure and what was measured, as plain values, and the summary of rounds."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Plan:
     processes: int
     paths: tuple[CallPath, ...] = (CallPath.STREAM,)
     rows: tuple[int, ...] = (64,)
-    """Of packed messages."""
+    """Of a packed message."""
     in_flight: int = 2
     """Packed messages of a process that are unanswered at once, in closed loop."""
     rates: tuple[float, ...] = ()
@@ -68,7 +68,7 @@ class Plan:
         return [(path, max(self._needed(rows), *self.sessions), rows) for rows in self.rows]
 
     def _needed(self, rows: int) -> int:
-        """Sessions, so that packed messages in flight have different ones."""
+        """As many sessions as the packed messages in flight have rows."""
         needed = rows * self.in_flight * self.processes
         if needed > MAX_SESSIONS:
             raise BenchError(
@@ -125,7 +125,7 @@ def p50_of(measured: Measurement) -> float:
 
 
 def p99_of(measured: Measurement) -> float:
-    """The latency that one in a hundred exceeds."""
+    """The 99th percentile of latency."""
     return measured.latency_ms["99"]
 
 

@@ -1,4 +1,4 @@
-"""What open sessions cost that do nothing: rate of the active ones, memory, open and close."""
+"""What open and idle sessions cost: rate of active sessions, memory, opening and closing."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ from stepstate.config import ServerConfig
 FEW = 1_000
 """Idle sessions of the server that the others are compared with."""
 CLOSED = 100_000
-"""Of more sessions the rest is left open: to close them too would tell nothing more."""
+"""At most so many are closed: more would show nothing new."""
 SETTLE_SECONDS = 600.0
-"""For a store to have saved them all."""
+"""Time for a store to save them all."""
 REPLAY_BYTES = ServerConfig().replay_rows * (4 * (INPUTS + 1) + 8)
 """Of a session's replay window: rows of x and y, and the t of each."""
 _MIB = 2**20
@@ -83,7 +83,7 @@ class _Turnover:
 
 @dataclass(frozen=True, slots=True)
 class _Memory:
-    """Of a server with idle sessions that were stepped once."""
+    """Memory of a server with idle sessions that were stepped once."""
 
     resident_bytes: int
     """Of the process."""
@@ -92,7 +92,7 @@ class _Memory:
     replay_bytes: int
     """Of one session's replay window."""
     beyond_bytes: float | None
-    """What each session more than `FEW` takes beyond these; None: there are no more."""
+    """What each session beyond `FEW` takes more than these; None: there are only `FEW`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The two benchmarks that compare rates: with a bare echo, and of durabilities with memory."""
+"""Rates of steps: beside a bare echo, beside another checkout, and of stores beside `memory:`."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from benchmarks.report import Report
 from benchmarks.results import Measurement, Plan
 from benchmarks.runner import Forward, Target, run, workload
 from benchmarks.servers import (
+    ROOT,
+    ServerProcess,
     Store,
     bench_folder,
     bench_model,
@@ -37,7 +39,7 @@ class StoreChoice:
 
 
 FORWARD_SECONDS = 1.0
-"""The bare forward is steady: a longer run tells nothing more."""
+"""The bare forward is steady: a longer run shows nothing new."""
 
 
 def beside_echo(plan: Plan, log: Log, *, tuned: bool = False) -> Report:
@@ -55,8 +57,7 @@ def beside_echo(plan: Plan, log: Log, *, tuned: bool = False) -> Report:
         folder = stack.enter_context(bench_folder())
         echo_options = (TUNED,) if tuned else ()
         echo = Target("echo", stack.enter_context(running_echo(*echo_options)), Kind.ECHO)
-        store = stack.enter_context(fresh_store("sqlite", folder))
-        steps = Target("steps", stack.enter_context(running_stepstate(folder, store.url)))
+        steps = Target("steps", stack.enter_context(_sqlite_server(folder)))
         found = run(plan, echo, [steps], log, _forward_of(folder, plan))
     what = workload(plan, "echo, steps and the bare forward")
     if tuned:
@@ -75,6 +76,31 @@ def _forward_of(folder: Path, plan: Plan) -> Forward:
         return Measurement(steps, found.steps_per_second, {}, found.cpu_us_per_step)
 
     return forward
+
+
+def beside_other(plan: Plan, checkout: Path, log: Log) -> Report:
+    """Measures steps of this checkout beside those of another one.
+
+    Raises:
+        BenchError: a server does not start, refuses a step, or breaks off.
+    """
+    with ExitStack() as stack:
+        folder = stack.enter_context(bench_folder())
+        other, this = (
+            Target(name, stack.enter_context(_sqlite_server(folder, path)))
+            for name, path in (("other", checkout), ("this", ROOT))
+        )
+        found = run(plan, other, [this], log)
+    return comparison_report(found, f"{workload(plan, 'both')}; the other checkout is {checkout}")
+
+
+@contextmanager
+def _sqlite_server(folder: Path, checkout: Path | None = None) -> Iterator[ServerProcess]:
+    with (
+        fresh_store("sqlite", folder) as store,
+        running_stepstate(folder, store.url, checkout=checkout) as server,
+    ):
+        yield server
 
 
 def beside_memory(plan: Plan, choice: StoreChoice, log: Log) -> Report:

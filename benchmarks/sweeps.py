@@ -1,4 +1,4 @@
-"""What active sessions notice while a server ends, or saves, very many others."""
+"""The latency of active sessions while a server ends, or saves, very many others."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ from benchmarks.sessions import SessionOptions
 QUIET_SECONDS = 5.0
 """How long the active sessions are measured before a sweep."""
 POLL_SECONDS = 0.5
-"""Between two looks at the server's metrics, before a sweep as well."""
+"""Between two requests for the server's metrics, before a sweep as well."""
 _TRIAL = 1_000
 _MARGIN = 1.5
-"""How much slower opening may become than a trial of it was."""
+"""How much slower opening may become than in a trial."""
 _SEED = 5
 
 
@@ -96,7 +96,7 @@ class _Sweeps:
     openers: Clients
 
     def expiry(self) -> _Sweep:
-        """Sessions whose time is up at the same moment."""
+        """Sessions that expire at the same moment."""
         with self._active() as (server, names):
             moment = self._open_until(server)
             window = self._send(server, names, moment - QUIET_SECONDS)
@@ -105,7 +105,7 @@ class _Sweeps:
             return self._sweep("expiry", ended, window=window, moment=moment, end=end)
 
     def snapshots(self) -> _Sweep:
-        """Sessions that all have a row that is not saved."""
+        """Sessions that all have an unsaved row."""
         with self._active() as (server, names):
             idle = IdleSessions(self.plan.sessions, server.address, self.openers)
             idle.open(SessionOptions())
@@ -164,7 +164,7 @@ class _Sweeps:
     def _watch(
         self, server: ServerProcess, moment: float, window: Window, left: Callable[[], float]
     ) -> float:
-        """Waits for a moment, then until nothing is left to do; returns when that was seen."""
+        """Waits for a moment, then until nothing is left to do; returns the time of that."""
         while True:
             now = time.monotonic()
             something = _unsaved(server) if now < moment else left()
@@ -193,7 +193,7 @@ class _Sweeps:
 
 
 def _due_within(sample: Sample, start: float, finish: float) -> NDArray[np.float64]:
-    """The latencies of the messages that were due in a time."""
+    """The latencies of the messages that were due in a period."""
     found = sample.latencies[(sample.since >= start) & (sample.since < finish)]
     if not len(found):
         raise BenchError("no step was due in the sweep: give --rate more")

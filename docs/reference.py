@@ -34,8 +34,8 @@ ROOT = Path(__file__).parent.parent
 CONTRACT = "stepstate/v1/stepstate.proto"
 PACKAGE = ".stepstate.v1."
 CONFIGURATION = """\
-Every setting is an option of `stepstate serve` and an environment variable; the option wins. Below
-each is the reason for its default. `stepstate serve --help` prints the same list.
+Every setting is an option of `stepstate serve` and an environment variable; the option wins. The
+reason for each default is beside it. `stepstate serve --help` prints the same list.
 
 """
 METRICS = """\
@@ -46,6 +46,13 @@ Python and of its garbage collector. Labels are bounded: no series has the id of
 ALERTS = """\
 The rules for Prometheus in `deploy/alerts.yml`. They are for servers that are scraped as
 `job="stepstate"`.
+
+"""
+
+ERROR = """\
+::: stepstate.errors.{name}
+    options:
+        inherited_members: false
 
 """
 
@@ -110,7 +117,7 @@ def _errors() -> str:
     drawing, _, notes = after.partition("\n\n")
     return (
         f"# Errors\n\n{head}\n\n```text\n{inspect.cleandoc(drawing)}\n```\n\n{notes}\n\n"
-        + "".join(f"::: stepstate.errors.{cls.__name__}\n\n" for cls in _error_classes())
+        + "".join(ERROR.format(name=cls.__name__) for cls in _error_classes())
     )
 
 
@@ -219,11 +226,14 @@ def configuration() -> str:
     reasons = _reasons_of_defaults()
     parts = ["# Configuration\n\n", CONFIGURATION]
     for field in fields(config.ServerConfig):
-        option = "--" + field.name.replace("_", "-")
+        option, variable = field.name.replace("_", "-"), field.name.upper()
         kind = "path" if isinstance(field.default, Path) else type(field.default).__name__
-        facts = f"`STEPSTATE_{field.name.upper()}`, {kind}, default `{field.default!s:1}`"
         text, reason = _plain(field.metadata["help"]), _plain(reasons[field.name])
-        parts.append(f"## `{option}`\n\n{facts}\n\n{text}\n\n{reason}\n\n")
+        default = f"`{field.default}`" if field.default != "" else "empty"
+        parts += [
+            f"## `--{option}`\n\n`STEPSTATE_{variable}`, {kind}\n\n{text}\n\n",
+            f"Default: {default}. {reason}\n\n",
+        ]
     return "".join(parts)
 
 
@@ -260,7 +270,7 @@ def metrics() -> str:
 def commands() -> str:
     """What `--help` of each command prints."""
     parts = ["# Command line\n\nWhat `--help` of each command prints.\n\n"]
-    root = click.Context(stepstate_command, info_name="stepstate", terminal_width=90)
+    root = click.Context(stepstate_command, info_name="stepstate", terminal_width=80)
     for context in _contexts(root):
         depth = "#" * min(context.command_path.count(" ") + 2, 4)
         parts.append(f"{depth} {context.command_path}\n\n```text\n{context.get_help()}\n```\n\n")
@@ -274,7 +284,7 @@ def _contexts(context: click.Context) -> Iterator[click.Context]:
             command = context.command.get_command(context, name)
             if command is not None:
                 yield from _contexts(
-                    click.Context(command, parent=context, info_name=name, terminal_width=90)
+                    click.Context(command, parent=context, info_name=name, terminal_width=80)
                 )
 
 

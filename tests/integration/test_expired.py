@@ -22,7 +22,7 @@ from stepstate.errors import SessionExists, SessionExpired
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.integration.clients import AnyClient
 from tests.integration.wire import draw, refused, request, until
-from tests.processes import _LINE
+from tests.processes import SERVING
 from tests.redis_process import redis_process
 
 SOON = Duration(nanos=300_000_000)
@@ -133,7 +133,7 @@ class Machine:
             command, env=self._environment, stdout=subprocess.PIPE, text=True
         ) as process:
             try:
-                match = _LINE.search(process.stdout.readline())
+                match = SERVING.search(process.stdout.readline())
                 assert match
                 yield match["address"]
             finally:

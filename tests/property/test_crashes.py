@@ -307,8 +307,7 @@ class CrashesMachine(RuleBasedStateMachine):
     # What the model sees of the real side.
 
     def entry(self, name: str) -> StoredSession | None:
-        kept = self.store._sessions.get(name)
-        return None if kept is None else kept.entry
+        return self.store.stored(name)
 
     def resident(self, server: Server, name: str) -> ResidentSession | None:
         return server.rig.table.get(name)

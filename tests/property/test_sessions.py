@@ -7,6 +7,7 @@ float64 reference; errors are what the rules of DESIGN say they are.
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -397,7 +398,8 @@ class SessionsMachine(RuleBasedStateMachine):
     def see_deletions(self) -> None:
         """Expired sessions leave when their grace is over, or when too many are kept."""
         kept = [name for name, known in self.model.items() if isinstance(known, Expired)]
-        gone = [name for name in kept if name not in self.rig.store._expired]
+        there = self.run(self.rig.store.expired(math.inf, len(kept) + MAX_SESSIONS))
+        gone = [name for name in kept if name not in {one.record.session_id for one in there}]
         early = [name for name in gone if self.model[name].delete_at >= self.now]
         assert len(early) == max(0, self.held() + len(kept) - len(gone) + len(early) - MAX_SESSIONS)
         for name in gone:

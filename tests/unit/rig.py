@@ -20,7 +20,7 @@ from stepstate.sessions import (
     StepScheduler,
     Table,
 )
-from stepstate.stores import Durability, MemoryStore, MissingPolicy, SessionStore
+from stepstate.stores import Durability, MemoryStore, MissingPolicy, SessionStore, StoredSession
 from tests.networks import Network, make_network
 
 use_one_thread()  # as the server does
@@ -222,6 +222,21 @@ class Lasting(MemoryStore):
     """A store that outlives the rigs that share it, as a file would."""
 
     durable = True
+
+    def stored(self, session_id: str) -> StoredSession | None:
+        """What it has of a session; None where there is none, or it expired."""
+        kept = self._sessions.get(session_id)
+        return None if kept is None else kept.entry
+
+    def snapshot(self, session_id: str) -> bytes:
+        return self._sessions[session_id].snapshot
+
+    def overwrite(self, session_id: str, snapshot: bytes) -> None:
+        """Puts bytes in the place of a session's snapshot, as damage would."""
+        self._sessions[session_id].snapshot = snapshot
+
+    def lose_all(self) -> None:
+        self._sessions.clear()
 
 
 def outputs(step: Step) -> np.ndarray:

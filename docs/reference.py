@@ -256,14 +256,10 @@ def _reasons_of_defaults() -> dict[str, str]:
 
 def metrics() -> str:
     """The table of series."""
-    rows = [
-        (
-            f"`{one.name}`<br>{', '.join(f'`{label}`' for label in one.labels)}",
-            one.type,
-            _plain(one.help),
-        )
-        for one in sorted(SERIES, key=lambda one: one.name)
-    ]
+    rows = []
+    for series in SERIES:
+        labels = ", ".join(f"`{label}`" for label in series.labels)
+        rows.append((f"`{series.name}`<br>{labels}", series.type, _plain(series.help)))
     return f"# Metrics\n\n{METRICS}" + _table(("Series, and labels", "Type", "Meaning"), rows)
 
 

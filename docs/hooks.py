@@ -30,7 +30,7 @@ PAGES = {
     **{source: page for page, source in FROM_ROOT.items()},
     "protos/stepstate/v1/stepstate.proto": "contract.md",
     "service/stepstate/config.py": "configuration.md",
-    "service/stepstate/metrics.py": "metrics.md",
+    "service/stepstate/metrics/collector.py": "metrics.md",
     "service/stepstate/errors.py": "api/errors.md",
     "service/stepstate/client": "api/client.md",
     "service/stepstate/cli": "commands.md",

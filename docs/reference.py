@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import click
 import yaml
@@ -25,11 +24,10 @@ from google.protobuf.descriptor_pb2 import (
     MethodDescriptorProto,
 )
 from grpc_tools import protoc
-from prometheus_client import CollectorRegistry
 
 from stepstate import client, config, errors
 from stepstate.cli.main import main as stepstate_command
-from stepstate.metrics import Metrics
+from stepstate.metrics import SERIES
 from stepstate.transport.status import code_of
 
 ROOT = Path(__file__).parent.parent
@@ -257,23 +255,11 @@ def _reasons_of_defaults() -> dict[str, str]:
 
 
 def metrics() -> str:
-    """Every series of a server that has scraped nothing yet."""
-    empty = SimpleNamespace(
-        store_up=True,
-        store_failures={},
-        disk_usage=None,
-        undurable_rows=0,
-        expired=0,
-        orphaned_sessions=0,
-        unreadable_sessions=0,
-    )
-    collector = Metrics(CollectorRegistry(), limits={})
-    collector.store = empty
+    """The table of series."""
     rows = []
-    for family in sorted(collector.collect(), key=lambda family: family.name):
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames"))  # noqa: B009
-        rows.append((f"`{name}`<br>{labels}", family.type, _plain(family.documentation)))
+    for series in SERIES:
+        labels = ", ".join(f"`{label}`" for label in series.labels)
+        rows.append((f"`{series.name}`<br>{labels}", series.type, _plain(series.help)))
     return f"# Metrics\n\n{METRICS}" + _table(("Series, and labels", "Type", "Meaning"), rows)
 
 

@@ -30,10 +30,9 @@ from stepstate.engine import (
     use_one_thread,
 )
 from stepstate.errors import StoreUnavailable
-from stepstate.http import start_http
-from stepstate.metrics import Metrics
+from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
-from stepstate.sessions import Limits, SessionService, StepScheduler, Table
+from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store
 from stepstate.transport import ReplyBudget, RpcInterceptor, StepstateServicer, add_reflection
 from stepstate.uptime import BEAT_SECONDS, UptimeClock
@@ -111,21 +110,25 @@ class Server:
         self._slots = min(config.slots, config.max_sessions)
         self._max_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry()
-        self._metrics = Metrics(
-            self._registry,
-            limits={
-                "sessions": self._max_sessions,
-                "slots": self._slots,
-                "backlog_rows": config.backlog_rows,
-                "queue_requests": config.queue_requests,
-                "queue_rows": config.queue_rows,
-                "replay_bytes": config.replay_bytes,
-            },
+        self._metrics = Metrics()
+        self.sessions = self._wire_sessions(catalog)
+        self._registry.register(
+            MetricsCollector(
+                self._metrics,
+                self.sessions,
+                limits={
+                    "sessions": self._max_sessions,
+                    "slots": self._slots,
+                    "backlog_rows": config.backlog_rows,
+                    "queue_requests": config.queue_requests,
+                    "queue_rows": config.queue_rows,
+                    "replay_bytes": config.replay_bytes,
+                },
+                skipped_models=len(catalog.skipped),
+            )
         )
-        self._metrics.skipped_models = len(catalog.skipped)
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        self.sessions = self._wire_sessions(catalog)
         outgoing = ReplyBudget()
         self._native = StepstateServicer(
             self.sessions, outgoing=outgoing, refused=self._metrics.refused
@@ -163,7 +166,7 @@ class Server:
             asyncio.create_task(loop()) for loop in (self._sweep, self._tick, self._beat)
         ]
         if self._store.durable:
-            saving = self.sessions.saver.run(self._config.snapshot_interval)
+            saving = self.sessions.writer.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))
             self._tasks.append(asyncio.create_task(self.sessions.survey.run()))
         for service in ("", *services, STORE_SERVICE):
@@ -191,7 +194,7 @@ class Server:
             self._drained.cancel()  # it would go on, and save to a store that is closed
             await asyncio.wait([self._drained])
         await self._grpc.stop(grace_seconds)
-        await self.sessions.link.close()
+        await self.sessions.store.close()
         if self._http is not None:
             http, thread = self._http
             with suppress(OSError):  # wakes its thread, which looks up only twice a second
@@ -231,11 +234,21 @@ class Server:
 
     def _wire_sessions(self, catalog: Catalog) -> SessionService:
         config = self._config
-        table = Table(self._slots)
-        sessions = SessionService(
+        for model in catalog:
+            self._tell_loss(model)
+        return SessionService(
             catalog,
-            table,
             self._store,
+            SchedulerSettings(
+                capacity=self._slots,
+                batch_rows=config.batch_rows,
+                chunk_rows=config.chunk_rows,
+                replay_rows=config.replay_rows,
+                replay_bytes=config.replay_bytes,
+                backlog_rows=config.backlog_rows,
+                precision=self._precision,
+                accelerator=None if config.device == "cpu" else config.device,
+            ),
             limits=Limits(
                 queued_requests=config.queue_requests,
                 queued_rows=config.queue_rows,
@@ -251,32 +264,6 @@ class Server:
             unix_time=time.time,
             observer=self._metrics,
         )
-        self._metrics.store = sessions
-        for number, model in enumerate(catalog):
-            metrics = self._metrics.model(model.manifest.name, model.manifest.version)
-            scheduler = StepScheduler(
-                model,
-                table,
-                number=number,
-                clock=UPTIME,
-                observer=metrics,
-                settled=sessions.settled,
-                commit=sessions.saver.commit,
-                request_flush=sessions.saver.request_flush,
-                verify_lease=sessions.saver.verify_lease if self._store.durable else None,
-                backlog_rows=config.backlog_rows,
-                capacity=self._slots,
-                batch_rows=config.batch_rows,
-                chunk_rows=config.chunk_rows,
-                precision=self._precision,
-                accelerator=None if config.device == "cpu" else config.device,
-                replay_rows=config.replay_rows,
-                replay_bytes=config.replay_bytes,
-            )
-            sessions.schedulers[model.key] = scheduler
-            self._tell_loss(model)
-            metrics.scheduler = scheduler
-        return sessions
 
     def _tell_loss(self, model: Model) -> None:
         """Logs what weights with fewer bits do to a model, before anyone relies on its outputs."""
@@ -316,7 +303,7 @@ class Server:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
-                await self.sessions.link.check()
+                await self.sessions.store.check()
                 await self.sessions.sweep()
             except StoreUnavailable:
                 pass  # noted where it was asked; health tells it
@@ -341,7 +328,7 @@ class Server:
 
     async def _tell_store_health(self) -> None:
         """A service of its own, so that no load balancer turns away from all servers at once."""
-        up = self.sessions.link.up
+        up = self.sessions.store.up
         if up is not self._store_told and self.phase is ServerState.SERVING:
             status = health_pb2.HealthCheckResponse
             await self._health.set(STORE_SERVICE, status.SERVING if up else status.NOT_SERVING)

@@ -9,16 +9,15 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from stepstate.engine import use_one_thread
-from stepstate.metrics import Metrics
+from stepstate.metrics import Metrics, MetricsCollector
 from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions import (
     Limits,
     OpenOptions,
     ResidentSession,
+    SchedulerSettings,
     SessionService,
     Step,
-    StepScheduler,
-    Table,
 )
 from stepstate.stores import Durability, MemoryStore, MissingPolicy, SessionStore, StoredSession
 from tests.networks import Network, make_network
@@ -102,12 +101,19 @@ class Rig:
         self.store = store if store is not None else MemoryStore(self.clock)
         durable = self.store.durable
         self.registry = CollectorRegistry()
-        self.metrics = Metrics(self.registry, limits={})
-        self.table = Table(max_sessions)
+        self.metrics = Metrics()
         self.sessions = SessionService(
             Catalog(models),
-            self.table,
             self.store,
+            SchedulerSettings(
+                capacity=max_sessions,
+                batch_rows=batch_rows,
+                chunk_rows=chunk_rows,
+                replay_rows=replay_rows,
+                replay_bytes=replay_bytes,
+                backlog_rows=backlog_rows,
+                accelerator=accelerator or self.accelerator,
+            ),
             limits=Limits(
                 queued_requests=queued_requests,
                 queued_rows=queued_rows,
@@ -123,27 +129,9 @@ class Rig:
             unix_time=unix_time or self.clock,
             observer=self.metrics,
         )
-        for model in models:
-            metrics = self.metrics.model(model.manifest.name, model.manifest.version)
-            metrics.scheduler = self.sessions.schedulers[model.key] = StepScheduler(
-                model,
-                self.table,
-                number=len(self.sessions.schedulers),
-                clock=self.clock,
-                observer=metrics,
-                settled=self.sessions.settled,
-                commit=self.sessions.saver.commit,
-                request_flush=self.sessions.saver.request_flush,
-                verify_lease=self.sessions.saver.verify_lease if durable else None,
-                backlog_rows=backlog_rows,
-                capacity=max_sessions,
-                batch_rows=batch_rows,
-                chunk_rows=chunk_rows,
-                replay_rows=replay_rows,
-                replay_bytes=replay_bytes,
-                accelerator=accelerator or self.accelerator,
-            )
-        self.scheduler = next(iter(self.sessions.schedulers.values()))
+        self.table = self.sessions.table
+        self.registry.register(MetricsCollector(self.metrics, self.sessions, limits={}))
+        self.scheduler = self.sessions.schedulers[models[0].key]
 
     @property
     def results(self) -> dict[str, int]:

@@ -4,12 +4,9 @@ Transport uses `SessionService` and the values that it takes and returns, nothin
 """
 
 from stepstate.sessions.context import Limits, SchedulerSettings
-from stepstate.sessions.forecasting.forecaster import (
-    ForecastRequest,
-    OutputTrajectory,
-    Scenario,
-    SessionForecast,
-)
+from stepstate.sessions.forecasting.forecaster import OutputTrajectory, SessionForecast
+from stepstate.sessions.forecasting.limits import check_scenario_count, error_bytes
+from stepstate.sessions.forecasting.scenarios import ForecastRequest, Scenario
 from stepstate.sessions.options import ID_LENGTH, CopyOptions, OpenOptions, check_id, new_id
 from stepstate.sessions.queues import Hold, Waiter
 from stepstate.sessions.scheduler import StepScheduler
@@ -59,5 +56,7 @@ __all__ = [
     "Table",
     "Waiter",
     "check_id",
+    "check_scenario_count",
+    "error_bytes",
     "new_id",
 ]

@@ -317,12 +317,9 @@ class RequestQueues:
         self._table.deferred_array[handles] = True
         self._deferred.add(rows)
 
-    def undefer(self, handles: NDArray[np.int64]) -> None:
-        """Rows of sessions [N] no longer wait."""
+    def undefer(self, rows: DeferredRows, handles: NDArray[np.int64]) -> None:
+        """None of the packed rows waits any more; their sessions were these [N]."""
         self._table.deferred_array[handles] = False
-
-    def forget_deferred(self, rows: DeferredRows) -> None:
-        """None of some packed rows waits any longer."""
         self._deferred.discard(rows)
 
     def _flush(self, session: ResidentSession) -> None:

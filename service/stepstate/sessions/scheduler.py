@@ -457,7 +457,7 @@ class StepScheduler:
         table, handles = self._table, pack.handles
         table.busy_array[handles] = False
         pack.durable_t = table.durable_t_array[handles]
-        for row in np.flatnonzero(~table.valid(handles, pack.generations)).tolist():
+        for row in np.flatnonzero(~table.valid_refs(handles, pack.generations)).tolist():
             session = table.at(int(handles[row]))
             if session is not None and session.lost is not None:
                 pack.errors.append((row, session.lost))

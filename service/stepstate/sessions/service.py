@@ -16,17 +16,16 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from typing import TypeVar
-
-from numpy.typing import NDArray
 
 import numpy as np
+from numpy.typing import NDArray
 
-from stepstate.errors import Draining, InvalidField, SessionLost, StepstateError, StoreUnavailable
-from stepstate.models import Catalog, Manifest
+from stepstate.errors import InvalidField, SessionLost, StepstateError, StoreUnavailable
+from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions.context import Admission, Limits, SchedulerSettings, SessionContext
 from stepstate.sessions.counts import SessionCounts, StoreSurvey
-from stepstate.sessions.forecasting.forecaster import Forecaster, ForecastRequest, SessionForecast
+from stepstate.sessions.forecasting.forecaster import Forecaster, SessionForecast
+from stepstate.sessions.forecasting.scenarios import ForecastRequest
 from stepstate.sessions.lifecycle import SessionLifecycle
 from stepstate.sessions.loader import SessionLoader
 from stepstate.sessions.monitored_store import MonitoredStore
@@ -43,7 +42,6 @@ from stepstate.sessions.types import (
     ReplyTo,
     ResidentSession,
     RowBatch,
-    Scheduler,
     SessionObserver,
     SessionRef,
     SessionState,
@@ -62,8 +60,6 @@ log = logging.getLogger(__name__)
 _SAVED_AT_ONCE = 500
 _EXPIRED_AT_ONCE = 32  # about a millisecond of work in one turn of the loop
 _PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:-]{0,160}|~([0-9A-F]{2}){1,600}")
-
-T = TypeVar("T")
 
 
 class SessionService:
@@ -128,9 +124,7 @@ class SessionService:
         self.settled = self._admission.settled
         self.defer = self._queues.defer
         self.undefer = self._queues.undefer
-        self.forget_deferred = self._queues.forget_deferred
-        self.valid = self.table.valid
-        self.scheduler_of = self.table.scheduler_of
+        self.valid_refs = self.table.valid_refs
 
     def __len__(self) -> int:
         """Resident sessions."""
@@ -197,6 +191,19 @@ class SessionService:
         self._admission.accept(1, step.rows)
         step.session.scheduler.submit(step)
 
+    def submit_accepted(self, step: Step) -> None:
+        """Submits a step that was accepted by `accept`."""
+        step.session.scheduler.submit(step)
+
+    def submit_packed(
+        self, rows: RowBatch, model: Model, reply_to: PackedReplyTo
+    ) -> NDArray[np.bool_]:
+        """Submits the accepted rows [N] that can take the fast path; returns which these are.
+
+        The others are still the caller's.
+        """
+        return self.schedulers[model.key].submit_pack(rows, reply_to)
+
     def refuse(self, session_id: str, error: StepstateError, reply_to: ReplyTo) -> bool:
         """Queues a refusal behind the session's steps, so that replies keep their order.
 
@@ -215,6 +222,11 @@ class SessionService:
     def ref_of(self, session: ResidentSession) -> SessionRef | None:
         """A reference for a session's packed rows; None: they can't take the fast path for now."""
         return None if session.session_id in self._queues else self.table.ref_of(session)
+
+    def packed_model(self, rows: RowBatch) -> Model | None:
+        """The model of the first packed row whose reference is valid."""
+        session = self.table.first_valid(rows)
+        return None if session is None else session.model
 
     def t(self, session: ResidentSession) -> int:
         """Rows applied to a resident session."""

@@ -25,7 +25,6 @@ from stepstate.sessions.types import (
     TRANSITIONS,
     ResidentSession,
     RowBatch,
-    Scheduler,
     SessionRef,
     SessionState,
 )
@@ -215,19 +214,18 @@ class Table:
             return None
         return SessionRef(session.handle, int(self.generation_array[session.handle]))
 
-    def valid(
+    def valid_refs(
         self, handles: NDArray[np.int64], generations: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
         """Which references [N] are valid."""
         valid: NDArray[np.bool_] = self.generation_array[handles] == generations
         return valid
 
-    def scheduler_of(self, rows: RowBatch) -> Scheduler | None:
-        """The scheduler of the first row whose reference is valid."""
-        valid = self.valid(rows.handles, rows.generations)
+    def first_valid(self, rows: RowBatch) -> ResidentSession | None:
+        """The session of the first row whose reference is valid."""
+        valid = self.valid_refs(rows.handles, rows.generations)
         first = int(valid.argmax())
-        session = self._by_handle[int(rows.handles[first])] if valid[first] else None
-        return None if session is None else session.scheduler
+        return self._by_handle[int(rows.handles[first])] if valid[first] else None
 
     def fast_path_mask(
         self, rows: RowBatch, *, scheduler: int, now: float, backlog_rows: int
@@ -239,7 +237,7 @@ class Table:
         """
         handles = rows.handles
         at = self.t_array[handles]
-        mask = self.valid(handles, rows.generations)
+        mask = self.valid_refs(handles, rows.generations)
         mask &= self.scheduler_array[handles] == scheduler
         mask &= ~self.busy_array[handles]
         mask &= self.expires_at_array[handles] > now

@@ -129,10 +129,6 @@ class Scheduler(Protocol):
         """Starts an accepted step, or queues it."""
         ...
 
-    def submit_pack(self, rows: RowBatch, reply_to: PackedReplyTo) -> NDArray[np.bool_]:
-        """Submits accepted rows that can take the fast path; returns which [N] they are."""
-        ...
-
     def enqueue_barrier(self, session: ResidentSession, barrier: SessionBarrier[Any]) -> None:
         """Calls a barrier after the steps that a session has accepted."""
         ...
@@ -278,6 +274,7 @@ class ResidentSession:
     slot: int
     phase: int
     """Step of row 0 in the model's timeline; 0 for a session without a time."""
+    model: Model = field(init=False)
     handle: int = field(init=False, default=-1)
     """Its place in the table's arrays."""
     epoch: int = field(init=False, default=0)
@@ -309,6 +306,7 @@ class ResidentSession:
     """It may have been rolled back: a step must say its t."""
 
     def __post_init__(self) -> None:
+        self.model = self.scheduler.model
         self.sync = self.record.durability is Durability.SYNC
         self.bounded = self.record.durability is Durability.ASYNC
 
@@ -316,11 +314,6 @@ class ResidentSession:
     def session_id(self) -> str:
         """Its id."""
         return self.record.session_id
-
-    @property
-    def model(self) -> Model:
-        """Its model."""
-        return self.scheduler.model
 
     @property
     def open(self) -> bool:

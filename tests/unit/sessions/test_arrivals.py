@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 
 import pytest
+from stepstate.sessions.arrivals import Arrivals, Call
 
 from stepstate.errors import Internal, QueueFull, SessionUnknown, StepstateError
 from stepstate.sessions import arrivals
-from stepstate.sessions.arrivals import Arrivals, Call
 from tests.unit.rig import rounds
 
 

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from stepstate.sessions.packed import fast_path_mask
 
 from stepstate.sessions import RowBatch, Table
-from stepstate.sessions.packed import fast_path_mask
 from stepstate.stores import Durability
 from tests.unit.sessions.test_table import add
 

@@ -225,7 +225,11 @@ class SnapshotWriter:
 
     def _advance_durable(self, session: ResidentSession, t: int) -> None:
         durable = session.record.durability is not Durability.NONE
-        if durable and session.state is not SessionState.GONE and t > self._table.durable_t[session.handle]:
+        if (
+            durable
+            and session.state is not SessionState.GONE
+            and t > self._table.durable_t[session.handle]
+        ):
             self._table.durable_t[session.handle] = t
 
     async def _refused(
@@ -238,7 +242,9 @@ class SnapshotWriter:
         if isinstance(found, UnreadableSession):  # nobody can tell any more who holds it
             self._table.lose(session, SessionUnreadable(session.session_id, found.problem))
             return
-        self._table.lose(session, StaleOwner(session.session_id, found.t if found is not None else 0))
+        self._table.lose(
+            session, StaleOwner(session.session_id, found.t if found is not None else 0)
+        )
 
     async def _recreate(self, session: ResidentSession, save: SaveRequest) -> bool:
         """Creates a session again that the store has lost; False if somebody else has it."""

@@ -104,6 +104,7 @@ async def test_a_page_of_sessions_ends_early_where_it_would_be_too_large(
         assert {info.session_id async for info in client.sessions()} == names
 
 
+@pytest.mark.long
 async def test_models_are_listed_in_pages_that_fit(config: ServerConfig, tmp_path: Path):
     """19 models of 4,000 inputs, each described by 0.25 MB."""
     for version in range(1, 20):

@@ -31,7 +31,7 @@ _MODELS_LOGGED = 20
 class SessionCounts:
     """Open sessions by model, resident or not.
 
-    What happens here is counted at once; what other servers do is seen when the store is asked again.
+    What happens here is counted at once; what other servers do, when the store is asked again.
     """
 
     def __init__(self, context: SessionContext) -> None:
@@ -99,10 +99,10 @@ class SessionCounts:
 
 
 class StoreSurvey:
-    """Counts stored sessions that can't be used: their model is not loaded here, or they are damaged.
+    """Counts stored sessions that can't be used here: of models that are not loaded, or damaged.
 
-    Nobody asks for them any more, or nobody can, so the whole store is read, slowly: after the start,
-    since that is when models come and go, and now and then.
+    Nobody asks for them any more, or nobody can, so the whole store is read, slowly: after the
+    start, since that is when models come and go, and now and then.
     """
 
     def __init__(self, context: SessionContext, summaries: SessionSummaries) -> None:

@@ -54,6 +54,7 @@ class SessionLifecycle:
         self,
         context: SessionContext,
         limits: Limits,
+        *,
         loader: SessionLoader,
         queues: RequestQueues,
         sweeper: ExpirySweeper,

@@ -1,7 +1,7 @@
 """Makes sessions resident: when they are opened, and on their next step after that.
 
-Rule 1: a session is resident here, or it is in the store only. A start, a takeover and the return of
-        a spilled session are the same: `load`.
+Rule 1: a session is resident here, or it is in the store only. A start, a takeover and the return
+        of a spilled session are the same: `load`.
 Rule 2: a session leaves the arena when it has ended, when the store has all of it, or when its
         copy here is no longer valid.
 Rule 3: a slot is reserved before a lease is taken, so that no lease is taken in vain.

@@ -137,8 +137,8 @@ def _interval_level(wanted: float | None, manifest: Manifest) -> float | None:
     if manifest.tracking is None:
         raise InvalidField(
             "interval_level",
-            f"is {wanted:g}, but {manifest.name}/{manifest.version} tracks no horizon: its manifest "
-            "has no `tracking`",
+            f"is {wanted:g}, but {manifest.name}/{manifest.version} tracks no horizon: its "
+            "manifest has no `tracking`",
         )
     return wanted
 

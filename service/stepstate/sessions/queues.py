@@ -282,7 +282,7 @@ class RequestQueues:
     def enqueue(
         self, session_id: str, act: Callable[[ResidentSession], T]
     ) -> Call[SessionBarrier[T]]:
-        """Takes a place in a session's queue, and then one among its steps; `drop` it at the end."""
+        """Takes a place in a session's queue, then one among its steps; `drop` it at the end."""
         call = Call(lambda session: self.turn(session, lambda: act(session)))
         self.arrive(session_id, call)
         return call

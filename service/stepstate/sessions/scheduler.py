@@ -75,7 +75,6 @@ class StepScheduler:
         self.model = model
         self.timeline = build_timeline(model)
         self.number = number
-        self.lag_rows = manifest.lag_rows
         self.queued_rows = 0
         self.queued_requests = 0
         self._table = context.table
@@ -197,8 +196,8 @@ class StepScheduler:
         if not mask.all():
             rows = rows.some(np.flatnonzero(mask))
         at = table.t_array[rows.handles]
-        phase = table.phase_array[rows.handles] + at
-        pack = PackedStep(rows, table.slot_array[rows.handles], at, phase, self, reply_to)
+        slots, phase = table.slot_array[rows.handles], table.phase_array[rows.handles] + at
+        pack = PackedStep(rows, slots, at, phase, scheduler=self, reply_to=reply_to)
         table.busy_array[pack.handles] = True
         self.queued_rows += len(pack)
         self.queued_requests += len(pack)

@@ -110,7 +110,12 @@ class SessionService:
         self._loader = SessionLoader(context, self.schedulers, slots, self._sweeper, self.survey)
         self._queues = RequestQueues(context, self._loader)
         self._lifecycle = SessionLifecycle(
-            context, limits, self._loader, self._queues, self._sweeper, self.writer
+            context,
+            limits,
+            loader=self._loader,
+            queues=self._queues,
+            sweeper=self._sweeper,
+            writer=self.writer,
         )
         self._forecaster = Forecaster(self._queues, self.table)
         # Called for every request: without a frame of this class between.

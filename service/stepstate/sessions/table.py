@@ -103,9 +103,14 @@ class Table:
     # Places
 
     @property
+    def free(self) -> int:
+        """Places without a session."""
+        return len(self._free)
+
+    @property
     def has_place(self) -> bool:
         """Whether `promise` gives a place at once."""
-        return not self.promises and len(self._free) > self.promised
+        return not self.promises and self.free > self.promised
 
     def promise(self) -> asyncio.Future[None]:
         """Promises a place; resolved when there is one, in the order of the calls."""
@@ -120,7 +125,7 @@ class Table:
         self._grant()
 
     def _grant(self) -> None:
-        while self.promises and len(self._free) > self.promised:
+        while self.promises and self.free > self.promised:
             place = self.promises.popleft()
             if not place.done():
                 self.promised += 1
@@ -177,7 +182,7 @@ class Table:
             self.remove(session)
 
     def remove(self, session: ResidentSession) -> None:
-        """Takes a session without steps out, if it is in; its handle and its slot are free again."""
+        """Takes a session without steps out, if it is in; its handle and its slot are free."""
         if session.state is SessionState.GONE:
             return
         self._change(session, SessionState.GONE)

@@ -1,5 +1,6 @@
-"""A session, what waits in its queue, and who takes outcomes. Imports nothing of this layer but
-`replay`; no torch, no grpc, no clock.
+"""A session, its steps, and who takes their outcomes.
+
+Of this layer it imports `replay` only; no torch, no grpc, no clock.
 """
 
 from __future__ import annotations
@@ -75,8 +76,9 @@ class StepObserver(Observer, Protocol):
 
 
 class SessionObserver(Protocol):
-    """Counts sessions that come and go. The steps of each model have a `StepObserver` of their own:
-    the hot path does not look it up.
+    """Counts sessions that come and go.
+
+    The steps of each model have a `StepObserver` of their own: the hot path does not look it up.
     """
 
     def model(self, name: str, version: str) -> StepObserver:
@@ -123,7 +125,6 @@ class Scheduler(Protocol):
     engine: Engine[Step]
     window: ReplayWindow
     number: int
-    lag_rows: int
 
     def submit(self, step: Step) -> None:
         """Starts an accepted step, or queues it."""
@@ -211,6 +212,7 @@ class PackedStep(PackedWork):
         slots: NDArray[np.int64],
         at: NDArray[np.int64],
         phase: NDArray[np.int64],
+        *,
         scheduler: Scheduler,
         reply_to: PackedReplyTo,
     ) -> None:

@@ -114,7 +114,7 @@ class SnapshotWriter:
             self.request_flush()
 
     async def commit(self, steps: Sequence[Step]) -> None:
-        """Saves the sessions of steps that were just applied; those that were not saved are lost."""
+        """Saves the sessions of steps that were just applied; those that are not saved are lost."""
         try:
             await self.save([step.session for step in steps])
         except Exception as error:  # noqa: BLE001 - it is logged, and the steps are answered

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 from stepstate.client import convert
-from stepstate.client._protocol.backoff import Backoff
+from stepstate.client._protocol.retry import Backoff
 from stepstate.errors import ServerUnreachable, StepstateError
 
 TIMEOUT = 90.0

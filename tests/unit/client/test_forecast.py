@@ -14,11 +14,11 @@ import pytest
 from stepstate import errors
 from stepstate.cli.plot import plot_forecasts
 from stepstate.client import Client, Forecast, Output, OutputForecast
-from stepstate.client._protocol import backoff
+from stepstate.client._protocol import retry
 from stepstate.client._protocol import forecasts as asking
 from stepstate.client._protocol.forecasts import ForecastProtocol, listed
 from stepstate.client._protocol.steps import StepProtocol
-from stepstate.client.base_session import BaseSession
+from stepstate.client._protocol.session import BaseSession
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import put_floats
@@ -195,7 +195,7 @@ def test_what_is_not_installed_is_named_with_how_to_install_it(monkeypatch, name
 
 @pytest.fixture
 def ticking(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    monkeypatch.setattr(backoff, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=clock))
     return clock
 
 

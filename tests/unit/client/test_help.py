@@ -8,7 +8,7 @@ import re
 import pytest
 
 from stepstate.client import AsyncClient, AsyncPack, AsyncSession, Client, Pack, Session
-from stepstate.client.base_session import BaseSession
+from stepstate.client._protocol.session import BaseSession
 
 TWINS = [(AsyncClient, Client), (AsyncSession, Session), (AsyncPack, Pack)]
 CLASSES = [cls for twins in TWINS for cls in twins]

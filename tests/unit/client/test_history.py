@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stepstate.client.history import PIECE_BYTES, PIECE_ROWS, HistoryReader, nothing, nothings
+from stepstate.client._protocol.history import PIECE_BYTES, PIECE_ROWS, HistoryReader, nothing, nothings
 from stepstate.errors import InvalidField, NonFiniteInput, SessionClosed
 from tests.unit.client.test_step_protocol import footing
 from tests.unit.client.test_types import ONE, THREE, model

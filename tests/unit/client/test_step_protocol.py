@@ -12,10 +12,10 @@ import pytest
 
 from stepstate import errors
 from stepstate.client import SessionInfo
-from stepstate.client._protocol import backoff
+from stepstate.client._protocol import retry
 from stepstate.client._protocol.replay import AS_SENT, AT_ONCE_ROWS, RESUME_ROWS, SentRequest
 from stepstate.client._protocol.steps import MAX_BYTES, WINDOW, StepProtocol
-from stepstate.client.base_session import BaseSession
+from stepstate.client._protocol.session import BaseSession
 from tests.unit.client.test_types import ONE
 from tests.unit.rig import Clock
 
@@ -50,7 +50,7 @@ def row(value: float, count: int = 1) -> np.ndarray:
 
 @pytest.fixture
 def ticking(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    monkeypatch.setattr(backoff, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=clock))
     return clock
 
 

@@ -17,8 +17,8 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 
 from stepstate.client import convert
-from stepstate.client._protocol.backoff import Backoff
-from stepstate.client.base_session import BaseSession, fill
+from stepstate.client._protocol.retry import Backoff
+from stepstate.client._protocol.session import BaseSession, fill
 from stepstate.client.forecast import Forecast, Levels, Scenarios
 from stepstate.client.times import Times, read_rows, split_times
 from stepstate.client.types import Floats, ModelInfo, floats

@@ -18,9 +18,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepstate.client import convert
-from stepstate.client._protocol.backoff import Backoff
+from stepstate.client._protocol.retry import Backoff
 from stepstate.client._protocol.replay import SentRequest
-from stepstate.client.base_session import BaseSession
+from stepstate.client._protocol.session import BaseSession
 from stepstate.client.times import TimedRows, Times, read_rows
 from stepstate.client.types import Floats, ModelInfo
 from stepstate.errors import InvalidField, StepAhead, StepstateError

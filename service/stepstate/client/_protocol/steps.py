@@ -14,9 +14,9 @@ from collections import deque
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stepstate.client._protocol.backoff import Backoff
+from stepstate.client._protocol.retry import Backoff
 from stepstate.client._protocol.replay import AT_ONCE_ROWS, SentRequest
-from stepstate.client.base_session import BaseSession
+from stepstate.client._protocol.session import BaseSession
 from stepstate.client.times import TimedRows
 from stepstate.client.types import Floats
 from stepstate.errors import (

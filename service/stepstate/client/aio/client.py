@@ -29,8 +29,8 @@ from stepstate.client._protocol.steps import WINDOW
 from stepstate.client.aio.pack import AsyncPack
 from stepstate.client.aio.session import AsyncSession
 from stepstate.client.forecast import Forecast, Levels, Scenarios
-from stepstate.client.history import History, Progress, start_of_async
-from stepstate.client.pipeline import MAX_ITEMS, Items, Pipeline
+from stepstate.client._protocol.history import History, Progress, start_of_async
+from stepstate.client.aio.pipeline import MAX_ITEMS, Items, Pipeline
 from stepstate.client.times import TimedRows
 from stepstate.client.types import Durability, MissingPolicy, ModelInfo, Result, SessionInfo
 from stepstate.errors import Cancelled, SessionExists, StepstateError, Unavailable

@@ -14,9 +14,9 @@ from numpy.typing import ArrayLike
 
 from stepstate.client import convert
 from stepstate.client._protocol.steps import WINDOW, StepProtocol
-from stepstate.client.base_session import BaseSession, PlacedRows
+from stepstate.client._protocol.session import BaseSession, PlacedRows
 from stepstate.client.forecast import Forecast, Levels, Scenarios
-from stepstate.client.history import (
+from stepstate.client._protocol.history import (
     IN_FLIGHT,
     PIECE_ROWS,
     History,
@@ -26,7 +26,7 @@ from stepstate.client.history import (
     nothings,
 )
 from stepstate.client.outputs import Outputs
-from stepstate.client.pipeline import Pipeline
+from stepstate.client.aio.pipeline import Pipeline
 from stepstate.client.times import TimedRows, each_row
 from stepstate.client.types import Durability, Floats, Inspection, ModelInfo, SessionInfo
 from stepstate.errors import NonFiniteInput, SessionClosed, StepstateError

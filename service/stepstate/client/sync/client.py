@@ -26,7 +26,7 @@ from stepstate.client._connection import (
 from stepstate.client._protocol.forecasts import ForecastProtocol, Told, listed
 from stepstate.client._protocol.replay import RESUME_ROWS
 from stepstate.client.forecast import Forecast, Levels, Scenarios
-from stepstate.client.history import History, Progress, start_of
+from stepstate.client._protocol.history import History, Progress, start_of
 from stepstate.client.sync.pack import Pack
 from stepstate.client.sync.session import Session
 from stepstate.client.sync.stream import SyncStream

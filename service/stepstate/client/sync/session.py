@@ -12,9 +12,9 @@ from numpy.typing import ArrayLike
 
 from stepstate.client import convert
 from stepstate.client._protocol.steps import StepProtocol
-from stepstate.client.base_session import BaseSession, PlacedRows
+from stepstate.client._protocol.session import BaseSession, PlacedRows
 from stepstate.client.forecast import Forecast, Levels, Scenarios
-from stepstate.client.history import (
+from stepstate.client._protocol.history import (
     IN_FLIGHT,
     PIECE_ROWS,
     History,

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 
 from stepstate.client import convert
 from stepstate.client._protocol.steps import StepProtocol
-from stepstate.client.base_session import BaseSession
+from stepstate.client._protocol.session import BaseSession
 from stepstate.client.times import TimedRows
 from stepstate.client.types import Floats
 from stepstate.errors import ServerUnreachable, StepstateError

@@ -18,10 +18,10 @@ import grpc
 from numpy.typing import ArrayLike
 
 from stepstate.client import convert
-from stepstate.client._protocol.backoff import Backoff
+from stepstate.client._protocol.retry import Backoff
 from stepstate.client._protocol.replay import SentRequest
 from stepstate.client._protocol.steps import WINDOW, StepProtocol
-from stepstate.client.base_session import BaseSession
+from stepstate.client._protocol.session import BaseSession
 from stepstate.client.times import TimedRows
 from stepstate.client.types import Result
 from stepstate.errors import InvalidField, ServerUnreachable, StepstateError, Unavailable

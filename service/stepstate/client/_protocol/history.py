@@ -14,7 +14,7 @@ from typing import TypeGuard, TypeVar, cast
 import numpy as np
 from numpy.typing import ArrayLike
 
-from stepstate.client.base_session import BaseSession
+from stepstate.client._protocol.session import BaseSession
 from stepstate.client.times import TimedRows, first_time
 from stepstate.client.types import Floats, ModelInfo
 from stepstate.errors import InvalidField, NonFiniteInput, StepstateError

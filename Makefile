@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo serve test lint types protos protos-check docs build train bench benchmarks clean
+.PHONY: help setup demo serve test test-all lint types protos protos-check docs build train bench benchmarks clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -23,7 +23,10 @@ demo: setup ## Replay four weeks of demand through a server and score its live f
 serve: setup ## Serve the shipped models on 127.0.0.1:50051
 	$(BIN)/stepstate serve --models models
 
-test: setup ## Run all tests
+test: setup ## Run the tests that a change is made with (4 minutes)
+	$(BIN)/pytest -m 'not long' --hypothesis-profile quick
+
+test-all: setup ## Run all tests: storms, outages, benchmarks and perf_analyzer too
 	$(BIN)/pytest
 
 lint: setup ## Check style, formatting and the layers of imports

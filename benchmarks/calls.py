@@ -26,7 +26,7 @@ Dues: TypeAlias = "Iterator[tuple[float, RequestTemplate]]"
 
 
 class Record:
-    """Messages that count, and how long each took.
+    """The messages that count, and their latencies.
 
     Args:
         window: when they count.
@@ -50,7 +50,7 @@ class Record:
             self._latencies.append(now - since)
 
     def unanswered(self, since: Iterable[float], now: float) -> None:
-        """Nobody waits any longer for the replies to messages that were due at `since`."""
+        """Messages that were due at `since` are given up: no reply came in time."""
         for moment in since:
             if self._start <= moment < self._finish:
                 self._unanswered += 1
@@ -58,13 +58,13 @@ class Record:
                 self._latencies.append(now - moment)
 
     def sample(self) -> Sample:
-        """All of it."""
+        """What was recorded."""
         since, latencies = np.array(self._since), np.array(self._latencies)
         return Sample(since, latencies, self._replies, self._unanswered)
 
 
 class StreamClient:
-    """Parts that share a stream.
+    """Steps sessions, or groups of them, that share one stream.
 
     Args:
         kind: of the server.
@@ -118,7 +118,7 @@ class StreamClient:
         self._check()
 
     async def paced(self, timer: Timer, dues: Dues, record: Record) -> None:
-        """Sends messages when they are due, and reads replies meanwhile, until all are there."""
+        """Sends messages when they are due, and reads the replies at the same time."""
         self._dues = dues
         writing = asyncio.create_task(self._write(timer))
         try:
@@ -136,7 +136,7 @@ class StreamClient:
         self._check()
 
     def give_up(self) -> Iterator[float]:
-        """Ends the stream; when each message was due that was not answered, or not even sent."""
+        """Ends the stream; yields the due times of messages without a reply, sent or not."""
         self._call.cancel()
         for template in self.templates:
             yield from template.since
@@ -163,7 +163,7 @@ class StreamClient:
             raise BenchError(ENDED) from error
 
     def _take(self, reply: object) -> tuple[RequestTemplate, float, float]:
-        """Whose a reply is, since when it was waited for, and the time."""
+        """The template that a reply belongs to, when its message was sent or due, and now."""
         now = time.monotonic()
         if not isinstance(reply, bytes):
             raise BenchError(ENDED)
@@ -178,7 +178,7 @@ class StreamClient:
 
 
 class UnaryClient:
-    """One call after the other: a session's steps keep their order.
+    """Steps one session by one call after the other, so that its steps keep their order.
 
     A step that is due before the call for the one before it was answered waits for that,
     and the waiting counts.
@@ -221,7 +221,7 @@ class UnaryClient:
             self._template.check(self._kind, reply)
 
     def give_up(self) -> Iterator[float]:
-        """When each step was due that was not answered, or not even sent."""
+        """The due times of steps without a reply, sent or not."""
         yield from self._waiting_since
         for due, _ in self._dues:
             yield due

@@ -24,7 +24,7 @@ from benchmarks.load import (
 from benchmarks.sender import run_client
 
 ANSWER_SECONDS = 120.0
-"""A client that says nothing for so long waits for a server that hangs."""
+"""A client without an answer for this long waits for a server that hangs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class _Client:
     pipe: Connection[Question, Answer]
 
     def receive(self) -> Answer:
-        """What the process says next; raises if it fails, is gone, or is silent."""
+        """The next answer of the process; raises if it failed, died, or is silent."""
         if not self.pipe.poll(ANSWER_SECONDS):
             raise BenchError(f"a client got no reply for {ANSWER_SECONDS:g} s: the server hangs")
         try:
@@ -46,7 +46,7 @@ class _Client:
 
 
 class Clients:
-    """Processes that do things together: `prepare`, then for loads `send` and `collect`."""
+    """Processes that work at the same time: `prepare`, then for loads `send` and `collect`."""
 
     def __init__(self, clients: Sequence[_Client]) -> None:
         self._clients = clients
@@ -70,7 +70,7 @@ class Clients:
             client.receive()
 
     def send(self, window: Window) -> None:
-        """Lets them send until the window has passed."""
+        """Starts sending, until the end of the window."""
         for client in self._busy:
             client.pipe.send(window)
 
@@ -110,7 +110,7 @@ def _running_client() -> Iterator[_Client]:
 
 @contextmanager
 def _ignored(number: signal.Signals) -> Iterator[None]:
-    """Ignores a signal meanwhile; a process started here ignores it for good.
+    """Ignores a signal inside the block; a process started there ignores it for good.
 
     Ctrl-C reaches every process of a terminal: the parent alone acts on it.
     """

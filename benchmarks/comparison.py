@@ -1,4 +1,4 @@
-"""Matchups as a table and as JSON: those that compare rates with a baseline's."""
+"""The report of a comparison with a baseline, as a table and as JSON."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SHOWN = ("50", "90", "99", "99.9")
 
 
 def comparison_report(comparisons: Sequence[Comparison], what: str) -> Report:
-    """What was measured by `runner.run`, a line for each contender.
+    """The report of what `runner.run` measured, with a line for each contender.
 
     Args:
         comparisons: at least one.
@@ -52,7 +52,7 @@ def comparison_report(comparisons: Sequence[Comparison], what: str) -> Report:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A line of the table: the rounds of one of those that are compared."""
+    """A line of the table: the rounds of the baseline, of a contender or of the forward."""
 
     case: Case
     name: str
@@ -105,7 +105,7 @@ def _latency(percentile: str, line: _Line) -> str:
     found = line.median.latency_ms.get(percentile)
     if found is None:
         return "–"
-    # Of steps that were not answered it is known how long they waited at the least.
+    # Steps without a reply are counted with the time that they waited: a lower bound.
     return f"≥ {found:.3f}" if line.median.unanswered else f"{found:.3f}"
 
 
@@ -147,7 +147,7 @@ def _notes(comparisons: Sequence[Comparison]) -> list[str]:
         f"window of {baseline} just before it.",
     ]
     if _has_store_cpu(comparisons):
-        notes.append("The store's CPU is told where a process of its own was started for it.")
+        notes.append("The store's CPU is shown where the benchmark started a process for it.")
     if comparisons[0].forward:
         notes.append("The bare forward is gather, cell and scatter of so many rows in one thread.")
     late = sum(

@@ -28,12 +28,12 @@ Change = Callable[[Errors, float], Errors]
 ROWS, SEEDS = 20_000, 20
 CHANGED_AT, CHANGED_ROWS = 5_000, 8_000
 WARM_UP = 2_000
-"""Rows of a correlated noise that are thrown away, so that it begins as it goes on."""
+"""The first rows of a correlated noise, which are dropped: they are not yet typical."""
 MIN_UNIT = 1e-6
 
 
 def autoregressive(coefficient: float, rng: Rng, rows: int) -> Errors:
-    """Each error is this share of the one before, and chance."""
+    """Each error is the one before times the coefficient, plus noise."""
     chance = rng.normal(size=WARM_UP + rows) * np.sqrt(1 - coefficient**2)
     error, found = 0.0, np.empty(len(chance))
     for row, more in enumerate(chance.tolist()):
@@ -64,13 +64,13 @@ def overlapping(horizon: int, rng: Rng, rows: int) -> Errors:
 
 
 def regimes(rng: Rng, rows: int) -> Errors:
-    """Twice as large errors at times, some 200 rows long."""
+    """Errors that are at times twice as large, for some 200 rows."""
     rough = np.cumsum(rng.random(rows) < 1 / 200) % 2
     return rng.normal(size=rows) * (1 + rough)
 
 
 def flat_then_noise(rng: Rng, rows: int) -> Errors:
-    """A tenth of the rows stands still, and is forecast without an error."""
+    """The first tenth of the rows is constant, and forecast without an error."""
     return np.where(np.arange(rows) < rows // 10, 0.0, rng.normal(size=rows))
 
 
@@ -130,7 +130,7 @@ CHANGES: Mapping[str, Change] = {
 
 
 class Detector(Protocol):
-    """Tells of each row of errors whether it raises an alarm."""
+    """Finds the rows of errors at which an alarm is raised."""
 
     def __call__(self, errors: Errors) -> NDArray[np.int64]:
         """The rows [A] of the alarms."""
@@ -138,7 +138,10 @@ class Detector(Protocol):
 
 
 def server_test(spec: DriftSpec) -> Detector:
-    """A test of the server's, on float32 as in a session's state; a row before is naive."""
+    """A drift test of the server, on float32 as in a session's state.
+
+    The naive forecast is the row before.
+    """
 
     def alarms(errors: Errors) -> NDArray[np.int64]:
         test = drift_test(spec, MIN_UNIT)
@@ -152,7 +155,7 @@ def server_test(spec: DriftSpec) -> Detector:
 
 
 def river_adwin(errors: Errors) -> NDArray[np.int64]:
-    """ADWIN (Bifet and Gavalda 2007) with river's defaults; its windows are no few numbers."""
+    """ADWIN (Bifet and Gavalda 2007) with river's defaults; it keeps windows of rows."""
     from river.drift import ADWIN  # noqa: PLC0415 - of the development tools
 
     test = ADWIN()
@@ -190,7 +193,7 @@ def false_alarms(detector: Detector, noise: str, *, rows: int, seeds: range) -> 
 
 
 def delays(detector: Detector, noise: str, change: str, *, seeds: range) -> Found:
-    """How soon a change is found; one that nobody has found after 8,000 rows is not."""
+    """How soon a change is found, within 8,000 rows."""
     first = []
     for rng in _generators(seeds):
         errors = NOISES[noise](rng, CHANGED_AT + CHANGED_ROWS)

@@ -21,11 +21,11 @@ from stepstate.engine import BareForward, DeviceUnavailable, check_accelerator, 
 from stepstate.models import Model, load_model
 
 _SPREAD = 16
-"""Slots are taken from so many times the rows: a server's sessions are not all in the cache."""
+"""Slots for each row of a batch: not all sessions of a server are in the CPU's cache."""
 _SEED = 1
 _SIZES = (1, 4, 16, 64, 256)
 _SIZES_THERE = (*_SIZES, 1_024, 4_096, 16_384, 65_536)
-"""On an accelerator, which is for such crowds."""
+"""On an accelerator, which needs large batches."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ def bare_forward(
 
 
 def _run(forward: BareForward, slots: np.ndarray, x: np.ndarray, seconds: float) -> list[float]:
-    """How long each forward took that fits into so many seconds; each has the next slots [G, B]."""
+    """The seconds of each forward within the time; each one takes the next slots of [G, B]."""
     took: list[float] = []
     now = time.perf_counter()
     end = now + seconds

@@ -15,7 +15,7 @@ from benchmarks.models import INPUTS
 from benchmarks.sessions import SessionOptions
 
 CHUNK = 10_000
-"""Sessions of one question to a client process: it answers within seconds."""
+"""Sessions in one request to a client process, which answers within seconds."""
 PACKED_ROWS = 256
 
 
@@ -35,7 +35,7 @@ class IdleSessions:
         self._clients = clients
 
     def first(self, count: int) -> IdleSessions:
-        """So many of them, or all."""
+        """The first of them."""
         some = IdleSessions(0, self._address, self._clients)
         some.names = self.names[:count]
         return some
@@ -77,7 +77,7 @@ class IdleSessions:
         return time.monotonic() - began
 
     def _shares(self) -> Iterator[list[Sequence[str]]]:
-        """What each process is asked for at once."""
+        """The names for each process, in chunks."""
         count = len(self._clients)
         for first in range(0, len(self.names), CHUNK * count):
             some = self.names[first : first + CHUNK * count]

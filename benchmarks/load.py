@@ -1,4 +1,4 @@
-"""What a client process is asked, and what it answers: plain values that go through a pipe."""
+"""The messages between the benchmark and its client processes: plain values for a pipe."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from benchmarks.sessions import SessionOptions
 
 
 class Kind(enum.Enum):
-    """What is asked of a server."""
+    """What is requested from a server."""
 
     ECHO = "echo"
     STEP = "step"
 
 
 class CallPath(enum.Enum):
-    """By which kind of call steps are sent."""
+    """How steps are sent."""
 
     STREAM = "stream"
     UNARY = "unary"
@@ -29,12 +29,12 @@ class CallPath(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class ArrivalSchedule:
-    """Messages are sent at fixed times, whether or not earlier ones were answered."""
+    """Messages are sent at fixed times, with or without replies to earlier ones."""
 
     interval: float
     """Seconds between two messages of the process."""
     phase: float
-    """Seconds after the begin at which its first one is due."""
+    """Seconds from the begin until the first one is due."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +58,16 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """From when to when replies count, by `time.monotonic`, the same clock in all processes."""
+    """When replies count, by `time.monotonic`, which is the same clock in all processes."""
 
     begin: float
-    """When sending begins: what comes before the start warms up."""
+    """When sending begins; the time until the start is the warm-up."""
     start: float
     finish: float
 
     @property
     def seconds(self) -> float:
-        """How long it is."""
+        """Its length."""
         return self.finish - self.start
 
 
@@ -108,7 +108,7 @@ class Sample:
     replies: int
     """Those that came within the window."""
     unanswered: int
-    """How many of the messages had none, after all patience."""
+    """Messages without a reply after the grace period."""
 
 
 @dataclass(frozen=True, slots=True)

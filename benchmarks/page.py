@@ -130,7 +130,7 @@ def _draw_paths(single: Axes, packed: Axes) -> None:
 
 
 def _name(axis: Axis) -> None:
-    """Names of an axis in plain numbers; a logarithmic one has 1, 2 and 5."""
+    """Labels an axis with plain numbers; a logarithmic one at 1, 2 and 5."""
     axis.set_major_formatter(StrMethodFormatter("{x:,.10g}"))
     if axis.get_scale() == "log":
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -138,14 +138,14 @@ def _name(axis: Axis) -> None:
 
 
 def _space(axes: Axes, across: Sequence[int]) -> None:
-    """A logarithmic axis that names the values that were measured."""
+    """Makes a logarithmic axis, labelled at the measured values."""
     axes.set_xscale("log")
     axes.set_xticks(across, [f"{value:,}" for value in across])
     axes.minorticks_off()
 
 
 def _window(case: Results, who: str) -> Results:
-    """The median round of one of those that were compared."""
+    """The median round of the echo, the steps or the forward."""
     if who == "forward":
         return sorted(case["forward"], key=lambda one: one["steps_per_second"])[
             (len(case["forward"]) - 1) // 2
@@ -199,7 +199,7 @@ def _draw_scale(rate: Axes, turnover: Axes) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Measures, perhaps, and renders."""
+    """Measures if asked to, and renders."""
     if arguments[:1] == ["measure"]:
         measure(arguments[1:] or [name for name in RUNS if name not in BY_HAND])
     elif list(arguments) != ["render"]:

@@ -150,7 +150,7 @@ BATCH_ROWS = 256
 
 
 def forward_rows(case: Case) -> int:
-    """How many rows a forward has at the most under a load."""
+    """The most rows of a forward under a load."""
     return case.rows if case.path is CallPath.PACKED else min(case.sessions, BATCH_ROWS)
 
 
@@ -175,7 +175,7 @@ def measure(
 
 
 def window_from_now(warm_up: float, seconds: float) -> Window:
-    """Begins when every process has had the time to hear of it."""
+    """A window that begins when every process has received it."""
     begin = time.monotonic() + 0.05
     return Window(begin, begin + warm_up, begin + warm_up + seconds)
 

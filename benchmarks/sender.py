@@ -1,4 +1,4 @@
-"""One client process: sends a load to a server, and says how long replies took."""
+"""A client process: sends a load to a server, and measures the latency of replies."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ from benchmarks.timer import Timer
 from stepstate.v1 import stepstate_pb2 as pb
 
 MAX_STREAMS = 1_000
-"""Of a process: beyond so many sessions several share a stream, as a large gateway's would."""
+"""Of a process: with more sessions, several share a stream, as in a large gateway."""
 GRACE_SECONDS = 10.0
-"""How long after the window replies are waited for that were due within it."""
+"""How long after the window the replies to messages within it are awaited."""
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["StepstateService"].full_name
 _METHODS = {
@@ -73,7 +73,7 @@ def run_client(parent: Connection[Answer, Question]) -> None:
         return
     except grpc.aio.AioRpcError as error:
         parent.send(Failed(f"a call failed: {error.details()}"))
-    except Exception as error:  # noqa: BLE001 - the parent tells it
+    except Exception as error:  # noqa: BLE001 - the parent reports it
         parent.send(Failed(f"{type(error).__name__}: {error}"))
 
 

@@ -15,15 +15,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO
 
 from benchmarks import BenchError
 from benchmarks.models import NAME, write_bench_model
 
+ROOT = Path(__file__).parents[1]
+"""This checkout."""
 DURABLE = ("sqlite", "redis")
 STORES = ("memory", *DURABLE)
 DURABILITIES = ("none", "async", "sync")
@@ -34,7 +37,7 @@ STOP_SECONDS = 40.0
 """Longer than the server's own limit for a drain."""
 
 LOG_CHARACTERS = 4_000
-"""How much of a server's log an error shows: the end of it."""
+"""How much of the end of a server's log an error shows."""
 
 REDIS_OPTIONS = ("--appendonly", "yes", "--appendfsync", "everysec", "--save", "")
 """As README.md advises: kill -9 of Redis loses nothing, a loss of power the last second."""
@@ -60,7 +63,7 @@ _Process = subprocess.Popen[str]
 
 @contextmanager
 def bench_folder(*, forecasting: bool = False) -> Iterator[Path]:
-    """A folder for a model and files of servers; it goes with the block."""
+    """A temporary folder with a model, for the files of servers too."""
     with tempfile.TemporaryDirectory(prefix="stepstate-bench-") as name:
         write_bench_model(_models(Path(name)), forecasting=forecasting)
         yield Path(name)
@@ -73,24 +76,29 @@ def bench_model(folder: Path) -> Path:
 
 @contextmanager
 def running_echo(*options: str) -> Iterator[ServerProcess]:
-    """A bare echo that serves inside the block; `options` are those of `bench.echo`."""
+    """A bare echo that serves inside the block; `options` are those of `benchmarks.echo`."""
     with _running(_python("benchmarks.echo", *options), _announced) as launched:
         yield launched
 
 
 @contextmanager
-def running_stepstate(folder: Path, store: str, *options: str) -> Iterator[ServerProcess]:
+def running_stepstate(
+    folder: Path, store: str, *options: str, checkout: Path | None = None
+) -> Iterator[ServerProcess]:
     """A `stepstate serve` of a benchmark's model, with default settings otherwise.
 
     Args:
         folder: a `bench_folder`.
         store: its URL.
         options: more of the command's.
+        checkout: whose package it runs; None: the installed one.
     """
     where = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
     what = ["--models", str(_models(folder)), "--store", store, "--log-level", "WARNING"]
-    with _running(_python("stepstate.cli", "serve", *where, *what, *options), _announced) as it:
-        yield it
+    command = _python("stepstate.cli", "serve", *where, *what, *options)
+    path = {} if checkout is None else {"PYTHONPATH": str(checkout.resolve() / "service")}
+    with _running(command, _announced, path) as launched:
+        yield launched
 
 
 @contextmanager
@@ -117,11 +125,13 @@ def _python(module: str, *arguments: str) -> list[str]:
 
 @contextmanager
 def _running(
-    command: Sequence[str], ready: Callable[[_Process], ServerProcess]
+    command: Sequence[str],
+    ready: Callable[[_Process], ServerProcess],
+    variables: Mapping[str, str] = MappingProxyType({}),
 ) -> Iterator[ServerProcess]:
-    """Runs a command until the block ends; an error in the block is told with its log."""
+    """Runs a command until the block ends; an error in the block is reported with its log."""
     with tempfile.TemporaryFile("w+") as log:
-        process = _start(command, log)
+        process = _start(command, log, variables)
         try:
             yield ready(process)
         except Exception as error:
@@ -130,23 +140,24 @@ def _running(
             _stop(process)
 
 
-def _start(command: Sequence[str], log: IO[str]) -> _Process:
+def _start(command: Sequence[str], log: IO[str], variables: Mapping[str, str]) -> _Process:
+    # The server has its defaults, whatever is set here, so that two runs can be compared.
+    kept = {name: value for name, value in os.environ.items() if name[:10] != "STEPSTATE_"}
     return subprocess.Popen(
         command,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,
-        cwd=Path(__file__).parents[1],  # where `-m benchmarks.echo` is found
-        # The server has its defaults, whatever is set here, so that two runs compare.
-        env={name: value for name, value in os.environ.items() if name[:10] != "STEPSTATE_"},
+        cwd=ROOT,  # where `-m benchmarks.echo` is found
+        env={**kept, **variables},
         # Ctrl-C is for the benchmark, which then stops its servers.
         process_group=0,
     )
 
 
 def _announced(process: _Process) -> ServerProcess:
-    """By the line that the process prints when it listens."""
+    """Reads the line that the process prints when it listens."""
     assert process.stdout is not None
     if not select.select([process.stdout], [], [], START_SECONDS)[0]:
         raise BenchError(f"it did not start within {START_SECONDS:g} s")
@@ -208,7 +219,7 @@ class Store:
     """Where its files are, if they are here."""
 
     def file_bytes(self) -> int:
-        """Bytes of its files, that of the log of writes too."""
+        """Bytes of its files, write-ahead log included."""
         files = self.folder.rglob("*") if self.folder is not None else ()
         return sum(path.stat().st_size for path in files if path.is_file())
 
@@ -227,12 +238,6 @@ def fresh_store(kind: str, folder: Path) -> Iterator[Store]:
         yield Store(kind, f"sqlite:{own}/sessions.db", told, folder=own)
     else:
         yield Store(kind, "memory:", "memory")
-
-
-def without_password(url: str) -> str:
-    """A URL as it may be shown."""
-    scheme, separator, rest = url.partition("://")
-    return scheme + separator + rest.rpartition("@")[2]
 
 
 def _file_system(path: Path) -> str:

@@ -29,11 +29,11 @@ from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 AT_ONCE = 64
 """Calls on their way."""
 LEFT_BEHIND = timedelta(hours=1)
-"""When sessions expire that a broken off benchmark left in somebody's Redis."""
+"""Sessions that an interrupted benchmark leaves in a user's Redis expire after this."""
 STEPPED_AT_ONCE = 256
 """Steps on their way: as many as one forward takes."""
 SAME = 2e-5
-"""Twice what the company in a micro-batch may change in an output."""
+"""Twice the largest change in an output that other rows of a micro-batch may cause."""
 
 _SEED = 3
 _Stream: TypeAlias = "grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]"
@@ -46,7 +46,7 @@ class SessionOptions:
     durability: str = "unspecified"
     """By the contract's name in small letters."""
     expires_at: float | None = None
-    """When they are all to expire, by `time.monotonic`; None: when nobody is left to mind."""
+    """When they all expire, by `time.monotonic`; None: long after the benchmark."""
 
     def idle_timeout(self) -> timedelta:
         """For a session that is opened now."""

@@ -1,4 +1,4 @@
-"""What active sessions notice while a server ends, or saves, very many others."""
+"""The latency of active sessions while a server ends, or saves, very many others."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,37 +17,44 @@ from benchmarks.clients import Clients, running_clients
 from benchmarks.idle import IdleSessions
 from benchmarks.load import ArrivalSchedule, CallPath, Kind, Load, Sample, Window
 from benchmarks.models import DESCRIPTION, INPUTS
+from benchmarks.options import MAX_IDLE, option
 from benchmarks.procstat import check_proc, series
 from benchmarks.report import Report
 from benchmarks.runner import Target, opened_sessions, percentiles
-from benchmarks.servers import DURABLE, ServerProcess, bench_folder, fresh_store, running_stepstate
+from benchmarks.servers import (
+    DURABLE,
+    STORES,
+    ServerProcess,
+    bench_folder,
+    fresh_store,
+    running_stepstate,
+)
 from benchmarks.sessions import SessionOptions
 
 QUIET_SECONDS = 5.0
 """How long the active sessions are measured before a sweep."""
 POLL_SECONDS = 0.5
-"""Between two looks at the server's metrics, before a sweep as well."""
+"""Between two requests for the server's metrics, before a sweep as well."""
 _TRIAL = 1_000
 _MARGIN = 1.5
-"""How much slower opening may become than a trial of it was."""
+"""How much slower opening may become than in a trial."""
 _SEED = 5
 
 
 @dataclass(frozen=True, slots=True)
 class SweepsPlan:
-    """What to run."""
+    """The latency of active sessions while very many others expire, or are saved."""
 
-    sessions: int
-    """That are ended, or saved."""
-    store: str
-    active: int
-    """Sessions that are stepped meanwhile."""
-    rate: float
-    """Steps a second of all of them."""
-    seconds: float
-    """How long a sweep is watched at the most."""
-    processes: int
-    """That open the sessions."""
+    sessions: int = option(
+        100_000, click.IntRange(1, MAX_IDLE), "Sessions that expire, or are saved."
+    )
+    store: str = option("sqlite", click.Choice(STORES), "Where they are kept; memory saves none.")
+    active: int = option(64, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
+    rate: float = option(500.0, click.FloatRange(1.0, 1e6), "Steps a second of all of them.")
+    seconds: float = option(
+        30.0, click.FloatRange(1.0, 3600.0), "How long each sweep is watched at the most."
+    )
+    processes: int = option(2, click.IntRange(1, 64), "Clients that open the sessions.")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +104,7 @@ class _Sweeps:
     openers: Clients
 
     def expiry(self) -> _Sweep:
-        """Sessions whose time is up at the same moment."""
+        """Sessions that expire at the same moment."""
         with self._active() as (server, names):
             moment = self._open_until(server)
             window = self._send(server, names, moment - QUIET_SECONDS)
@@ -105,7 +113,7 @@ class _Sweeps:
             return self._sweep("expiry", ended, window=window, moment=moment, end=end)
 
     def snapshots(self) -> _Sweep:
-        """Sessions that all have a row that is not saved."""
+        """Sessions that all have an unsaved row."""
         with self._active() as (server, names):
             idle = IdleSessions(self.plan.sessions, server.address, self.openers)
             idle.open(SessionOptions())
@@ -164,7 +172,7 @@ class _Sweeps:
     def _watch(
         self, server: ServerProcess, moment: float, window: Window, left: Callable[[], float]
     ) -> float:
-        """Waits for a moment, then until nothing is left to do; returns when that was seen."""
+        """Waits for a moment, then until nothing is left to do; returns the time of that."""
         while True:
             now = time.monotonic()
             something = _unsaved(server) if now < moment else left()
@@ -193,7 +201,7 @@ class _Sweeps:
 
 
 def _due_within(sample: Sample, start: float, finish: float) -> NDArray[np.float64]:
-    """The latencies of the messages that were due in a time."""
+    """The latencies of the messages that were due in a period."""
     found = sample.latencies[(sample.since >= start) & (sample.since < finish)]
     if not len(found):
         raise BenchError("no step was due in the sweep: give --rate more")

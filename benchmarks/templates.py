@@ -1,4 +1,4 @@
-"""What is sent again and again: a session's step, or a packed message of several sessions.
+"""Templates of requests: a step of a session, or a packed message of several sessions.
 
 Requests are prepared bytes, then `t`, since protobuf takes fields in any order: the client
 is not what is measured. Steps carry `t`, as a real client's do. The first and the last reply
@@ -29,7 +29,7 @@ _PACKED_T_TAG = bytes([pb.StreamPackedRequest.T_FIELD_NUMBER << 3 | 2])
 
 
 class RequestTemplate(Protocol):
-    """Sends its messages one after the other."""
+    """Makes the messages of a session, or of a group of them, one after the other."""
 
     since: deque[float]
     """For each unanswered message, when it was sent or due."""
@@ -37,7 +37,7 @@ class RequestTemplate(Protocol):
 
     @property
     def key(self) -> Key:
-        """What its replies are known by."""
+        """What identifies its replies."""
         ...
 
     def request(self) -> bytes:
@@ -66,7 +66,7 @@ class StepTemplate:
         return self._prefix + _T_TAG + varint(self._t - 1)
 
     def check(self, kind: Kind, reply: bytes) -> None:
-        """Raises unless the session stands where it should, or the echo sent the same."""
+        """Raises unless the session is at the right t, or the echo sent the same."""
         if kind is Kind.ECHO:
             if reply != self._prefix + _T_TAG + varint(self._t - 1):
                 raise BenchError("the echo sent something else back")
@@ -81,7 +81,7 @@ class StepTemplate:
 
 
 def session_key(reply: bytes) -> Key:
-    """The session's id, by its place: it is field 1, which protobuf writes first.
+    """The session's id, at its place in the bytes: it is field 1, which protobuf writes first.
 
     An id has less than 128 characters here, so its length is one byte.
     """
@@ -116,7 +116,7 @@ class PackedTemplate:
         self._sent = b""
 
     def request(self) -> bytes:
-        """The group's next message; the first one says whom the handles mean."""
+        """The group's next message; the first one binds the handles."""
         self._sent = self._prefix + np.full(self.rows, self._t, "<u8").tobytes()
         if self._t == 0:
             self._sent += self._bindings
@@ -124,7 +124,7 @@ class PackedTemplate:
         return self._sent
 
     def check(self, kind: Kind, reply: bytes) -> None:
-        """Raises unless every session stands where it should, or the echo sent the same."""
+        """Raises unless every session is at the right t, or the echo sent the same."""
         if kind is Kind.ECHO:
             if reply != self._sent:
                 raise BenchError("the echo sent something else back")
@@ -137,7 +137,7 @@ class PackedTemplate:
 
 
 def packed_key(kind: Kind, reply: bytes) -> Key:
-    """The message's id; raises for what was refused."""
+    """The message's id; raises if the message or a row was refused."""
     if kind is Kind.ECHO:
         return pb.StreamPackedRequest.FromString(reply).id
     response = pb.StreamPackedResponse.FromString(reply)

@@ -1,4 +1,4 @@
-"""Waiting for a moment, to some microseconds.
+"""Waiting for a moment, accurate to some microseconds.
 
 uvloop's own timers count whole milliseconds, as long as a step takes. Linux's timerfd
 wakes the loop at the moment itself.

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import click
 import yaml
@@ -25,19 +24,18 @@ from google.protobuf.descriptor_pb2 import (
     MethodDescriptorProto,
 )
 from grpc_tools import protoc
-from prometheus_client import CollectorRegistry
 
 from stepstate import client, config, errors
 from stepstate.cli.main import main as stepstate_command
-from stepstate.metrics import Metrics
+from stepstate.metrics import SERIES
 from stepstate.transport.status import code_of
 
 ROOT = Path(__file__).parent.parent
 CONTRACT = "stepstate/v1/stepstate.proto"
 PACKAGE = ".stepstate.v1."
 CONFIGURATION = """\
-Every setting is an option of `stepstate serve` and an environment variable; the option wins. Below
-each is the reason for its default. `stepstate serve --help` prints the same list.
+Every setting is an option of `stepstate serve` and an environment variable; the option wins. The
+reason for each default is beside it. `stepstate serve --help` prints the same list.
 
 """
 METRICS = """\
@@ -48,6 +46,13 @@ Python and of its garbage collector. Labels are bounded: no series has the id of
 ALERTS = """\
 The rules for Prometheus in `deploy/alerts.yml`. They are for servers that are scraped as
 `job="stepstate"`.
+
+"""
+
+ERROR = """\
+::: stepstate.errors.{name}
+    options:
+        inherited_members: false
 
 """
 
@@ -112,7 +117,7 @@ def _errors() -> str:
     drawing, _, notes = after.partition("\n\n")
     return (
         f"# Errors\n\n{head}\n\n```text\n{inspect.cleandoc(drawing)}\n```\n\n{notes}\n\n"
-        + "".join(f"::: stepstate.errors.{cls.__name__}\n\n" for cls in _error_classes())
+        + "".join(ERROR.format(name=cls.__name__) for cls in _error_classes())
     )
 
 
@@ -221,11 +226,14 @@ def configuration() -> str:
     reasons = _reasons_of_defaults()
     parts = ["# Configuration\n\n", CONFIGURATION]
     for field in fields(config.ServerConfig):
-        option = "--" + field.name.replace("_", "-")
+        option, variable = field.name.replace("_", "-"), field.name.upper()
         kind = "path" if isinstance(field.default, Path) else type(field.default).__name__
-        facts = f"`STEPSTATE_{field.name.upper()}`, {kind}, default `{field.default!s:1}`"
         text, reason = _plain(field.metadata["help"]), _plain(reasons[field.name])
-        parts.append(f"## `{option}`\n\n{facts}\n\n{text}\n\n{reason}\n\n")
+        default = f"`{field.default}`" if field.default != "" else "empty"
+        parts += [
+            f"## `--{option}`\n\n`STEPSTATE_{variable}`, {kind}\n\n{text}\n\n",
+            f"Default: {default}. {reason}\n\n",
+        ]
     return "".join(parts)
 
 
@@ -247,30 +255,18 @@ def _reasons_of_defaults() -> dict[str, str]:
 
 
 def metrics() -> str:
-    """Every series of a server that has scraped nothing yet."""
-    empty = SimpleNamespace(
-        store_up=True,
-        store_failures={},
-        disk_usage=None,
-        undurable_rows=0,
-        expired=0,
-        orphaned_sessions=0,
-        unreadable_sessions=0,
-    )
-    collector = Metrics(CollectorRegistry(), limits={})
-    collector.store = empty
+    """The table of series."""
     rows = []
-    for family in sorted(collector.collect(), key=lambda family: family.name):
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames"))  # noqa: B009
-        rows.append((f"`{name}`<br>{labels}", family.type, _plain(family.documentation)))
+    for series in SERIES:
+        labels = ", ".join(f"`{label}`" for label in series.labels)
+        rows.append((f"`{series.name}`<br>{labels}", series.type, _plain(series.help)))
     return f"# Metrics\n\n{METRICS}" + _table(("Series, and labels", "Type", "Meaning"), rows)
 
 
 def commands() -> str:
     """What `--help` of each command prints."""
     parts = ["# Command line\n\nWhat `--help` of each command prints.\n\n"]
-    root = click.Context(stepstate_command, info_name="stepstate", terminal_width=90)
+    root = click.Context(stepstate_command, info_name="stepstate", terminal_width=80)
     for context in _contexts(root):
         depth = "#" * min(context.command_path.count(" ") + 2, 4)
         parts.append(f"{depth} {context.command_path}\n\n```text\n{context.get_help()}\n```\n\n")
@@ -284,7 +280,7 @@ def _contexts(context: click.Context) -> Iterator[click.Context]:
             command = context.command.get_command(context, name)
             if command is not None:
                 yield from _contexts(
-                    click.Context(command, parent=context, info_name=name, terminal_width=90)
+                    click.Context(command, parent=context, info_name=name, terminal_width=80)
                 )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
+import sqlite3
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
 from stepstate.server import Server, running_server
+from tests.hypothesis_profiles import register_profiles
 from tests.networks import Network, make_network
 from tests.processes import ServerProcess, server_process
 
@@ -22,6 +24,8 @@ ELECTRICITY = Path(__file__).parent.parent / "models"
 # every program that they start.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+register_profiles()
 
 
 @pytest.fixture(scope="session")
@@ -81,6 +85,20 @@ def start_process(model_root: Path) -> Callable[..., AbstractContextManager[Serv
         return server_process("--models", str(models), *options)
 
     return start
+
+
+@pytest.fixture
+def connections(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
+    """Every connection that SQLite makes from now on, the newest last."""
+    made: list[sqlite3.Connection] = []
+    connect = sqlite3.connect
+
+    def noted(*arguments: object, **options: object) -> sqlite3.Connection:
+        made.append(connect(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(sqlite3, "connect", noted)
+    return made
 
 
 @pytest.fixture

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from tests.forked import Forked
 
-_LINE = re.compile(r"serving (?P<models>.*) on (?P<address>\S+), metrics on (?P<metrics>\S+)")
+SERVING = re.compile(r"serving (?P<models>.*) on (?P<address>\S+), metrics on (?P<metrics>\S+)")
+"""The line that `stepstate serve` prints when it does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +42,7 @@ def _running(options: list[str]) -> Iterator[ServerProcess]:
     process = Forked(options)
     try:
         line = process.stdout.readline()
-        match = _LINE.search(line)
+        match = SERVING.search(line)
         assert match, f"the server did not start: {line!r}"
         yield ServerProcess(process, match["address"], match["metrics"])
     finally:

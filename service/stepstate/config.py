@@ -40,83 +40,82 @@ class ServerConfig:
     Every default has its reason beside it.
     """
 
+    # Where a checkout has the shipped models.
     models: Path = _setting(Path("models"), "The folder that holds <name>/<version>/.")
-    # A model that is missing is noticed at once, not when its first session is opened.
+    # A missing model is noticed at the start, not when its first session is opened.
     skip_invalid_models: bool = _setting(
         default=False,
-        text="Start with the good models beside bad ones; the log and "
-        'stepstate_models{state="skipped"} tell of those.',
+        text="Start even if some models are invalid. They are skipped, logged, and counted in "
+        'stepstate_models{state="skipped"}.',
     )
-    # Loopback: without credentials nobody else should reach it.
-    listen: str = _setting("127.0.0.1:50051", "host:port for gRPC; port 0 takes a free one.")
-    # The port that OpenTelemetry's exporter made usual.
-    metrics_listen: str = _setting("127.0.0.1:9464", "host:port for Prometheus.")
-    # A file beside where it runs: sessions survive a restart without any set-up.
+    # Loopback: the server does not authenticate clients, so no other machine should reach it.
+    listen: str = _setting("127.0.0.1:50051", "host:port for gRPC. Port 0 means any free port.")
+    # The usual port of OpenTelemetry's Prometheus exporter.
+    metrics_listen: str = _setting("127.0.0.1:9464", "host:port for Prometheus and /healthz.")
+    # A file in the working directory: sessions survive a restart without any setup.
     store: str = _setting(
         "sqlite:stepstate.db",
         "Where sessions are kept: sqlite:PATH, redis://HOST:PORT/DB, redis+cluster://HOST:PORT, "
-        "redis+sentinel://HOST:PORT/SERVICE, or memory: (lost with the process).",
+        "redis+sentinel://HOST:PORT/SERVICE, or memory: (they end with the process).",
     )
-    # kill -9 loses nothing without it; it costs a disk write for each group of steps.
+    # Without it, kill -9 loses nothing. It costs a disk write for each group of steps.
     store_fsync: bool = _setting(
         default=False,
-        text="Make sqlite wait for the disk, so that sync steps survive a loss of power too.",
+        text="Make sqlite wait for the disk, so that sync steps also survive a loss of power.",
     )
-    # Where a host runs one server, the host's name says which it is.
-    server_name: str = _setting("", "Holds leases under this name; empty: host and port.")
-    # Replies at once; clients of the library lose nothing.
-    durability: str = _setting(
-        "async", "For sessions that ask for none in particular: none, async or sync."
+    # On a host with one server, host and port identify it.
+    server_name: str = _setting(
+        "", "Name under which the server holds leases. Empty: host and port."
     )
-    # What a client has to send again after a crash is about this much.
-    snapshot_interval: float = _setting(1.0, "Seconds between two rounds of snapshots (async).")
-    # The longest request: a client of the library keeps twice as many rows.
+    # Replies without delay; the client library loses nothing.
+    durability: str = _setting("async", "Default durability of sessions: none, async or sync.")
+    # A client has to send about this much again after a crash.
+    snapshot_interval: float = _setting(1.0, "Seconds between two snapshots of an async session.")
+    # The longest request; the client library keeps twice as many rows.
     backlog_rows: int = _setting(
-        100_000, "Rows of an async session that may wait for their snapshot."
+        100_000, "Most rows of an async session that may wait for their snapshot."
     )
-    # With states of 2 KiB and replay windows of at most 64 KiB they stay below 1 GB.
-    slots: int = _setting(10_000, "Sessions in memory at the most; others wait in the store.")
-    # Some 4 GB on disk.
-    max_sessions: int = _setting(
-        1_000_000, "Open and expired sessions at the most, in memory or not."
-    )
-    # A day: a meter that reports hourly survives a night's outage.
+    # With states of 2 KiB and replay windows of up to 64 KiB, less than 1 GB.
+    slots: int = _setting(10_000, "Most sessions in memory; others wait in the store.")
+    # About 4 GB on disk.
+    max_sessions: int = _setting(1_000_000, "Most open and expired sessions, in memory or not.")
+    # One day: the session of an hourly meter survives if readings stop for a night.
     idle_timeout: float = _setting(
         86_400.0,
-        "Seconds without a step, while a server is up, after which a session expires; "
-        "5 step intervals of the model if they are longer.",
+        "Seconds without a step after which a session expires; only time in which a server is up "
+        "counts. At least 5 step intervals of the model.",
     )
-    # A month: what was forgotten for longer is not coming back.
+    # One month: a session that was idle for longer is not expected to continue.
     max_idle_timeout: float = _setting(
         31 * 86_400.0,
-        "The longest that a client may ask for; 5 step intervals of the model if they are longer.",
+        "Longest idle timeout that a client may ask for. At least 5 step intervals of the model.",
     )
-    # A week: somebody who was on holiday, or a feed that was down, can still be helped.
+    # One week: long enough to notice after a holiday, or after an outage of a data feed.
     expired_grace: float = _setting(
         7 * 86_400.0, "Seconds for which an expired session is kept and can be restored."
     )
     # A GPU pays where thousands of sessions step at once.
-    device: str = _setting("cpu", "Where states are and steps run: cpu, cuda or cuda:N.")
-    # Exact; the others are coarser, and faster on some processors only.
+    device: str = _setting("cpu", "Device that holds states and runs steps: cpu, cuda or cuda:N.")
+    # Exact. The others are less precise, and faster only on some processors.
     weights: str = _setting(
         "float32",
-        "What models' weights are kept as in steps: float32, bfloat16 or int8. "
-        "The log says at start how far that moves each model's outputs.",
+        "Type of the models' weights in steps: float32, bfloat16 or int8. "
+        "At start, the log says how much that changes the outputs of each model.",
     )
-    # A larger forward takes over a millisecond and gains little.
-    batch_rows: int = _setting(256, "Most single rows in one forward.")
-    # About a millisecond: what a long request may delay the steps of others.
-    chunk_rows: int = _setting(96, "Most rows of long requests between two forwards.")
+    # A larger forward pass takes more than a millisecond and gains little.
+    batch_rows: int = _setting(256, "Most single rows in one forward pass.")
+    # About a millisecond: the delay that a long request may cause for the steps of others.
+    chunk_rows: int = _setting(96, "Most rows of long requests between two forward passes.")
     # More than a client has in flight for one session.
-    replay_rows: int = _setting(32, "Single rows whose replies a session remembers.")
-    # Some hundred of the longest replies.
-    replay_bytes: int = _setting(256 * 2**20, "Bound for remembered replies with many rows.")
+    replay_rows: int = _setting(32, "Single rows of a session whose replies are remembered.")
+    # About a hundred of the longest replies.
+    replay_bytes: int = _setting(256 * 2**20, "Most bytes of remembered replies with many rows.")
     # Several seconds of work for one core.
-    queue_requests: int = _setting(65_536, "Accepted and unanswered requests at the most.")
+    queue_requests: int = _setting(65_536, "Most accepted and unanswered requests.")
     # Ten of the longest requests.
-    queue_rows: int = _setting(1_000_000, "Accepted and unanswered rows at the most.")
-    # What an orchestrator usually grants between SIGTERM and SIGKILL.
-    drain_seconds: float = _setting(30.0, "For finishing accepted steps after SIGTERM.")
+    queue_rows: int = _setting(1_000_000, "Most accepted and unanswered rows.")
+    # The usual time that an orchestrator allows between SIGTERM and SIGKILL.
+    drain_seconds: float = _setting(30.0, "Seconds to finish accepted steps after SIGTERM.")
 
     def __post_init__(self) -> None:
         _check_address("listen", self.listen)

@@ -18,7 +18,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from benchmarks.cli import main
+from tests.markdown import ROOT
 from tests.redis_process import redis_process
+
+pytestmark = pytest.mark.long  # measures real servers
 
 COMMAND = [sys.executable, "-m", "benchmarks"]
 SHORT = ["--seconds", "0.5", "--rounds", "1"]
@@ -126,6 +129,18 @@ def test_measures_echo_steps_and_the_bare_forward_for_each_load(tmp_path: Path):
         assert forward["steps_per_second"] > 0
     for head in ("p99.9 ms", "rate ÷ echo's", "rate ÷ forward's"):
         assert f"| {head} |" in " ".join(found.stdout.split())
+
+
+def test_measures_another_checkout_beside_this_one(tmp_path: Path):
+    out = tmp_path / "out"
+    found = run("--json", str(out), "--sessions", "2", "--other", str(ROOT), *SHORT)
+    (result,) = figures(out, found)
+    assert result["baseline"]["name"] == "other"
+    (matchup,) = result["matchups"]
+    assert matchup["name"] == "this"
+    assert_matchup(matchup)
+    assert result["forward"] == []
+    assert f"--other {ROOT}" in found.stdout
 
 
 def test_at_a_fixed_rate_as_many_steps_are_sent_as_are_due(tmp_path: Path):

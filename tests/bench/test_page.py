@@ -32,6 +32,7 @@ def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     return page
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("line", SHORT)
 def test_what_is_short_runs_and_prints(line: str, tmp_path: Path):
     assert line in LINES
@@ -40,6 +41,7 @@ def test_what_is_short_runs_and_prints(line: str, tmp_path: Path):
     assert done.stdout.strip()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("line", [one for one in LINES if one not in (*RUN_BY_HAND, *SHORT)])
 def test_what_takes_minutes_has_options_that_are_taken(line: str, tmp_path: Path):
     python, dash_m, package, *options = shlex.split(line)

@@ -29,7 +29,7 @@ class Relay:
         self.connections = 0
         self.withheld = asyncio.Event()
         """Set when bytes came that are held."""
-        self._target = target.rpartition(":")
+        self.redirect(target)
         self._tasks: set[asyncio.Task[None]] = set()
         self._writers: set[asyncio.StreamWriter] = set()
         self._pass_replies = asyncio.Event()
@@ -37,6 +37,10 @@ class Relay:
         self._pass_replies.set()
         self._pass_requests.set()
         self._cut_in: int | None = None
+
+    def redirect(self, target: str) -> None:
+        """Leads the connections that are made from now on to another address."""
+        self._target = target.rpartition(":")
 
     def cut(self) -> None:
         """Breaks every connection at once, in both directions, as a reset."""

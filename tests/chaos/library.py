@@ -24,14 +24,14 @@ class Follower:
         self.session = session
         self.ledger = ledger
         self._think_seconds = think_seconds
-        self._sent = 0
+        self.sent = 0
         self.stopped = False
 
     def row(self) -> np.ndarray:
         """The next row."""
-        self.ledger.wanted_at[self._sent] = time.monotonic()
-        row = self.ledger.rows(self._sent, 1)[0]
-        self._sent += 1
+        self.ledger.wanted_at[self.sent] = time.monotonic()
+        row = self.ledger.rows(self.sent, 1)[0]
+        self.sent += 1
         return row
 
     def given(self, y: np.ndarray) -> None:
@@ -49,8 +49,8 @@ class Follower:
 class Library:
     """Sessions that are stepped by calls, by streams, by one stream for many and by a pack.
 
-    When they stop, each is stepped once more: so a server that was set back last is sent all that
-    it lacks, and stands where the checker expects it.
+    When they stop, each is stepped once more, so that a server that was rolled back last is sent
+    all that it lacks, and is at the t that the checker expects.
 
     Args:
         client: the client.
@@ -97,7 +97,7 @@ class Library:
         async with asyncio.timeout(2 * HANG):
             await asyncio.gather(*self._tasks)
         for follower in self.followers:
-            assert follower.session.t == follower.ledger.t == follower._sent
+            assert follower.session.t == follower.ledger.t == follower.sent
 
     async def end(self) -> None:
         """Gives everything up."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -15,8 +14,8 @@ from pathlib import Path
 
 from tests.forked import Forked
 from tests.integration.wire import HANG
+from tests.processes import SERVING
 
-_LINE = re.compile(r"serving .* on (?P<address>\S+), metrics on http://(?P<metrics>[^/]+)/")
 _BELOW_EPHEMERAL = (20_000, 32_000)
 """No outgoing connection takes these ports while their program is down."""
 
@@ -103,11 +102,11 @@ class RestartableServer(Program):
         """Starts it, and waits until it serves."""
         self.run()
         line = await asyncio.to_thread(self.process.stdout.readline)
-        match = _LINE.search(line)
+        match = SERVING.search(line)
         if match is None:
             await self.end()
         assert match, f"the server did not start: {self.log.read_text()}"
-        self.metrics_address = match["metrics"]
+        self.metrics_address = match["metrics"].split("/")[2]
 
     async def drained(self) -> None:
         """Ends it, as an orchestrator does."""

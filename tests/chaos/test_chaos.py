@@ -73,7 +73,20 @@ def resident(process: ServerProcess) -> int:
     return psutil.Process(process.process.pid).memory_info().rss
 
 
-@pytest.mark.parametrize("storm", faults.STORMS, ids=lambda storm: storm.__name__)
+LONG_STORMS = (
+    faults.cancelled_calls,
+    faults.broken_connections,
+    faults.abandoned_streams,
+    faults.sessions_opened_and_closed,
+)
+
+
+def marked(storm: Storm) -> object:
+    marks = [pytest.mark.long] if storm in LONG_STORMS else []
+    return pytest.param(storm, marks=marks, id=storm.__name__)
+
+
+@pytest.mark.parametrize("storm", [marked(storm) for storm in faults.STORMS])
 async def test_a_storm_passes(process: ServerProcess, network: Network, storm: Storm):
     async with steady_sessions(process.address, network):
         for _ in range(2):

@@ -36,6 +36,7 @@ SHORT = {
     "store hurt, how stopped Redis, redis, all": 1,
 }
 """Faults of each."""
+SHORTEST = ("server killed, sqlite, sync", "servers fought, redis, sync")
 
 
 def name(run: Run) -> str:
@@ -47,7 +48,12 @@ def ground(run: Run, tmp_path: Path, model_root: Path, networks: dict[str, Netwo
     return Ground(tmp_path, model_root, networks["lstm"], SESSIONS, SHORT[name(run)])
 
 
-@pytest.mark.parametrize("run", [run for run in all_runs() if name(run) in SHORT], ids=name)
+def marked(run: Run) -> object:
+    """Two of them are short enough for every change."""
+    return pytest.param(run, marks=() if name(run) in SHORTEST else pytest.mark.long, id=name(run))
+
+
+@pytest.mark.parametrize("run", [marked(run) for run in all_runs() if name(run) in SHORT])
 async def test_no_row_is_lost_and_none_applied_twice(
     ground: Ground, run: Run, program: Callable[[str], str]
 ):
@@ -59,6 +65,7 @@ async def test_no_row_is_lost_and_none_applied_twice(
     assert outcome.tally.sessions == SESSIONS
 
 
+@pytest.mark.long
 async def test_a_server_that_comes_back_to_a_read_only_database_does_not_start_until_it_may_write(
     tmp_path: Path, model_root: Path, networks: dict[str, Network]
 ):

@@ -11,7 +11,12 @@ from stepstate.stores import SessionStore
 from tests.redis_process import RedisProcess, redis_cluster, redis_process
 from tests.stores import FileHome, Home, RedisHome
 
-KINDS = ("memory", "sqlite", "redis", "cluster")
+KINDS = (
+    "memory",
+    "sqlite",
+    "redis",
+    pytest.param("cluster", marks=pytest.mark.long),  # as Redis, at six times the time
+)
 
 
 @pytest.fixture(scope="session")

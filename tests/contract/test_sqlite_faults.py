@@ -251,10 +251,11 @@ async def test_the_reserve_is_as_large_as_the_wal_whatever_is_written(home):
     other.close()
 
 
-async def test_a_file_that_was_made_read_only_says_so_and_goes_on_when_it_is_not(home):
+async def test_a_file_that_was_made_read_only_says_so_and_goes_on_when_it_is_not(home, connections):
     store = await home.open()
+    connection = connections[-1]
     epoch = await create(home, store, "a")
-    store._worker.file.connection().execute("PRAGMA query_only = ON")
+    connection.execute("PRAGMA query_only = ON")
     with pytest.raises(StoreUnavailable, match="readonly"):
         await store.save([saving(home, "a", epoch)])
     assert await store.save([saving(home, "a", epoch)]) == [SaveResult.DONE]

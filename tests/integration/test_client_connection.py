@@ -69,7 +69,10 @@ OLD_TIMEOUT = 10.0
 """Seconds: the default that did not survive a restart."""
 
 
-@pytest.mark.parametrize(("end", "away"), [(killed, OLD_TIMEOUT + 2), (stopped, 0)])
+@pytest.mark.parametrize(
+    ("end", "away"),
+    [pytest.param(killed, OLD_TIMEOUT + 2, marks=pytest.mark.long), (stopped, 0)],
+)
 async def test_clients_step_on_through_a_restart_with_their_defaults(
     end: Callable, away: float, mortal: Mortal, networks: dict[str, Network]
 ):

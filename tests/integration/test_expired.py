@@ -22,7 +22,7 @@ from stepstate.errors import SessionExists, SessionExpired
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.integration.clients import AnyClient
 from tests.integration.wire import draw, refused, request, until
-from tests.processes import _LINE
+from tests.processes import SERVING
 from tests.redis_process import redis_process
 
 SOON = Duration(nanos=300_000_000)
@@ -133,7 +133,7 @@ class Machine:
             command, env=self._environment, stdout=subprocess.PIPE, text=True
         ) as process:
             try:
-                match = _LINE.search(process.stdout.readline())
+                match = SERVING.search(process.stdout.readline())
                 assert match
                 yield match["address"]
             finally:
@@ -173,6 +173,7 @@ SWEEPS = 8.0
 """Seconds: the store's sessions are looked at every 5."""
 
 
+@pytest.mark.long
 def test_a_machine_that_boots_in_the_past_loses_nothing_when_its_clock_is_right(machine):
     machine.set_clock(-21)
     with machine.running() as address:
@@ -183,6 +184,7 @@ def test_a_machine_that_boots_in_the_past_loses_nothing_when_its_clock_is_right(
         assert lost(address) == []
 
 
+@pytest.mark.long
 def test_a_clock_that_is_set_while_a_server_runs_or_is_down_loses_nothing(machine):
     with machine.running(kill=True) as address:
         fill(address)

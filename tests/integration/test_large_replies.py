@@ -79,6 +79,7 @@ async def plain(large: Server) -> AsyncIterator[StepstateServiceStub]:
         yield StepstateServiceStub(channel)
 
 
+@pytest.mark.long
 async def test_a_page_of_sessions_ends_early_where_it_would_be_too_large(
     plain: StepstateServiceStub, large: Server
 ):

@@ -11,6 +11,8 @@ import pytest
 from benchmarks.models import write_bench_model
 from tests.processes import server_process
 
+pytestmark = pytest.mark.long  # a load generator at work
+
 START = Path(__file__).parents[2] / "build" / "perf_analyzer" / "start"
 
 

@@ -28,6 +28,8 @@ from tests.networks import Network
 from tests.offline import forecasting_network, outputs, track
 from tests.processes import ServerProcess, server_process
 
+pytestmark = pytest.mark.long  # a real Prometheus watches two servers
+
 MARK = "sid-in-no-label"
 """The beginning of every session id here."""
 

@@ -21,6 +21,8 @@ from tests.integration.prometheus import (
 )
 from tests.processes import ServerProcess, server_process
 
+pytestmark = pytest.mark.long  # a real Prometheus watches two servers through an outage
+
 X = [0.1, -0.2, 0.3]
 SESSIONS, SLOTS, ROUNDS = 5, 2, 3
 OFTEN = ("--snapshot-interval", "0.1")

@@ -326,7 +326,7 @@ async def test_sessions_go_to_and_fro_between_two_servers(
             got[result.session.session_id].append(result.y)
             count += 1
             if count % 70 == 0:
-                way._target = servers[count // 70 % 2].address.rpartition(":")
+                way.redirect(servers[count // 70 % 2].address)
                 way.cut()
         pages = [await scrape(each.metrics_address) for each in servers]
     for session, x in zip(sessions, xs, strict=True):

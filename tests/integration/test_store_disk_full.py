@@ -17,6 +17,8 @@ from tests.integration.outage import OUTAGE_SECONDS, Load, load, outages
 from tests.integration.wire import HANG, sample, scrape
 from tests.networks import Network
 
+pytestmark = pytest.mark.long  # outages, each as long as a real one
+
 DISK = 24 * 2**20
 LARGE = {"replay_rows": 512}
 """Snapshots of 10 KiB and more, so that the disk is full within seconds."""

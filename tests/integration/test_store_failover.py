@@ -74,6 +74,7 @@ def fail_over(old: RedisProcess, new: RedisProcess) -> None:
     old.command("CLIENT", "UNPAUSE")
 
 
+@pytest.mark.long
 async def test_after_a_failover_behind_a_proxy_steps_go_on_over_a_new_connection(
     config: ServerConfig,
     network: Network,
@@ -134,6 +135,7 @@ async def sentinel(
         yield started
 
 
+@pytest.mark.long
 async def test_the_primary_that_sentinel_names_is_followed(
     config: ServerConfig,
     network: Network,
@@ -217,7 +219,16 @@ async def loading(redis: RedisProcess, _: Proxy) -> AsyncIterator[None]:
     redis.start()
 
 
-@pytest.mark.parametrize("fault", [oom, noreplicas, misconf, readonly, masterdown, loading])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        readonly,
+        *(
+            pytest.param(fault, marks=pytest.mark.long)
+            for fault in (oom, noreplicas, misconf, masterdown, loading)
+        ),
+    ],
+)
 async def test_a_redis_that_refuses_is_away_once_and_back_once(
     config: ServerConfig,
     network: Network,

@@ -18,7 +18,6 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
@@ -46,6 +45,7 @@ from stepstate.stores import (
     StoredSession,
     Tombstone,
 )
+from tests.hypothesis_profiles import examples
 from tests.networks import make_network
 from tests.reference import lstm
 from tests.unit.rig import IDLE_SECONDS, Caller, Clock, Lasting, Rig, model_of, outputs, rounds
@@ -307,8 +307,7 @@ class CrashesMachine(RuleBasedStateMachine):
     # What the model sees of the real side.
 
     def entry(self, name: str) -> StoredSession | None:
-        kept = self.store._sessions.get(name)
-        return None if kept is None else kept.entry
+        return self.store.stored(name)
 
     def resident(self, server: Server, name: str) -> ResidentSession | None:
         return server.rig.table.get(name)
@@ -840,6 +839,4 @@ class CrashesMachine(RuleBasedStateMachine):
 
 
 TestCrashes = CrashesMachine.TestCase
-TestCrashes.settings = settings(
-    settings.get_profile("stepstate"), max_examples=80, stateful_step_count=50
-)
+TestCrashes.settings = examples(80, stateful_step_count=50)

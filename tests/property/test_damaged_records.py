@@ -250,7 +250,7 @@ class MemoryHome:
         return self._store
 
     def damage(self, snapshot: bytes) -> None:
-        self._store._sessions[ODD].snapshot = snapshot
+        self._store.overwrite(ODD, snapshot)
 
 
 @pytest.fixture(scope="module")

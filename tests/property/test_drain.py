@@ -12,11 +12,12 @@ from typing import Any
 
 import grpc
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stepstate.errors import StepstateError
 from stepstate.stores import Durability
+from tests.hypothesis_profiles import examples
 from tests.property.test_order import (
     ARRIVALS,
     HANG,
@@ -63,7 +64,7 @@ class InOrder(Delayed):
             return await super().end(session_id, epoch, ending)
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(
     states=st.tuples(*[st.sampled_from(STATES)] * len(NAMES)),
     durability=st.sampled_from(Durability),

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from stepstate.sessions import CopyOptions, ForecastRequest, Scenario
 from tests import offline
+from tests.hypothesis_profiles import examples
 from tests.offline import forecasting_network
 from tests.unit.rig import Rig, model_of
 
@@ -45,7 +46,7 @@ async def _apply(rig: Rig, session_id: str, action: object) -> np.ndarray:
     return await rig.y(session, action)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.sampled_from(range(3)), rows, st.lists(st.one_of(rows, holes, wishes), max_size=8))
 def test_forecasts_between_steps_change_nothing(which, first, actions):
     """Bit for bit, and again after it went through a snapshot."""
@@ -79,7 +80,7 @@ def _bytes(told) -> list[bytes]:
     return [output.values.tobytes() for one in told[0] for output in one.outputs]
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(st.sampled_from(range(3)), rows, st.lists(rows, max_size=6), st.data())
 def test_however_rows_are_split_and_batched_they_equal_the_sequence_offline(
     which, first, parts, data

@@ -6,13 +6,14 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from hypothesis import event, given, settings
+from hypothesis import event, given
 from hypothesis import strategies as st
 
 from stepstate.engine import BareForward, Engine
 from stepstate.errors import ModelInvalid
 from stepstate.models import Manifest, build_timeline, load_model, write_model
 from stepstate.models.layout import tensor_shapes
+from tests.hypothesis_profiles import examples
 
 PERIODS = st.one_of(
     st.integers(1, 10**10),
@@ -108,7 +109,7 @@ class Nobody:
     """Is told of nothing: no row is queued."""
 
 
-@settings(max_examples=300)
+@examples(300)
 @given(document=MANIFESTS)
 def test_what_is_written_is_served(document):
     with tempfile.TemporaryDirectory() as root:

@@ -17,7 +17,7 @@ from typing import Any
 
 import grpc
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from stepstate.errors import StepstateError
@@ -30,6 +30,7 @@ from stepstate.transport.triton.sequences import SequenceService
 from stepstate.transport.triton.service import TritonService
 from stepstate.transport.triton.stream import InferStream
 from stepstate.v1 import stepstate_pb2 as pb
+from tests.hypothesis_profiles import examples
 from tests.integration.packed import packed
 from tests.integration.triton import infer, tensor
 from tests.integration.wire import refusal_of
@@ -439,7 +440,7 @@ ARRIVALS = st.builds(
 )
 
 
-@settings(max_examples=150)
+@examples(150)
 @given(
     states=st.tuples(*[st.sampled_from(STATES)] * len(NAMES)),
     durability=st.sampled_from([Durability.SYNC, Durability.ASYNC]),
@@ -463,7 +464,7 @@ PACKED_ARRIVALS = st.builds(
 )
 
 
-@settings(max_examples=200)
+@examples(200)
 @given(
     delays=st.lists(st.integers(0, 9), min_size=1, max_size=20),
     arrivals=st.lists(PACKED_ARRIVALS, min_size=3, max_size=16),

@@ -7,11 +7,11 @@ float64 reference; errors are what the rules of DESIGN say they are.
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
-from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -27,6 +27,7 @@ from stepstate.errors import (
     StepTooOld,
 )
 from stepstate.stores.base import ENDING_SECONDS
+from tests.hypothesis_profiles import examples
 from tests.networks import make_network
 from tests.reference import lstm
 from tests.unit.rig import (
@@ -397,7 +398,8 @@ class SessionsMachine(RuleBasedStateMachine):
     def see_deletions(self) -> None:
         """Expired sessions leave when their grace is over, or when too many are kept."""
         kept = [name for name, known in self.model.items() if isinstance(known, Expired)]
-        gone = [name for name in kept if name not in self.rig.store._expired]
+        there = self.run(self.rig.store.expired(math.inf, len(kept) + MAX_SESSIONS))
+        gone = [name for name in kept if name not in {one.record.session_id for one in there}]
         early = [name for name in gone if self.model[name].delete_at >= self.now]
         assert len(early) == max(0, self.held() + len(kept) - len(gone) + len(early) - MAX_SESSIONS)
         for name in gone:
@@ -420,6 +422,4 @@ class SessionsMachine(RuleBasedStateMachine):
 
 
 TestSessions = SessionsMachine.TestCase
-TestSessions.settings = settings(
-    settings.get_profile("stepstate"), max_examples=100, stateful_step_count=50
-)
+TestSessions.settings = examples(100, stateful_step_count=50)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
@@ -16,6 +16,7 @@ from stepstate.sessions.options import CopyOptions
 from stepstate.sessions.replay import CachedReply, ReplayState
 from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.stores import Durability, MissingPolicy, SessionRecord
+from tests.hypothesis_profiles import examples
 from tests.networks import make_network
 from tests.offline import forecasting_network
 from tests.unit.rig import Rig, model_of, outputs
@@ -109,7 +110,7 @@ def test_no_other_bytes_are_taken_for_a_snapshot(data):
             decode(bytes_)
 
 
-@settings(max_examples=30)
+@examples(30)
 @given(
     which=st.integers(0, len(MODELS) - 1),
     sizes=st.lists(st.sampled_from([1, 1, 1, 2, 7]), max_size=8),

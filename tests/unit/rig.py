@@ -9,7 +9,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from stepstate.engine import use_one_thread
-from stepstate.metrics import Metrics
+from stepstate.metrics import Metrics, MetricsCollector
 from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions import (
     Limits,
@@ -20,7 +20,7 @@ from stepstate.sessions import (
     StepScheduler,
     Table,
 )
-from stepstate.stores import Durability, MemoryStore, MissingPolicy, SessionStore
+from stepstate.stores import Durability, MemoryStore, MissingPolicy, SessionStore, StoredSession
 from tests.networks import Network, make_network
 
 use_one_thread()  # as the server does
@@ -102,7 +102,7 @@ class Rig:
         self.store = store if store is not None else MemoryStore(self.clock)
         durable = self.store.durable
         self.registry = CollectorRegistry()
-        self.metrics = Metrics(self.registry, limits={})
+        self.metrics = Metrics()
         self.table = Table(max_sessions)
         self.sessions = SessionService(
             Catalog(models),
@@ -124,13 +124,12 @@ class Rig:
             observer=self.metrics,
         )
         for model in models:
-            metrics = self.metrics.model(model.manifest.name, model.manifest.version)
-            metrics.scheduler = self.sessions.schedulers[model.key] = StepScheduler(
+            self.sessions.schedulers[model.key] = StepScheduler(
                 model,
                 self.table,
                 number=len(self.sessions.schedulers),
                 clock=self.clock,
-                observer=metrics,
+                observer=self.metrics.model(model.manifest.name, model.manifest.version),
                 settled=self.sessions.settled,
                 commit=self.sessions.saver.commit,
                 request_flush=self.sessions.saver.request_flush,
@@ -143,6 +142,7 @@ class Rig:
                 replay_bytes=replay_bytes,
                 accelerator=accelerator or self.accelerator,
             )
+        self.registry.register(MetricsCollector(self.metrics, self.sessions, limits={}))
         self.scheduler = next(iter(self.sessions.schedulers.values()))
 
     @property
@@ -222,6 +222,21 @@ class Lasting(MemoryStore):
     """A store that outlives the rigs that share it, as a file would."""
 
     durable = True
+
+    def stored(self, session_id: str) -> StoredSession | None:
+        """What it has of a session; None where there is none, or it expired."""
+        kept = self._sessions.get(session_id)
+        return None if kept is None else kept.entry
+
+    def snapshot(self, session_id: str) -> bytes:
+        return self._sessions[session_id].snapshot
+
+    def overwrite(self, session_id: str, snapshot: bytes) -> None:
+        """Puts bytes in the place of a session's snapshot, as damage would."""
+        self._sessions[session_id].snapshot = snapshot
+
+    def lose_all(self) -> None:
+        self._sessions.clear()
 
 
 def outputs(step: Step) -> np.ndarray:

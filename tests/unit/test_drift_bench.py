@@ -17,6 +17,7 @@ from benchmarks.drift import DETECTORS, NOISES, delays, false_alarms
 CUSUM, PAGE_HINKLEY = DETECTORS["CUSUM (default)"], DETECTORS["Page-Hinkley"]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("noise", NOISES)
 def test_a_stable_series_of_any_noise_has_at_max_one_alarm_in_20_000_rows(noise):
     assert np.mean(false_alarms(CUSUM, noise, rows=20_000, seeds=range(4))) <= 1
@@ -28,6 +29,7 @@ def test_the_bench_tells_a_test_that_raises_tens_of_them(noise):
     assert np.mean(false_alarms(PAGE_HINKLEY, noise, rows=20_000, seeds=range(2))) > 10
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("noise", "change", "rows"),
     [

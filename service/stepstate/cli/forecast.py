@@ -34,19 +34,23 @@ def _levels(_context: click.Context, _parameter: click.Parameter, value: str) ->
 @click.command("forecast")
 @server_option
 @click.argument("session_id")
-@click.option("--horizon", type=click.IntRange(min=1), help="Steps ahead; left out: the longest.")
+@click.option(
+    "--horizon",
+    type=click.IntRange(min=1),
+    help="Steps ahead. Default: the longest horizon of the model.",
+)
 @click.option(
     "--quantiles",
     default="",
     callback=_levels,
-    help="Levels, such as 0.05,0.5,0.95; left out: the bounds of the interval and the median.",
+    help="Levels, such as 0.05,0.5,0.95. Default: the bounds of the interval and the median.",
 )
 @click.option(
     "--scenario",
     "files",
     multiple=True,
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A CSV file of rows that might come, named after the file; may be given several times.",
+    help="A CSV file with rows of a scenario, named after the file. Can be given several times.",
 )
 @format_options
 @click.option(
@@ -56,7 +60,9 @@ def _levels(_context: click.Context, _parameter: click.Parameter, value: str) ->
     show_default=True,
     help="A table, CSV with a header, or JSON lines.",
 )
-@click.option("--plot/--no-plot", default=None, help="Draws it, too; by default on a terminal.")
+@click.option(
+    "--plot/--no-plot", default=None, help="Also draw a plot. Default: only on a terminal."
+)
 def forecast_command(
     server: str,
     session_id: str,
@@ -69,12 +75,12 @@ def forecast_command(
     *,
     plot: bool | None,
 ) -> None:
-    """Forecasts the rows to come, from where a session stands. The session does not advance.
+    """Forecasts the next rows of a session. The session does not change.
 
-    A scenario's file has a row for each step; a first line of names is a header, and columns
-    may be missing. Where a cell is empty the model's own forecast stands in, and so it does
-    after the last row. A column named time holds times from the session's next row on; where
-    rows are missing by it the model's own forecast stands in, too.
+    The file of a scenario has one line per step. If its first line holds names it is a header,
+    and columns may be missing. The model's own forecast is used for empty cells, and after the
+    last row. A column named time has the times from the session's next row on; the model's own
+    forecast is also used for rows that are missing in between.
     """
     if plot and output != "table":
         raise click.UsageError(f"--plot draws below a table: leave out --output {output}")

@@ -13,10 +13,10 @@ from stepstate.cli.options import option, server_option
 
 @click.command("health")
 @server_option
-@option("--service", "", str, "Of what: the server, or stepstate.store, its store of sessions.")
-@option("--timeout", 3.0, float, "Seconds to wait for the answer.")
+@option("--service", "", str, "Empty: the server. stepstate.store: its store.")
+@option("--timeout", 3.0, float, "Seconds to wait for a reply.")
 def health_command(server: str, service: str, timeout: float) -> None:
-    """Asks grpc.health.v1 whether the server serves; exit status 0 if it does."""
+    """Asks grpc.health.v1 whether the server is serving. The exit status is 0 if it is."""
     with grpc.insecure_channel(server) as channel:
         stub = health_pb2_grpc.HealthStub(channel)
         try:

@@ -18,7 +18,7 @@ COMMANDS = {
     "forecast": ("stepstate.cli.forecast:forecast_command", "Prints a session's forecast."),
     "sessions": ("stepstate.cli.sessions:sessions_group", "Lists, shows and moves sessions."),
     "models": ("stepstate.cli.models:models_group", "Prints the loaded models, or writes one."),
-    "health": ("stepstate.cli.health:health_command", "Asks whether a server serves."),
+    "health": ("stepstate.cli.health:health_command", "Asks whether a server is serving."),
 }
 """Where each command is, and what the list of all says of it: to show that imports none of them."""
 

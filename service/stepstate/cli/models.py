@@ -33,7 +33,7 @@ def models_group(ctx: click.Context, server: str) -> None:
 @models_group.command("example")
 @click.argument("folder", type=click.Path(file_okay=False, path_type=Path), default="models")
 def example_command(folder: Path) -> None:
-    """Writes the example model into FOLDER (models): then `stepstate serve` has one to serve.
+    """Writes the example model to FOLDER (default: models), for `stepstate serve`.
 
     It forecasts the electricity demand of England and Wales, half an hour to a day ahead.
     """

@@ -47,12 +47,12 @@ def format_options(command: Command) -> Command:
     command = click.option(
         "--time-column",
         default="",
-        help="The column with the times; left out: time, timestamp, datetime or date, if any.",
+        help="The column with the times. Default: time, timestamp, datetime or date, if any.",
     )(command)
     return click.option(
         "--delimiter",
         type=click.Choice([",", ";", "tab"]),
         callback=lambda _context, _option, value: {"tab": "\t"}.get(value, value or ""),
-        help="Between cells; left out: what the first line has. With ; and tab numbers may have a "
-        "decimal comma.",
+        help="Separates cells. Default: found from the first line. With ; and tab, numbers may "
+        "have a decimal comma.",
     )(command)

@@ -36,13 +36,23 @@ def _settings(command: Callable[..., None]) -> Callable[..., None]:
 
 @click.command("serve")
 @_settings
-@option("--log-level", "INFO", click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]), "Least level.")
-@option("--log-format", "auto", click.Choice(["auto", "json", "text"]), "auto: text on a terminal.")
+@option(
+    "--log-level",
+    "INFO",
+    click.Choice(["DEBUG", "INFO", "WARNING", "ERROR"]),
+    "Lowest level that is logged.",
+)
+@option(
+    "--log-format",
+    "auto",
+    click.Choice(["auto", "json", "text"]),
+    "auto: text on a terminal, otherwise JSON.",
+)
 def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
-    """Serves the models of a folder until SIGTERM, then drains; a second signal forces.
+    """Serves the models of a folder. SIGTERM drains and stops; a second signal forces the end.
 
-    SIGINT (Ctrl-C) and SIGHUP (a terminal that closes) drain too. The exit status is 0 after a
-    whole drain, 1 if it was cut short or the server could not start.
+    SIGINT (Ctrl-C) and SIGHUP (a terminal that closes) also drain. The exit status is 0 after a
+    complete drain, and 1 if it was cut short or the server could not start.
     """
     configure_logs(log_level, log_format)
     try:

@@ -26,12 +26,12 @@ def sessions_group() -> None:
 @sessions_group.command("list")
 @server_option
 @option("--model", "", str, "Only sessions of this model.")
-@click.option("--expired", is_flag=True, help="Also expired sessions that can be restored.")
+@click.option("--expired", is_flag=True, help="Also list expired sessions that can be restored.")
 def list_command(server: str, model: str, *, expired: bool) -> None:
-    """Prints a line for each open session: `durable` of its t rows survive the server's end.
+    """Prints a line for each open session. `durable` of its t rows survive the end of the server.
 
-    Those that are `model_missing` or `unreadable` take no steps, and can be closed. With
-    --expired also sessions that expired, with the time until which they can be restored.
+    Sessions that are `model_missing` or `unreadable` take no steps, and can be closed. With
+    --expired, expired sessions are listed too, with the time until which they can be restored.
     """
     with _client(server) as client:
         click.echo(
@@ -56,7 +56,7 @@ def list_command(server: str, model: str, *, expired: bool) -> None:
 @server_option
 @click.argument("session_id")
 def show_command(server: str, session_id: str) -> None:
-    """Prints where a session stands, as JSON."""
+    """Prints the status of a session, as JSON."""
     with _client(server) as client:
         _print(client.info(session_id))
 
@@ -65,7 +65,7 @@ def show_command(server: str, session_id: str) -> None:
 @server_option
 @click.argument("session_id")
 def close_command(server: str, session_id: str) -> None:
-    """Closes a session and prints how it stood, as JSON."""
+    """Closes a session and prints its last status, as JSON."""
     with _client(server) as client:
         _print(client.close(session_id))
 
@@ -74,9 +74,9 @@ def close_command(server: str, session_id: str) -> None:
 @server_option
 @click.argument("session_id")
 def reset_accuracy_command(server: str, session_id: str) -> None:
-    """Begins a session's accuracy and drift anew and prints where it stands, as JSON.
+    """Resets the accuracy and drift of a session, and prints its status, as JSON.
 
-    Its state, its forecasts and their intervals go on as they were.
+    Its state, its forecasts and their intervals do not change.
     """
     with _client(server) as client:
         _print(client.reset_accuracy(session_id))
@@ -86,7 +86,7 @@ def reset_accuracy_command(server: str, session_id: str) -> None:
 @server_option
 @click.argument("session_id")
 def restore_command(server: str, session_id: str) -> None:
-    """Opens an expired session again, as it was, and prints where it stands, as JSON."""
+    """Opens an expired session again, as it was, and prints its status, as JSON."""
     with _client(server) as client:
         _print(client.restore_expired(session_id).info)
 
@@ -96,9 +96,9 @@ def restore_command(server: str, session_id: str) -> None:
 @click.argument("session_id")
 @click.argument("new_id", required=False)
 def fork_command(server: str, session_id: str, new_id: str | None) -> None:
-    """Opens a copy of a session and prints where it stands, as JSON.
+    """Opens a copy of a session and prints its status, as JSON.
 
-    Without NEW_ID an id is made.
+    Without NEW_ID the server makes an id.
     """
     with _client(server) as client:
         _print(client.fork(session_id, new_id).info)
@@ -107,10 +107,10 @@ def fork_command(server: str, session_id: str, new_id: str | None) -> None:
 @sessions_group.command("export")
 @server_option
 @click.argument("session_id")
-@click.option("--output", type=click.Path(), help="The file; - is standard output.")
+@click.option("--output", type=click.Path(), help="The file to write; - is standard output.")
 @click.option("--force", is_flag=True, help="Overwrite the file.")
 def export_command(server: str, session_id: str, output: str | None, *, force: bool) -> None:
-    """Writes a session's snapshot to SESSION_ID.snapshot; the session stays open."""
+    """Writes a snapshot of a session to SESSION_ID.snapshot. The session stays open."""
     with _client(server) as client:
         snapshot = client.export(session_id)
     if output == "-":
@@ -124,9 +124,9 @@ def export_command(server: str, session_id: str, output: str | None, *, force: b
 @sessions_group.command("import")
 @server_option
 @click.argument("file", type=click.File("rb"))
-@click.option("--session-id", help="Its new id; left out: the one it had.")
+@click.option("--session-id", help="Id of the new session. Default: the id in the snapshot.")
 def import_command(server: str, file: BinaryIO, session_id: str | None) -> None:
-    """Opens a session from the snapshot in FILE, - for standard input, and prints it as JSON."""
+    """Opens a session from the snapshot in FILE (- for standard input), and prints it as JSON."""
     with _client(server) as client:
         _print(client.restore(file.read(), session_id=session_id).info)
 

@@ -34,30 +34,30 @@ from stepstate.errors import (
 
 @click.command("step")
 @server_option
-@option("--model", "", str, "The model's name; may be left out if there is one only.")
-@option("--version", "", str, "The model's version; left out: the newest.")
-@option("--session-id", "", str, "Opens this session, or goes on with it; left out: a new one.")
+@option("--model", "", str, "Name of the model. Not needed if only one is loaded.")
+@option("--version", "", str, "Version of the model. Default: the newest.")
+@option("--session-id", "", str, "Opens this session or continues it. Default: a new one.")
 @option(
     "--start-time",
     "",
     str,
-    "Time of the first row; left out: that of the first line, if it has one.",
+    "Time of the first row. Default: the time in the first line, if it has one.",
 )
 @click.option(
     "--durability",
     type=click.Choice(["none", "async", "sync"]),
-    help="What of a new session survives its server; left out: the server's own choice.",
+    help="What of a new session survives its server. Default: as the server is configured.",
 )
 @click.option(
     "--missing",
     type=click.Choice(["reject", "impute", "hold"]),
-    help="What a missing value, an empty cell, means to a new session; left out: reject.",
+    help="How a new session treats missing values (empty cells). Default: reject.",
 )
 @option("--output", "csv", click.Choice(["csv", "jsonl"]), "CSV with a header, or JSON lines.")
 @click.option(
     "--history",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="A CSV file of rows that a new session is brought up to date with first.",
+    help="A CSV file with past rows. A new session is primed with them first.",
 )
 @format_options
 @click.option("--keep", is_flag=True, help="Leave the session open at the end.")
@@ -78,17 +78,17 @@ def step_command(
 ) -> None:
     """Steps a session with each CSV row of standard input, and prints the outputs of each.
 
-    A first line that holds names is a header: its columns are taken by name, in any order. Cells
-    are separated by commas, semicolons or tabs. With --missing impute or hold an empty cell, or
-    NA, is a missing value. A blank line is skipped: where there is one column, a missing value is
-    written "", NA or nan.
+    If the first line holds names it is a header: columns are found by name, in any order. Cells
+    are separated by commas, semicolons or tabs. With --missing impute or hold, an empty cell or
+    NA is a missing value. Blank lines are skipped: if there is only one column, write a missing
+    value as "", NA or nan.
 
-    A column named time holds the time of each row, in ISO 8601, UTC where it says no zone: the
-    session starts with the first one, and each line has to be that of the session's next row.
-    With --missing impute or hold rows may be missing between two lines.
+    A column named time has the time of each row in ISO 8601, in UTC if there is no time zone. The
+    session starts at the first time, and each line must have the time of the session's next row.
+    With --missing impute or hold, rows may be missing between two lines.
 
-    After an error a session that was given no name is closed; one with --session-id or
-    --keep is left open, to go on with.
+    After an error, the session is closed, unless it has a --session-id or --keep is given: then
+    it stays open and can be continued.
     """
     format_ = Format(delimiter, time_column)
     try:

@@ -37,7 +37,8 @@ from stepstate.models import Catalog, Manifest
 from stepstate.sessions.arrivals import RETRY_SECONDS, Arrivals, Call, Hold, Waiter, served
 from stepstate.sessions.barrier import SessionBarrier
 from stepstate.sessions.counts import SessionCounts
-from stepstate.sessions.forecasting.forecaster import Forecaster, ForecastRequest, SessionForecast
+from stepstate.sessions.forecasting.forecaster import Forecaster, SessionForecast
+from stepstate.sessions.forecasting.scenarios import ForecastRequest
 from stepstate.sessions.loader import LoaderObserver, SessionLoader
 from stepstate.sessions.monitored_store import MonitoredStore
 from stepstate.sessions.options import (

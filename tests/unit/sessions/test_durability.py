@@ -231,7 +231,7 @@ async def test_a_store_that_lost_its_sessions_gets_them_again_from_the_arena(
 ):
     session = await rig.open("a")
     await play(rig, "a", x[:4], 0)
-    store._sessions.clear()
+    store.lose_all()
     epoch = session.epoch
     await rig.sessions.saver.save_round()
     assert session.epoch > epoch

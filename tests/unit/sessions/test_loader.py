@@ -339,13 +339,13 @@ async def test_a_session_goes_on_under_a_fingerprint_that_its_model_had_before(
 async def test_a_damaged_snapshot_in_the_store_is_told_and_kept(start, store, x):
     first = start()
     await first.open("a", durability=Durability.SYNC)
-    good = store._sessions["a"].snapshot
-    store._sessions["a"].snapshot = good[:-9] + b"!" + good[-8:]
+    good = store.snapshot("a")
+    store.overwrite("a", good[:-9] + b"!" + good[-8:])
     second = start()
     with pytest.raises(SessionUnreadable, match="checksum"):
         await second.sessions.get("a")
     assert len(second.sessions) == second.scheduler.open_sessions == 0
-    store._sessions["a"].snapshot = good
+    store.overwrite("a", good)
     await play(second, "a", x[:2], 0)
 
 

@@ -105,8 +105,8 @@ async def test_endings_that_were_forgotten_leave_the_file(home, store):
     assert ask(home.path, "SELECT count(*) FROM endings") == 1
 
 
-async def test_the_wal_stays_bounded(home, store):
-    connection = store._worker.file.connection()
+async def test_the_wal_stays_bounded(connections, home, store):
+    connection = connections[-1]
     connection.execute("PRAGMA wal_autocheckpoint = 100")
     epoch = await create(home, store, "a")
     for t in range(1, 60):
@@ -135,22 +135,28 @@ async def test_many_that_were_used_do_not_hide_one_that_was_not(home, store, mon
 
 
 async def test_a_disk_that_hangs_is_told_of_and_what_was_given_up_is_not_written(
-    home, store, monkeypatch
+    connections, home, store, monkeypatch
 ):
-    monkeypatch.setattr(writer_thread, "ANSWER_SECONDS", 0.05)
-    epoch = await create(home, store, "a")
-    blocking = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    hang = writer_thread.StoreOp(
-        call=lambda _: (loop.call_soon_threadsafe(blocking.set), time.sleep(0.3))
-    )
-    hanging = asyncio.create_task(store._worker.do(hang))
-    await blocking.wait()
-    with pytest.raises(StoreUnavailable, match="hang"):
-        await store.save([saving(home, "a", epoch)])
-    with pytest.raises(StoreUnavailable):
-        await hanging
-    monkeypatch.undo()
+    connection = connections[-1]
+    epochs = {name: await create(home, store, name) for name in "ab"}
+    with monkeypatch.context() as patched:
+        patched.setattr(writer_thread, "ANSWER_SECONDS", 0.05)
+        blocking = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def hang() -> int:
+            connection.set_progress_handler(None, 0)
+            loop.call_soon_threadsafe(blocking.set)
+            time.sleep(0.3)
+            return 0
+
+        connection.set_progress_handler(hang, 1)
+        hanging = asyncio.create_task(store.save([saving(home, "b", epochs["b"])]))
+        await blocking.wait()
+        with pytest.raises(StoreUnavailable, match="hang"):
+            await store.save([saving(home, "a", epochs["a"])])
+        with pytest.raises(StoreUnavailable):
+            await hanging
     assert (await store.find("a")).t == 0
 
 
@@ -317,12 +323,12 @@ async def test_temporary_data_stays_in_memory(tmp_path):
     file.close()
 
 
-async def test_a_listing_of_open_sessions_does_not_look_at_expired_ones(home, store):
+async def test_a_listing_of_open_sessions_does_not_look_at_expired_ones(connections, home, store):
     """With 150,000 of them one page took 2 s, in which nobody else's step was saved."""
     epochs = {f"s{i:04}": await create(home, store, f"s{i:04}") for i in range(600)}
     gone = [saving(home, name, epochs[name]) for name in epochs if name != "s0599"]
     await store.expire(gone, delete_at=9e9)
-    connection = store._worker.file.connection()
+    connection = connections[-1]
     steps = 0
 
     def count() -> int:

@@ -19,6 +19,8 @@ from benchmarks import echo, sender
 from benchmarks.load import ArrivalSchedule, CallPath, Failed, Kind, Load, Question, Ready, Window
 from stepstate.v1 import stepstate_pb2 as pb
 
+pytestmark = pytest.mark.long  # real client processes and stalls
+
 Reply = Callable[[bytes], Awaitable[bytes | None]]
 STALL = 0.5
 

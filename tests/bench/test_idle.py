@@ -17,6 +17,8 @@ from benchmarks.sessions import SessionOptions
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
+pytestmark = pytest.mark.long  # hundreds of sessions from processes of their own
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[ServerProcess]:

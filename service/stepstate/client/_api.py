@@ -145,7 +145,7 @@ class ConnectionAPI(ABC):
 
 
 class ClientAPI(ConnectionAPI):
-    """What a client does with sessions."""
+    """What a client does with sessions; `stream` differs, and has its text in each client."""
 
     @abstractmethod
     def open(self, *args: Any, **kwargs: Any) -> Any:
@@ -280,49 +280,6 @@ class ClientAPI(ConnectionAPI):
             InvalidField: an argument can't be accepted.
             SessionLimit: the server has no room for one more session.
             Unavailable: no answer in time.
-        """
-
-    @abstractmethod
-    def stream(self, *args: Any, **kwargs: Any) -> Any:
-        """Steps many sessions on one connection, and yields a result for every item.
-
-        >>> async def steps(client, readings):  # readings yields (session, x)
-        ...     async for result in client.stream(readings):
-        ...         print(result.session.session_id, result.session.t, result.y)
-
-        An item may be one row [D] or many [T, D], with times or without; its result
-        is that of its last row.
-
-        `Client` has one item in flight, so that each output is there before it asks
-        for the next item. Results come in the order of the items.
-
-        `AsyncClient` has up to `WINDOW` items of each session in flight. Results of
-        one session come in the order of its items, those of different sessions when
-        they are ready. Each session has a queue of its own, so that one that is slow,
-        refused for now or sent rows again does not delay the others. No more items
-        are taken from the source while `max_items` of all sessions are without a
-        result that was taken, or 64 MiB of rows wait.
-
-        When the connection breaks it is made again, and what was not answered is sent
-        again with the same t. A session whose server was rolled back first sends what
-        the server lacks. Each output is yielded once.
-
-        An error that ends a session (a row that can't be applied, a closed session,
-        `RowsMissing`) is the result of its item and of all later items of that
-        session, none of which is applied; the other sessions go on. A session's t is
-        that of its last result: continue with it in another stream. After leaving the
-        loop early, continue from each session's t with the same rows, or call
-        `refresh` first.
-
-        Args:
-            items: pairs (session, x), from an iterable, or for `AsyncClient` also from
-                an async iterable.
-            max_items: of `AsyncClient`: limit of items that wait.
-
-        Raises:
-            Unavailable: no connection for `timeout` seconds.
-            InvalidField: two objects were given for one session.
-            Exception: what `items` raised, after the results of the items before.
         """
 
     @abstractmethod

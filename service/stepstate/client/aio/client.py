@@ -90,6 +90,42 @@ class AsyncClient(AsyncConnection, ClientAPI):
     async def stream(
         self, items: Items[AsyncSession], *, max_items: int = MAX_ITEMS
     ) -> AsyncIterator[Result[AsyncSession]]:
+        """Steps many sessions on one connection, and yields a result for every item.
+
+        >>> async def steps(client, readings):  # readings yields (session, x)
+        ...     async for result in client.stream(readings):
+        ...         print(result.session.session_id, result.session.t, result.y)
+
+        Results of one session come in the order of its items, those of different
+        sessions when they are ready. An item may be one row [D] or many [T, D], with
+        times or without; its result is that of its last row.
+
+        Up to `WINDOW` items of each session are in flight. Its other items wait in a
+        queue of its own, so that a session that is slow, refused for now or sent rows
+        again does not delay the others. No more items are taken from the source while
+        `max_items` of all sessions have no result that was taken, or 64 MiB of rows
+        wait.
+
+        When the connection breaks it is made again, and what was not answered is sent
+        again with the same t; a session whose server was rolled back first sends what
+        the server lacks. Each output is yielded once.
+
+        An error that ends a session (a row that can't be applied, a closed session,
+        `RowsMissing`) is the result of its item and of all later items of that
+        session, none of which is applied; the other sessions go on. A session's t is
+        that of its last result: continue with it in another stream. After leaving the
+        loop early, continue from each session's t with the same rows, or call
+        `refresh` first.
+
+        Args:
+            items: pairs (session, x), from an iterable or an async iterable.
+            max_items: limit of items that wait.
+
+        Raises:
+            Unavailable: no connection for `timeout` seconds.
+            InvalidField: two objects were given for one session.
+            Exception: what `items` raised, after the results of the items before.
+        """
         pipeline = Pipeline(
             items,
             self.stub.StreamSteps,

@@ -94,6 +94,28 @@ class Client(Connection, ClientAPI):
         return session_of(self, call.read(reply))
 
     def stream(self, items: Iterable[tuple[Session, RowsLike]]) -> Iterator[Result[Session]]:
+        """Steps many sessions on one connection, and yields a result for every item.
+
+        One item is in flight at a time, so that each output is there before the next
+        item is asked for: results come in the order of the items. `AsyncClient.stream`
+        has many items in flight. An item may be one row [D] or many [T, D], with times
+        or without; its result is that of its last row.
+
+        When the connection breaks it is made again, and what was not answered is sent
+        again with the same t. Each output is yielded once.
+
+        An error that ends a session (a row that can't be applied, a closed session,
+        `RowsMissing`) is the result of its item and of all later items of that
+        session, none of which is applied; the other sessions go on. A session's t is
+        that of its last result.
+
+        Args:
+            items: pairs (session, x), from an iterable.
+
+        Raises:
+            ServerUnreachable, Draining: no connection for `timeout` seconds.
+            Exception: what `items` raised.
+        """
         steps = SyncStream(self.stub.StreamSteps, self.target)
         ended: dict[str, StepstateError] = {}
         try:

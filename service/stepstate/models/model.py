@@ -1,31 +1,22 @@
-"""Whether a model can be served: the one check, which writing and loading a model share."""
+"""A model, and the check that it can be served, which writing and loading share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from pydantic import ValidationError
 
 from stepstate.errors import ModelInvalid
-from stepstate.models.layout import tensor_shapes
-from stepstate.models.manifest import Manifest
-from stepstate.models.resolution import resolutions
+from stepstate.models.manifest import MANIFEST, Manifest
+from stepstate.models.tensors import Tensors, check_resolution, check_tensors
 
-log = logging.getLogger(__name__)
-
-Tensors = Mapping[str, NDArray[np.float32]]
-
-MANIFEST = "manifest.json"
-WEIGHTS = "model.safetensors"
 MAX_NESTING = 16
-"""A manifest needs four."""
+"""A manifest needs four levels."""
 _MAX_PROBLEMS = 10
 _SHOWN = 300
 
@@ -37,25 +28,25 @@ class Model:
     manifest: Manifest
     tensors: Tensors
     former_fingerprint: str = ""
-    """What 0.1.0's first servers called the very same model: sessions may carry it."""
+    """The fingerprint by the first servers of 0.1.0: stored sessions may have it."""
 
     @property
     def key(self) -> str:
-        """Name and version, as one word: "electricity/1"."""
+        """Name and version: "electricity/1"."""
         return f"{self.manifest.name}/{self.manifest.version}"
 
     @property
     def fingerprints(self) -> tuple[str, ...]:
-        """All under which its sessions may be stored; new ones carry the first."""
+        """All that its stored sessions may have; new ones have the first."""
         stated, former = self.manifest.fingerprint, self.former_fingerprint
         return (stated, former) if former else (stated,)
 
 
 def parse_manifest(folder: Path, document: Mapping[str, object]) -> Manifest:
-    """A manifest's document, checked by itself.
+    """Parses and checks a manifest by itself.
 
     Raises:
-        ModelInvalid: it names every key that is wrong, and how.
+        ModelInvalid: names every wrong key.
     """
     path = str(folder / MANIFEST)
     if _too_deep(document):
@@ -77,7 +68,7 @@ def parse_manifest(folder: Path, document: Mapping[str, object]) -> Manifest:
 
 
 def validate_model(folder: Path, document: Mapping[str, object], tensors: Tensors) -> Model:
-    """A model that can be served, but for its fingerprint.
+    """Checks all of a model but its fingerprint.
 
     Raises:
         ModelInvalid: says which file, key or tensor is wrong, and how.
@@ -89,71 +80,19 @@ def validate_model(folder: Path, document: Mapping[str, object], tensors: Tensor
     return Model(manifest, tensors, former)
 
 
-def check_tensors(folder: Path, manifest: Manifest, tensors: Tensors) -> None:
-    """Names, shapes, types and values of the weights.
-
-    Raises:
-        ModelInvalid: it names the tensor.
-    """
-    path = str(folder / WEIGHTS)
-    shapes = tensor_shapes(manifest)
-    missing, extra = sorted(shapes.keys() - tensors), sorted(tensors.keys() - shapes)
-    if missing or extra:
-        raise ModelInvalid(
-            path,
-            f"tensors missing: {_listed(missing)}, unknown: {_listed(extra)}; the cell's are named "
-            'as in torch.nn with "cell." before, the others head.weight, head.bias, head.lags and '
-            "as the profiles",
-        )
-    for name, shape in shapes.items():
-        tensor = tensors[name]
-        if tensor.shape != shape:
-            raise ModelInvalid(
-                path, f"{name} has shape {list(tensor.shape)}, the manifest asks for {list(shape)}"
-            )
-        if tensor.dtype != np.float32:
-            raise ModelInvalid(path, f"{name} is {tensor.dtype}, expected float32")
-        if not np.isfinite(tensor).all():
-            raise ModelInvalid(path, f"{name} holds NaN or infinity")
-
-
-def check_resolution(folder: Path, manifest: Manifest, tensors: Tensors) -> None:
-    """Whether float32 can tell the values of every column apart; a coarse one is logged.
-
-    Raises:
-        ModelInvalid: it names the columns.
-    """
-    coarse = [one for one in resolutions(manifest, tensors) if one.coarse]
-    lost = [one for one in coarse if one.lost]
-    if lost:
-        more = f"; and {len(lost) - _MAX_PROBLEMS} more" if len(lost) > _MAX_PROBLEMS else ""
-        raise ModelInvalid(
-            str(folder / MANIFEST),
-            f"{'; '.join(map(str, lost[:_MAX_PROBLEMS]))}{more}: the digits that the network is to "
-            "see are lost before the mean is taken off; train on the difference between two rows "
-            "of a counter, or on its distance from a fixed number, and send that",
-        )
-    for one in coarse[:_MAX_PROBLEMS]:
-        log.warning(
-            "%s: %s: few digits are left; send the difference between two rows of a counter",
-            folder / MANIFEST,
-            one,
-        )
-
-
 def fingerprint(
     document: Mapping[str, object], tensors: Tensors, *, described: bool = False
 ) -> str:
-    """A digest of all that changes what the model computes.
+    """A digest of everything that affects what the model computes.
 
     Args:
-        document: the manifest's; its description counts only if `described`, as it did at first.
+        document: the manifest.
         tensors: the weights.
-        described: see there.
+        described: whether the description counts, as it did for the first servers.
     """
-    apart = {"fingerprint"} if described else {"fingerprint", "description"}
-    counted = {key: value for key, value in document.items() if key not in apart}
-    digest = hashlib.sha256(json.dumps(counted, sort_keys=True, separators=(",", ":")).encode())
+    ignored = {"fingerprint"} if described else {"fingerprint", "description"}
+    content = {key: value for key, value in document.items() if key not in ignored}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         digest.update(f"\n{name}{list(tensor.shape)}\n".encode())
@@ -169,14 +108,7 @@ def _too_deep(value: object, depth: int = 0) -> bool:
     return isinstance(value, list | tuple) and any(_too_deep(one, depth + 1) for one in value)
 
 
-def _problem(place: tuple[int | str, ...], message: str) -> str:
+def _problem(key: tuple[int | str, ...], message: str) -> str:
     message = message.removeprefix("Value error, ")
-    text = f"{'.'.join(map(str, place))}: {message}" if place else message
+    text = f"{'.'.join(map(str, key))}: {message}" if key else message
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
-
-
-def _listed(names: list[str]) -> str:
-    if not names:
-        return "none"
-    more = f" and {len(names) - _MAX_PROBLEMS} more" if len(names) > _MAX_PROBLEMS else ""
-    return f"{names[:_MAX_PROBLEMS]}{more}"

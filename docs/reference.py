@@ -108,7 +108,21 @@ def _api() -> Iterator[tuple[str, str]]:
 
 
 def _listed(title: str, intro: str, names: Iterable[str]) -> str:
-    return f"# {title}\n\n{intro}\n\n" + "".join(f"::: stepstate.client.{n}\n\n" for n in names)
+    parts = [f"# {title}\n\n{intro}\n\n"]
+    for name in names:
+        parts.append(f"::: stepstate.client.{name}\n")
+        hidden = _shared_by_both_clients(getattr(client, name))
+        if hidden:
+            parts.append(f"    options:\n        filters: ['!^_', '!^({'|'.join(hidden)})$']\n")
+        parts.append("\n")
+    return "".join(parts)
+
+
+def _shared_by_both_clients(cls: object) -> list[str]:
+    """What sessions of both clients are made of; only `time` of it is for users."""
+    bases = [base for base in getattr(cls, "__mro__", ()) if base.__name__ == "BaseSession"]
+    names = [name for base in bases for name in vars(base) if name != "time" and name[0] != "_"]
+    return [name for name in names if name not in vars(cls)]
 
 
 def _errors() -> str:

@@ -2,6 +2,7 @@
 
 from stepstate.sessions.arrivals import Hold, Waiter
 from stepstate.sessions.forecasting.forecaster import OutputTrajectory, SessionForecast
+from stepstate.sessions.forecasting.limits import check_scenario_count, error_bytes
 from stepstate.sessions.forecasting.scenarios import ForecastRequest, Scenario
 from stepstate.sessions.loader import LoaderObserver
 from stepstate.sessions.options import ID_LENGTH, CopyOptions, Limits, OpenOptions, check_id, new_id
@@ -38,5 +39,7 @@ __all__ = [
     "Table",
     "Waiter",
     "check_id",
+    "check_scenario_count",
+    "error_bytes",
     "new_id",
 ]

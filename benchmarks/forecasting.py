@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import click
 import grpc
 import numpy as np
 
 from benchmarks import BenchError
 from benchmarks.models import FORECASTING_DESCRIPTION, FORECASTING_NAME, HORIZONS
+from benchmarks.options import option
 from benchmarks.procstat import check_proc, cpu_seconds
 from benchmarks.report import Report, spread_text
 from benchmarks.results import Spread, spread
@@ -25,13 +27,11 @@ _SEED = 3
 
 @dataclass(frozen=True, slots=True)
 class ForecastPlan:
-    """What to run."""
+    """A forecast beside a step, and many sessions' forecasts in one call."""
 
-    sessions: int
-    """That are forecast together in one call."""
-    calls: int
-    """Of each kind in a round."""
-    rounds: int
+    sessions: int = option(1_000, click.IntRange(1, 6_000), "Sessions forecast in one call.")
+    calls: int = option(300, click.IntRange(1, 100_000), "Calls of each kind in a round.")
+    rounds: int = option(3, click.IntRange(1, 100), "Rounds of all kinds in turn.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from typing import TypeAlias
 
+import click
 import grpc
 import numpy as np
 import uvloop
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from benchmarks import BenchError
 from benchmarks.models import DESCRIPTION, INPUTS, NAME
+from benchmarks.options import option
 from benchmarks.report import Report, spread_text
 from benchmarks.results import Spread, spread
 from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
@@ -33,15 +35,12 @@ _Stream: TypeAlias = "grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]
 
 @dataclass(frozen=True, slots=True)
 class PrimingPlan:
-    """What to run."""
+    """The latency of others while a session is primed with history, and the rate of that."""
 
-    rows: int
-    """Of history."""
-    others: int
-    """Sessions that are stepped meanwhile."""
-    rate: float
-    """Steps a second of each of them."""
-    rounds: int
+    rows: int = option(100_000, click.IntRange(1, 1_000_000), "Rows of history.")
+    others: int = option(16, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
+    rate: float = option(50.0, click.FloatRange(0.1, 10_000.0), "Steps a second of each of them.")
+    rounds: int = option(3, click.IntRange(1, 100), "Primed sessions, one after the other.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,12 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 
+import click
 import numpy as np
 
 from benchmarks.models import DESCRIPTION
+from benchmarks.options import MAX_IDLE, option
 from benchmarks.procstat import check_proc, counters, cpu_seconds, resident_bytes
 from benchmarks.report import Report
-from benchmarks.servers import ServerProcess, Store, bench_folder, fresh_store, running_stepstate
+from benchmarks.servers import (
+    DURABILITIES,
+    DURABLE,
+    ServerProcess,
+    Store,
+    bench_folder,
+    fresh_store,
+    running_stepstate,
+)
 from benchmarks.sessions import AT_ONCE, STEPPED_AT_ONCE, SessionGroup, Timing
 
 MIB = 2**20
@@ -18,14 +28,13 @@ MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class ResidencyPlan:
-    """What to run."""
+    """More open sessions than slots, opened at once and stepped in random order."""
 
-    store: str
-    sessions: int
-    slots: int
-    durability: str
-    rounds: int
-    """How often every session is stepped."""
+    store: str = option("sqlite", click.Choice(DURABLE), "Where spilled sessions are.")
+    sessions: int = option(200_000, click.IntRange(1, MAX_IDLE), "Sessions that are open.")
+    slots: int = option(10_000, click.IntRange(1, MAX_IDLE), "How many of them fit in memory.")
+    durability: str = option("async", click.Choice(DURABILITIES), "Durability of the sessions.")
+    rounds: int = option(2, click.IntRange(1, 100), "How often each is stepped.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import click
+
 from benchmarks.models import DESCRIPTION
+from benchmarks.options import option
 from benchmarks.report import Report
 from benchmarks.results import Spread, spread
-from benchmarks.servers import ServerProcess, Store, bench_folder, fresh_store, running_stepstate
+from benchmarks.servers import (
+    DURABLE,
+    ServerProcess,
+    Store,
+    bench_folder,
+    fresh_store,
+    running_stepstate,
+)
 from benchmarks.sessions import STEPPED_AT_ONCE, SessionGroup
 
 DURABILITY = "sync"
@@ -19,14 +29,14 @@ DURABILITY = "sync"
 
 @dataclass(frozen=True, slots=True)
 class RestartPlan:
-    """What to run."""
+    """From kill -9 to the first step of a stored session, beside a bare start."""
 
-    store: str
-    stored: int
-    """Sessions."""
-    rows: int
-    """Applied to each before the first kill."""
-    rounds: int
+    store: str = option("sqlite", click.Choice(DURABLE), "Where the sessions are stored.")
+    stored: int = option(10_000, click.IntRange(2, 1_000_000), "Sessions that are stored.")
+    rows: int = option(
+        32, click.IntRange(1, 10_000), "Rows of each session, all kept in its replay window."
+    )
+    rounds: int = option(3, click.IntRange(1, 100), "Starts of each kind.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,13 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+import click
+
 from benchmarks import BenchError
 from benchmarks.load import CallPath
+from benchmarks.options import MAX_SESSIONS, option, whole_numbers
 
 PERCENTILES = (1, 10, 25, 50, 75, 90, 95, 99, 99.5, 99.9, 100)
-MAX_SESSIONS = 10_000
-"""What a server with default settings keeps in memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +36,13 @@ class Case:
 class Plan:
     """What to run."""
 
-    sessions: tuple[int, ...]
-    seconds: float
-    warm_up: float
-    """Seconds before."""
-    rounds: int
-    processes: int
+    sessions: tuple[int, ...] = option(
+        "1,16,64,256", whole_numbers(MAX_SESSIONS), "Numbers of sessions that step, in turn."
+    )
+    seconds: float = option(3.0, click.FloatRange(0.1, 3600.0), "The measured window of a round.")
+    warm_up: float = option(1.0, click.FloatRange(0.0, 3600.0), "Seconds before the window.")
+    rounds: int = option(3, click.IntRange(1, 100), "Rounds of each; the median is printed.")
+    processes: int = option(1, click.IntRange(1, 64), "Clients, which share the sessions.")
     paths: tuple[CallPath, ...] = (CallPath.STREAM,)
     rows: tuple[int, ...] = (64,)
     """Of a packed message."""

@@ -8,11 +8,14 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import click
+
 from benchmarks import BenchError
 from benchmarks.clients import Clients, running_clients
 from benchmarks.idle import IdleSessions
 from benchmarks.load import CallPath
 from benchmarks.models import DESCRIPTION, INPUTS
+from benchmarks.options import MAX_IDLE, option, whole_numbers
 from benchmarks.procstat import check_proc, cpu_seconds, resident_bytes, series
 from benchmarks.report import Report, spread_text
 from benchmarks.results import (
@@ -27,7 +30,7 @@ from benchmarks.results import (
     ratio,
 )
 from benchmarks.runner import Target, measure, opened_sessions
-from benchmarks.servers import ServerProcess, bench_folder, fresh_store, running_stepstate
+from benchmarks.servers import STORES, ServerProcess, bench_folder, fresh_store, running_stepstate
 from benchmarks.sessions import AT_ONCE, SessionOptions
 from stepstate.config import ServerConfig
 
@@ -44,16 +47,16 @@ _MIB = 2**20
 
 @dataclass(frozen=True, slots=True)
 class ScalePlan:
-    """What to run."""
+    """What idle sessions cost: memory, opening, closing, the rate of active sessions."""
 
-    sessions: tuple[int, ...]
-    """Open and idle, in turn."""
-    store: str
-    active: int
-    """Sessions that are stepped beside them."""
-    seconds: float
-    rounds: int
-    processes: int
+    sessions: tuple[int, ...] = option(
+        "1000,10000,100000", whole_numbers(MAX_IDLE), "Numbers of open and idle sessions, in turn."
+    )
+    store: str = option("memory", click.Choice(STORES), "Where they are kept.")
+    active: int = option(64, click.IntRange(1, 10_000), "Sessions that are stepped beside them.")
+    seconds: float = option(3.0, click.FloatRange(0.1, 3600.0), "The measured window of a round.")
+    rounds: int = option(3, click.IntRange(1, 100), "Rounds of each; the median is printed.")
+    processes: int = option(2, click.IntRange(1, 64), "Clients that open and close sessions.")
 
     @property
     def load(self) -> Plan:

@@ -240,12 +240,6 @@ def fresh_store(kind: str, folder: Path) -> Iterator[Store]:
         yield Store(kind, "memory:", "memory")
 
 
-def without_password(url: str) -> str:
-    """A URL as it may be shown."""
-    scheme, separator, rest = url.partition("://")
-    return scheme + separator + rest.rpartition("@")[2]
-
-
 def _file_system(path: Path) -> str:
     """The kind of file system that a path is on, by proc(5)'s mounts."""
     mounts = [line.split()[1:3] for line in Path("/proc/mounts").read_text().splitlines()]

@@ -7,13 +7,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import click
+
 from benchmarks.comparison import comparison_report
 from benchmarks.echo import TUNED
-from benchmarks.load import Kind
+from benchmarks.load import CallPath, Kind
+from benchmarks.options import MAX_SESSIONS, option, rates, some_of, whole_numbers, without_password
 from benchmarks.report import Report
 from benchmarks.results import Measurement, Plan
 from benchmarks.runner import Forward, Target, run, workload
 from benchmarks.servers import (
+    DURABILITIES,
+    DURABLE,
     ROOT,
     ServerProcess,
     Store,
@@ -22,37 +27,77 @@ from benchmarks.servers import (
     fresh_store,
     running_echo,
     running_stepstate,
-    without_password,
 )
 
 Log = Callable[[str], None]
-
-
-@dataclass(frozen=True, slots=True)
-class StoreChoice:
-    """Which stores and durabilities are compared."""
-
-    stores: tuple[str, ...]
-    durabilities: tuple[str, ...]
-    redis_url: str
-    """Empty: a Redis of its own."""
-
-
 FORWARD_SECONDS = 1.0
 """The bare forward is steady: a longer run shows nothing new."""
 
 
-def beside_echo(plan: Plan, log: Log, *, tuned: bool = False) -> Report:
-    """Measures steps beside a bare echo of the same messages, and the bare forward.
+def call_paths(value: str) -> tuple[CallPath, ...]:
+    """A type for some of the call paths, separated by commas."""
+    return tuple(map(CallPath, some_of([path.value for path in CallPath])(value)))
 
-    Args:
-        plan: what to run.
-        log: is called with a line of progress.
-        tuned: the echo gets gRPC's events as the server does.
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepsPlan(Plan):
+    """Steps, beside a bare gRPC echo of the same messages and the bare forward.
+
+    In closed loop a message follows the reply to the one before it. With --rate
+    messages are sent at fixed times, and latency counts from when a message was
+    due: waiting is not hidden.
+    """
+
+    paths: tuple[CallPath, ...] = option(
+        "stream", call_paths, "How steps are sent: some of stream,unary,packed.", name="--path"
+    )
+    rows: tuple[int, ...] = option(
+        "16,64,256", whole_numbers(MAX_SESSIONS), "Numbers of rows of a packed message, in turn."
+    )
+    in_flight: int = option(
+        2, click.IntRange(1, 64), "Unanswered packed messages of a client process."
+    )
+    rates: tuple[float, ...] = option(
+        "", rates, "Steps a second in all, at fixed times; empty: a closed loop.", name="--rate"
+    )
+    echo: str = option(
+        "plain", click.Choice(["plain", "tuned"]), "tuned: with the server's gRPC settings."
+    )
+    other: Path | None = option(
+        None,
+        click.Path(exists=True, file_okay=False, path_type=Path),
+        "Another checkout: its server takes the place of the echo.",
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DurabilityPlan(Plan):
+    """The same steps with each store and durability, beside those with `memory:`.
+
+    Files are below TMPDIR: set it to compare disks.
+    """
+
+    sessions: tuple[int, ...] = option(
+        "64", whole_numbers(MAX_SESSIONS), "Numbers of sessions that step, in turn."
+    )
+    stores: tuple[str, ...] = option("sqlite,redis", some_of(DURABLE), "Which stores to compare.")
+    durabilities: tuple[str, ...] = option(
+        "none,async,sync", some_of(DURABILITIES), "Which durabilities."
+    )
+    redis_url: str = option("", str, "A running Redis; empty: a redis-server is started.")
+
+
+def steps(plan: StepsPlan, log: Log) -> Report:
+    """Measures steps beside an echo of the same messages, or beside another checkout.
 
     Raises:
         BenchError: a server does not start, refuses a step, or breaks off.
     """
+    return _beside_echo(plan, log) if plan.other is None else _beside_other(plan, plan.other, log)
+
+
+def _beside_echo(plan: StepsPlan, log: Log) -> Report:
+    tuned = plan.echo == "tuned"
     with ExitStack() as stack:
         folder = stack.enter_context(bench_folder())
         echo_options = (TUNED,) if tuned else ()
@@ -78,12 +123,7 @@ def _forward_of(folder: Path, plan: Plan) -> Forward:
     return forward
 
 
-def beside_other(plan: Plan, checkout: Path, log: Log) -> Report:
-    """Measures steps of this checkout beside those of another one.
-
-    Raises:
-        BenchError: a server does not start, refuses a step, or breaks off.
-    """
+def _beside_other(plan: Plan, checkout: Path, log: Log) -> Report:
     with ExitStack() as stack:
         folder = stack.enter_context(bench_folder())
         other, this = (
@@ -103,7 +143,7 @@ def _sqlite_server(folder: Path, checkout: Path | None = None) -> Iterator[Serve
         yield server
 
 
-def beside_memory(plan: Plan, choice: StoreChoice, log: Log) -> Report:
+def durability(plan: DurabilityPlan, log: Log) -> Report:
     """Measures steps with each store and durability beside steps with the store `memory:`.
 
     Raises:
@@ -111,14 +151,14 @@ def beside_memory(plan: Plan, choice: StoreChoice, log: Log) -> Report:
     """
     with ExitStack() as stack:
         folder = stack.enter_context(bench_folder())
-        stores = [stack.enter_context(_store(kind, choice, folder)) for kind in choice.stores]
+        stores = [stack.enter_context(_store(kind, plan.redis_url, folder)) for kind in plan.stores]
         memory = Target("memory", stack.enter_context(running_stepstate(folder, "memory:")))
         contenders: list[Target] = []
         for store in stores:
             server = stack.enter_context(running_stepstate(folder, store.url))
             contenders += (
                 Target(f"{store.kind} {durability}", server, Kind.STEP, durability, store.pid)
-                for durability in choice.durabilities
+                for durability in plan.durabilities
             )
         found = run(plan, memory, contenders, log)
     what = "; ".join(
@@ -128,9 +168,9 @@ def beside_memory(plan: Plan, choice: StoreChoice, log: Log) -> Report:
 
 
 @contextmanager
-def _store(kind: str, choice: StoreChoice, folder: Path) -> Iterator[Store]:
-    if kind == "redis" and choice.redis_url:
-        yield Store(kind, choice.redis_url, f"the redis at {without_password(choice.redis_url)}")
+def _store(kind: str, redis_url: str, folder: Path) -> Iterator[Store]:
+    if kind == "redis" and redis_url:
+        yield Store(kind, redis_url, f"the redis at {without_password(redis_url)}")
     else:
         with fresh_store(kind, folder) as store:
             yield store

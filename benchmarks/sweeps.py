@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import click
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,10 +17,18 @@ from benchmarks.clients import Clients, running_clients
 from benchmarks.idle import IdleSessions
 from benchmarks.load import ArrivalSchedule, CallPath, Kind, Load, Sample, Window
 from benchmarks.models import DESCRIPTION, INPUTS
+from benchmarks.options import MAX_IDLE, option
 from benchmarks.procstat import check_proc, series
 from benchmarks.report import Report
 from benchmarks.runner import Target, opened_sessions, percentiles
-from benchmarks.servers import DURABLE, ServerProcess, bench_folder, fresh_store, running_stepstate
+from benchmarks.servers import (
+    DURABLE,
+    STORES,
+    ServerProcess,
+    bench_folder,
+    fresh_store,
+    running_stepstate,
+)
 from benchmarks.sessions import SessionOptions
 
 QUIET_SECONDS = 5.0
@@ -34,19 +43,18 @@ _SEED = 5
 
 @dataclass(frozen=True, slots=True)
 class SweepsPlan:
-    """What to run."""
+    """The latency of active sessions while very many others expire, or are saved."""
 
-    sessions: int
-    """That are ended, or saved."""
-    store: str
-    active: int
-    """Sessions that are stepped meanwhile."""
-    rate: float
-    """Steps a second of all of them."""
-    seconds: float
-    """How long a sweep is watched at the most."""
-    processes: int
-    """That open the sessions."""
+    sessions: int = option(
+        100_000, click.IntRange(1, MAX_IDLE), "Sessions that expire, or are saved."
+    )
+    store: str = option("sqlite", click.Choice(STORES), "Where they are kept; memory saves none.")
+    active: int = option(64, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
+    rate: float = option(500.0, click.FloatRange(1.0, 1e6), "Steps a second of all of them.")
+    seconds: float = option(
+        30.0, click.FloatRange(1.0, 3600.0), "How long each sweep is watched at the most."
+    )
+    processes: int = option(2, click.IntRange(1, 64), "Clients that open the sessions.")
 
 
 @dataclass(frozen=True, slots=True)

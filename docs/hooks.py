@@ -23,6 +23,7 @@ LOG = logging.getLogger("mkdocs.hooks")  # a warning fails a strict build
 FROM_ROOT = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
     "changelog.md": "CHANGELOG.md",
 }
 """Pages that are a file of the root as it stands."""
@@ -30,7 +31,7 @@ PAGES = {
     **{source: page for page, source in FROM_ROOT.items()},
     "protos/stepstate/v1/stepstate.proto": "contract.md",
     "service/stepstate/config.py": "configuration.md",
-    "service/stepstate/metrics.py": "metrics.md",
+    "service/stepstate/metrics/collector.py": "metrics.md",
     "service/stepstate/errors.py": "api/errors.md",
     "service/stepstate/client": "api/client.md",
     "service/stepstate/cli": "commands.md",

@@ -12,7 +12,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 
 import click
 import yaml
@@ -25,11 +24,10 @@ from google.protobuf.descriptor_pb2 import (
     MethodDescriptorProto,
 )
 from grpc_tools import protoc
-from prometheus_client import CollectorRegistry
 
 from stepstate import client, config, errors
 from stepstate.cli.main import main as stepstate_command
-from stepstate.metrics import Metrics
+from stepstate.metrics import SERIES
 from stepstate.transport.status import code_of
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +108,21 @@ def _api() -> Iterator[tuple[str, str]]:
 
 
 def _listed(title: str, intro: str, names: Iterable[str]) -> str:
-    return f"# {title}\n\n{intro}\n\n" + "".join(f"::: stepstate.client.{n}\n\n" for n in names)
+    parts = [f"# {title}\n\n{intro}\n\n"]
+    for name in names:
+        parts.append(f"::: stepstate.client.{name}\n")
+        hidden = _shared_by_both_clients(getattr(client, name))
+        if hidden:
+            parts.append(f"    options:\n        filters: ['!^_', '!^({'|'.join(hidden)})$']\n")
+        parts.append("\n")
+    return "".join(parts)
+
+
+def _shared_by_both_clients(cls: object) -> list[str]:
+    """What sessions of both clients are made of; only `time` of it is for users."""
+    bases = [base for base in getattr(cls, "__mro__", ()) if base.__name__ == "BaseSession"]
+    names = [name for base in bases for name in vars(base) if name != "time" and name[0] != "_"]
+    return [name for name in names if name not in vars(cls)]
 
 
 def _errors() -> str:
@@ -257,23 +269,11 @@ def _reasons_of_defaults() -> dict[str, str]:
 
 
 def metrics() -> str:
-    """Every series of a server that has scraped nothing yet."""
-    empty = SimpleNamespace(
-        store_up=True,
-        store_failures={},
-        disk_usage=None,
-        undurable_rows=0,
-        expired=0,
-        orphaned_sessions=0,
-        unreadable_sessions=0,
-    )
-    collector = Metrics(CollectorRegistry(), limits={})
-    collector.store = empty
+    """The table of series."""
     rows = []
-    for family in sorted(collector.collect(), key=lambda family: family.name):
-        name = f"{family.name}_total" if family.type == "counter" else family.name
-        labels = ", ".join(f"`{label}`" for label in getattr(family, "_labelnames"))  # noqa: B009
-        rows.append((f"`{name}`<br>{labels}", family.type, _plain(family.documentation)))
+    for series in SERIES:
+        labels = ", ".join(f"`{label}`" for label in series.labels)
+        rows.append((f"`{series.name}`<br>{labels}", series.type, _plain(series.help)))
     return f"# Metrics\n\n{METRICS}" + _table(("Series, and labels", "Type", "Meaning"), rows)
 
 

@@ -12,16 +12,16 @@
     │   ├── InvalidField        a field that no session could accept
     │   ├── NonFiniteInput      NaN or infinity in x
     │   ├── NonFiniteResult     the rows would make the state or y non-finite
-    │   ├── SequenceNotStarted   at the Triton door: no start flag, and nothing to go on with
+    │   ├── SequenceNotStarted  of the Triton API: no start flag, and no open sequence
     │   └── StepMismatch        this t was already applied, with another payload
     ├── StepAhead               t is larger than the rows applied so far
     ├── StepTooOld              t is older than the replay window
-    ├── StepPositionUnknown            no t, after a restart that may have set the session back
+    ├── StepPositionUnknown     no t, after a restart that may have rolled the session back
     ├── StaleOwner              another server has taken the session over
-    ├── ForecastImpossible      the model can't look so far ahead, or not without a scenario
-    ├── RowsMissing             raised by the client: rows to send again are not kept any more
-    ├── SnapshotModelMismatch         a snapshot of a model that is not loaded here
-    ├── SnapshotCorrupt         bytes that are no whole snapshot
+    ├── ForecastImpossible      the model can't forecast so far, or not without a scenario
+    ├── RowsMissing             raised by the client: rows to be sent again are no longer kept
+    ├── SnapshotModelMismatch   a snapshot of a model that is not loaded here
+    ├── SnapshotCorrupt         bytes that are not a whole snapshot
     ├── SnapshotTooLarge        a snapshot that no message can hold
     ├── SessionUnreadable       what the store has of a session can't be read
     ├── SessionLimit            no room for one more session
@@ -30,9 +30,9 @@
     │   ├── Draining
     │   ├── StoreUnavailable    the store does not answer, or can't write
     │   └── ServerUnreachable   raised by the client: no answer from the server
-    ├── Cancelled               raised by the client: the call was given up
+    ├── Cancelled               raised by the client: the call ended before its answer
     ├── UnexpectedStatus        raised by the client: an error that is not Stepstate's
-    ├── Internal                a surprise; its id is in the server's log
+    ├── Internal                an unexpected error; its id is in the server's log
     └── ModelInvalid            a model's folder can't be served (never on the wire)
 
 An error holds fields and composes its message from them: what, which id, what
@@ -51,14 +51,18 @@ _BY_REASON: dict[str, type[StepstateError]] = {}
 
 @dataclass(eq=False)
 class StepstateError(Exception):
-    """Base of every error; `reason` is its name on the wire."""
+    """Base of every error: `reason` is its name on the wire, `message` a format of its fields."""
 
     reason: ClassVar[str] = ""
+    message: ClassVar[str] = ""
 
     def __init_subclass__(cls) -> None:
         reason = cls.__dict__.get("reason", "")
         if reason:
             _BY_REASON[reason] = cls
+
+    def __str__(self) -> str:
+        return self.message.format_map(vars(self))
 
     def fields(self) -> dict[str, str]:
         """The fields as text, as they travel in `google.rpc.ErrorInfo.metadata`."""
@@ -66,20 +70,20 @@ class StepstateError(Exception):
 
 
 def restore(reason: str, metadata: dict[str, str]) -> StepstateError | None:
-    """Makes the error again that `fields` described, or None if it can't be told which."""
+    """Makes an error from what its `fields` returned; None if the reason or a field is unknown."""
     cls = _BY_REASON.get(reason)
     if cls is None:
         return None
     cast = {"int": int, "float": float, "str": str}
     try:
-        known = (f for f in fields(cls) if f.name in metadata)  # others have defaults, or fail
+        known = (f for f in fields(cls) if f.name in metadata)  # the others have defaults
         return cls(**{f.name: cast[str(f.type)](metadata[f.name]) for f in known})
     except (KeyError, TypeError, ValueError):
         return None
 
 
 class NotFound(StepstateError):
-    """What was asked for is not here, and never comes back by itself."""
+    """What the request names is not here, and will not come back by itself."""
 
 
 @dataclass(eq=False)
@@ -87,13 +91,11 @@ class SessionUnknown(NotFound):
     """No session of this id is known."""
 
     reason = "SESSION_UNKNOWN"
+    message = (
+        "session {session_id!r} is unknown: it was never opened on this server, or it ended so "
+        "long ago that the reason is forgotten; open it"
+    )
     session_id: str
-
-    def __str__(self) -> str:
-        return (
-            f"session {self.session_id!r} is unknown: it was never opened on this server, "
-            "or it ended so long ago that the reason is forgotten; open it"
-        )
 
 
 @dataclass(eq=False)
@@ -105,21 +107,21 @@ class SessionExpired(NotFound):
     t: int
     idle_timeout_seconds: float
     restore_until: str
-    """When it is deleted, by the server's clock; empty: it is."""
+    """When it will be deleted, by the server's clock; empty: it has been."""
 
     def __str__(self) -> str:
-        told = (
+        text = (
             f"session {self.session_id!r} expired at t={self.t} after "
             f"{self.idle_timeout_seconds:g} s without a step"
         )
         if self.restore_until:
-            told += (
+            text += (
                 f"; it is kept until {self.restore_until}: restore it (`stepstate sessions restore "
                 f"{self.session_id}`, RestoreSession), or open it again to start anew"
             )
         else:
-            told += " and was deleted: open it again and send its history"
-        return f"{told}; ask for a longer idle_timeout if steps come less often"
+            text += " and was deleted: open it again and send its history"
+        return f"{text}; ask for a longer idle_timeout if steps come less often"
 
 
 @dataclass(eq=False)
@@ -127,11 +129,9 @@ class SessionClosed(NotFound):
     """The session was closed by a client."""
 
     reason = "SESSION_CLOSED"
+    message = "session {session_id!r} was closed at t={t}; open it again to start anew"
     session_id: str
     t: int
-
-    def __str__(self) -> str:
-        return f"session {self.session_id!r} was closed at t={self.t}; open it again to start anew"
 
 
 @dataclass(eq=False)
@@ -139,14 +139,12 @@ class SessionLost(NotFound):
     """The session was kept in memory only, and the server that had it ended."""
 
     reason = "SESSION_LOST"
+    message = (
+        "session {session_id!r} is lost: it was opened with durability none, and the server that "
+        "had it ended or lost it to another; open it again and send its history, and choose "
+        "durability async or sync for sessions that must outlive a server"
+    )
     session_id: str
-
-    def __str__(self) -> str:
-        return (
-            f"session {self.session_id!r} is lost: it was opened with durability none, and the "
-            "server that had it ended or lost it to another; open it again and send its history, "
-            "and choose durability async or sync for sessions that must outlive a server"
-        )
 
 
 @dataclass(eq=False)
@@ -168,18 +166,16 @@ class SessionExists(StepstateError):
     """The id is already open."""
 
     reason = "SESSION_EXISTS"
+    message = (
+        "session {session_id!r} is already open at t={t}; go on from there, choose another id, or "
+        "close it first"
+    )
     session_id: str
     t: int
 
-    def __str__(self) -> str:
-        return (
-            f"session {self.session_id!r} is already open at t={self.t}; "
-            "go on from there, choose another id, or close it first"
-        )
-
 
 class InvalidRequest(StepstateError):
-    """The request is wrong in itself: sent again, it fails again."""
+    """The request itself is wrong: sent again, it fails again."""
 
 
 @dataclass(eq=False)
@@ -187,11 +183,9 @@ class InvalidField(InvalidRequest):
     """A field of the request can't be accepted."""
 
     reason = "INVALID_FIELD"
+    message = "{field}: {problem}"
     field: str
     problem: str
-
-    def __str__(self) -> str:
-        return f"{self.field}: {self.problem}"
 
 
 @dataclass(eq=False)
@@ -217,30 +211,26 @@ class NonFiniteResult(InvalidRequest):
     """The rows are finite, but would make the state or y non-finite."""
 
     reason = "NON_FINITE_RESULT"
+    message = (
+        "x: applied to session {session_id!r} at t={t}, these rows overflow float32; none of them "
+        "was applied: check the unit of the values"
+    )
     session_id: str
     t: int
-
-    def __str__(self) -> str:
-        return (
-            f"x: applied to session {self.session_id!r} at t={self.t}, these rows overflow "
-            "float32; none of them was applied: check the unit of the values"
-        )
 
 
 @dataclass(eq=False)
 class SequenceNotStarted(InvalidRequest):
-    """At the Triton door: a request without start, of a sequence that is not going on."""
+    """Of the Triton API: a request without the start flag, for a sequence that is not open."""
 
     reason = "SEQUENCE_NOT_STARTED"
+    message = (  # as Triton words it, and why
+        "inference request for sequence {sequence_id} to model {model!r} must specify the START "
+        "flag on the first request of the sequence: {cause}"
+    )
     sequence_id: str
     model: str
     cause: str
-
-    def __str__(self) -> str:
-        return (  # as Triton says it, and why
-            f"inference request for sequence {self.sequence_id} to model {self.model!r} must "
-            f"specify the START flag on the first request of the sequence: {self.cause}"
-        )
 
 
 @dataclass(eq=False)
@@ -248,15 +238,13 @@ class StepMismatch(InvalidRequest):
     """Another payload was already applied at this t."""
 
     reason = "STEP_MISMATCH"
+    message = (
+        "session {session_id!r} has already applied another request at t={t}; it stands at "
+        "t={expected_t}: a retry must repeat the same rows and options"
+    )
     session_id: str
     t: int
     expected_t: int
-
-    def __str__(self) -> str:
-        return (
-            f"session {self.session_id!r} has already applied another request at t={self.t}; "
-            f"it stands at t={self.expected_t}: a retry must repeat the same rows and options"
-        )
 
 
 @dataclass(eq=False)
@@ -264,15 +252,13 @@ class StepAhead(StepstateError):
     """t is larger than the rows applied so far: rows are missing."""
 
     reason = "STEP_AHEAD"
+    message = (
+        "session {session_id!r} stands at t={expected_t}, the request is for t={t}: send the rows "
+        "from t={expected_t} on first"
+    )
     session_id: str
     t: int
     expected_t: int
-
-    def __str__(self) -> str:
-        return (
-            f"session {self.session_id!r} stands at t={self.expected_t}, the request is for "
-            f"t={self.t}: send the rows from t={self.expected_t} on first"
-        )
 
 
 @dataclass(eq=False)
@@ -280,76 +266,65 @@ class StepTooOld(StepstateError):
     """t is older than everything the replay window remembers."""
 
     reason = "STEP_TOO_OLD"
+    message = (
+        "session {session_id!r} stands at t={expected_t} and no longer remembers the reply for "
+        "t={t}; it was applied: go on from t={expected_t}"
+    )
     session_id: str
     t: int
     expected_t: int
 
-    def __str__(self) -> str:
-        return (
-            f"session {self.session_id!r} stands at t={self.expected_t} and no longer remembers "
-            f"the reply for t={self.t}; it was applied: go on from t={self.expected_t}"
-        )
-
 
 @dataclass(eq=False)
 class StepPositionUnknown(StepstateError):
-    """A request without t, for a session that a restart may have set back."""
+    """A request without t, for a session that a restart may have rolled back."""
 
     reason = "STEP_POSITION_UNKNOWN"
+    message = (
+        "session {session_id!r} was restored at t={expected_t} after its server ended "
+        "unexpectedly; rows that were acknowledged after it may be missing: send t with the "
+        "request, and the rows from t={expected_t} on"
+    )
     session_id: str
     expected_t: int
-
-    def __str__(self) -> str:
-        return (
-            f"session {self.session_id!r} was restored at t={self.expected_t} after its server "
-            "ended unexpectedly; rows that were acknowledged after it may be missing: send "
-            f"t with the request, and the rows from t={self.expected_t} on"
-        )
 
 
 @dataclass(eq=False)
 class StaleOwner(StepstateError):
-    """Another server has taken the session over; this one has forgotten its copy."""
+    """Another server has taken the session over; this one has dropped its copy."""
 
     reason = "STALE_OWNER"
+    message = (
+        "another server has taken session {session_id!r} over, where it is saved up to "
+        "t={expected_t}; nothing was committed here: ask where it stands, and send the rows from "
+        "there on"
+    )
     session_id: str
     expected_t: int
-
-    def __str__(self) -> str:
-        return (
-            f"another server has taken session {self.session_id!r} over, where it is saved up to "
-            f"t={self.expected_t}; nothing was committed here: ask where it stands, and send the "
-            "rows from there on"
-        )
 
 
 @dataclass(eq=False)
 class ForecastImpossible(StepstateError):
-    """There is no such forecast."""
+    """The model can't make this forecast."""
 
     reason = "FORECAST_IMPOSSIBLE"
+    message = "no forecast of {subject}: {problem}"
     subject: str
     problem: str
-
-    def __str__(self) -> str:
-        return f"no forecast of {self.subject}: {self.problem}"
 
 
 @dataclass(eq=False)
 class RowsMissing(StepstateError):
-    """Raised by the client: the server was set back to before the rows that the client keeps."""
+    """Raised by the client: the session was rolled back further than the rows that it keeps."""
 
     reason = "ROWS_MISSING"
+    message = (
+        "session {session_id!r} needs the rows {first} to {last} again, and the client no longer "
+        "keeps them: set the session's t to {first} and step them from your own records"
+    )
     session_id: str
     first: int
     last: int
-
-    def __str__(self) -> str:
-        return (
-            f"session {self.session_id!r} needs the rows {self.first} to {self.last} again, and "
-            f"the client no longer keeps them: set the session's t to {self.first} and step them "
-            "from your own records"
-        )
 
 
 @dataclass(eq=False)
@@ -377,27 +352,23 @@ class SnapshotCorrupt(StepstateError):
     """Bytes that are not a whole snapshot."""
 
     reason = "SNAPSHOT_CORRUPT"
+    message = "the snapshot can't be read: {problem}; take it from its source again"
     problem: str
-
-    def __str__(self) -> str:
-        return f"the snapshot can't be read: {self.problem}; take it from its source again"
 
 
 @dataclass(eq=False)
 class SnapshotTooLarge(StepstateError):
-    """A snapshot that is larger than what was asked for it can hold."""
+    """A snapshot that is larger than a message can hold."""
 
     reason = "SNAPSHOT_TOO_LARGE"
+    message = (
+        "the snapshot of session {session_id!r} takes {size} bytes, more than {limit}: "
+        "StreamExport and StreamImport take up to 256 MiB in parts (the client library uses "
+        "them), and a server with smaller --replay-bytes keeps less"
+    )
     session_id: str
     size: int
     limit: int
-
-    def __str__(self) -> str:
-        return (
-            f"the snapshot of session {self.session_id!r} takes {self.size} bytes, more than "
-            f"{self.limit}: StreamExport and StreamImport take up to 256 MiB in parts (the client "
-            "library uses them), and a server with smaller --replay-bytes keeps less"
-        )
 
 
 @dataclass(eq=False)
@@ -405,15 +376,13 @@ class SessionUnreadable(StepstateError):
     """What the store has of a session can't be read: its record or its snapshot is damaged."""
 
     reason = "SESSION_UNREADABLE"
+    message = (
+        "session {session_id!r} can't be read from the store: {problem}; bring back a copy of the "
+        "store from before it was damaged, or close it (stepstate sessions close {session_id}), "
+        "open it again and send its history"
+    )
     session_id: str
     problem: str
-
-    def __str__(self) -> str:
-        return (
-            f"session {self.session_id!r} can't be read from the store: {self.problem}; bring back "
-            "a copy of the store from before it was damaged, or close it (stepstate sessions close "
-            f"{self.session_id}), open it again and send its history"
-        )
 
 
 @dataclass(eq=False)
@@ -421,14 +390,12 @@ class SessionLimit(StepstateError):
     """No room for one more session."""
 
     reason = "SESSION_LIMIT"
+    message = (
+        "all {limit} sessions of this server are open; close some, let idle ones expire, or start "
+        "the server with a larger --max-sessions (without a durable store every session needs one "
+        "of its --slots, too)"
+    )
     limit: int
-
-    def __str__(self) -> str:
-        return (
-            f"all {self.limit} sessions of this server are open; close some, let idle ones "
-            "expire, or start the server with a larger --max-sessions (without a durable store "
-            "every session needs one of its --slots, too)"
-        )
 
 
 class Unavailable(StepstateError):
@@ -440,15 +407,13 @@ class QueueFull(Unavailable):
     """Too many rows or requests are already waiting."""
 
     reason = "QUEUE_FULL"
+    message = (
+        "{what}: the limit of {limit} is reached; nothing was applied: retry after "
+        "{retry_after_seconds:g} s, and wait for replies before sending more"
+    )
     what: str
     limit: int
     retry_after_seconds: float = 0.05
-
-    def __str__(self) -> str:
-        return (
-            f"{self.what}: the limit of {self.limit} is reached; nothing was applied: "
-            f"retry after {self.retry_after_seconds:g} s, and wait for replies before sending more"
-        )
 
 
 @dataclass(eq=False)
@@ -456,13 +421,11 @@ class Draining(Unavailable):
     """The server is about to stop."""
 
     reason = "DRAINING"
+    message = (
+        "the server is draining: it finishes accepted requests and takes no new ones; nothing was "
+        "applied: retry on another server, or here when it is back"
+    )
     retry_after_seconds: float = 1.0
-
-    def __str__(self) -> str:
-        return (
-            "the server is draining: it finishes accepted requests and takes no new ones; "
-            "nothing was applied: retry on another server, or here when it is back"
-        )
 
 
 STORE_CAUSES = (
@@ -482,8 +445,8 @@ STORE_CAUSES = (
     "corrupt",
     "other",
 )
-"""Why a store can't do what it is asked: Redis's error codes (those of a cluster that changes are
-one), what SQLite says of its file, and the network between."""
+"""Why a store fails: Redis's error codes (one for all of a changing cluster), SQLite's, and the
+network's."""
 
 
 @dataclass(eq=False)
@@ -491,16 +454,13 @@ class StoreUnavailable(Unavailable):
     """The store of sessions does not answer, or can't write; `cause` is one of STORE_CAUSES."""
 
     reason = "STORE_UNAVAILABLE"
+    message = (
+        "the server's store of sessions is away ({cause}): {problem}; whether the request was "
+        "committed is settled by a retry with the same t: it is applied once"
+    )
     problem: str
     retry_after_seconds: float = 0.25
     cause: str = "other"
-
-    def __str__(self) -> str:
-        return (
-            f"the server's store of sessions is away ({self.cause}): {self.problem}; "
-            "whether the request was "
-            "committed is settled by a retry with the same t: it is applied once"
-        )
 
 
 @dataclass(eq=False)
@@ -508,14 +468,12 @@ class ServerUnreachable(Unavailable):
     """Raised by the client: the server gave no answer within the deadline."""
 
     reason = "SERVER_UNREACHABLE"
+    message = (
+        "no answer from {target}: {detail}; a request that carries t may be sent again safely: it "
+        "is applied once"
+    )
     target: str
     detail: str
-
-    def __str__(self) -> str:
-        return (
-            f"no answer from {self.target}: {self.detail}; a request that carries t may be "
-            "sent again safely: it is applied once"
-        )
 
 
 @dataclass(eq=False)
@@ -523,18 +481,16 @@ class Cancelled(StepstateError):
     """Raised by the client: the call was cancelled, or its stream ended, before the answer."""
 
     reason = "CANCELLED"
+    message = (
+        "no answer, the call ended first: {detail}; the rows may or may not have been applied: "
+        "send the same request with the same t to find out"
+    )
     detail: str
-
-    def __str__(self) -> str:
-        return (
-            f"no answer, the call ended first: {self.detail}; the rows may or may not have been "
-            "applied: send the same request with the same t to find out"
-        )
 
 
 @dataclass(eq=False)
 class UnexpectedStatus(StepstateError):
-    """Raised by the client: an answer that no Stepstate server of this version gives."""
+    """Raised by the client: a status that no Stepstate server of this version answers with."""
 
     reason = "UNEXPECTED_STATUS"
     code: str
@@ -549,24 +505,20 @@ class UnexpectedStatus(StepstateError):
 
 @dataclass(eq=False)
 class Internal(StepstateError):
-    """A surprise on the server."""
+    """An unexpected error on the server."""
 
     reason = "INTERNAL"
+    message = "internal error {error_id}: look for this id in the server's log"
     error_id: str
-
-    def __str__(self) -> str:
-        return f"internal error {self.error_id}: look for this id in the server's log"
 
 
 @dataclass(eq=False)
 class ModelInvalid(StepstateError):
     """A model's folder can't be served. Never on the wire: the server does not start."""
 
+    message = "{folder}: {problem}"
     folder: str
     problem: str
-
-    def __str__(self) -> str:
-        return f"{self.folder}: {self.problem}"
 
 
 _CLIENTS_OWN = (ServerUnreachable, Cancelled, UnexpectedStatus, RowsMissing)

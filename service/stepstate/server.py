@@ -30,8 +30,7 @@ from stepstate.engine import (
     use_one_thread,
 )
 from stepstate.errors import StoreUnavailable
-from stepstate.http import start_http
-from stepstate.metrics import Metrics
+from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SessionService, StepScheduler, Table
 from stepstate.stores import Durability, SessionStore, open_store
@@ -111,21 +110,25 @@ class Server:
         self._slots = min(config.slots, config.max_sessions)
         self._max_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry()
-        self._metrics = Metrics(
-            self._registry,
-            limits={
-                "sessions": self._max_sessions,
-                "slots": self._slots,
-                "backlog_rows": config.backlog_rows,
-                "queue_requests": config.queue_requests,
-                "queue_rows": config.queue_rows,
-                "replay_bytes": config.replay_bytes,
-            },
+        self._metrics = Metrics()
+        self.sessions = self._wire_sessions(catalog)
+        self._registry.register(
+            MetricsCollector(
+                self._metrics,
+                self.sessions,
+                limits={
+                    "sessions": self._max_sessions,
+                    "slots": self._slots,
+                    "backlog_rows": config.backlog_rows,
+                    "queue_requests": config.queue_requests,
+                    "queue_rows": config.queue_rows,
+                    "replay_bytes": config.replay_bytes,
+                },
+                skipped_models=len(catalog.skipped),
+            )
         )
-        self._metrics.skipped_models = len(catalog.skipped)
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        self.sessions = self._wire_sessions(catalog)
         outgoing = ReplyBudget()
         self._native = StepstateServicer(
             self.sessions, outgoing=outgoing, refused=self._metrics.refused
@@ -251,15 +254,13 @@ class Server:
             unix_time=time.time,
             observer=self._metrics,
         )
-        self._metrics.store = sessions
         for number, model in enumerate(catalog):
-            metrics = self._metrics.model(model.manifest.name, model.manifest.version)
-            scheduler = StepScheduler(
+            sessions.schedulers[model.key] = StepScheduler(
                 model,
                 table,
                 number=number,
                 clock=UPTIME,
-                observer=metrics,
+                observer=self._metrics.model(model.manifest.name, model.manifest.version),
                 settled=sessions.settled,
                 commit=sessions.saver.commit,
                 request_flush=sessions.saver.request_flush,
@@ -273,9 +274,7 @@ class Server:
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
             )
-            sessions.schedulers[model.key] = scheduler
             self._tell_loss(model)
-            metrics.scheduler = scheduler
         return sessions
 
     def _tell_loss(self, model: Model) -> None:

@@ -107,7 +107,7 @@ def fought(run: Run, sessions: int, faults: int) -> bool:
     tally = outcome.tally
     numbers = (outcome.faults, tally.sessions, tally.rows, tally.lost, tally.twice)
     cells = [str(run), run.store, run.durability, *(f"{number:,}" for number in numbers)]
-    cells += [f"{tally.set_back + tally.repeated:,}", f"{tally.pause:.1f}"]
+    cells += [f"{tally.rolled_back + tally.repeated:,}", f"{tally.pause:.1f}"]
     print(f"| {' | '.join(cells)} |", flush=True)
     return True
 

@@ -16,7 +16,7 @@ from tests.integration.wire import TOLERANCE
 from tests.networks import Network
 
 BEATEN = ("STEP_MISMATCH", "STEP_TOO_OLD", "STALE_OWNER")
-"""The other one was faster; the refusal says where the session stands."""
+"""The other one was faster; the refusal has the session's t."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,7 +49,7 @@ class History:
 
 
 class Competitor:
-    """Appends rows of its own to a session, wherever it stands by then."""
+    """Appends rows of its own to a session, at whatever t it is by then."""
 
     def __init__(self, history: History, ask: Ask, seed: int) -> None:
         self.stopping = False

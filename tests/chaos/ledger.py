@@ -31,7 +31,7 @@ class Tally:
     """Rows that the state holds twice, or that are in t and were never acknowledged."""
     wrong: int = 0
     """Sessions whose outputs are not those of the offline run, for whatever reason."""
-    set_back: int = 0
+    rolled_back: int = 0
     """Acknowledged rows of async sessions that the server asked for again, as it may."""
     repeated: int = 0
     """Rows that were answered again."""
@@ -40,7 +40,7 @@ class Tally:
 
     def add(self, other: Tally) -> None:
         """Takes another's counts in."""
-        for name in ("sessions", "rows", "lost", "twice", "wrong", "set_back", "repeated"):
+        for name in ("sessions", "rows", "lost", "twice", "wrong", "rolled_back", "repeated"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.pause = max(self.pause, other.pause)
 
@@ -104,14 +104,14 @@ class Ledger:
             self.tally.pause = max(self.tally.pause, time.monotonic() - wanted_at)
 
     def sent_back(self, t: int) -> None:
-        """The server stands at t, and asks for the rows from there on.
+        """The server is at t, and asks for the rows from there on.
 
         Raises:
             Complaint: rows that were never sent are in it, or half of a request.
         """
         if t not in self.requests:
-            self._complain(f"it stands at {t}, amid a request, or after rows never sent")
-        self.tally.set_back += max(0, self.t - t)
+            self._complain(f"it is at {t}, inside a request, or after rows never sent")
+        self.tally.rolled_back += max(0, self.t - t)
         safe = self.t if self.durability == "sync" else self.durable_t
         self.tally.lost += max(0, safe - t)
 

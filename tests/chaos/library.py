@@ -49,8 +49,8 @@ class Follower:
 class Library:
     """Sessions that are stepped by calls, by streams, by one stream for many and by a pack.
 
-    When they stop, each is stepped once more: so a server that was set back last is sent all that
-    it lacks, and stands where the checker expects it.
+    When they stop, each is stepped once more, so that a server that was rolled back last is sent
+    all that it lacks, and is at the t that the checker expects.
 
     Args:
         client: the client.

@@ -125,7 +125,7 @@ async def server_terminated(ground: Ground, *, kind: str) -> Outcome:
             await server.start()
         await clients.progress(2)
         tally = await clients.finish(ground.network)
-    assert tally.set_back == 0, "a drain left rows unsaved"
+    assert tally.rolled_back == 0, "a drain left rows unsaved"
     # grpc.aio drops the replies that a stream still has when it learns of its end by a write.
     repeated = sum(ledger.tally.repeated for ledger in clients.kinds[calling])
     assert repeated == 0, "a drain left accepted rows unanswered"
@@ -268,7 +268,7 @@ async def store_hurt(ground: Ground, *, how: str) -> Outcome:
         await server.drained()
         await server.start()
         tally = await clients.finish(ground.network)
-        assert tally.set_back == 0
+        assert tally.rolled_back == 0
         return Outcome(ground.faults, tally)
 
 

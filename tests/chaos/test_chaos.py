@@ -76,6 +76,8 @@ def resident(process: ServerProcess) -> int:
 LONG_STORMS = (
     faults.cancelled_calls,
     faults.broken_connections,
+    faults.long_requests_given_up,
+    faults.malformed_messages,
     faults.abandoned_streams,
     faults.sessions_opened_and_closed,
 )

@@ -274,8 +274,8 @@ async def test_idle_time_ends_sessions_and_they_come_back_bit_for_bit(world):
 async def whole(machine: Machine, name: str) -> tuple[int, bytes, list[bytes]]:
     """A session's t, its state and what it remembers of its replies."""
     session: ResidentSession = await machine.rig.sessions.get(name)
-    state = machine.rig.lane.engine.read_states(np.array([session.slot]))[0]
-    window = session.lane.window.read(session.slot)
+    state = machine.rig.scheduler.engine.read_states(np.array([session.slot]))[0]
+    window = session.scheduler.window.read(session.slot)
     remembered = [window.stamps.tobytes(), window.ring.tobytes()]
     return machine.rig.sessions.t(session), state.tobytes(), remembered
 

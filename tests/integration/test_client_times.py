@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,10 +13,9 @@ import pytest
 
 from stepstate import errors
 from stepstate.client import Outputs, TimedRows
-from stepstate.config import ServerConfig
-from stepstate.server import Server, running_server
 from tests.integration.clients import AnyClient, AnySession, Connect
 from tests.networks import Network, make_network
+from tests.processes import ServerProcess, server_process
 
 START = datetime(2026, 3, 2, tzinfo=UTC)
 STEP = timedelta(minutes=30)
@@ -37,16 +34,17 @@ def boiler() -> Network:
     return network
 
 
-@pytest.fixture
-async def server(config: ServerConfig, tmp_path: Path) -> AsyncIterator[Server]:
-    """A server of `boiler`."""
-    boiler().write(tmp_path / "timed")
-    async with running_server(replace(config, models=tmp_path / "timed")) as running:
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ServerProcess]:
+    """A server of `boiler` for all tests: each has sessions of its own."""
+    models = tmp_path_factory.mktemp("timed")
+    boiler().write(models)
+    with server_process("--models", str(models)) as running:
         yield running
 
 
 @pytest.fixture
-async def client(server: Server, connect: Connect) -> AsyncIterator[AnyClient]:
+async def client(server: ServerProcess, connect: Connect) -> AsyncIterator[AnyClient]:
     async with connect(server.address) as connected:
         yield connected
 
@@ -139,13 +137,14 @@ async def test_a_history_of_local_times_starts_in_utc(client: AnyClient):
 
 async def test_a_history_is_held_against_a_start_that_is_given(client: AnyClient):
     rows = frame(*range(4))
+    before = {info.session_id async for info in client.sessions()}
     with pytest.raises(
         errors.InvalidField, match=r"history: row 0 .* 2 rows of boiler/1 .*missing"
     ):
         await client.open("boiler", start_time=START - 2 * STEP, history=rows)
     with pytest.raises(errors.InvalidField, match="leave out the rows that it has already"):
         await client.open("boiler", start_time=START + STEP, history=rows)
-    assert [info async for info in client.sessions()] == []
+    assert {info.session_id async for info in client.sessions()} == before
 
 
 # Gaps.

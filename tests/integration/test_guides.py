@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import textwrap
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +18,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 NOT_RUN_HERE = {
     "benchmarks.md": "its commands take a quarter of an hour: `make benchmarks`",
     "decisions.md": "has no commands",
-    "style.md": "quotes the code: see test_docs",
+    "style.md": "quotes the code, see below",
     "ten-minutes.md": "trains a model of its own, above",
 }
 SERVE = "stepstate serve --models models"
@@ -75,3 +77,11 @@ def test_the_blocks_run_against_the_shipped_models(guide):
 )
 def test_every_linked_file_exists(document):
     assert dead_links(document) == []
+
+
+def test_the_style_page_quotes_the_code_as_it_is():
+    text = (DOCS / "style.md").read_text()
+    quotes = re.findall(r"\]\(\.\./(\S+)\):\s`\S+`\n\n```python\n(.*?)```", text, re.DOTALL)
+    assert len(quotes) == text.count("```python")
+    for path, code in quotes:
+        assert textwrap.indent(code, "    ") in (ROOT / path).read_text(), path

@@ -68,7 +68,7 @@ async def test_many_sessions_share_a_stream(
         assert difference(got[session.session_id], networks[name], x) <= TOLERANCE
 
 
-@pytest.mark.parametrize("interval", [SELDOM, OFTEN])
+@pytest.mark.parametrize("interval", [SELDOM, pytest.param(OFTEN, marks=pytest.mark.long)])
 async def test_many_sessions_go_on_after_kills(
     mortal: Mortal, networks: dict[str, Network], interval: str
 ):

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from dataclasses import fields
 
+import pytest
+
 from stepstate.config import ServerConfig
 from tests.markdown import ROOT
 
@@ -19,6 +21,7 @@ BROKEN = {
 """Links, and what the warning about each names."""
 
 
+@pytest.mark.long
 def test_the_site_is_whole_and_each_broken_link_is_named(tmp_path):
     for path in ROOT.iterdir():
         if path.name not in {"docs", "build", "mkdocs.yml"}:

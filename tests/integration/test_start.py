@@ -56,8 +56,13 @@ def imported_by(*arguments: str) -> set[str]:
         ("--help",),
         *((name, "--help") for name in COMMANDS),
         ("step", "--server", "127.0.0.1:1", "--start-time", "never"),
-        ("sessions", "list", "--server", "nowhere:"),
-        ("models", "--server", "nowhere:"),
+        *(
+            pytest.param(command, marks=pytest.mark.long)  # they wait for ten seconds
+            for command in (
+                ("sessions", "list", "--server", "nowhere:"),
+                ("models", "--server", "nowhere:"),
+            )
+        ),
         ("serve", "--listen", "nowhere"),
     ],
     ids=" ".join,

@@ -219,16 +219,8 @@ async def loading(redis: RedisProcess, _: Proxy) -> AsyncIterator[None]:
     redis.start()
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        readonly,
-        *(
-            pytest.param(fault, marks=pytest.mark.long)
-            for fault in (oom, noreplicas, misconf, masterdown, loading)
-        ),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize("fault", [oom, noreplicas, misconf, readonly, masterdown, loading])
 async def test_a_redis_that_refuses_is_away_once_and_back_once(
     config: ServerConfig,
     network: Network,

@@ -17,7 +17,8 @@ import pytest
 
 from stepstate.client import AsyncClient
 from stepstate.server import Server, running_server
-from stepstate.transport.steps import StepStream
+from stepstate.sessions import Step
+from stepstate.transport import reply_budget
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.chaos.faults import relay
@@ -29,6 +30,7 @@ from tests.integration.wire import (
     blocker,
     draw,
     largest_difference,
+    open_calls,
     opened,
     queued,
     raw_stub,
@@ -291,7 +293,7 @@ async def test_streams_that_are_cut_hold_nothing_back(server: Server, stub: Stub
     await queued(stub, "a", 0)
 
     async def ended() -> bool:
-        return not server._native._streams.open
+        return await open_calls(server.metrics_address, "StreamSteps") == 0
 
     await until(ended)
     assert server.sessions.queued_rows == 0
@@ -329,49 +331,76 @@ async def test_a_stream_goes_on_after_in_band_refusals_of_a_full_queue(config, n
     assert max(differences) <= TOLERANCE
 
 
-async def test_an_abandoned_stream_leaves_nothing_to_the_garbage_collector(server):
+async def reserves_at_most(most: int, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether the replies that a server has accepted and not sent are at most so many bytes.
+
+    Where they are more, the next step is refused for them, before it is for any other queue.
+    """
+    monkeypatch.setattr(reply_budget, "MAX_BYTES", most + 1_000)
+    call = stub.Step(request("probe", None, draw(1)))
+    await call.code()
+    monkeypatch.undo()
+    return "bytes of unread replies" not in (await call.details() or "")
+
+
+LARGE = draw(4_000)
+"""Rows whose reply is long."""
+
+
+async def test_an_abandoned_stream_leaves_nothing_to_the_garbage_collector(
+    server: Server, stub: Stub, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("a", "probe"):
+        await opened(stub, name)
     gc.collect()
-    async with raw_stub(server.address) as stub:
-        await stub.OpenSession(pb.OpenSessionRequest(session_id="a", model="lstm"))
-        call = stub.StreamSteps()
+    async with raw_stub(server.address) as abandoning:
+        call = abandoning.StreamSteps()
         for _ in range(50):
-            await call.write(pb.StepRequest(session_id="a", x=[0.0] * 3 * 4_000))
+            await call.write(request("a", None, LARGE))
         await asyncio.sleep(0.2)
         call.cancel()
         await asyncio.sleep(0.2)
-    held = [o for o in gc.get_objects() if type(o) is StepStream]
-    assert sum(len(stream._ready) for stream in held) == 0
-    assert server._native._outgoing._bytes == 0
+    assert not [o for o in gc.get_objects() if type(o) is Step]
+    assert await reserves_at_most(0, stub, monkeypatch)
 
 
-async def test_unread_replies_of_a_stream_are_bounded_in_bytes(server):
-    rows = 4_000
-    async with raw_stub(server.address) as stub:
-        await stub.OpenSession(pb.OpenSessionRequest(session_id="a", model="lstm"))
-        call = stub.StreamSteps()
+async def test_unread_replies_of_a_stream_are_bounded_in_bytes(
+    stub: Stub, other_stub: Stub, monkeypatch: pytest.MonkeyPatch
+):
+    for name in ("a", "probe"):
+        await opened(stub, name)
+    call = stub.StreamSteps()
 
-        async def flood() -> None:
-            for _ in range(2_000):
-                await call.write(pb.StepRequest(session_id="a", x=[0.0] * 3 * rows))
+    async def flood() -> None:
+        for _ in range(2_000):
+            await call.write(request("a", None, LARGE))
 
-        flooding = asyncio.create_task(flood())
-        before = -1
-        while (after := server._native._outgoing._bytes) != before:
-            before = after
-            await asyncio.sleep(0.5)
-        assert 0 < after < 10 * 2**20
-        flooding.cancel()
-        call.cancel()
+    flooding = asyncio.create_task(flood())
+    while await reserves_at_most(4 * 2**20, other_stub, monkeypatch):
+        await asyncio.sleep(0.05)
+    for _ in range(20):
+        assert await reserves_at_most(10 * 2**20, other_stub, monkeypatch)
+        await asyncio.sleep(0.1)
+    flooding.cancel()
+    call.cancel()
 
 
-async def test_a_stream_that_comes_while_streams_end_is_refused(server):
-    async with raw_stub(server.address) as stub:
-        idle = stub.StreamSteps()
-        await idle.write(pb.StepRequest(session_id="nobody", x=[0.0]))
-        await idle.read()
-        server._native._streams.draining = True
+async def test_a_stream_that_comes_while_streams_end_is_refused(server: Server, stub: Stub):
+    """Replies that nobody reads keep another stream from ending."""
+    await opened(stub, "a")
+    async with raw_stub(server.address, ("grpc.http2.bdp_probe", 0)) as slow:
+        unread = slow.StreamSteps()
+        for _ in range(100):
+            await unread.write(request("a", None, draw(100), inspect=True))
+        await asyncio.sleep(0.5)
+        await queued(stub, "a", 0)
+        draining = asyncio.create_task(server.drain())
+        await asyncio.sleep(0.3)
+        assert not draining.done()
         late = stub.StreamSteps()
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await late.read()
+        async with asyncio.timeout(1):
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await late.read()
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
-        idle.cancel()
+        unread.cancel()
+        await draining

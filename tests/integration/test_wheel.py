@@ -71,7 +71,8 @@ def install(wheel: Path, metadata: Message, tmp_path_factory: pytest.TempPathFac
         venv.create(folder, symlinks=True)
         python = folder / "bin" / "python"
         pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "--no-index"]
-        subprocess.run([*pip, "--no-deps", "--quiet", str(wheel)], check=True, timeout=HANG)
+        command = [*pip, "--no-deps", "--quiet", str(wheel)]
+        subprocess.run(command, check=True, timeout=HANG, env=away_from_the_tree())
         (site,) = folder.glob("lib/python*/site-packages")
         for name in needed(metadata.get_all("Requires-Dist", []), extras) - {without}:
             for path in top_level(name):
@@ -120,15 +121,19 @@ def server_alone(install: Install) -> Path:
     return install("server")
 
 
+def away_from_the_tree() -> dict[str, str]:
+    """Variables by which neither the tree's package nor its settings are found."""
+    return {k: v for k, v in os.environ.items() if not k.startswith(("STEPSTATE", "PYTHONPATH"))}
+
+
 def start(environment: Path, folder: Path, *command: str) -> subprocess.Popen[str]:
     """A program of an environment, away from the tree."""
     path = f"{environment}/bin{os.pathsep}{os.environ['PATH']}"
-    kept = {k: v for k, v in os.environ.items() if not k.startswith(("STEPSTATE", "PYTHONPATH"))}
     program, *arguments = command
     return subprocess.Popen(
         [environment / "bin" / program, *arguments],
         cwd=folder,
-        env=kept | {"PATH": path, "STEPSTATE_VERSION": "0.1.0"},
+        env=away_from_the_tree() | {"PATH": path, "STEPSTATE_VERSION": "0.1.0"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -181,6 +181,21 @@ async def scrape(metrics_address: str) -> str:
     return await asyncio.to_thread(get)
 
 
+async def open_calls(metrics_address: str, method: str) -> float:
+    """How many calls of a method have begun and not ended."""
+    text = await scrape(metrics_address)
+    started, ended = (
+        sum(
+            map(
+                float,
+                re.findall(rf'^{name}{{.*grpc_method="{method}".*}} (\S+)$', text, re.MULTILINE),
+            )
+        )
+        for name in ("grpc_server_started_total", "grpc_server_handled_total")
+    )
+    return started - ended
+
+
 def sample(text: str, series: str) -> float:
     """The sum of the samples whose name and labels begin so."""
     found = re.findall(rf"^{re.escape(series)}.* ([0-9.e+]+)$", text, re.MULTILINE)

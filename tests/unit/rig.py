@@ -9,7 +9,8 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from stepstate.engine import use_one_thread
-from stepstate.metrics import Metrics
+from stepstate.engine.tracking.tracker import Tracker
+from stepstate.metrics import Metrics, MetricsCollector
 from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions import (
     Limits,
@@ -102,7 +103,7 @@ class Rig:
         self.store = store if store is not None else MemoryStore(self.clock)
         durable = self.store.durable
         self.registry = CollectorRegistry()
-        self.metrics = Metrics(self.registry, limits={})
+        self.metrics = Metrics()
         self.table = Table(max_sessions)
         self.sessions = SessionService(
             Catalog(models),
@@ -124,13 +125,12 @@ class Rig:
             observer=self.metrics,
         )
         for model in models:
-            metrics = self.metrics.model(model.manifest.name, model.manifest.version)
-            metrics.scheduler = self.sessions.schedulers[model.key] = StepScheduler(
+            self.sessions.schedulers[model.key] = StepScheduler(
                 model,
                 self.table,
                 number=len(self.sessions.schedulers),
                 clock=self.clock,
-                observer=metrics,
+                observer=self.metrics.model(model.manifest.name, model.manifest.version),
                 settled=self.sessions.settled,
                 commit=self.sessions.saver.commit,
                 request_flush=self.sessions.saver.request_flush,
@@ -143,7 +143,14 @@ class Rig:
                 replay_bytes=replay_bytes,
                 accelerator=accelerator or self.accelerator,
             )
+        self.registry.register(MetricsCollector(self.metrics, self.sessions, limits={}))
         self.scheduler = next(iter(self.sessions.schedulers.values()))
+
+    @property
+    def tracker(self) -> Tracker:
+        """One like the engine's: it says where in a state what is."""
+        manifest = self.scheduler.model.manifest
+        return Tracker(manifest, manifest.tracking)
 
     @property
     def results(self) -> dict[str, int]:

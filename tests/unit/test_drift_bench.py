@@ -23,6 +23,7 @@ def test_a_stable_series_of_any_noise_has_at_max_one_alarm_in_20_000_rows(noise)
     assert np.mean(false_alarms(CUSUM, noise, rows=20_000, seeds=range(4))) <= 1
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("noise", ["AR(0.9)", "AR(0.98)", "Poisson 0.05", "single glitches"])
 def test_the_bench_tells_a_test_that_raises_tens_of_them(noise):
     """Page-Hinkley with river's defaults: the issue had 13 to 81, and 29 to 36."""
@@ -54,6 +55,7 @@ def test_a_change_for_good_is_found_soon(noise, change, rows):
     assert found.delay <= rows
 
 
+@pytest.mark.long
 def test_the_command_prints_both_tables():
     options = ["--rows", "200", "--seeds", "1", "--delays-of"]
     told = subprocess.run(

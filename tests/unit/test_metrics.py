@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from grpc import StatusCode
@@ -8,7 +10,8 @@ from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from stepstate.errors import StoreUnavailable
-from stepstate.metrics import ROWS, SECONDS, Histogram, Metrics
+from stepstate.metrics import Histogram, Metrics, MetricsCollector
+from stepstate.metrics.counters import ROWS, SECONDS
 from stepstate.sessions.monitored_store import STEADY_SECONDS
 from tests.offline import forecasting_network, outputs, track
 from tests.unit.rig import Lasting, model_of, rows_of
@@ -51,9 +54,25 @@ def registry() -> CollectorRegistry:
     return CollectorRegistry()
 
 
+NO_SESSIONS = SimpleNamespace(
+    schedulers={},
+    expired=0,
+    undurable_rows=0,
+    orphaned_sessions=0,
+    unreadable_sessions=0,
+    store_up=True,
+    store_failures={},
+    disk_usage=None,
+)
+"""What is read of a `SessionService` without models."""
+
+
 @pytest.fixture
 def metrics(registry) -> Metrics:
-    return Metrics(registry, limits={"sessions": 7, "queue_rows": 100})
+    metrics = Metrics()
+    limits = {"sessions": 7, "queue_rows": 100}
+    registry.register(MetricsCollector(metrics, NO_SESSIONS, limits=limits))
+    return metrics
 
 
 @pytest.mark.parametrize("bounds", [SECONDS, ROWS])
@@ -210,21 +229,9 @@ class Away(Lasting):
         return await super().save(saves)
 
 
-@pytest.fixture
-def make_watched(make_rig, clock):
-    """Makes rigs whose metrics watch the store too, as the server's do."""
-
-    def make(**options):
-        rig = make_rig(clock=clock, **options)
-        rig.metrics.store = rig.sessions
-        return rig
-
-    return make
-
-
-async def test_the_gauges_are_those_of_the_store(make_watched, network, clock):
+async def test_the_gauges_are_those_of_the_store(make_rig, network, clock):
     store = Away(clock)
-    rig = make_watched(store=store)
+    rig = make_rig(store=store, clock=clock)
     await rig.step(await rig.open(), rows_of(network, 3))
     assert exposed(rig.registry)["stepstate_snapshot_backlog_rows",] == 3
     assert exposed(rig.registry)["stepstate_store_up",] == 1
@@ -252,8 +259,8 @@ async def test_the_gauges_are_those_of_the_store(make_watched, network, clock):
     assert found["stepstate_snapshot_bytes_total",] > 4 * 64  # the state and what is around it
 
 
-async def test_sessions_are_counted_where_they_are(make_watched, clock):
-    rig = make_watched(store=Lasting(clock), max_sessions=2)
+async def test_sessions_are_counted_where_they_are(make_rig, clock):
+    rig = make_rig(store=Lasting(clock), max_sessions=2, clock=clock)
     for name in "abcde":
         await rig.open(name)
     key = ("model=lstm", "version=1")
@@ -279,8 +286,8 @@ async def test_sessions_are_counted_where_they_are(make_watched, clock):
     assert sum(counted()) == 4
 
 
-async def test_a_memory_store_is_up_and_spills_nothing(make_watched, network):
-    rig = make_watched()
+async def test_a_memory_store_is_up_and_spills_nothing(make_rig, network):
+    rig = make_rig()
     await rig.step(await rig.open(), rows_of(network, 1))
     found = exposed(rig.registry)
     assert found["stepstate_store_up",] == 1

@@ -403,7 +403,7 @@ class Manifest(_Section):
         """Lagged inputs that the head takes."""
         return sum(part.width for part in self.lags if part.into == "head")
 
-    @property
+    @cached_property  # each reply asks for it
     def lag_rows(self) -> int:
         """How many rows before the present one the lagged inputs need."""
         return max((part.reach for part in self.lags), default=0)

@@ -1,12 +1,9 @@
 """Sessions: who is open, where each stands, and in which order steps are applied."""
 
 from stepstate.sessions.arrivals import Hold, Waiter
-from stepstate.sessions.forecasting.forecaster import (
-    ForecastRequest,
-    OutputTrajectory,
-    Scenario,
-    SessionForecast,
-)
+from stepstate.sessions.forecasting.forecaster import OutputTrajectory, SessionForecast
+from stepstate.sessions.forecasting.limits import check_scenario_count, error_bytes
+from stepstate.sessions.forecasting.scenarios import ForecastRequest, Scenario
 from stepstate.sessions.loader import LoaderObserver
 from stepstate.sessions.options import ID_LENGTH, CopyOptions, Limits, OpenOptions, check_id, new_id
 from stepstate.sessions.packed import PackedReplyTo, PackedStep, RowBatch, SessionRef
@@ -42,5 +39,7 @@ __all__ = [
     "Table",
     "Waiter",
     "check_id",
+    "check_scenario_count",
+    "error_bytes",
     "new_id",
 ]

@@ -33,11 +33,12 @@ from stepstate.errors import (
     StepstateError,
     StoreUnavailable,
 )
-from stepstate.models import Catalog, Manifest
+from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions.arrivals import RETRY_SECONDS, Arrivals, Call, Hold, Waiter, served
 from stepstate.sessions.barrier import SessionBarrier
 from stepstate.sessions.counts import SessionCounts
-from stepstate.sessions.forecasting.forecaster import Forecaster, ForecastRequest, SessionForecast
+from stepstate.sessions.forecasting.forecaster import Forecaster, SessionForecast
+from stepstate.sessions.forecasting.scenarios import ForecastRequest
 from stepstate.sessions.loader import LoaderObserver, SessionLoader
 from stepstate.sessions.monitored_store import MonitoredStore
 from stepstate.sessions.options import (
@@ -49,7 +50,14 @@ from stepstate.sessions.options import (
     default_idle_timeout,
     make_record,
 )
-from stepstate.sessions.packed import DeferredRows, RowBatch, SessionRef, lane_of, seat_of
+from stepstate.sessions.packed import (
+    DeferredRows,
+    PackedReplyTo,
+    RowBatch,
+    SessionRef,
+    lane_of,
+    seat_of,
+)
 from stepstate.sessions.scheduler import StepScheduler
 from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.sessions.status import SessionSummaries, SessionSummary
@@ -148,8 +156,7 @@ class SessionService:
         self._queued_rows = 0
         self._openings = 0  # under way
         self._settled_all = asyncio.Event()
-        self.deferred: set[DeferredRows] = set()
-        """Those whose rows wait."""
+        self._deferred: set[DeferredRows] = set()
         self._forecaster = Forecaster(self, table)
 
     def __len__(self) -> int:
@@ -559,34 +566,49 @@ class SessionService:
         self._queued_requests += requests
         self._queued_rows += rows
 
-    def seat(self, session: ResidentSession) -> SessionRef | None:
-        """Where a resident session's packed rows go straight to; None: they can't for now."""
+    def submit_accepted(self, step: Step) -> None:
+        """Submits a step that was accepted by `accept`."""
+        step.session.scheduler.submit(step)
+
+    def submit_packed(
+        self, rows: RowBatch, model: Model, reply_to: PackedReplyTo
+    ) -> NDArray[np.bool_]:
+        """Submits the accepted rows [N] that can take the fast path; returns which these are.
+
+        The others are still the caller's.
+        """
+        return self.schedulers[model.key].submit_pack(rows, reply_to)
+
+    def packed_model(self, rows: RowBatch) -> Model | None:
+        """The model of the first packed row whose reference is valid."""
+        scheduler = lane_of(rows, self._table)
+        return None if scheduler is None else scheduler.model
+
+    def ref_of(self, session: ResidentSession) -> SessionRef | None:
+        """A reference for the fast path; None: the session's rows can't take it for now."""
         if session.session_id in self._lines:
             return None
         return seat_of(session, self._table)
 
-    def seated(
+    def valid_refs(
         self, handles: NDArray[np.int64], generations: NDArray[np.int64]
     ) -> NDArray[np.bool_]:
-        """Which seats [N] hold."""
-        holds: NDArray[np.bool_] = self._table.generation_array[handles] == generations
-        return holds
+        """Which references [N] are valid."""
+        valid: NDArray[np.bool_] = self._table.generation_array[handles] == generations
+        return valid
 
     def defer(self, rows: DeferredRows, handles: NDArray[np.int64]) -> None:
-        """Notes that packed rows wait until their sessions [N] are busy no more.
+        """Notes that packed rows wait until their sessions [N] are no longer busy.
 
-        `rows` is told of each session that something else arrives for, which goes after them.
+        `rows` is flushed for each session that something else arrives for, which goes after them.
         """
         self._table.deferred_array[handles] = True
-        self.deferred.add(rows)
+        self._deferred.add(rows)
 
-    def undefer(self, handles: NDArray[np.int64]) -> None:
-        """Rows of sessions [N] wait no more."""
+    def undefer(self, rows: DeferredRows, handles: NDArray[np.int64]) -> None:
+        """None of the packed rows waits any more; their sessions were these [N]."""
         self._table.deferred_array[handles] = False
-
-    def lane_of(self, columns: RowBatch) -> StepScheduler | None:
-        """The lane of the first packed row that can go straight as far as its seat tells."""
-        return lane_of(columns, self._table)
+        self._deferred.discard(rows)
 
     def refuse(self, session_id: str, error: StepstateError, reply_to: ReplyTo) -> bool:
         """Lets a refusal wait for the session's steps before it, so that replies keep their order.
@@ -924,7 +946,7 @@ class SessionService:
     def _flush(self, session: ResidentSession) -> None:
         """Lets packed rows that were deferred go before what arrives now."""
         self._table.deferred[session.handle] = False
-        for rows in list(self.deferred):
+        for rows in list(self._deferred):
             rows.flush(session.handle)
 
     async def _end(self, session: ResidentSession, ending: Tombstone) -> bool:

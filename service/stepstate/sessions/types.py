@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from stepstate.engine.work import Layers, WorkItem
 from stepstate.errors import StepstateError
+from stepstate.models import Model
 from stepstate.stores import Durability, SessionRecord, Tombstone
 
 if TYPE_CHECKING:
@@ -100,6 +101,11 @@ class ResidentSession:
     def session_id(self) -> str:
         """Its id."""
         return self.record.session_id
+
+    @property
+    def model(self) -> Model:
+        """Its model."""
+        return self.scheduler.model
 
     @property
     def changed(self) -> bool:

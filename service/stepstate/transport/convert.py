@@ -72,7 +72,7 @@ def decode_step(request: pb.StepRequest, session: ResidentSession, reply_to: Rep
         NonFiniteInput: it names row and column.
     """
     count = len(request.x)
-    width = session.scheduler.model.manifest.input_width
+    width = session.model.manifest.input_width
     rows, rest = divmod(count, width)
     x: Sequence[float] | np.ndarray
     if request.advance:
@@ -117,7 +117,7 @@ def make_step(
     """
     missing_rows = 0 if finite else _missing_rows(session, x)
     last_only = last_only and rows > 1
-    model = session.scheduler.model
+    model = session.model
     reply_bytes = 4 * model.manifest.output_width
     if rows > 1 or inspect:
         reply_bytes = _check_reply(model, rows, 1 if last_only else rows, inspect=inspect)
@@ -137,7 +137,7 @@ def encode_step(step: Step) -> pb.StepResponse:
         response.replayed = True
     if step.missing_rows:
         response.imputed_rows = step.missing_rows
-    lag_rows = step.session.scheduler.lag_rows
+    lag_rows = step.session.model.manifest.lag_rows
     if step.t_after - step.rows < lag_rows:
         response.fallback_rows = min(step.rows, lag_rows - step.t_after + step.rows)
     put_floats(response, _Y, step.y)
@@ -278,12 +278,12 @@ def encode_model(model: Model) -> pb.Model:
 
 
 def _wrong_width(session: ResidentSession, count: int) -> InvalidField:
-    manifest = session.scheduler.model.manifest
+    manifest = session.model.manifest
     names = ", ".join(column.name for column in manifest.inputs[:8])
     more = ", …" if manifest.input_width > 8 else ""
     return InvalidField(
         "x",
-        f"holds {count} values; session {session.session_id!r} of {session.scheduler.model.key} "
+        f"holds {count} values; session {session.session_id!r} of {session.model.key} "
         f"takes rows of {manifest.input_width} ({names}{more}): send T * "
         f"{manifest.input_width} values, T = 1 or more",
     )
@@ -301,15 +301,13 @@ def _nothing(request: pb.StepRequest, session: ResidentSession) -> np.ndarray:
         )
     if request.advance > REQUEST_ROWS:
         raise _too_many_rows("advance", request.advance)
-    most = REQUEST_VALUES // session.scheduler.model.manifest.input_width
+    most = REQUEST_VALUES // session.model.manifest.input_width
     if request.advance > most:
         raise InvalidField(
             "advance",
-            f"is {request.advance}; of {session.scheduler.model.key} at most {most} a request",
+            f"is {request.advance}; of {session.model.key} at most {most} a request",
         )
-    return np.full(
-        request.advance * session.scheduler.model.manifest.input_width, np.nan, np.float32
-    )
+    return np.full(request.advance * session.model.manifest.input_width, np.nan, np.float32)
 
 
 def _missing_rows(session: ResidentSession, x: Sequence[float] | np.ndarray) -> int:
@@ -318,10 +316,10 @@ def _missing_rows(session: ResidentSession, x: Sequence[float] | np.ndarray) -> 
     Raises:
         NonFiniteInput: a value is infinite, or the session takes no NaN.
     """
-    values = np.asarray(x, np.float32).reshape(-1, session.scheduler.model.manifest.input_width)
+    values = np.asarray(x, np.float32).reshape(-1, session.model.manifest.input_width)
     takes_nan = session.record.missing is not MissingPolicy.REJECT
     if not takes_nan or np.isinf(values).any():
-        manifest = session.scheduler.model.manifest
+        manifest = session.model.manifest
         raise non_finite(session.session_id, manifest, values, takes_nan=takes_nan)
     return int(np.isnan(values).any(axis=1).sum())
 

@@ -13,8 +13,9 @@ from stepstate.sessions import (
     OutputTrajectory,
     Scenario,
     SessionForecast,
+    check_scenario_count,
+    error_bytes,
 )
-from stepstate.sessions.forecasting.limits import check_scenario_count, error_bytes
 from stepstate.transport.convert import duration, timestamp
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb

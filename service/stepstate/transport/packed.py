@@ -66,11 +66,9 @@ class PackedStream(BidiStream[pb.StreamPackedRequest, pb.StreamPackedResponse, P
         if self._waiting:
             waiting, self._waiting = self._waiting, []
             for message in waiting:
-                self._sessions.undefer(message.columns.handles[message.rest])
+                self._sessions.undefer(self, message.columns.handles[message.rest])
             for message in waiting:
                 self._begin(message)
-        if not self._waiting:
-            self._sessions.deferred.discard(self)
 
     def flush(self, handle: int) -> None:
         """See `DeferredRows`."""
@@ -133,7 +131,7 @@ class PackedStream(BidiStream[pb.StreamPackedRequest, pb.StreamPackedResponse, P
         waits = self._under_way[message.handles[rest]]
         if waits.any():  # those whose seat does not hold any more wait in their sessions' lines
             columns = message.columns
-            waits &= self._sessions.seated(columns.handles[rest], columns.generations[rest])
+            waits &= self._sessions.valid_refs(columns.handles[rest], columns.generations[rest])
         rows, waiting = rest[~waits], rest[waits]
         others = rows[~self._go_straight(message, rows)] if len(rows) else rows
         again = self._under_way[message.handles[others]]  # rows after those that just went
@@ -147,11 +145,11 @@ class PackedStream(BidiStream[pb.StreamPackedRequest, pb.StreamPackedResponse, P
     def _go_straight(self, message: PackedRequest, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Sends what can go straight, together, and tells which rows these were."""
         columns = message.columns if len(rows) == len(message) else message.columns.some(rows)
-        scheduler = message.scheduler or self._sessions.lane_of(columns)
-        if scheduler is None or not message.fits(scheduler):
+        model = message.model or self._sessions.packed_model(columns)
+        if model is None or not message.fits(model):
             return np.zeros(len(rows), np.bool_)
         part = _PackedRows(self, message)
-        went = scheduler.submit_pack(columns, part)
+        went = self._sessions.submit_packed(columns, model, part)
         part.rows = rows[went]
         self._under_way[message.handles[part.rows]] = True
         return went
@@ -164,13 +162,13 @@ class PackedStream(BidiStream[pb.StreamPackedRequest, pb.StreamPackedResponse, P
             self._go_alone(row, session)
 
     def _go_alone(self, row: _Row, session: ResidentSession) -> None:
-        self._bindings.seat(row.handle, row.session_id, self._sessions.seat(session))
+        self._bindings.seat(row.handle, row.session_id, self._sessions.ref_of(session))
         try:
             step = row.message.step(row.place, session, row)
         except StepstateError as error:
             self._refuse(row, error)
         else:
-            session.scheduler.submit(step)
+            self._sessions.submit_accepted(step)
 
     def _refuse(self, row: _Row, error: StepstateError) -> None:
         row.message.put_error(row.place, error)

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 
 from stepstate.engine import Floats
 from stepstate.errors import InvalidField, StepstateError
-from stepstate.sessions import PackedStep, ReplyTo, ResidentSession, RowBatch, Step, StepScheduler
+from stepstate.models import Model
+from stepstate.sessions import PackedStep, ReplyTo, ResidentSession, RowBatch, Step
 from stepstate.transport.convert import REPLY_BYTES, make_step
 from stepstate.transport.handles import HandleTable
 from stepstate.transport.status import status_of
@@ -44,7 +45,7 @@ class PackedRequest:
         count = len(handles)
         self.handles = handles
         self.columns = columns
-        self.scheduler: StepScheduler | None = None
+        self.model: Model | None = None
         """Of the model that all rows are of, once the session of one was found."""
         self.rest: NDArray[np.int64] = np.arange(count)
         """Rows that have not begun."""
@@ -96,14 +97,14 @@ class PackedRequest:
         assert session_id is not None, "only bound handles make a message"
         return session_id
 
-    def fits(self, scheduler: StepScheduler) -> bool:
+    def fits(self, model: Model) -> bool:
         """Whether rows can be of a lane's model; the first lane that is named becomes theirs."""
-        if self.scheduler is None:
-            self.scheduler = scheduler
-            self._unfit = self._misfit(scheduler)
-            width = scheduler.model.manifest.output_width if self._unfit is None else 0
+        if self.model is None:
+            self.model = model
+            self._unfit = self._misfit(model)
+            width = model.manifest.output_width if self._unfit is None else 0
             self._y = np.full((len(self), width), np.nan, np.float32)
-        return self.scheduler is scheduler and self._unfit is None
+        return self.model is model and self._unfit is None
 
     def step(self, row: int, session: ResidentSession, reply_to: ReplyTo) -> Step:
         """A row as a step of its own.
@@ -111,7 +112,7 @@ class PackedRequest:
         Raises:
             InvalidField, NonFiniteInput.
         """
-        if not self.fits(session.scheduler):
+        if not self.fits(session.model):
             raise self._unfit or self._other_model(session)
         x = self.columns.x[row]
         finite = bool(np.isfinite(x).all())
@@ -120,12 +121,12 @@ class PackedRequest:
 
     def put_pack(self, rows: NDArray[np.int64], pack: PackedStep) -> None:
         """Takes the outcome of rows that went together."""
-        assert self.scheduler is not None
+        assert self.model is not None
         if len(pack.y):
             self._y[rows] = pack.y
             self._t[rows] = pack.at + 1
             self._durable_t[rows] = pack.durable_t
-            self._flags[rows[pack.at < self.scheduler.lag_rows]] = FALLBACK
+            self._flags[rows[pack.at < self.model.manifest.lag_rows]] = FALLBACK
         for place, error in pack.errors:
             self._refuse(int(rows[place]), error)
         self.left -= len(rows)
@@ -135,7 +136,7 @@ class PackedRequest:
         if step.error is not None:
             self.put_error(row, step.error)
             return
-        fallback = step.t_after <= step.session.scheduler.lag_rows
+        fallback = step.t_after <= step.session.model.manifest.lag_rows
         self._y[row] = np.frombuffer(step.y, "<f4")
         self._t[row], self._durable_t[row] = step.t_after, step.durable_t
         self._flags[row] = (
@@ -167,29 +168,29 @@ class PackedRequest:
         if len(self._y):
             self._y[row] = np.nan
 
-    def _misfit(self, scheduler: StepScheduler) -> InvalidField | None:
+    def _misfit(self, model: Model) -> InvalidField | None:
         """Why no row can be of a lane's model."""
-        manifest, width = scheduler.model.manifest, self.columns.x.shape[1]
+        manifest, width = model.manifest, self.columns.x.shape[1]
         if width != manifest.input_width:
             return InvalidField(
                 "x",
-                f"holds {width} values a row; {scheduler.model.key} takes rows of "
+                f"holds {width} values a row; {model.key} takes rows of "
                 f"{manifest.input_width}: send {manifest.input_width} for each handle",
             )
         if reply_bytes(len(self), manifest.output_width) > REPLY_BYTES:
             most = REPLY_BYTES // reply_bytes(1, manifest.output_width)
             return InvalidField(
                 "handles",
-                f"names {len(self)} rows; of {scheduler.model.key} at most {most} a message",
+                f"names {len(self)} rows; of {model.key} at most {most} a message",
             )
         return None
 
     def _other_model(self, session: ResidentSession) -> InvalidField:
-        assert self.scheduler is not None
+        assert self.model is not None
         return InvalidField(
             "handles",
-            f"names session {session.session_id!r} of {session.scheduler.model.key} beside rows of "
-            f"{self.scheduler.model.key}: send the rows of each model in messages of their own",
+            f"names session {session.session_id!r} of {session.model.key} beside rows of "
+            f"{self.model.key}: send the rows of each model in messages of their own",
         )
 
 

@@ -26,10 +26,10 @@ if _version_not_supported:
 
 
 class StepstateServiceStub(object):
-    """Opens, steps and closes sessions, and tells which models are loaded.
-    Requests for one session are carried out in the order in which they arrive at
-    the server, whatever they ask for and by whichever RPC, also while the session
-    is opened, loaded, taken over or closed.
+    """Opens, steps and closes sessions, and lists the loaded models.
+    Requests for one session are executed in the order in which they arrive at
+    the server, through every RPC, and also while the session is opened, loaded,
+    taken over or closed.
     """
 
     def __init__(self, channel):
@@ -126,10 +126,10 @@ class StepstateServiceStub(object):
 
 
 class StepstateServiceServicer(object):
-    """Opens, steps and closes sessions, and tells which models are loaded.
-    Requests for one session are carried out in the order in which they arrive at
-    the server, whatever they ask for and by whichever RPC, also while the session
-    is opened, loaded, taken over or closed.
+    """Opens, steps and closes sessions, and lists the loaded models.
+    Requests for one session are executed in the order in which they arrive at
+    the server, through every RPC, and also while the session is opened, loaded,
+    taken over or closed.
     """
 
     def OpenSession(self, request, context):
@@ -144,8 +144,9 @@ class StepstateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def GetSession(self, request, context):
-        """Tells where a session stands. It does not count as use, and takes nothing
-        over: of a session that another server holds it tells what is saved.
+        """Returns the status of a session. This does not count as use of the session,
+        and does not take it over: for a session that another server holds, it
+        returns what is saved.
         Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
         SESSION_LOST; DATA_LOSS SESSION_UNREADABLE; UNAVAILABLE STORE_UNAVAILABLE.
         """
@@ -154,12 +155,12 @@ class StepstateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ListSessions(self, request, context):
-        """Lists the open sessions, spilled ones too, and expired ones that are kept if
-        they are asked for, a page at a time, in no promised order. A session that
-        is open during the whole listing appears in it exactly once. Sessions that
-        can't be stepped by this server are in it, with a status that says why; they
-        can be closed. A page ends early where its reply would take more than
-        4,000,000 bytes.
+        """Lists the open sessions, including spilled ones, and on request also
+        expired ones, a page at a time, in no particular order. A session that is
+        open during the whole listing appears exactly once. Sessions that this
+        server can't step are listed with a status that says why; they can be
+        closed. A page ends early if its reply would take more than 4,000,000
+        bytes.
         Errors: INVALID_ARGUMENT INVALID_FIELD; UNAVAILABLE STORE_UNAVAILABLE.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -168,8 +169,8 @@ class StepstateServiceServicer(object):
 
     def RestoreSession(self, request, context):
         """Opens an expired session again, as it was: its state, its t and its replay
-        window. Its idle time begins anew, and from then on it is a session like any
-        other. Possible until its purge_time.
+        window. Its idle time starts again, and from then on it is a session like
+        any other. Possible until its purge_time.
         Errors: ALREADY_EXISTS SESSION_EXISTS, as it is open; NOT_FOUND
         SESSION_UNKNOWN, SESSION_EXPIRED (it is deleted), SESSION_CLOSED,
         SESSION_LOST; RESOURCE_EXHAUSTED SESSION_LIMIT; those of GetSession and Step
@@ -181,8 +182,8 @@ class StepstateServiceServicer(object):
 
     def CloseSession(self, request, context):
         """Closes a session. Steps accepted before it are finished first. The server
-        remembers for a while that the session was closed. Closes those too that
-        take no steps here: see SessionStatus.
+        remembers for a while that the session was closed. Sessions that take no
+        steps here can be closed too: see SessionStatus.
         Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
         SESSION_LOST; ABORTED STALE_OWNER; UNAVAILABLE STORE_UNAVAILABLE.
         """
@@ -192,8 +193,8 @@ class StepstateServiceServicer(object):
 
     def Step(self, request, context):
         """Applies one or more rows to a session, all or none of them. A request sent
-        twice with the same t and payload is applied once and answered twice, also
-        when the server was restarted, or another one took over, in between. The
+        twice with the same t and payload is applied once and answered twice, even
+        if the server was restarted, or another one took over, in between. The
         second reply has the same t and the same outputs, bit for bit; `replayed`
         is set in it, and its durable_t may be newer.
         Errors: NOT_FOUND SESSION_UNKNOWN, SESSION_EXPIRED, SESSION_CLOSED,
@@ -210,11 +211,11 @@ class StepstateServiceServicer(object):
 
     def StreamSteps(self, request_iterator, context):
         """The same for any number of sessions on one stream. Replies of one session
-        come in the order of its requests; those of different sessions come as
-        they are ready. One request's error comes back in band, in its reply's
-        `error`, and never ends the stream. When too many requests of a stream are
-        unanswered, the server stops reading it until some are.
-        It shares Step's messages on purpose: a step is the same on both paths.
+        come in the order of its requests; those of different sessions come as they
+        are ready. The error of a request is returned in the `error` of its reply,
+        and never ends the stream. When too many requests of a stream are
+        unanswered, the server stops reading it until some are. It shares Step's
+        messages on purpose: a step is the same on both paths.
         buf:lint:ignore RPC_REQUEST_RESPONSE_UNIQUE
         buf:lint:ignore RPC_REQUEST_STANDARD_NAME
         buf:lint:ignore RPC_RESPONSE_STANDARD_NAME
@@ -224,13 +225,14 @@ class StepstateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def StreamPacked(self, request_iterator, context):
-        """The same for gateways that carry many sessions of a model: one message holds
-        rows of many sessions as columns of raw numbers, named by handles that the
-        client chooses. Each row is a step: applied exactly once where its t is
-        given, and refused alone, in its message's `errors`. Rows of one session
-        are applied in the order of the messages, and in a message from the first
-        to the last. A message is answered once all its rows are, so replies may
-        come in another order than the requests: `id` tells which is which.
+        """The same for gateways that carry many sessions of a model: one message
+        holds rows of many sessions as columns of raw numbers, identified by
+        handles that the client chooses. Each row is a step: it is applied exactly
+        once if its t is given, and refused on its own, in the `errors` of its
+        message. Rows of one session are applied in the order of the messages, and
+        within a message from first to last. A message is answered when all its
+        rows are, so replies may come in another order than the requests: match
+        them by `id`.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -238,8 +240,8 @@ class StepstateServiceServicer(object):
 
     def ForkSession(self, request, context):
         """Opens a new session that starts from a copy of another: its state, its t
-        and its replay window. The two then go on apart. Steps accepted before it
-        are in the copy.
+        and its replay window. The two are independent from then on. Steps accepted
+        before the fork are in the copy.
         Errors: those of GetSession for the source; those of OpenSession for the
         new session.
         """
@@ -248,9 +250,10 @@ class StepstateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ExportSession(self, request, context):
-        """Returns a session as a snapshot: all that is needed to go on with it on
-        another server that has the same model. The session stays open. A snapshot
-        of more than 4,000,000 bytes is refused: StreamExport gives it in parts.
+        """Returns a session as a snapshot: everything that is needed to continue it
+        on another server that has the same model. The session stays open. A
+        snapshot of more than 4,000,000 bytes is refused: StreamExport sends it in
+        parts.
         Errors: those of GetSession; FAILED_PRECONDITION SNAPSHOT_TOO_LARGE;
         UNAVAILABLE STORE_UNAVAILABLE, QUEUE_FULL.
         """
@@ -259,8 +262,8 @@ class StepstateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ImportSession(self, request, context):
-        """Opens a session from a snapshot. Its idle time begins anew. A request holds
-        at most 16 MiB: StreamImport takes a larger snapshot in parts.
+        """Opens a session from a snapshot. Its idle time starts again. A request
+        holds at most 16 MiB: StreamImport takes a larger snapshot in parts.
         Errors: DATA_LOSS SNAPSHOT_CORRUPT; FAILED_PRECONDITION SNAPSHOT_MODEL_MISMATCH;
         those of OpenSession.
         """
@@ -285,10 +288,11 @@ class StepstateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def Forecast(self, request, context):
-        """Forecasts the rows to come, from where each session stands, after the steps
+        """Forecasts the next rows of each session, from its state after the steps
         that it has accepted. No session advances, and none counts as used.
-        Sessions of one call share forwards. Where the call names one session, its
-        error is the call's; where it names several, each has its own in band.
+        Sessions of one call share forward passes. If the call names one session,
+        its error is the error of the call; if it names several, each has its own
+        in the reply.
         Errors: INVALID_ARGUMENT INVALID_FIELD; FAILED_PRECONDITION
         FORECAST_IMPOSSIBLE; those of GetSession; UNAVAILABLE QUEUE_FULL.
         """
@@ -297,10 +301,10 @@ class StepstateServiceServicer(object):
         raise NotImplementedError('Method not implemented!')
 
     def ResetAccuracy(self, request, context):
-        """Forgets how good a session's forecasts were, after the steps accepted
-        before it: what is counted in Accuracy and Drift begins anew. Its state, its
-        t, its forecasts and their intervals go on as they were. Before it is
-        answered it is saved, if the session's steps are.
+        """Resets the accuracy of a session's forecasts, after the steps accepted
+        before it: the figures of Accuracy and Drift start again. Its state, its t,
+        its forecasts and their intervals do not change. If the steps of the
+        session are saved before they are answered, so is the reset.
         Errors: those of GetSession; ABORTED STALE_OWNER; UNAVAILABLE QUEUE_FULL,
         DRAINING, STORE_UNAVAILABLE.
         """
@@ -310,7 +314,7 @@ class StepstateServiceServicer(object):
 
     def ListModels(self, request, context):
         """Lists the loaded models, every version. A reply takes at most 4,000,000
-        bytes; where there are more models it has a next_page_token.
+        bytes; if there are more models it has a next_page_token.
         Errors: INVALID_ARGUMENT INVALID_FIELD.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
@@ -422,10 +426,10 @@ def add_StepstateServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class StepstateService(object):
-    """Opens, steps and closes sessions, and tells which models are loaded.
-    Requests for one session are carried out in the order in which they arrive at
-    the server, whatever they ask for and by whichever RPC, also while the session
-    is opened, loaded, taken over or closed.
+    """Opens, steps and closes sessions, and lists the loaded models.
+    Requests for one session are executed in the order in which they arrive at
+    the server, through every RPC, and also while the session is opened, loaded,
+    taken over or closed.
     """
 
     @staticmethod

@@ -16,7 +16,7 @@ from stepstate.engine.network import Network
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.errors import Internal
 from stepstate.sessions import ForecastRequest, RowBatch
-from stepstate.sessions.forecasting.forecaster import Forecaster
+from stepstate.sessions.forecasting.origins import OriginCopier
 from tests.accelerators import ACCELERATORS, there
 from tests.networks import make_network
 from tests.offline import forecasting_network
@@ -228,14 +228,14 @@ async def test_a_session_whose_forecast_raises_hides_no_other(make, monkeypatch,
     guilty = {5, 33}
     slots = {sessions[place].slot for place in guilty}
     if where == "copy":
-        real = Forecaster._copy
+        real = OriginCopier._copy
 
         def copy(self, session):
             if session.slot in slots:
                 raise KeyError(session.slot)
             return real(self, session)
 
-        monkeypatch.setattr(Forecaster, "_copy", copy)
+        monkeypatch.setattr(OriginCopier, "_copy", copy)
     else:
         read = Network.read
         cells = states(rig, [sessions[place] for place in guilty])[

@@ -67,7 +67,7 @@ def blocks(rig, monkeypatch) -> list[int]:
 
 async def test_sessions_and_scenarios_go_in_blocks(rig, blocks, monkeypatch):
     """However many scenarios there are; and a session that is named twice is forecast once."""
-    monkeypatch.setattr("stepstate.sessions.forecasting.forecaster.TOGETHER", 4)
+    monkeypatch.setattr("stepstate.sessions.forecasting.forecaster.BLOCK_STATES", 4)
     for session_id in ("a", "b", "c"):
         await stepped(rig, await rig.open(session_id), rows(20, seed=ord(session_id)))
     scenarios = tuple(Scenario(str(n), np.full(2, float(n), np.float32)) for n in range(5))
@@ -82,7 +82,7 @@ async def test_sessions_and_scenarios_go_in_blocks(rig, blocks, monkeypatch):
 
 async def test_calls_take_turns_block_by_block(rig, blocks, monkeypatch):
     """A small one is not kept waiting for a large one; both are from where sessions stood."""
-    monkeypatch.setattr("stepstate.sessions.forecasting.forecaster.TOGETHER", 1)
+    monkeypatch.setattr("stepstate.sessions.forecasting.forecaster.BLOCK_STATES", 1)
     names = [f"s{n}" for n in range(7)]
     for name in names:
         await stepped(rig, await rig.open(name), rows(5))
@@ -128,7 +128,7 @@ async def test_scenarios_that_give_other_values_have_their_own_plan(rig, blocks)
 async def test_rows_fed_back_are_bounded_over_all_states(rig, blocks, monkeypatch):
     await stepped(rig, await rig.open(), rows(20))
     await stepped(rig, await rig.open("b"), rows(20))
-    monkeypatch.setattr("stepstate.sessions.forecasting.forecaster.MAX_FED_ROWS", 7)
+    monkeypatch.setattr(f"{BOUNDS}.MAX_FED_ROWS", 7)
     path = Scenario("s", np.zeros(10, np.float32))
     assert len(await told(rig, horizon=5, scenarios=[path])) == 1
     for names, scenarios in ((["a", "b"], (path,)), (["a"], (path, path, path))):

@@ -1,10 +1,10 @@
-"""Forecasts from where sessions stand, many sessions and scenarios to a forward.
+"""Forecasts from where sessions are now, many sessions and scenarios to a forward.
 
 Rule 1: a session is copied between two of its steps, after those that arrived before the call.
-Rule 2: nothing of it changes, and it does not count as used.
-Rule 3: one short block and one long one compute at a time, in pieces between the turns of the
-        engines, and calls take turns block by block.
-Rule 4: what a call takes is known, and refused if it is too much, before it computes.
+Rule 2: the session does not change, and a forecast does not count as use.
+Rule 3: at most one short block and one long block compute at a time, in pieces between the turns
+        of the engines; calls take turns block by block.
+Rule 4: what a call takes is known before it computes, and refused if it is too much.
 
 K horizons, Q quantile levels, D inputs, P rows of a scenario.
 """
@@ -12,62 +12,44 @@ K horizons, Q quantile levels, D inputs, P rows of a scenario.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Protocol, TypeVar
 
 import numpy as np
 
 from stepstate.engine import Floats, ForecastOrigins, HorizonForecast
-from stepstate.errors import ForecastImpossible, InvalidField, StepstateError
+from stepstate.errors import InvalidField, StepstateError
 from stepstate.models import Manifest, OutputSpec
-from stepstate.sessions.arrivals import Call, Waiter
-from stepstate.sessions.barrier import SessionBarrier
 from stepstate.sessions.forecasting.limits import (
-    MAX_FED_ROWS,
     MemoryBudget,
     check_bytes,
-    check_wish,
+    check_fed_rows,
+    check_request,
     error_bytes,
     forecast_bytes,
     text_bytes,
 )
-from stepstate.sessions.forecasting.scenarios import ScenarioGroup, courses_of
+from stepstate.sessions.forecasting.origins import Origin, OriginCopier, SessionLookup
+from stepstate.sessions.forecasting.scenarios import (
+    ForecastRequest,
+    ScenarioGroup,
+    group_scenarios,
+)
 from stepstate.sessions.options import ID_LENGTH
 from stepstate.sessions.scheduler import StepScheduler
 from stepstate.sessions.surprise import surprise
 from stepstate.sessions.table import Table
-from stepstate.sessions.types import ResidentSession
 
-TOGETHER = 64
-"""States to a forward: it and what is made of it take some two milliseconds."""
+BLOCK_STATES = 64
+"""States in one forward: it and its results take about two milliseconds."""
 LONG_ROWS = 200
-"""Rows fed back that make a block long: one of 64 states that is not takes some 0.2 s at most."""
-COPIED_AT_ONCE = 500
-FETCHED_AT_ONCE = 64
-
-
-@dataclass(frozen=True, slots=True)
-class Scenario:
-    """Rows that might come: x row-major [P, D], raw units, NaN for the model's own forecast."""
-
-    name: str
-    x: Floats
-
-
-@dataclass(frozen=True, slots=True)
-class ForecastRequest:
-    """What is asked for; horizon 0: the model's longest; no quantiles: the usual ones."""
-
-    horizon: int
-    quantiles: tuple[float, ...]
-    scenarios: tuple[Scenario, ...]
+"""Rows fed back that make a block long: a block of 64 states below that takes at most 0.2 s."""
 
 
 @dataclass(frozen=True, slots=True)
 class OutputTrajectory:
-    """One output: values [K, Q] in raw units, and how each horizon came about [K]."""
+    """One output: values [K, Q] in raw units, and how each horizon was made [K]."""
 
     output: OutputSpec
     values: Floats
@@ -92,294 +74,197 @@ class SessionForecast:
 
 
 @dataclass(frozen=True, slots=True)
-class _Origin:
-    """Where one session stands: a copy of its state [R]."""
-
-    session: ResidentSession
-    t: int
-    state: Floats
-
-
-@dataclass(frozen=True, slots=True)
-class _Group:
-    """The sessions of one model, and how they are forecast."""
+class _ModelOrigins:
+    """The sessions of one model, and the scenarios by plan."""
 
     scheduler: StepScheduler
-    origins: Sequence[_Origin]
-    courses: Sequence[ScenarioGroup]
+    origins: Sequence[Origin]
+    groups: Sequence[ScenarioGroup]
+
+    @property
+    def fed_rows(self) -> int:
+        """Rows to be fed back, of all sessions and scenarios."""
+        each = sum(group.plan.fed_rows * len(group.indices) for group in self.groups)
+        return each * len(self.origins)
 
 
-_Item = tuple[_Origin, int]
-"""A session, and the place of a scenario in a course."""
-_Told = list[SessionForecast] | StepstateError
-_Call = Call[SessionBarrier[_Origin | StepstateError]]
-T = TypeVar("T")
-
-
-class SessionLookup(Protocol):
-    """What is used of the sessions."""
-
-    def find(self, session_id: str) -> ResidentSession | None:
-        """The resident session of this id if it takes steps now, and nobody waits for it."""
-        ...
-
-    def wait(self, session_id: str, waiter: Waiter, *, start: bool = True) -> None:
-        """Lets a request stand in a session's line."""
-        ...
-
-    def load(self, session_id: str) -> None:
-        """Makes the session resident that requests wait for without `start`."""
-        ...
-
-    def drop(self, session_id: str, waiter: Waiter) -> None:
-        """Takes a request out of its line."""
-        ...
-
-    def turn(self, session: ResidentSession, act: Callable[[], T]) -> SessionBarrier[T]:
-        """Calls a function after the steps that a session has accepted."""
-        ...
+_Item = tuple[Origin, int]
+"""A session, and the position of a scenario in its group."""
+_Result = list[SessionForecast] | StepstateError
 
 
 class Forecaster:
     """Forecasts for the sessions of a server.
 
     Args:
-        doors: find sessions.
+        sessions: find and load sessions.
         table: their numbers.
     """
 
-    def __init__(self, doors: SessionLookup, table: Table) -> None:
-        self._doors = doors
-        self._table = table
-        self._room = MemoryBudget()
+    def __init__(self, sessions: SessionLookup, table: Table) -> None:
+        self._copier = OriginCopier(sessions, table)
+        self._budget = MemoryBudget()
         self._short = asyncio.Lock()
         self._long = asyncio.Lock()
 
     async def forecast(
-        self, session_ids: Sequence[str], wish: ForecastRequest
+        self, session_ids: Sequence[str], request: ForecastRequest
     ) -> list[list[SessionForecast] | StepstateError]:
-        """See `Sessions.forecast`."""
-        check_wish(session_ids, wish)
-        with self._room.of_call() as take:
-            take(sum(one.x.nbytes for one in wish.scenarios))
-            origins = await self._origins(dict.fromkeys(session_ids), take)
-            told: dict[str, _Told] = {
+        """See `SessionService.forecast`."""
+        check_request(session_ids, request)
+        with self._budget.of_call() as reserve:
+            reserve(sum(scenario.x.nbytes for scenario in request.scenarios))
+            origins = await self._copier.copy(dict.fromkeys(session_ids), reserve)
+            results: dict[str, _Result] = {
                 name: one for name, one in origins.items() if isinstance(one, StepstateError)
             }
-            groups = []
-            for scheduler, mine in _by_lane(origins).items():
+            models = []
+            for scheduler, its in _by_scheduler(origins).items():
                 try:
-                    groups.append(await _group(scheduler, mine, wish))
+                    models.append(await _model_origins(scheduler, its, request))
                 except StepstateError as error:
-                    names = [origin.session.session_id for origin in mine]
-                    told.update(dict.fromkeys(names, error.with_traceback(None)))
-            _check_fed_rows(groups)
-            take(_check_reply(session_ids, wish, told, groups))
-            for group in groups:
-                told.update(await self._of_group(group, wish))
-        return [told[session_id] for session_id in session_ids]
+                    failure = error.with_traceback(None)
+                    results.update({origin.session_id: failure for origin in its})
+            check_fed_rows(sum(model.fed_rows for model in models))
+            size = _reply_bytes(session_ids, request, results, models)
+            check_bytes(len(session_ids), size)
+            reserve(size)
+            for model in models:
+                results.update(await self._roll_forward(model, request))
+        return [results[session_id] for session_id in session_ids]
 
-    async def _origins(
-        self, session_ids: Iterable[str], take: Callable[[int], None]
-    ) -> dict[str, _Origin | StepstateError]:
-        few = asyncio.Semaphore(FETCHED_AT_ONCE)
-        found: dict[str, _Origin | StepstateError] = {}
-        calls: dict[str, _Call] = {}
-        tasks: dict[str, asyncio.Task[_Origin | StepstateError]] = {}
-        try:
-            for session_id in session_ids:  # each has its place before anything is waited for
-                if not self._copied_at_once(session_id, found):
-                    calls[session_id] = self._arrive(session_id)
-            for origin in found.values():
-                _counted(origin, take)
-            for place, (session_id, call) in enumerate(calls.items()):
-                tasks[session_id] = asyncio.create_task(self._fetch(session_id, call, few, take))
-                if place % COPIED_AT_ONCE == COPIED_AT_ONCE - 1:
-                    await asyncio.sleep(0)
-            found.update(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
-        finally:
-            for session_id, call in calls.items():
-                self._doors.drop(session_id, call)
-            for task in tasks.values():
-                task.cancel()
-            await asyncio.gather(*tasks.values(), return_exceptions=True)
-        return found
-
-    def _copied_at_once(self, session_id: str, found: dict[str, _Origin | StepstateError]) -> bool:
-        """Copies a session that has nothing to finish, unless many have been copied."""
-        session = self._doors.find(session_id) if len(found) < COPIED_AT_ONCE else None
-        if session is None or self._table.busy[session.handle]:
-            return False
-        found[session_id] = self._copied(session)
-        return True
-
-    def _arrive(self, session_id: str) -> _Call:
-        """Takes a place in a session's line, and then one among its steps."""
-        call = Call(lambda session: self._doors.turn(session, lambda: self._copied(session)))
-        session = self._doors.find(session_id)
-        if session is not None and self._table.busy[session.handle]:
-            call.found(session)
-        else:
-            self._doors.wait(session_id, call, start=False)
-        return call
-
-    async def _fetch(
-        self, session_id: str, call: _Call, few: asyncio.Semaphore, take: Callable[[int], None]
-    ) -> _Origin | StepstateError:
-        """Copies a session that has to be loaded, or has steps to finish."""
-        async with few:
-            try:
-                self._doors.load(session_id)
-                origin = await (await call.result).result()
-            except StepstateError as error:
-                return error.with_traceback(None)  # or it would keep this frame, in a circle
-            return _counted(origin, take)
-
-    def _copied(self, session: ResidentSession) -> _Origin | StepstateError:
-        try:
-            return self._copy(session)
-        except Exception as error:  # noqa: BLE001 - it is this session's, not the call's
-            return surprise("a forecast failed", error, session.session_id)
-
-    def _copy(self, session: ResidentSession) -> _Origin | StepstateError:
-        t = self._table.t[session.handle]
-        if not t:
-            return ForecastImpossible(
-                f"session {session.session_id!r}", "it has no rows yet: step it, or prime it, first"
-            )
-        state = session.scheduler.engine.read_states(np.array([session.slot]))[0]
-        return _Origin(session, t, state)
-
-    async def _of_group(self, group: _Group, wish: ForecastRequest) -> dict[str, _Told]:
-        """The forecasts of some sessions of a model under every scenario."""
-        made: dict[str, dict[int, SessionForecast]] = {
-            origin.session.session_id: {} for origin in group.origins
-        }
+    async def _roll_forward(
+        self, model: _ModelOrigins, request: ForecastRequest
+    ) -> dict[str, _Result]:
+        """The forecasts of a model's sessions under every scenario."""
+        found: dict[str, dict[int, SessionForecast]] = {o.session_id: {} for o in model.origins}
         failed: dict[str, StepstateError] = {}
-        for course in group.courses:
-            computing = self._long if course.plan.fed_rows > LONG_ROWS else self._short
-            places = range(len(course.numbers))
-            items = [(origin, place) for origin in group.origins for place in places]
-            for first in range(0, len(items), TOGETHER):
-                block = items[first : first + TOGETHER]
-                async with computing:
-                    forecasts = await _run_isolated(group.scheduler, course, block, wish)
-                for (origin, place), one in zip(block, forecasts, strict=True):
+        for group in model.groups:
+            lock = self._long if group.plan.fed_rows > LONG_ROWS else self._short
+            positions = range(len(group.indices))
+            items = [(origin, position) for origin in model.origins for position in positions]
+            for first in range(0, len(items), BLOCK_STATES):
+                block = items[first : first + BLOCK_STATES]
+                async with lock:
+                    forecasts = await _run_isolated(model.scheduler, group, block, request)
+                for (origin, position), one in zip(block, forecasts, strict=True):
                     if isinstance(one, StepstateError):
-                        failed[origin.session.session_id] = one
+                        failed[origin.session_id] = one
                     else:
-                        made[one.session_id][course.numbers[place]] = one
+                        found[one.session_id][group.indices[position]] = one
                 await asyncio.sleep(0)
-        told = {name: [mine[number] for number in sorted(mine)] for name, mine in made.items()}
-        return {**told, **failed}
+        in_order = {name: [its[index] for index in sorted(its)] for name, its in found.items()}
+        return {**in_order, **failed}
 
 
-def _counted(
-    origin: _Origin | StepstateError, take: Callable[[int], None]
-) -> _Origin | StepstateError:
-    """It, once there is room for its copy."""
-    if isinstance(origin, _Origin):
-        take(origin.state.nbytes)
-    return origin
+def _by_scheduler(
+    origins: dict[str, Origin | StepstateError],
+) -> dict[StepScheduler, list[Origin]]:
+    """The sessions of each model."""
+    found: dict[StepScheduler, list[Origin]] = {}
+    for origin in origins.values():
+        if isinstance(origin, Origin):
+            found.setdefault(origin.session.scheduler, []).append(origin)
+    return found
 
 
-async def _group(
-    scheduler: StepScheduler, origins: Sequence[_Origin], wish: ForecastRequest
-) -> _Group:
-    """How sessions of a model are forecast.
+async def _model_origins(
+    scheduler: StepScheduler, origins: Sequence[Origin], request: ForecastRequest
+) -> _ModelOrigins:
+    """The sessions of a model with the plans of the scenarios.
 
     Raises:
-        InvalidField, ForecastImpossible: none of them can be.
+        InvalidField, ForecastImpossible: none of them can be forecast.
     """
-    _check_levels(scheduler, origins[0], wish)
-    courses = await courses_of(scheduler, wish.scenarios, _horizon(scheduler.model.manifest, wish))
-    return _Group(scheduler, origins, courses)
+    _check_levels(scheduler, origins[0], request)
+    horizon = _horizon(scheduler.model.manifest, request)
+    groups = await group_scenarios(scheduler, request.scenarios, horizon)
+    return _ModelOrigins(scheduler, origins, groups)
 
 
 async def _run_isolated(
-    scheduler: StepScheduler, course: ScenarioGroup, block: Sequence[_Item], wish: ForecastRequest
+    scheduler: StepScheduler,
+    group: ScenarioGroup,
+    block: Sequence[_Item],
+    request: ForecastRequest,
 ) -> Sequence[SessionForecast | StepstateError]:
     """The forecasts of a block; where that raises, of each half of it, down to one."""
     try:
-        return await _run(scheduler, course, block, wish)
+        return await _run(scheduler, group, block, request)
     except Exception as error:  # noqa: BLE001 - it is one session's, not the call's
         if len(block) == 1:
-            return [surprise("a forecast failed", error, block[0][0].session.session_id)]
+            return [surprise("a forecast failed", error, block[0][0].session_id)]
     middle = len(block) // 2
     return [
         one
         for half in (block[:middle], block[middle:])
-        for one in await _run_isolated(scheduler, course, half, wish)
+        for one in await _run_isolated(scheduler, group, half, request)
     ]
 
 
 async def _run(
-    scheduler: StepScheduler, course: ScenarioGroup, block: Sequence[_Item], wish: ForecastRequest
+    scheduler: StepScheduler,
+    group: ScenarioGroup,
+    block: Sequence[_Item],
+    request: ForecastRequest,
 ) -> list[SessionForecast]:
-    """The forecasts of sessions under scenarios of a course, run as one batch."""
+    """The forecasts of sessions under scenarios of a group, run as one batch."""
     manifest = scheduler.model.manifest
     origins = [origin for origin, _ in block]
     states = np.stack([origin.state for origin in origins])
     at = np.array([origin.t for origin in origins])
     phases = np.array([origin.session.phase for origin in origins]) + at
-    ahead = course.ahead[[place for _, place in block]]
-    outlooks = await scheduler.engine.forecast(
-        ForecastOrigins(states, at, phases), course.plan, ahead
+    rows = group.rows[[position for _, position in block]]
+    forecasts = await scheduler.engine.forecast(
+        ForecastOrigins(states, at, phases), group.plan, rows
     )
-    levels = [_levels(scheduler, origin, wish) for origin in origins]
-    outputs = _outputs(scheduler, states, outlooks, levels)
-    looking = [outlook.output for outlook in outlooks]
+    levels = [_levels(scheduler, origin, request) for origin in origins]
+    outputs = _outputs(scheduler, states, forecasts, levels)
+    specs = [forecast.output for forecast in forecasts]
     return [
         SessionForecast(
-            session_id=origin.session.session_id,
-            scenario=course.names[place],
+            session_id=origin.session_id,
+            scenario=group.names[position],
             t=origin.t,
             first_time=_first_time(manifest, origin),
             step_interval_seconds=manifest.step_interval_seconds,
-            levels=some,
-            outputs=mine,
-            reply_bytes=text_bytes(origin.session.session_id, course.names[place])
-            + forecast_bytes(looking, course.plan.horizon, len(some)),
+            levels=its_levels,
+            outputs=its_outputs,
+            reply_bytes=text_bytes(origin.session_id, group.names[position])
+            + forecast_bytes(specs, group.plan.horizon, len(its_levels)),
         )
-        for (origin, place), some, mine in zip(block, levels, outputs, strict=True)
+        for (origin, position), its_levels, its_outputs in zip(block, levels, outputs, strict=True)
     ]
 
 
 def _outputs(
     scheduler: StepScheduler,
     states: Floats,
-    outlooks: Sequence[HorizonForecast],
+    forecasts: Sequence[HorizonForecast],
     levels: Sequence[tuple[float, ...]],
 ) -> list[tuple[OutputTrajectory, ...]]:
-    """The outputs of each session of a batch, with the quantiles that are wanted of it."""
+    """The outputs of each session of a batch, at its quantile levels."""
     found: list[tuple[OutputTrajectory, ...]] = [()] * len(levels)
     for some in set(levels):
-        here = [place for place, mine in enumerate(levels) if mine == some]
-        for outlook in outlooks:
-            part = replace(outlook, values=outlook.values[here], methods=outlook.methods[here])
-            quantiles = scheduler.engine.quantiles(part, some, states[here])
-            for place, values, methods in zip(here, quantiles, part.methods, strict=True):
-                found[place] += (OutputTrajectory(part.output, values, methods.tolist()),)
+        rows = [row for row, its in enumerate(levels) if its == some]
+        for forecast in forecasts:
+            part = replace(forecast, values=forecast.values[rows], methods=forecast.methods[rows])
+            quantiles = scheduler.engine.quantiles(part, some, states[rows])
+            for row, values, methods in zip(rows, quantiles, part.methods, strict=True):
+                found[row] += (OutputTrajectory(part.output, values, methods.tolist()),)
     return found
 
 
-def _by_lane(origins: dict[str, _Origin | StepstateError]) -> dict[StepScheduler, list[_Origin]]:
-    """The sessions of each model."""
-    found: dict[StepScheduler, list[_Origin]] = {}
-    for origin in origins.values():
-        if isinstance(origin, _Origin):
-            found.setdefault(origin.session.scheduler, []).append(origin)
-    return found
+def _horizon(manifest: Manifest, request: ForecastRequest) -> int:
+    return request.horizon or max(max(output.horizons) for output in manifest.outputs) or 1
 
 
-def _horizon(manifest: Manifest, wish: ForecastRequest) -> int:
-    return wish.horizon or max(max(output.horizons) for output in manifest.outputs) or 1
-
-
-def _levels(scheduler: StepScheduler, origin: _Origin, wish: ForecastRequest) -> tuple[float, ...]:
+def _levels(
+    scheduler: StepScheduler, origin: Origin, request: ForecastRequest
+) -> tuple[float, ...]:
     """The quantile levels of a session's forecast."""
-    if wish.quantiles:
-        return wish.quantiles
+    if request.quantiles:
+        return request.quantiles
     level = scheduler.engine.interval_level(origin.state)
     if level is not None:
         return round((1 - level) / 2, 7), 0.5, round((1 + level) / 2, 7)
@@ -392,24 +277,14 @@ def _quantiles(manifest: Manifest) -> Sequence[float]:
     return next((output.quantiles for output in manifest.outputs if output.quantiles), ())
 
 
-def _first_time(manifest: Manifest, origin: _Origin) -> datetime | None:
-    start, interval = origin.session.record.start_time, manifest.step_interval
-    if start is None or interval is None:
-        return None
-    try:
-        return start + origin.t * interval
-    except OverflowError:  # beyond the year 9999
-        return None
-
-
-def _check_levels(scheduler: StepScheduler, origin: _Origin, wish: ForecastRequest) -> None:
-    """Refuses quantiles of a model that knows none.
+def _check_levels(scheduler: StepScheduler, origin: Origin, request: ForecastRequest) -> None:
+    """Refuses quantiles that the model can't give.
 
     Raises:
-        InvalidField: it knows no such thing.
+        InvalidField.
     """
     manifest = scheduler.model.manifest
-    if wish.quantiles in {(), (0.5,)} or _quantiles(manifest):
+    if request.quantiles in {(), (0.5,)} or _quantiles(manifest):
         return
     if scheduler.engine.interval_level(origin.state) is None:
         raise InvalidField(
@@ -419,45 +294,32 @@ def _check_levels(scheduler: StepScheduler, origin: _Origin, wish: ForecastReque
         )
 
 
-def _check_fed_rows(groups: Sequence[_Group]) -> None:
-    """Refuses a call that would compute for very long."""
-    rows = sum(
-        course.plan.fed_rows * len(course.numbers) * len(group.origins)
-        for group in groups
-        for course in group.courses
-    )
-    if rows > MAX_FED_ROWS:
-        raise InvalidField(
-            "horizon",
-            f"needs {rows} rows to be fed back, of all sessions and scenarios together, expected "
-            f"at most {MAX_FED_ROWS}: ask for fewer of them at once, or for a shorter horizon",
-        )
+def _first_time(manifest: Manifest, origin: Origin) -> datetime | None:
+    start, interval = origin.session.record.start_time, manifest.step_interval
+    if start is None or interval is None:
+        return None
+    try:
+        return start + origin.t * interval
+    except OverflowError:  # beyond the year 9999
+        return None
 
 
-def _check_reply(
+def _reply_bytes(
     session_ids: Sequence[str],
-    wish: ForecastRequest,
-    told: dict[str, _Told],
-    groups: Sequence[_Group],
+    request: ForecastRequest,
+    results: dict[str, _Result],
+    models: Sequence[_ModelOrigins],
 ) -> int:
-    """What the reply takes.
-
-    Raises:
-        InvalidField: it is more than a client reads.
-    """
+    """What the reply takes."""
     sizes = {
         name: text_bytes(name[:ID_LENGTH]) + error_bytes(one)
-        for name, one in told.items()
+        for name, one in results.items()
         if isinstance(one, StepstateError)
     }
-    names, times = text_bytes(*(one.name for one in wish.scenarios)), max(1, len(wish.scenarios))
-    for group in groups:
-        manifest = group.scheduler.model.manifest
-        horizon, levels = _horizon(manifest, wish), len(wish.quantiles) or 3
-        each = names + times * forecast_bytes(manifest.outputs, horizon, levels)
-        for origin in group.origins:
-            name = origin.session.session_id
-            sizes[name] = each + times * len(name)
-    size = sum(sizes[session_id] for session_id in session_ids)
-    check_bytes(len(session_ids), size)
-    return size
+    names, count = text_bytes(*(s.name for s in request.scenarios)), len(request.scenarios) or 1
+    for model in models:
+        manifest = model.scheduler.model.manifest
+        horizon, levels = _horizon(manifest, request), len(request.quantiles) or 3
+        each = names + count * forecast_bytes(manifest.outputs, horizon, levels)
+        sizes |= {o.session_id: each + count * len(o.session_id) for o in model.origins}
+    return sum(sizes[session_id] for session_id in session_ids)

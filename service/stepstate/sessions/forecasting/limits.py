@@ -1,55 +1,52 @@
-"""What one forecast call may ask for, and what it takes on the wire and in memory."""
+"""What a forecast call may ask for, and how many bytes it takes on the wire and in memory."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 from stepstate.errors import InvalidField, QueueFull, StepstateError
 from stepstate.models import OutputSpec
-
-if TYPE_CHECKING:
-    from stepstate.sessions.forecasting.forecaster import ForecastRequest
+from stepstate.sessions.forecasting.scenarios import ForecastRequest
 
 MAX_SESSIONS = 10_000
 MAX_SCENARIOS = 1_000
 MAX_HORIZON = 10_000
 MAX_LEVELS = 100
 NAME_LENGTH = 128
-"""Characters of a scenario's name: as many as of a session's id."""
+"""Characters of a scenario's name: as for a session's id."""
 MAX_REPLY_BYTES = 4_000_000
-"""As of every reply: a client with gRPC's default limit of 4 MiB can read it."""
+"""As for every reply: a client with gRPC's default limit of 4 MiB can read it."""
 MAX_FED_ROWS = 200_000
-"""Rows fed back, times states, of one call: some seconds of work."""
+"""Rows fed back in one call, of all sessions and scenarios: some seconds of work."""
 MAX_BYTES = 256 * 2**20
-"""Of all calls at once: each keeps its scenarios, copies of states and forecasts."""
+"""Of all calls at a time: each holds its scenarios, copies of states, and forecasts."""
 
 _MESSAGE_BYTES = 60
-"""A forecast's times, tags and lengths on the wire, at most."""
+"""At most, of a forecast's times, tags and lengths on the wire."""
 _OUTPUT_BYTES = 20
-"""The tags and lengths of one of its outputs, at most."""
+"""At most, of the tags and lengths of one of its outputs."""
 _ERROR_BYTES = 256
-"""What an error's status takes beside its texts, at most."""
+"""At most, of an error's status without its texts."""
 
 
 class MemoryBudget:
-    """Bytes that calls under way hold, all together."""
+    """The bytes that all calls under way hold together."""
 
     def __init__(self) -> None:
         self._used = 0
 
     @contextmanager
     def of_call(self) -> Iterator[Callable[[int], None]]:
-        """What a call takes bytes with; they are given back when it ends.
+        """A function that reserves bytes for one call; they are released when the call ends.
 
-        Taking raises:
-            InvalidField: the call alone wants more than there is.
-            QueueFull: others hold too much.
+        It raises:
+            InvalidField: the call alone needs more than there is.
+            QueueFull: other calls hold too much.
         """
         held = 0
 
-        def take(count: int) -> None:
+        def reserve(count: int) -> None:
             nonlocal held
             if held + count > MAX_BYTES:
                 raise InvalidField(
@@ -63,18 +60,18 @@ class MemoryBudget:
             self._used += count
 
         try:
-            yield take
+            yield reserve
         finally:
             self._used -= held
 
 
 def error_bytes(error: StepstateError) -> int:
-    """About what an error takes in a reply that has others too, without the session's id."""
+    """About what an error takes in a reply for several sessions, without the session's id."""
     return _ERROR_BYTES + text_bytes(str(error), str(error), *error.fields().values())
 
 
 def forecast_bytes(outputs: Sequence[OutputSpec], horizon: int, levels: int) -> int:
-    """What one forecast takes in the reply, without the session's id and the scenario's name."""
+    """What a forecast takes in the reply, without the session's id and the scenario's name."""
     values = horizon * (4 * levels + 1)  # with their methods
     names = sum(text_bytes(output.name, output.unit) for output in outputs)
     return _MESSAGE_BYTES + 8 * levels + names + len(outputs) * (_OUTPUT_BYTES + values)
@@ -85,35 +82,35 @@ def text_bytes(*texts: str) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
-def check_wish(session_ids: Sequence[str], wish: ForecastRequest) -> None:
-    """Refuses what can be told to be too much without a look at the sessions.
+def check_request(session_ids: Sequence[str], request: ForecastRequest) -> None:
+    """Refuses a request that is too large, whatever its sessions are.
 
     Raises:
-        InvalidField: it names the field.
+        InvalidField.
     """
     if not 0 < len(session_ids) <= MAX_SESSIONS:
         raise InvalidField(
             "session_id", f"names {len(session_ids)} sessions, expected 1 to {MAX_SESSIONS}"
         )
-    if wish.horizon > MAX_HORIZON:
-        raise InvalidField("horizon", f"is {wish.horizon}, expected at most {MAX_HORIZON}")
-    _check_quantiles(wish.quantiles)
-    check_scenario_count(len(wish.scenarios))
-    for place, one in enumerate(wish.scenarios):
+    if request.horizon > MAX_HORIZON:
+        raise InvalidField("horizon", f"is {request.horizon}, expected at most {MAX_HORIZON}")
+    _check_quantiles(request.quantiles)
+    check_scenario_count(len(request.scenarios))
+    for index, one in enumerate(request.scenarios):
         if len(one.name) > NAME_LENGTH:
             raise InvalidField(
-                f"scenarios[{place}].name",
+                f"scenarios[{index}].name",
                 f"has {len(one.name)} characters, expected at most {NAME_LENGTH}",
             )
-    least = _MESSAGE_BYTES + (wish.horizon or 1) * (4 * (len(wish.quantiles) or 1) + 1)
-    check_bytes(len(session_ids), least * len(session_ids) * max(1, len(wish.scenarios)))
+    least = _MESSAGE_BYTES + (request.horizon or 1) * (4 * (len(request.quantiles) or 1) + 1)
+    check_bytes(len(session_ids), least * len(session_ids) * max(1, len(request.scenarios)))
 
 
 def check_scenario_count(count: int) -> None:
     """Refuses more scenarios than a call may have.
 
     Raises:
-        InvalidField: it has more.
+        InvalidField.
     """
     if count > MAX_SCENARIOS:
         raise InvalidField(
@@ -124,10 +121,10 @@ def check_scenario_count(count: int) -> None:
 def _check_quantiles(levels: Sequence[float]) -> None:
     if len(levels) > MAX_LEVELS:
         raise InvalidField("quantiles", f"holds {len(levels)}, expected at most {MAX_LEVELS}")
-    for place, level in enumerate(levels):
+    for index, level in enumerate(levels):
         if not 0 < level < 1:
             raise InvalidField(
-                f"quantiles[{place}]", f"is {level:g}, expected more than 0 and less than 1"
+                f"quantiles[{index}]", f"is {level:g}, expected more than 0 and less than 1"
             )
 
 
@@ -135,11 +132,25 @@ def check_bytes(sessions: int, size: int) -> None:
     """Refuses a reply that is larger than a client reads.
 
     Raises:
-        InvalidField: it is.
+        InvalidField.
     """
     if size > MAX_REPLY_BYTES:
         raise InvalidField(
             "session_id",
             f"names {sessions} sessions whose reply would take {size} bytes, more than "
             f"{MAX_REPLY_BYTES}: ask for fewer sessions, scenarios, horizons or quantiles at once",
+        )
+
+
+def check_fed_rows(rows: int) -> None:
+    """Refuses a call that would compute for very long.
+
+    Raises:
+        InvalidField.
+    """
+    if rows > MAX_FED_ROWS:
+        raise InvalidField(
+            "horizon",
+            f"needs {rows} rows to be fed back, of all sessions and scenarios together, expected "
+            f"at most {MAX_FED_ROWS}: ask for fewer of them at once, or for a shorter horizon",
         )

@@ -1,4 +1,4 @@
-"""Which scenarios are forecast together: those that give the same values, so share one plan.
+"""What a forecast call asks for, and which of its scenarios share a plan.
 
 K horizons, P rows of a scenario, D inputs, S scenarios.
 """
@@ -8,33 +8,49 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from stepstate.engine import Floats, Plan
 from stepstate.errors import ForecastImpossible, InvalidField
 from stepstate.models import Manifest
+from stepstate.sessions.scheduler import StepScheduler
 
-if TYPE_CHECKING:
-    from stepstate.sessions.forecasting.forecaster import Scenario
-    from stepstate.sessions.scheduler import StepScheduler
+
+@dataclass(frozen=True, slots=True)
+class Scenario:
+    """Rows that might come: x row-major [P, D], raw units, NaN for the model's own forecast."""
+
+    name: str
+    x: Floats
+
+
+@dataclass(frozen=True, slots=True)
+class ForecastRequest:
+    """What is asked for; horizon 0: the model's longest; no quantiles: the usual ones."""
+
+    horizon: int
+    quantiles: tuple[float, ...]
+    scenarios: tuple[Scenario, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class ScenarioGroup:
-    """Scenarios with one plan: their numbers [S], names [S] and rows [S, P, D], P at most K."""
+    """Scenarios that give the same values, and so share a plan.
 
-    numbers: Sequence[int]
+    Their indices in the request [S], names [S] and rows [S, P, D], P at most K.
+    """
+
+    indices: Sequence[int]
     names: Sequence[str]
-    ahead: Floats
+    rows: Floats
     plan: Plan
 
 
-async def courses_of(
+async def group_scenarios(
     scheduler: StepScheduler, scenarios: Sequence[Scenario], horizon: int
 ) -> list[ScenarioGroup]:
-    """The courses of a model's sessions; without scenarios, the one of its own forecasts.
+    """The scenarios of a request by plan; without any, one group without rows.
 
     Raises:
         InvalidField: a scenario is not whole rows, or not finite.
@@ -42,48 +58,46 @@ async def courses_of(
     """
     manifest = scheduler.model.manifest
     if not scenarios:
-        nothing = np.zeros((1, 0, manifest.input_width), np.float32)
-        return [
-            ScenarioGroup([0], [""], nothing, scheduler.engine.plan(horizon, np.isnan(nothing[0])))
-        ]
-    rows = [_rows(manifest, number, one)[:horizon] for number, one in enumerate(scenarios)]
-    courses = []
-    for numbers in _alike(rows):
-        ahead = np.stack([rows[number] for number in numbers])
+        none = np.zeros((1, 0, manifest.input_width), np.float32)
+        plan = scheduler.engine.plan(horizon, np.isnan(none[0]))
+        return [ScenarioGroup([0], [""], none, plan)]
+    rows = [_rows(manifest, index, one)[:horizon] for index, one in enumerate(scenarios)]
+    groups = []
+    for indices in _same_shape(rows):
+        names = [scenarios[index].name for index in indices]
+        together = np.stack([rows[index] for index in indices])
         try:
-            plan = scheduler.engine.plan(horizon, ~np.isnan(ahead[0]))
+            plan = scheduler.engine.plan(horizon, ~np.isnan(together[0]))
         except ForecastImpossible as error:
-            number = numbers[0]
-            under = f"{error.subject} under scenarios[{number}] {scenarios[number].name!r}"
-            raise ForecastImpossible(under, error.problem) from None
-        names = [scenarios[number].name for number in numbers]
-        courses.append(ScenarioGroup(numbers, names, ahead, plan))
+            subject = f"{error.subject} under scenarios[{indices[0]}] {names[0]!r}"
+            raise ForecastImpossible(subject, error.problem) from None
+        groups.append(ScenarioGroup(indices, names, together, plan))
         await asyncio.sleep(0)
-    return courses
+    return groups
 
 
-def _alike(rows: Sequence[Floats]) -> list[list[int]]:
-    """The numbers of scenarios that are as long as each other, and give the same values."""
+def _same_shape(rows: Sequence[Floats]) -> list[list[int]]:
+    """The indices of scenarios that are equally long and have NaN at the same places."""
     found: dict[tuple[int, bytes], list[int]] = {}
-    for number, one in enumerate(rows):
-        found.setdefault((len(one), np.isnan(one).tobytes()), []).append(number)
+    for index, one in enumerate(rows):
+        found.setdefault((len(one), np.isnan(one).tobytes()), []).append(index)
     return list(found.values())
 
 
-def _rows(manifest: Manifest, number: int, scenario: Scenario) -> Floats:
+def _rows(manifest: Manifest, index: int, scenario: Scenario) -> Floats:
     """A scenario's rows [P, D].
 
     Raises:
         InvalidField: it is not whole rows, or not finite.
     """
-    where, width = f"scenarios[{number}].x", manifest.input_width
+    field, width = f"scenarios[{index}].x", manifest.input_width
     count = len(scenario.x)
     if not count or count % width:
         raise InvalidField(
-            where,
+            field,
             f"holds {count} values; {manifest.name}/{manifest.version} takes rows of {width}: send "
             f"P * {width} values, P = 1 or more",
         )
     if np.isinf(scenario.x).any():
-        raise InvalidField(where, "holds an infinite value; NaN is the model's own forecast")
+        raise InvalidField(field, "holds an infinite value; NaN is the model's own forecast")
     return scenario.x.reshape(-1, width)

@@ -117,7 +117,7 @@ class InferCall:
             InvalidField, NonFiniteInput.
         """
         self.check(session)
-        manifest = session.scheduler.model.manifest
+        manifest = session.model.manifest
         rows = self.read(manifest)
         reply_bytes = 4 * rows.count * reply_width(self.outputs, manifest)
         if reply_bytes > REPLY_BYTES:

@@ -160,7 +160,7 @@ class SequenceService:
         before, step = self._ended.get(infer.session_id, (None, None))
         if before is None or step is None or infer.t is None or before.t != infer.t:
             return None
-        manifest = step.session.scheduler.model.manifest
+        manifest = step.session.model.manifest
         if infer.payload(manifest) != before.payload(manifest):
             return None
         step.replayed = True

@@ -208,7 +208,7 @@ def outputs_of(step: Step, names: Sequence[str], *, flat: bool) -> tuple[Shapes,
 
 def _part(step: Step, name: str) -> np.ndarray:
     """y [T, O], an output [T, K], the first's quantiles [T, K, Q], a gate or state [T, L, H]."""
-    manifest = step.session.scheduler.model.manifest
+    manifest = step.session.model.manifest
     y = np.frombuffer(step.y, "<f4").reshape(step.rows, -1)
     if name == OUTPUT:
         return y

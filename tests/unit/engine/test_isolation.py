@@ -19,9 +19,8 @@ from stepstate.sessions import ForecastRequest, RowBatch
 from stepstate.sessions.forecasting.origins import OriginCopier
 from tests.accelerators import ACCELERATORS, there
 from tests.networks import make_network
-from tests.offline import forecasting_network
+from tests.offline import forecasting_network, rows
 from tests.unit.rig import Rig, model_of, outputs
-from tests.unit.sessions.forecasts import rows
 
 CLOSE = 1e-5
 GUILTY = 666.0

@@ -13,8 +13,9 @@ from stepstate.errors import (
 from stepstate.sessions import CopyOptions
 from stepstate.sessions.snapshots.format import decode, encode
 from tests import offline
+from tests.offline import rows
 from tests.unit.rig import Rig, model_of
-from tests.unit.sessions.forecasts import CLOSE, as_version_1, rows, stepped, told
+from tests.unit.sessions.forecasts import CLOSE, as_version_1, stepped, told
 
 
 @pytest.fixture

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from stepstate.engine import PackedWork
-from stepstate.engine.device_forward import DeviceForward
+from stepstate.engine.accelerator import DeviceForward
+from stepstate.engine.engine import isolated
 from stepstate.engine.imputation import Imputer
-from stepstate.engine.isolation import isolated
 from stepstate.engine.network import Network
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.errors import Internal
@@ -206,7 +206,10 @@ async def test_rows_that_make_no_columns_fail_alone(make, rows):
     rig = make()
     sessions = await opened(rig)
     callers = [rig.send(session, history(9)[:rows]) for session in sessions[:5]]
-    for work in [*rig.scheduler.engine._queue, *(job.work for job in rig.scheduler.engine._jobs)]:
+    for work in [
+        *rig.scheduler.engine._queue,
+        *(each.work for each in rig.scheduler.engine._requests),
+    ]:
         if work.session is sessions[2]:
             work.x = [1.0] * 7
     errors = [await caller.error() for caller in callers]

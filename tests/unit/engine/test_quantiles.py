@@ -164,6 +164,6 @@ async def test_farther_quantiles_are_never_nearer(make_rig):
     levels = (0.02, 0.05, 0.3, 0.45, 0.5, 0.6, 0.95, 0.99)
     values = np.array([[[-0.2, 0.0, 1.0]]], np.float32)
     methods = np.full((1, 1), Method.DIRECT, np.uint8)
-    outlook = HorizonForecast(tracker.targets[0].output, values, methods)
-    found = quantiles_of(outlook, levels, tracker, state[:, engine.layout.tracked_from :])
+    forecast = HorizonForecast(tracker.targets[0].output, values, methods)
+    found = quantiles_of(forecast, levels, tracker, state[:, engine.layout.tracked_from :])
     assert (np.diff(found[0, 0]) >= 0).all()

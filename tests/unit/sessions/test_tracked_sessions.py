@@ -90,7 +90,7 @@ async def test_a_fork_carries_past_rows_and_what_is_tracked(make_rig, sensor):
 async def test_metrics_add_up_what_sessions_tell(rig):
     for session_id in ("a", "b"):
         await rig.y(await rig.open(session_id), rows(50, seed=ord(session_id)))
-    tally = rig.scheduler.engine.tally
+    tally = rig.scheduler.engine.score_totals
     standings = [rig.sessions.standing(rig.sessions.find(s)) for s in ("a", "b")]
     for place, score in enumerate(tally.scores):
         parts = [standing.quality.accuracy[place].lifetime for standing in standings]

@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
+    EngineSettings,
     Precision,
     check_accelerator,
     has_instructions,
@@ -240,14 +241,16 @@ class Server:
             catalog,
             self._store,
             SchedulerSettings(
-                capacity=self._slots,
-                batch_rows=config.batch_rows,
-                chunk_rows=config.chunk_rows,
+                EngineSettings(
+                    capacity=self._slots,
+                    batch_rows=config.batch_rows,
+                    chunk_rows=config.chunk_rows,
+                    precision=self._precision,
+                    accelerator=None if config.device == "cpu" else config.device,
+                ),
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
                 backlog_rows=config.backlog_rows,
-                precision=self._precision,
-                accelerator=None if config.device == "cpu" else config.device,
             ),
             limits=Limits(
                 queued_requests=config.queue_requests,

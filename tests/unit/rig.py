@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from stepstate.engine import use_one_thread
+from stepstate.engine import EngineSettings, use_one_thread
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.metrics import Metrics, MetricsCollector
 from stepstate.models import Catalog, Manifest, Model
@@ -107,13 +107,15 @@ class Rig:
             Catalog(models),
             self.store,
             SchedulerSettings(
-                capacity=max_sessions,
-                batch_rows=batch_rows,
-                chunk_rows=chunk_rows,
+                EngineSettings(
+                    capacity=max_sessions,
+                    batch_rows=batch_rows,
+                    chunk_rows=chunk_rows,
+                    accelerator=accelerator or self.accelerator,
+                ),
                 replay_rows=replay_rows,
                 replay_bytes=replay_bytes,
                 backlog_rows=backlog_rows,
-                accelerator=accelerator or self.accelerator,
             ),
             limits=Limits(
                 queued_requests=queued_requests,

@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from stepstate.engine import Precision
+from stepstate.engine import EngineSettings
 from stepstate.errors import Draining, QueueFull
 from stepstate.models import Catalog
 from stepstate.sessions.monitored_store import MonitoredStore
@@ -37,20 +37,13 @@ class Limits:
 class SchedulerSettings:
     """How the steps of each model are scheduled."""
 
-    capacity: int
-    """Most resident sessions."""
-    batch_rows: int
-    """Most single rows in one forward."""
-    chunk_rows: int
-    """Most rows of long requests in one turn."""
+    engine: EngineSettings
     replay_rows: int
     """Most single rows whose replies a session remembers."""
     replay_bytes: int
     """Bound for the remembered long replies of all sessions of a model."""
     backlog_rows: int
     """Most rows of an async session that are applied and not saved."""
-    precision: Precision = Precision.FLOAT32
-    accelerator: str | None = None
 
 
 class Admission:

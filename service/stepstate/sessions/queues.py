@@ -24,7 +24,7 @@ from stepstate.errors import QueueFull, StepstateError
 from stepstate.sessions.context import SessionContext
 from stepstate.sessions.loader import SessionLoader
 from stepstate.sessions.options import check_id
-from stepstate.sessions.types import DeferredRows, ResidentSession, SessionBarrier, unexpected
+from stepstate.sessions.types import OPEN, DeferredRows, ResidentSession, SessionBarrier, unexpected
 
 RETRY_SECONDS = 0.02
 """How often the head of a queue is tried again while the server's queue is full."""
@@ -153,10 +153,14 @@ class RequestQueues:
 
     def find(self, session_id: str) -> ResidentSession | None:
         """The resident session of this id if it takes steps now, and nobody waits for it."""
-        if session_id in self._queues:
+        table = self._table
+        session = table.get(session_id)
+        if session is None or session.state is not OPEN or session_id in self._queues:
             return None
-        session = self._table.usable(session_id, self._clock())
-        if session is not None and self._table.deferred[session.handle]:
+        handle = session.handle
+        if table.expires_at[handle] <= self._clock() and not table.busy[handle]:
+            return None
+        if table.deferred[handle]:
             self._flush(session)
         return session
 

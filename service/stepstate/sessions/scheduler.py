@@ -88,19 +88,11 @@ class StepScheduler:
         self._backlog_rows = settings.backlog_rows
         self._output_bytes = 4 * manifest.output_width
         self._tasks: set[asyncio.Task[None]] = set()
-        self.engine: Engine[Step] = Engine(
-            model,
-            self.timeline,
-            owner=self,
-            observer=self._observer,
-            capacity=settings.capacity,
-            batch_rows=settings.batch_rows,
-            chunk_rows=settings.chunk_rows,
-            precision=settings.precision,
-            accelerator=settings.accelerator,
+        self.engine: Engine[Step, PackedStep] = Engine(
+            model, self.timeline, settings.engine, sink=self, observer=self._observer
         )
         self.window = ReplayWindow(
-            settings.capacity,
+            settings.engine.capacity,
             input_width=manifest.input_width,
             output_width=manifest.output_width,
             rows=settings.replay_rows,
@@ -125,7 +117,7 @@ class StepScheduler:
     @property
     def tally(self) -> ScoreTotals:
         """The scores of its sessions' forecasts."""
-        return self.engine.tally
+        return self.engine.score_totals
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -155,7 +147,7 @@ class StepScheduler:
         if len(state) < layout.width:  # of version 1
             blank = self.engine.blank(snapshot.record.interval_level)
             snapshot = extended(snapshot, layout, blank)
-        if not self.engine.sound(snapshot.state):
+        if not self.engine.is_valid(snapshot.state):
             raise SnapshotCorrupt("what it tracks of forecasts can't be a session's")
         return snapshot
 
@@ -197,7 +189,7 @@ class StepScheduler:
             rows = rows.some(np.flatnonzero(mask))
         at = table.t_array[rows.handles]
         slots, phase = table.slot_array[rows.handles], table.phase_array[rows.handles] + at
-        pack = PackedStep(rows, slots, at, phase, scheduler=self, reply_to=reply_to)
+        pack = PackedStep(rows, slots, at, phase, reply_to=reply_to)
         table.busy_array[pack.handles] = True
         self.queued_rows += len(pack)
         self.queued_requests += len(pack)
@@ -319,15 +311,16 @@ class StepScheduler:
         self,
         pack: PackedStep,
         y: Floats,
-        fine: NDArray[np.bool_] | None,
+        finite: NDArray[np.bool_] | None,
         failed: Mapping[int, Exception],
     ) -> None:
-        """See `PackedWork`: commits rows of many sessions."""
+        """See `CompletionSink`: commits rows of many sessions."""
         handles, slots, t, x = pack.handles, pack.slots, pack.at, pack.x
         pack.y = y
-        if fine is not None:
-            self._refuse_rows(pack, np.flatnonzero(~fine).tolist(), failed)
-            handles, slots, t, x, y = handles[fine], slots[fine], t[fine], x[fine], y[fine]
+        if finite is not None:
+            self._refuse_rows(pack, np.flatnonzero(~finite).tolist(), failed)
+            handles, slots, t = handles[finite], slots[finite], t[finite]
+            x, y = x[finite], y[finite]
         self._advance(handles, slots, t, x, y)
         self._observer.applied(len(handles))
         self._finish_pack(pack)
@@ -395,7 +388,7 @@ class StepScheduler:
         self._finish(work)
 
     def dropped_pack(self, pack: PackedStep) -> None:
-        """See `PackedWork`: nobody waits for it."""
+        """See `CompletionSink`: nobody waits for it."""
         self._observer.ended("cancelled", len(pack))
         self._finish_pack(pack)
 

@@ -90,7 +90,7 @@ class SessionService:
     ) -> None:
         self.catalog = catalog
         self.store = MonitoredStore(store, clock=clock)
-        self.table = Table(settings.capacity)
+        self.table = Table(settings.engine.capacity)
         self._limits = limits
         self._clock = clock
         self._admission = Admission(limits)

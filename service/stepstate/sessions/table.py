@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from stepstate.errors import StepstateError
 from stepstate.sessions.types import (
+    OPEN,
     TRANSITIONS,
     ResidentSession,
     RowBatch,
@@ -31,7 +32,6 @@ from stepstate.sessions.types import (
 from stepstate.stores import Durability
 
 NEVER = float("inf")
-_OPEN = SessionState.OPEN
 
 
 class Table:
@@ -92,7 +92,7 @@ class Table:
     def usable(self, session_id: str, now: float) -> ResidentSession | None:
         """The resident session of this id if it takes steps now."""
         session = self._by_id.get(session_id)
-        if session is None or session.state is not _OPEN or self.is_overdue(session, now):
+        if session is None or session.state is not OPEN or self.is_overdue(session, now):
             return None
         return session
 
@@ -154,7 +154,7 @@ class Table:
 
     def begin_end(self, session: ResidentSession) -> None:
         """A session is being closed, or expires: it takes no more steps."""
-        if session.state is _OPEN:
+        if session.state is OPEN:
             self._change(session, SessionState.ENDING)
 
     def begin_spill(self, session: ResidentSession) -> None:
@@ -165,7 +165,7 @@ class Table:
     def reopen(self, session: ResidentSession) -> None:
         """A session that was to end or to spill stays, unless it was lost meanwhile."""
         if session.state in {SessionState.ENDING, SessionState.SPILLING}:
-            self._change(session, _OPEN)
+            self._change(session, OPEN)
             _resolve(session)
             session.left = None
 
@@ -212,7 +212,7 @@ class Table:
         """A reference for the fast path; None: the session's rows can't take it for now."""
         if (
             session.sync
-            or session.state is not _OPEN
+            or session.state is not OPEN
             or session.position_unknown
             or session.lease_in_doubt
         ):

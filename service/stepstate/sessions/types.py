@@ -17,8 +17,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.engine import Engine, Floats, Layers, Observer, PackedWork
-from stepstate.engine.work import WorkItem
+from stepstate.engine import Engine, Floats, Layers, Observer, PackedWork, WorkItem
 from stepstate.errors import Internal, StepstateError
 from stepstate.models import Model
 from stepstate.sessions.replay import ReplayWindow
@@ -122,7 +121,7 @@ class Scheduler(Protocol):
     """What a session knows of the `StepScheduler` that steps it."""
 
     model: Model
-    engine: Engine[Step]
+    engine: Engine[Step, PackedStep]
     window: ReplayWindow
     number: int
 
@@ -132,20 +131,6 @@ class Scheduler(Protocol):
 
     def enqueue_barrier(self, session: ResidentSession, barrier: SessionBarrier[Any]) -> None:
         """Calls a barrier after the steps that a session has accepted."""
-        ...
-
-    def stepped_pack(
-        self,
-        pack: PackedStep,
-        y: Floats,
-        fine: NDArray[np.bool_] | None,
-        failed: Mapping[int, Exception],
-    ) -> None:
-        """Commits packed rows."""
-        ...
-
-    def dropped_pack(self, pack: PackedStep) -> None:
-        """Answers packed rows that were cancelled."""
         ...
 
     def release(self, slot: int) -> None:
@@ -204,7 +189,7 @@ class RowBatch:
 
 
 class PackedStep(PackedWork):
-    """Rows [B] on the fast path through a scheduler's engine. It carries its own outcome."""
+    """Rows [B] on the fast path through the engine, and their outcome."""
 
     def __init__(
         self,
@@ -213,7 +198,6 @@ class PackedStep(PackedWork):
         at: NDArray[np.int64],
         phase: NDArray[np.int64],
         *,
-        scheduler: Scheduler,
         reply_to: PackedReplyTo,
     ) -> None:
         super().__init__(rows.x, slots, at, phase)
@@ -225,22 +209,11 @@ class PackedStep(PackedWork):
         self.durable_t: NDArray[np.int64] = np.zeros(0, np.int64)
         self.errors: list[tuple[int, StepstateError]] = []
         """Rows that were not applied, and why."""
-        self._scheduler = scheduler
 
     @property
     def cancelled(self) -> bool:
         """See `PackedWork`."""
         return self.reply_to.cancelled
-
-    def stepped(
-        self, y: Floats, fine: NDArray[np.bool_] | None, failed: Mapping[int, Exception]
-    ) -> None:
-        """See `PackedWork`."""
-        self._scheduler.stepped_pack(self, y, fine, failed)
-
-    def dropped(self) -> None:
-        """See `PackedWork`."""
-        self._scheduler.dropped_pack(self)
 
 
 class SessionState(enum.Enum):
@@ -257,6 +230,8 @@ class SessionState(enum.Enum):
     """It has left the arena."""
 
 
+OPEN = SessionState.OPEN
+"""It is asked for on every request, and an enum's members are slow to look up."""
 _LEAVES = frozenset({SessionState.LOST, SessionState.GONE})
 TRANSITIONS: Mapping[SessionState, frozenset[SessionState]] = {
     SessionState.OPEN: _LEAVES | {SessionState.ENDING, SessionState.SPILLING},

@@ -42,7 +42,7 @@ class MemoryStore(SessionStore):
     def __init__(self, clock: Callable[[], float], *, max_tombstones: int = MAX_TOMBSTONES) -> None:
         self._clock = clock
         self._max_tombstones = max_tombstones
-        self._open: dict[str, _Kept] = {}
+        self._sessions: dict[str, _Kept] = {}
         self._expired: dict[str, _Kept] = {}  # the oldest first
         self._tombstones: dict[str, tuple[float, Tombstone]] = {}  # the oldest first
         self._epoch = 0
@@ -69,7 +69,7 @@ class MemoryStore(SessionStore):
         self._expired.pop(record.session_id, None)
         self._tombstones.pop(record.session_id, None)
         session = StoredSession(record, t, expires_at, self._next_epoch(), owner)
-        self._open[record.session_id] = _Kept(session, snapshot)
+        self._sessions[record.session_id] = _Kept(session, snapshot)
         return session.epoch
 
     async def acquire(
@@ -104,14 +104,14 @@ class MemoryStore(SessionStore):
         kept.session = replace(
             kept.session, epoch=self._next_epoch(), expires_at=expires_at, delete_at=None
         )
-        self._open[session_id] = self._expired.pop(session_id)
+        self._sessions[session_id] = self._expired.pop(session_id)
         return True
 
     async def end(self, session_id: str, epoch: int, tombstone: Tombstone) -> bool:
         kept = self._kept(session_id)
         if kept is None or kept.session.epoch != epoch:
             return False
-        self._open.pop(session_id, None)
+        self._sessions.pop(session_id, None)
         self._expired.pop(session_id, None)
         self._tombstones[session_id] = (self._clock() + TOMBSTONE_SECONDS, tombstone)
         self._delete_old_tombstones()
@@ -122,7 +122,7 @@ class MemoryStore(SessionStore):
         return False  # everything in memory can be read
 
     async def overdue(self, before: float, limit: int) -> list[StoredSession]:
-        due = (kept.session for kept in self._open.values() if kept.session.expires_at < before)
+        due = (kept.session for kept in self._sessions.values() if kept.session.expires_at < before)
         return list(islice(due, limit))
 
     async def expired(self, before: float, limit: int) -> list[StoredSession]:
@@ -132,7 +132,7 @@ class MemoryStore(SessionStore):
     async def page(
         self, token: str, size: int, model: str = "", *, expired: bool = False
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
-        everything = chain(self._open.items(), self._expired.items() if expired else ())
+        everything = chain(self._sessions.items(), self._expired.items() if expired else ())
         later = (
             (session_id, kept.session)
             for session_id, kept in everything
@@ -143,7 +143,7 @@ class MemoryStore(SessionStore):
         return [session for _, session in found[:size]], next_token
 
     async def count(self) -> Mapping[str, int]:
-        return Counter(kept.session.record.model_key for kept in self._open.values())
+        return Counter(kept.session.record.model_key for kept in self._sessions.values())
 
     async def count_expired(self) -> int:
         return len(self._expired)
@@ -158,7 +158,7 @@ class MemoryStore(SessionStore):
         pass
 
     def _kept(self, session_id: str) -> _Kept | None:
-        return self._open.get(session_id) or self._expired.get(session_id)
+        return self._sessions.get(session_id) or self._expired.get(session_id)
 
     def _is_overdue(self, session: StoredSession) -> bool:
         return session.delete_at is not None or session.expires_at <= self._clock()
@@ -168,7 +168,7 @@ class MemoryStore(SessionStore):
         return self._epoch
 
     def _save(self, save: SaveRequest) -> SaveResult:
-        kept = self._open.get(save.session_id)
+        kept = self._sessions.get(save.session_id)
         if kept is None:
             gone = save.session_id in self._tombstones or save.session_id in self._expired
             return SaveResult.FENCED if gone else SaveResult.MISSING
@@ -180,12 +180,12 @@ class MemoryStore(SessionStore):
         return SaveResult.DONE
 
     def _expire(self, save: SaveRequest, delete_at: float) -> SaveResult:
-        kept = self._open.get(save.session_id)
+        kept = self._sessions.get(save.session_id)
         before = kept.session.expires_at if kept else 0.0
         result = self._save(replace(save, expires_at=before))
         if kept and result is SaveResult.DONE:
             kept.session = replace(kept.session, epoch=self._next_epoch(), delete_at=delete_at)
-            self._expired[save.session_id] = self._open.pop(save.session_id)
+            self._expired[save.session_id] = self._sessions.pop(save.session_id)
         return result
 
     def _delete_old_tombstones(self) -> None:

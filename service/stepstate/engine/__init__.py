@@ -15,7 +15,7 @@ forecast/   rollouts, and the quantiles of forecasts
 tracking/   scores, interval widths and drift tests of a session's forecasts
 """
 
-from stepstate.engine.accelerator import DeviceUnavailable, check_accelerator
+from stepstate.engine.accelerator import check_accelerator
 from stepstate.engine.arena import Layout
 from stepstate.engine.bare import BareForward
 from stepstate.engine.engine import Engine, EngineSettings, Observer, use_one_thread
@@ -29,7 +29,6 @@ from stepstate.engine.work import CompletionSink, Floats, Layers, PackedWork, Wo
 __all__ = [
     "BareForward",
     "CompletionSink",
-    "DeviceUnavailable",
     "DriftStatus",
     "Engine",
     "EngineSettings",

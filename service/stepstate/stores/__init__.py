@@ -1,6 +1,6 @@
 """Stores: where sessions are kept beyond the arena."""
 
-from stepstate.stores.base import SessionStore, StoreOpenError
+from stepstate.stores.base import SessionStore
 from stepstate.stores.factory import open_store
 from stepstate.stores.memory import MemoryStore
 from stepstate.stores.sqlite import SqliteStore
@@ -28,7 +28,6 @@ __all__ = [
     "SessionRecord",
     "SessionStore",
     "SqliteStore",
-    "StoreOpenError",
     "StoredSession",
     "Tombstone",
     "UnreadableSession",

@@ -16,7 +16,6 @@ Rule 5: an expired session is kept, marked as expired, until it is restored, rep
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from stepstate.stores.types import (
@@ -33,22 +32,6 @@ TOMBSTONE_SECONDS = 3600.0
 """How long a tombstone is kept: longer than any client goes on retrying."""
 UNREADABLE_SECONDS = 3600.0
 """How long the sweep skips a session whose record can't be read."""
-
-
-@dataclass(eq=False)
-class StoreOpenError(Exception):
-    """A store's URL is wrong, or it names something that is not a store. Never on the wire.
-
-    Args:
-        store: the URL, without its password.
-        problem: what is wrong, and what to do next.
-    """
-
-    store: str
-    problem: str
-
-    def __str__(self) -> str:
-        return f"store {self.store}: {self.problem}"
 
 
 def next_epoch(previous: int, unix_time: float) -> int:

@@ -22,7 +22,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from stepstate.stores.base import StoreOpenError
+from stepstate.errors import StoreOpenError
 from stepstate.stores.sqlite.schema import NotAStepstateFile, configure, prepare
 from stepstate.stores.types import DiskUsage
 from stepstate.uptime import UptimeClock

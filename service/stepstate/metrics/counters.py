@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -123,9 +124,9 @@ class Metrics:
     """What happened in a server. It is the observer of its sessions and of its RPCs."""
 
     def __init__(self) -> None:
-        self.models: dict[tuple[str, str], ModelMetrics] = {}
+        self.models = defaultdict[tuple[str, str], ModelMetrics](ModelMetrics)
         """By name and version."""
-        self.rpcs: dict[tuple[str, str, str], RpcMetrics] = {}
+        self.rpcs = defaultdict[tuple[str, str, str], RpcMetrics](RpcMetrics)
         """By kind, service and method."""
         self.refusals = dict.fromkeys(REASONS, 0)
         self.ends = dict.fromkeys(END_REASONS, 0)
@@ -138,11 +139,11 @@ class Metrics:
 
     def model(self, name: str, version: str) -> ModelMetrics:
         """The counters of one model."""
-        return self.models.setdefault((name, version), ModelMetrics())
+        return self.models[name, version]
 
     def rpc(self, kind: str, service: str, method: str) -> RpcMetrics:
         """The counters of one RPC; kind as in go-grpc-middleware, "unary" to "bidi_stream"."""
-        return self.rpcs.setdefault((kind, service, method), RpcMetrics())
+        return self.rpcs[kind, service, method]
 
     def opened(self, model: str, version: str) -> None:
         """A session was opened."""

@@ -120,7 +120,7 @@ async def test_intervals_are_tracked_by_what_is_told(rig):
     x = rows(200)
     session = await rig.open(level=0.8)
     y = np.concatenate([await rig.y(session, part) for part in np.split(x, 20)])
-    quality = rig.sessions.standing(session).quality
+    quality = rig.sessions.summary(session).quality
     for accuracy, spot in zip(
         quality.accuracy, offline.track(NETWORK_TRACKED, x, y, 0.8), strict=True
     ):

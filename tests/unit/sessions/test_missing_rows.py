@@ -112,7 +112,7 @@ async def test_a_row_beyond_float32_is_refused_among_others(rig):
     assert isinstance(await callers[1].error(), NonFiniteResult)
     assert outputs(await callers[0].outcome()) == pytest.approx(outputs(await callers[2].outcome()))
     scored = [
-        rig.sessions.standing(session).quality.accuracy[0].lifetime.scored for session in sessions
+        rig.sessions.summary(session).quality.accuracy[0].lifetime.scored for session in sessions
     ]
     assert scored == [12, 11, 12]
     assert outputs(await rig.step(sessions[1], [5, 0])) == pytest.approx(

@@ -149,7 +149,7 @@ async def test_a_session_with_a_step_in_the_engine_does_not_expire(rig, x):
     rig.clock.advance(5)
     assert await rig.sessions.sweep() == 0
     await caller.outcome()
-    assert rig.sessions.standing(session).seconds_left == 5.0
+    assert rig.sessions.summary(session).seconds_left == 5.0
 
 
 @pytest.mark.parametrize("end", ["close", "expire"])

@@ -11,11 +11,9 @@ import numpy as np
 
 from stepstate.engine import Floats
 from stepstate.errors import ForecastImpossible, StepstateError
-from stepstate.sessions.arrivals import Call, Waiter
-from stepstate.sessions.barrier import SessionBarrier
-from stepstate.sessions.surprise import surprise
+from stepstate.sessions.queues import Call, Waiter
 from stepstate.sessions.table import Table
-from stepstate.sessions.types import ResidentSession
+from stepstate.sessions.types import ResidentSession, SessionBarrier, unexpected
 
 COPIES_PER_TURN = 500
 """Copies in one turn of the event loop."""
@@ -148,7 +146,7 @@ class OriginCopier:
         try:
             return self._copy(session)
         except Exception as error:  # noqa: BLE001 - it is this session's, not the call's
-            return surprise("a forecast failed", error, session.session_id)
+            return unexpected("a forecast failed", error, session.session_id)
 
     def _copy(self, session: ResidentSession) -> Origin | StepstateError:
         t = self._table.t[session.handle]

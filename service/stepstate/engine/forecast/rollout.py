@@ -5,7 +5,7 @@ model's own horizon k - j: with j = 0 where the model has that horizon ("direct"
 forecasts are fed back as rows: the fewest that bring k into the model's reach. The rows of a
 scenario are all applied first.
 
-B states, D inputs, O outputs, K horizons, P rows of a scenario, N past rows, R the width of a state.
+B states, D inputs, O outputs, K horizons, P rows of a scenario, R the width of a state.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Rollout:
                 self._feed(rows)
 
     def _feed(self, rows: int) -> None:
-        """Applies the next rows, given or forecast, and reads the horizons that follow from them."""
+        """Applies the next rows, given or forecast, and reads the horizons after them."""
         x = self._rows[:, self._fed : self._fed + rows]
         phases = self._phase[:, None] + torch.arange(self._fed, self._fed + rows)
         y, self._cells = self._network.sequence(

@@ -11,7 +11,7 @@ quantiles, low and high are those of a normal error with the tracked mean absolu
 
 `scores` keeps the errors, `drift` tests whether they have grown. The tracked part is
 
-    [ level | for each target: widths, alarms, drift test | its horizons: scores, pending forecasts ]
+    [ level | each target: widths, alarms, drift test | its horizons: scores, pending forecasts ]
 
 B rows, D inputs, O outputs, Q the width of a tracked part.
 """

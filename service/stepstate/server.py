@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
@@ -30,7 +29,7 @@ from stepstate.engine import (
     measure_loss,
     use_one_thread,
 )
-from stepstate.errors import StoreUnavailable
+from stepstate.errors import ListenError, StoreUnavailable
 from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
@@ -80,21 +79,6 @@ class ServerState(enum.Enum):
     SERVING = "serving"
     DRAINING = "draining"
     STOPPED = "stopped"
-
-
-@dataclass(eq=False)
-class ListenError(Exception):
-    """An address can't be listened on."""
-
-    option: str
-    address: str
-    detail: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.option} {self.address}: can't listen there ({self.detail}); stop what uses the "
-            "port (`ss -ltnp` shows it), or choose another, port 0 for any free one"
-        )
 
 
 class Server:

@@ -9,8 +9,8 @@ import time
 import pytest
 from redis.crc import key_slot
 
-from stepstate.errors import StoreUnavailable
-from stepstate.stores import SaveResult, StoreOpenError, open_store
+from stepstate.errors import StoreOpenError, StoreUnavailable
+from stepstate.stores import SaveResult, open_store
 from stepstate.stores.base import ENDING_SECONDS
 from stepstate.stores.redis import connection, keys
 from tests.contract.proxy import proxy

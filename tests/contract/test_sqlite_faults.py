@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from stepstate.errors import StoreUnavailable
-from stepstate.stores import SaveResult, StoreOpenError
+from stepstate.errors import StoreOpenError, StoreUnavailable
+from stepstate.stores import SaveResult
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reserve
 from tests.contract import store_writer

@@ -15,7 +15,7 @@ forecast/   rollouts, and the quantiles of forecasts
 tracking/   scores, interval widths and drift tests of a session's forecasts
 """
 
-from stepstate.engine.accelerator import DeviceUnavailable, check_accelerator
+from stepstate.engine.accelerator import check_accelerator
 from stepstate.engine.arena import Layout
 from stepstate.engine.engine import Engine, EngineSettings, Observer, use_one_thread
 from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Method, Plan
@@ -27,7 +27,6 @@ from stepstate.engine.work import CompletionSink, Floats, Layers, PackedWork, Wo
 
 __all__ = [
     "CompletionSink",
-    "DeviceUnavailable",
     "DriftStatus",
     "Engine",
     "EngineSettings",

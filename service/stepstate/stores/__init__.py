@@ -14,7 +14,6 @@ from stepstate.stores.base import (
     UnreadableSession,
 )
 from stepstate.stores.factory import open_store
-from stepstate.stores.failures import StoreOpenError
 from stepstate.stores.memory import MemoryStore
 from stepstate.stores.sqlite import SqliteStore
 
@@ -29,7 +28,6 @@ __all__ = [
     "SessionRecord",
     "SessionStore",
     "SqliteStore",
-    "StoreOpenError",
     "StoredSession",
     "Tombstone",
     "UnreadableSession",

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from stepstate.errors import StoreOpenError
 from stepstate.stores.base import SessionStore
-from stepstate.stores.failures import StoreOpenError
 from stepstate.stores.memory import MemoryStore
 from stepstate.stores.sqlite import SqliteStore
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stepstate.errors import StoreUnavailable
-from stepstate.stores import EndReason, SaveResult, StoreOpenError, Tombstone
+from stepstate.errors import StoreOpenError, StoreUnavailable
+from stepstate.stores import EndReason, SaveResult, Tombstone
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reads, writer_thread, writes
 from stepstate.uptime import UptimeClock

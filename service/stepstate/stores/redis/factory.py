@@ -17,7 +17,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, ResponseError
 
-from stepstate.stores.failures import StoreOpenError
+from stepstate.errors import StoreOpenError
 from stepstate.stores.redis.connection import (
     AWAY,
     TIMEOUT_SECONDS,

@@ -8,8 +8,8 @@ import sqlite3
 import time
 from pathlib import Path
 
+from stepstate.errors import StoreOpenError
 from stepstate.stores.base import DiskUsage
-from stepstate.stores.failures import StoreOpenError
 from stepstate.stores.sqlite.reserve import Reserve
 from stepstate.stores.sqlite.schema import NotAStepstateFile, prepare
 from stepstate.uptime import UptimeClock

@@ -160,7 +160,7 @@ class Doors:
         sessions, outgoing = self.rig.sessions, ReplyBudget()
         self.native = StepstateServicer(sessions, outgoing=outgoing, refused=_ignore)
         self.triton = TritonService(sessions, self.rig.metrics, outgoing)
-        sequences: SequenceService = self.triton._sequences
+        sequences: SequenceService = self.triton._sequences  # noqa: SLF001 - as its stream is made
         self.wires = {kind: Wire() for kind in STREAMS}
         streams: list[BidiStream[Any, Any, Any]] = [
             StepStream(sessions, self.wires["StreamSteps"], outgoing=outgoing, refused=_ignore),

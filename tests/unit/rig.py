@@ -242,7 +242,7 @@ class Lasting(MemoryStore):
     def stored(self, session_id: str) -> StoredSession | None:
         """What it has of a session; None where there is none, or it expired."""
         kept = self._sessions.get(session_id)
-        return None if kept is None else kept.entry
+        return None if kept is None else kept.session
 
     def snapshot(self, session_id: str) -> bytes:
         return self._sessions[session_id].snapshot

@@ -1,6 +1,10 @@
 """Stores: where sessions are kept beyond the arena."""
 
-from stepstate.stores.base import (
+from stepstate.stores.base import SessionStore
+from stepstate.stores.factory import open_store
+from stepstate.stores.memory import MemoryStore
+from stepstate.stores.sqlite import SqliteStore
+from stepstate.stores.types import (
     DiskUsage,
     Durability,
     EndReason,
@@ -8,14 +12,10 @@ from stepstate.stores.base import (
     SaveRequest,
     SaveResult,
     SessionRecord,
-    SessionStore,
     StoredSession,
     Tombstone,
     UnreadableSession,
 )
-from stepstate.stores.factory import open_store
-from stepstate.stores.memory import MemoryStore
-from stepstate.stores.sqlite import SqliteStore
 
 __all__ = [
     "DiskUsage",

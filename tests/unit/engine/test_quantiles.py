@@ -147,7 +147,7 @@ async def test_models_without_quantiles_are_left_alone(make_rig, accelerator, ne
     """Columns of several horizons fall as they like."""
     model = model_of(network)
     rig = make_rig(model, accelerator=accelerator)
-    assert rig.scheduler.engine._network._quantiles == []
+    assert rig.scheduler.engine._network._quantiles == []  # noqa: SLF001 - no caller sees it
     x = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
     assert np.abs(await rig.y(await rig.open(), x) - network.offline(x)).max() < CLOSE
 
@@ -159,7 +159,7 @@ async def test_farther_quantiles_are_never_nearer(make_rig):
     engine = rig.scheduler.engine
     state = engine.read_states(np.array([session.slot]))
     tracker = rig.tracker
-    spot = tracker.targets[0].spots[0]
+    spot = tracker.targets[0].horizons[0]
     state[0, engine.layout.tracked_from + spot.place] = -0.4  # an offset that takes much off
     levels = (0.02, 0.05, 0.3, 0.45, 0.5, 0.6, 0.95, 0.99)
     values = np.array([[[-0.2, 0.0, 1.0]]], np.float32)

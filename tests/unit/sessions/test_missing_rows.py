@@ -65,7 +65,7 @@ async def test_a_level_that_stood_in_is_no_naive_forecast(rig):
     part = rig.scheduler.engine.read_states(np.array([session.slot]))[
         0, rig.scheduler.engine.layout.tracked_from :
     ]
-    spot = rig.tracker.targets[0].spots[0]
+    spot = rig.tracker.targets[0].horizons[0]
     assert (
         part[spot.place + BLOCK + _PAIRS] == 1
     )  # of nine rows, only the last had one a season before

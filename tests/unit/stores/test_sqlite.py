@@ -33,13 +33,13 @@ async def store(home):
 
 @pytest.fixture
 def groups(store, monkeypatch):
-    """How many parts were written together, each time."""
+    """How many writes were done together, each time."""
     sizes: list[int] = []
 
-    def write(connection, parts, **clocks):
-        sizes.append(len(parts))
+    def write(connection, writing, **clocks):
+        sizes.append(len(writing))
         time.sleep(0.02)  # while more come
-        return writes.write(connection, parts, **clocks)
+        return writes.write(connection, writing, **clocks)
 
     monkeypatch.setattr(writer_thread, "write", write)
     return sizes

@@ -131,7 +131,7 @@ def test_a_row_with_one_infinite_output_is_told_as_none(stand, network):
     on_device = stand.forward._network
     on_device._head[:, 1] = 0
     on_device._head[0, 1] = 3e38
-    on_device._head_bias[1] = 3.4e38  # y[1] overflows where h[0] > 0.001
+    on_device._head._bias[1] = 3.4e38  # y[1] overflows where h[0] > 0.001
     before = stand.states
     y, fine = stand.step(stand.every, rows_of(network, 6) * 3)
     stand.forward.commit()

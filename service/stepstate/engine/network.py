@@ -271,8 +271,8 @@ class _Head:
         if "head.lags" in tensors:  # h and the lagged inputs side by side
             weight = torch.cat((weight, tensors["head.lags"]), dim=1)
         scale = _output_scale(manifest).to(bias.device)
-        self._weight = (weight * scale[:, None]).t().contiguous()  # [P + n, O]
-        self._bias = bias * scale if base is None else bias * scale + base
+        self.weight = (weight * scale[:, None]).t().contiguous()  # [P + n, O]
+        self.bias = bias * scale if base is None else bias * scale + base
         self._branches = branches
         self._quantiles = list(_quantiles(manifest))
         self._within = np.zeros(manifest.output_width - 1, np.bool_)
@@ -283,7 +283,7 @@ class _Head:
 
     def __call__(self, h: Tensor, base: Tensor | None) -> Tensor:
         """y [B, O] of h and features [B, P + n], with the levels `base` [B, O]."""
-        y = torch.addmm(self._bias, h, self._weight)
+        y = torch.addmm(self.bias, h, self.weight)
         if base is not None:
             y += base
         if self._quantiles:

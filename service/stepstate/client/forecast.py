@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.client.times import RowsLike
-from stepstate.client.types import Floats
+from stepstate.client.types import Floats, data_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -152,20 +152,18 @@ class Forecast:
         Raises:
             ModuleNotFoundError: pandas is not installed.
         """
-        try:
-            import pandas as pd  # noqa: PLC0415 - the client does without it
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Forecast.to_pandas needs pandas: pip install pandas", name="pandas"
-            ) from error
         columns: dict[str, Any] = {}
         for output in self.outputs.values():
             for place, level in enumerate(self.levels):
                 columns[f"{output.name}@{level:g}"] = output.values[:, place]
             columns[f"{output.name} method"] = list(output.methods)
-        if self.times is None:
-            return pd.DataFrame(columns, index=pd.Index(self.horizons, name="horizon"))
-        return pd.DataFrame(columns, index=pd.DatetimeIndex(self.times, name="time"))
+        return data_frame(
+            columns,
+            times=self.times,
+            index=self.horizons,
+            index_name="horizon",
+            needed_by="Forecast.to_pandas",
+        )
 
     def plot(self, ax: Axes | None = None, *, output: str | None = None) -> Axes:
         """Draws the median as a line, and the intervals around it.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.client.times import to_datetime
-from stepstate.client.types import Floats, ModelInfo, Output
+from stepstate.client.types import Floats, ModelInfo, Output, data_frame
 from stepstate.errors import InvalidField
 
 if TYPE_CHECKING:
@@ -97,16 +97,13 @@ class Outputs:
         Raises:
             ModuleNotFoundError: pandas is not installed.
         """
-        try:
-            import pandas as pd  # noqa: PLC0415 - the client does without it
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Outputs.to_pandas needs pandas: pip install pandas", name="pandas"
-            ) from error
-        index: Any = pd.Index(self.ts, name="t")
-        if self.times is not None:
-            index = pd.DatetimeIndex(self.times, name="time")
-        return pd.DataFrame(np.atleast_2d(self.y), columns=list(self.columns), index=index)
+        return data_frame(
+            self.to_dict(),
+            times=self.times,
+            index=self.ts,
+            index_name="t",
+            needed_by="Outputs.to_pandas",
+        )
 
 
 def _place(output: Output, horizon: int | None, quantile: float | None) -> int:

@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepstate.errors import InvalidField, StepstateError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 S = TypeVar("S")
 
@@ -149,6 +152,25 @@ def _labels(x: Any) -> Sequence[str] | None:
     if index is None or callable(index) or getattr(x, "ndim", 0) != 1:
         return None
     return list(index) if isinstance(next(iter(index), None), str) else None
+
+
+def data_frame(
+    columns: Mapping[str, Any], *, times: Any, index: Any, index_name: str, needed_by: str
+) -> DataFrame:
+    """A table of pandas, indexed by time (UTC), or by `index` if the times are None.
+
+    Raises:
+        ModuleNotFoundError: pandas is not installed.
+    """
+    try:
+        import pandas as pd  # noqa: PLC0415 - the client does without it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{needed_by} needs pandas: pip install pandas", name="pandas"
+        ) from error
+    if times is None:
+        return pd.DataFrame(columns, index=pd.Index(index, name=index_name))
+    return pd.DataFrame(columns, index=pd.DatetimeIndex(times, name="time"))
 
 
 def floats(x: ArrayLike, field: str) -> Floats:

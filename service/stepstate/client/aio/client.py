@@ -9,7 +9,7 @@ from typing import overload
 
 from stepstate.client._api import ClientAPI
 from stepstate.client._protocol import calls
-from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult, listed
+from stepstate.client._protocol.forecasts import ForecastResult
 from stepstate.client._protocol.history import AsyncHistory, Progress, start_of_async
 from stepstate.client.aio.connection import AsyncConnection, ask
 from stepstate.client.aio.pack import AsyncPack
@@ -126,13 +126,7 @@ class AsyncClient(AsyncConnection, ClientAPI):
             InvalidField: two objects were given for one session.
             Exception: what `items` raised, after the results of the items before.
         """
-        pipeline = Pipeline(
-            items,
-            self.stub.StreamSteps,
-            target=self.target,
-            timeout=self.timeout,
-            max_items=max_items,
-        )
+        pipeline = Pipeline(items, self, max_items=max_items)
         try:
             while (result := await pipeline.next()) is not None:
                 yield result
@@ -173,16 +167,9 @@ class AsyncClient(AsyncConnection, ClientAPI):
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Sequence[ForecastResult]:
-        wanted = listed(sessions)
-        protocol = ForecastProtocol(
-            wanted,
-            horizon,
-            quantiles=quantiles,
-            scenarios=scenarios,
-            models=await self.models() if any(isinstance(one, str) for one in wanted) else (),
-            timeout=self.timeout if timeout is None else timeout,
+        return await forecast(
+            self, sessions, horizon, quantiles=quantiles, scenarios=scenarios, timeout=timeout
         )
-        return await forecast(self, protocol, timeout)
 
 
 async def _prime(session: AsyncSession, history: AsyncHistory, progress: Progress | None) -> None:

@@ -21,6 +21,7 @@ from stepstate.client._protocol.replay import SentRequest
 from stepstate.client._protocol.retry import Backoff
 from stepstate.client._protocol.session import BaseSession, result_of
 from stepstate.client._protocol.steps import WINDOW, StepProtocol
+from stepstate.client.aio.connection import AsyncConnection
 from stepstate.client.times import RowsLike
 from stepstate.client.types import Result
 from stepstate.errors import InvalidField, ServerUnreachable, StepstateError, Unavailable
@@ -53,24 +54,22 @@ class Pipeline(Generic[S]):
 
     Args:
         items: pairs of a session and its rows.
-        connect: opens a stream.
-        target: the server, for errors.
-        timeout: seconds without an answer until it gives up.
+        client: connected to the server.
+        timeout: seconds without an answer until it gives up; None: the client's.
         max_items: most items taken from the source whose results were not taken yet.
     """
 
     def __init__(
         self,
         items: Items[S],
-        connect: Callable[[], Call],
+        client: AsyncConnection,
         *,
-        target: str,
-        timeout: float,
-        max_items: int = MAX_ITEMS,
+        max_items: int,
+        timeout: float | None = None,
     ) -> None:
-        self._connect = connect
-        self._target = target
-        self._timeout = timeout
+        self._client = client
+        self._connect: Callable[[], Call] = client.stub.StreamSteps
+        self._timeout = client.timeout if timeout is None else timeout
         self._max_items = max_items
         self._queues: dict[str, _SessionQueue[S]] = {}
         self._ready: deque[_SessionQueue[S]] = deque()
@@ -190,7 +189,7 @@ class Pipeline(Generic[S]):
             try:
                 await self._converse()
             except grpc.aio.AioRpcError as failure:
-                error = convert.from_rpc(failure, self._target)
+                error = convert.from_rpc(failure, self._client.target)
             except Unavailable as ended:
                 error = ended
             if error is None or not self._unanswered:
@@ -217,7 +216,7 @@ class Pipeline(Generic[S]):
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
         if self._unanswered or not self._fed:
-            raise ServerUnreachable(self._target, "the stream ended early")
+            raise ServerUnreachable(self._client.target, "the stream ended early")
 
     async def _write(self, call: Call) -> None:
         """Sends the sessions' requests in turn; the reader reports a broken stream."""

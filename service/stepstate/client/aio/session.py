@@ -13,7 +13,7 @@ import grpc
 from stepstate.client import convert
 from stepstate.client._api import SessionAPI
 from stepstate.client._protocol import calls
-from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult
+from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult, listed
 from stepstate.client._protocol.history import (
     IN_FLIGHT,
     PIECE_ROWS,
@@ -113,13 +113,8 @@ class AsyncSession(BaseSession, SessionAPI):
         timeout: float | None = None,
     ) -> Floats:
         reader = HistoryReader(self, history, progress)
-        pipeline = Pipeline(
-            reader.items(self),
-            self.client.stub.StreamSteps,
-            target=self.client.target,
-            timeout=self.client.timeout if timeout is None else timeout,
-            max_items=IN_FLIGHT,
-        )
+        items = reader.items(self)
+        pipeline = Pipeline(items, self.client, max_items=IN_FLIGHT, timeout=timeout)
         try:
             while (result := await pipeline.next()) is not None:
                 reader.take(result.y)
@@ -162,15 +157,9 @@ class AsyncSession(BaseSession, SessionAPI):
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Forecast | dict[str, Forecast]:
-        protocol = ForecastProtocol(
-            [self],
-            horizon,
-            quantiles=quantiles,
-            scenarios=scenarios,
-            models=(),
-            timeout=self.client.timeout if timeout is None else timeout,
+        (result,) = await forecast(
+            self.client, [self], horizon, quantiles=quantiles, scenarios=scenarios, timeout=timeout
         )
-        (result,) = await forecast(self.client, protocol, timeout)
         if isinstance(result, StepstateError):
             raise result
         return result
@@ -188,13 +177,7 @@ class AsyncSession(BaseSession, SessionAPI):
     def stream(self, xs: Rows, *, named: Literal[True]) -> AsyncIterator[Outputs]: ...
 
     async def stream(self, xs: Rows, *, named: bool = False) -> AsyncIterator[Floats | Outputs]:
-        pipeline = Pipeline(
-            self._items(each_row(xs)),
-            self.client.stub.StreamSteps,
-            target=self.client.target,
-            timeout=self.client.timeout,
-            max_items=WINDOW,
-        )
+        pipeline = Pipeline(self._items(each_row(xs)), self.client, max_items=WINDOW)
         try:
             while (result := await pipeline.next()) is not None:
                 yield self.named(result.y) if named else result.y
@@ -280,9 +263,24 @@ async def session_of(
 
 
 async def forecast(
-    client: AsyncConnection, protocol: ForecastProtocol[AsyncSession], timeout: float | None
+    client: AsyncConnection,
+    sessions: Iterable[AsyncSession | str],
+    horizon: int | None,
+    *,
+    quantiles: Levels | None,
+    scenarios: Scenarios | None,
+    timeout: float | None,
 ) -> Sequence[ForecastResult]:
-    """Makes the calls of a forecast; `timeout` is that of each session that has to catch up."""
+    """The forecasts of many sessions; `timeout` also counts for each that has to catch up."""
+    wanted = listed(sessions)
+    protocol = ForecastProtocol(
+        wanted,
+        horizon,
+        quantiles=quantiles,
+        scenarios=scenarios,
+        models=await client.models() if any(isinstance(one, str) for one in wanted) else (),
+        timeout=client.timeout if timeout is None else timeout,
+    )
     while not protocol.done:
         for some, request in protocol.calls():
             try:

@@ -9,7 +9,7 @@ from typing import overload
 
 from stepstate.client._api import ClientAPI
 from stepstate.client._protocol import calls
-from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult, listed
+from stepstate.client._protocol.forecasts import ForecastResult
 from stepstate.client._protocol.history import History, Progress, start_of
 from stepstate.client._protocol.session import result_of
 from stepstate.client.forecast import Forecast, Levels, Scenarios
@@ -116,7 +116,7 @@ class Client(Connection, ClientAPI):
             ServerUnreachable, Draining: no connection for `timeout` seconds.
             Exception: what `items` raised.
         """
-        steps = SyncStream(self.stub.StreamSteps, self.target)
+        steps = SyncStream(self)
         ended: dict[str, StepstateError] = {}
         try:
             for session, x in items:
@@ -166,16 +166,9 @@ class Client(Connection, ClientAPI):
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Sequence[ForecastResult]:
-        wanted = listed(sessions)
-        protocol = ForecastProtocol(
-            wanted,
-            horizon,
-            quantiles=quantiles,
-            scenarios=scenarios,
-            models=self.models() if any(isinstance(one, str) for one in wanted) else (),
-            timeout=self.timeout if timeout is None else timeout,
+        return forecast(
+            self, sessions, horizon, quantiles=quantiles, scenarios=scenarios, timeout=timeout
         )
-        return forecast(self, protocol, timeout)
 
 
 def _prime(session: Session, history: History, progress: Progress | None) -> None:

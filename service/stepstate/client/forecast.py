@@ -32,8 +32,8 @@ Levels = Sequence[float] | NDArray[np.floating]
 class OutputForecast:
     """The forecast of one output.
 
-    `values` [K, Q] at horizons 1 to K and the quantile `levels`, in `unit`; NaN
-    if not known. `methods` [K].
+    `values` [K, Q] at horizons 1 to K and the quantile `levels`, in `unit`; NaN if not known.
+    `methods` [K].
     """
 
     name: str
@@ -73,12 +73,11 @@ class OutputForecast:
 class Forecast:
     """A model's forecast of the next rows of a session.
 
-    `t` rows were applied: horizon k is the row of index t + k - 1. `times` [K]
-    are those of the rows, in UTC; None if the model knows no time. `levels` are
-    the quantile levels, Q of them. `outputs` are the outputs that look ahead, by
-    name; `forecast["demand"]` is one of them. `values` [K, Q], `median`, `low`,
-    `high` [K] and `methods` [K] are those of the first one, often the only one.
-    `scenario` is the name of the scenario, empty without one.
+    `t` rows were applied: horizon k is the row of index t + k - 1. `times` [K] are those of the
+    rows, in UTC; None if the model knows no time. `levels` are the quantile levels, Q of them.
+    `outputs` are the outputs that look ahead, by name; `forecast["demand"]` is one of them.
+    `values` [K, Q], `median`, `low`, `high` [K] and `methods` [K] are those of the first one, often
+    the only one. `scenario` is the name of the scenario, empty without one.
     """
 
     session_id: str
@@ -146,8 +145,7 @@ class Forecast:
     def to_pandas(self) -> DataFrame:
         """A table with a row for each horizon, indexed by time (UTC), or by horizon without one.
 
-        Its columns are "demand@0.5" for the quantiles of the output demand, and
-        "demand method".
+        Its columns are "demand@0.5" for the quantiles of the output demand, and "demand method".
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -168,8 +166,8 @@ class Forecast:
     def plot(self, ax: Axes | None = None, *, output: str | None = None) -> Axes:
         """Draws the median as a line, and the intervals around it.
 
-        A level without a counterpart on the other side of the median is a dashed
-        line. Each forecast on the same axes has a color of its own.
+        A level without a counterpart on the other side of the median is a dashed line. Each
+        forecast on the same axes has a color of its own.
 
         Args:
             ax: where to draw; default: a new figure.

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 class Outputs:
     """The outputs of a step, by name.
 
-    `outputs["demand+1@0.5"]` is a column of y, as named in `columns`, and
-    `outputs["demand"]` all the columns of an output.
+    `outputs["demand+1@0.5"]` is a column of y, as named in `columns`, and `outputs["demand"]` all
+    the columns of an output.
 
-    `y` is [O] of one row, or [T, O], in raw units. `ts` [T] are the indices of
-    these rows in the session, `times` [T] their times in UTC; None if the model
-    knows no time, or the session's start is not known.
+    `y` is [O] of one row, or [T, O], in raw units. `ts` [T] are the indices of these rows in the
+    session, `times` [T] their times in UTC; None if the model knows no time, or the session's start
+    is not known.
     """
 
     model: ModelInfo

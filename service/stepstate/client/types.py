@@ -101,9 +101,9 @@ class ModelInfo:
     def rows(self, x: ArrayLike, field: str = "x") -> tuple[Floats, bool]:
         """x as rows [T, D], and whether it was given as a single row.
 
-        One row is a number (where D = 1) or D of them; many rows are [T, D], or
-        [T] where D = 1. A pandas DataFrame has the inputs' names as columns, in
-        any order. NaN is a missing value. Errors name `field`.
+        One row is a number (where D = 1) or D of them; many rows are [T, D], or [T] where D = 1. A
+        pandas DataFrame has the inputs' names as columns, in any order. NaN is a missing value.
+        Errors name `field`.
 
         Raises:
             InvalidField: x has another shape or other columns, or is not numbers.
@@ -237,18 +237,16 @@ class Drift:
 class SessionInfo:
     """The status of a session, as the server reported it.
 
-    `durable_t`: rows that survive the end of the server, 0 with durability none.
-    `residency`: "resident": in the memory of the server that answered; "spilled":
-    its state is in the store or with another server, and t is the saved one.
-    `owner`: the server that holds its lease, empty if none does. `epoch`: how often
-    a server has taken it. `missing`: what a NaN in a row means. `interval_level`:
-    the share of true values that its intervals are to cover, 0 if the model tracks
-    no horizon. `accuracy` and `drift`: how good its forecasts were, if it is
-    resident and its model tracks them. `status`: "open"; "expired": it was idle for
-    too long, is kept until `purge_time`, and `Client.restore_expired` opens it
-    again; "model_missing": the server has not loaded its model, or another one
-    under this name; "unreadable": its data in the store is damaged, and only its id
-    is known. All but open sessions take no steps, and can be closed.
+    `durable_t`: rows that survive the end of the server, 0 with durability none. `residency`:
+    "resident": in the memory of the server that answered; "spilled": its state is in the store or
+    with another server, and t is the saved one. `owner`: the server that holds its lease, empty if
+    none does. `epoch`: how often a server has taken it. `missing`: what a NaN in a row means.
+    `interval_level`: the share of true values that its intervals are to cover, 0 if the model
+    tracks no horizon. `accuracy` and `drift`: how good its forecasts were, if it is resident and
+    its model tracks them. `status`: "open"; "expired": it was idle for too long, is kept until
+    `purge_time`, and `Client.restore_expired` opens it again; "model_missing": the server has not
+    loaded its model, or another one under this name; "unreadable": its data in the store is
+    damaged, and only its id is known. All but open sessions take no steps, and can be closed.
     """
 
     session_id: str
@@ -294,11 +292,11 @@ class Inspection:
 class Result(Generic[S]):
     """The result of one item of a stream of many sessions.
 
-    `outputs` [O] of the item's last row, or None and the `error` that ended its
-    session's part of the stream. `imputed_rows`: rows of the item in which a
-    missing value was replaced. `fallback_rows`: those for which the model's lagged
-    inputs would have been before the session's first row. `t`: rows applied to the
-    session up to the item. `time`: of the item's last row, in UTC; None if not known.
+    `outputs` [O] of the item's last row, or None and the `error` that ended its session's part of
+    the stream. `imputed_rows`: rows of the item in which a missing value was replaced.
+    `fallback_rows`: those for which the model's lagged inputs would have been before the session's
+    first row. `t`: rows applied to the session up to the item. `time`: of the item's last row, in
+    UTC; None if not known.
     """
 
     session: S

@@ -40,15 +40,14 @@ Rows = Iterable[RowsLike] | AsyncIterable[RowsLike]
 class AsyncSession(BaseSession, SessionAPI):
     """A session: applies rows and returns outputs, each row exactly once.
 
-    `t` counts the rows whose outputs were returned; `durable_t` those of them
-    that survive the end of the server. One task at a time may step a session.
+    `t` counts the rows whose outputs were returned; `durable_t` those of them that survive the end
+    of the server. One task at a time may step a session.
 
-    With durability async or sync a session survives the end of its server. It keeps
-    the rows after `durable_t`, up to the client's `resume_rows`. When the server
-    comes back, or another one takes over, with an older state, the next step first
-    sends it what it lacks, exactly once and in order. The outputs of these rows are
-    dropped: the application has them already. This may take as long as there is
-    progress; `timeout` counts from the last answer that made some.
+    With durability async or sync a session survives the end of its server. It keeps the rows after
+    `durable_t`, up to the client's `resume_rows`. When the server comes back, or another one takes
+    over, with an older state, the next step first sends it what it lacks, exactly once and in
+    order. The outputs of these rows are dropped: the application has them already. This may take as
+    long as there is progress; `timeout` counts from the last answer that made some.
     """
 
     def __init__(
@@ -196,7 +195,7 @@ class AsyncSession(BaseSession, SessionAPI):
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
     ) -> AsyncSession:
-        options = calls.OpenOptions(idle_timeout, durability)
+        options = calls.NewSessionOptions(idle_timeout, durability)
         info = await ask(self.client, calls.fork_session(self.session_id, new_id, options))
         forked = await session_of(self.client, info)
         forked.continue_from(self, resume_rows=self.client.resume_rows)

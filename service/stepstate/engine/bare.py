@@ -9,11 +9,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepstate.engine.calendar import Calendar
-from stepstate.engine.device_forward import place_states
-from stepstate.engine.layout import Layout
+from stepstate.engine.accelerator import place_states
+from stepstate.engine.arena import Layout
+from stepstate.engine.features import Calendar
+from stepstate.engine.linear import Precision
 from stepstate.engine.network import Network, RowHistory
-from stepstate.engine.precision import Precision
 from stepstate.engine.work import Floats
 from stepstate.models import Model, build_timeline
 

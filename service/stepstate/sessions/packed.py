@@ -10,7 +10,6 @@ N rows of a message, B of them in a pack, D inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -74,11 +73,9 @@ class DeferredRows(Protocol):
 
 
 class PackedStep(PackedWork):
-    """Rows on their straight way through a lane's engine. It carries its own outcome."""
+    """Rows that go to the engine as columns, and their outcome."""
 
-    def __init__(
-        self, columns: RowBatch, table: Table, scheduler: StepScheduler, reply_to: PackedReplyTo
-    ) -> None:
+    def __init__(self, columns: RowBatch, table: Table, reply_to: PackedReplyTo) -> None:
         handles = columns.handles
         at = table.t_array[handles]
         super().__init__(
@@ -95,22 +92,11 @@ class PackedStep(PackedWork):
         self.durable_t: NDArray[np.int64] = np.zeros(0, np.int64)
         self.errors: list[tuple[int, StepstateError]] = []
         """Rows that were not applied, and why."""
-        self._scheduler = scheduler
 
     @property
     def cancelled(self) -> bool:
         """See `PackedWork`."""
         return self.reply_to.cancelled
-
-    def stepped(
-        self, y: Floats, fine: NDArray[np.bool_] | None, failed: Mapping[int, Exception]
-    ) -> None:
-        """See `PackedWork`."""
-        self._scheduler.stepped_pack(self, y, fine, failed)
-
-    def dropped(self) -> None:
-        """See `PackedWork`."""
-        self._scheduler.dropped_pack(self)
 
 
 def seat_of(session: ResidentSession, table: Table) -> SessionRef | None:

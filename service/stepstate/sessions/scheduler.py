@@ -17,7 +17,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.engine import Engine, Floats, Layers, Observer, Precision, ScoreTotals
+from stepstate.engine import (
+    Engine,
+    EngineSettings,
+    Floats,
+    Layers,
+    Observer,
+    Precision,
+    ScoreTotals,
+)
 from stepstate.errors import (
     NonFiniteResult,
     SnapshotCorrupt,
@@ -95,16 +103,9 @@ class StepScheduler:
     ) -> None:
         self.model = model
         self.timeline = build_timeline(model)
-        self.engine: Engine[Step] = Engine(
-            model,
-            self.timeline,
-            owner=self,
-            observer=observer,
-            capacity=capacity,
-            batch_rows=batch_rows,
-            chunk_rows=chunk_rows,
-            precision=precision,
-            accelerator=accelerator,
+        settings = EngineSettings(capacity, batch_rows, chunk_rows, precision, accelerator)
+        self.engine: Engine[Step, PackedStep] = Engine(
+            model, self.timeline, settings, sink=self, observer=observer
         )
         self.window = ReplayWindow(
             capacity,
@@ -146,7 +147,7 @@ class StepScheduler:
     @property
     def tally(self) -> ScoreTotals:
         """What was scored of the forecasts of its sessions."""
-        return self.engine.tally
+        return self.engine.score_totals
 
     @property
     def widths(self) -> tuple[int, int]:
@@ -176,7 +177,7 @@ class StepScheduler:
         if len(state) < layout.width:  # of version 1
             blank = self.engine.blank(snapshot.record.interval_level)
             snapshot = extended(snapshot, layout, blank)
-        if not self.engine.sound(snapshot.state):
+        if not self.engine.is_valid(snapshot.state):
             raise SnapshotCorrupt("what it tracks of forecasts can't be a session's")
         return snapshot
 
@@ -206,7 +207,7 @@ class StepScheduler:
             session.waiting.append(step)
 
     def stepped(self, works: Sequence[Step], x: Floats, y: Floats) -> None:
-        """See `engine.Owner`: commits a micro-batch of single rows."""
+        """See `CompletionSink`: commits a micro-batch of single rows."""
         if len(works) == 1:
             self._stepped_one(works[0], x, y)
             return
@@ -244,7 +245,7 @@ class StepScheduler:
             self._observer.applied(1)
 
     def finished(self, work: Step, y: Floats, layers: Layers | None) -> None:
-        """See `engine.Owner`: commits a request with many rows, or with `inspect`."""
+        """See `CompletionSink`: commits a request with many rows, or with `inspect`."""
         session, table = work.session, self._table
         t = table.t[session.handle]
         work.t_after = table.t[session.handle] = t + work.rows
@@ -279,7 +280,7 @@ class StepScheduler:
             return good
         if not good.all():
             columns = columns.some(np.flatnonzero(good))
-        pack = PackedStep(columns, table, self, reply_to)
+        pack = PackedStep(columns, table, reply_to)
         table.busy_array[pack.handles] = True
         self.queued_rows += len(pack)
         self.queued_requests += len(pack)
@@ -290,15 +291,16 @@ class StepScheduler:
         self,
         pack: PackedStep,
         y: Floats,
-        fine: NDArray[np.bool_] | None,
+        finite: NDArray[np.bool_] | None,
         failed: Mapping[int, Exception],
     ) -> None:
-        """See `engine.Pack`: commits rows of many sessions."""
+        """See `CompletionSink`: commits rows of many sessions."""
         table, handles, slots, t, x = self._table, pack.handles, pack.slots, pack.at, pack.x
         pack.y = y
-        if fine is not None:
-            self._refuse_rows(pack, np.flatnonzero(~fine).tolist(), failed)
-            handles, slots, t, x, y = handles[fine], slots[fine], t[fine], x[fine], y[fine]
+        if finite is not None:
+            self._refuse_rows(pack, np.flatnonzero(~finite).tolist(), failed)
+            handles, slots, t = handles[finite], slots[finite], t[finite]
+            x, y = x[finite], y[finite]
         table.t_array[handles] = t + 1
         table.expires_at_array[handles] = self._clock() + table.idle_timeout_array[handles]
         self.window.remember_rows(slots, t, x, y)
@@ -324,7 +326,7 @@ class StepScheduler:
             self._observer.ended("failed", len(failed))
 
     def dropped_pack(self, pack: PackedStep) -> None:
-        """See `engine.Pack`: nobody waits for it."""
+        """See `CompletionSink`: nobody waits for it."""
         self._observer.ended("cancelled", len(pack))
         self._finish_pack(pack)
 
@@ -360,19 +362,19 @@ class StepScheduler:
         self._finish(step)
 
     def dropped(self, work: Step) -> None:
-        """See `engine.Owner`: nobody waits for it."""
+        """See `CompletionSink`: nobody waits for it."""
         self._observer.ended("cancelled")
         self._finish(work)
 
     def overflowed(self, work: Step) -> None:
-        """See `engine.Owner`: refuses rows that float32 can't hold the result of."""
+        """See `CompletionSink`: refuses rows that float32 can't hold the result of."""
         session = work.session
         work.error = NonFiniteResult(session.session_id, self._table.t[session.handle])
         self._observer.ended("refused")
         self._finish(work)
 
     def failed(self, work: Step, error: Exception) -> None:
-        """See `engine.Owner`: a surprise in the forward."""
+        """See `CompletionSink`: a surprise in the forward."""
         work.error = surprise("a forward failed", error, work.session.session_id)
         self._observer.ended("failed")
         self._finish(work)

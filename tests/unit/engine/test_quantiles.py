@@ -17,7 +17,6 @@ from tests.accelerators import ACCELERATORS, there
 from tests.networks import Network, make_network
 from tests.offline import forecasting_network
 from tests.unit.rig import Rig, model_of, outputs
-from tests.unit.sessions import forecasts
 
 CLOSE = 1e-5
 LEVELS = (0.1, 0.5, 0.9)
@@ -156,7 +155,7 @@ async def test_models_without_quantiles_are_left_alone(make_rig, accelerator, ne
 async def test_farther_quantiles_are_never_nearer(make_rig):
     rig = make_rig(model_of(forecasting_network()), replay_rows=64)
     session = await rig.open()
-    await rig.y(session, forecasts.rows(60))
+    await rig.y(session, offline.rows(60))
     engine = rig.scheduler.engine
     state = engine.read_states(np.array([session.slot]))
     tracker = rig.tracker
@@ -165,6 +164,6 @@ async def test_farther_quantiles_are_never_nearer(make_rig):
     levels = (0.02, 0.05, 0.3, 0.45, 0.5, 0.6, 0.95, 0.99)
     values = np.array([[[-0.2, 0.0, 1.0]]], np.float32)
     methods = np.full((1, 1), Method.DIRECT, np.uint8)
-    outlook = HorizonForecast(tracker.targets[0].output, values, methods)
-    found = quantiles_of(outlook, levels, tracker, state[:, engine.layout.tracked_from :])
+    forecast = HorizonForecast(tracker.targets[0].output, values, methods)
+    found = quantiles_of(forecast, levels, tracker, state[:, engine.layout.tracked_from :])
     assert (np.diff(found[0, 0]) >= 0).all()

@@ -10,7 +10,7 @@ from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from stepstate.errors import StoreUnavailable
-from stepstate.metrics import Histogram, Metrics, MetricsCollector
+from stepstate.metrics import SERIES, Histogram, Metrics, MetricsCollector
 from stepstate.metrics.counters import ROWS, SECONDS
 from stepstate.sessions.monitored_store import STEADY_SECONDS
 from tests.offline import forecasting_network, outputs, track
@@ -137,6 +137,12 @@ def test_series_are_there_at_0_before_anything_happens(metrics, registry):
         name = "OK" if code is StatusCode.OK else name
         key = (f"grpc_code={name}", "grpc_method=m", "grpc_service=s", "grpc_type=unary")
         assert found["grpc_server_handled_total", *key] == 0
+
+
+def test_a_series_is_in_the_table_once_and_only_counters_end_in_total():
+    names = [one.name for one in SERIES]
+    assert len(set(names)) == len(names)
+    assert [name.endswith("_total") for name in names] == [one.type == "counter" for one in SERIES]
 
 
 def test_the_bounds_of_the_server_are_told(metrics, registry):

@@ -18,8 +18,9 @@ from stepstate.sessions.forecasting import limits
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.forecasts import decode_wish, encode_forecasts, reply_bytes
 from stepstate.v1 import stepstate_pb2 as pb
+from tests.offline import rows
 from tests.unit.rig import Rig, model_of, rounds
-from tests.unit.sessions.forecasts import BOUNDS, CLOSE, PATH, rows, stepped, told
+from tests.unit.sessions.forecasts import BOUNDS, CLOSE, PATH, stepped, told
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ from stepstate.engine.tracking.scores import BLOCK
 from stepstate.errors import SnapshotCorrupt
 from stepstate.sessions import CopyOptions
 from stepstate.sessions.snapshots.format import decode, encode
-from tests.offline import forecasting_network
+from tests.offline import forecasting_network, rows
 from tests.unit.rig import Rig, model_of
-from tests.unit.sessions.forecasts import as_version_1, rows
+from tests.unit.sessions.forecasts import as_version_1
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from stepstate.errors import (
     NonFiniteResult,
 )
 from tests import offline
+from tests.offline import rows
 from tests.unit.rig import Rig, model_of, outputs
-from tests.unit.sessions.forecasts import CLOSE, rows, stepped
+from tests.unit.sessions.forecasts import CLOSE, stepped
 
 
 @pytest.fixture

@@ -9,9 +9,8 @@ import pytest
 
 from stepstate.errors import Draining, SessionUnknown, StaleOwner, StoreUnavailable
 from stepstate.stores import Durability
-from tests.offline import forecasting_network
+from tests.offline import forecasting_network, rows
 from tests.unit.rig import Clock, Lasting, Rig, model_of, rounds
-from tests.unit.sessions.forecasts import rows
 from tests.unit.sessions.servers import Flaky
 
 

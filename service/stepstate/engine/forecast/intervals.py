@@ -16,18 +16,18 @@ from stepstate.engine.work import Floats
 
 
 def quantiles_of(
-    outlook: HorizonForecast, levels: Sequence[float], tracker: Tracker | None, parts: Floats
+    forecast: HorizonForecast, levels: Sequence[float], tracker: Tracker | None, parts: Floats
 ) -> Floats:
     """The quantiles [B, K, Q] of an output's forecast; NaN where they are not known.
 
     Args:
-        outlook: the forecast, [B, K, columns].
+        forecast: the forecast, [B, K, columns].
         levels: the levels wanted [Q].
         tracker: tells the offsets, where the model has one.
         parts: the sessions' tracked parts [B, .].
     """
-    output = outlook.output
-    values = outlook.values.astype(np.float64)
+    output = forecast.output
+    values = forecast.values.astype(np.float64)
     median = values[:, :, output.median]
     horizon = median.shape[1]
     spread = tracker.spread(parts, output, horizon) if tracker is not None else None
@@ -45,7 +45,7 @@ def quantiles_of(
         else:
             away = MEAN_ERROR * abs(z) * errors
         away = np.maximum(away + offsets * (abs(z) / outer)[:, None], 0.0)
-        away[outlook.methods == Method.GIVEN] = 0.0
+        away[forecast.methods == Method.GIVEN] = 0.0
         # Farther out is never nearer to the median, whatever the offset takes off.
         away = least[float(np.sign(z))] = np.fmax(away, least[float(np.sign(z))])
         found[:, :, place] = median + np.sign(z) * away if z else median

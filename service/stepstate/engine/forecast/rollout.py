@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepstate.engine.layout import Layout, append_rows, past_rows
+from stepstate.engine.arena import Layout, append_rows, past_rows
 from stepstate.engine.network import Network, RowHistory
 from stepstate.engine.work import Floats
 from stepstate.errors import ForecastImpossible
@@ -156,7 +156,7 @@ class Rollout:
         kept = scenario[:, : plan.horizon]
         self._rows[:, : kept.shape[1]] = kept
         self._given = ~np.isnan(self._rows)
-        self.outlooks = [
+        self.forecasts = [
             HorizonForecast(
                 reading.output,
                 np.full((batch, plan.horizon, reading.output.columns), np.nan, np.float32),
@@ -200,7 +200,7 @@ class Rollout:
 
     def _read(self, first: int, y: Floats) -> None:
         """Takes outputs y [B, T, O] of the states after `first`, `first` + 1, ... fed rows."""
-        for outlook, reading in zip(self.outlooks, self._plan.readings, strict=True):
+        for forecast, reading in zip(self.forecasts, self._plan.readings, strict=True):
             places = reading.sources - first
             here = np.flatnonzero((places >= 0) & (places < y.shape[1]))
             columns = reading.columns[here, None] + np.arange(reading.output.columns)
@@ -208,18 +208,18 @@ class Rollout:
             known = np.isfinite(told).all(axis=2)
             told[~known] = np.nan
             fed = Method.FED_BACK if first else Method.DIRECT
-            outlook.values[:, here] = told
-            outlook.methods[:, here] = np.where(known, fed, Method.NONE)
+            forecast.values[:, here] = told
+            forecast.methods[:, here] = np.where(known, fed, Method.NONE)
         self._complete_rows()
 
     def _complete_rows(self) -> None:
         """Puts forecasts into the rows to come, and what a scenario gives into the forecasts."""
         for column, reading in self._plan.feeds():
-            outlook = self.outlooks[self._plan.readings.index(reading)]
+            forecast = self.forecasts[self._plan.readings.index(reading)]
             rows, given = self._rows[:, :, column], self._given[:, :, column]
-            rows[~given] = outlook.values[:, :, outlook.output.median][~given]
-            outlook.values[given] = rows[given][:, None]
-            outlook.methods[given] = Method.GIVEN
+            rows[~given] = forecast.values[:, :, forecast.output.median][~given]
+            forecast.values[given] = rows[given][:, None]
+            forecast.methods[given] = Method.GIVEN
 
 
 def _readings(manifest: Manifest, horizon: int, scenario_rows: int) -> Iterator[_Reading]:

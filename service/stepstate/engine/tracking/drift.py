@@ -92,7 +92,7 @@ class DriftTest(Protocol):
         """Where it stands, by its numbers [W]."""
         ...
 
-    def sound(self, part: Floats) -> bool:
+    def is_valid(self, part: Floats) -> bool:
         """Whether its numbers [W] can have come from here."""
         ...
 
@@ -201,7 +201,7 @@ class Cusum:
         score = values[_UP] / self._limit(variance, allowed)
         return ControlChart(learning=False, score=min(score, 1.0))
 
-    def sound(self, part: Floats) -> bool:
+    def is_valid(self, part: Floats) -> bool:
         """See `DriftTest`."""
         numbers = part.tolist()
         filled, blocks = numbers[_FILLED], numbers[_BLOCKS]
@@ -256,7 +256,7 @@ class PageHinkley:
             return ControlChart(learning=True, score=math.nan)
         return ControlChart(learning=False, score=min((total - least) / self._spec.threshold, 1.0))
 
-    def sound(self, part: Floats) -> bool:
+    def is_valid(self, part: Floats) -> bool:
         """See `DriftTest`."""
         numbers = part.tolist()
         counts = numbers[_NAIVE_N], numbers[_COUNT]

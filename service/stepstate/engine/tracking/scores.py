@@ -190,7 +190,7 @@ def accuracy(output: str, horizon: int, part: list[float], least: float) -> Hori
     )
 
 
-def sound(part: list[float]) -> bool:
+def is_valid(part: list[float]) -> bool:
     """Whether the numbers of a horizon can have come from here."""
     counts = [part[SCALE_N], *(part[at + n] for at in (LIFE, LAST, BLOCK) for n in _COUNTS)]
     return (

@@ -43,7 +43,7 @@ from stepstate.engine.tracking.scores import (
     take_interval,
     take_usual,
 )
-from stepstate.engine.tracking.scores import sound as sound_scores
+from stepstate.engine.tracking.scores import is_valid as valid_scores
 from stepstate.engine.work import Floats
 from stepstate.models import MAX_LEVEL, MIN_LEVEL, Manifest, OutputSpec, Tracking
 
@@ -196,18 +196,18 @@ class Tracker:
                 place += width
         return found
 
-    def sound(self, part: Floats) -> bool:
+    def is_valid(self, part: Floats) -> bool:
         """Whether a tracked part [Q] can have come from here: bytes from outside may hold anything.
 
         A count below 0 would make the forward that it shares with others fail.
         """
         return (
             MIN_LEVEL <= self.level(part) <= MAX_LEVEL
-            and all(_sound(target, part) for target in self.targets)
-            and all(sound_scores(part[spot.scores].tolist()) for spot in self._spots)
+            and all(_valid_target(target, part) for target in self.targets)
+            and all(valid_scores(part[spot.scores].tolist()) for spot in self._spots)
         )
 
-    def tally(self) -> ScoreTotals:
+    def new_totals(self) -> ScoreTotals:
         """Counts of nothing yet."""
         return ScoreTotals(
             [
@@ -225,7 +225,7 @@ class Tracker:
         x: Floats,
         before: Floats,
         y: Floats,
-        tally: ScoreTotals,
+        totals: ScoreTotals,
     ) -> None:
         """Takes rows, of one session or of several, each into its tracked part.
 
@@ -235,13 +235,13 @@ class Tracker:
             x: the rows [B, D]; NaN is missing.
             before: the rows a season before [B, D]; NaN is unknown.
             y: their outputs [B, O].
-            tally: counts what is scored.
+            totals: counts what is scored.
         """
         truths, naive = x[:, self._truths].tolist(), before[:, self._truths].tolist()
         told = zip(places, truths, naive, y[:, self._columns].tolist(), strict=True)
         for (base, at), truth, beside, forecasts in told:
             self.observe(
-                values, base, at, truths=truth, naive=beside, forecasts=forecasts, tally=tally
+                values, base, at, truths=truth, naive=beside, forecasts=forecasts, totals=totals
             )
 
     def observe(
@@ -253,7 +253,7 @@ class Tracker:
         truths: Sequence[float],
         naive: Sequence[float],
         forecasts: Sequence[float],
-        tally: ScoreTotals,
+        totals: ScoreTotals,
     ) -> None:
         """Takes one row into a tracked part: scores what was said of it, keeps what is said now.
 
@@ -264,7 +264,7 @@ class Tracker:
             truths: the targets' values in the row; NaN is missing.
             naive: the same a season before; NaN is unknown.
             forecasts: what is tracked of the row's outputs.
-            tally: counts what is scored.
+            totals: counts what is scored.
         """
         for target, truth, before in zip(self.targets, truths, naive, strict=True):
             place = base + target.place
@@ -277,7 +277,7 @@ class Tracker:
                 pending = stats + SCORES + 3 * (at % spot.horizon)
                 error = min(abs(truth - values[pending + 1]), LARGEST)
                 if not math.isnan(error):
-                    score = tally.scores[spot.number]
+                    score = totals.scores[spot.number]
                     usual = take_usual(values, stats, error)
                     take_error(values, stats, error, beside, target.min_unit)
                     if error <= target.largest_error:
@@ -288,7 +288,7 @@ class Tracker:
                     if spot is target.spots[0] and target.test.take(
                         values, place + _TEST, error, beside
                     ):
-                        tally.alarms += 1
+                        totals.alarms += 1
                         values[place + _ALARMS] += 1
                         values[place + _SINCE] = 0.0
                 self._issue(values, place, spot, stats=stats, pending=pending, forecasts=forecasts)
@@ -436,7 +436,7 @@ def _count(score: Score, error: float, usual: float, unit: float) -> None:
         score.scaled_error += min(usual / unit, SPIKE)
 
 
-def _sound(target: TrackedOutput, part: Floats) -> bool:
+def _valid_target(target: TrackedOutput, part: Floats) -> bool:
     """Whether a target's own numbers in a tracked part [Q] can have come from here."""
     low, high, alarms, since = part[target.place : target.place + _TEST].tolist()
     counts = (alarms,) if math.isnan(since) else (alarms, since)
@@ -444,5 +444,5 @@ def _sound(target: TrackedOutput, part: Floats) -> bool:
         0 < low < math.inf
         and 0 < high < math.inf
         and all(count >= 0 and count.is_integer() for count in counts)
-        and target.test.sound(part[target.test_part])
+        and target.test.is_valid(part[target.test_part])
     )

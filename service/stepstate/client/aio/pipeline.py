@@ -82,6 +82,7 @@ class Pipeline(Generic[S]):
         self._fed = False
         self._failure: Exception | None = None
         self._backoff: Backoff | None = None
+        # Who waits for one of them looks first, clears it, and waits.
         self._to_send, self._to_take, self._to_feed = (asyncio.Event() for _ in range(3))
         self._feeding = asyncio.create_task(self._feed(items))
         self._running = asyncio.create_task(self._run())
@@ -100,7 +101,8 @@ class Pipeline(Generic[S]):
                 if self._failure is not None:
                     raise self._failure
                 return None
-            await _changed(self._to_take)
+            self._to_take.clear()
+            await self._to_take.wait()
         return self._take(*self._results.popleft())
 
     async def end(self) -> None:
@@ -135,7 +137,8 @@ class Pipeline(Generic[S]):
                 if count % _AT_ONCE == 0:
                     await asyncio.sleep(0)
                 while self._inside >= self._max_items or self._inside_bytes >= MAX_BYTES:
-                    await _changed(self._to_feed)
+                    self._to_feed.clear()
+                    await self._to_feed.wait()
         except Exception as error:  # noqa: BLE001 - whatever the application's iterator raises
             self._failure = error
         self._fed = True
@@ -183,7 +186,8 @@ class Pipeline(Generic[S]):
         while self._unanswered or not self._fed:
             if not self._unanswered:  # no server is needed yet
                 self._backoff = None
-                await _changed(self._to_send)
+                self._to_send.clear()
+                await self._to_send.wait()
                 continue
             error: StepstateError | None = None
             try:
@@ -233,7 +237,8 @@ class Pipeline(Generic[S]):
                 if self._fed and not self._unanswered:
                     await call.done_writing()
                     return
-                await _changed(self._to_send)
+                self._to_send.clear()
+                await self._to_send.wait()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass
 
@@ -284,9 +289,3 @@ async def _each(
 ) -> AsyncIterator[tuple[S, RowsLike]]:
     for item in items:
         yield item
-
-
-async def _changed(event: asyncio.Event) -> None:
-    """Waits for the next `set`; who waits has looked before."""
-    event.clear()
-    await event.wait()

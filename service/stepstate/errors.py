@@ -33,7 +33,11 @@
     ├── Cancelled               raised by the client: the call ended before its answer
     ├── UnexpectedStatus        raised by the client: an error that is not Stepstate's
     ├── Internal                an unexpected error; its id is in the server's log
-    └── ModelInvalid            a model's folder can't be served (never on the wire)
+    └── StartError              the server can't start (never on the wire)
+        ├── ModelInvalid        a model's folder can't be served
+        ├── DeviceUnavailable   there is no such device
+        ├── StoreOpenError      the store can't be opened
+        └── ListenError         an address can't be listened on
 
 An error holds fields and composes its message from them: what, which id, what
 to do next. The server puts the fields on the wire and the client raises the
@@ -228,7 +232,7 @@ class StepMismatch(InvalidRequest, reason="STEP_MISMATCH"):
     """Another payload was already applied at this t."""
 
     message = (
-        "session {session_id!r} has already applied another request at t={t}; it stands at "
+        "session {session_id!r} has already applied another request at t={t}; it is at "
         "t={expected_t}: a retry must repeat the same rows and options"
     )
     session_id: str
@@ -241,7 +245,7 @@ class StepAhead(StepstateError, reason="STEP_AHEAD"):
     """t is larger than the rows applied so far: rows are missing."""
 
     message = (
-        "session {session_id!r} stands at t={expected_t}, the request is for t={t}: send the rows "
+        "session {session_id!r} is at t={expected_t}, the request is for t={t}: send the rows "
         "from t={expected_t} on first"
     )
     session_id: str
@@ -254,7 +258,7 @@ class StepTooOld(StepstateError, reason="STEP_TOO_OLD"):
     """t is older than everything the replay window remembers."""
 
     message = (
-        "session {session_id!r} stands at t={expected_t} and no longer remembers the reply for "
+        "session {session_id!r} is at t={expected_t} and no longer remembers the reply for "
         "t={t}; it was applied: go on from t={expected_t}"
     )
     session_id: str
@@ -470,13 +474,51 @@ class Internal(StepstateError, reason="INTERNAL"):
     error_id: str
 
 
+class StartError(StepstateError):
+    """The server can't start. Never on the wire."""
+
+
 @dataclass(eq=False)
-class ModelInvalid(StepstateError):
-    """A model's folder can't be served. Never on the wire: the server does not start."""
+class ModelInvalid(StartError):
+    """A model's folder can't be served."""
 
     message = "{folder}: {problem}"
     folder: str
     problem: str
+
+
+@dataclass(eq=False)
+class DeviceUnavailable(StartError):
+    """The device that the server is to use is not there."""
+
+    message = (
+        "--device {device}: {detail}; check `python -c 'import torch; "
+        "print(torch.cuda.is_available())'`, or leave the option out to run on the CPU"
+    )
+    device: str
+    detail: str
+
+
+@dataclass(eq=False)
+class StoreOpenError(StartError):
+    """A store's URL is wrong, or what it names is not a store; `store` is without its password."""
+
+    message = "store {store}: {problem}"
+    store: str
+    problem: str
+
+
+@dataclass(eq=False)
+class ListenError(StartError):
+    """An address can't be listened on."""
+
+    message = (
+        "{option} {address}: can't listen there ({detail}); stop what uses the port "
+        "(`ss -ltnp` shows it), or choose another, port 0 for any free one"
+    )
+    option: str
+    address: str
+    detail: str
 
 
 _CLIENTS_OWN = (ServerUnreachable, Cancelled, UnexpectedStatus, RowsMissing)

@@ -283,7 +283,9 @@ async def test_a_server_that_stays_away_ends_the_stream(restartable: StartRestar
                 pass
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
+)
 async def test_many_sessions_over_a_connection_that_keeps_breaking_are_exactly_once(
     server: Server, connect: Connect, networks: dict[str, Network], seed: int
 ):

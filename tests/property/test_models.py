@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from stepstate.engine import BareForward, Engine, EngineSettings
+from benchmarks.bare import BareForward
+from stepstate.engine import Engine, EngineSettings
 from stepstate.errors import ModelInvalid
 from stepstate.models import Manifest, build_timeline, load_model, write_model
 from stepstate.models.tensors import tensor_shapes

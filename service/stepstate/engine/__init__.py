@@ -15,9 +15,8 @@ forecast/   rollouts, and the quantiles of forecasts
 tracking/   scores, interval widths and drift tests of a session's forecasts
 """
 
-from stepstate.engine.accelerator import DeviceUnavailable, check_accelerator
+from stepstate.engine.accelerator import check_accelerator
 from stepstate.engine.arena import Layout
-from stepstate.engine.bare import BareForward
 from stepstate.engine.engine import Engine, EngineSettings, Observer, use_one_thread
 from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Method, Plan
 from stepstate.engine.linear import Precision, has_instructions
@@ -27,9 +26,7 @@ from stepstate.engine.tracking.tracker import DriftStatus, ForecastQuality
 from stepstate.engine.work import CompletionSink, Floats, Layers, PackedWork, WorkItem
 
 __all__ = [
-    "BareForward",
     "CompletionSink",
-    "DeviceUnavailable",
     "DriftStatus",
     "Engine",
     "EngineSettings",

@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ from torch import Tensor
 from stepstate.engine.arena import Arena, Layout
 from stepstate.engine.network import Network
 from stepstate.engine.work import Floats
+from stepstate.errors import DeviceUnavailable
 
 log = logging.getLogger(__name__)
 
@@ -35,20 +36,6 @@ Capture = Callable[[Run, torch.device], Run]
 
 WARM_UP_RUNS = 3
 """As in torch's example: the first runs initialise libraries."""
-
-
-@dataclass(eq=False)
-class DeviceUnavailable(Exception):
-    """The device that the server was started with does not exist."""
-
-    device: str
-    detail: str
-
-    def __str__(self) -> str:
-        return (
-            f"--device {self.device}: {self.detail}; check `python -c 'import torch; "
-            "print(torch.cuda.is_available())'`, or leave the option out to run on the CPU"
-        )
 
 
 def check_accelerator(name: str) -> None:

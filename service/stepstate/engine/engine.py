@@ -178,7 +178,7 @@ class Engine(Generic[W, P]):
     def upgraded(self, state: Floats) -> Floats:
         """Converts a state of a snapshot up to version 2 to [R]; returns any other unchanged."""
         tracked_from = self.layout.tracked_from
-        if self._tracker is None or len(state) != tracked_from + self._tracker.width_before:
+        if self._tracker is None or len(state) != tracked_from + self._tracker.old_width:
             return state
         part = self._tracker.upgraded(state[tracked_from:])
         return np.concatenate((state[:tracked_from], part))

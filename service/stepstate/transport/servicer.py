@@ -59,8 +59,8 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def GetSession(
         self, request: pb.GetSessionRequest, context: Context
     ) -> pb.GetSessionResponse:
-        standing = await self._sessions.look(request.session_id)
-        return pb.GetSessionResponse(session=encode_session(standing))
+        summary = await self._sessions.look(request.session_id)
+        return pb.GetSessionResponse(session=encode_session(summary))
 
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
@@ -93,8 +93,8 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def ResetAccuracy(
         self, request: pb.ResetAccuracyRequest, context: Context
     ) -> pb.ResetAccuracyResponse:
-        standing = await self._sessions.reset_accuracy(request.session_id)
-        return pb.ResetAccuracyResponse(session=encode_session(standing))
+        summary = await self._sessions.reset_accuracy(request.session_id)
+        return pb.ResetAccuracyResponse(session=encode_session(summary))
 
     async def ForkSession(
         self, request: pb.ForkSessionRequest, context: Context
@@ -170,4 +170,4 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         await self._streams.drain()
 
     def _resident(self, session: ResidentSession) -> pb.Session:
-        return encode_session(self._sessions.standing(session))
+        return encode_session(self._sessions.summary(session))

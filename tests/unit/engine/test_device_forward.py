@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from stepstate.engine import BareForward
+from benchmarks.bare import BareForward
 from stepstate.engine.accelerator import DeviceArena, DeviceForward
 from stepstate.engine.arena import Arena, Layout
 from stepstate.engine.network import Network

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from river.drift import PageHinkley as RiversPageHinkley
 
 from benchmarks.drift import NOISES, autoregressive
-from stepstate.engine.tracking.drift import ControlChart, drift_test
+from stepstate.engine.tracking.drift import DriftTestStatus, drift_test
 from stepstate.models import CusumSpec, PageHinkleySpec, Tracking
 
 MIN_UNIT = 1e-6
@@ -97,8 +97,8 @@ class Chartered:
         return [row for row, error in enumerate(np.abs(errors).tolist()) if self.row(error)]
 
     @property
-    def chart(self) -> ControlChart:
-        return self.test.chart(self.numbers)
+    def chart(self) -> DriftTestStatus:
+        return self.test.status(self.numbers)
 
 
 def cusum(errors: np.ndarray, **spec: float) -> list[int]:

@@ -79,7 +79,7 @@ def set_instructions(monkeypatch, *, there: bool) -> None:
         monkeypatch.setattr(torch.cpu, name, lambda: there)
 
 
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("there", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kept", FEWER_BITS)
 @pytest.mark.parametrize("name", ["lstm", "projected", "gru", "tanh", "relu"])
 def test_every_cell_takes_them(networks, name, kept, there, monkeypatch):

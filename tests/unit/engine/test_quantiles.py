@@ -120,7 +120,7 @@ async def test_intervals_are_tracked_by_what_is_told(rig):
     x = rows(200)
     session = await rig.open(level=0.8)
     y = np.concatenate([await rig.y(session, part) for part in np.split(x, 20)])
-    quality = rig.sessions.standing(session).quality
+    quality = rig.sessions.summary(session).quality
     for accuracy, spot in zip(
         quality.accuracy, offline.track(NETWORK_TRACKED, x, y, 0.8), strict=True
     ):
@@ -159,7 +159,7 @@ async def test_farther_quantiles_are_never_nearer(make_rig):
     engine = rig.scheduler.engine
     state = engine.read_states(np.array([session.slot]))
     tracker = rig.tracker
-    spot = tracker.targets[0].spots[0]
+    spot = tracker.targets[0].horizons[0]
     state[0, engine.layout.tracked_from + spot.place] = -0.4  # an offset that takes much off
     levels = (0.02, 0.05, 0.3, 0.45, 0.5, 0.6, 0.95, 0.99)
     values = np.array([[[-0.2, 0.0, 1.0]]], np.float32)

@@ -187,7 +187,7 @@ def test_a_scale_of_zero_grows_again():
 def test_means_still_move_after_very_many_errors():
     track = Track()
     track.part = track.part.astype(np.float32)
-    place = track.tracker.targets[0].spots[0].place
+    place = track.tracker.targets[0].horizons[0].place
     track.part[place + LIFE : place + LIFE + 2] = (10_000_000, 100.0)
     for _ in range(50_000):
         track.row(103.0)
@@ -243,12 +243,12 @@ def test_a_tracked_part_that_can_not_be_is_not_sound(where, value):
     target = tracker.targets[0]
     places = {
         "head": 0,
-        "scale": target.spots[1].place + SCALE,
-        "scaled by": target.spots[1].place + SCALE_N,
-        "life": target.spots[1].place + LIFE,
-        "last": target.spots[1].place + LAST + 1,
-        "block": target.spots[1].place + BLOCK,
-        "median": target.spots[1].place + MEDIAN,
+        "scale": target.horizons[1].place + SCALE,
+        "scaled by": target.horizons[1].place + SCALE_N,
+        "life": target.horizons[1].place + LIFE,
+        "last": target.horizons[1].place + LAST + 1,
+        "block": target.horizons[1].place + BLOCK,
+        "median": target.horizons[1].place + MEDIAN,
     }
     part[places[where] if isinstance(where, str) else target.place + where] = value
     assert not tracker.is_valid(part)
@@ -372,7 +372,7 @@ def test_a_reset_leaves_intervals_and_what_is_pending_as_they_are():
         assert track.first.offset == kept.first.offset
     assert track.first.lifetime.scored == 300
     assert kept.first.lifetime.scored == 1199
-    for spot in track.tracker.targets[0].spots:
+    for spot in track.tracker.targets[0].horizons:
         pending = slice(spot.place + SCORES, spot.place + SCORES + 3 * spot.horizon)
         assert np.array_equal(track.part[pending], kept.part[pending], equal_nan=True)
 

@@ -244,7 +244,7 @@ async def test_the_gauges_are_those_of_the_store(make_rig, network, clock):
 
     store.away = True
     with pytest.raises(StoreUnavailable):
-        await rig.sessions.saver.save_round()
+        await rig.sessions.writer.save_round()
     found = exposed(rig.registry)
     assert found["stepstate_snapshot_backlog_rows",] == 3
     assert found["stepstate_store_up",] == 0
@@ -255,9 +255,9 @@ async def test_the_gauges_are_those_of_the_store(make_rig, network, clock):
     assert found["stepstate_store_failures_total", "cause=other"] == 0
 
     store.away = False
-    await rig.sessions.saver.save_round()
+    await rig.sessions.writer.save_round()
     clock.advance(STEADY_SECONDS)
-    await rig.sessions.link.check()
+    await rig.sessions.store.check()
     found = exposed(rig.registry)
     assert found["stepstate_snapshot_backlog_rows",] == 0
     assert found["stepstate_store_up",] == 1
@@ -385,7 +385,7 @@ async def test_alarms_of_drift_are_counted_and_those_of_all_sessions(watching, s
         for session in sessions:
             await watching.step(session, x + np.array([shift, 0]))
         counted.append(exposed(watching.registry)[key])
-    told = [watching.sessions.standing(session).quality.drift.alarms for session in sessions]
+    told = [watching.sessions.summary(session).quality.drift.alarms for session in sessions]
     assert counted[1] - counted[0] >= 2
     assert counted[1] == sum(told)
 

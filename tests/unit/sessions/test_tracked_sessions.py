@@ -48,7 +48,7 @@ async def test_what_is_tracked_is_what_its_definition_gives(rig, sensor):
     x[50, 0] = np.nan
     session = await rig.open(missing="impute", level=0.8)
     y = await stepped(rig, session, x)
-    quality = rig.sessions.standing(session).quality
+    quality = rig.sessions.summary(session).quality
     assert quality.level == pytest.approx(0.8)
     for accuracy, spot in zip(quality.accuracy, offline.track(sensor, x, y, 0.8), strict=True):
         assert (accuracy.output, accuracy.horizon) == ("level", spot.horizon)
@@ -91,7 +91,7 @@ async def test_metrics_add_up_what_sessions_tell(rig):
     for session_id in ("a", "b"):
         await rig.y(await rig.open(session_id), rows(50, seed=ord(session_id)))
     tally = rig.scheduler.engine.score_totals
-    standings = [rig.sessions.standing(rig.sessions.find(s)) for s in ("a", "b")]
+    standings = [rig.sessions.summary(rig.sessions.find(s)) for s in ("a", "b")]
     for place, score in enumerate(tally.scores):
         parts = [standing.quality.accuracy[place].lifetime for standing in standings]
         assert score.scored == sum(part.scored for part in parts)

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from stepstate.errors import StoreUnavailable
-from stepstate.stores import EndReason, SaveResult, StoreOpenError, Tombstone
+from stepstate.errors import StoreOpenError, StoreUnavailable
+from stepstate.stores import EndReason, SaveResult, Tombstone
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reads, writer_thread, writes
 from stepstate.uptime import UptimeClock
@@ -33,13 +33,13 @@ async def store(home):
 
 @pytest.fixture
 def groups(store, monkeypatch):
-    """How many parts were written together, each time."""
+    """How many writes were done together, each time."""
     sizes: list[int] = []
 
-    def write(connection, parts, **clocks):
-        sizes.append(len(parts))
+    def write(connection, writing, **clocks):
+        sizes.append(len(writing))
         time.sleep(0.02)  # while more come
-        return writes.write(connection, parts, **clocks)
+        return writes.write(connection, writing, **clocks)
 
     monkeypatch.setattr(writer_thread, "write", write)
     return sizes

@@ -259,7 +259,7 @@ class StepTooOld(StepstateError, reason="STEP_TOO_OLD"):
 
     message = (
         "session {session_id!r} is at t={expected_t} and no longer remembers the reply for "
-        "t={t}; it was applied: continue from t={expected_t}"
+        "t={t}; it was applied: go on from t={expected_t}"
     )
     session_id: str
     t: int

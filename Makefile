@@ -40,7 +40,7 @@ types: setup ## Check types
 protos: setup ## Compile the contract into the package
 	$(BIN)/python protos/generate.py
 
-protos-check: setup ## Fail if the committed stubs are not those of the contract
+protos-check: setup ## Fail if the committed stubs differ from the contract
 	$(BIN)/python protos/generate.py build/protos
 	for made in $$(cd build/protos && find stepstate -type f); do cmp build/protos/$$made service/$$made || exit 1; done
 
@@ -52,13 +52,13 @@ build: setup ## Make wheel and sdist in dist/, and check them
 docs: setup ## Build the documentation site in build/site; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
-train: setup ## Train the shipped model anew (two minutes)
+train: setup ## Train the shipped model again (two minutes)
 	$(BIN)/python models/electricity/train.py
 
-bench: setup ## Measure steps per second beside a bare echo and the bare forward
+bench: setup ## Measure steps per second, compared with a gRPC echo and the forward pass alone
 	$(BIN)/python -m benchmarks
 
-benchmarks: setup ## Measure all of docs/benchmarks.md anew (15 minutes)
+benchmarks: setup ## Measure all of docs/benchmarks.md again (15 minutes)
 	$(BIN)/python -m benchmarks.page measure
 
 clean: ## Remove what was built, .venv too

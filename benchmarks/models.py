@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from stepstate.models import Manifest, write_model
-from stepstate.models.layout import tensor_shapes
+from stepstate.models.tensors import tensor_shapes
 
 NAME = "bench"
 INPUTS = 8

@@ -23,6 +23,7 @@ LOG = logging.getLogger("mkdocs.hooks")  # a warning fails a strict build
 FROM_ROOT = {
     "index.md": "README.md",
     "contributing.md": "CONTRIBUTING.md",
+    "security.md": "SECURITY.md",
     "changelog.md": "CHANGELOG.md",
 }
 """Pages that are a file of the root as it stands."""

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import ast
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -108,7 +107,21 @@ def _api() -> Iterator[tuple[str, str]]:
 
 
 def _listed(title: str, intro: str, names: Iterable[str]) -> str:
-    return f"# {title}\n\n{intro}\n\n" + "".join(f"::: stepstate.client.{n}\n\n" for n in names)
+    parts = [f"# {title}\n\n{intro}\n\n"]
+    for name in names:
+        parts.append(f"::: stepstate.client.{name}\n")
+        hidden = _shared_by_both_clients(getattr(client, name))
+        if hidden:
+            parts.append(f"    options:\n        filters: ['!^_', '!^({'|'.join(hidden)})$']\n")
+        parts.append("\n")
+    return "".join(parts)
+
+
+def _shared_by_both_clients(cls: object) -> list[str]:
+    """What sessions of both clients are made of; only `time` of it is for users."""
+    bases = [base for base in getattr(cls, "__mro__", ()) if base.__name__ == "BaseSession"]
+    names = [name for base in bases for name in vars(base) if name != "time" and name[0] != "_"]
+    return [name for name in names if name not in vars(cls)]
 
 
 def _errors() -> str:
@@ -223,35 +236,17 @@ def _enum(at: int, enum: EnumDescriptorProto, comments: Comments) -> str:
 
 def configuration() -> str:
     """Every setting of a server: option, variable, default, and the reason beside it."""
-    reasons = _reasons_of_defaults()
     parts = ["# Configuration\n\n", CONFIGURATION]
     for field in fields(config.ServerConfig):
         option, variable = field.name.replace("_", "-"), field.name.upper()
         kind = "path" if isinstance(field.default, Path) else type(field.default).__name__
-        text, reason = _plain(field.metadata["help"]), _plain(reasons[field.name])
+        text, reason = _plain(field.metadata["help"]), _plain(field.metadata["reason"])
         default = f"`{field.default}`" if field.default != "" else "empty"
         parts += [
             f"## `--{option}`\n\n`STEPSTATE_{variable}`, {kind}\n\n{text}\n\n",
             f"Default: {default}. {reason}\n\n",
         ]
     return "".join(parts)
-
-
-def _reasons_of_defaults() -> dict[str, str]:
-    """The comment above each field of `ServerConfig`."""
-    source = inspect.getsource(config)
-    lines = source.splitlines()
-    tree = ast.parse(source)
-    body = next(n for n in tree.body if isinstance(n, ast.ClassDef) and n.name == "ServerConfig")
-    reasons = {}
-    for node in body.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            first = node.lineno - 1
-            while lines[first - 1].strip().startswith("#"):
-                first -= 1
-            found = [line.strip().removeprefix("# ") for line in lines[first : node.lineno - 1]]
-            reasons[node.target.id] = " ".join(found)
-    return reasons
 
 
 def metrics() -> str:

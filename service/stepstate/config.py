@@ -1,4 +1,4 @@
-"""What a server is told: values, checked. It opens nothing."""
+"""The settings of a server: values, checked. It opens nothing."""
 
 from __future__ import annotations
 
@@ -9,119 +9,171 @@ from typing import TypeVar
 
 T = TypeVar("T")
 
-LARGEST = 2**40
-"""No setting means anything beyond this."""
+MAX_NUMBER = 2**40
+"""No setting is useful beyond this."""
 LONGEST_IDLE_SECONDS = 100 * 366 * 86_400.0
-"""A century: beyond it the time of expiry could not be told."""
+"""A century: beyond it the time of expiry overflows."""
 DURABILITIES = ("none", "async", "sync")
 WEIGHTS = ("float32", "bfloat16", "int8")
 MAX_SLOTS = 10_000_000
-"""The arrays of the session table are made at start, some 100 bytes a session."""
+"""The arrays of the session table are allocated at start, about 100 bytes a session."""
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:\s/\[\]]+):(\d{1,5})")
-
-
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
 class ConfigError(ValueError):
-    """A value can't be used; the message names it."""
+    """A setting has a value that can't be used."""
 
 
-def _setting(default: T, text: str) -> T:
-    """A field with the text that `stepstate serve --help` shows for it."""
-    return field(default=default, metadata={"help": text})
+def _setting(default: T, text: str, reason: str) -> T:
+    """A field with its text in `stepstate serve --help`, and the reason for its default."""
+    return field(default=default, metadata={"help": text, "reason": reason})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
-    """The settings of one server; each is an option of `stepstate serve` and a variable.
+    """The settings of a server, each with its help text and the reason for its default.
 
-    Every default has its reason beside it.
+    Each is also an option of `stepstate serve` and an environment variable STEPSTATE_....
     """
 
-    # Where a checkout has the shipped models.
-    models: Path = _setting(Path("models"), "The folder that holds <name>/<version>/.")
-    # A missing model is noticed at the start, not when its first session is opened.
-    skip_invalid_models: bool = _setting(
-        default=False,
-        text="Start even if some models are invalid. They are skipped, logged, and counted in "
-        'stepstate_models{state="skipped"}.',
+    models: Path = _setting(
+        Path("models"),
+        "The folder that holds <name>/<version>/.",
+        "Where a checkout has the shipped models.",
     )
-    # Loopback: the server does not authenticate clients, so no other machine should reach it.
-    listen: str = _setting("127.0.0.1:50051", "host:port for gRPC. Port 0 means any free port.")
-    # The usual port of OpenTelemetry's Prometheus exporter.
-    metrics_listen: str = _setting("127.0.0.1:9464", "host:port for Prometheus and /healthz.")
-    # A file in the working directory: sessions survive a restart without any setup.
+    skip_invalid_models: bool = _setting(
+        False,  # noqa: FBT003 - a default
+        "Start even if some models are invalid. They are skipped, logged, and counted in "
+        'stepstate_models{state="skipped"}.',
+        "A missing model is noticed at the start, not when its first session is opened.",
+    )
+    listen: str = _setting(
+        "127.0.0.1:50051",
+        "host:port for gRPC. Port 0 means any free port.",
+        "Loopback: the server does not authenticate clients, so no other machine should reach it.",
+    )
+    metrics_listen: str = _setting(
+        "127.0.0.1:9464",
+        "host:port for Prometheus and /healthz.",
+        "The usual port of OpenTelemetry's Prometheus exporter.",
+    )
     store: str = _setting(
         "sqlite:stepstate.db",
-        "Where sessions are kept: sqlite:PATH, redis://HOST:PORT/DB, redis+cluster://HOST:PORT, "
-        "redis+sentinel://HOST:PORT/SERVICE, or memory: (they end with the process).",
+        "Where sessions are kept: sqlite:PATH, redis://HOST:PORT/DB, "
+        "redis+cluster://HOST:PORT, redis+sentinel://HOST:PORT/SERVICE, or memory: (they end "
+        "with the process).",
+        "A file in the working directory: sessions survive a restart without any setup.",
     )
-    # Without it, kill -9 loses nothing. It costs a disk write for each group of steps.
     store_fsync: bool = _setting(
-        default=False,
-        text="Make sqlite wait for the disk, so that sync steps also survive a loss of power.",
+        False,  # noqa: FBT003 - a default
+        "Make sqlite wait for the disk, so that sync steps also survive a loss of power.",
+        "Without it, kill -9 loses nothing. It costs a disk write for each group of steps.",
     )
-    # On a host with one server, host and port identify it.
     server_name: str = _setting(
-        "", "Name under which the server holds leases. Empty: host and port."
+        "",
+        "Name under which the server holds leases. Empty: host and port.",
+        "On a host with one server, host and port identify it.",
     )
-    # Replies without delay; the client library loses nothing.
-    durability: str = _setting("async", "Default durability of sessions: none, async or sync.")
-    # A client has to send about this much again after a crash.
-    snapshot_interval: float = _setting(1.0, "Seconds between two snapshots of an async session.")
-    # The longest request; the client library keeps twice as many rows.
+    durability: str = _setting(
+        "async",
+        "Default durability of sessions: none, async or sync.",
+        "Replies without delay; the client library loses nothing.",
+    )
+    snapshot_interval: float = _setting(
+        1.0,
+        "Seconds between two snapshots of an async session.",
+        "A client has to send about this much again after a crash.",
+    )
     backlog_rows: int = _setting(
-        100_000, "Most rows of an async session that may wait for their snapshot."
+        100_000,
+        "Most rows of an async session that may wait for their snapshot.",
+        "The longest request; the client library keeps twice as many rows.",
     )
-    # With states of 2 KiB and replay windows of up to 64 KiB, less than 1 GB.
-    slots: int = _setting(10_000, "Most sessions in memory; others wait in the store.")
-    # About 4 GB on disk.
-    max_sessions: int = _setting(1_000_000, "Most open and expired sessions, in memory or not.")
-    # One day: the session of an hourly meter survives if readings stop for a night.
+    slots: int = _setting(
+        10_000,
+        "Most sessions in memory; others wait in the store.",
+        "With states of 2 KiB and replay windows of up to 64 KiB, less than 1 GB.",
+    )
+    max_sessions: int = _setting(
+        1_000_000,
+        "Most open and expired sessions, in memory or not.",
+        "About 4 GB on disk.",
+    )
     idle_timeout: float = _setting(
         86_400.0,
-        "Seconds without a step after which a session expires; only time in which a server is up "
-        "counts. At least 5 step intervals of the model.",
+        "Seconds without a step after which a session expires; only time in which a server is "
+        "up counts. At least 5 step intervals of the model.",
+        "One day: the session of an hourly meter survives if readings stop for a night.",
     )
-    # One month: a session that was idle for longer is not expected to continue.
     max_idle_timeout: float = _setting(
         31 * 86_400.0,
         "Longest idle timeout that a client may ask for. At least 5 step intervals of the model.",
+        "One month: a session that was idle for longer is not expected to continue.",
     )
-    # One week: long enough to notice after a holiday, or after an outage of a data feed.
     expired_grace: float = _setting(
-        7 * 86_400.0, "Seconds for which an expired session is kept and can be restored."
+        7 * 86_400.0,
+        "Seconds for which an expired session is kept and can be restored.",
+        "One week: long enough to notice after a holiday, or after an outage of a data feed.",
     )
-    # A GPU pays where thousands of sessions step at once.
-    device: str = _setting("cpu", "Device that holds states and runs steps: cpu, cuda or cuda:N.")
-    # Exact. The others are less precise, and faster only on some processors.
+    device: str = _setting(
+        "cpu",
+        "Device that holds states and runs steps: cpu, cuda or cuda:N.",
+        "A GPU pays where thousands of sessions step at once.",
+    )
     weights: str = _setting(
         "float32",
-        "Type of the models' weights in steps: float32, bfloat16 or int8. "
-        "At start, the log says how much that changes the outputs of each model.",
+        "Type of the models' weights in steps: float32, bfloat16 or int8. At start, the log "
+        "says how much that changes the outputs of each model.",
+        "Exact. The others are less precise, and faster only on some processors.",
     )
-    # A larger forward pass takes more than a millisecond and gains little.
-    batch_rows: int = _setting(256, "Most single rows in one forward pass.")
-    # About a millisecond: the delay that a long request may cause for the steps of others.
-    chunk_rows: int = _setting(96, "Most rows of long requests between two forward passes.")
-    # More than a client has in flight for one session.
-    replay_rows: int = _setting(32, "Single rows of a session whose replies are remembered.")
-    # About a hundred of the longest replies.
-    replay_bytes: int = _setting(256 * 2**20, "Most bytes of remembered replies with many rows.")
-    # Several seconds of work for one core.
-    queue_requests: int = _setting(65_536, "Most accepted and unanswered requests.")
-    # Ten of the longest requests.
-    queue_rows: int = _setting(1_000_000, "Most accepted and unanswered rows.")
-    # The usual time that an orchestrator allows between SIGTERM and SIGKILL.
-    drain_seconds: float = _setting(30.0, "Seconds to finish accepted steps after SIGTERM.")
+    batch_rows: int = _setting(
+        256,
+        "Most single rows in one forward pass.",
+        "A larger forward pass takes more than a millisecond and gains little.",
+    )
+    chunk_rows: int = _setting(
+        96,
+        "Most rows of long requests between two forward passes.",
+        "About a millisecond: the delay that a long request may cause for the steps of others.",
+    )
+    replay_rows: int = _setting(
+        32,
+        "Single rows of a session whose replies are remembered.",
+        "More than a client has in flight for one session.",
+    )
+    replay_bytes: int = _setting(
+        256 * 2**20,
+        "Most bytes of remembered replies with many rows.",
+        "About a hundred of the longest replies.",
+    )
+    queue_requests: int = _setting(
+        65_536,
+        "Most accepted and unanswered requests.",
+        "Several seconds of work for one core.",
+    )
+    queue_rows: int = _setting(
+        1_000_000,
+        "Most accepted and unanswered rows.",
+        "Ten of the longest requests.",
+    )
+    drain_seconds: float = _setting(
+        30.0,
+        "Seconds to finish accepted steps after SIGTERM.",
+        "The usual time that an orchestrator allows between SIGTERM and SIGKILL.",
+    )
 
     def __post_init__(self) -> None:
         _check_address("listen", self.listen)
         _check_address("metrics_listen", self.metrics_listen)
         _check_one_of("durability", self.durability, DURABILITIES)
         _check_one_of("weights", self.weights, WEIGHTS)
+        self._check_device()
+        self._check_numbers()
+        self._check_idle_timeouts()
+
+    def _check_device(self) -> None:
         if not _DEVICE.fullmatch(self.device):
             raise ConfigError(f"device is {self.device!r}, expected cpu, cuda or cuda:N")
         if self.device != "cpu" and self.weights != "float32":
@@ -129,21 +181,25 @@ class ServerConfig:
                 f"weights is {self.weights!r}, which is for the CPU: with device {self.device} "
                 "leave it out"
             )
+
+    def _check_numbers(self) -> None:
         for setting in fields(self):
             value = getattr(self, setting.name)
             if isinstance(value, bool):
                 continue
-            if isinstance(value, int | float) and not 0 < value <= LARGEST:
+            if isinstance(value, int | float) and not 0 < value <= MAX_NUMBER:
                 raise ConfigError(
-                    f"{setting.name} is {value}, expected more than 0 and at most {LARGEST}"
+                    f"{setting.name} is {value}, expected more than 0 and at most {MAX_NUMBER}"
                 )
+        if self.slots > MAX_SLOTS:
+            raise ConfigError(f"slots is {self.slots}, at most {MAX_SLOTS}")
+
+    def _check_idle_timeouts(self) -> None:
         for name in ("max_idle_timeout", "expired_grace"):
             if getattr(self, name) > LONGEST_IDLE_SECONDS:
                 raise ConfigError(
                     f"{name} is {getattr(self, name):g} s, at most {LONGEST_IDLE_SECONDS:g}"
                 )
-        if self.slots > MAX_SLOTS:
-            raise ConfigError(f"slots is {self.slots}, at most {MAX_SLOTS}")
         if self.idle_timeout > self.max_idle_timeout:
             raise ConfigError(
                 f"idle_timeout is {self.idle_timeout:g} s, more than max_idle_timeout, "

@@ -10,7 +10,7 @@ import structlog
 
 
 def configure_logs(level: str, style: str) -> None:
-    """Sends all logging through structlog.
+    """Sends all logs through structlog to standard error.
 
     Args:
         level: a name such as "INFO".

@@ -1,9 +1,9 @@
-"""How gRPC's events reach the event loop: with fewer threads, and fewer turns of the loop.
+"""An event loop that takes gRPC's events with fewer threads and fewer turns.
 
-A thread of gRPC tells the loop of each event, a message read or written, by one byte in a socket;
-the loop's turn for a byte takes that byte and handles every event there is. Of a burst of 64
-events the first byte's turn handles all, and 63 more turns find nothing: two to three for each
-step. `ServerLoop` takes the bytes together.
+A thread of gRPC signals each event, a message read or written, by one byte in a socket. The loop's
+callback for the socket takes one byte and handles every event that is queued. So in a burst of 64
+events the first turn handles all of them, and 63 more turns find none: two or three for each step.
+`ServerLoop` takes all bytes in one turn.
 """
 
 from __future__ import annotations
@@ -29,24 +29,24 @@ _ONE_POLLER = "-event_engine_listener"
 
 
 def set_up_grpc() -> None:
-    """Lets the thread that waits for gRPC's events read the connections too.
+    """Makes gRPC read connections in the thread that waits for its events.
 
-    By default (grpcio 1.80 and later) a pool of threads reads them, and wakes that thread for each
-    message: a quarter of what an echo costs. gRPC looks at this once, when it is imported; a
-    GRPC_EXPERIMENTS that is set already is left as it is.
+    By default (grpcio 1.80 and later) a pool of threads reads them and wakes that thread for each
+    message, which is a quarter of the cost of an echo. gRPC reads the variable once, when it is
+    imported. A GRPC_EXPERIMENTS that is already set stays.
     """
     os.environ.setdefault("GRPC_EXPERIMENTS", _ONE_POLLER)
 
 
 class ServerLoop(uvloop.Loop):
-    """uvloop's, with one turn for all events of gRPC that are there."""
+    """uvloop's loop, with one turn for all queued events of gRPC."""
 
     def add_reader(
         self, fd: int | HasFileno, callback: Callable[[*Args], Any], *args: *Args
     ) -> None:
         """See `asyncio.loop.add_reader`."""
         if isinstance(fd, socket.socket) and _of_grpc(callback):
-            super().add_reader(fd, _at_once, fd, array.array("i", [0]), partial(callback, *args))
+            super().add_reader(fd, _handle_all, fd, array.array("i", [0]), partial(callback, *args))
         else:
             super().add_reader(fd, callback, *args)
 
@@ -57,15 +57,17 @@ def _of_grpc(callback: Callable[..., Any]) -> bool:
     return type(owner).__name__ == "PollerCompletionQueue"
 
 
-def _at_once(told: socket.socket, waiting: array.array[int], handle: Callable[[], object]) -> None:
-    """Takes all bytes but the one that `handle` takes: it handles their events too.
+def _handle_all(
+    signals: socket.socket, waiting: array.array[int], handle: Callable[[], object]
+) -> None:
+    """Takes all bytes but one; `handle` takes that one and handles the events of all.
 
-    An event is in its queue before its byte is sent, so no event is left without a byte to come.
-    All event loops of a process have one socket: another may take the bytes first, and then
-    handles the events too, or hands them to their loop.
+    An event is queued before its byte is sent, so no event stays in the queue without a byte. All
+    event loops of a process share the socket: another loop may take the bytes first, and then it
+    handles the events, or hands them to their loop.
     """
-    fcntl.ioctl(told, termios.FIONREAD, waiting)
+    fcntl.ioctl(signals, termios.FIONREAD, waiting)
     with suppress(BlockingIOError):
         if waiting[0] > 1:
-            told.recv(waiting[0] - 1)
+            signals.recv(waiting[0] - 1)
         handle()

@@ -1,6 +1,6 @@
-"""Time that passes only while somebody is there: what idle times are measured in.
+"""A clock that runs only while a server does: idle times are measured in it.
 
-A wall clock may be set forward or back, and a monotonic clock goes on while its process is
+The system's clock may be set forward or back, and a monotonic clock goes on while its process is
 paused. Neither may end a session, so expiry is counted in seconds in which a server was up.
 """
 
@@ -9,20 +9,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 BEAT_SECONDS = 5.0
-"""How often a store's clock is moved on: what a killed server loses of it at the most."""
+"""How often a store's clock is advanced: at most this is lost when a server is killed."""
 MAX_BEAT_SECONDS = 10.0
-"""What counts between two beats at the most: they may be late on a busy machine; whatever is
-longer was a pause of the process, or a store that was away."""
+"""At most this counts between two beats, which may be late on a busy machine. If it was longer, the
+process was paused or the store was away."""
 
 
 class UptimeClock:
-    """Seconds in which its process ran: a pause between two beats counts as little of it.
+    """Seconds in which its process ran; of a pause at most `MAX_BEAT_SECONDS` count.
 
     It may be read and set from any thread.
 
     Args:
         monotonic: monotonic seconds.
-        start: what it shows at first.
+        start: its first value.
     """
 
     def __init__(self, monotonic: Callable[[], float], *, start: float = 0.0) -> None:
@@ -30,22 +30,22 @@ class UptimeClock:
         self._mark = start, monotonic()
 
     def __call__(self) -> float:
-        """What it shows."""
+        """Its value, in seconds."""
         seconds, at = self._mark
         return seconds + min(self._monotonic() - at, MAX_BEAT_SECONDS)
 
     def read(self) -> tuple[float, float, float]:
-        """What it shows, how much of it came since the last beat, and the monotonic seconds."""
+        """Its value, how much of it is since the last beat, and the monotonic seconds."""
         seconds, at = self._mark
         now = self._monotonic()
         since = min(now - at, MAX_BEAT_SECONDS)
         return seconds + since, since, now
 
     def beat(self) -> None:
-        """Goes on from here. To be called at least every `BEAT_SECONDS`."""
+        """Counts the time since the last beat. To be called at least every `BEAT_SECONDS`."""
         seconds, _, at = self.read()
         self.set(seconds, at)
 
     def set(self, seconds: float, at: float | None = None) -> None:
-        """Makes it show `seconds`, or to have shown them at a monotonic time `at`."""
+        """Sets its value, as of now or of a monotonic time `at`."""
         self._mark = seconds, self._monotonic() if at is None else at

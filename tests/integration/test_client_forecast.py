@@ -15,7 +15,7 @@ import pytest
 from stepstate import errors
 from stepstate.client import AsyncClient, Forecast
 from stepstate.client._protocol import forecasts
-from stepstate.client.history import PIECE_ROWS
+from stepstate.client._protocol.history import PIECE_ROWS
 from stepstate.config import ServerConfig
 from stepstate.server import Server
 from tests import offline

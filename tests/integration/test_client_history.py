@@ -14,7 +14,7 @@ import pytest
 
 from stepstate import errors
 from stepstate.client import AsyncClient
-from stepstate.client.history import PIECE_ROWS
+from stepstate.client._protocol.history import PIECE_ROWS
 from stepstate.config import ServerConfig
 from stepstate.server import Server, running_server
 from tests import offline

@@ -138,7 +138,7 @@ async def test_what_is_saved_is_told_and_not_kept(
         assert (sync.durable_t, none.durable_t) == (20, 0)
         await saved(server.address, "late", 20)
         assert (await late.refresh()).durable_t == late.durable_t == 20
-        assert [len(getattr(s, "real", s).backlog) for s in (late, sync, none)] == [0, 0, 0]
+        assert [len(getattr(s, "real", s).replay_buffer) for s in (late, sync, none)] == [0, 0, 0]
         info = await client.info("late")
         assert (info.residency, bool(info.owner), info.epoch > 0) == ("resident", True, True)
         await reborn(server)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from stepstate.engine import BareForward, Engine
 from stepstate.errors import ModelInvalid
 from stepstate.models import Manifest, build_timeline, load_model, write_model
-from stepstate.models.layout import tensor_shapes
+from stepstate.models.tensors import tensor_shapes
 from tests.hypothesis_profiles import examples
 
 PERIODS = st.one_of(

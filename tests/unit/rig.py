@@ -9,6 +9,7 @@ import numpy as np
 from prometheus_client import CollectorRegistry
 
 from stepstate.engine import use_one_thread
+from stepstate.engine.tracking.tracker import Tracker
 from stepstate.metrics import Metrics, MetricsCollector
 from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions import (
@@ -144,6 +145,12 @@ class Rig:
             )
         self.registry.register(MetricsCollector(self.metrics, self.sessions, limits={}))
         self.scheduler = next(iter(self.sessions.schedulers.values()))
+
+    @property
+    def tracker(self) -> Tracker:
+        """One like the engine's: it says where in a state what is."""
+        manifest = self.scheduler.model.manifest
+        return Tracker(manifest, manifest.tracking)
 
     @property
     def results(self) -> dict[str, int]:

@@ -73,5 +73,7 @@ def test_values_can_not_be_changed_later():
         ServerConfig().listen = "other:1"
 
 
-def test_every_setting_has_its_help():
-    assert all(field.metadata["help"] for field in dataclasses.fields(ServerConfig))
+def test_every_setting_has_its_help_and_the_reason_for_its_default():
+    for setting in dataclasses.fields(ServerConfig):
+        assert setting.metadata["help"]
+        assert setting.metadata["reason"]

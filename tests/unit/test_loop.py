@@ -63,17 +63,17 @@ def test_settings_of_an_operator_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_one_turn_takes_all_bytes_of_grpc_but_the_one_that_it_takes_itself() -> None:
     taken: list[bytes] = []
-    told, teller = socket.socketpair()
-    with told, teller:
-        told.settimeout(0)
-        handle = PollerCompletionQueue(lambda: taken.append(told.recv(1))).handle
-        teller.send(b"1" * 300)
-        _turns(told, handle)
+    signals, sender = socket.socketpair()
+    with signals, sender:
+        signals.settimeout(0)
+        handle = PollerCompletionQueue(lambda: taken.append(signals.recv(1))).handle
+        sender.send(b"1" * 300)
+        _turns(signals, handle)
         assert taken == [b"1"]
         with pytest.raises(BlockingIOError):
-            told.recv(1)
-        teller.send(b"1")
-        _turns(told, handle)
+            signals.recv(1)
+        sender.send(b"1")
+        _turns(signals, handle)
         assert taken == [b"1", b"1"]
 
 
@@ -82,42 +82,42 @@ def test_another_loop_of_the_process_may_take_the_bytes_first(
     left: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All loops of a process have gRPC's one socket; whoever takes its bytes handles the events."""
-    told, teller = socket.socketpair()
+    signals, sender = socket.socketpair()
     ioctl = fcntl.ioctl
 
     def overtaken(*arguments: Any) -> int:
         result = ioctl(*arguments)
-        told.recv(3 - left)  # by another loop, in its own thread
+        signals.recv(3 - left)  # by another loop, in its own thread
         return result
 
     monkeypatch.setattr(fcntl, "ioctl", overtaken)
-    with told, teller:
-        told.settimeout(0)
-        teller.send(b"123")
-        loop._at_once(told, array.array("i", [0]), lambda: told.recv(1))
+    with signals, sender:
+        signals.settimeout(0)
+        sender.send(b"123")
+        loop._handle_all(signals, array.array("i", [0]), lambda: signals.recv(1))
         with pytest.raises(BlockingIOError):
-            told.recv(1)
+            signals.recv(1)
 
 
 def test_other_readers_get_every_byte() -> None:
-    told, teller = socket.socketpair()
-    with told, teller:
-        teller.send(b"12")
+    signals, sender = socket.socketpair()
+    with signals, sender:
+        sender.send(b"12")
         taken: list[bytes] = []
-        _turns(told, lambda: taken.append(told.recv(1)))
+        _turns(signals, lambda: taken.append(signals.recv(1)))
         assert taken == [b"1", b"2"]
 
 
 def test_grpc_is_read_in_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its class is known by name only: a new name would go unseen, and cost a third."""
     turns: list[socket.socket] = []
-    at_once = loop._at_once
+    handle_all = loop._handle_all
 
-    def counted(told: socket.socket, *rest: object) -> None:
-        turns.append(told)
-        at_once(told, *rest)  # type: ignore[arg-type]
+    def counted(signals: socket.socket, *rest: object) -> None:
+        turns.append(signals)
+        handle_all(signals, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "_at_once", counted)
+    monkeypatch.setattr(loop, "_handle_all", counted)
     with asyncio.Runner(loop_factory=ServerLoop) as runner:
         replies = runner.run(_talk())
     assert replies == [b"0", b"1", b"2"]
@@ -140,15 +140,15 @@ class PollerCompletionQueue:
         self._handle()
 
 
-def _turns(told: socket.socket, handle: Callable[[], object]) -> None:
+def _turns(signals: socket.socket, handle: Callable[[], object]) -> None:
     """Lets a loop read for a few turns."""
 
     async def turns() -> None:
         loop = asyncio.get_running_loop()
-        loop.add_reader(told, handle)
+        loop.add_reader(signals, handle)
         for _ in range(5):
             await asyncio.sleep(0.001)
-        loop.remove_reader(told)
+        loop.remove_reader(signals)
 
     with asyncio.Runner(loop_factory=ServerLoop) as runner:
         runner.run(turns())

@@ -10,7 +10,7 @@ except ModuleNotFoundError as error:
         raise
 
     def main() -> NoReturn:  # type: ignore[misc]
-        """What the command says where only the client is installed."""
+        """Where only the client is installed."""
         sys.exit(
             "stepstate: the command line needs the extra `cli`, a server the extra `server`: where "
             "`pip install X` installed the client, `pip install 'X[cli]'` or 'X[server]' adds them"

@@ -1,4 +1,4 @@
-"""`stepstate forecast`: what a session's model says of the rows to come."""
+"""`stepstate forecast`: a session's forecast, as a table, CSV, JSON lines or a plot."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from typing import Any
 
 import click
 
-from stepstate.cli.options import format_options, server_option
+from stepstate.cli.common import connect, format_options, server_option, short, without_nan
 from stepstate.cli.plot import plot_forecasts
 from stepstate.cli.rows import BadRow, Format, RowReader, whole
-from stepstate.cli.values import short, without_nan
-from stepstate.client import Client, Forecast, ModelInfo, OutputForecast, TimedRows
-from stepstate.errors import StepstateError
+from stepstate.client import Forecast, ModelInfo, OutputForecast, TimedRows
 
 Scenarios = dict[str, list[list[float]] | TimedRows]
 
@@ -84,14 +82,11 @@ def forecast_command(
     """
     if plot and output != "table":
         raise click.UsageError(f"--plot draws below a table: leave out --output {output}")
-    try:
-        with Client(server) as client:
-            session = client.session(session_id)
-            scenarios = _scenarios(session.model, files, Format(delimiter, time_column))
-            told = session.forecast(horizon, quantiles=quantiles or None, scenarios=scenarios)
-    except (StepstateError, BadRow) as error:
-        raise click.ClickException(str(error)) from error
-    forecasts = [told] if isinstance(told, Forecast) else list(told.values())
+    with connect(server) as client:
+        session = client.session(session_id)
+        scenarios = _scenarios(session.model, files, Format(delimiter, time_column))
+        result = session.forecast(horizon, quantiles=quantiles or None, scenarios=scenarios)
+    forecasts = [result] if isinstance(result, Forecast) else list(result.values())
     _PRINT[output](forecasts)
     if plot or (plot is None and output == "table" and sys.stdout.isatty()):
         click.echo(plot_forecasts(forecasts, color=sys.stdout.isatty()))
@@ -123,9 +118,10 @@ def _moments(forecast: Forecast) -> list[str]:
 
 
 def _table(forecasts: Sequence[Forecast]) -> None:
-    for place, (forecast, output) in enumerate(_each(forecasts)):
+    for number, (forecast, output) in enumerate(_each(forecasts)):
         scenario = f", {forecast.scenario}" if forecast.scenario else ""
-        click.echo(f"{'' if place == 0 else chr(10)}{output.label} from t={forecast.t}{scenario}")
+        blank = "\n" if number else ""
+        click.echo(f"{blank}{output.label} from t={forecast.t}{scenario}")
         titles = ["ahead", *(f"{level:g}" for level in output.levels), "how"]
         lines = [
             [str(ahead), *map(short, values.tolist()), method or "-"]
@@ -140,7 +136,7 @@ def _table(forecasts: Sequence[Forecast]) -> None:
 
 
 def _columns(lines: Sequence[Sequence[str]]) -> None:
-    """Prints lines in columns, all but the last to the right."""
+    """Prints lines in columns, all but the last right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for *cells, last in lines:
         padded = [cell.rjust(width) for cell, width in zip(cells, widths, strict=False)]
@@ -179,9 +175,9 @@ def _lines(
 ) -> Iterator[tuple[Forecast, OutputForecast, int, str, list[float], str]]:
     for forecast, output in _each(forecasts):
         moments = _moments(forecast)
-        for place, method in enumerate(output.methods):
-            values = [float(f"{value:.9g}") for value in output.values[place]]
-            yield forecast, output, place + 1, moments[place], values, method
+        for row, method in enumerate(output.methods):
+            values = [float(f"{value:.9g}") for value in output.values[row]]
+            yield forecast, output, row + 1, moments[row], values, method
 
 
 _PRINT: dict[str, Callable[[Sequence[Forecast]], Any]] = {

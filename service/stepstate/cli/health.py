@@ -8,7 +8,7 @@ import click
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from stepstate.cli.options import option, server_option
+from stepstate.cli.common import option, server_option
 
 
 @click.command("health")

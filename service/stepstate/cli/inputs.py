@@ -1,15 +1,23 @@
-"""What `stepstate step` is given: the rows of standard input, and a history before them."""
+"""What `stepstate step` reads: the rows of standard input, and a file of earlier rows.
+
+Progress bars are on standard error, where that is a terminal.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import stat
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from itertools import chain
 from pathlib import Path
+from typing import BinaryIO
 
-from stepstate.cli.progress import lines_with_progress, progress_bar
+import click
+
 from stepstate.cli.rows import BadRow, Format, RowReader, whole
 from stepstate.client import ModelInfo, Session, TimedRows
 from stepstate.errors import InvalidField, NonFiniteInput, NonFiniteResult
@@ -20,12 +28,12 @@ class InputReader:
 
     Args:
         model: whose rows they are.
-        format_: how they are to be read.
+        format_: how they are read.
         empty: an empty cell is a missing value.
     """
 
     def __init__(self, model: ModelInfo, format_: Format, *, empty: bool) -> None:
-        lines = lines_with_progress(sys.stdin.buffer)
+        lines = _lines_with_progress(sys.stdin.buffer)
         self._rows = RowReader(lines, model, "the input", empty=empty, format_=format_)
         self._items = iter(self._rows)
 
@@ -44,7 +52,7 @@ class InputReader:
         Raises:
             BadRow: it names the line.
         """
-        rows = self._rows  # where the last one was: one is in flight at a time
+        rows = self._rows  # its place is that of the failed row: one is in flight at a time
         try:
             yield from session.stream(self._items)
         except NonFiniteInput as error:
@@ -59,12 +67,12 @@ class InputReader:
 
 
 class HistoryFile:
-    """The rows of a file, all at once: nothing is opened for a file that can't be read.
+    """The rows of a file, read at once: no session is opened for a file that can't be read.
 
     Args:
         file: CSV.
         model: whose rows they are.
-        format_: how it is to be read.
+        format_: how it is read.
         empty: an empty cell is a missing value.
     """
 
@@ -77,38 +85,69 @@ class HistoryFile:
     @property
     def start(self) -> datetime | None:
         """The time of the first row, if it has one."""
-        start: datetime | None = None
-        if isinstance(self._rows, TimedRows):
-            start = self._rows.times[0]
-        return start
+        first: datetime | None = self._rows.times[0] if isinstance(self._rows, TimedRows) else None
+        return first
 
     def prime(self, session: Session) -> None:
-        """Brings a session up to date.
+        """Primes a session with the rows.
 
         Raises:
             BadRow: it names the line.
         """
         try:
-            with progress_bar("history", len(self._lines)) as update:
+            with _progress_bar("history", len(self._lines)) as update:
                 session.prime(self._rows, progress=lambda done, _total: update(done))
         except NonFiniteInput as error:
-            told = f"{self._at(error.row)} of {self._file}: {_non_finite(error)}"
-            raise BadRow(told) from error
+            where = f"{self._at(error.row)} of {self._file}"
+            raise BadRow(f"{where}: {_non_finite(error)}") from error
         except InvalidField as error:
-            told = re.sub(r"\brow (\d+)", lambda row: self._at(int(row[1])), error.problem)
-            raise BadRow(f"{self._file}: {_by_options(told)}") from error
+            problem = re.sub(r"\brow (\d+)", lambda row: self._at(int(row[1])), error.problem)
+            raise BadRow(f"{self._file}: {_by_options(problem)}") from error
 
     def _at(self, row: int) -> str:
         return f"line {self._lines[row]}"
 
 
 def _by_options(problem: str) -> str:
-    """A problem whose solution is an argument of the client, with the option that it is here."""
+    """A problem whose solution is an argument of the client, with the option instead."""
     return problem.replace("missing='impute' or 'hold'", "--missing impute or hold")
 
 
 def _non_finite(error: NonFiniteInput) -> str:
-    told = f"{error.column!r} is {error.value}"
+    problem = f"{error.column!r} is {error.value}"
     if error.value == "nan":
-        told += "; a missing value takes a session that was opened with --missing impute or hold"
-    return told
+        problem += "; a missing value takes a session that was opened with --missing impute or hold"
+    return problem
+
+
+@contextmanager
+def _progress_bar(label: str, length: int) -> Iterator[Callable[[int], None]]:
+    """Draws a bar; its updates are calls with the length that is done so far."""
+    if not sys.stderr.isatty():
+        yield lambda _done: None
+        return
+    with click.progressbar(length=length, label=label, file=sys.stderr) as bar:
+        yield lambda done: bar.update(done - bar.pos)
+
+
+def _lines_with_progress(file: BinaryIO) -> Iterator[bytes]:
+    """The lines of a file, with a bar unless outputs are printed on the terminal."""
+    size = _size(file)
+    if not size or sys.stdout.isatty():
+        yield from file
+        return
+    with _progress_bar("rows", size) as update:
+        done = 0
+        for line in file:
+            yield line
+            done += len(line)
+            update(done)
+
+
+def _size(file: BinaryIO) -> int:
+    """Bytes of a regular file; 0 for a pipe, whose length is unknown."""
+    try:
+        found = os.fstat(file.fileno())
+    except OSError:  # not a file of the operating system
+        return 0
+    return found.st_size if stat.S_ISREG(found.st_mode) else 0

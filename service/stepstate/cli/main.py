@@ -10,7 +10,7 @@ from contextlib import suppress
 import click
 
 from stepstate import __version__
-from stepstate.cli.options import INTERRUPTED
+from stepstate.cli.common import INTERRUPTED
 
 COMMANDS = {
     "serve": ("stepstate.cli.serve:serve_command", "Serves the models of a folder."),
@@ -20,10 +20,10 @@ COMMANDS = {
     "models": ("stepstate.cli.models:models_group", "Prints the loaded models, or writes one."),
     "health": ("stepstate.cli.health:health_command", "Asks whether a server is serving."),
 }
-"""Where each command is, and what the list of all says of it: to show that imports none of them."""
+"""Where each command is, and its line in the list, which is shown without importing it."""
 
 
-class _Lazy(click.Group):
+class _LazyGroup(click.Group):
     """Imports a command when it is used: those of the client work without the server's extra."""
 
     def list_commands(self, _ctx: click.Context) -> list[str]:
@@ -40,40 +40,37 @@ class _Lazy(click.Group):
         try:
             command: click.Command = getattr(importlib.import_module(module), name)
         except ModuleNotFoundError as error:
-            raise _lacking(cmd_name, error) from error
+            raise _missing_extra(cmd_name, error) from error
         return command
 
     def invoke(self, ctx: click.Context) -> object:
-        """Runs a command; what it could not read or write ends it in one line, Ctrl-C in none."""
+        """Runs a command; a failed read or write ends it with one line, Ctrl-C with none."""
         try:
-            done: object = super().invoke(ctx)
+            result: object = super().invoke(ctx)
             sys.stdout.flush()
         except (KeyboardInterrupt, click.Abort):
             ctx.exit(INTERRUPTED)
         except ModuleNotFoundError as error:  # what a command imports as it runs
-            raise _lacking(ctx.invoked_subcommand, error) from error
+            raise _missing_extra(ctx.invoked_subcommand, error) from error
         except OSError as error:
-            # Click knows what a reader that left means; a server's surprise keeps its traceback.
+            # Click handles a closed pipe; an unexpected error of a server keeps its traceback.
             if error.errno == errno.EPIPE or ctx.invoked_subcommand == "serve":
                 raise
             _drop_output()
-            raise click.ClickException(_told(error)) from error
-        return done
+            where = error.filename or "reading or writing failed"
+            raise click.ClickException(f"{where}: {error.strerror or error}") from error
+        return result
 
 
-def _lacking(command: str | None, error: ModuleNotFoundError) -> click.ClickException:
+def _missing_extra(command: str | None, error: ModuleNotFoundError) -> click.ClickException:
     return click.ClickException(
         f"`stepstate {command}` needs {error.name}, which comes with the extra `server`: where "
         "`pip install X` installed stepstate, `pip install 'X[server]'` adds it"
     )
 
 
-def _told(error: OSError) -> str:
-    return f"{error.filename or 'reading or writing failed'}: {error.strerror or error}"
-
-
 def _drop_output() -> None:
-    """What can't be written is not tried again when Python ends."""
+    """Closes standard output, so that Python does not try to write the rest as it ends."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -81,7 +78,7 @@ def _drop_output() -> None:
             sys.stdout.close()
 
 
-@click.group(cls=_Lazy, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=_LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="stepstate")
 def main() -> None:
     """Steps trained recurrent networks, session by session."""

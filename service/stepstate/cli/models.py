@@ -1,4 +1,4 @@
-"""`stepstate models`: what the server has loaded; and an example to begin with."""
+"""`stepstate models`: what a server has loaded, and an example to start with."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ from pathlib import Path
 
 import click
 
-from stepstate.cli.options import server_option
-from stepstate.client import Client, ModelInfo
-from stepstate.errors import StepstateError
+from stepstate.cli.common import connect, server_option
+from stepstate.client import ModelInfo
 
 EXAMPLE = "electricity/2"
 
@@ -22,12 +21,9 @@ def models_group(ctx: click.Context, server: str) -> None:
     """Prints the models that a server has loaded, with their inputs and outputs."""
     if ctx.invoked_subcommand is not None:
         return
-    try:
-        with Client(server) as client:
-            for model in client.models():
-                _print(model)
-    except StepstateError as error:
-        raise click.ClickException(str(error)) from error
+    with connect(server) as client:
+        for model in client.models():
+            _print(model)
 
 
 @models_group.command("example")

@@ -1,7 +1,6 @@
-"""Forecasts drawn with characters, by uniplot.
+"""Forecasts as plots in the terminal, by uniplot.
 
-Of the libraries for that it is the one that is pure Python, needs little beside NumPy, has
-types, and draws without state of its own between two plots.
+uniplot is pure Python, needs little but NumPy, has types, and keeps no state between two plots.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from stepstate.client import Forecast, OutputForecast
 
 _COLORS = ("cyan", "magenta", "yellow", "green", "red")
 _BOUNDS = "blue"
-_MAX_WIDTH, _FRAME = 100, 12  # columns; those beside the plot have the numbers of the axis
+_MAX_WIDTH, _FRAME = 100, 12  # columns; the frame has the numbers of the axis
 
 
 def plot_forecasts(forecasts: Sequence[Forecast], *, color: bool) -> str:
@@ -30,13 +29,12 @@ def plot_forecasts(forecasts: Sequence[Forecast], *, color: bool) -> str:
 def _plot(forecasts: Sequence[Forecast], name: str, width: int, *, color: bool) -> str:
     curves = [
         (np.arange(1, len(forecast) + 1) if forecast.times is None else forecast.times, *curve)
-        for place, forecast in enumerate(forecasts)
+        for number, forecast in enumerate(forecasts)
         if name in forecast.outputs
-        for curve in _curves(forecast[name], forecast.scenario, _COLORS[place % len(_COLORS)])
+        for curve in _curves(forecast[name], forecast.scenario, _COLORS[number % len(_COLORS)])
     ]
-    across: list[Any] = [line for line, *_ in curves]
     return plot_to_string(
-        xs=across,
+        xs=[x for x, *_ in curves],
         ys=[values for _, values, _, _ in curves],
         lines=True,
         width=width,
@@ -61,7 +59,7 @@ def _curves(output: OutputForecast, scenario: str, color: str) -> Iterator[tuple
 
 
 def _names(forecasts: Sequence[Forecast]) -> list[str]:
-    """The outputs of which there is something to draw."""
+    """The outputs that have a value to draw."""
     return list(
         dict.fromkeys(
             output.name

@@ -19,17 +19,16 @@ _MISSING = {"", "na", "n/a", "#n/a", "null", "none"}
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 
 
-class BadRow(ValueError):
-    """Something that was given can't be read."""
+class BadRow(click.ClickException):
+    """Rows that can't be read; it ends the command with one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How a file is to be read, where it does not tell.
+    """How a file is read.
 
-    `delimiter`: between cells; empty: that of the first line. `time_column`:
-    the name of the column with the times; empty: time, timestamp, datetime or
-    date, where there is one.
+    `delimiter`: between cells; empty: found from the first line. `time_column`: the name of the
+    column with the times; empty: time, timestamp, datetime or date, if there is one.
     """
 
     delimiter: str = ""
@@ -38,7 +37,7 @@ class Format:
 
 @dataclass(frozen=True, slots=True)
 class _Columns:
-    """Where a line has what: `inputs` in the model's order (None: it lacks it), and the time."""
+    """The positions in a line: of the inputs in the model's order (None: missing), and the time."""
 
     inputs: Sequence[int | None]
     time: int | None
@@ -49,19 +48,18 @@ class _Columns:
 class RowReader:
     """Rows [D]. A first line that holds names is a header: its columns are taken by name.
 
-    Cells are separated by commas, semicolons or tabs; with the latter two
-    numbers may have a decimal comma. A row whose line has a time comes as
-    `TimedRows`.
+    Cells are separated by commas, semicolons or tabs; with the latter two numbers may have a
+    decimal comma. A row whose line has a time is a `TimedRows`.
 
     `place`: where the last row was, for errors.
 
     Args:
         lines: of CSV, in UTF-8.
         model: whose rows they are.
-        where: what they come from, for errors.
+        where: their source, for errors.
         empty: an empty cell is a missing value, NaN; otherwise an error.
         part: a header may lack columns, which are then all NaN.
-        format_: what the file does not tell.
+        format_: how they are read.
     """
 
     def __init__(
@@ -114,7 +112,7 @@ class RowReader:
             try:
                 line = next(reader, None)
             except (csv.Error, UnicodeDecodeError) as error:
-                # The reader has not counted a line that is no text.
+                # The reader has not counted a line that it could not decode.
                 number = reader.line_num + isinstance(error, UnicodeDecodeError)
                 problem = "is not UTF-8" if isinstance(error, UnicodeDecodeError) else "is no CSV"
                 raise BadRow(f"line {number} of {self._where} {problem}: {error}") from error
@@ -125,7 +123,7 @@ class RowReader:
             yield line
 
     def _columns(self, cells: list[str]) -> _Columns:
-        """Where the first line says that everything is; without a header it is in order."""
+        """The positions that the first line gives; without a header, those of the model."""
         inputs = list(self._model.inputs)
         known = set(inputs) & set(cells)
         if known and (self._part or len(known) == len(inputs)):
@@ -134,8 +132,8 @@ class RowReader:
             missing = ", ".join(name for name in inputs if name not in known)
             raise BadRow(f"{self.place} is a header without {missing}: {self._expected()}")
         timed = len(cells) == len(inputs) + 1 and _is_time(cells[0])
-        places = range(timed, timed + len(inputs))
-        return _Columns(places, time=0 if timed else None, width=timed + len(inputs))
+        indices = range(timed, timed + len(inputs))
+        return _Columns(indices, time=0 if timed else None, width=timed + len(inputs))
 
     def _by_name(self, names: list[str]) -> _Columns:
         inputs = self._model.inputs
@@ -143,14 +141,14 @@ class RowReader:
         if twice is not None:
             raise BadRow(f"{self.place} has {twice} twice: {self._expected()}")
         time = self._time_of(names)
-        others = [n for place, n in enumerate(names) if n and n not in inputs and place != time]
+        others = [n for index, n in enumerate(names) if n and n not in inputs and index != time]
         if others:
             click.echo(f"columns of {self._where} that are not used: {', '.join(others)}", err=True)
-        places = [names.index(one) if one in names else None for one in inputs]
-        return _Columns(places, time, len(names), named=True)
+        indices = [names.index(one) if one in names else None for one in inputs]
+        return _Columns(indices, time, len(names), named=True)
 
     def _time_of(self, names: list[str]) -> int | None:
-        """The place of the column with the times."""
+        """The position of the column with the times."""
         wanted = self._format.time_column
         if wanted:
             if wanted not in names:
@@ -159,8 +157,10 @@ class RowReader:
         inputs = self._model.inputs
         found = [n for n in names if n.lower() in _TIME_NAMES and n not in inputs]
         if len(found) > 1:
-            told = " or ".join(found)
-            raise BadRow(f"{self.place}: which of {told} holds the time? Say it by --time-column")
+            several = " or ".join(found)
+            raise BadRow(
+                f"{self.place}: which of {several} holds the time? Say it by --time-column"
+            )
         return names.index(found[0]) if found else None
 
     def _row(self, line: list[str], columns: _Columns) -> list[float] | TimedRows:
@@ -168,7 +168,7 @@ class RowReader:
             raise self._bad(line, columns, f"it has {len(line)}")
         try:
             values = [
-                math.nan if place is None else self._value(line[place]) for place in columns.inputs
+                math.nan if index is None else self._value(line[index]) for index in columns.inputs
             ]
             return values if columns.time is None else TimedRows(values, _time(line[columns.time]))
         except ValueError as error:
@@ -191,7 +191,7 @@ class RowReader:
             raise ValueError(f"{text!r} is not a number") from error
 
     def _is_value(self, cell: str) -> bool:
-        """Whether it may be in a row, and is no name."""
+        """Whether a row may have it: it is not a name."""
         try:
             self._number(cell)
         except ValueError:
@@ -207,8 +207,8 @@ class RowReader:
         hint = ""
         if width == 1 and len(line) == 2 and self._delimiter == ",":
             hint = "; for numbers with a decimal comma give --delimiter ';'"
-        told = f"{self.place} is {shown!r}: expected {expected} ({problem}); {self._expected()}"
-        return BadRow(told + hint)
+        text = f"{self.place} is {shown!r}: expected {expected} ({problem}); {self._expected()}"
+        return BadRow(text + hint)
 
     def _expected(self) -> str:
         model = f"{self._model.name}/{self._model.version}"
@@ -239,7 +239,7 @@ def _delimiter_of(line: str) -> str:
 
 
 def _texts(lines: Iterable[bytes]) -> Iterator[str]:
-    """The lines as text; the mark that some programs begin a file with is none of it."""
+    """The lines as text, without the byte order mark that some programs write."""
     encoding = "utf-8-sig"
     for line in lines:
         yield line.decode(encoding)

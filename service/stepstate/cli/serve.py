@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from stepstate.cli.options import INTERRUPTED, option
+from stepstate.cli.common import INTERRUPTED, option
 from stepstate.config import ConfigError, ServerConfig
 from stepstate.errors import ModelInvalid
 from stepstate.logging import configure_logs
@@ -59,13 +59,13 @@ def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
         config = ServerConfig(**settings)
     except ConfigError as error:
         raise click.ClickException(str(error)) from error
-    with _ended_by_ctrl_c():
+    with _interruptible_start():
         drained = _run(config)
     sys.exit(0 if drained else 1)
 
 
 def _run(config: ServerConfig) -> bool:
-    # Only now, since they import torch: a wrong option and --help are answered at once.
+    # These import torch: a wrong option and --help are answered before.
     from stepstate.engine import DeviceUnavailable  # noqa: PLC0415
     from stepstate.server import ListenError, serve  # noqa: PLC0415
     from stepstate.stores import StoreOpenError  # noqa: PLC0415
@@ -82,10 +82,10 @@ def _run(config: ServerConfig) -> bool:
 
 
 @contextmanager
-def _ended_by_ctrl_c() -> Iterator[None]:
-    """Lets SIGINT end a start at once; the server's own handler takes its place.
+def _interruptible_start() -> Iterator[None]:
+    """Lets SIGINT end the process at once until the server installs its own handler.
 
-    Nothing is to be lost yet, and KeyboardInterrupt can be swallowed within an import.
+    Nothing can be lost yet, and an import may swallow KeyboardInterrupt.
     """
     before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
     try:

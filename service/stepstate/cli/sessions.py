@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
 import click
 
-from stepstate.cli.options import option, server_option
-from stepstate.cli.values import without_nan
-from stepstate.client import Client, SessionInfo
-from stepstate.errors import StepstateError
+from stepstate.cli.common import connect, option, server_option, without_nan
+from stepstate.client import SessionInfo
 
 
 @click.group("sessions")
@@ -33,7 +29,7 @@ def list_command(server: str, model: str, *, expired: bool) -> None:
     Sessions that are `model_missing` or `unreadable` take no steps, and can be closed. With
     --expired, expired sessions are listed too, with the time until which they can be restored.
     """
-    with _client(server) as client:
+    with connect(server) as client:
         click.echo(
             f"{'session':<40} {'model':<20} {'t':>10} {'durable':>10}  {'where':<8}  "
             f"{'status':<13}  expires"
@@ -57,7 +53,7 @@ def list_command(server: str, model: str, *, expired: bool) -> None:
 @click.argument("session_id")
 def show_command(server: str, session_id: str) -> None:
     """Prints the status of a session, as JSON."""
-    with _client(server) as client:
+    with connect(server) as client:
         _print(client.info(session_id))
 
 
@@ -66,7 +62,7 @@ def show_command(server: str, session_id: str) -> None:
 @click.argument("session_id")
 def close_command(server: str, session_id: str) -> None:
     """Closes a session and prints its last status, as JSON."""
-    with _client(server) as client:
+    with connect(server) as client:
         _print(client.close(session_id))
 
 
@@ -78,7 +74,7 @@ def reset_accuracy_command(server: str, session_id: str) -> None:
 
     Its state, its forecasts and their intervals do not change.
     """
-    with _client(server) as client:
+    with connect(server) as client:
         _print(client.reset_accuracy(session_id))
 
 
@@ -87,7 +83,7 @@ def reset_accuracy_command(server: str, session_id: str) -> None:
 @click.argument("session_id")
 def restore_command(server: str, session_id: str) -> None:
     """Opens an expired session again, as it was, and prints its status, as JSON."""
-    with _client(server) as client:
+    with connect(server) as client:
         _print(client.restore_expired(session_id).info)
 
 
@@ -100,7 +96,7 @@ def fork_command(server: str, session_id: str, new_id: str | None) -> None:
 
     Without NEW_ID the server makes an id.
     """
-    with _client(server) as client:
+    with connect(server) as client:
         _print(client.fork(session_id, new_id).info)
 
 
@@ -111,7 +107,7 @@ def fork_command(server: str, session_id: str, new_id: str | None) -> None:
 @click.option("--force", is_flag=True, help="Overwrite the file.")
 def export_command(server: str, session_id: str, output: str | None, *, force: bool) -> None:
     """Writes a snapshot of a session to SESSION_ID.snapshot. The session stays open."""
-    with _client(server) as client:
+    with connect(server) as client:
         snapshot = client.export(session_id)
     if output == "-":
         sys.stdout.buffer.write(snapshot)
@@ -127,18 +123,8 @@ def export_command(server: str, session_id: str, output: str | None, *, force: b
 @click.option("--session-id", help="Id of the new session. Default: the id in the snapshot.")
 def import_command(server: str, file: BinaryIO, session_id: str | None) -> None:
     """Opens a session from the snapshot in FILE (- for standard input), and prints it as JSON."""
-    with _client(server) as client:
+    with connect(server) as client:
         _print(client.restore(file.read(), session_id=session_id).info)
-
-
-@contextmanager
-def _client(server: str) -> Iterator[Client]:
-    """A client whose errors end the command in one line."""
-    try:
-        with Client(server) as client:
-            yield client
-    except StepstateError as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _write(file: Path, snapshot: bytes, *, force: bool) -> None:
@@ -152,5 +138,5 @@ def _write(file: Path, snapshot: bytes, *, force: bool) -> None:
 
 
 def _print(info: SessionInfo) -> None:
-    told = without_nan(asdict(info))
-    click.echo(json.dumps(told, default=str, indent=2, allow_nan=False))
+    fields = without_nan(asdict(info))
+    click.echo(json.dumps(fields, default=str, indent=2, allow_nan=False))

@@ -5,23 +5,18 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
 import click
 
+from stepstate.cli.common import connect, format_options, option, server_option
 from stepstate.cli.inputs import HistoryFile, InputReader
-from stepstate.cli.options import format_options, option, server_option
 from stepstate.cli.rows import BadRow, Format
-from stepstate.client import (
-    Client,
-    Durability,
-    MissingPolicy,
-    Session,
-    SessionInfo,
-)
+from stepstate.client import Client, Durability, MissingPolicy, Session, SessionInfo
 from stepstate.errors import (
     InvalidField,
     NotFound,
@@ -30,6 +25,17 @@ from stepstate.errors import (
     StepstateError,
     Unavailable,
 )
+
+
+@dataclass(frozen=True, slots=True)
+class _SessionOptions:
+    """What is want of the session; an open session must already have it."""
+
+    model: str
+    version: str
+    start_time: datetime | None
+    durability: Durability | None
+    missing: MissingPolicy | None
 
 
 @click.command("step")
@@ -90,52 +96,26 @@ def step_command(
     After an error, the session is closed, unless it has a --session-id or --keep is given: then
     it stays open and can be continued.
     """
+    options = _SessionOptions(model, version, _moment(start_time), durability, missing)
     format_ = Format(delimiter, time_column)
-    try:
-        started = _moment(start_time)
-        with Client(server) as client:
-            session = _old_session(client, session_id)
-            if session is not None:
-                wishes = {
-                    "model": model,
-                    "version": version,
-                    "start_time": started,
-                    "durability": durability,
-                    "missing": missing,
-                }
-                _agree(session.info, wishes, history)
-            info = client.model(model, version) if session is None else session.model
-            empty = (missing if session is None else session.info.missing) in ("impute", "hold")
-            past = None if history is None else HistoryFile(history, info, format_, empty=empty)
-            given = InputReader(info, format_, empty=empty)
-            if session is None:
-                session = client.open(
-                    model,
-                    version=version,
-                    session_id=session_id or None,
-                    start_time=started or (past or given).start,
-                    durability=durability,
-                    missing=missing,
-                )
-            with _ending(session, named=bool(session_id), keep=keep):
-                if past is not None:
-                    past.prime(session)
-                _run(session, given, output)
-    except (StepstateError, BadRow) as error:
-        hint = " by --start-time, or by a column named time" if _lacks_start(error) else ""
-        raise click.ClickException(f"{error}{hint}") from error
+    with connect(server) as client:
+        session = _open_session(client, session_id)
+        if session is not None:
+            _check(session.info, options, history)
+        info = client.model(model, version) if session is None else session.model
+        empty = (missing if session is None else session.info.missing) in ("impute", "hold")
+        past = None if history is None else HistoryFile(history, info, format_, empty=empty)
+        rows = InputReader(info, format_, empty=empty)
+        if session is None:
+            session = _open(client, session_id, options, past or rows)
+        with _ending(session, named=bool(session_id), keep=keep):
+            if past is not None:
+                past.prime(session)
+            _run(session, rows, output)
 
 
-def _lacks_start(error: Exception) -> bool:
-    return (
-        isinstance(error, InvalidField)
-        and error.field == "start_time"
-        and error.problem.startswith("is missing")
-    )
-
-
-def _old_session(client: Client, session_id: str) -> Session | None:
-    """An open session; None for one that is to be opened."""
+def _open_session(client: Client, session_id: str) -> Session | None:
+    """The session of this id; None if it has to be opened."""
     try:
         return client.session(session_id) if session_id else None
     except SessionUnknown:
@@ -154,28 +134,49 @@ def _moment(text: str) -> datetime | None:
     return moment.replace(tzinfo=UTC) if moment and not moment.tzinfo else moment
 
 
-def _agree(info: SessionInfo, wishes: Mapping[str, object], history: Path | None) -> None:
-    """Refuses wishes that an open session does not meet: they are for a new one."""
+def _check(info: SessionInfo, options: _SessionOptions, history: Path | None) -> None:
+    """Refuses options for a new session that an open one does not have."""
     if history is not None and info.t:
         raise click.ClickException(
             f"session {info.session_id!r} is open at t={info.t}, and --history is for a new one: "
             "leave it out to go on, or choose another --session-id"
         )
-    for field, wish in wishes.items():
-        if wish and wish != (has := getattr(info, field)):
-            flag = "--" + field.replace("_", "-")
+    for field in fields(options):
+        want, has = getattr(options, field.name), getattr(info, field.name)
+        if want and want != has:
+            flag = "--" + field.name.replace("_", "-")
             raise click.ClickException(
-                f"session {info.session_id!r} is open with {flag} {has or 'left out'}, not {wish}: "
+                f"session {info.session_id!r} is open with {flag} {has or 'left out'}, not {want}: "
                 f"leave {flag} out to go on with it, or choose another --session-id"
             )
 
 
+def _open(
+    client: Client, session_id: str, options: _SessionOptions, first: HistoryFile | InputReader
+) -> Session:
+    """Opens a session, by default at the time of the first row."""
+    try:
+        return client.open(
+            options.model,
+            version=options.version,
+            session_id=session_id or None,
+            start_time=options.start_time or first.start,
+            durability=options.durability,
+            missing=options.missing,
+        )
+    except InvalidField as error:
+        if error.field == "start_time" and error.problem.startswith("is missing"):
+            hint = "by --start-time, or by a column named time"
+            raise click.ClickException(f"{error} {hint}") from error
+        raise
+
+
 @contextmanager
 def _ending(session: Session, *, named: bool, keep: bool) -> Iterator[None]:
-    """Closes a session at the end if it is not to be kept, and after an error if nobody knows it.
+    """Closes a session at the end unless it is kept, and after an error if it was given no name.
 
     Raises:
-        ClickException: an error, with where the session is left.
+        ClickException: an error, and where the session is left open.
     """
     try:
         yield
@@ -195,13 +196,14 @@ def _ending(session: Session, *, named: bool, keep: bool) -> Iterator[None]:
         session.close()
 
 
-def _run(session: Session, given: InputReader, output: str) -> None:
+def _run(session: Session, rows: InputReader, output: str) -> None:
+    """Prints the outputs of each row as soon as they are there."""
     names = session.model.output_columns
     timed = session.time(0) is not None
     writer = csv.writer(sys.stdout, lineterminator="\n")
     if output == "csv":
         writer.writerow(["t", *(["time"] if timed else []), *names])
-    for y in given.outputs(session):
+    for y in rows.outputs(session):
         values = [float(f"{value:.9g}") for value in y]
         moment = session.time()
         time = {"time": f"{moment:%FT%T}Z"} if timed else {}

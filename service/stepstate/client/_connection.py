@@ -1,4 +1,4 @@
-"""The channel of a client: its options, credentials and metadata, and how long calls may take.
+"""What both clients' connections share: the channel's options and metadata, and the client's state.
 
 No I/O here.
 """
@@ -6,27 +6,34 @@ No I/O here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from types import ModuleType
+from typing import Any, ClassVar
+
+import grpc
 
 from stepstate.client import convert
-from stepstate.client._protocol.backoff import Backoff
-from stepstate.errors import ServerUnreachable, StepstateError
+from stepstate.client._api import ConnectionAPI
+from stepstate.client._protocol.replay import RESUME_ROWS
+from stepstate.client._protocol.retry import (
+    CONNECT_TIMEOUT,
+    TIMEOUT,
+    CallAttempts,
+    ServerReach,
+)
+from stepstate.client.types import ModelInfo
+from stepstate.errors import Cancelled
+from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
-TIMEOUT = 90.0
-"""Seconds a call may take with all its retries. A server that is restarted drains for up to 30 s,
-and starts in up to 17 s on a busy machine: twice that, so that a client survives it."""
-CONNECT_TIMEOUT = 10.0
-"""Seconds until a server must have answered for the first time: a wrong address is told soon."""
 CHANNEL_OPTIONS = (
     # Find a server that vanished without a word, also while nothing is sent.
     ("grpc.keepalive_time_ms", 20_000),
     ("grpc.keepalive_timeout_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # The server's own limit for what it takes.
+    # The server's own limit for a message.
     ("grpc.max_send_message_length", 16 * 2**20),
-    # Every reply stays below gRPC's default limit of 4 MiB, but for a server of an earlier version.
+    # Every reply stays below gRPC's default limit of 4 MiB, except from a server of an earlier
+    # version.
     ("grpc.max_receive_message_length", 64 * 2**20),
     # Reconnect as fast as Backoff asks for, not by gRPC's own minute.
     ("grpc.initial_reconnect_backoff_ms", 50),
@@ -36,91 +43,94 @@ CHANNEL_OPTIONS = (
 Options = Sequence[tuple[str, Any]]
 """gRPC's channel options: names and values."""
 Metadata = Sequence[tuple[str, str | bytes]]
-"""Keys, in lower case, and values that go with every call."""
+"""Keys, in lower case, and values that are sent with every call."""
 
 
 def channel_options(options: Options) -> list[tuple[str, Any]]:
-    """The options of a channel: the caller's take the place of ours of the same name."""
+    """The options of a channel: the caller's replace ours of the same name."""
     return list((dict(CHANNEL_OPTIONS) | dict(options)).items())
 
 
 class MetadataChannel:
-    """A channel whose calls all carry the same metadata; for a stub.
+    """A channel for a stub whose calls all carry the same metadata.
 
     Args:
         channel: of gRPC, asynchronous or not.
-        metadata: what goes with each call.
+        metadata: what is sent with each call.
     """
 
     def __init__(self, channel: Any, metadata: Metadata) -> None:
         self._channel = channel
         self._metadata = tuple(metadata)
 
-    def unary_unary(self, *args: Any, **options: Any) -> Callable[..., Any]:
-        """As of a channel."""
-        return partial(self._channel.unary_unary(*args, **options), metadata=self._metadata)
-
-    def unary_stream(self, *args: Any, **options: Any) -> Callable[..., Any]:
-        """As of a channel."""
-        return partial(self._channel.unary_stream(*args, **options), metadata=self._metadata)
-
-    def stream_unary(self, *args: Any, **options: Any) -> Callable[..., Any]:
-        """As of a channel."""
-        return partial(self._channel.stream_unary(*args, **options), metadata=self._metadata)
-
-    def stream_stream(self, *args: Any, **options: Any) -> Callable[..., Any]:
-        """As of a channel."""
-        return partial(self._channel.stream_stream(*args, **options), metadata=self._metadata)
+    def __getattr__(self, kind: str) -> Callable[..., Callable[..., Any]]:
+        """`unary_unary`, `unary_stream`, `stream_unary` and `stream_stream` of a channel."""
+        make = getattr(self._channel, kind)
+        return lambda *args, **options: partial(make(*args, **options), metadata=self._metadata)
 
 
-@dataclass(slots=True)
-class ServerReach:
-    """Whether a server has ever answered at an address: it must within `connect_timeout` s."""
+class BaseConnection(ConnectionAPI):
+    """The state of a connection to a server."""
 
-    connect_timeout: float
-    reached: bool = False
+    _grpc: ClassVar[ModuleType]
+    """What makes the channels: `grpc` or `grpc.aio`."""
 
+    def __init__(
+        self,
+        target: str,
+        *,
+        timeout: float = TIMEOUT,
+        connect_timeout: float = CONNECT_TIMEOUT,
+        resume_rows: int = RESUME_ROWS,
+        credentials: grpc.ChannelCredentials | None = None,
+        metadata: Metadata = (),
+        options: Options = (),
+    ) -> None:
+        """Makes a client; it connects with its first call.
 
-class CallAttempts:
-    """The tries of one unary call, and what became of each.
+        Args:
+            target: host:port, or another name that gRPC resolves.
+            timeout: seconds that a call may take with all its retries, and that a
+                stream may be without an answer. The default survives the restart
+                of a server. `step`, `prime`, `forecast` and others take one of their
+                own.
+            connect_timeout: seconds within which the server must answer for the first
+                time; with a wrong address calls fail after them.
+            resume_rows: most rows that each session keeps, to send them again to a
+                server that was rolled back. What a server has saved is not kept.
+            credentials: of the channel, for a server or proxy with TLS:
+                `grpc.ssl_channel_credentials(...)`, also composed with call
+                credentials. Default: plain text.
+            metadata: keys and values that are sent with every call, such as
+                ("authorization", "Bearer ..."). Over plain text anyone on the way
+                can read them.
+            options: gRPC's channel options, such as
+                ("grpc.ssl_target_name_override", "stepstate"); they replace the
+                client's own of the same name.
+        """
+        self.target = target
+        self.timeout = timeout
+        self.resume_rows = resume_rows
+        all_options = channel_options(options)
+        self._channel = (
+            self._grpc.insecure_channel(target, options=all_options)
+            if credentials is None
+            else self._grpc.secure_channel(target, credentials, options=all_options)
+        )
+        self._stub = StepstateServiceStub(MetadataChannel(self._channel, metadata))
+        self._reach = ServerReach(connect_timeout)
+        self._disconnected = False
+        self._models: dict[tuple[str, str], ModelInfo] = {}
 
-    Args:
-        reach: of the call's client.
-        timeout: seconds for all tries.
-    """
-
-    def __init__(self, reach: ServerReach, timeout: float) -> None:
-        self._reach = reach
-        self._all = Backoff(timeout)
-        self._first = Backoff(min(timeout, reach.connect_timeout))
+    def __repr__(self) -> str:
+        state = ", disconnected" if self._disconnected else ""
+        return f"{type(self).__name__}({self.target!r}{state})"
 
     @property
-    def connecting(self) -> float | None:
-        """Seconds to wait for a connection before the try; None: do not wait."""
-        return None if self._reach.reached else max(self._first.left, 0.001)
+    def stub(self) -> StepstateServiceStub:
+        if self._disconnected:
+            raise Cancelled(convert.DISCONNECTED)
+        return self._stub
 
-    def left(self, *, connected: bool) -> float:
-        """Seconds that the try may take; a moment without a connection, to learn what is wrong."""
-        return max(self._all.left, 0.001) if connected else 0.05
-
-    def wait(self, error: StepstateError) -> float:
-        """Seconds to wait after an error, before the next try.
-
-        Raises:
-            StepstateError: there is no next try.
-        """
-        if not isinstance(error, ServerUnreachable):
-            self._reach.reached = True
-        if not convert.passing(error):
-            raise error
-        if self._reach.reached:
-            return self._all.wait(error)
-        try:
-            return self._first.wait(error)
-        except ServerUnreachable as last:
-            raise _never_reached(last) from None
-
-
-def _never_reached(error: ServerUnreachable) -> ServerUnreachable:
-    hint = "no server has answered there yet: check the host and the port, and whether it needs TLS"
-    return replace(error, detail=f"{error.detail} ({hint})")
+    def _attempts(self, timeout: float | None) -> CallAttempts:
+        return CallAttempts(self._reach, self.timeout if timeout is None else timeout)

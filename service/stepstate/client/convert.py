@@ -1,17 +1,16 @@
-"""Between the client's values and the contract, for both clients. No I/O here."""
+"""Conversion between the client's values and the contract's messages, for both clients. No I/O."""
 
 from __future__ import annotations
 
-import uuid
-from collections.abc import Callable, Iterable
-from datetime import UTC, datetime, timedelta
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
+from datetime import UTC
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
 from google.protobuf.any_pb2 import Any as AnyMessage
 
-from stepstate.client._protocol.replay import SentRequest
 from stepstate.client.forecast import Forecast, Method, OutputForecast
 from stepstate.client.types import (
     Accuracy,
@@ -26,15 +25,15 @@ from stepstate.errors import (
     Cancelled,
     InvalidField,
     ServerUnreachable,
-    StaleOwner,
     StepstateError,
-    Unavailable,
     UnexpectedStatus,
     restore,
 )
 from stepstate.v1 import stepstate_pb2 as pb
-from stepstate.v1.floats import array_of, put_floats, y_of
+from stepstate.v1.floats import array_of, y_of
 from stepstate.v1.google_rpc import ErrorInfo, Status
+
+N = TypeVar("N")
 
 _DURABILITY_NUMBERS = {
     "none": pb.DURABILITY_NONE,
@@ -60,19 +59,16 @@ _STATUSES = {
     pb.SESSION_STATUS_MODEL_MISSING: "model_missing",
     pb.SESSION_STATUS_UNREADABLE: "unreadable",
 }
-PART_BYTES = 2**20
-"""Of a snapshot in one message."""
 _DETAILS_KEY = "grpc-status-details-bin"
 _TOO_LARGE = "message larger than max"
-"""What gRPC itself says of a message beyond a limit, of this side or the other."""
-# What gRPC itself says of a connection that broke, beside UNAVAILABLE; Stepstate's own errors,
-# INTERNAL too, carry details.
+"""In gRPC's own text about a message over a limit, of this side or the other."""
+# gRPC's own codes for a connection that broke; Stepstate's own errors, INTERNAL too, have details.
 _NO_ANSWER = (
     grpc.StatusCode.UNAVAILABLE,
     grpc.StatusCode.DEADLINE_EXCEEDED,
     grpc.StatusCode.INTERNAL,
     grpc.StatusCode.UNKNOWN,
-    # A server that ends its last calls; what the caller gives up itself is told by _GIVEN_UP.
+    # A server that ends its last calls; _GIVEN_UP finds what the caller itself has cancelled.
     grpc.StatusCode.CANCELLED,
 )
 # How grpcio begins the text of a CANCELLED that it made in this process.
@@ -80,97 +76,28 @@ _GIVEN_UP = ("Channel closed", "Locally cancelled")
 DISCONNECTED = "the client was disconnected, make a new one"
 
 
-def opening(
-    model: str,
-    version: str,
-    session_id: str | None,
-    *,
-    start_time: datetime | None,
-    idle_timeout: timedelta | None,
-    durability: str | None,
-    missing: str | None = None,
-    interval_level: float | None = None,
-) -> pb.OpenSessionRequest:
-    """A request for a session. The client makes the id, so that the request can be repeated.
+def durability_number(name: str) -> pb.Durability:
+    """The contract's value for a durability.
 
     Raises:
-        InvalidField: start_time or idle_timeout is of another type; durability,
-            missing or interval_level is nothing that exists.
+        InvalidField: there is no such durability.
     """
-    request = pb.OpenSessionRequest(session_id=session_id or new_id(), model=model, version=version)
-    if start_time is not None:
-        _check_type("start_time", start_time, datetime)
-        aware = start_time if start_time.tzinfo else start_time.replace(tzinfo=UTC)
-        request.start_time.FromDatetime(aware.astimezone(UTC))
-    if missing is not None:
-        request.missing = _number("missing", missing, _MISSING_NUMBERS)
-    if interval_level is not None:
-        if interval_level == 0:  # on the wire it would mean the model's own
-            raise InvalidField("interval_level", "is 0, expected more than 0 and less than 1")
-        request.interval_level = interval_level
-    _put_wishes(request, idle_timeout, durability)
-    return request
+    return _number("durability", name, _DURABILITY_NUMBERS)
 
 
-def forking(
-    session_id: str, new_id_: str | None, idle_timeout: timedelta | None, durability: str | None
-) -> pb.ForkSessionRequest:
-    """A request for a copy of a session; its id is made here too."""
-    request = pb.ForkSessionRequest(session_id=session_id, new_session_id=new_id_ or new_id())
-    _put_wishes(request, idle_timeout, durability)
-    return request
+def missing_number(name: str) -> pb.MissingPolicy:
+    """The contract's value for a missing policy.
+
+    Raises:
+        InvalidField: there is no such policy.
+    """
+    return _number("missing", name, _MISSING_NUMBERS)
 
 
-def importing(
-    snapshot: bytes,
-    session_id: str | None,
-    idle_timeout: timedelta | None,
-    durability: str | None,
-) -> list[pb.StreamImportRequest]:
-    """The requests for a session from a snapshot; without an id it keeps its own."""
-    first = pb.StreamImportRequest(size=len(snapshot), session_id=session_id or "")
-    _put_wishes(first, idle_timeout, durability)
-    first.data = snapshot[:PART_BYTES]
-    places = range(PART_BYTES, len(snapshot), PART_BYTES)
-    rest = [pb.StreamImportRequest(data=snapshot[at : at + PART_BYTES]) for at in places]
-    return [first, *rest]
-
-
-def new_id() -> str:
-    """An id for a session of this client."""
-    return f"c-{uuid.uuid4().hex}"
-
-
-def _put_wishes(
-    request: pb.OpenSessionRequest | pb.ForkSessionRequest | pb.StreamImportRequest,
-    idle_timeout: timedelta | None,
-    durability: str | None,
-) -> None:
-    if idle_timeout is not None:
-        _check_type("idle_timeout", idle_timeout, timedelta)
-        request.idle_timeout.FromTimedelta(idle_timeout)
-    if durability is not None:
-        request.durability = _number("durability", durability, _DURABILITY_NUMBERS)
-
-
-def _check_type(field: str, value: object, kind: type) -> None:
-    if not isinstance(value, kind):
-        raise InvalidField(field, f"is {value!r}, expected a {kind.__name__}")
-
-
-def _number(field: str, name: str, numbers: dict[str, Any]) -> Any:
+def _number(field: str, name: str, numbers: Mapping[str, N]) -> N:
     if name not in numbers:
         raise InvalidField(field, f"is {name!r}, expected one of {', '.join(numbers)}")
     return numbers[name]
-
-
-def step_request(session_id: str, sent: SentRequest) -> pb.StepRequest:
-    """A request to apply rows."""
-    request = pb.StepRequest(
-        session_id=session_id, t=sent.t, inspect=sent.inspect, last_only=sent.last_only
-    )
-    put_floats(request, pb.StepRequest.X_FIELD_NUMBER, sent.data)
-    return request
 
 
 def outputs(response: pb.StepResponse, model: ModelInfo) -> Floats:
@@ -185,7 +112,7 @@ def outputs(response: pb.StepResponse, model: ModelInfo) -> Floats:
 
 
 def forecast(message: pb.SessionForecast) -> Forecast:
-    """A session's forecast; it is no error."""
+    """A session's forecast, from a message that is no error."""
     levels = tuple(message.quantiles)
     outputs = {one.name: _output_forecast(one, levels) for one in message.outputs}
     times = None
@@ -216,8 +143,8 @@ def _output_forecast(message: pb.OutputForecast, levels: tuple[float, ...]) -> O
     )
 
 
-def stand_ins(response: pb.StepResponse) -> dict[str, int]:
-    """In how many rows something stood in for what was missing."""
+def replaced_rows(response: pb.StepResponse) -> dict[str, int]:
+    """In how many rows missing values were replaced."""
     return {"imputed_rows": response.imputed_rows, "fallback_rows": response.fallback_rows}
 
 
@@ -237,7 +164,7 @@ def inspection(
 
 
 def session_info(session: pb.Session) -> SessionInfo:
-    """A session by the server's word."""
+    """A session's status."""
     started = session.start_time.ToDatetime(tzinfo=UTC) if session.HasField("start_time") else None
     purge = session.purge_time.ToDatetime(tzinfo=UTC) if session.HasField("purge_time") else None
     return SessionInfo(
@@ -264,36 +191,23 @@ def session_info(session: pb.Session) -> SessionInfo:
     )
 
 
-def _accuracy(one: pb.Accuracy) -> Accuracy:
-    return Accuracy(
-        output=one.output,
-        horizon=one.horizon,
-        scored=one.scored,
-        mean_absolute_error=one.mean_absolute_error,
-        mean_absolute_scaled_error=one.mean_absolute_scaled_error,
-        coverage=one.coverage,
-        offset=one.offset,
-        recent_scored=one.recent_scored,
-        recent_mean_absolute_error=one.recent_mean_absolute_error,
-        recent_mean_absolute_scaled_error=one.recent_mean_absolute_scaled_error,
-        recent_coverage=one.recent_coverage,
-        recent_median_absolute_error=one.recent_median_absolute_error,
-    )
+def _accuracy(message: pb.Accuracy) -> Accuracy:
+    return Accuracy(**{field.name: getattr(message, field.name) for field in fields(Accuracy)})
 
 
-def _drift(drift: pb.Drift) -> Drift:
-    last_t = drift.last_t if drift.HasField("last_t") else None
+def _drift(message: pb.Drift) -> Drift:
+    last_t = message.last_t if message.HasField("last_t") else None
     return Drift(
-        drifting=drift.drifting,
-        alarms=drift.alarms,
+        drifting=message.drifting,
+        alarms=message.alarms,
         last_t=last_t,
-        learning=drift.learning,
-        score=drift.score,
+        learning=message.learning,
+        score=message.score,
     )
 
 
 def model_info(model: pb.Model) -> ModelInfo:
-    """A model by the server's word."""
+    """A model."""
     return ModelInfo(
         name=model.name,
         version=model.version,
@@ -316,7 +230,7 @@ def model_info(model: pb.Model) -> ModelInfo:
 
 
 def from_rpc(error: Any, target: str) -> StepstateError:
-    """The error that a failed call stands for: a `grpc.RpcError`, which declares nothing."""
+    """The error of a failed call: of a `grpc.RpcError`, whose type has no methods."""
     code, detail = error.code(), error.details() or ""
     metadata = dict(error.trailing_metadata() or ())
     if _DETAILS_KEY in metadata:
@@ -330,13 +244,8 @@ def from_rpc(error: Any, target: str) -> StepstateError:
     return UnexpectedStatus(code.name, detail)
 
 
-def passing(error: StepstateError) -> bool:
-    """Whether the same request may succeed a little later."""
-    return isinstance(error, Unavailable | StaleOwner)
-
-
 def from_status(status: Status) -> StepstateError:
-    """The error that a status with details stands for."""
+    """The error of a status with details."""
     info = _error_info(status.details)
     known = restore(info.reason, dict(info.metadata)) if info is not None else None
     return known or UnexpectedStatus(str(status.code), status.message)

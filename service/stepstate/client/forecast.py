@@ -1,4 +1,4 @@
-"""Forecasts, as values.
+"""Forecasts as values.
 
 K horizons, Q quantile levels, P rows of a scenario, D inputs a row.
 """
@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from stepstate.client.times import TimedRows
+from stepstate.client.times import RowsLike
 from stepstate.client.types import Floats
 
 if TYPE_CHECKING:
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from pandas import DataFrame
 
 Method = Literal["direct", "fed back", "given", ""]
-"""How a value came about: read from the state as it stands; read after forecasts, or a scenario's
-rows, were fed back on a copy of it; given by the scenario. Empty: there is none."""
-Scenarios = Mapping[str, ArrayLike | TimedRows]
-"""Rows that might come, [P, D] by name; NaN is the model's own forecast of a value."""
+"""How a value was made: read from the state; read after forecasts or a scenario's rows were fed
+back on a copy of the state; given by the scenario. Empty: there is no value."""
+Scenarios = Mapping[str, RowsLike]
+"""Assumed future rows, [P, D] by name; NaN means the model's own forecast of a value."""
 Levels = Sequence[float] | NDArray[np.floating]
 """Quantile levels, each more than 0 and less than 1."""
 
@@ -33,7 +33,7 @@ class OutputForecast:
     """The forecast of one output.
 
     `values` [K, Q] at horizons 1 to K and the quantile `levels`, in `unit`; NaN
-    where it is not known. `methods` [K].
+    if not known. `methods` [K].
     """
 
     name: str
@@ -71,11 +71,11 @@ class OutputForecast:
 
 @dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Forecast:
-    """What a model says of the rows to come, from where a session stands.
+    """A model's forecast of the next rows of a session.
 
     `t` rows were applied: horizon k is the row of index t + k - 1. `times` [K]
-    are those of the rows, in UTC, where the model knows time. `levels` are the
-    quantile levels, Q of them. `outputs` are the outputs that look ahead, by
+    are those of the rows, in UTC; None if the model knows no time. `levels` are
+    the quantile levels, Q of them. `outputs` are the outputs that look ahead, by
     name; `forecast["demand"]` is one of them. `values` [K, Q], `median`, `low`,
     `high` [K] and `methods` [K] are those of the first one, often the only one.
     `scenario` is the name of the scenario, empty without one.
@@ -170,12 +170,12 @@ class Forecast:
     def plot(self, ax: Axes | None = None, *, output: str | None = None) -> Axes:
         """Draws the median as a line, and the intervals around it.
 
-        A level without a partner on the other side of the median is a broken
+        A level without a counterpart on the other side of the median is a dashed
         line. Each forecast on the same axes has a color of its own.
 
         Args:
-            ax: where; left out: a new figure.
-            output: its name; left out: the first one.
+            ax: where to draw; default: a new figure.
+            output: its name; default: the first one.
 
         Raises:
             ModuleNotFoundError: matplotlib is not installed.
@@ -186,7 +186,13 @@ class Forecast:
             raise ModuleNotFoundError(
                 f"Forecast.plot needs {error.name}: pip install 'stepstate[plot]'", name=error.name
             ) from error
-        return draw(self, self.first if output is None else self[output], ax)
+        drawn = self.first if output is None else self[output]
+        quantiles = {level: drawn.at(level) for level in drawn.levels}
+        across = self.horizons if self.times is None else self.times
+        ax = draw(ax, across, quantiles, scenario=self.scenario)
+        ax.set_ylabel(drawn.label)
+        ax.set_title(f"{self.session_id} from t={self.t}")
+        return ax
 
 
 def _in_short(output: OutputForecast) -> str:
@@ -196,6 +202,6 @@ def _in_short(output: OutputForecast) -> str:
     name = output.name if levels == [0.5] or len(levels) > 1 else f"{output.name}@{levels[0]:g}"
     rows = np.stack([output.at(level) for level in levels], axis=1)
     ends = rows if len(rows) == 1 else rows[[0, -1]]
-    told = " … ".join(" to ".join(f"{value:.6g}" for value in end) for end in ends)
+    text = " … ".join(" to ".join(f"{value:.6g}" for value in end) for end in ends)
     unit = f" {output.unit}" if output.unit else ""
-    return f"{name} {told}{unit}, {len(rows)} ahead"
+    return f"{name} {text}{unit}, {len(rows)} ahead"

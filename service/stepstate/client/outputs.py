@@ -22,14 +22,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Outputs:
-    """What a step gave, by name.
+    """The outputs of a step, by name.
 
     `outputs["demand+1@0.5"]` is a column of y, as named in `columns`, and
     `outputs["demand"]` all the columns of an output.
 
-    `y` is [O] of one row, or [T, O], in raw units. `ts` [T] tells which rows of
-    the session they belong to, `times` [T] when these were, in UTC; None where
-    the model knows no time, or the session's start is not known.
+    `y` is [O] of one row, or [T, O], in raw units. `ts` [T] are the indices of
+    these rows in the session, `times` [T] their times in UTC; None if the model
+    knows no time, or the session's start is not known.
     """
 
     model: ModelInfo
@@ -53,7 +53,7 @@ class Outputs:
         return None if self.times is None else to_datetime(self.times[-1].astype(np.int64))
 
     def __getitem__(self, name: str) -> Any:
-        """A column by its name, a number or [T]; or an output, [K] or [T, K], [..., Q] behind.
+        """A column by its name: a number or [T]; or an output: [K] or [T, K], or [..., K, Q].
 
         Raises:
             KeyError: there is no such column or output.
@@ -73,8 +73,8 @@ class Outputs:
 
         Args:
             name: the output's.
-            horizon: in steps; may be left out where it has one only.
-            quantile: may be left out where it has none, or one only.
+            horizon: in steps; may be left out if it has only one.
+            quantile: may be left out if it has at most one.
 
         Raises:
             InvalidField: the output has none of that name, horizon or quantile.
@@ -92,7 +92,7 @@ class Outputs:
         return {name: self.y[..., place] for place, name in enumerate(self.columns)}
 
     def to_pandas(self) -> DataFrame:
-        """A table of the rows, indexed by time (UTC), or by t where it is not known.
+        """A table of the rows, indexed by time (UTC), or by t if it is not known.
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
@@ -122,5 +122,5 @@ def _index(field: str, wanted: float | None, known: tuple[float, ...]) -> int:
         return 0
     if wanted in known:
         return known.index(wanted)
-    told = ", ".join(f"{one:g}" for one in known) or "none"
-    raise InvalidField(field, f"is {wanted}, expected one of {told}")
+    expected = ", ".join(f"{one:g}" for one in known) or "none"
+    raise InvalidField(field, f"is {wanted}, expected one of {expected}")

@@ -1,11 +1,11 @@
-"""The times of rows: read from what rows were given with, and held against a session's clock.
+"""The times of rows: read from what the application gives, and compared with a session's clock.
 
 Rule 1: times are UTC, in whole microseconds; a time without a zone is read as UTC.
 Rule 2: row t of a session has the time start + t * interval.
-Rule 3: rows are never sorted, moved or left out. Where one is not at the time of the session's
-        next row, there are missing rows between, if the session takes those, or it is an error.
+Rule 3: rows are never sorted, moved or left out. A row that is later than the session's next row
+        has missing rows before it, if the session takes those; else it is an error.
 
-T rows. No I/O here, and no pandas: what has an index is known by its looks.
+T rows. No I/O here, and no pandas: what has an index is found by its attributes.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Microseconds = NDArray[np.int64]
 """Times since 1970, UTC."""
 
 MAX_GAP_ROWS = 100_000
-"""What a server takes in one request: a longer gap is a wrong date sooner than a gap."""
+"""A server's limit for one request: a longer gap is more likely a wrong date."""
 _CALL_SPACINGS = 3
-"""So many rows in one call tell that they have another step than the model."""
+"""So many spacings in one call show that the rows have another step than the model."""
 _SESSION_SPACINGS = 24
-"""The same for rows that come one by one, where each third may be lost by chance."""
+"""The same for rows that come one by one, of which some may be lost by chance."""
 _NEXT = np.zeros(1, np.int64)
 _HOUR = 3_600_000_000
 _SAVING_BEGINS = (
@@ -50,10 +50,10 @@ _DATE = re.compile(r"\s*\d{4}-\d{1,2}-\d{1,2}|\s*\d{1,2}([./-])\d{1,2}\1\d{2,4}\
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TimedRows:
-    """Rows with their times, for what has no index of its own.
+    """Rows with their times, for data without an index of its own.
 
-    It can be given wherever rows are: to `step`, `stream`, `prime`, `open(history=...)`, as a
-    scenario. A pandas Series or DataFrame with an index of times needs none of it.
+    It can be given wherever rows are given: to `step`, `stream`, `prime`, `open(history=...)`, as a
+    scenario. A pandas Series or DataFrame with an index of times does not need it.
 
     >>> from datetime import datetime
     >>> row = TimedRows(22262.0, datetime(2000, 8, 28))
@@ -66,6 +66,10 @@ class TimedRows:
 
     values: ArrayLike
     times: Any
+
+
+RowsLike = ArrayLike | TimedRows
+"""What the application gives as rows: one row or many, with times or without."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -87,13 +91,13 @@ def to_datetime(microseconds: int) -> datetime:
     return _EPOCH + timedelta(microseconds=int(microseconds))
 
 
-def told(microseconds: int) -> str:
-    """The time, as it is printed: UTC."""
+def format_time(microseconds: int) -> str:
+    """The time in UTC, as it is printed."""
     return f"{to_datetime(microseconds).replace(tzinfo=None)}Z"
 
 
 def split_times(x: Any, field: str) -> tuple[Any, Times | None]:
-    """Rows without their times, and the times; None where they were given none.
+    """Rows without their times, and the times; None if they have none.
 
     Raises:
         InvalidField: the times can't be read.
@@ -112,17 +116,17 @@ def split_times(x: Any, field: str) -> tuple[Any, Times | None]:
 
 
 def read_rows(model: ModelInfo, x: Any, field: str) -> tuple[Floats, bool, Times | None]:
-    """Rows [T, D] as the model takes them, whether it was one, and their times if they have some.
+    """Rows [T, D] as the model takes them, whether it was a single one, and their times if any.
 
     Raises:
         InvalidField: x has another shape, or times that can't be read.
     """
     if not _is_list_of_labelled(x):
         values, times = split_times(x, field)
-        rows, alone = model.rows(values, field)
+        rows, single = model.rows(values, field)
         if times is not None and len(times.utc) != len(rows):
             raise InvalidField(field, f"has {len(times.utc)} times for {len(rows)} rows")
-        return rows, alone, times
+        return rows, single, times
     parts = [read_rows(model, part, field) for part in x]
     found = [one for _, _, one in parts if one is not None]
     if len(found) not in {0, len(parts)}:
@@ -135,7 +139,7 @@ def read_rows(model: ModelInfo, x: Any, field: str) -> tuple[Floats, bool, Times
 
 
 def each_row(xs: Any) -> Any:
-    """What a stream is given, row by row: a table gives its rows, each with its time.
+    """The items of a stream: a table is taken row by row, each with its time.
 
     Raises:
         InvalidField: it has another number of times than of rows.
@@ -164,7 +168,7 @@ def first_time(x: Any, field: str) -> datetime | None:
 
 
 def _is_list_of_labelled(x: Any) -> bool:
-    """Whether it is a list of rows that have an index, or times, each for itself."""
+    """Whether it is a list of rows that each have an index or times."""
     if not isinstance(x, list | tuple) or not x:
         return False
     return isinstance(x[0], TimedRows) or not callable(getattr(x[0], "index", callable))
@@ -186,7 +190,7 @@ def _holds_times(index: Any, field: str) -> bool:
 def _read(given: Any, field: str) -> Times:
     if type(given) is datetime:  # the usual one of a stream
         return Times(np.array([to_microseconds(given)]), given.tzinfo is None)
-    if hasattr(given, "to_timestamp") and hasattr(given, "freq"):  # periods stand for their start
+    if hasattr(given, "to_timestamp") and hasattr(given, "freq"):  # a period means its start
         given = given.to_timestamp()
     dtype = getattr(given, "dtype", None)
     try:
@@ -205,7 +209,7 @@ def _read(given: Any, field: str) -> Times:
 
 
 def _plain(moment: Any) -> Any:
-    """A time for NumPy, in UTC."""
+    """A time as NumPy takes it, in UTC."""
     if isinstance(moment, datetime) and moment == moment:  # noqa: PLR0124 - pandas' NaT is not
         return np.datetime64(to_microseconds(moment), "us")
     if isinstance(moment, datetime):
@@ -223,8 +227,8 @@ class RowClock:
     Args:
         model: the model's name, for errors.
         interval: time between two rows; None: the model knows no time.
-        start: time of row 0; None: not known, until rows with times come.
-        takes_missing: rows may be missing, since the session's policy says what stands in.
+        start: time of row 0; None: not known until rows with times come.
+        takes_missing: rows may be missing, since the session's policy says what replaces them.
     """
 
     def __init__(
@@ -242,19 +246,19 @@ class RowClock:
         self._last: tuple[int, int] | None = None  # without an interval: t and time of a row
         self._steps: deque[int] = deque(maxlen=_SESSION_SPACINGS)  # rows from one row to the next
 
-    def follow(self, source: RowClock) -> None:
-        """Goes on where a clock stands, as that of a fork does."""
+    def continue_from(self, source: RowClock) -> None:
+        """Takes the state of the clock of the session that this one is a fork of."""
         self._start, self._last = source._start, source._last
         self._steps = source._steps.copy()
 
     def time(self, t: int) -> datetime | None:
-        """The time of row t, in UTC; None where it is not known."""
+        """The time of row t, in UTC; None if it is not known."""
         if self._interval is None or self._start is None:
             return None
         return to_datetime(self._start + t * self._interval)
 
     def times(self, rows: NDArray[np.int64]) -> NDArray[np.datetime64] | None:
-        """The times of rows by their t, in UTC; None where they are not known."""
+        """The times of rows by their t, in UTC; None if they are not known."""
         if self._interval is None or self._start is None:
             return None
         return (self._start + rows * self._interval).astype("datetime64[us]")
@@ -268,19 +272,19 @@ class RowClock:
         first_row: int = 0,
         takes_missing: bool | None = None,
     ) -> NDArray[np.int64]:
-        """How many rows each row comes after row t [T]: 0, 1, 2, … where none is missing.
+        """The place of each row, counted from row t on [T]: 0, 1, 2, … if none is missing.
 
-        Where the time of row 0 is not known yet, it is known from these rows on.
+        If the time of row 0 is not known yet, these rows set it.
 
         Args:
             times: of the rows.
             t: rows that the session has before them.
-            field: what they were given as, for errors.
+            field: the argument's name, for errors.
             first_row: the number of the first of them, for errors.
-            takes_missing: as of the session; left out: the session's own.
+            takes_missing: whether rows may be missing; default: as the session.
 
         Raises:
-            InvalidField: a row is not where it would have to be. It names the first one.
+            InvalidField: a row has a wrong time; it names the first one.
         """
         if len(times.utc) == 1 and self._is_next(int(times.utc[0]), t):
             self._steps.append(1)
@@ -296,13 +300,13 @@ class RowClock:
         return after
 
     def _is_next(self, time: int, t: int) -> bool:
-        """Whether it is the time of row t to the microsecond, as nearly always in a stream."""
+        """Whether it is exactly the time of row t, as nearly always in a stream."""
         if self._interval is None or self._start is None:
             return False
         return time == self._start + t * self._interval
 
-    def lay_out(self, times: Times, t: int, field: str) -> NDArray[np.int64]:
-        """The same for rows that are not applied, those of a scenario, which may lack some."""
+    def place_scenario(self, times: Times, t: int, field: str) -> NDArray[np.int64]:
+        """The same for the rows of a scenario, of which some may be missing."""
         report = TimeErrors(field, times, 0)
         if self._interval is None:
             report.check_order()
@@ -312,13 +316,13 @@ class RowClock:
     def _check(
         self, times: Times, t: int, report: TimeErrors, *, fill: bool
     ) -> tuple[int, NDArray[np.int64]]:
-        """The time of row 0, and where each row is, counted from row t on."""
+        """The time of row 0, and the place of each row, counted from row t on."""
         interval = self._interval or 1
         start = int(times.utc[0]) - t * interval if self._start is None else self._start
         next_time = start + t * interval
         since = times.utc - next_time
         after = (since + interval // 2) // interval
-        # What is left by times in float seconds or in whole milliseconds is no other time.
+        # Times that were float seconds or whole milliseconds are rounded: that is no other time.
         off = np.abs(since - after * interval) > max(1, min(1_000, interval // 10))
         self._check_spacing(times, report)
         wrong = off | (np.diff(after, prepend=-1) <= 0)
@@ -333,26 +337,30 @@ class RowClock:
         raise report.error(
             row,
             f"{{}}, between two rows: {self._model} has a row every "
-            f"{timedelta(microseconds=interval)}, one of them at {told(next_time)}",
+            f"{timedelta(microseconds=interval)}, one of them at {format_time(next_time)}",
         )
 
     def _early(self, after: int, next_time: int, t: int, report: TimeErrors) -> InvalidField:
-        problem = f"{{}}; the session is at t={t}, and its next row is that of {told(next_time)}"
+        problem = (
+            f"{{}}; the session is at t={t}, and its next row is that of {format_time(next_time)}"
+        )
         hint = "leave out the rows that it has already"
         if -after * (self._interval or 1) == _HOUR and report.may_end_saving(0):
             hint = _ENDS
         return report.error(0, f"{problem}: {hint}")
 
     def _place_by_order(self, times: Times, t: int, report: TimeErrors) -> NDArray[np.int64]:
-        """For a model that knows no time: all there is to check is that it goes on."""
+        """For a model that knows no time: only the order can be checked."""
         if self._last is not None and self._last[0] == t - 1 and times.utc[0] <= self._last[1]:
-            raise report.error(0, f"{{}}, not after the row before it at {told(self._last[1])}")
+            raise report.error(
+                0, f"{{}}, not after the row before it at {format_time(self._last[1])}"
+            )
         report.check_order()
         self._last = t + len(times.utc) - 1, int(times.utc[-1])
         return np.arange(len(times.utc))
 
     def _check_spacing(self, times: Times, report: TimeErrors) -> None:
-        """Rows from last to first, or of another step than the model's, are told as that."""
+        """Raises a clearer error for rows in reverse order, or of another step than the model's."""
         spacings = np.diff(times.utc)
         if len(spacings) and (spacings < 0).all():
             raise report.out_of_order(1, self._interval)
@@ -389,7 +397,7 @@ class RowClock:
             raise report.error(row, problem + hint)
 
     def _note(self, steps: NDArray[np.int64], report: TimeErrors) -> None:
-        """Rows that all leave the same rows out have another step than the model."""
+        """Raises an error if all rows leave the same number of rows out: they have another step."""
         inner = steps[-_SESSION_SPACINGS:].tolist()
         self._steps.extend(inner)
         enough = len(inner) >= _CALL_SPACINGS or len(self._steps) == _SESSION_SPACINGS
@@ -412,7 +420,7 @@ class TimeErrors:
 
     def error(self, row: int, problem: str) -> InvalidField:
         """An error about a row; `{}` in the problem stands for its number and time."""
-        named = f"row {self.first_row + row} is at {told(self.times.utc[row])}"
+        named = f"row {self.first_row + row} is at {format_time(self.times.utc[row])}"
         return InvalidField(self.field, problem.format(named))
 
     def check_order(self) -> None:
@@ -429,7 +437,7 @@ class TimeErrors:
         """An error about a row that is not later than the one before it."""
         spacings = np.diff(self.times.utc)
         back = -int(spacings[row - 1])
-        before = f"row {self.first_row + row - 1} at {told(self.times.utc[row - 1])}"
+        before = f"row {self.first_row + row - 1} at {format_time(self.times.utc[row - 1])}"
         problem = f"{{}}, before {before}" if back > 0 else f"{{}}, as {before}"
         hint = "sort the rows by time" if back > 0 else "give each time once"
         once = np.count_nonzero(spacings <= 0) == 1

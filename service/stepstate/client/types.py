@@ -1,4 +1,4 @@
-"""What the client takes and gives: values without gRPC or protobuf in them."""
+"""The values that the clients take and return, without gRPC or protobuf in them."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ S = TypeVar("S")
 
 Floats = NDArray[np.float32]
 Durability = Literal["none", "async", "sync"]
-"""What of a session survives the end of its server: see `AsyncClient.open`."""
+"""How much of a session survives the end of its server: the argument of `Client.open`."""
 MissingPolicy = Literal["reject", "impute", "hold"]
-"""What a NaN in a row means to a session: see `AsyncClient.open`."""
+"""What a NaN in a row means to a session: the argument of `Client.open`."""
 
 
 @dataclass(frozen=True, slots=True)
 class Output:
     """One output of a model: its columns of y.
 
-    For each of `horizons`, in steps ahead of its row, there is one, or one for
-    each of `quantiles`, rising levels.
+    For each of `horizons`, in steps ahead of its row, there is one column, or one for each of
+    `quantiles`, which are levels in rising order.
     """
 
     name: str
@@ -60,11 +60,10 @@ class Output:
 class ModelInfo:
     """A model that the server has loaded.
 
-    `inputs` are the D columns of x, each with its unit; `outputs` together the
-    O columns of y: for each output, for each of its horizons, for each of its
-    quantiles. `lag_rows`: rows that its lagged inputs reach back; until a
-    session has so many its fallback stands in. `tracked_horizons`: those at
-    which forecasts are scored and intervals kept honest.
+    `inputs` are the D columns of x, each with its unit. `outputs` together are the O columns of y:
+    for each output, for each of its horizons, for each of its quantiles. `lag_rows`: how many rows
+    its lagged inputs reach back; until a session has so many, the model's fallback is used.
+    `tracked_horizons`: those at which forecasts are scored and intervals calibrated.
     """
 
     name: str
@@ -97,7 +96,7 @@ class ModelInfo:
         return tuple(name for output in self.outputs for name in output.columns)
 
     def rows(self, x: ArrayLike, field: str = "x") -> tuple[Floats, bool]:
-        """x as rows [T, D], and whether it was given as one row.
+        """x as rows [T, D], and whether it was given as a single row.
 
         One row is a number (where D = 1) or D of them; many rows are [T, D], or
         [T] where D = 1. A pandas DataFrame has the inputs' names as columns, in
@@ -109,16 +108,16 @@ class ModelInfo:
         array = self._array(x, field)
         width = self.input_width
         if array.ndim == 0 or array.shape == (width,):
-            alone, rows = True, array.reshape(1, -1)
+            single, rows = True, array.reshape(1, -1)
         else:
-            alone, rows = False, array.reshape(-1, 1) if array.ndim == width == 1 else array
+            single, rows = False, array.reshape(-1, 1) if array.ndim == width == 1 else array
         if rows.ndim != 2 or rows.shape[1] != width or not len(rows):
             raise InvalidField(
                 field,
                 f"has shape {list(array.shape)}; {self.name}/{self.version} takes one row "
                 f"[{width}] or many [T, {width}] of {', '.join(self.inputs)}",
             )
-        return rows, alone
+        return rows, single
 
     def _array(self, x: ArrayLike, field: str) -> Floats:
         columns = getattr(x, "columns", None)
@@ -137,7 +136,7 @@ class ModelInfo:
 
 
 def _time_hint(x: Any, columns: Iterable[str]) -> str:
-    """What to do with a column of times: a frame has them as its index."""
+    """A hint for a table with a column of times: they have to be its index."""
     for name in columns if getattr(x, "ndim", 0) == 2 else ():
         if getattr(getattr(x[name], "dtype", None), "kind", "") == "M":
             return f": make the times its index, x.set_index({name!r})"
@@ -145,7 +144,7 @@ def _time_hint(x: Any, columns: Iterable[str]) -> str:
 
 
 def _labels(x: Any) -> Sequence[str] | None:
-    """The names of a row's values, where it has some: a Series of pandas, a row of a DataFrame."""
+    """The names of a row's values, if any: of a Series of pandas, a row of a DataFrame."""
     index = getattr(x, "index", None)
     if index is None or callable(index) or getattr(x, "ndim", 0) != 1:
         return None
@@ -159,7 +158,7 @@ def floats(x: ArrayLike, field: str) -> Floats:
         InvalidField: it is not numbers.
     """
     try:
-        with np.errstate(over="ignore"):  # beyond float32 it is infinite, and refused as that
+        with np.errstate(over="ignore"):  # beyond float32 it becomes infinite, and is refused
             return np.asarray(x, np.float32)
     except (TypeError, ValueError) as error:
         raise InvalidField(field, f"is not an array of numbers: {error}") from error
@@ -170,15 +169,15 @@ class Accuracy:
     """How good the forecasts of one output were at one horizon.
 
     `scored`, `mean_absolute_error`, `mean_absolute_scaled_error` and `coverage` are over all
-    forecasts that were scored since the session was opened, or its accuracy reset; one absurd
-    value spoils them for long. The `recent_` ones are over the last `recent_scored`: one to two
-    blocks, each as long as the model's season but at least 250 rows. The recent median is over
-    the last whole block, or the first so far.
+    forecasts that were scored since the session was opened, or its accuracy reset; a single outlier
+    affects them for long. The `recent_` ones are over the last `recent_scored` forecasts: one to
+    two blocks, each as long as the model's season but at least 250 rows. The recent median is over
+    the last complete block, or over the first one so far.
 
-    Errors and `offset` are in the output's unit. The scaled error is below 1 where it is better
-    than the seasonal naive forecast. Coverage is the share of truths within the interval;
-    `offset` is what is added to either side of the model's interval now, so that it keeps its
-    level. What is not known yet is NaN.
+    Errors and `offset` are in the output's unit. The scaled error is below 1 if the forecasts are
+    better than the seasonal naive forecast. Coverage is the share of true values within the
+    interval; `offset` is added to both sides of the model's interval now, so that it keeps its
+    level. Values that are not known yet are NaN.
     """
 
     output: str
@@ -199,10 +198,10 @@ class Accuracy:
 class Drift:
     """Whether forecasts have become worse.
 
-    `drifting`: an alarm came within the model's last season, or as many rows as the test needs at
-    the least. `alarms`: so far. `last_t`: rows that were applied before the row of the last one.
-    `learning`: the test does not know yet what errors are usual, and raises no alarm. `score`: the
-    share of its limit that it has reached, NaN while it learns.
+    `drifting`: there was an alarm within the model's last season, or within as many rows as the
+    test needs at least. `alarms`: how many so far. `last_t`: rows that were applied before the row
+    of the last alarm. `learning`: the test does not know yet which errors are usual, and raises no
+    alarm. `score`: how near it is to an alarm, as a share of the limit; NaN while it learns.
     """
 
     drifting: bool = False
@@ -214,21 +213,20 @@ class Drift:
 
 @dataclass(frozen=True, slots=True)
 class SessionInfo:
-    """Where a session stands, by the server's word.
+    """The status of a session, as the server reported it.
 
     `durable_t`: rows that survive the end of the server, 0 with durability none.
-    `residency`: "resident" in the memory of the server that answered, or
-    "spilled": its state is in the store, or with another server; t is what is
-    saved then. `owner`: the server that holds its lease, empty where none does.
-    `epoch`: how often a server has taken it. `missing`: what a NaN in a row
-    means. `interval_level`: the share of truths that its intervals are to
-    cover, 0 where the model tracks no horizon. `accuracy` and `drift`: how good
-    its forecasts were, told where it is resident and its model tracks them.
-    `status`: "open"; "expired", as it was idle for too long: it is kept until
-    `purge_time`, and `Client.restore_expired` opens it again; "model_missing":
-    its model is not loaded by the server, or is another one by now; "unreadable":
-    what the store has of it is damaged, and only its id is told. All but the open
-    ones take no steps, and can be closed.
+    `residency`: "resident": in the memory of the server that answered; "spilled":
+    its state is in the store or with another server, and t is the saved one.
+    `owner`: the server that holds its lease, empty if none does. `epoch`: how often
+    a server has taken it. `missing`: what a NaN in a row means. `interval_level`:
+    the share of true values that its intervals are to cover, 0 if the model tracks
+    no horizon. `accuracy` and `drift`: how good its forecasts were, if it is
+    resident and its model tracks them. `status`: "open"; "expired": it was idle for
+    too long, is kept until `purge_time`, and `Client.restore_expired` opens it
+    again; "model_missing": the server has not loaded its model, or another one
+    under this name; "unreadable": its data in the store is damaged, and only its id
+    is known. All but open sessions take no steps, and can be closed.
     """
 
     session_id: str
@@ -254,7 +252,7 @@ class SessionInfo:
 
     @property
     def resumable(self) -> bool:
-        """Whether a server can be set back in it, and go on if it is sent the rows again."""
+        """Whether a server that is rolled back can continue it, if it is sent the rows again."""
         return self.durability in ("async", "sync")
 
 
@@ -262,9 +260,8 @@ class SessionInfo:
 class Inspection:
     """Outputs [T, O] of some rows, and what every layer computed for them.
 
-    `layers` has a mapping for each layer, the lowest first: the gates and
-    states [T, H] of the model's cell by name, for an LSTM i, f, g, o, c,
-    m = tanh(c) and h.
+    `layers` has a mapping for each layer, the lowest first: the gates and states [T, H] of the
+    model's cell by name; for an LSTM i, f, g, o, c, m = tanh(c) and h.
     """
 
     y: Floats
@@ -273,14 +270,13 @@ class Inspection:
 
 @dataclass(frozen=True, slots=True)
 class Result(Generic[S]):
-    """What became of one item of a stream of many sessions.
+    """The result of one item of a stream of many sessions.
 
     `outputs` [O] of the item's last row, or None and the `error` that ended its
-    session's part of the stream. `imputed_rows`: rows of the item in which
-    something stood in for a missing value. `fallback_rows`: those for which the
-    model's lagged inputs reached back before the session's first row. `t`: rows
-    applied to the session after the item. `time`: of the item's last row, in
-    UTC, where it is known.
+    session's part of the stream. `imputed_rows`: rows of the item in which a
+    missing value was replaced. `fallback_rows`: those for which the model's lagged
+    inputs would have been before the session's first row. `t`: rows applied to the
+    session up to the item. `time`: of the item's last row, in UTC; None if not known.
     """
 
     session: S

@@ -1,4 +1,4 @@
-"""The metrics port: Prometheus' exposition and a health check, for what speaks HTTP only."""
+"""The HTTP server of the metrics port: /metrics for Prometheus, and /healthz."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _TEXT = ("Content-Type", "text/plain; charset=utf-8")
 
 
 class _ThreadingServer(ThreadingMixIn, WSGIServer):
-    daemon_threads = True  # a scrape that hangs holds up no stop
+    daemon_threads = True  # a scrape that hangs does not delay the stop
 
 
 class _QuietHandler(WSGIRequestHandler):
     def log_message(self, *_: object) -> None:
-        """Scrapes are no news."""
+        """Does not log requests."""
 
 
 def start_http(
     host: str, port: int, registry: CollectorRegistry, *, serving: Callable[[], bool]
 ) -> tuple[WSGIServer, Thread]:
-    """Answers /metrics and /healthz in a thread of its own.
+    """Starts a thread that serves /metrics and /healthz.
 
     Args:
         host: an address, IPv4 or IPv6.
         port: 0 for any.
         registry: what /metrics shows.
-        serving: whether /healthz says 200; else it says 503.
+        serving: whether /healthz answers 200, otherwise 503.
 
     Raises:
         OSError: it can't listen there.

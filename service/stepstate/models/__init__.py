@@ -17,8 +17,8 @@ from stepstate.models.manifest import (
     Rolling,
     Tracking,
 )
+from stepstate.models.model import Model
 from stepstate.models.timeline import EPOCH, Timeline, build_timeline
-from stepstate.models.validate import Model
 
 __all__ = [
     "EPOCH",

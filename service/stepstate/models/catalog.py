@@ -1,4 +1,4 @@
-"""The models of a server: every version found under one folder, by name."""
+"""The models of a server: every version that is in one folder, by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from pathlib import Path
 
 from stepstate.errors import InvalidField, ModelInvalid, ModelUnknown
 from stepstate.models.files import load_model
-from stepstate.models.validate import MANIFEST, Model
+from stepstate.models.manifest import MANIFEST
+from stepstate.models.model import Model
 
 _HOW = (
     "name the folder that holds <name>/<version>/ with --models, write your own there with "
@@ -20,7 +21,7 @@ class Catalog:
 
     Args:
         models: those that are served.
-        skipped: why others are not.
+        skipped: why others can't be.
     """
 
     def __init__(self, models: Iterable[Model], skipped: Sequence[ModelInvalid] = ()) -> None:
@@ -35,8 +36,8 @@ class Catalog:
         """The model of this name: this version of it, or the newest.
 
         Raises:
-            ModelUnknown: nothing such is loaded.
-            InvalidField: no name, where several models are loaded.
+            ModelUnknown: it is not loaded.
+            InvalidField: no name, and several models are loaded.
         """
         names = {model.manifest.name for model in self}
         if not name and len(names) != 1:
@@ -57,10 +58,10 @@ def load_catalog(root: Path, *, skip_invalid: bool = False) -> Catalog:
 
     Args:
         root: the folder.
-        skip_invalid: leave models out that can't be served, as long as there is one that can.
+        skip_invalid: leave out models that can't be served, if at least one can.
 
     Raises:
-        ModelInvalid: the folder holds no model, or one that can't be served.
+        ModelInvalid: there is no model, or one that can't be served.
     """
     if not root.is_dir():
         raise ModelInvalid(str(root), f"is not a folder; {_HOW}")

@@ -1,9 +1,8 @@
 """Reads and writes a model's folder: manifest.json and model.safetensors, never pickle.
 
-Loading verifies everything that a server relies on: keys and values of the
-manifest, names, shapes and finiteness of the tensors, and the fingerprint over
-both, so that truncated, swapped or edited files are refused by name. Writing
-verifies the same first.
+Loading verifies everything that a server relies on: keys and values of the manifest, names, shapes
+and finiteness of the tensors, and the fingerprint over both, so that truncated, swapped or edited
+files are refused by name. Writing verifies the same first.
 """
 
 from __future__ import annotations
@@ -13,28 +12,20 @@ import math
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from stepstate.errors import ModelInvalid
-from stepstate.models.given import TorchTensor, named_tensors, plain_document
-from stepstate.models.layout import tensor_shapes
-from stepstate.models.manifest import Manifest
-from stepstate.models.validate import (
-    MANIFEST,
-    WEIGHTS,
-    Model,
-    fingerprint,
-    parse_manifest,
-    validate_model,
-)
+from stepstate.models.convert import TorchTensor, named_tensors, plain_document
+from stepstate.models.manifest import MANIFEST, Manifest
+from stepstate.models.model import Model, fingerprint, parse_manifest, validate_model
+from stepstate.models.tensors import WEIGHTS, Tensors, tensor_shapes
 
 MAX_MANIFEST_BYTES = 16 * 2**20
-"""Thousands of columns with their horizons take one."""
+"""Thousands of columns with their horizons take 1 MiB."""
 _SPARE_WEIGHT_BYTES = 16 * 2**20
-"""For the header, and for tensors that are then named as unknown."""
+"""For the header, and for unknown tensors, so that the error can name them."""
 
 
 def write_model(
@@ -55,7 +46,7 @@ def write_model(
             one, gets zeros.
 
     Raises:
-        ModelInvalid: a server would not serve it.
+        ModelInvalid: a server could not serve it.
     """
     folder = Path(folder)
     document = plain_document(folder, manifest)
@@ -72,7 +63,7 @@ def load_model(folder: Path | str) -> Model:
     """Loads and verifies a model's folder.
 
     Raises:
-        ModelInvalid: says which file, key or tensor is wrong, and how.
+        ModelInvalid: names the wrong file, key or tensor.
     """
     folder = Path(folder)
     document = _read_manifest(folder)
@@ -102,10 +93,10 @@ def _read_manifest(folder: Path) -> dict[str, object]:
     return document
 
 
-def _read_tensors(folder: Path, manifest: Manifest) -> dict[str, NDArray[np.float32]]:
+def _read_tensors(folder: Path, manifest: Manifest) -> Tensors:
     path = folder / WEIGHTS
     wanted = 4 * sum(math.prod(shape) for shape in tensor_shapes(manifest).values())
-    data = _read(path, 2 * wanted + _SPARE_WEIGHT_BYTES)  # float64 is told by name
+    data = _read(path, 2 * wanted + _SPARE_WEIGHT_BYTES)  # float64, so that the error can name it
     try:
         return load(data)
     except (SafetensorError, KeyError, TypeError, ValueError, OverflowError) as error:
@@ -115,7 +106,7 @@ def _read_tensors(folder: Path, manifest: Manifest) -> dict[str, NDArray[np.floa
 
 
 def _read(path: Path, max_bytes: int) -> bytes:
-    """A file's bytes, if it is a file and no longer than it can mean anything."""
+    """A file's bytes."""
     try:
         if path.exists() and not path.is_file():
             raise ModelInvalid(str(path), "is not a file")

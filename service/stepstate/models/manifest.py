@@ -1,9 +1,8 @@
 """What a model's manifest declares.
 
-A manifest is the file `manifest.json` beside the weights. It fixes the cell,
-the columns of x and y with their units and scaling, and what the server
-computes itself: calendar inputs and seasonal profiles from the time, lagged
-inputs from past rows. It also says what is tracked of the forecasts.
+A manifest is the file `manifest.json` beside the weights. It has the cell, the columns of x and y
+with their units and scaling, and what the server computes itself: calendar inputs and seasonal
+profiles from the time, lagged inputs from past rows. It also says what is tracked of the forecasts.
 """
 
 from __future__ import annotations
@@ -27,13 +26,14 @@ from pydantic import (
     model_validator,
 )
 
+MANIFEST = "manifest.json"
 MAX_LAG = 100_000
 """Rows that a session keeps: 400 KB a column, as much as many thousands of hidden units."""
 MAX_LAYERS = 256
 MAX_UNITS = 65_536
 """Of a layer: its weights alone are 64 GiB there."""
 MAX_STATE_BYTES = 64 * 2**20
-"""Of one session: what it keeps of the cell and of past rows. 10,000 slots of it fit no machine."""
+"""Of one session: the cell's state and past rows. No machine has memory for 10,000 such slots."""
 MAX_COLUMNS = 65_536
 """Of y, and of the input of the cell or the head; 256 KiB a row."""
 MAX_NAMED = 4_096
@@ -43,13 +43,13 @@ MAX_PARTS = 1_000
 MAX_PROFILE_STEPS = 10_000_000
 """A year at intervals of 3 seconds; 40 MB."""
 MAX_SECONDS = 100 * 366 * 86_400.0
-"""A century, as an interval or as a period: beyond it times could not be told."""
+"""A century, as an interval or a period: beyond it times overflow."""
 MAX_NUMBER = 1e30
-"""Of means and scales: beyond it, and as a scale below its inverse, float32 overflows."""
+"""Of means and scales: with a larger one, or a scale below its inverse, float32 overflows."""
 MAX_TEXTS = 2_000_000
-"""Bytes of all names and units: with them a model is described in a reply of less than 4 MB."""
+"""Bytes of all names and units: a model's description fits into a reply of 4 MB."""
 MAX_TRACKED = 10_000
-"""Outputs times tracked horizons: where a session stands is told in a reply of less than 4 MB."""
+"""Outputs times tracked horizons: a session's accuracy fits into a reply of 4 MB."""
 MAX_TEXT = 10_000
 """Characters of a description or a unit."""
 
@@ -67,7 +67,7 @@ def _whole_microseconds(value: float) -> float:
 
 
 def _as_text(value: object) -> object:
-    """A version that was given as a number."""
+    """A version that is a number."""
     return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
 
 
@@ -103,7 +103,7 @@ Horizons = Annotated[
 ]
 Level = Annotated[float, Field(strict=True, gt=0.0, lt=1.0)]
 MIN_LEVEL, MAX_LEVEL = 0.01, 0.999
-"""Of intervals: outside, a session's truths are too few to tell whether they keep it."""
+"""Of intervals: beyond these, a session has too few truths to check the coverage."""
 Quantiles = Annotated[tuple[Level, ...], Field(max_length=MAX_PARTS), AfterValidator(_rising)]
 Lags = Annotated[
     tuple[Annotated[int, Field(ge=0, le=MAX_LAG, strict=True)], ...],
@@ -113,12 +113,12 @@ Lags = Annotated[
 
 
 class _Section(BaseModel):
-    # A misspelt key must not pass unseen, and a value is what it says it is.
+    # A misspelt key is an error, and values are not converted.
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class CellKind(enum.Enum):
-    """The recurrent networks that can be served, named as in PyTorch."""
+    """The recurrent networks that can be served, with PyTorch's names."""
 
     LSTM = "lstm"
     GRU = "gru"
@@ -162,8 +162,8 @@ class InputSpec(_Section):
 class OutputSpec(_Section):
     """A column of y for each horizon h: network * scale + mean + profile[phase(t + h)].
 
-    With `quantiles` there is one for each horizon and each quantile level; the server sorts those
-    of a horizon, in raw units.
+    With `quantiles` there is one for each horizon and quantile level; the server sorts those of a
+    horizon, in raw units.
     """
 
     name: Name
@@ -174,7 +174,7 @@ class OutputSpec(_Section):
     horizons: Horizons = (0,)
     """In steps; 0 is the row itself."""
     quantiles: Quantiles = ()
-    """Levels, rising; 0.5, the forecast itself, is one of them. Empty: one column a horizon."""
+    """Levels, rising; 0.5, the point forecast, is one of them. Empty: one column a horizon."""
 
     @property
     def columns(self) -> int:
@@ -183,7 +183,7 @@ class OutputSpec(_Section):
 
     @property
     def median(self) -> int:
-        """Which of them is the forecast itself."""
+        """Which of them is the point forecast."""
         return self.quantiles.index(0.5) if self.quantiles else 0
 
     @property
@@ -192,7 +192,7 @@ class OutputSpec(_Section):
         return len(self.horizons) * self.columns
 
     def column(self, horizon: int) -> int:
-        """Where the columns of one of its horizons begin, among its own."""
+        """The first of the columns of a horizon, among its own."""
         return self.horizons.index(horizon) * self.columns
 
     @model_validator(mode="after")
@@ -232,11 +232,10 @@ Calendar = Annotated[Fourier | DayOfWeek, Field(discriminator="kind")]
 
 
 class Lag(_Section):
-    """Lagged inputs: a column of x as the network saw it so many rows ago, one for each lag.
+    """Lagged inputs: a column of x as the network saw it some rows ago, one for each lag.
 
-    0 is the row itself. `into` says what takes them: the cell, as further inputs
-    after the calendar, or the head, as further features beside h (tensor
-    `head.lags`).
+    0 is the row itself. `into` is where they go: into the cell, as further inputs after the
+    calendar, or into the head, as further features beside h (tensor `head.lags`).
     """
 
     kind: Literal["lag"]
@@ -251,14 +250,14 @@ class Lag(_Section):
 
     @property
     def reach(self) -> int:
-        """How many rows before the present one it needs."""
+        """Rows before the current one that it needs."""
         return max(self.steps)
 
 
 class Rolling(_Section):
-    """A lagged input: a statistic of a column, as the network saw it, over the last rows.
+    """A lagged input: a statistic of a column, as the network saw it, over the last `steps` rows.
 
-    `steps` rows, the present one among them.
+    The current row is one of them.
     """
 
     kind: Literal["rolling"]
@@ -274,7 +273,7 @@ class Rolling(_Section):
 
     @property
     def reach(self) -> int:
-        """How many rows before the present one it needs."""
+        """Rows before the current one that it needs."""
         return self.steps - 1
 
 
@@ -282,12 +281,12 @@ LaggedInput = Annotated[Lag | Rolling, Field(discriminator="kind")]
 
 
 class CusumSpec(_Section):
-    """The default drift test: a CUSUM chart whose limit follows from how the errors hang together.
+    """The default drift test: a CUSUM chart with a limit from the autocorrelation of the errors.
 
-    An alarm comes when the errors at the first tracked horizon have risen, for good and by more
-    than a share `rise`, over their level so far; then that level is learned anew, for `min_rows`
-    at the least. On a stable series it comes once in `average_run_length` rows where theory
-    holds; docs/forecasts.md has what was measured.
+    It raises an alarm when the errors at the first tracked horizon have risen lastingly by more
+    than a share `rise` over their earlier level; then it learns the level again, from at least
+    `min_rows` rows. In theory a stable series has one alarm in `average_run_length` rows;
+    docs/forecasts.md has what was measured.
     """
 
     test: Literal["cusum"] = "cusum"
@@ -299,10 +298,10 @@ class CusumSpec(_Section):
 class PageHinkleySpec(_Section):
     """The Page-Hinkley test on the scaled error at the first tracked horizon.
 
-    An alarm comes when the errors' running sum of (error - mean - delta) has
-    risen by more than `threshold` above its least value, after `min_rows` at
-    the earliest; then the test begins anew. `forget` fades the sum. Its threshold must be
-    chosen for the series: the defaults, river's, raise tens of alarms on many stable ones.
+    It raises an alarm when the running sum of (error - mean - delta) is more than `threshold` above
+    its minimum, after at least `min_rows` rows; then the test restarts. `forget` fades the sum. The
+    threshold must be chosen for the series: the defaults, river's, raise tens of alarms on many
+    stable ones.
     """
 
     test: Literal["page_hinkley"] = "page_hinkley"
@@ -313,7 +312,7 @@ class PageHinkleySpec(_Section):
 
 
 def _drift_test(value: object) -> str:
-    """Which test is meant; manifests that name none, but have its numbers, mean Page-Hinkley."""
+    """The test; manifests without `test` but with Page-Hinkley's parameters mean that."""
     if isinstance(value, Mapping):
         older = value.keys() & {"delta", "threshold", "forget"}
         return str(value.get("test", "page_hinkley" if older else "cusum"))
@@ -333,10 +332,9 @@ DriftSpec = Annotated[
 class Tracking(_Section):
     """What is tracked of the forecasts of every output that has an input's name.
 
-    At each of `horizons`: the error, and an interval that is to cover a share
-    `level` of the truths. `rate` is how fast it adapts (eta in Gibbs and
-    Candes 2021). Errors are scaled by those of the seasonal naive forecast,
-    `season_steps` rows back; 1 is the plain one.
+    At each of `horizons`: the error, and an interval that adapts to cover a share `level` of the
+    truths, at the rate `rate` (eta in Gibbs and Candes 2021). Errors are scaled by those of the
+    seasonal naive forecast, `season_steps` rows back; 1 is the plain naive forecast.
     """
 
     horizons: Annotated[
@@ -351,7 +349,7 @@ class Tracking(_Section):
 
 
 class Profile(_Section):
-    """A seasonal profile: value k is for the time origin + k * step interval, modulo period."""
+    """A seasonal profile: value k is for the time origin + k * step interval, modulo its period."""
 
     period_steps: Annotated[Positive, Field(le=MAX_PROFILE_STEPS)]
     origin: Annotated[datetime, AfterValidator(_in_utc)]
@@ -364,7 +362,7 @@ class Manifest(_Section):
     name: Name
     version: Version
     description: Text = ""
-    """For people: it may change, the model stays the same."""
+    """For people: it is not in the fingerprint."""
     cell: CellSpec
     step_interval_seconds: Interval | None = None
     inputs: Annotated[tuple[InputSpec, ...], Field(min_length=1, max_length=MAX_NAMED)]
@@ -372,13 +370,13 @@ class Manifest(_Section):
     profiles: Annotated[dict[Name, Profile], Field(max_length=MAX_PARTS)] = {}
     lags: Annotated[tuple[LaggedInput, ...], Field(max_length=MAX_PARTS)] = ()
     fallback: Literal["level", "first"] = "level"
-    """What lagged inputs are before a session's first row: as if every row had been at its column's
-    level (mean and profile), or as its first row."""
+    """Lagged inputs before a session's first row: of rows at the level of their columns (mean and
+    profile), or equal to the first row."""
     outputs: Annotated[tuple[OutputSpec, ...], Field(min_length=1, max_length=MAX_NAMED)]
     tracking: Tracking | None = None
     fingerprint: str = ""
 
-    @cached_property  # each step asks for it
+    @cached_property  # used by each step
     def input_width(self) -> int:
         """D, the columns of x."""
         return len(self.inputs)
@@ -403,16 +401,16 @@ class Manifest(_Section):
         """Lagged inputs that the head takes."""
         return sum(part.width for part in self.lags if part.into == "head")
 
-    @cached_property  # each reply asks for it
+    @cached_property  # used by each reply
     def lag_rows(self) -> int:
-        """How many rows before the present one the lagged inputs need."""
+        """Rows before the current one that the lagged inputs need."""
         return max((part.reach for part in self.lags), default=0)
 
     @property
     def history_rows(self) -> int:
-        """Past rows that a session keeps: for the lagged inputs, the naive forecast, and to hold.
+        """Past rows that a session keeps: for lagged inputs, the naive forecast, and `hold`.
 
-        One more than the longest lag: a forecast looks back from the last row.
+        One more than the longest lag, because a forecast looks back from the last row.
         """
         season = self.tracking.season_steps if self.tracking else 1
         return max(self.lag_rows + 1, season)
@@ -423,9 +421,9 @@ class Manifest(_Section):
         return sum(output.width for output in self.outputs)
 
     def placed_outputs(self) -> Iterator[tuple[OutputSpec, int, int | None]]:
-        """Each output, the first of its columns of y, and the input whose name it has, if any.
+        """Each output, its first column of y, and the index of the input with its name, if any.
 
-        Such an output forecasts that input: its truth arrives with later rows.
+        Such an output forecasts that input, so its truth arrives with later rows.
         """
         names = [column.name for column in self.inputs]
         first = 0
@@ -448,9 +446,9 @@ class Manifest(_Section):
             if column.profile is not None and column.profile not in self.profiles:
                 raise ValueError(f"{column.name}.profile: {column.profile!r} is not in profiles")
         names = [column.name for column in self.inputs]
-        for place, lagged in enumerate(self.lags):
+        for index, lagged in enumerate(self.lags):
             if lagged.input not in names:
-                raise ValueError(f"lags.{place}.input: {lagged.input!r} is not an input")
+                raise ValueError(f"lags.{index}.input: {lagged.input!r} is not an input")
         self._check_tracking()
         self._check_sizes()
         if self.needs_time and self.step_interval_seconds is None:

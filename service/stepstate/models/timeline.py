@@ -1,11 +1,10 @@
-"""What a model's network is told about time, as numbers that the engine computes with.
+"""What a model's inputs and outputs derive from time, as numbers that the engine computes with.
 
 Rows are counted in steps since 1970-01-01T00:00Z. A wave of period P makes k * S / P turns in k
-steps of S seconds. Turns are kept in fixed point, 64 bits to one turn, so that whole turns fall
-off by themselves: turns(k) = (k >> 32) * waves[0] + (k & (2**32 - 1)) * waves[1], in wrapping
-int64. The two factors are rounded once, from exact fractions, so the result is right to 2**-32
-turns (1.5e-9 radians) however large k is. Times off the grid of the step interval are taken down
-to it.
+steps of S seconds. Turns are in fixed point, 64 bits to one turn, so that whole turns overflow
+away: turns(k) = (k >> 32) * waves[0] + (k & (2**32 - 1)) * waves[1], in wrapping int64. The two
+factors are rounded once, from exact fractions, so the result is exact to 2**-32 turns (1.5e-9
+radians) for every k. Times between two steps are rounded down.
 """
 
 from __future__ import annotations
@@ -20,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.models.manifest import DayOfWeek, Fourier, InputSpec, Manifest, OutputSpec
-from stepstate.models.validate import Model
+from stepstate.models.model import Model
 
 MAX_TABLE_CELLS = 2**22
-"""16 MiB: a calendar that repeats within so many numbers is looked up, a longer one computed."""
+"""16 MiB: a calendar that repeats within so many numbers is a table, a longer one is computed."""
 
 EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
@@ -34,7 +33,7 @@ _WEEK = Fraction(7 * 86_400)
 class Cycles:
     """Columns of seasonal profiles: `means` + `values`[`offsets` + (k + `shifts`) % `periods`].
 
-    `values` [V] holds all profiles one after the other, the others are [N] for N columns.
+    `values` [V] holds all profiles one after the other; the others are [N] for N columns.
     """
 
     values: NDArray[np.float64]
@@ -48,16 +47,16 @@ class Cycles:
 class Timeline:
     """What depends on a row's time, as functions of its step k.
 
-    `levels` [D] are taken off x (profile and mean, raw units), `bases` [O] are added to the
-    scaled y. The calendar inputs [C] are the columns `order` of sin and cos of each of the
-    `waves` [2, W], side by side, and then the seven days of the week.
+    `levels` [D] are subtracted from x (profile and mean, raw units), `bases` [O] are added to the
+    scaled y. The calendar inputs [C] are the columns `order` of the sines and cosines of all
+    `waves` [2, W], followed by the seven days of the week.
     """
 
     step_interval: timedelta
     profiles_repeat: int
-    """After so many steps the profiles are the same again."""
+    """The period of all profiles together, in steps."""
     calendar_repeats: int
-    """After so many steps the calendar inputs are the same again."""
+    """The period of all calendar inputs together, in steps."""
     levels: Cycles
     bases: Cycles
     waves: NDArray[np.int64]
@@ -65,9 +64,9 @@ class Timeline:
 
     @property
     def table_lengths(self) -> tuple[int | None, int | None]:
-        """Steps of tables of the profiles and of the calendar; None: it would be large.
+        """Steps in tables of the profiles and of the calendar; None: it would be too large.
 
-        The same for both where that is small, so that a row has one place in them.
+        The same for both where that is small enough, so that a row has one index in them.
         """
         profiles = len(self.levels.means) + len(self.bases.means)
         both = math.lcm(self.profiles_repeat, self.calendar_repeats)
@@ -111,20 +110,20 @@ def build_timeline(model: Model) -> Timeline:
 
 
 def _turns(part: Fourier | DayOfWeek, seconds: Fraction) -> list[Fraction]:
-    """How many turns a step is of each of its waves."""
+    """The turns that each of its waves makes in a step."""
     if isinstance(part, DayOfWeek):
         return []
     return [k * seconds / _exact(part.period_seconds) for k in range(1, part.harmonics + 1)]
 
 
 def _fixed(turn: Fraction) -> int:
-    """Its part below one turn, in 2**-64 turns, as a signed 64-bit number."""
+    """The fraction of a turn, in 2**-64 turns, as a signed 64-bit number."""
     whole = round(turn % 1 * 2**64) % 2**64
     return whole - 2**64 if whole >= 2**63 else whole
 
 
 def _exact(seconds: float) -> Fraction:
-    """The decimal number that a manifest says."""
+    """The decimal number that a manifest holds."""
     return Fraction(str(seconds))
 
 
@@ -151,18 +150,18 @@ def _cycles(
     columns: Sequence[tuple[InputSpec | OutputSpec, int]],
     interval: timedelta,
 ) -> Cycles:
-    """Each column's profile, a horizon ahead."""
+    """The profile of each column at its horizon."""
     profiles = model.manifest.profiles
     values: list[NDArray[np.float64]] = [np.zeros(1)]  # of columns without a profile
-    places: dict[str | None, tuple[int, int, int]] = {None: (0, 0, 1)}
+    found: dict[str | None, tuple[int, int, int]] = {None: (0, 0, 1)}
     used = 1
     for name, profile in profiles.items():
         origin = (profile.origin - EPOCH) // interval
-        places[name] = used, -origin % profile.period_steps, profile.period_steps
+        found[name] = used, -origin % profile.period_steps, profile.period_steps
         values.append(model.tensors[name].astype(np.float64))
         used += profile.period_steps
-    found = [places[column.profile] for column, _ in columns]
-    offsets, shifts, periods = np.array(found, np.int64).reshape(-1, 3).T
+    of_columns = [found[column.profile] for column, _ in columns]
+    offsets, shifts, periods = np.array(of_columns, np.int64).reshape(-1, 3).T
     ahead = np.array([horizon for _, horizon in columns], np.int64)
     means = np.array([column.mean for column, _ in columns])
     return Cycles(np.concatenate(values), offsets, (shifts + ahead) % periods, periods, means)

@@ -7,7 +7,10 @@ import numpy as np
 import pytest
 
 from stepstate.client import convert
+from stepstate.client._protocol import calls
 from stepstate.client._protocol.replay import SentRequest
+from stepstate.client._protocol.retry import is_retryable
+from stepstate.client._protocol.steps import step_request
 from stepstate.errors import (
     Cancelled,
     Draining,
@@ -88,15 +91,9 @@ def test_any_other_answer_is_named_as_unexpected():
 
 
 def opening(session_id=None, *, start_time=None, idle_timeout=None, durability=None, **wishes):
-    return convert.opening(
-        "m",
-        "1",
-        session_id,
-        start_time=start_time,
-        idle_timeout=idle_timeout,
-        durability=durability,
-        **wishes,
-    )
+    options = calls.OpenOptions(idle_timeout, durability)
+    call = calls.open_session("m", "1", session_id, options, start_time=start_time, **wishes)
+    return call.request
 
 
 def test_an_opening_without_an_id_gets_one_that_can_be_sent_again():
@@ -109,17 +106,18 @@ def test_an_opening_without_an_id_gets_one_that_can_be_sent_again():
 
 
 def test_a_fork_without_an_id_gets_one_that_can_be_sent_again():
-    made = [convert.forking("a", None, None, None) for _ in range(2)]
+    made = [calls.fork_session("a", None, calls.OpenOptions()).request for _ in range(2)]
     assert made[0].new_session_id
     assert made[0].new_session_id != made[1].new_session_id
-    chosen = convert.forking("a", "b", timedelta(minutes=5), "sync")
+    chosen = calls.fork_session("a", "b", calls.OpenOptions(timedelta(minutes=5), "sync")).request
     assert (chosen.session_id, chosen.new_session_id) == ("a", "b")
     assert chosen.idle_timeout.ToTimedelta() == timedelta(minutes=5)
     assert chosen.durability == pb.DURABILITY_SYNC
 
 
 def test_an_import_without_an_id_keeps_that_of_the_snapshot():
-    (request,) = convert.importing(b"bytes", None, None, "none")
+    options = calls.OpenOptions(durability="none")
+    (request,) = calls.import_session(b"bytes", None, options).request
     assert (request.data, request.size, request.session_id) == (b"bytes", 5, "")
     assert request.durability == pb.DURABILITY_NONE
     assert not request.HasField("idle_timeout")
@@ -147,10 +145,10 @@ def test_a_missing_policy_and_a_level_travel_where_they_are_chosen():
 
 
 def test_what_passes_is_worth_asking_again():
-    assert convert.passing(Draining(1.0))
-    assert convert.passing(StaleOwner("a", 3))
-    assert not convert.passing(StepAhead("a", 5, 3))
-    assert not convert.passing(Internal("ab"))
+    assert is_retryable(Draining(1.0))
+    assert is_retryable(StaleOwner("a", 3))
+    assert not is_retryable(StepAhead("a", 5, 3))
+    assert not is_retryable(Internal("ab"))
 
 
 @pytest.mark.parametrize(
@@ -170,7 +168,7 @@ def test_a_start_time_travels_in_utc(start):
 @pytest.mark.parametrize("rows", [1, 100])
 def test_a_step_request_carries_rows_options_and_t(network, rows):
     x = rows_of(network, rows)
-    request = convert.step_request("a", SentRequest(0, rows, x.tobytes(), last_only=True))
+    request = step_request("a", SentRequest(0, rows, x.tobytes(), last_only=True))
     assert np.array_equal(x_of(request).reshape(-1, 3), x)
     assert (request.session_id, request.t, request.HasField("t")) == ("a", 0, True)
     assert (request.inspect, request.last_only) == (False, True)

@@ -14,15 +14,14 @@ import pytest
 from stepstate import errors
 from stepstate.cli.plot import plot_forecasts
 from stepstate.client import Client, Forecast, Output, OutputForecast
-from stepstate.client._protocol import backoff
-from stepstate.client._protocol import forecasts as asking
+from stepstate.client._protocol import forecasts, retry
 from stepstate.client._protocol.forecasts import ForecastProtocol, listed
+from stepstate.client._protocol.session import BaseSession
 from stepstate.client._protocol.steps import StepProtocol
-from stepstate.client.base_session import BaseSession
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import put_floats
-from tests.unit.client.test_step_protocol import footing, row
+from tests.unit.client.test_step_protocol import row, session_at
 from tests.unit.client.test_types import ONE, THREE
 from tests.unit.rig import Clock
 
@@ -195,7 +194,7 @@ def test_what_is_not_installed_is_named_with_how_to_install_it(monkeypatch, name
 
 @pytest.fixture
 def ticking(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    monkeypatch.setattr(backoff, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=clock))
     return clock
 
 
@@ -211,7 +210,7 @@ def ask(sessions, horizon=3, *, scenarios=None, models=(ONE,), timeout=10.0, qua
 
 
 def session(name: str, t: int) -> BaseSession:
-    made = footing(at=t)
+    made = session_at(at=t)
     made.session_id = name
     return made
 
@@ -233,49 +232,49 @@ def reply(*messages: pb.SessionForecast) -> pb.ForecastResponse:
 
 
 def test_each_session_has_a_result_in_its_place():
-    asking = ask(["a", "b", session("c", 5)])
-    ((some, request),) = asking.calls()
+    protocol = ask(["a", "b", session("c", 5)])
+    ((some, request),) = protocol.calls()
     assert list(request.session_id) == ["a", "b", "c"]
     assert request.horizon == 3
     lost = errors.SessionUnknown("b")
-    asking.answered(some, reply(answer("a"), failed("b", lost), answer("c")))
-    assert asking.done
-    told = asking.told
+    protocol.answered(some, reply(answer("a"), failed("b", lost), answer("c")))
+    assert protocol.done
+    told = protocol.results
     assert [type(one) for one in told] == [Forecast, errors.SessionUnknown, Forecast]
     assert [told[0].session_id, told[2].session_id] == ["a", "c"]
 
 
 def test_scenarios_of_a_session_are_together():
-    asking = ask(["a", "b"], scenarios={"hot": [[1.0]], "cold": [2.0, np.nan]})
-    ((some, request),) = asking.calls()
+    protocol = ask(["a", "b"], scenarios={"hot": [[1.0]], "cold": [2.0, np.nan]})
+    ((some, request),) = protocol.calls()
     assert [(one.name, len(one.x)) for one in request.scenarios] == [("hot", 1), ("cold", 2)]
     lost = errors.SessionUnknown("a")
-    asking.answered(
+    protocol.answered(
         some, reply(failed("a", lost), answer("b", scenario="hot"), answer("b", scenario="cold"))
     )
-    assert isinstance(asking.told[0], errors.SessionUnknown)
-    assert list(asking.told[1]) == ["hot", "cold"]
+    assert isinstance(protocol.results[0], errors.SessionUnknown)
+    assert list(protocol.results[1]) == ["hot", "cold"]
 
 
 def test_what_passes_is_asked_for_again_until_time_is_up(ticking: Clock):
-    asking = ask(["a", "b"], timeout=1.0)
-    ((some, _),) = asking.calls()
+    protocol = ask(["a", "b"], timeout=1.0)
+    ((some, _),) = protocol.calls()
     full = errors.StoreUnavailable("it is slow", 0.1)
-    asking.answered(some, reply(answer("a"), failed("b", full)))
-    assert not asking.done
-    assert asking.pause() >= 0.1
-    ((some, request),) = asking.calls()
+    protocol.answered(some, reply(answer("a"), failed("b", full)))
+    assert not protocol.done
+    assert protocol.pause() >= 0.1
+    ((some, request),) = protocol.calls()
     assert list(request.session_id) == ["b"]
-    asking.refused(some, errors.StoreUnavailable("it is slow", 0.1))
-    assert asking.done
-    assert isinstance(asking.told[1], errors.StoreUnavailable)
+    protocol.refused(some, errors.StoreUnavailable("it is slow", 0.1))
+    assert protocol.done
+    assert isinstance(protocol.results[1], errors.StoreUnavailable)
 
-    asking = ask(["a", "b"], timeout=1.0)
-    ((some, _),) = asking.calls()
-    asking.answered(some, reply(answer("a"), failed("b", full)))
+    protocol = ask(["a", "b"], timeout=1.0)
+    ((some, _),) = protocol.calls()
+    protocol.answered(some, reply(answer("a"), failed("b", full)))
     ticking.now += 2.0
-    assert asking.pause() == 0.0
-    assert isinstance(asking.told[1], errors.StoreUnavailable)
+    assert protocol.pause() == 0.0
+    assert isinstance(protocol.results[1], errors.StoreUnavailable)
 
 
 @pytest.mark.parametrize(
@@ -283,41 +282,41 @@ def test_what_passes_is_asked_for_again_until_time_is_up(ticking: Clock):
 )
 def test_a_session_that_was_set_back_is_brought_up_and_asked_for_again(said):
     held = session("a", 5)
-    asking = ask([held, "b"])
-    ((some, _),) = asking.calls()
-    asking.answered(some, reply(said, answer("b")))
-    ((one, real, t),) = asking.behind
+    protocol = ask([held, "b"])
+    ((some, _),) = protocol.calls()
+    protocol.answered(some, reply(said, answer("b")))
+    ((one, real, t),) = protocol.behind
     assert (real, t) == (held, said.t)
-    asking.brought_up(one)
-    asking.pause()
-    ((some, request),) = asking.calls()
+    protocol.caught_up(one)
+    protocol.pause()
+    ((some, request),) = protocol.calls()
     assert list(request.session_id) == ["a"]
-    asking.answered(some, reply(answer("a")))
-    assert asking.done
-    assert asking.told[0].t == 5
+    protocol.answered(some, reply(answer("a")))
+    assert protocol.done
+    assert protocol.results[0].t == 5
 
 
 def test_one_that_is_always_behind_is_given_up(ticking: Clock):
-    asking = ask([session("a", 5)], timeout=5.0)
+    protocol = ask([session("a", 5)], timeout=5.0)
     rounds = 0
-    while not asking.done:
-        ((some, _),) = asking.calls()
-        asking.answered(some, reply(answer("a", t=3)))
-        ((one, _, _),) = asking.behind
-        asking.brought_up(one)
-        ticking.now += asking.pause()
+    while not protocol.done:
+        ((some, _),) = protocol.calls()
+        protocol.answered(some, reply(answer("a", t=3)))
+        ((one, _, _),) = protocol.behind
+        protocol.caught_up(one)
+        ticking.now += protocol.pause()
         rounds += 1
     assert 3 < rounds < 100
-    assert isinstance(asking.told[0], errors.StepAhead)
+    assert isinstance(protocol.results[0], errors.StepAhead)
 
 
 def test_one_that_can_not_be_brought_up_hides_no_other():
-    asking = ask([session("a", 5), "b"])
-    ((some, _),) = asking.calls()
-    asking.answered(some, reply(answer("a", t=3), answer("b")))
-    ((one, _, _),) = asking.behind
-    asking.brought_up(one, errors.RowsMissing("a", 3, 4))
-    assert [type(one) for one in asking.told] == [errors.RowsMissing, Forecast]
+    protocol = ask([session("a", 5), "b"])
+    ((some, _),) = protocol.calls()
+    protocol.answered(some, reply(answer("a", t=3), answer("b")))
+    ((one, _, _),) = protocol.behind
+    protocol.caught_up(one, errors.RowsMissing("a", 3, 4))
+    assert [type(one) for one in protocol.results] == [errors.RowsMissing, Forecast]
 
 
 @pytest.mark.parametrize(
@@ -330,14 +329,14 @@ def test_one_that_can_not_be_brought_up_hides_no_other():
     ],
 )
 def test_an_error_of_one_session_is_its_result_and_one_of_the_call_is_raised(error, raised):
-    asking = ask(["a"])
-    ((some, _),) = asking.calls()
+    protocol = ask(["a"])
+    ((some, _),) = protocol.calls()
     if raised:
         with pytest.raises(type(error)):
-            asking.refused(some, error)
+            protocol.refused(some, error)
     else:
-        asking.refused(some, error)
-        assert asking.told == [error]
+        protocol.refused(some, error)
+        assert protocol.results == [error]
     both = ask(["a", "b"])
     ((some, _),) = both.calls()
     with pytest.raises(type(error)):
@@ -350,15 +349,15 @@ def test_an_error_of_one_session_is_its_result_and_one_of_the_call_is_raised(err
 )
 def test_so_many_sessions_go_into_a_call_that_its_reply_is_read(horizon, quantiles, most):
     known = replace(ONE, outputs=(Output("y", "", (1, 4)), Output("z", "", (3,))))
-    asking = ask(["a"] * 5_001, horizon, quantiles=quantiles, models=(known,))
-    calls = [len(some) for some, _ in asking.calls()]
+    protocol = ask(["a"] * 5_001, horizon, quantiles=quantiles, models=(known,))
+    calls = [len(some) for some, _ in protocol.calls()]
     assert (calls[0], sum(calls)) == (most, 5_001)
 
 
 def test_a_call_for_no_session_is_none():
-    asking = ask([])
-    assert asking.done
-    assert list(asking.calls()) == asking.told == []
+    protocol = ask([])
+    assert protocol.done
+    assert list(protocol.calls()) == protocol.results == []
 
 
 @pytest.mark.parametrize(
@@ -380,8 +379,8 @@ def test_a_scenario_that_is_no_rows_is_refused_by_name(scenarios, told):
 
 def test_a_frame_may_lack_columns_of_a_scenario():
     frame = pd.DataFrame({"c": [3.0, 6.0], "a": [1.0, 4.0]})
-    asking = ask(["a"], scenarios={"hot": frame}, models=(ONE, THREE))
-    ((_, request),) = asking.calls()
+    protocol = ask(["a"], scenarios={"hot": frame}, models=(ONE, THREE))
+    ((_, request),) = protocol.calls()
     x = np.array(request.scenarios[0].x).reshape(2, 3)
     assert np.array_equal(x, [[1, np.nan, 3], [4, np.nan, 6]], equal_nan=True)
     assert list(frame) == ["c", "a"]
@@ -416,7 +415,7 @@ def test_a_single_session_is_no_list_of_them(single):
 
 def stepped(*counts: int) -> BaseSession:
     """A session that was stepped by so many rows in each request."""
-    made = footing()
+    made = session_at()
     for value, count in enumerate(counts):
         track = StepProtocol(made, timeout=1.0)
         track.add(row(value, count))
@@ -441,7 +440,7 @@ def test_the_last_request_is_repeated_as_it_was():
     last = track.next()
     assert (last.t, last.count) == (5, 4)
     assert track.answered(0) is last
-    assert len(made.backlog) == 9
+    assert len(made.replay_buffer) == 9
 
 
 def test_of_a_request_that_the_server_has_in_part_the_rest_is_sent():
@@ -454,14 +453,14 @@ def test_of_a_request_that_the_server_has_in_part_the_rest_is_sent():
 
 def test_rows_that_are_not_kept_can_not_be_repeated():
     made = stepped(2, 5)
-    made.saved(2)
+    made.mark_durable(2)
     with pytest.raises(errors.RowsMissing) as missing:
         StepProtocol(made, timeout=1.0).repeat(1)
     assert (missing.value.first, missing.value.last) == (1, 1)
 
 
 def test_a_broken_connection_refuses_all_that_was_in_flight():
-    made = footing()
+    made = session_at()
     track = StepProtocol(made, timeout=10.0, window=4)
     for value in range(4):
         track.add(row(value))
@@ -473,4 +472,4 @@ def test_a_broken_connection_refuses_all_that_was_in_flight():
 
 
 def test_the_module_splits_by_what_a_server_gives():
-    assert asking.CALL_VALUES * 5 < 4 * 2**20
+    assert forecasts.CALL_VALUES * 5 < 4 * 2**20

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from stepstate.client import AsyncClient, AsyncPack, AsyncSession, Client, Pack, Session
-from stepstate.client.base_session import BaseSession
+from stepstate.client._protocol.session import BaseSession
 
 TWINS = [(AsyncClient, Client), (AsyncSession, Session), (AsyncPack, Pack)]
 CLASSES = [cls for twins in TWINS for cls in twins]
@@ -17,12 +17,21 @@ ELSEWHERE = re.compile(r"\b[Ss]ee `|[Rr]aises as|\b[Aa]s (in )?`|\b[Aa]s the sam
 
 
 def public(cls: type) -> dict[str, object]:
-    """The public methods and properties that a class has of its own."""
-    return {name: member for name, member in vars(cls).items() if not name.startswith("_")}
+    """The public methods and properties that are in the packages of the two clients."""
+    own = [
+        base
+        for base in cls.__mro__
+        if re.search(r"\.client\.(aio|sync|_connection)", base.__module__)
+    ]
+    names = {name for base in own for name in vars(base) if not name.startswith("_")}
+    return {name: inspect.getattr_static(cls, name) for name in names}
 
 
 def text(member: object) -> str:
-    return inspect.cleandoc(getattr(member, "__doc__", None) or "")
+    """What `help()` shows of it."""
+    if isinstance(member, type):
+        return "\n\n".join(filter(None, [inspect.getdoc(member), inspect.getdoc(member.__init__)]))
+    return inspect.getdoc(member) or ""
 
 
 def section(found: str, name: str) -> str:
@@ -34,13 +43,13 @@ def section(found: str, name: str) -> str:
 METHODS = [
     pytest.param(cls, name, id=f"{cls.__name__}.{name}")
     for cls in CLASSES
-    for name in [*public(cls), *(["time"] if issubclass(cls, BaseSession) else [])]
+    for name in [*sorted(public(cls)), *(["time"] if issubclass(cls, BaseSession) else [])]
 ]
 
 
 @pytest.mark.parametrize(("cls", "name"), METHODS)
 def test_a_public_method_says_what_it_does_takes_and_raises(cls: type, name: str):
-    member = getattr(cls, name)
+    member = inspect.getattr_static(cls, name)
     found = text(member)
     assert found.splitlines()[0].endswith("."), "its first line is no sentence"
     assert not ELSEWHERE.search(found)

@@ -8,14 +8,20 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from stepstate.client.history import PIECE_BYTES, PIECE_ROWS, HistoryReader, nothing, nothings
+from stepstate.client._protocol.history import (
+    PIECE_BYTES,
+    PIECE_ROWS,
+    HistoryReader,
+    missing_pieces,
+    missing_rows,
+)
 from stepstate.errors import InvalidField, NonFiniteInput, SessionClosed
-from tests.unit.client.test_step_protocol import footing
+from tests.unit.client.test_step_protocol import session_at
 from tests.unit.client.test_types import ONE, THREE, model
 
 
 def feed(history, session=None, **options) -> HistoryReader:
-    return HistoryReader(session or footing(), history, **options)
+    return HistoryReader(session or session_at(), history, **options)
 
 
 def sizes(made: HistoryReader) -> list[int]:
@@ -44,7 +50,7 @@ def test_a_history_is_rows_or_chunks_of_rows(history, pieces):
 
 
 def test_a_piece_of_wide_rows_is_no_larger_than_a_bound():
-    session = footing()
+    session = session_at()
     session.model = model(*[f"x{n}" for n in range(1000)])
     (first, *_) = feed(np.zeros((1000, 1000)), session).pieces()
     assert first.nbytes <= PIECE_BYTES
@@ -65,10 +71,10 @@ def test_an_asynchronous_history_takes_an_asynchronous_client():
 
 
 def test_progress_and_stand_ins_are_those_of_all_pieces():
-    session, told = footing(at=10), []
+    session, told = session_at(at=10), []
     made = feed(np.zeros(30), session, progress=lambda *at: told.append(at))
     for t in (20, 40):
-        session.arrived(t, imputed_rows=3, fallback_rows=1)
+        session.received(t, imputed_rows=3, fallback_rows=1)
         made.take(np.array([t]))
     assert told == [(10, 30), (30, 30)]
     assert made.finish() == [40]
@@ -81,19 +87,19 @@ def test_a_history_that_had_no_rows_is_refused():
 
 
 def test_an_error_about_a_row_names_it_by_its_place_in_the_history():
-    session = footing(at=10)
+    session = session_at(at=10)
     made = feed(np.zeros(30), session)
     session.t = 25
     error = NonFiniteInput("a", 3, "x", "inf")
-    assert made.placed(error).row == 18
+    assert made.error_in_history(error).row == 18
     closed = SessionClosed("a", 3)
-    assert made.placed(closed) is closed
+    assert made.error_in_history(closed) is closed
 
 
 @pytest.mark.parametrize("count", [1, PIECE_ROWS, 2 * PIECE_ROWS + 3])
 def test_rows_in_which_everything_is_missing(count):
-    pieces = list(nothings(THREE, count))
-    assert sum(map(len, pieces)) == len(nothing(THREE, count)) == count
+    pieces = list(missing_pieces(THREE, count))
+    assert sum(map(len, pieces)) == len(missing_rows(THREE, count)) == count
     assert all(math.isnan(value) for piece in pieces for value in piece[-1])
     with pytest.raises(InvalidField, match=r"^n: is 0"):
-        nothing(ONE, 0)
+        missing_rows(ONE, 0)

@@ -25,7 +25,7 @@ def sent(t: int, count: int = 1, **options: bool) -> SentRequest:
     return SentRequest(t, count, x_at(t, count).tobytes(), **options)
 
 
-def backlog(*counts: int, t: int = 0, limit: int = 1_000_000) -> ReplayBuffer:
+def buffer_of(*counts: int, t: int = 0, limit: int = 1_000_000) -> ReplayBuffer:
     made = ReplayBuffer("a", D, limit, t)
     for count in counts:
         made.put(sent(made.end, count))
@@ -50,7 +50,7 @@ def missing(kept: ReplayBuffer, first: int, last: int) -> tuple[int, int]:
 
 
 def test_rows_come_out_as_they_were_put_in():
-    kept = backlog(1, 1, 5, 1, t=7)
+    kept = buffer_of(1, 1, 5, 1, t=7)
     assert (kept.start, kept.end, len(kept)) == (7, 15, 8)
     for first in range(7, 15):
         for last in range(first - 1, 15):
@@ -58,21 +58,21 @@ def test_rows_come_out_as_they_were_put_in():
 
 
 def test_durable_rows_are_dropped():
-    kept = backlog(*[1] * 10, 5)
-    kept.forget(4)
+    kept = buffer_of(*[1] * 10, 5)
+    kept.drop_before(4)
     assert (kept.start, len(kept)) == (4, 11)
-    kept.forget(12)  # amid a request
+    kept.drop_before(12)  # amid a request
     assert np.array_equal(kept.rows(12, 14), x_at(12, 3))
-    kept.forget(3)
+    kept.drop_before(3)
     assert kept.start == 12
-    kept.forget(100)  # more than was ever sent from here
+    kept.drop_before(100)  # more than was ever sent from here
     assert (kept.start, kept.end) == (15, 15)
     kept.put(sent(15))
     assert np.array_equal(kept.rows(15, 15), x_at(15))
 
 
 def test_beyond_the_limit_the_oldest_rows_are_dropped():
-    kept = backlog(*[3] * 10, limit=10)
+    kept = buffer_of(*[3] * 10, limit=10)
     assert (kept.start, kept.end) == (20, 30)
     assert np.array_equal(kept.rows(20, 29), x_at(20, 10))
     kept.put(sent(30, 50))
@@ -81,27 +81,27 @@ def test_beyond_the_limit_the_oldest_rows_are_dropped():
 
 
 def test_without_a_limit_above_zero_nothing_is_kept():
-    kept = backlog(*[1] * 100, 50, limit=0)
+    kept = buffer_of(*[1] * 100, 50, limit=0)
     assert len(kept) == 0
     assert not kept._kept
     assert missing(kept, 3, 149) == (3, 149)
 
 
 def test_what_is_missing_is_named_exactly():
-    kept = backlog(*[1] * 20, t=100)
-    kept.forget(110)
+    kept = buffer_of(*[1] * 20, t=100)
+    kept.drop_before(110)
     assert missing(kept, 50, 119) == (50, 109)
     assert missing(kept, 50, 60) == (50, 60)
     assert missing(kept, 115, 130) == (120, 130)
     assert missing(kept, 125, 130) == (125, 130)
-    assert missing(backlog(t=5), 2, 9) == (2, 9)
+    assert missing(buffer_of(t=5), 2, 9) == (2, 9)
     assert not kept.holds(109, 115)
     assert kept.holds(110, 119)
     assert kept.holds(119, 118)
 
 
 def test_rows_put_again_replace_those_and_all_after_them():
-    kept = backlog(1, 1, 4, 1, 1)
+    kept = buffer_of(1, 1, 4, 1, 1)
     kept.put(SentRequest(3, 1, x_at(77).tobytes()))
     assert kept.end == 4
     assert np.array_equal(kept.rows(0, 2), x_at(0, 3))
@@ -110,7 +110,7 @@ def test_rows_put_again_replace_those_and_all_after_them():
 
 @pytest.mark.parametrize("t", [0, 4, 9, 500])
 def test_rows_apart_from_what_is_kept_replace_it(t: int):
-    kept = backlog(1, 1, t=5)
+    kept = buffer_of(1, 1, t=5)
     kept.put(sent(t, 2))
     assert (kept.start, kept.end) == (t, t + 2)
     assert np.array_equal(kept.rows(t, t + 1), x_at(t, 2))
@@ -128,7 +128,7 @@ def test_the_newest_requests_go_again_as_they_were_sent():
 
 
 def test_older_rows_go_again_many_at_once_within_a_bound():
-    kept = backlog(*[1] * 10_000, 3_000, *[1] * AS_SENT)
+    kept = buffer_of(*[1] * 10_000, 3_000, *[1] * AS_SENT)
     again = requests(kept, 1, kept.end)
     assert [s.count for s in again[:4]] == [AT_ONCE_ROWS] * 3 + [12_999 - 3 * AT_ONCE_ROWS]
     assert [s.count for s in again[4:]] == [1] * AS_SENT
@@ -139,22 +139,22 @@ def test_older_rows_go_again_many_at_once_within_a_bound():
 
 
 def test_only_rows_before_the_end_go_again():
-    kept = backlog(*[1] * 100)
+    kept = buffer_of(*[1] * 100)
     again = requests(kept, 0, 60)
     assert [s.count for s in again] == [60 - AS_SENT] + [1] * AS_SENT
 
 
 def test_requests_cut_by_a_server_that_stands_amid_them_go_on_there():
-    kept = backlog(10, 10)
+    kept = buffer_of(10, 10)
     again = requests(kept, 4, 20)
     assert [(s.t, s.count) for s in again] == [(4, 6), (10, 10)]
 
 
 def test_a_copy_goes_on_apart():
-    kept = backlog(*[1] * 10)
+    kept = buffer_of(*[1] * 10)
     copy = kept.copy("b", limit=6)
     kept.put(sent(10))
-    kept.forget(9)
+    kept.drop_before(9)
     copy.put(SentRequest(10, 1, x_at(77).tobytes()))
     assert np.array_equal(copy.rows(5, 10), np.concatenate((x_at(5, 5), x_at(77))))
     with pytest.raises(RowsMissing) as raised:
@@ -167,7 +167,7 @@ def test_a_copy_goes_on_apart():
     st.lists(
         st.one_of(
             st.tuples(st.just("put"), st.integers(-12, 3), st.integers(1, 6)),
-            st.tuples(st.just("forget"), st.integers(-15, 2), st.just(0)),
+            st.tuples(st.just("drop_before"), st.integers(-15, 2), st.just(0)),
         ),
         max_size=40,
     ),
@@ -188,7 +188,7 @@ def test_it_equals_a_plain_list_of_rows(steps, limit: int):
             end = t + count
             start = max(start, end - limit)
         else:
-            kept.forget(t)
+            kept.drop_before(t)
             start = max(start, min(t, end))
         assert (kept.start, kept.end) == (start, end)
         want = [rows[place] for place in range(start, end)]

@@ -1,4 +1,4 @@
-"""A track against a server that is a few lines: refusals, crashes and lost connections."""
+"""A protocol against a server that is a few lines: refusals, crashes and lost connections."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pytest
 
 from stepstate import errors
 from stepstate.client import SessionInfo
-from stepstate.client._protocol import backoff
+from stepstate.client._protocol import retry
 from stepstate.client._protocol.replay import AS_SENT, AT_ONCE_ROWS, RESUME_ROWS, SentRequest
+from stepstate.client._protocol.session import BaseSession
 from stepstate.client._protocol.steps import MAX_BYTES, WINDOW, StepProtocol
-from stepstate.client.base_session import BaseSession
 from tests.unit.client.test_types import ONE
 from tests.unit.rig import Clock
 
@@ -40,7 +40,7 @@ def info(t: int = 0, durable_t: int = 0, durability: str = "async") -> SessionIn
     )
 
 
-def footing(t: int | None = None, *, at: int = 0, resume_rows: int = RESUME_ROWS, **known: str):
+def session_at(t: int | None = None, *, at: int = 0, resume_rows: int = RESUME_ROWS, **known: str):
     return BaseSession(ONE, info(at, **known), t=t, resume_rows=resume_rows)
 
 
@@ -50,7 +50,7 @@ def row(value: float, count: int = 1) -> np.ndarray:
 
 @pytest.fixture
 def ticking(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> Clock:
-    monkeypatch.setattr(backoff, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=clock))
     return clock
 
 
@@ -91,10 +91,10 @@ class FakeServer:
 
 
 class Line:
-    """A connection between a track and a server, and the application behind the track."""
+    """A connection between a protocol and a server, and the application behind the protocol."""
 
     def __init__(self, kept: BaseSession, server: FakeServer, *, window: int = WINDOW) -> None:
-        self.track = StepProtocol(kept, timeout=10.0, window=window)
+        self.protocol = StepProtocol(kept, timeout=10.0, window=window)
         self.server = server
         self.requests: deque[SentRequest] = deque()
         self.replies: deque[int | errors.StepstateError] = deque()
@@ -102,9 +102,9 @@ class Line:
         self.got: list[SentRequest] = []
 
     def send(self) -> bool:
-        if not self.track.sendable:
+        if not self.protocol.sendable:
             return False
-        self.requests.append(self.track.next())
+        self.requests.append(self.protocol.next())
         return True
 
     def serve(self, refusal: errors.StepstateError | None = None) -> bool:
@@ -124,40 +124,40 @@ class Line:
             return False
         reply = self.replies.popleft()
         if isinstance(reply, errors.StepstateError):
-            self.track.refused(reply)
+            self.protocol.refused(reply)
         else:
-            sent = self.track.answered(reply)
+            sent = self.protocol.answered(reply)
             if sent is not None:
                 self.answered.append(sent)
-                self.track.missing_reason += 1
+                self.protocol.untaken += 1
         return True
 
     def take(self) -> bool:
         if not self.answered:
             return False
         self.got.append(self.answered.popleft())
-        self.track.missing_reason -= 1
-        self.track.footing.t = self.got[-1].end
+        self.protocol.untaken -= 1
+        self.protocol.session.t = self.got[-1].end
         return True
 
     def break_(self) -> None:
         self.requests.clear()
         self.replies.clear()
-        self.track.lost()
+        self.protocol.lost()
 
     def settle(self) -> None:
         """Goes on until nothing is left to do."""
         while self.send() or self.serve() or self.receive() or self.take():
-            assert self.track.error is None, self.track.error
-            if self.track.pause:
-                self.track.resume()
-        assert not len(self.track)
+            assert self.protocol.error is None, self.protocol.error
+            if self.protocol.pause:
+                self.protocol.resume()
+        assert not len(self.protocol)
 
 
 def fed(line: Line, count: int) -> Line:
     """After so many rows were answered, the first row being 0.0."""
     for _ in range(count):
-        line.track.add(row(float(len(line.server.rows))))
+        line.protocol.add(row(float(len(line.server.rows))))
         line.settle()
     return line
 
@@ -166,10 +166,10 @@ def fed(line: Line, count: int) -> Line:
 
 
 def test_a_server_that_was_set_back_is_sent_what_it_lacks_and_nobody_hears_of_it():
-    line = fed(Line(footing(), FakeServer()), 60)
+    line = fed(Line(session_at(), FakeServer()), 60)
     line.server.saved = 11, {}
     line.server.crash()
-    line.track.add(row(60.0))
+    line.protocol.add(row(60.0))
     line.settle()
     assert line.server.rows == [float(t) for t in range(61)]
     assert [sent.t for sent in line.got] == list(range(61))
@@ -177,18 +177,18 @@ def test_a_server_that_was_set_back_is_sent_what_it_lacks_and_nobody_hears_of_it
 
 
 def test_many_rows_go_in_bounded_requests_one_at_a_time():
-    line = Line(footing(), FakeServer())
-    line.track.add(row(1.0, 10_000))
+    line = Line(session_at(), FakeServer())
+    line.protocol.add(row(1.0, 10_000))
     line.settle()
     fed(line, AS_SENT)
     line.server.saved = 0, {}
     line.server.crash()
-    line.track.add(row(2.0))
+    line.protocol.add(row(2.0))
     line.send()
     line.serve()
     line.receive()
     line.send()
-    assert not line.track.sendable
+    assert not line.protocol.sendable
     line.settle()
     assert len(line.server.rows) == 10_000 + AS_SENT + 1
     assert line.server.most == 10_000
@@ -197,9 +197,9 @@ def test_many_rows_go_in_bounded_requests_one_at_a_time():
 
 
 def test_what_was_sent_behind_a_refused_request_is_sent_again():
-    line = Line(footing(), FakeServer())
+    line = Line(session_at(), FakeServer())
     for value in range(5):
-        line.track.add(row(value))
+        line.protocol.add(row(value))
     while line.send():
         pass
     line.serve(FULL)
@@ -207,20 +207,20 @@ def test_what_was_sent_behind_a_refused_request_is_sent_again():
         pass
     for _ in range(4):
         line.receive()
-        assert (line.track.pause, line.track.sendable) == (0.0, False)
+        assert (line.protocol.pause, line.protocol.sendable) == (0.0, False)
     line.receive()
-    assert line.track.pause >= FULL.retry_after_seconds
-    assert not line.track.sendable
-    line.track.resume()
+    assert line.protocol.pause >= FULL.retry_after_seconds
+    assert not line.protocol.sendable
+    line.protocol.resume()
     line.settle()
     assert line.server.rows == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 def test_answers_behind_a_refused_request_are_asked_for_again():
     """A server that lost the session, and took it over again amid what was in flight."""
-    line = fed(Line(footing(), FakeServer()), 3)
+    line = fed(Line(session_at(), FakeServer()), 3)
     for value in (3.0, 4.0):
-        line.track.add(row(value))
+        line.protocol.add(row(value))
         line.send()
     line.server.step(line.requests[0])  # by way of the other server
     line.serve(STALE)
@@ -229,17 +229,17 @@ def test_answers_behind_a_refused_request_are_asked_for_again():
     line.receive()
     assert [sent.t for sent in line.got] == [0, 1, 2]
     assert not line.answered
-    line.track.resume()
+    line.protocol.resume()
     line.settle()
     assert [sent.t for sent in line.got] == [0, 1, 2, 3, 4]
     assert line.server.rows == [0.0, 1.0, 2.0, 3.0, 4.0]
 
 
 def test_a_connection_lost_amid_a_replay_goes_on_where_it_was():
-    line = fed(Line(footing(), FakeServer()), 100)
+    line = fed(Line(session_at(), FakeServer()), 100)
     line.server.saved = 0, {}
     line.server.crash()
-    line.track.add(row(100.0))
+    line.protocol.add(row(100.0))
     for _ in range(2):  # the refusal, then the first part
         line.send()
         line.serve()
@@ -253,12 +253,12 @@ def test_a_connection_lost_amid_a_replay_goes_on_where_it_was():
 
 
 def test_a_crash_amid_a_replay_begins_it_anew():
-    line = fed(Line(footing(), FakeServer()), 100)
+    line = fed(Line(session_at(), FakeServer()), 100)
     for saved in (20, 20, 60):
         line.server.saved = saved, {}
         line.server.crash()
-        if not len(line.track):
-            line.track.add(row(100.0))
+        if not len(line.protocol):
+            line.protocol.add(row(100.0))
         for _ in range(3):
             line.send()
             line.serve()
@@ -269,10 +269,10 @@ def test_a_crash_amid_a_replay_begins_it_anew():
 
 
 def test_rows_that_reached_it_in_other_requests_are_passed_over():
-    line = fed(Line(footing(), FakeServer()), 100)
+    line = fed(Line(session_at(), FakeServer()), 100)
     line.server.saved = 10, {}
     line.server.crash()
-    line.track.add(row(100.0))
+    line.protocol.add(row(100.0))
     line.send()
     line.serve()
     line.receive()
@@ -282,11 +282,11 @@ def test_rows_that_reached_it_in_other_requests_are_passed_over():
 
 
 def test_rows_before_durable_t_are_not_kept():
-    line = fed(Line(footing(), FakeServer()), 50)
+    line = fed(Line(session_at(), FakeServer()), 50)
     line.server.save()
     fed(line, 1)
-    kept = line.track.footing
-    assert (kept.durable_t, kept.backlog.start, kept.t) == (50, 50, 51)
+    kept = line.protocol.session
+    assert (kept.durable_t, kept.replay_buffer.start, kept.t) == (50, 50, 51)
 
 
 # What can't be gone on with.
@@ -299,34 +299,34 @@ def refused_for_good(line: Line, error: errors.StepstateError) -> None:
 
 
 def test_missing_rows_are_named():
-    line = fed(Line(footing(resume_rows=30), FakeServer()), 100)
+    line = fed(Line(session_at(resume_rows=30), FakeServer()), 100)
     line.server.saved = 50, {}
     line.server.crash()
-    line.track.add(row(100.0))
+    line.protocol.add(row(100.0))
     line.send()
     line.serve()
     line.receive()
-    assert isinstance(line.track.error, errors.RowsMissing)
-    assert (line.track.error.first, line.track.error.last) == (50, 70)
-    assert not line.track.sendable
+    assert isinstance(line.protocol.error, errors.RowsMissing)
+    assert (line.protocol.error.first, line.protocol.error.last) == (50, 70)
+    assert not line.protocol.sendable
     assert line.server.rows == [float(t) for t in range(50)]
 
 
 @pytest.mark.parametrize("known", [{}, {"durability": "none"}, {"durability": ""}])
 def test_rows_that_were_never_here_are_missing(known: dict[str, str]):
-    line = Line(footing(t=9, at=5, **known), FakeServer())
+    line = Line(session_at(t=9, at=5, **known), FakeServer())
     line.server.rows = [0.0] * 5
-    line.track.add(row(1.0))
+    line.protocol.add(row(1.0))
     line.send()
     line.serve()
     line.receive()
-    assert isinstance(line.track.error, errors.RowsMissing)
-    assert (line.track.error.first, line.track.error.last) == (5, 8)
+    assert isinstance(line.protocol.error, errors.RowsMissing)
+    assert (line.protocol.error.first, line.protocol.error.last) == (5, 8)
 
 
 def test_nothing_is_kept_of_a_session_that_can_not_be_resumed():
-    line = fed(Line(footing(durability="none"), FakeServer()), 50)
-    assert len(line.track.footing.backlog) == 0
+    line = fed(Line(session_at(durability="none"), FakeServer()), 50)
+    assert len(line.protocol.session.replay_buffer) == 0
 
 
 @pytest.mark.parametrize(
@@ -340,40 +340,40 @@ def test_nothing_is_kept_of_a_session_that_can_not_be_resumed():
     ],
 )
 def test_other_refusals_end_it(error: errors.StepstateError):
-    line = Line(footing(), FakeServer())
-    line.track.add(row(1.0))
+    line = Line(session_at(), FakeServer())
+    line.protocol.add(row(1.0))
     refused_for_good(line, error)
-    assert line.track.error is error
-    assert line.track.ending
+    assert line.protocol.error is error
+    assert line.protocol.ending
     with pytest.raises(type(error)):
-        line.track.rest()
-    assert line.track.drop() == 4
+        line.protocol.rest()
+    assert line.protocol.drop() == 4
 
 
 def test_an_error_of_the_application_comes_after_the_answers_before_it():
-    line = Line(footing(), FakeServer())
+    line = Line(session_at(), FakeServer())
     for value in range(3):
-        line.track.add(row(value))
+        line.protocol.add(row(value))
     wrong = errors.InvalidField("x", "is wrong")
-    line.track.end(wrong)
-    assert line.track.ending
+    line.protocol.end(wrong)
+    assert line.protocol.ending
     for _ in range(3):
-        assert line.track.error is None
+        assert line.protocol.error is None
         line.send()
         line.serve()
         line.receive()
-    assert line.track.error is wrong
-    alone = StepProtocol(footing(), timeout=1.0)
+    assert line.protocol.error is wrong
+    alone = StepProtocol(session_at(), timeout=1.0)
     alone.end(wrong)
     assert alone.error is wrong
 
 
 def test_rows_too_large_for_a_message_are_refused():
-    track = StepProtocol(footing(), timeout=1.0)
+    protocol = StepProtocol(session_at(), timeout=1.0)
     with pytest.raises(errors.InvalidField, match="send several"):
-        track.add(row(1.0, 4 * 2**20))
-    track.add(row(1.0, MAX_BYTES // 4))
-    assert len(track) == 1
+        protocol.add(row(1.0, 4 * 2**20))
+    protocol.add(row(1.0, MAX_BYTES // 4))
+    assert len(protocol) == 1
 
 
 # Time.
@@ -383,88 +383,88 @@ def test_rows_too_large_for_a_message_are_refused():
 def test_it_gives_up_when_nothing_brings_it_on_for_the_timeout(
     ticking: Clock, error: errors.StepstateError
 ):
-    track = StepProtocol(footing(), timeout=10.0)
-    track.add(row(1.0))
+    protocol = StepProtocol(session_at(), timeout=10.0)
+    protocol.add(row(1.0))
     began, waits = ticking(), 0
     while True:
-        track.next()
-        track.refused(error)
-        if track.error is not None:
+        protocol.next()
+        protocol.refused(error)
+        if protocol.error is not None:
             break
         waits += 1
-        ticking.advance(track.rest())
-    assert track.error is error
+        ticking.advance(protocol.rest())
+    assert protocol.error is error
     assert 8.0 < ticking() - began <= 10.0
     assert waits > 8
 
 
 def test_every_answer_sets_the_clock_back(ticking: Clock):
-    line = fed(Line(footing(), FakeServer(), window=1), 100)
+    line = fed(Line(session_at(), FakeServer(), window=1), 100)
     line.server.saved = 0, {}
     line.server.crash()
-    line.track.add(row(100.0))
+    line.protocol.add(row(100.0))
     began = ticking()
-    while len(line.track):
+    while len(line.protocol):
         for refusal in (FULL, None):
             line.send()
             line.serve(refusal)
             line.receive()
             ticking.advance(3.0 if refusal else 0.0)
-            line.track.rest()
+            line.protocol.rest()
     assert ticking() - began > 60.0
     assert line.server.rows == [float(t) for t in range(101)]
 
 
 def test_a_server_that_is_set_back_without_end_is_given_up(ticking: Clock):
-    line = fed(Line(footing(), FakeServer(), window=1), 3)
-    line.track.add(row(3.0))
-    while line.track.error is None:
-        sent = line.track.next()
-        line.track.refused(errors.StepAhead("a", sent.t + 1, 0))
-        if line.track.error is None:
-            ticking.advance(line.track.rest())
-    assert isinstance(line.track.error, errors.StepAhead)
+    line = fed(Line(session_at(), FakeServer(), window=1), 3)
+    line.protocol.add(row(3.0))
+    while line.protocol.error is None:
+        sent = line.protocol.next()
+        line.protocol.refused(errors.StepAhead("a", sent.t + 1, 0))
+        if line.protocol.error is None:
+            ticking.advance(line.protocol.rest())
+    assert isinstance(line.protocol.error, errors.StepAhead)
 
 
 def test_a_request_may_take_what_is_left(ticking: Clock):
-    track = StepProtocol(footing(), timeout=10.0)
-    track.add(row(1.0))
-    assert track.left == 10.0
-    track.next()
+    protocol = StepProtocol(session_at(), timeout=10.0)
+    protocol.add(row(1.0))
+    assert protocol.left == 10.0
+    protocol.next()
     ticking.advance(4.0)
-    track.refused(FULL)
-    ticking.advance(track.rest())
-    assert track.left < 6.0
-    track.next()
-    assert track.answered(0) is not None
-    assert track.left == 10.0
+    protocol.refused(FULL)
+    ticking.advance(protocol.rest())
+    assert protocol.left < 6.0
+    protocol.next()
+    assert protocol.answered(0) is not None
+    assert protocol.left == 10.0
     ticking.advance(60.0)
-    assert track.left == 0.001
+    assert protocol.left == 0.001
 
 
-# The footing.
+# The session_at.
 
 
 def test_a_place_that_the_server_tells_is_taken_unless_it_can_be_brought_up():
-    kept = fed(Line(footing(), FakeServer()), 20).track.footing
-    kept.placed(info(8))
+    kept = fed(Line(session_at(), FakeServer()), 20).protocol.session
+    kept.update(info(8))
     assert kept.t == 20
-    kept.placed(info(25))
+    kept.update(info(25))
     assert kept.t == 25
-    kept.placed(info(25, durable_t=22))
-    assert (kept.durable_t, kept.backlog.start) == (22, 20)
-    kept.placed(info(8))
+    kept.update(info(25, durable_t=22))
+    assert (kept.durable_t, kept.replay_buffer.start) == (22, 20)
+    kept.update(info(8))
     assert kept.t == 8
 
 
 def test_a_fork_keeps_the_same_rows_apart():
-    source = fed(Line(footing(), FakeServer()), 20).track.footing
-    fork = footing(at=12)
-    fork.follow(source, resume_rows=100)
-    assert (fork.t, fork.backlog.start, fork.backlog.end) == (20, 0, 20)
-    none = footing(at=12, durability="none")
-    none.follow(source, resume_rows=100)
-    assert (none.t, len(none.backlog)) == (20, 0)
+    source = fed(Line(session_at(), FakeServer()), 20).protocol.session
+    fork = session_at(at=12)
+    fork.continue_from(source, resume_rows=100)
+    assert (fork.t, fork.replay_buffer.start, fork.replay_buffer.end) == (20, 0, 20)
+    none = session_at(at=12, durability="none")
+    none.continue_from(source, resume_rows=100)
+    assert (none.t, len(none.replay_buffer)) == (20, 0)
 
 
 # All ways at once.
@@ -478,13 +478,13 @@ class Trouble:
         self.items = [row(float(n), chance.choice([1, 1, 1, 1, 2, 40])) for n in range(200)]
         self.starts = np.cumsum([0] + [len(item) for item in self.items]).tolist()
         self.server = FakeServer()
-        self.line = Line(footing(), self.server, window=chance.choice([1, 4, WINDOW]))
+        self.line = Line(session_at(), self.server, window=chance.choice([1, 4, WINDOW]))
         self.given = 0
         self.got: list[SentRequest] = []
 
     @property
     def done(self) -> bool:
-        return self.line.track.footing.t == self.starts[-1]
+        return self.line.protocol.session.t == self.starts[-1]
 
     def happen(self) -> None:
         """One thing."""
@@ -503,14 +503,14 @@ class Trouble:
             self.leave: 0.05,
         }
         self.chance.choices(list(chances), list(chances.values()))[0]()
-        assert line.track.error is None, line.track.error
-        if line.track.pause:
-            line.track.resume()
+        assert line.protocol.error is None, line.protocol.error
+        if line.protocol.pause:
+            line.protocol.resume()
         self.got += line.got[before:]
 
     def add(self) -> None:
         if self.given < len(self.items):
-            self.line.track.add(self.items[self.given], last_only=True)
+            self.line.protocol.add(self.items[self.given], last_only=True)
             self.given += 1
 
     def refuse(self) -> None:
@@ -525,8 +525,8 @@ class Trouble:
         """The application goes on from its t; some of what was in flight happens all the same."""
         while self.chance.random() < 0.5 and self.line.serve():
             pass
-        kept = self.line.track.footing
-        self.line = Line(kept, self.server, window=self.line.track._window)
+        kept = self.line.protocol.session
+        self.line = Line(kept, self.server, window=self.line.protocol._window)
         self.given = self.starts.index(kept.t)
 
 
@@ -538,5 +538,5 @@ def test_whatever_happens_each_row_is_applied_once_and_answered_once(seed: int):
     assert [sent.t for sent in trouble.got] == trouble.starts[:-1]
     rows, want = trouble.server.rows, np.concatenate(trouble.items)[:, 0].tolist()
     assert rows == want[: len(rows)]  # it may have been set back after its last answer
-    rest = trouble.line.track.footing.backlog.rows(len(rows), len(want) - 1)
+    rest = trouble.line.protocol.session.replay_buffer.rows(len(rows), len(want) - 1)
     assert rest[:, 0].tolist() == want[len(rows) :]

@@ -116,8 +116,8 @@ def test_rows_without_times_have_none(x):
 
 def test_a_row_of_a_frame_is_taken_by_the_names_of_its_values_and_its_time():
     frame = pd.DataFrame([[3.0, 1.0, 2.0]], columns=["c", "a", "b"], index=index(30))
-    rows, alone, times = read_rows(THREE, frame.iloc[0], "x")
-    assert (rows.tolist(), alone) == ([[1.0, 2.0, 3.0]], True)
+    rows, single, times = read_rows(THREE, frame.iloc[0], "x")
+    assert (rows.tolist(), single) == ([[1.0, 2.0, 3.0]], True)
     assert clock().place(times, 1, "x").tolist() == [0]
     with pytest.raises(InvalidField, match="has the columns c, a, d; m/1 takes a, b, c"):
         read_rows(THREE, frame.iloc[0].rename({"b": "d"}), "x")
@@ -306,19 +306,19 @@ def test_an_hour_that_is_missing_in_times_of_utc_is_only_missing():
 def test_a_scenario_may_lack_rows_and_leaves_the_clock_alone():
     made = clock(None)
     _, _, times = read_rows(ONE, TimedRows([1.0, 2.0], index(0, 60)), "x")
-    assert made.lay_out(times, 5, "x").tolist() == [0, 2]
+    assert made.place_scenario(times, 5, "x").tolist() == [0, 2]
     assert made.time(0) is None
     made = clock()
-    assert made.lay_out(times, 0, "x").tolist() == [0, 2]
+    assert made.place_scenario(times, 0, "x").tolist() == [0, 2]
     with pytest.raises(InvalidField, match="the session is at t=1"):
-        made.lay_out(times, 1, "x")
-    assert clock(interval=None).lay_out(times, 3, "x").tolist() == [0, 1]
+        made.place_scenario(times, 1, "x")
+    assert clock(interval=None).place_scenario(times, 3, "x").tolist() == [0, 1]
 
 
 def test_a_forks_clock_goes_on_where_the_sources_is():
     made, forked = clock(None), clock(None)
     place(made, index(0, 30))
-    forked.follow(made)
+    forked.continue_from(made)
     assert forked.time(1) == made.time(1) == (START + STEP).replace(tzinfo=UTC)
 
 

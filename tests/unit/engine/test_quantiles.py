@@ -159,7 +159,7 @@ async def test_farther_quantiles_are_never_nearer(make_rig):
     await rig.y(session, forecasts.rows(60))
     engine = rig.scheduler.engine
     state = engine.read_states(np.array([session.slot]))
-    tracker = engine._tracker
+    tracker = rig.tracker
     spot = tracker.targets[0].spots[0]
     state[0, engine.layout.tracked_from + spot.place] = -0.4  # an offset that takes much off
     levels = (0.02, 0.05, 0.3, 0.45, 0.5, 0.6, 0.95, 0.99)

@@ -10,7 +10,8 @@ import pytest
 
 from stepstate.errors import ModelInvalid
 from stepstate.models import load_model, write_model
-from stepstate.models.validate import MANIFEST, fingerprint
+from stepstate.models.manifest import MANIFEST
+from stepstate.models.model import fingerprint
 from tests.networks import Network, make_network
 
 COUNTER = 16_777_216.0

@@ -35,7 +35,7 @@ async def forged(rig: Rig, place: int, value: float, *, version_1: bool = False)
 @pytest.mark.parametrize("value", [-1.0, 0.5, np.nan])
 async def test_a_snapshot_with_a_count_that_can_not_be_is_corrupt(rig, value):
     engine = rig.scheduler.engine
-    spot = engine._tracker.targets[0].spots[0]
+    spot = rig.tracker.targets[0].spots[0]
     place = engine.layout.tracked_from + spot.place + BLOCK  # how many errors there were
     data = await forged(rig, place, value)
     with pytest.raises(SnapshotCorrupt, match="tracks"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stepstate.engine.network import Network
 from stepstate.engine.tracking.scores import _PAIRS, BLOCK
 from stepstate.errors import (
     NonFiniteResult,
@@ -63,7 +64,7 @@ async def test_a_level_that_stood_in_is_no_naive_forecast(rig):
     part = rig.scheduler.engine.read_states(np.array([session.slot]))[
         0, rig.scheduler.engine.layout.tracked_from :
     ]
-    spot = rig.scheduler.engine._tracker.targets[0].spots[0]
+    spot = rig.tracker.targets[0].spots[0]
     assert (
         part[spot.place + BLOCK + _PAIRS] == 1
     )  # of nine rows, only the last had one a season before
@@ -118,17 +119,19 @@ async def test_a_row_beyond_float32_is_refused_among_others(rig):
     )
 
 
-async def test_a_session_with_missing_rows_does_not_slow_another_that_is_primed(rig):
+async def test_a_session_with_missing_rows_does_not_slow_another_that_is_primed(rig, monkeypatch):
     """Its own forecasts take a row at a time; whole rows of another go a chunk at a time."""
     gappy = await rig.open("gappy", missing="impute")
     whole = await rig.open("whole")
     await rig.y(gappy, rows(1))
     chunks = []
-    sequence = rig.scheduler.engine._network.sequence
-    rig.scheduler.engine._network.sequence = lambda x, *rest: (
-        chunks.append(x.shape),
-        sequence(x, *rest),
-    )[1]
+    sequence = Network.sequence
+
+    def noted(network, x, *rest):
+        chunks.append(x.shape)
+        return sequence(network, x, *rest)
+
+    monkeypatch.setattr(Network, "sequence", noted)
     holes = rig.send(gappy, np.full((300, 2), np.nan))
     primed = rig.send(whole, rows(512))
     assert await primed.outcome()
@@ -168,16 +171,17 @@ async def test_inspect_fills_what_is_missing_too(rig, policy):
     assert all(part.shape[0] == 12 for layer in step.layers for part in layer.values())
 
 
-async def test_rows_held_are_applied_a_chunk_at_a_time(rig):
+async def test_rows_held_are_applied_a_chunk_at_a_time(rig, monkeypatch):
     session = await rig.open(missing="hold")
     x = rows(256)
     x[100:200] = np.nan
     pieces = []
-    network = rig.scheduler.engine._network
-    sequence = network.sequence_seen
-    network.sequence_seen = lambda seen, *rest: (
-        pieces.append(seen.shape[1]),
-        sequence(seen, *rest),
-    )[1]
+    sequence = Network.sequence_seen
+
+    def noted(network, seen, *rest):
+        pieces.append(seen.shape[1])
+        return sequence(network, seen, *rest)
+
+    monkeypatch.setattr(Network, "sequence_seen", noted)
     await rig.y(session, x)
     assert pieces == [128, 128]

@@ -1,9 +1,9 @@
-"""One call of a pack: which rows are still to be sent, and what came of each. No I/O.
+"""One call of a pack: which rows are still to be sent, and the outcome of each. No I/O.
 
 Rule 1: a row has one outcome: its outputs, or the error that says why it was not applied. After a
-        row that was refused no later row of its session is applied in the call.
+        refused row no later row of its session is applied in the call.
 Rule 2: a row whose reply was lost is sent again with the same t, which applies nothing twice.
-Rule 3: a session that the server was set back in is brought up before its row is sent again.
+Rule 3: if the server was rolled back, a session catches up before its row is sent again.
 
 N rows of a call, D inputs, O outputs.
 """
@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepstate.client import convert
-from stepstate.client._protocol.backoff import Backoff
 from stepstate.client._protocol.replay import SentRequest
-from stepstate.client.base_session import BaseSession
-from stepstate.client.times import TimedRows, Times, read_rows
+from stepstate.client._protocol.retry import ProgressTimeout, is_retryable
+from stepstate.client._protocol.session import BaseSession
+from stepstate.client.times import RowsLike, Times, read_rows
 from stepstate.client.types import Floats, ModelInfo
 from stepstate.errors import InvalidField, StepAhead, StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
@@ -29,21 +29,21 @@ from stepstate.v1 import stepstate_pb2 as pb
 S = TypeVar("S", bound=BaseSession)
 
 MESSAGE_ROWS = 4096
-"""What a server takes in one message."""
+"""A server's limit for one message."""
 MESSAGE_BYTES = 8 * 2**20
-"""Half of what a server takes in one message, and so of columns with many inputs."""
+"""Half of a server's limit for one message: fewer rows of many inputs fit."""
 IMPUTED, FALLBACK = 2, 4
 
 
 @dataclass(frozen=True, slots=True)
 class PackedResult:
-    """What became of the rows of one call.
+    """The outcomes of the rows of one call.
 
     `y` [N, O]: outputs in raw units; NaN where the row was refused. `t` [N]: rows
-    applied to the session after this one; 0 where refused. `durable_t` [N]: rows
-    of it that survive the end of the server. `imputed` [N]: something stood in
-    for a missing value. `fallback` [N]: a lagged input reached back before the
-    session's first row. `errors`: why rows were refused, by their place.
+    applied to the session up to this one; 0 where refused. `durable_t` [N]: rows
+    of it that survive the end of the server. `imputed` [N]: a missing value was
+    replaced. `fallback` [N]: a lagged input would have been before the session's
+    first row. `errors`: why rows were refused, by their place.
     """
 
     y: Floats
@@ -61,7 +61,7 @@ class PackMembers(Generic[S]):
     sessions: list[S]
     model: ModelInfo
     busy: NDArray[np.bool_]
-    """Those that have rows on their way."""
+    """Those that have rows in flight."""
 
     @classmethod
     def of(cls, sessions: Sequence[S]) -> PackMembers[S]:
@@ -85,7 +85,7 @@ class PackMembers(Generic[S]):
         return cls(list(sessions), model, np.zeros(len(sessions), np.bool_))
 
     def bindings(self) -> pb.StreamPackedRequest:
-        """What tells the server the handles."""
+        """The message that tells the server the handles."""
         request = pb.StreamPackedRequest()
         for handle, session in enumerate(self.sessions):
             request.bindings.add(handle=handle, session_id=session.session_id)
@@ -94,7 +94,7 @@ class PackMembers(Generic[S]):
 
 @dataclass(slots=True, eq=False)
 class RowsInFlight:
-    """Some rows of a call on their way."""
+    """A message with some rows of a call."""
 
     rows: NDArray[np.int64]
     request: pb.StreamPackedRequest
@@ -107,17 +107,17 @@ class PackedProtocol(Generic[S]):
         members: the pack's sessions.
         x: the rows [N, D].
         which: the session of each row [N], as its place in the pack; None: each session's.
-        timeout: seconds to go on without an answer that brings a row on.
+        timeout: seconds to go on without an answer that makes progress.
 
     Raises:
         InvalidField: x or `which` has another shape, names no session of the pack, or one that has
-            rows on their way in another call.
+            rows in flight in another call.
     """
 
     def __init__(
         self,
         members: PackMembers[S],
-        x: ArrayLike | TimedRows,
+        x: RowsLike,
         which: ArrayLike | None,
         *,
         timeout: float,
@@ -136,8 +136,7 @@ class PackedProtocol(Generic[S]):
         self._waiting = np.arange(count)
         self._refused: dict[int, StepstateError] = {}
         self._late: StepstateError | None = None
-        self._timeout = timeout
-        self._backoff: Backoff | None = None
+        self._timeout = ProgressTimeout(timeout)
         self._result = PackedResult(
             y=np.full((count, members.model.output_width), np.nan, np.float32),
             t=np.zeros(count, np.int64),
@@ -159,9 +158,7 @@ class PackedProtocol(Generic[S]):
     @property
     def left(self) -> float:
         """Seconds until it gives up."""
-        if self._backoff is None:
-            self._backoff = Backoff(self._timeout)
-        return max(self._backoff.left, 0.001)
+        return self._timeout.left
 
     def messages(self) -> Iterator[RowsInFlight]:
         """What is to be sent now: all rows that have no outcome yet, in order."""
@@ -185,43 +182,43 @@ class PackedProtocol(Generic[S]):
         """
         if reply.HasField("error"):
             error = convert.from_status(reply.error)
-            if not convert.passing(error):
+            if not is_retryable(error):
                 raise error
             self._late = error
             return
         refused = [one.row for one in reply.errors]
         for row, one in zip(message.rows[refused].tolist(), reply.errors, strict=True):
             self._refused[row] = convert.from_status(one.status)
-        fine = np.ones(len(message.rows), np.bool_)
-        fine[refused] = False
-        if fine.any():
-            self._backoff = None
-            self._take(message.rows, fine, reply)
+        applied = np.ones(len(message.rows), np.bool_)
+        applied[refused] = False
+        if applied.any():
+            self._timeout.progress()
+            self._take(message.rows, applied, reply)
 
     def broken(self, error: StepstateError) -> None:
         """The stream broke: what was not answered is to be sent again.
 
         Raises:
-            StepstateError: that would lead to nothing.
+            StepstateError: it would break again.
         """
-        if not convert.passing(error):
+        if not is_retryable(error):
             raise error
         self._late = error
 
     def settle(self) -> list[tuple[S, int]]:
-        """Decides about the rows that were refused, when all replies that will come are in.
+        """Decides about the refused rows, when all replies that will come have come.
 
         Returns:
-            The sessions that the server was set back in, and where it stands in each: bring them
-            up, or say with `ended` why that can't be done.
+            The sessions in which the server was rolled back, and its t in each: let them catch
+            up, or report with `ended` why they can't.
         """
         behind: list[tuple[S, int]] = []
         waits: set[int] = set()
         for row in sorted(self._refused):
             place, error = int(self._which[row]), self._refused[row]
-            if place in waits or place in self._ended:  # of a row before it there is more to say
+            if place in waits or place in self._ended:  # an earlier row decides
                 continue
-            if not convert.passing(error) and not isinstance(error, StepAhead):
+            if not is_retryable(error) and not isinstance(error, StepAhead):
                 self._ended[place] = error
                 continue
             waits.add(place)
@@ -233,7 +230,7 @@ class PackedProtocol(Generic[S]):
         return behind
 
     def ended(self, session: S, error: StepstateError) -> None:
-        """A session can't be brought up: its rows are refused."""
+        """A session can't catch up: its rows are refused."""
         self._ended[self._members.sessions.index(session)] = error
         self._decide()
 
@@ -242,10 +239,8 @@ class PackedProtocol(Generic[S]):
         late, self._late = self._late, None
         if late is None or self.done:
             return 0.0
-        if self._backoff is None:
-            self._backoff = Backoff(self._timeout)
         try:
-            return self._backoff.wait(late)
+            return self._timeout.wait(late)
         except StepstateError as error:
             self._ended.update(dict.fromkeys(self._which[self._waiting].tolist(), error))
             self._decide()
@@ -257,13 +252,13 @@ class PackedProtocol(Generic[S]):
         return replace(self._result, errors=self._errors)
 
     def given_up(self) -> None:
-        """The application does not take the outcome: its sessions stand where they stood."""
+        """The application does not take the outcome: its sessions get back their t."""
         self._members.busy[self._named] = False
         for place, t in self._before.items():
             self._members.sessions[place].t = t
 
     def _check_times(self, times: Times) -> None:
-        """Rows of sessions can't wait for each other here, so that none may be missing."""
+        """Each row must be its session's next one: a pack adds no missing rows."""
         for place in self._named:
             rows = np.flatnonzero(self._which == place)
             clock, t = self._members.sessions[place].clock, self._before[place]
@@ -271,35 +266,35 @@ class PackedProtocol(Generic[S]):
             clock.place(some, t, f"x of session {place}", takes_missing=False)
 
     def _keep(self) -> None:
-        """Keeps the rows, to send them again to a server that is set back later."""
+        """Keeps the rows, to send them again to a server that is rolled back later."""
         x = self._x.astype("<f4", copy=False)
         places = zip(self._which.tolist(), self._t.tolist(), x, strict=True)
         for place, t, row in places:
             session = self._members.sessions[place]
             if session.info.resumable:
-                session.backlog.put(SentRequest(t, 1, row.tobytes()))
+                session.replay_buffer.put(SentRequest(t, 1, row.tobytes()))
 
     def _take(
-        self, rows: NDArray[np.int64], fine: NDArray[np.bool_], reply: pb.StreamPackedResponse
+        self, rows: NDArray[np.int64], applied: NDArray[np.bool_], reply: pb.StreamPackedResponse
     ) -> None:
-        """Takes the outcomes of the rows of a message that were applied."""
-        applied, told = rows[fine], self._result
-        told.y[applied] = np.frombuffer(reply.y, "<f4").reshape(len(rows), -1)[fine]
-        told.t[applied] = np.frombuffer(reply.t, "<u8")[fine]
-        told.durable_t[applied] = np.frombuffer(reply.durable_t, "<u8")[fine]
+        """Takes the outcomes of a message's rows that were applied."""
+        taken, result = rows[applied], self._result
+        result.y[taken] = np.frombuffer(reply.y, "<f4").reshape(len(rows), -1)[applied]
+        result.t[taken] = np.frombuffer(reply.t, "<u8")[applied]
+        result.durable_t[taken] = np.frombuffer(reply.durable_t, "<u8")[applied]
         if reply.flags:
-            flags = np.frombuffer(reply.flags, np.uint8)[fine]
-            told.imputed[applied] = flags & IMPUTED
-            told.fallback[applied] = flags & FALLBACK
-        columns = (self._which, told.t, told.durable_t, told.imputed, told.fallback)
-        outcomes = zip(*(column[applied].tolist() for column in columns), strict=True)
+            flags = np.frombuffer(reply.flags, np.uint8)[applied]
+            result.imputed[taken] = flags & IMPUTED
+            result.fallback[taken] = flags & FALLBACK
+        columns = (self._which, result.t, result.durable_t, result.imputed, result.fallback)
+        outcomes = zip(*(column[taken].tolist() for column in columns), strict=True)
         for place, t, durable_t, imputed, fallback in outcomes:
             session = self._members.sessions[place]
-            session.arrived(t, imputed_rows=int(imputed), fallback_rows=int(fallback))
-            session.saved(durable_t)
+            session.received(t, imputed_rows=int(imputed), fallback_rows=int(fallback))
+            session.mark_durable(durable_t)
 
     def _decide(self) -> None:
-        """Gives the rows of sessions that have ended their error; the others wait on."""
+        """Gives the rows of ended sessions their error; the others go on waiting."""
         waiting = self._waiting[self._result.t[self._waiting] == 0]
         for row, place in zip(waiting.tolist(), self._which[waiting].tolist(), strict=True):
             if place in self._ended:
@@ -313,13 +308,13 @@ def _places(members: PackMembers[S], which: ArrayLike | None) -> NDArray[np.int6
     places = np.asarray(which)
     if places.ndim != 1 or not len(places) or places.dtype.kind not in "iu":
         raise InvalidField("which", "is not a list of places in the pack, such as [0, 3]")
-    most = len(members.sessions)
-    if places.min() < 0 or places.max() >= most:
-        raise InvalidField("which", f"names a place outside 0 to {most - 1}, those of the pack")
+    count = len(members.sessions)
+    if places.min() < 0 or places.max() >= count:
+        raise InvalidField("which", f"names a place outside 0 to {count - 1}, those of the pack")
     return places.astype(np.int64)
 
 
-def _rows(model: ModelInfo, x: ArrayLike | TimedRows, count: int) -> tuple[Floats, Times | None]:
+def _rows(model: ModelInfo, x: RowsLike, count: int) -> tuple[Floats, Times | None]:
     rows, _, times = read_rows(model, x, "x")
     if len(rows) != count:
         raise InvalidField("x", f"has {len(rows)} rows for {count} sessions: one each")
@@ -327,7 +322,7 @@ def _rows(model: ModelInfo, x: ArrayLike | TimedRows, count: int) -> tuple[Float
 
 
 def _times(which: NDArray[np.int64], before: Mapping[int, int]) -> NDArray[np.int64]:
-    """t of each row [N]: where its session stands, and one more for each row of it before."""
+    """t of each row [N]: that of its session, and one more for each earlier row of the session."""
     starts = np.array([before[place] for place in which.tolist()], np.int64)
     order = np.argsort(which, kind="stable")
     ordered = which[order]

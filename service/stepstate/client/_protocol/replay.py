@@ -1,8 +1,8 @@
-"""The rows that a session's client keeps, to send them again to a server that was set back.
+"""The rows that a session's client keeps, to send them again to a server that was rolled back.
 
-Rule 1: what is kept is one run of rows without a hole, `start` to `end`.
-Rule 2: rows that the server calls durable are dropped; beyond the limit, the oldest are.
-Rule 3: rows put at a t that is kept already replace those and all after them.
+Rule 1: the kept rows are one run without a gap, `start` to `end`.
+Rule 2: rows that the server reports as durable are dropped; over the limit, the oldest are.
+Rule 3: rows put at a t that is kept already replace those and all after them. No I/O.
 
 D inputs a row.
 """
@@ -20,21 +20,21 @@ from stepstate.client.types import Floats
 from stepstate.errors import RowsMissing
 
 RESUME_ROWS = 200_000
-"""Twice what a server lets a session be behind in its store, by its defaults."""
+"""Twice the rows that a server with default settings lets a session have unsaved."""
 AT_ONCE_ROWS = 4_096
 """Some tens of milliseconds of a server's work."""
 AT_ONCE_BYTES = 2**20
-"""A sixteenth of what a server takes in one request."""
+"""A sixteenth of a server's limit for one request."""
 AS_SENT = 32
-"""The newest requests go again as they were: so many a server remembers the replies of, and
-somebody may ask for those again, with the same requests."""
+"""The newest requests are sent again unchanged: a server remembers the replies of so many, and
+another client may ask for those again, with the same requests."""
 
 _t_of = attrgetter("t")
 
 
 @dataclass(slots=True, eq=False)
 class SentRequest:
-    """The rows of one request: `count` of them from `t` on, float32 [count, D] as bytes."""
+    """The rows of one request: `count` rows from `t` on, float32 [count, D] as bytes."""
 
     t: int
     count: int
@@ -58,13 +58,13 @@ class SentRequest:
 
 
 class ReplayBuffer:
-    """Rows of one session, from the oldest that may be asked for again to the last one sent.
+    """Rows of one session, from the oldest that a server may need again to the last one sent.
 
     Args:
-        session_id: named in errors.
+        session_id: for errors.
         width: D.
         limit: most rows kept.
-        t: where it begins.
+        t: the first row to come.
     """
 
     def __init__(self, session_id: str, width: int, limit: int, t: int = 0) -> None:
@@ -86,9 +86,9 @@ class ReplayBuffer:
         self._kept.append(sent)
         self.end = sent.t + sent.count
         if self.end - self.start > self._limit:
-            self.forget(self.end - self._limit)
+            self.drop_before(self.end - self._limit)
 
-    def forget(self, t: int) -> None:
+    def drop_before(self, t: int) -> None:
         """Drops the rows before t."""
         if t <= self.start:
             return
@@ -98,11 +98,11 @@ class ReplayBuffer:
             kept.popleft()
 
     def holds(self, first: int, last: int) -> bool:
-        """Whether it has all the rows first to last, both included."""
+        """Whether all the rows first to last, both included, are kept."""
         return first > last or (self.start <= first and last < self.end)
 
     def check(self, first: int, last: int) -> None:
-        """Raises what is missing of the rows first to last, both included.
+        """Checks that the rows first to last, both included, are kept.
 
         Raises:
             RowsMissing: it names the first run of rows that are not kept.
@@ -118,16 +118,15 @@ class ReplayBuffer:
         """The rows first to last, both included [last - first + 1, D].
 
         Raises:
-            RowsMissing: as `check`.
+            RowsMissing: some are not kept.
         """
         self.check(first, last)
         return np.frombuffer(self._data(first, last + 1), "<f4").reshape(-1, self._width)
 
     def again(self, t: int, end: int) -> SentRequest:
-        """The request to send next for the rows from t on, before end; they must be kept.
+        """The next request that sends the rows from t to end again; they must be kept.
 
-        The newest `AS_SENT` requests before end go as they were sent, what is
-        older goes many rows at once.
+        The newest `AS_SENT` requests before end are sent unchanged; older rows go many at once.
         """
         place = bisect_right(self._kept, t, key=_t_of) - 1
         after = bisect_left(self._kept, end, key=_t_of)
@@ -138,16 +137,16 @@ class ReplayBuffer:
         return SentRequest(t, until - t, self._data(t, until), inspect=False, last_only=True)
 
     def last(self, t: int, end: int) -> SentRequest:
-        """The last request for rows before end, as it was sent, less its rows before t."""
+        """The last request for rows before end, without its rows before t."""
         place = bisect_left(self._kept, end, key=_t_of) - 1
         return self._kept[place].between(t, end)
 
     def copy(self, session_id: str, *, limit: int) -> ReplayBuffer:
-        """The same rows, for a session that goes on from here apart."""
+        """The same rows, for a fork of the session."""
         made = ReplayBuffer(session_id, self._width, limit, self.start)
         made.end = self.end
         made._kept = self._kept.copy()
-        made.forget(self.end - limit)
+        made.drop_before(self.end - limit)
         return made
 
     def _data(self, first: int, end: int) -> bytes:
@@ -160,7 +159,7 @@ class ReplayBuffer:
         return b"".join(parts)
 
     def _cut(self, t: int) -> None:
-        """Drops the rows from t on; all of them where t is not next to what is kept."""
+        """Drops the rows from t on; all rows if t is not next to them."""
         kept = self._kept
         if not self.start <= t < self.end:
             kept.clear()

@@ -12,35 +12,35 @@ import grpc
 from numpy.typing import ArrayLike
 
 from stepstate.client import convert
+from stepstate.client._api import PackAPI
 from stepstate.client._protocol.packed import (
     PackedProtocol,
     PackedResult,
     PackMembers,
     RowsInFlight,
 )
+from stepstate.client.aio.connection import AsyncConnection
 from stepstate.client.aio.session import AsyncSession
-from stepstate.client.times import TimedRows
+from stepstate.client.times import RowsLike
 from stepstate.errors import ServerUnreachable, StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 
 if TYPE_CHECKING:
-    from stepstate.client.aio.client import AsyncClient
-
     Call = grpc.aio.StreamStreamCall[pb.StreamPackedRequest, pb.StreamPackedResponse]
 
 
-class AsyncPack:
+class AsyncPack(PackAPI):
     """Sessions of one model whose rows travel together, as columns: for gateways.
 
     Args:
         client: connected to their server.
-        sessions: at least one; a session's place in the list stands for it.
+        sessions: at least one; a session is named by its place in this list.
 
     Raises:
         InvalidField: they are of several models, or one comes twice.
     """
 
-    def __init__(self, client: AsyncClient, sessions: Sequence[AsyncSession]) -> None:
+    def __init__(self, client: AsyncConnection, sessions: Sequence[AsyncSession]) -> None:
         self._client = client
         self._members = PackMembers.of(sessions)
         self._stream: _Stream | None = None
@@ -57,80 +57,50 @@ class AsyncPack:
         await self.end()
 
     async def step(
-        self,
-        x: ArrayLike | TimedRows,
-        *,
-        which: ArrayLike | None = None,
-        timeout: float | None = None,
+        self, x: RowsLike, *, which: ArrayLike | None = None, timeout: float | None = None
     ) -> PackedResult:
-        """Applies one row to each session, or rows to some of them, each row exactly once.
-
-        A row that can't be applied is refused alone, and so are the rows of its
-        session behind it: look at the result's `errors`. What is lost on the way
-        is sent again with the same t, and a server that was set back is brought
-        up. If the task is cancelled, call again with the same rows.
-
-        Several calls may be under way, for different sessions.
-
-        Args:
-            x: rows [N, D] in raw units; NaN is a missing value. Rows with times, in
-                an index of pandas or in `TimedRows`, must each be their session's
-                next one.
-            which: whose row each is [N], as a place in the pack; a session may
-                come several times. Left out: one row for each session in order.
-            timeout: seconds for all tries that do not bring a row on; left out: the
-                client's own.
-
-        Returns:
-            What became of each row.
-
-        Raises:
-            InvalidField: x or `which` has another shape, or a row has another time.
-            Cancelled: the client was disconnected.
-        """
         seconds = self._client.timeout if timeout is None else timeout
-        call = PackedProtocol(self._members, x, which, timeout=seconds)
+        protocol = PackedProtocol(self._members, x, which, timeout=seconds)
         try:
-            while not call.done:
-                await self._round(call)
-                for session, t in call.settle():
+            while not protocol.done:
+                await self._round(protocol)
+                for session, t in protocol.settle():
                     try:
                         await session.catch_up(t, timeout=timeout)
                     except StepstateError as error:
-                        call.ended(session, error)
-                await asyncio.sleep(call.pause())
+                        protocol.ended(session, error)
+                await asyncio.sleep(protocol.pause())
         except BaseException:
-            call.given_up()
+            protocol.given_up()
             raise
-        return call.result()
+        return protocol.result()
 
     async def end(self) -> None:
-        """Ends the stream; the sessions stay open."""
         if self._stream is not None:
             await self._stream.end()
             self._stream = None
 
-    async def _round(self, call: PackedProtocol[AsyncSession]) -> None:
+    async def _round(self, protocol: PackedProtocol[AsyncSession]) -> None:
         """Sends what is left, and takes the replies that come."""
         stream = self._stream
         if stream is None or stream.error is not None:
             stream = self._stream = _Stream(self._client, self._members.bindings())
         try:
-            async with asyncio.timeout(call.left):
-                on_their_way = [(one, await stream.send(one)) for one in call.messages()]
-                for message, reply in on_their_way:
-                    call.answered(message, await reply)
+            async with asyncio.timeout(protocol.left):
+                in_flight = [(one, await stream.send(one)) for one in protocol.messages()]
+                for message, reply in in_flight:
+                    protocol.answered(message, await reply)
         except TimeoutError:
             await stream.end()
-            call.broken(ServerUnreachable(self._client.target, "no reply in time"))
+            protocol.broken(ServerUnreachable(self._client.target, "no reply in time"))
         except StepstateError as error:
-            call.broken(error)
+            protocol.broken(error)
 
 
 class _Stream:
-    """One StreamPacked call, on which all handles are bound."""
+    """One StreamPacked call, on which the sessions' handles are bound."""
 
-    def __init__(self, client: AsyncClient, bindings: pb.StreamPackedRequest) -> None:
+    def __init__(self, client: AsyncConnection, bindings: pb.StreamPackedRequest) -> None:
         self.error: StepstateError | None = None
         self._target = client.target
         self._call: Call = client.stub.StreamPacked()
@@ -162,7 +132,7 @@ class _Stream:
         return reply
 
     async def end(self) -> None:
-        """Gives up what is on its way."""
+        """Gives up what is in flight."""
         self._call.cancel()
         await asyncio.wait([self._reading])
 

@@ -1,56 +1,55 @@
-"""A session of the synchronous client."""
+"""A session of the synchronous client, in the order of `aio/session.py`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Self, overload
+from typing import Literal, Self, overload
 
-from numpy.typing import ArrayLike
-
-from stepstate.client import convert
-from stepstate.client._protocol.steps import StepProtocol
-from stepstate.client.base_session import BaseSession, PlacedRows
-from stepstate.client.forecast import Forecast, Levels, Scenarios
-from stepstate.client.history import (
+from stepstate.client._api import SessionAPI
+from stepstate.client._protocol import calls
+from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult
+from stepstate.client._protocol.history import (
     IN_FLIGHT,
     PIECE_ROWS,
     History,
     HistoryReader,
     Progress,
-    nothing,
-    nothings,
+    missing_pieces,
+    missing_rows,
 )
+from stepstate.client._protocol.session import BaseSession, PlacedRows
+from stepstate.client._protocol.steps import StepProtocol
+from stepstate.client.forecast import Forecast, Levels, Scenarios
 from stepstate.client.outputs import Outputs
-from stepstate.client.sync.stream import SyncStream, bring
-from stepstate.client.times import TimedRows, each_row
+from stepstate.client.sync.connection import Connection, ask
+from stepstate.client.sync.stream import SyncStream, complete
+from stepstate.client.times import RowsLike, each_row
 from stepstate.client.types import Durability, Floats, Inspection, ModelInfo, SessionInfo
 from stepstate.errors import NonFiniteInput, SessionClosed, StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 
-if TYPE_CHECKING:
-    from stepstate.client.sync.client import Client
+Rows = Iterable[RowsLike]
 
 
-class Session(BaseSession):
+class Session(BaseSession, SessionAPI):
     """A session: applies rows and returns outputs, each row exactly once.
 
     `t` counts the rows whose outputs were returned; `durable_t` those of them
     that survive the end of the server. One thread at a time may step a session.
 
-    With durability async or sync a session survives the end of its server. The
-    session keeps the rows after `durable_t`, up to the client's `resume_rows`.
-    When the server comes back, or another one takes over, with an older state,
-    the next step sends it what it lacks, exactly once and in order, before it
-    is applied itself. The outputs of rows that are sent again are dropped: the
-    application has had them. All this may take as long as it brings the
-    session on; `timeout` counts from the last answer that did.
+    With durability async or sync a session survives the end of its server. It keeps
+    the rows after `durable_t`, up to the client's `resume_rows`. When the server
+    comes back, or another one takes over, with an older state, the next step first
+    sends it what it lacks, exactly once and in order. The outputs of these rows are
+    dropped: the application has them already. This may take as long as there is
+    progress; `timeout` counts from the last answer that made some.
     """
 
     def __init__(
-        self, client: Client, model: ModelInfo, info: SessionInfo, *, t: int | None = None
+        self, client: Connection, model: ModelInfo, info: SessionInfo, *, t: int | None = None
     ) -> None:
         super().__init__(model, info, t=t, resume_rows=client.resume_rows)
         self.client = client
@@ -69,7 +68,7 @@ class Session(BaseSession):
     @overload
     def step(
         self,
-        x: ArrayLike | TimedRows,
+        x: RowsLike,
         *,
         last_only: bool = False,
         named: Literal[False] = False,
@@ -79,7 +78,7 @@ class Session(BaseSession):
     @overload
     def step(
         self,
-        x: ArrayLike | TimedRows,
+        x: RowsLike,
         *,
         last_only: bool = False,
         named: Literal[True],
@@ -88,91 +87,20 @@ class Session(BaseSession):
 
     def step(
         self,
-        x: ArrayLike | TimedRows,
+        x: RowsLike,
         *,
         last_only: bool = False,
         named: bool = False,
         timeout: float | None = None,
     ) -> Floats | Outputs:
-        """Applies one row or many, all or none of them, and returns their outputs.
-
-        A lost reply is asked for again with the same t, which applies nothing
-        twice.
-
-        Rows that have times, in an index of pandas or in `TimedRows`, must go on
-        with the session's next row: their times are held against the session's
-        start and the model's interval. Where rows are missing between them, these
-        are missing values if the session takes those. Nothing is sorted.
-
-        Args:
-            x: one row [D], or many [T, D], in raw units; or a pandas Series or
-                DataFrame, or `TimedRows`. NaN is a missing value, which a session
-                takes that was opened with `missing`; `imputed_rows` tells
-                afterwards in how many rows something stood in.
-            last_only: return the outputs of the last row only.
-            named: return them by name, with their times.
-            timeout: seconds for all tries that do not bring the session on; left out:
-                the client's own.
-
-        Returns:
-            y [O] for one row or with last_only, else [T, O], in raw units; with
-            `named`, `Outputs`.
-
-        Raises:
-            InvalidField: x has another shape or other columns, or times that do not
-                go on from the session's last row; it names the first row.
-            NonFiniteInput, NonFiniteResult: x can't be applied.
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
-                is gone.
-            StepMismatch, StepTooOld: someone else steps it too.
-            RowsMissing: the server lacks the rows `first` to `last`, and they are
-                not kept here (any more). Set `t` to `first` and go on from there
-                with rows of your own records; their outputs, too, come again.
-            Unavailable, StaleOwner: no answer in time.
-        """
         placed = self.place(x, self.t)
         response = self._apply(placed, last_only=last_only, timeout=timeout)
-        y = convert.outputs(response, self.model)
-        self.arrived(response.t, **convert.stand_ins(response))
-        y = y[-1] if placed.alone or last_only else placed.of_given(y)
-        return self.named(y, placed) if named else y
+        return self.step_result(response, placed, last_only=last_only, named=named)
 
-    def inspect(self, x: ArrayLike | TimedRows, *, timeout: float | None = None) -> Inspection:
-        """Applies rows like `step`, and also returns the gates and states of every layer.
-
-        Rows that have times, in an index of pandas or in `TimedRows`, must go on
-        with the session's next row: their times are held against the session's
-        start and the model's interval. Where rows are missing between them, these
-        are missing values if the session takes those. Nothing is sorted.
-
-        Args:
-            x: one row [D], or many [T, D], in raw units; or a pandas Series or
-                DataFrame, or `TimedRows`. NaN is a missing value, which a session
-                takes that was opened with `missing`; `imputed_rows` tells
-                afterwards in how many rows something stood in.
-            timeout: seconds for all tries that do not bring the session on; left out:
-                the client's own.
-
-        Returns:
-            The outputs [T, O] of the rows, and what each layer computed.
-
-        Raises:
-            InvalidField: x has another shape or other columns, or times that do not
-                go on from the session's last row; it names the first row.
-            NonFiniteInput, NonFiniteResult: x can't be applied.
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
-                is gone.
-            StepMismatch, StepTooOld: someone else steps it too.
-            RowsMissing: the server lacks the rows `first` to `last`, and they are
-                not kept here (any more). Set `t` to `first` and go on from there
-                with rows of your own records; their outputs, too, come again.
-            Unavailable, StaleOwner: no answer in time.
-        """
+    def inspect(self, x: RowsLike, *, timeout: float | None = None) -> Inspection:
         placed = self.place(x, self.t)
         response = self._apply(placed, inspect=True, timeout=timeout)
-        found = convert.inspection(response, self.model, placed.of_given)
-        self.arrived(response.t, **convert.stand_ins(response))
-        return found
+        return self.inspect_result(response, placed)
 
     def prime(
         self,
@@ -181,82 +109,22 @@ class Session(BaseSession):
         progress: Progress | None = None,
         timeout: float | None = None,
     ) -> Floats:
-        """Applies many rows at once, to bring the session up to date, and returns the last outputs.
-
-        The rows go some thousand to a request, a few requests in flight, each
-        row exactly once. `t` says how far it got. After an error, call `refresh`,
-        and go on with the rows from `t` on.
-
-        Rows that have times, in an index of pandas or in `TimedRows`, must go on
-        with the session's next row: their times are held against the session's
-        start and the model's interval. Where rows are missing between them, these
-        are missing values if the session takes those. Nothing is sorted.
-
-        Args:
-            history: rows [T, D], a DataFrame, `TimedRows`, or an iterable of such
-                chunks, which needs not be in memory as a whole.
-            progress: called with the rows that are done, and with how many there
-                are, None where that is not known.
-            timeout: seconds for all tries that do not bring the session on; left out:
-                the client's own.
-
-        Returns:
-            y [O] of the last row, in raw units.
-
-        Raises:
-            InvalidField: the history has no rows, or rows of another shape or
-                with times that do not go on from the session's last row.
-            NonFiniteInput, NonFiniteResult: a row can't be applied; `row` is its
-                place in the history.
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
-                is gone.
-            StepMismatch, StepTooOld: someone else steps it too.
-            RowsMissing: the server lacks the rows `first` to `last`, and they are
-                not kept here (any more). Set `t` to `first` and go on from there
-                with rows of your own records; their outputs, too, come again.
-            Unavailable, StaleOwner: no answer in time.
-            Exception: what an iterable raised.
-        """
-        feed = HistoryReader(self, history, progress)
-        turns = SyncStream(self.client.stub.StreamSteps, self.client.target)
+        reader = HistoryReader(self, history, progress)
+        steps = SyncStream(self.client.stub.StreamSteps, self.client.target)
         seconds = self.client.timeout if timeout is None else timeout
         try:
-            for y in turns.flow(self, feed.pieces(), seconds, window=IN_FLIGHT):
-                feed.take(y)
+            for y in steps.pieces(self, reader.pieces(), seconds, window=IN_FLIGHT):
+                reader.take(y)
         except StepstateError as error:
-            raise feed.placed(error) from None
+            raise reader.error_in_history(error) from None
         finally:
-            turns.end()
-        return feed.finish()
+            steps.end()
+        return reader.finish()
 
     def advance(self, n: int, *, timeout: float | None = None) -> Floats:
-        """Applies n rows in which every value is missing, and returns the outputs of the last one.
-
-        What stands in is what the session's missing policy says: with impute its
-        own forecasts, so that it goes on by itself.
-
-        Args:
-            n: how many, 1 or more.
-            timeout: seconds for all tries that do not bring the session on; left out:
-                the client's own.
-
-        Returns:
-            y [O], in raw units.
-
-        Raises:
-            NonFiniteInput: the session was opened without `missing`.
-            InvalidField: n is less than 1.
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
-                is gone.
-            StepMismatch, StepTooOld: someone else steps it too.
-            RowsMissing: the server lacks the rows `first` to `last`, and they are
-                not kept here (any more). Set `t` to `first` and go on from there
-                with rows of your own records; their outputs, too, come again.
-            Unavailable, StaleOwner: no answer in time.
-        """
         if n > PIECE_ROWS:
-            return self.prime(nothings(self.model, n), timeout=timeout)
-        return self.step(nothing(self.model, n), last_only=True, timeout=timeout)
+            return self.prime(missing_pieces(self.model, n), timeout=timeout)
+        return self.step(missing_rows(self.model, n), last_only=True, timeout=timeout)
 
     @overload
     def forecast(
@@ -286,132 +154,43 @@ class Session(BaseSession):
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Forecast | dict[str, Forecast]:
-        """Forecasts the rows to come, from where the session is; it does not advance.
-
-        Where the server was set back, it is first sent the rows that it lacks,
-        as a step would, so that a forecast is never from before `t`. It is from
-        after `t`, as its own `t` says, where rows were applied whose outputs
-        were not taken, those of a stream in flight for example.
-
-        Args:
-            horizon: steps ahead; left out: the model's longest.
-            quantiles: levels, each more than 0 and less than 1; left out: the
-                bounds of the session's interval and the median, or the median
-                alone where the model knows no interval.
-            scenarios: rows that might come, [P, D] by name: one forecast for
-                each. NaN is the model's own forecast of a value, and after the
-                last row its own forecasts go on. A DataFrame may lack columns,
-                which are then all NaN. Rows with times must not begin before the
-                session's next row; where they lack rows the model's own forecasts
-                stand in.
-            timeout: seconds for all tries; left out: the client's own.
-
-        Returns:
-            A forecast, or with scenarios one for each by its name.
-
-        Raises:
-            ForecastImpossible: the session has no rows yet, or the model can't
-                look so far ahead.
-            InvalidField: an argument can't be accepted.
-            RowsMissing: the server was set back, and the rows are not kept here.
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
-                is gone.
-            Unavailable: no answer in time.
-        """
-        (told,) = self.client.forecast(
-            [self], horizon, quantiles=quantiles, scenarios=scenarios, timeout=timeout
+        protocol = ForecastProtocol(
+            [self],
+            horizon,
+            quantiles=quantiles,
+            scenarios=scenarios,
+            models=(),
+            timeout=self.client.timeout if timeout is None else timeout,
         )
-        if isinstance(told, StepstateError):
-            raise told
-        return told
+        (result,) = forecast(self.client, protocol, timeout)
+        if isinstance(result, StepstateError):
+            raise result
+        return result
 
     def catch_up(self, t: int, *, timeout: float | None = None) -> None:
-        """Sends a server that is at t the rows that it lacks; their outputs are dropped.
-
-        `step` and `forecast` do so by themselves.
-
-        Args:
-            t: rows that the server has.
-            timeout: seconds for all tries that do not bring the session on; left out:
-                the client's own.
-
-        Raises:
-            RowsMissing: they are not kept here.
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
-                is gone.
-            Unavailable: no answer in time.
-        """
         if t < self.t:
-            track = self._track(timeout)
-            track.repeat(t)
-            self._bring(track)
+            protocol = self._protocol(timeout)
+            protocol.repeat(t)
+            self._complete(protocol)
 
     @overload
-    def stream(
-        self, xs: Iterable[ArrayLike | TimedRows], *, named: Literal[False] = False
-    ) -> Iterator[Floats]: ...
+    def stream(self, xs: Rows, *, named: Literal[False] = False) -> Iterator[Floats]: ...
 
     @overload
-    def stream(
-        self, xs: Iterable[ArrayLike | TimedRows], *, named: Literal[True]
-    ) -> Iterator[Outputs]: ...
+    def stream(self, xs: Rows, *, named: Literal[True]) -> Iterator[Outputs]: ...
 
-    def stream(
-        self, xs: Iterable[ArrayLike | TimedRows], *, named: bool = False
-    ) -> Iterator[Floats | Outputs]:
-        """Applies rows as they come and yields the outputs [O] of each.
-
-        One row is in flight at a time, so that each output is there before the
-        next row is asked for. For speed over many rows that are known already,
-        give them to `step` at once, or use `AsyncSession.stream`. An item may also
-        be many rows [T, D], whose last outputs are then yielded. When the
-        connection breaks it is made again, and what was not answered is sent
-        again with the same t. Ends with the error if a row can't be applied; `t`
-        says how far it got.
-
-        Rows that have times, in an index of pandas or in `TimedRows`, must go on
-        with the session's next row: their times are held against the session's
-        start and the model's interval. Where rows are missing between them, these
-        are missing values if the session takes those. Nothing is sorted.
-
-        Args:
-            xs: rows [D], from an iterable; with times or without.
-            named: yield the outputs by name, with their times.
-
-        Raises:
-            InvalidField: x has another shape or other columns, or times that do not
-                go on from the session's last row; it names the first row.
-            NonFiniteInput, NonFiniteResult: x can't be applied.
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
-                is gone.
-            StepMismatch, StepTooOld: someone else steps it too.
-            RowsMissing: the server lacks the rows `first` to `last`, and they are
-                not kept here (any more). Set `t` to `first` and go on from there
-                with rows of your own records; their outputs, too, come again.
-            Unavailable, StaleOwner: no answer in time.
-            Exception: what `xs` raised.
-        """
-        turns = SyncStream(self.client.stub.StreamSteps, self.client.target)
+    def stream(self, xs: Rows, *, named: bool = False) -> Iterator[Floats | Outputs]:
+        steps = SyncStream(self.client.stub.StreamSteps, self.client.target)
         try:
             for x in each_row(xs):
-                y = turns.step(self, x, self.client.timeout)
+                y = steps.step(self, x, self.client.timeout)
                 yield self.named(y) if named else y
         finally:
-            turns.end()
+            steps.end()
 
     def refresh(self) -> SessionInfo:
-        """Asks the server where the session is, and takes its t.
-
-        Where the server was set back and all the rows it lacks are kept here, t
-        stays: the next step sends them.
-
-        Raises:
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
-                is gone.
-            Unavailable: no answer in time.
-        """
-        info = self.client.info(self.session_id)
-        self.placed(info)
+        info = ask(self.client, calls.get_session(self.session_id))
+        self.update(info)
         return info
 
     def fork(
@@ -421,59 +200,20 @@ class Session(BaseSession):
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
     ) -> Session:
-        """Opens a session that starts from a copy of this one, and goes on apart from it.
-
-        The fork is at this session's t, and keeps the same rows to send them again.
-
-        Args:
-            new_id: the fork's, 1 to 128 of A-Z a-z 0-9 . _ : -; left out, one is made.
-            idle_timeout: the session expires when no step came for this long; left
-                out: that of this one.
-            durability: "async": steps are answered at once and saved a little
-                later, and the session sends again what a server lost. "sync": a
-                step is answered when it is saved. "none": the session is lost when
-                its server ends unexpectedly. Left out: as this one.
-
-        Raises:
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
-                is gone.
-            SessionExists: the new id is open already.
-            InvalidField: an argument can't be accepted.
-            SessionLimit: the server has no room for one more session.
-            Unavailable: no answer in time.
-        """
-        return self.client.fork(self, new_id, idle_timeout=idle_timeout, durability=durability)
+        options = calls.OpenOptions(idle_timeout, durability)
+        info = ask(self.client, calls.fork_session(self.session_id, new_id, options))
+        forked = session_of(self.client, info)
+        forked.continue_from(self, resume_rows=self.client.resume_rows)
+        return forked
 
     def reset_accuracy(self) -> SessionInfo:
-        """Begins a session's accuracy and drift anew, after the steps accepted so far.
-
-        Its state, t, forecasts and intervals go on as they were. It is saved, if the
-        session's steps are, before this returns.
-
-        Returns:
-            The session, as it is then.
-
-        Raises:
-            SessionUnknown, SessionExpired, SessionClosed, SessionLost: the session
-                is gone.
-            Unavailable: no answer in time.
-        """
-        return self.client.reset_accuracy(self.session_id)
+        return ask(self.client, calls.reset_accuracy(self.session_id))
 
     def close(self) -> SessionInfo:
-        """Closes the session on the server; that it is closed already is no error.
-
-        Returns:
-            How it was when it was closed.
-
-        Raises:
-            SessionUnknown, SessionExpired, SessionLost: the session is gone.
-            Unavailable: no answer in time.
-        """
         try:
-            info = self.client.close(self.session_id)
-        except SessionClosed as closed:  # perhaps by a first try, whose reply was lost
-            info = replace(self.info, t=closed.t)
+            info = ask(self.client, calls.close_session(self.session_id))
+        except SessionClosed as closed:
+            info = self.close_result(closed)
         self.closed = True
         return info
 
@@ -485,18 +225,47 @@ class Session(BaseSession):
         last_only: bool = False,
         timeout: float | None,
     ) -> pb.StepResponse:
-        track = self._track(timeout)
-        track.add(placed.rows, inspect=inspect, last_only=last_only)
+        protocol = self._protocol(timeout)
+        protocol.add(placed.rows, inspect=inspect, last_only=last_only)
         try:
-            return self._bring(track)
+            return self._complete(protocol)
         except NonFiniteInput as error:
-            raise placed.named(error) from None
+            raise placed.error_of_given(error) from None
 
-    def _track(self, timeout: float | None) -> StepProtocol:
+    def _protocol(self, timeout: float | None) -> StepProtocol[Self]:
         return StepProtocol(self, timeout=self.client.timeout if timeout is None else timeout)
 
-    def _bring(self, track: StepProtocol) -> pb.StepResponse:
-        ask: Callable[..., pb.StepResponse] = self.client.stub.Step
-        return bring(
-            track, lambda request: ask(request, timeout=track.left), target=self.client.target
+    def _complete(self, protocol: StepProtocol[Self]) -> pb.StepResponse:
+        step: Callable[..., pb.StepResponse] = self.client.stub.Step
+        return complete(
+            protocol,
+            lambda request: step(request, timeout=protocol.left),
+            target=self.client.target,
         )
+
+
+def session_of(client: Connection, info: SessionInfo, t: int | None = None) -> Session:
+    """The session with this status; `t`: rows whose outputs the application has."""
+    return Session(client, client.model(info.model, info.version), info, t=t)
+
+
+def forecast(
+    client: Connection, protocol: ForecastProtocol[Session], timeout: float | None
+) -> Sequence[ForecastResult]:
+    """Makes the calls of a forecast; `timeout` is that of each session that has to catch up."""
+    while not protocol.done:
+        for some, request in protocol.calls():
+            try:
+                left = protocol.backoff.left
+                protocol.answered(some, client.call(client.stub.Forecast, request, left))
+            except StepstateError as error:
+                protocol.refused(some, error)
+        for one, session, t in protocol.behind:
+            try:
+                session.catch_up(t, timeout=timeout)
+            except StepstateError as error:
+                protocol.caught_up(one, error)
+            else:
+                protocol.caught_up(one)
+        time.sleep(protocol.pause())
+    return protocol.results

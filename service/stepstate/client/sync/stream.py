@@ -1,51 +1,88 @@
-"""Steps one at a time, for the synchronous client."""
+"""Step requests of the synchronous client: sent one after the other, by a thread that waits."""
 
 from __future__ import annotations
 
 import queue
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import grpc
-from numpy.typing import ArrayLike
 
 from stepstate.client import convert
+from stepstate.client._protocol.session import BaseSession
 from stepstate.client._protocol.steps import StepProtocol
-from stepstate.client.base_session import BaseSession
-from stepstate.client.times import TimedRows
+from stepstate.client.times import RowsLike
 from stepstate.client.types import Floats
 from stepstate.errors import ServerUnreachable, StepstateError
 from stepstate.v1 import stepstate_pb2 as pb
 
+S = TypeVar("S", bound=BaseSession)
+Q = TypeVar("Q")
+A = TypeVar("A")
 
-def bring(
-    track: StepProtocol, ask: Callable[[pb.StepRequest], pb.StepResponse], *, target: str
+
+def complete(
+    protocol: StepProtocol[S], ask: Callable[[pb.StepRequest], pb.StepResponse], *, target: str
 ) -> pb.StepResponse:
-    """Brings a track with one request to its answer.
+    """Sends a protocol's one request until it is answered.
 
     Raises:
-        StepstateError: there will be none.
+        StepstateError: it can't be answered.
     """
     while True:
-        request = convert.step_request(track.footing.session_id, track.next())
         error: StepstateError
         try:
-            response = ask(request)
+            response = ask(protocol.next_request())
         except grpc.RpcError as failure:
             error = convert.from_rpc(failure, target)
         except StepstateError as refused:
             error = refused
         else:
-            if track.answered(response.durable_t) is not None:
+            if protocol.answered(response.durable_t) is not None:
                 return response
             continue
-        track.refused(error)
-        time.sleep(track.rest())
+        protocol.refused(error)
+        time.sleep(protocol.rest())
+
+
+class RequestStream(Generic[Q, A]):
+    """A bidirectional call whose requests are put and whose replies are taken.
+
+    Args:
+        connect: starts the call.
+        target: the server, for errors.
+    """
+
+    def __init__(self, connect: Callable[..., Any], target: str) -> None:
+        self._requests: queue.SimpleQueue[Q | None] = queue.SimpleQueue()
+        self._replies = connect(iter(self._requests.get, None))
+        self._target = target
+
+    def send(self, request: Q) -> None:
+        """Sends a request."""
+        self._requests.put(request)
+
+    def receive(self) -> A:
+        """Waits for the next reply.
+
+        Raises:
+            RpcError: the call broke.
+            ServerUnreachable: it ended.
+        """
+        reply: A | None = next(self._replies, None)
+        if reply is None:
+            raise ServerUnreachable(self._target, "the stream ended early")
+        return reply
+
+    def end(self) -> None:
+        """Ends the call."""
+        self._requests.put(None)
+        self._replies.cancel()
 
 
 class SyncStream:
-    """Requests and replies in turn over StreamSteps, on a new stream when one breaks.
+    """Step requests over StreamSteps, on a new stream when one breaks.
 
     Args:
         connect: opens a stream.
@@ -55,60 +92,58 @@ class SyncStream:
     def __init__(self, connect: Callable[..., Any], target: str) -> None:
         self._connect = connect
         self._target = target
-        self._requests: queue.SimpleQueue[pb.StepRequest | None] = queue.SimpleQueue()
-        self._replies: Any = None  # what grpc gives for a call has no name
+        self._stream: RequestStream[pb.StepRequest, pb.StepResponse] | None = None
 
-    def step(self, session: BaseSession, x: ArrayLike | TimedRows, timeout: float) -> Floats:
+    def step(self, session: BaseSession, x: RowsLike, timeout: float) -> Floats:
         """Applies an item to a session and returns the outputs [O] of its last row.
 
         Raises:
-            StepstateError: as `AsyncSession.step`.
+            StepstateError: as `Session.step`.
         """
-        track = StepProtocol(session, timeout=timeout)
-        track.add(track.place(x), last_only=True)
-        return _taken(session, bring(track, self._ask, target=self._target))
+        protocol = StepProtocol(session, timeout=timeout)
+        protocol.add(protocol.place(x), last_only=True)
+        return session.item_result(complete(protocol, self._ask, target=self._target))
 
-    def flow(
+    def pieces(
         self, session: BaseSession, pieces: Iterable[Floats], timeout: float, *, window: int
     ) -> Iterator[Floats]:
         """Applies pieces, some in flight, and yields the outputs [O] of the last row of each.
 
         Raises:
-            StepstateError: as `AsyncSession.step`.
+            StepstateError: as `Session.step`.
         """
-        track = StepProtocol(session, timeout=timeout, window=window)
+        protocol = StepProtocol(session, timeout=timeout, window=window)
         source = iter(pieces)
         while True:
-            while len(track) < window and (rows := next(source, None)) is not None:
-                track.add(rows, last_only=True)
-            if not len(track):
+            while len(protocol) < window and (rows := next(source, None)) is not None:
+                protocol.add(rows, last_only=True)
+            if not len(protocol):
                 return
-            response = self._exchange(track)
+            response = self._exchange(protocol)
             if response is not None:
-                yield _taken(session, response)
+                yield session.item_result(response)
 
     def end(self) -> None:
         """Ends the stream, if there is one."""
-        if self._replies is not None:
-            self._requests.put(None)
-            self._replies.cancel()
-            self._replies = None
+        if self._stream is not None:
+            self._stream.end()
+            self._stream = None
 
-    def _exchange(self, track: StepProtocol) -> pb.StepResponse | None:
+    def _exchange(self, protocol: StepProtocol[BaseSession]) -> pb.StepResponse | None:
         """Sends what may be sent and takes one answer; returns it if it is the application's."""
         try:
-            while track.sendable:
-                self._send(convert.step_request(track.footing.session_id, track.next()))
+            while protocol.sendable:
+                self._send(protocol.next_request())
             response = self._receive()
         except grpc.RpcError as failure:
-            track.broken(convert.from_rpc(failure, self._target))
+            protocol.broken(convert.from_rpc(failure, self._target))
         except ServerUnreachable as ended:
-            track.broken(ended)
+            protocol.broken(ended)
         else:
             if not response.HasField("error"):
-                return None if track.answered(response.durable_t) is None else response
-            track.refused(convert.from_status(response.error))
-        time.sleep(track.rest())
+                return None if protocol.answered(response.durable_t) is None else response
+            protocol.refused(convert.from_status(response.error))
+        time.sleep(protocol.rest())
         return None
 
     def _ask(self, request: pb.StepRequest) -> pb.StepResponse:
@@ -119,25 +154,14 @@ class SyncStream:
         return response
 
     def _send(self, request: pb.StepRequest) -> None:
-        if self._replies is None:
-            self._requests = queue.SimpleQueue()
-            self._replies = self._connect(iter(self._requests.get, None))
-        self._requests.put(request)
+        if self._stream is None:
+            self._stream = RequestStream(self._connect, self._target)
+        self._stream.send(request)
 
     def _receive(self) -> pb.StepResponse:
+        assert self._stream is not None
         try:
-            response: pb.StepResponse | None = next(self._replies, None)
-        except grpc.RpcError:
+            return self._stream.receive()
+        except (grpc.RpcError, ServerUnreachable):
             self.end()
             raise
-        if response is None:
-            self.end()
-            raise ServerUnreachable(self._target, "the stream ended early")
-        return response
-
-
-def _taken(session: BaseSession, response: pb.StepResponse) -> Floats:
-    """The outputs [O] of the last row of an answer that the application takes."""
-    y: Floats = convert.outputs(response, session.model)[0]
-    session.arrived(response.t, **convert.stand_ins(response))
-    return y

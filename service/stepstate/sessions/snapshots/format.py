@@ -1,4 +1,4 @@
-"""One session's saved state as bytes: versioned, with a checksum.
+"""A session's snapshot as bytes, with a version and a checksum.
 
 Version 3, all numbers little-endian:
 
@@ -14,9 +14,9 @@ Version 3, all numbers little-endian:
               names: JSON [[[name, T, H] ...] of each layer], y, then the layers' f32 [T, H]
     u32   CRC-32 of everything before it
 
-Version 2 is the same, but less is tracked in its state: `Engine.upgraded` brings it up. Version 1
-is the same, but its state is the cell's only: `extended` brings it up.
-A reader of each version stays here for good: `_READERS`.
+Version 2 is the same, but its state tracks less: `Engine.upgraded` converts it. Version 1 is the
+same, but its state is only the cell's: `extended` converts it. All versions stay readable: see
+`_READERS`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _CRC = struct.Struct("<I")
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """One session, whole: `state` [R] in float32, `window` what it remembers of its replies."""
+    """All of one session: `state` [R] in float32, `window` its replay window."""
 
     record: SessionRecord
     t: int
@@ -60,7 +60,7 @@ class Snapshot:
 
 
 def identity_of(record: SessionRecord, owner: str) -> bytes:
-    """The part of a snapshot that stays the same while a session is resident."""
+    """The part of a snapshot that does not change while the session is resident."""
     return json.dumps([record.to_json(), owner], separators=(",", ":")).encode()
 
 
@@ -69,7 +69,7 @@ def encode(snapshot: Snapshot, identity: bytes | None = None) -> bytes:
 
     Args:
         snapshot: the session.
-        identity: what `identity_of` gives for it, where it is at hand.
+        identity: what `identity_of` returns for it, if the caller has it.
     """
     if identity is None:
         identity = identity_of(snapshot.record, snapshot.owner)
@@ -94,10 +94,10 @@ def encode(snapshot: Snapshot, identity: bytes | None = None) -> bytes:
 
 
 def decode(data: bytes) -> Snapshot:
-    """The snapshot that `encode` made bytes of. Its arrays are read-only views of them.
+    """Decodes a snapshot. Its arrays are read-only views of the bytes.
 
     Raises:
-        SnapshotCorrupt: they are cut, changed, something else, or of a later version.
+        SnapshotCorrupt: the bytes are cut, changed, not a snapshot, or of a later version.
     """
     if len(data) < _START.size + _CRC.size or not data.startswith(MAGIC):
         raise SnapshotCorrupt(f"these {len(data)} bytes do not begin as a snapshot does")
@@ -119,7 +119,7 @@ def decode(data: bytes) -> Snapshot:
 
 def _check(snapshot: Snapshot) -> None:
     """Refuses values that no session can have, whoever wrote them."""
-    # What may be NaN in a state depends on the model: see `Lane.adapt`.
+    # What may be NaN in a state depends on the model: see `StepScheduler.adapt`.
     if np.isinf(snapshot.state).any() or not math.isfinite(snapshot.stepped_at):
         raise SnapshotCorrupt("its state or its time is not finite")
     stamps = snapshot.window.stamps
@@ -128,12 +128,12 @@ def _check(snapshot: Snapshot) -> None:
 
 
 def extended(snapshot: Snapshot, layout: Layout, blank: Floats) -> Snapshot:
-    """A snapshot that has the cell's state only, with past rows as far as it remembers them.
+    """A snapshot of version 1 in the current layout, with the past rows in its replay window.
 
     Args:
-        snapshot: of version 1.
-        layout: the parts of a state now.
-        blank: a session's state [R] without rows.
+        snapshot: it has only the cell's state.
+        layout: the current parts of a state.
+        blank: the state [R] of a session without rows.
     """
     state = blank.copy()
     state[: layout.cell] = snapshot.state
@@ -163,24 +163,24 @@ _READERS: dict[int, Callable[[bytes], Snapshot]] = {1: _read, 2: _read, 3: _read
 
 
 class _Cursor:
-    """Goes through bytes from a place on, never past the end."""
+    """Reads bytes from a position on, never past the end."""
 
-    def __init__(self, data: bytes, place: int, end: int) -> None:
+    def __init__(self, data: bytes, position: int, end: int) -> None:
         self._data = data
-        self._place = place
+        self._position = position
         self._end = end
 
     def take(self, count: int) -> bytes:
-        first, self._place = self._place, self._place + count
-        if count < 0 or self._place > self._end:
+        first, self._position = self._position, self._position + count
+        if count < 0 or self._position > self._end:
             raise ValueError("it ends too early")
-        return self._data[first : self._place]
+        return self._data[first : self._position]
 
     def floats(self, count: int) -> Floats:
         return np.frombuffer(self.take(4 * count), "<f4")
 
     def end(self) -> None:
-        if self._place != self._end:
+        if self._position != self._end:
             raise ValueError("there is more than it tells of")
 
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 
 from stepstate.models import Manifest
-from stepstate.models.layout import tensor_shapes
+from stepstate.models.tensors import tensor_shapes
 from tests.unit.rig import timed_network
 
 

@@ -1,4 +1,4 @@
-"""A session's history on its way to the server: in which pieces, and how far it got. No I/O.
+"""A session's history on its way to the server: its pieces, and how much of it is done. No I/O.
 
 D inputs a row, O outputs.
 """
@@ -12,35 +12,35 @@ from itertools import chain
 from typing import TypeGuard, TypeVar, cast
 
 import numpy as np
-from numpy.typing import ArrayLike
 
-from stepstate.client.base_session import BaseSession
-from stepstate.client.times import TimedRows, first_time
+from stepstate.client._protocol.session import BaseSession
+from stepstate.client.times import RowsLike, TimedRows, first_time
 from stepstate.client.types import Floats, ModelInfo
 from stepstate.errors import InvalidField, NonFiniteInput, StepstateError
 
 PIECE_ROWS = 8_192
-"""A twelfth of what a server takes in one request, and a twelfth of what it lets wait for its
-store: what follows is on its way while one is worked on."""
+"""A twelfth of a server's limit for one request, and of its limit for unsaved rows: while one piece
+is worked on, the next ones are on their way."""
 PIECE_BYTES = 2**20
-"""A sixteenth of what a server takes as a message."""
+"""A sixteenth of a server's limit for a message."""
 IN_FLIGHT = 4
 """Pieces: enough that the server never waits for the next one."""
 
 S = TypeVar("S", bound=BaseSession)
-History = ArrayLike | TimedRows | Iterable[ArrayLike | TimedRows]
-"""Rows [T, D], or an iterable of such, which needs not be in memory as a whole."""
+History = RowsLike | Iterable[RowsLike]
+"""Rows [T, D], or an iterable of such, which need not be in memory as a whole."""
+AsyncHistory = History | AsyncIterable[RowsLike]
 Progress = Callable[[int, int | None], object]
-"""Called with the rows that are done, and with all there are, None where that is not known."""
+"""Called with the number of rows that are done, and the total, None if it is not known."""
 
 
 class HistoryReader:
-    """A history that a session is brought through.
+    """A history that is applied to a session.
 
     Args:
-        session: stands where the history begins.
-        history: rows, or an iterable of chunks, an asynchronous one too.
-        progress: told how far it got.
+        session: at the row where the history begins.
+        history: rows, or an iterable of chunks, also an async one.
+        progress: called after each piece.
 
     Raises:
         InvalidField: the rows have another shape, or are not numbers.
@@ -49,7 +49,7 @@ class HistoryReader:
     def __init__(
         self,
         session: BaseSession,
-        history: History | AsyncIterable[ArrayLike | TimedRows],
+        history: AsyncHistory,
         progress: Progress | None = None,
     ) -> None:
         self._session = session
@@ -57,10 +57,10 @@ class HistoryReader:
         self._progress = progress
         self._y: Floats | None = None
         self._imputed_rows = self._fallback_rows = 0
-        self._rows = self._given = 0  # so far, with those that are missing and without
-        self._gaps: list[tuple[int, int]] = []  # rows before it, and how many are missing
+        self._rows = self._given = 0  # so far: with missing rows, and without
+        self._gaps: list[tuple[int, int]] = []  # rows before the gap, and how many are missing
         self._whole: Floats | None = None
-        self._chunks: Iterable[ArrayLike | TimedRows] | AsyncIterable[ArrayLike | TimedRows] = ()
+        self._chunks: Iterable[RowsLike] | AsyncIterable[RowsLike] = ()
         if isinstance(history, AsyncIterable) or not _is_rows(history):
             self._chunks = history  # type: ignore[assignment] # not rows, so an iterable of them
         else:
@@ -102,7 +102,7 @@ class HistoryReader:
             self._progress(session.t - self._start, total)
 
     def finish(self) -> Floats:
-        """The outputs [O] of the last row; the session tells of all rows what stood in.
+        """The outputs [O] of the last row; the session has the replaced rows of the whole history.
 
         Raises:
             InvalidField: there were no rows.
@@ -113,15 +113,15 @@ class HistoryReader:
         self._session.fallback_rows = self._fallback_rows
         return self._y
 
-    def placed(self, error: StepstateError) -> StepstateError:
-        """An error about a row of a piece, as one about that row of the history."""
+    def error_in_history(self, error: StepstateError) -> StepstateError:
+        """An error about a row of a piece, with the number of this row in the history."""
         if isinstance(error, NonFiniteInput):
             row = error.row + self._session.t - self._start
             return replace(error, row=row - sum(n for at, n in self._gaps if at < row))
         return error
 
-    def _place(self, chunk: ArrayLike | TimedRows) -> Floats:
-        """The rows of a chunk, with those that are missing by their times."""
+    def _place(self, chunk: RowsLike) -> Floats:
+        """The rows of a chunk, with rows of NaN where rows are missing by their times."""
         at = self._start + self._rows
         placed = self._session.place(chunk, at, "history", first_row=self._given)
         self._given += len(placed.rows)
@@ -141,14 +141,14 @@ def _cut(rows: Floats) -> Iterator[Floats]:
 
 
 def start_of(history: History) -> tuple[datetime | None, History]:
-    """The time of a history's first row, where it has one, and the history from its beginning.
+    """The time of a history's first row, if it has one, and the history from its beginning.
 
     Raises:
         InvalidField: its times can't be read.
     """
     if _is_rows(history):
         return first_time(history, "history"), history
-    chunks = iter(cast("Iterable[ArrayLike | TimedRows]", history))
+    chunks = iter(cast("Iterable[RowsLike]", history))
     first = next((chunk for chunk in chunks if not _is_empty(chunk)), None)
     if first is None:
         return None, ()
@@ -156,9 +156,9 @@ def start_of(history: History) -> tuple[datetime | None, History]:
 
 
 async def start_of_async(
-    history: History | AsyncIterable[ArrayLike | TimedRows],
-) -> tuple[datetime | None, History | AsyncIterable[ArrayLike | TimedRows]]:
-    """The same for a history that may come asynchronously."""
+    history: AsyncHistory,
+) -> tuple[datetime | None, AsyncHistory]:
+    """The same for a history that may be an async iterable."""
     if not isinstance(history, AsyncIterable):
         return start_of(history)
     chunks = aiter(history)
@@ -168,21 +168,19 @@ async def start_of_async(
     return None, ()
 
 
-async def _chained(
-    first: ArrayLike | TimedRows, others: AsyncIterator[ArrayLike | TimedRows]
-) -> AsyncIterator[ArrayLike | TimedRows]:
+async def _chained(first: RowsLike, others: AsyncIterator[RowsLike]) -> AsyncIterator[RowsLike]:
     yield first
     async for chunk in others:
         yield chunk
 
 
-def _is_empty(chunk: ArrayLike | TimedRows) -> bool:
+def _is_empty(chunk: RowsLike) -> bool:
     shape = getattr(chunk, "shape", None)
     return not chunk if isinstance(chunk, Sequence) else shape is not None and shape[:1] == (0,)
 
 
-def _is_rows(history: History) -> TypeGuard[ArrayLike | TimedRows]:
-    """Whether it is rows, and not an iterable of chunks of rows."""
+def _is_rows(history: History) -> TypeGuard[RowsLike]:
+    """Whether it is rows, not an iterable of chunks of rows."""
     if isinstance(history, TimedRows) or hasattr(history, "__array__"):
         return True
     if isinstance(history, Sequence):
@@ -190,8 +188,8 @@ def _is_rows(history: History) -> TypeGuard[ArrayLike | TimedRows]:
     return not isinstance(history, Iterable)
 
 
-def nothing(model: ModelInfo, count: int) -> Floats:
-    """So many rows [count, D] in which everything is missing.
+def missing_rows(model: ModelInfo, count: int) -> Floats:
+    """Rows [count, D] in which every value is missing.
 
     Raises:
         InvalidField: there are none.
@@ -201,7 +199,7 @@ def nothing(model: ModelInfo, count: int) -> Floats:
     return np.full((count, model.input_width), np.nan, np.float32)
 
 
-def nothings(model: ModelInfo, count: int) -> Iterator[Floats]:
+def missing_pieces(model: ModelInfo, count: int) -> Iterator[Floats]:
     """The same in pieces, for very many rows."""
     for first in range(0, count, PIECE_ROWS):
-        yield nothing(model, min(PIECE_ROWS, count - first))
+        yield missing_rows(model, min(PIECE_ROWS, count - first))

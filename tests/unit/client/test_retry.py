@@ -4,8 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from stepstate.client._protocol import backoff as module
-from stepstate.client._protocol.backoff import Backoff
+from stepstate.client._protocol import retry
+from stepstate.client._protocol.retry import Backoff
 from stepstate.errors import Draining, QueueFull, ServerUnreachable
 
 LOST = ServerUnreachable("host:1", "gone")
@@ -14,7 +14,7 @@ LOST = ServerUnreachable("host:1", "gone")
 @pytest.fixture
 def ticking(clock, monkeypatch):
     """The clock that `Backoff` reads."""
-    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=clock))
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=clock))
     return clock
 
 

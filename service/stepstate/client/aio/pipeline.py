@@ -1,10 +1,10 @@
-"""Rows of many sessions on their way over StreamSteps, on as many connections as it takes.
+"""Items of many sessions on their way over StreamSteps; a broken connection is made again.
 
 Rule 1: every item has one result; those of a session come in the order of its items.
-Rule 2: a session has at most `WINDOW` items sent and not yet taken by the application, so
-        that a server remembers all whose outputs the application may not have.
-Rule 3: sessions take turns at sending. One that recovers, waits or is full lets its items
-        queue here; only when `most` items, or `MAX_BYTES`, are here does the source wait.
+Rule 2: a session has at most `WINDOW` items that were sent and not yet taken by the application, so
+        that a server remembers all replies that the application may not have.
+Rule 3: sessions take turns at sending. The items of one that recovers, waits or is full wait in a
+        queue of its own; no item is taken from the source while `max_items`, or `MAX_BYTES`, wait.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import grpc
-from numpy.typing import ArrayLike
 
 from stepstate.client import convert
-from stepstate.client._protocol.backoff import Backoff
 from stepstate.client._protocol.replay import SentRequest
+from stepstate.client._protocol.retry import Backoff
+from stepstate.client._protocol.session import BaseSession, result_of
 from stepstate.client._protocol.steps import WINDOW, StepProtocol
-from stepstate.client.base_session import BaseSession
-from stepstate.client.times import TimedRows
+from stepstate.client.times import RowsLike
 from stepstate.client.types import Result
 from stepstate.errors import InvalidField, ServerUnreachable, StepstateError, Unavailable
 from stepstate.v1 import stepstate_pb2 as pb
@@ -31,36 +30,20 @@ if TYPE_CHECKING:
     Call = grpc.aio.StreamStreamCall[pb.StepRequest, pb.StepResponse]
 
 S = TypeVar("S", bound=BaseSession)
-Items = Iterable[tuple[S, ArrayLike | TimedRows]] | AsyncIterable[tuple[S, ArrayLike | TimedRows]]
+Items = Iterable[tuple[S, RowsLike]] | AsyncIterable[tuple[S, RowsLike]]
 
 MAX_ITEMS = 10_000
-"""Of all sessions together: some hundred a session for as many sessions."""
+"""Of all sessions together: for a hundred sessions a hundred each."""
 MAX_BYTES = 64 * 2**20
 """Four of the longest requests."""
-_AT_ONCE = 64  # items of a source that never waits, between two turns of the loop
+_AT_ONCE = 64  # items of a source that never waits, before other tasks get a turn
 
 
-class _Bell:
-    """Wakes the one task that waits for something; who waits looks first."""
-
-    def __init__(self) -> None:
-        self._waiter: asyncio.Future[None] | None = None
-
-    def ring(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
-
-    async def wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        await self._waiter
-
-
-class _SessionQueue(StepProtocol, Generic[S]):
-    """A session's track in a pipeline."""
+class _SessionQueue(StepProtocol[S]):
+    """The items of one session in a pipeline."""
 
     def __init__(self, session: S, timeout: float) -> None:
         super().__init__(session, timeout=timeout, window=WINDOW)
-        self.session = session
         self.ready = False  # is among those that take turns at sending
         self.unsent = 0  # items that came after the one that ended it
 
@@ -72,8 +55,8 @@ class Pipeline(Generic[S]):
         items: pairs of a session and its rows.
         connect: opens a stream.
         target: the server, for errors.
-        timeout: seconds without an answer after which one gives up.
-        most: items taken from the source whose results were not taken yet.
+        timeout: seconds without an answer until it gives up.
+        max_items: most items taken from the source whose results were not taken yet.
     """
 
     def __init__(
@@ -83,13 +66,13 @@ class Pipeline(Generic[S]):
         *,
         target: str,
         timeout: float,
-        most: int = MAX_ITEMS,
+        max_items: int = MAX_ITEMS,
     ) -> None:
         self._connect = connect
         self._target = target
         self._timeout = timeout
-        self._most = most
-        self._ways: dict[str, _SessionQueue[S]] = {}
+        self._max_items = max_items
+        self._queues: dict[str, _SessionQueue[S]] = {}
         self._ready: deque[_SessionQueue[S]] = deque()
         self._results: deque[
             tuple[_SessionQueue[S], SentRequest | None, pb.StepResponse | None]
@@ -100,13 +83,13 @@ class Pipeline(Generic[S]):
         self._fed = False
         self._failure: Exception | None = None
         self._backoff: Backoff | None = None
-        self._to_send, self._to_take, self._room = (_Bell() for _ in range(3))
+        self._to_send, self._to_take, self._to_feed = (asyncio.Event() for _ in range(3))
         self._feeding = asyncio.create_task(self._feed(items))
         self._running = asyncio.create_task(self._run())
-        self._running.add_done_callback(lambda _: self._to_take.ring())
+        self._running.add_done_callback(lambda _: self._to_take.set())
 
     async def next(self) -> Result[S] | None:
-        """The next result; None when there are no more.
+        """The next result; None after the last one.
 
         Raises:
             Unavailable: no connection for as long as the timeout.
@@ -118,33 +101,28 @@ class Pipeline(Generic[S]):
                 if self._failure is not None:
                     raise self._failure
                 return None
-            await self._to_take.wait()
+            await _changed(self._to_take)
         return self._take(*self._results.popleft())
 
     async def end(self) -> None:
-        """Gives up what is on its way."""
+        """Gives up what is in flight."""
         self._feeding.cancel()
         self._running.cancel()
         await asyncio.gather(self._feeding, self._running, return_exceptions=True)
 
     def _take(
-        self, way: _SessionQueue[S], sent: SentRequest | None, response: pb.StepResponse | None
+        self, queue: _SessionQueue[S], sent: SentRequest | None, response: pb.StepResponse | None
     ) -> Result[S]:
-        """Makes a result of an answer, and room for another item."""
+        """Makes a result of an answer, which lets the source give another item."""
         self._inside -= 1
-        if sent is None or response is None:
-            result = Result(way.session, None, way.error)
-        else:
-            way.missing_reason -= 1
+        y = None
+        if sent is not None and response is not None:
+            queue.untaken -= 1
             self._inside_bytes -= len(sent.data)
-            self._line_up(way)
-            y = convert.outputs(response, way.session.model)
-            told = convert.stand_ins(response)
-            way.session.arrived(sent.end, **told)
-            moment = way.session.time()
-            result = Result(way.session, y[0], None, **told, t=sent.end, time=moment)
-        self._room.ring()
-        return result
+            self._line_up(queue)
+            y = queue.session.item_result(response)
+        self._to_feed.set()
+        return result_of(queue.session, y, queue.error)
 
     # From the source.
 
@@ -157,47 +135,47 @@ class Pipeline(Generic[S]):
                 count += 1
                 if count % _AT_ONCE == 0:
                     await asyncio.sleep(0)
-                while self._inside >= self._most or self._inside_bytes >= MAX_BYTES:
-                    await self._room.wait()
+                while self._inside >= self._max_items or self._inside_bytes >= MAX_BYTES:
+                    await _changed(self._to_feed)
         except Exception as error:  # noqa: BLE001 - whatever the application's iterator raises
             self._failure = error
         self._fed = True
-        self._to_send.ring()
+        self._to_send.set()
 
-    def _enter(self, session: S, x: ArrayLike | TimedRows) -> None:
-        way = self._way(session)
+    def _enter(self, session: S, x: RowsLike) -> None:
+        queue = self._queue(session)
         self._inside += 1
-        if way.ending:
-            way.unsent += 1
-            self._settle(way)
+        if queue.ending:
+            queue.unsent += 1
+            self._settle(queue)
             return
         try:
-            self._inside_bytes += way.add(way.place(x), last_only=True)
+            self._inside_bytes += queue.add(queue.place(x), last_only=True)
         except InvalidField as error:
-            way.unsent += 1
-            way.end(error)
-            self._settle(way)
+            queue.unsent += 1
+            queue.end(error)
+            self._settle(queue)
             return
         self._unanswered += 1
-        self._line_up(way)
+        self._line_up(queue)
 
-    def _way(self, session: S) -> _SessionQueue[S]:
-        way = self._ways.get(session.session_id)
-        if way is None:
-            way = self._ways[session.session_id] = _SessionQueue(session, self._timeout)
-        elif way.session is not session:
+    def _queue(self, session: S) -> _SessionQueue[S]:
+        queue = self._queues.get(session.session_id)
+        if queue is None:
+            queue = self._queues[session.session_id] = _SessionQueue(session, self._timeout)
+        elif queue.session is not session:
             raise InvalidField(
                 "items",
                 f"two objects stand for session {session.session_id!r}, each with a t of its own: "
                 "give the same one every time",
             )
-        return way
+        return queue
 
-    def _line_up(self, way: _SessionQueue[S]) -> None:
-        if not way.ready and way.sendable:
-            way.ready = True
-            self._ready.append(way)
-            self._to_send.ring()
+    def _line_up(self, queue: _SessionQueue[S]) -> None:
+        if not queue.ready and queue.sendable:
+            queue.ready = True
+            self._ready.append(queue)
+            self._to_send.set()
 
     # To the server and back.
 
@@ -206,7 +184,7 @@ class Pipeline(Generic[S]):
         while self._unanswered or not self._fed:
             if not self._unanswered:  # no server is needed yet
                 self._backoff = None
-                await self._to_send.wait()
+                await _changed(self._to_send)
                 continue
             error: StepstateError | None = None
             try:
@@ -225,10 +203,10 @@ class Pipeline(Generic[S]):
     async def _converse(self) -> None:
         """One stream, until it ends."""
         self._ready.clear()
-        for way in self._ways.values():
-            way.lost()
-            way.ready = False
-            self._line_up(way)
+        for queue in self._queues.values():
+            queue.lost()
+            queue.ready = False
+            self._line_up(queue)
         call = self._connect()
         writing = asyncio.create_task(self._write(call))
         try:
@@ -242,68 +220,74 @@ class Pipeline(Generic[S]):
             raise ServerUnreachable(self._target, "the stream ended early")
 
     async def _write(self, call: Call) -> None:
-        """Sends what sessions have to send, in turn; a broken stream is the reader's to notice."""
+        """Sends the sessions' requests in turn; the reader reports a broken stream."""
         ready = self._ready
         try:
             while True:
                 while ready:
-                    way = ready.popleft()
-                    way.ready = False
-                    if way.sendable:
-                        request = convert.step_request(way.session.session_id, way.next())
-                        self._line_up(way)
+                    queue = ready.popleft()
+                    queue.ready = False
+                    if queue.sendable:
+                        request = queue.next_request()
+                        self._line_up(queue)
                         await call.write(request)
                 if self._fed and not self._unanswered:
                     await call.done_writing()
                     return
-                await self._to_send.wait()
+                await _changed(self._to_send)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass
 
     def _answer(self, response: pb.StepResponse) -> None:
         self._backoff = None
-        way = self._ways.get(response.session_id)
-        if way is None:
+        queue = self._queues.get(response.session_id)
+        if queue is None:
             raise convert.from_status(response.error)
         if response.HasField("error"):
-            way.refused(convert.from_status(response.error))
+            queue.refused(convert.from_status(response.error))
         else:
-            sent = way.answered(response.durable_t)
+            sent = queue.answered(response.durable_t)
             if sent is not None:
-                way.missing_reason += 1
+                queue.untaken += 1
                 self._answered(1)
-                self._results.append((way, sent, response))
-                self._to_take.ring()
-                if way.error is None:
+                self._results.append((queue, sent, response))
+                self._to_take.set()
+                if queue.error is None:
                     return  # it may send no more than before
-        if way.pause:
-            asyncio.get_running_loop().call_later(way.pause, self._resume, way)
-        self._settle(way)
-        self._line_up(way)
+        if queue.pause:
+            asyncio.get_running_loop().call_later(queue.pause, self._resume, queue)
+        self._settle(queue)
+        self._line_up(queue)
 
-    def _resume(self, way: _SessionQueue[S]) -> None:
-        way.resume()
-        self._line_up(way)
+    def _resume(self, queue: _SessionQueue[S]) -> None:
+        queue.resume()
+        self._line_up(queue)
 
-    def _settle(self, way: _SessionQueue[S]) -> None:
-        """Gives the items of a session that can't go on their results."""
-        if way.error is None:
+    def _settle(self, queue: _SessionQueue[S]) -> None:
+        """Makes results of the items of a session that can't go on."""
+        if queue.error is None:
             return
-        unsent = way.unsent + len(way)
-        self._answered(len(way))
-        self._inside_bytes -= way.drop()
-        way.unsent = 0
-        self._results.extend([(way, None, None)] * unsent)
-        self._to_take.ring()
+        unsent = queue.unsent + len(queue)
+        self._answered(len(queue))
+        self._inside_bytes -= queue.drop()
+        queue.unsent = 0
+        self._results.extend([(queue, None, None)] * unsent)
+        self._to_take.set()
 
     def _answered(self, count: int) -> None:
         self._unanswered -= count
         if self._fed and not self._unanswered:
-            self._to_send.ring()
+            self._to_send.set()
 
 
 async def _each(
-    items: Iterable[tuple[S, ArrayLike | TimedRows]],
-) -> AsyncIterator[tuple[S, ArrayLike | TimedRows]]:
+    items: Iterable[tuple[S, RowsLike]],
+) -> AsyncIterator[tuple[S, RowsLike]]:
     for item in items:
         yield item
+
+
+async def _changed(event: asyncio.Event) -> None:
+    """Waits for the next `set`; who waits has looked before."""
+    event.clear()
+    await event.wait()

@@ -1,8 +1,7 @@
-"""What `write_model` is given, as a model's folder holds it, where the meaning is plain.
+"""Converts what `write_model` is given to what a model's folder holds.
 
-NumPy's numbers become Python's, torch's tensors become arrays without torch being imported, the
-prefixes that wrappers of torch add are taken off names, and biases that a network was made
-without are zeros.
+NumPy's numbers become Python's; torch's tensors become arrays, without importing torch; the
+prefixes that torch's wrappers add to names are removed; missing biases become zeros.
 """
 
 from __future__ import annotations
@@ -17,12 +16,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepstate.errors import ModelInvalid
-from stepstate.models.layout import tensor_shapes
-from stepstate.models.manifest import Manifest
-from stepstate.models.validate import MANIFEST, MAX_NESTING, WEIGHTS
+from stepstate.models.manifest import MANIFEST, Manifest
+from stepstate.models.model import MAX_NESTING
+from stepstate.models.tensors import WEIGHTS, tensor_shapes
 
 _WRAPPERS = frozenset({"_orig_mod", "module"})
-"""What torch.compile and DataParallel put before or into names."""
+"""What torch.compile and DataParallel add to names."""
 
 
 @runtime_checkable
@@ -51,10 +50,10 @@ class TorchTensor(Protocol):
 
 
 def plain_document(folder: Path, manifest: Mapping[str, object]) -> dict[str, object]:
-    """A manifest as JSON holds it.
+    """A manifest as JSON can hold it.
 
     Raises:
-        ModelInvalid: it names the key whose value JSON can't hold.
+        ModelInvalid: names the key whose value JSON can't hold.
     """
     if not isinstance(manifest, Mapping):
         problem = f"is a {type(manifest).__name__}, expected a dict with the keys of manifest.json"
@@ -70,11 +69,11 @@ def plain_document(folder: Path, manifest: Mapping[str, object]) -> dict[str, ob
     return document
 
 
-def _plain(folder: Path, value: object, place: tuple[str, ...]) -> object:
-    if len(place) > MAX_NESTING:
-        raise ModelInvalid(str(folder / MANIFEST), f"{'.'.join(place[:3])}…: is nested too deeply")
+def _plain(folder: Path, value: object, key: tuple[str, ...]) -> object:
+    if len(key) > MAX_NESTING:
+        raise ModelInvalid(str(folder / MANIFEST), f"{'.'.join(key[:3])}…: is nested too deeply")
     if isinstance(value, Mapping):
-        return {str(key): _plain(folder, one, (*place, str(key))) for key, one in value.items()}
+        return {str(name): _plain(folder, one, (*key, str(name))) for name, one in value.items()}
     if isinstance(value, np.ndarray | np.generic | TorchTensor):
         value = value.tolist()  # a plain number where it has no dimension
     if isinstance(value, Enum):
@@ -82,12 +81,12 @@ def _plain(folder: Path, value: object, place: tuple[str, ...]) -> object:
     if isinstance(value, datetime | date):
         return value.isoformat()
     if isinstance(value, list | tuple):
-        return [_plain(folder, one, (*place, str(number))) for number, one in enumerate(value)]
+        return [_plain(folder, one, (*key, str(index))) for index, one in enumerate(value)]
     if value is None or isinstance(value, str | bool | int | float):
         return value
     raise ModelInvalid(
         str(folder / MANIFEST),
-        f"{'.'.join(place)}: is a {type(value).__name__}, expected a number, text, list or mapping",
+        f"{'.'.join(key)}: is a {type(value).__name__}, expected a number, text, list or mapping",
     )
 
 
@@ -97,20 +96,20 @@ def named_tensors(
     """The weights as float32 arrays, under the names of a model's folder.
 
     Raises:
-        ModelInvalid: it names the tensor.
+        ModelInvalid: names the tensor.
     """
     if not isinstance(tensors, Mapping):
         problem = f"is a {type(tensors).__name__}, expected tensors by name: give its state_dict()"
         raise ModelInvalid(str(folder / WEIGHTS), problem)
     shapes = tensor_shapes(manifest)
     named: dict[str, NDArray[np.float32]] = {}
-    for given, value in tensors.items():
-        name = given if given in shapes else _unwrapped(given)
+    for original, value in tensors.items():
+        name = original if original in shapes else _unwrapped(original)
         if name in named:
             raise ModelInvalid(
-                str(folder / WEIGHTS), f"{name} is given twice, as {given!r} too: give it once"
+                str(folder / WEIGHTS), f"{name} is given twice, as {original!r} too: give it once"
             )
-        named[name] = _array(folder, given, value)
+        named[name] = _array(folder, original, value)
     return named | _zero_biases(shapes, named)
 
 
@@ -141,5 +140,5 @@ def _array(folder: Path, name: str, value: ArrayLike | TorchTensor) -> NDArray[n
         raise ModelInvalid(
             str(folder / WEIGHTS), f"{name} holds {array.dtype}, expected real numbers"
         )
-    with np.errstate(over="ignore"):  # told as infinity, by name
+    with np.errstate(over="ignore"):  # becomes infinity, which is refused by name
         return np.array(array, np.float32, order="C")

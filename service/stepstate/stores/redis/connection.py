@@ -171,7 +171,7 @@ class ClusterConnection:
 
     async def send(self, commands: Sequence[Command], *, whole: bool) -> list[Reply]:
         """See `RedisConnection.send`."""
-        pipeline = self.client.aio.pipeline()
+        pipeline = self.client.pipeline()
         for command in commands:
             pipeline.execute_command(*command.words(whole=whole))
         replies: list[Reply] = await pipeline.execute(raise_on_error=False)

@@ -36,7 +36,7 @@ class TritonService:
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._sessions = backend.sessions
-        self._sequences = SequenceService(backend)
+        self.sequences = SequenceService(backend)
         self._streams = StreamRegistry()
 
     def methods(self) -> Iterator[MethodDescriptor]:
@@ -104,12 +104,12 @@ class TritonService:
     ) -> pb.ModelInferResponse:
         infer = InferCall.of(request)
         if infer.plain:
-            return infer.reply(await self._sequences.step(infer))
+            return infer.reply(await self.sequences.step(infer))
         async with self._sessions.hold(infer.session_id) as hold:
-            return infer.reply(await self._sequences.apply(infer, hold))
+            return infer.reply(await self.sequences.apply(infer, hold))
 
     async def ModelStreamInfer(self, _requests: object, context: Context) -> None:
-        await self._streams.serve(InferStream(self._backend, context, self._sequences))
+        await self._streams.serve(InferStream(self._backend, context, self.sequences))
 
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context

@@ -134,7 +134,7 @@ def encode_session(summary: SessionSummary | UnreadableSession) -> pb.Session:
     )
 
 
-class Page(list[M]):
+class ReplyPage(list[M]):
     """Messages of one reply, as long as they fit."""
 
     def __init__(self) -> None:
@@ -151,9 +151,9 @@ class Page(list[M]):
         return True
 
 
-async def encode_page(found: Sequence[SessionSummary | UnreadableSession]) -> Page[pb.Session]:
+async def encode_page(found: Sequence[SessionSummary | UnreadableSession]) -> ReplyPage[pb.Session]:
     """As many sessions as fit; others take turns in between."""
-    page, encoded = Page[pb.Session](), 0
+    page, encoded = ReplyPage[pb.Session](), 0
     for summary in found:
         if not page.take(encode_session(summary)):
             break

@@ -25,7 +25,7 @@ from stepstate.sessions import ResidentSession
 from stepstate.transport.bidi import Backend, ReplyBudget, StreamRegistry
 from stepstate.transport.convert import (
     REPLY_BYTES,
-    Page,
+    ReplyPage,
     decode_forecast,
     decode_fork,
     decode_import,
@@ -212,7 +212,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         if not _DIGITS.fullmatch(token) or int(token) > len(models):
             raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
         first = int(token)
-        page = Page[pb.Model]()
+        page = ReplyPage[pb.Model]()
         for model in models[first : first + (request.page_size or len(models))]:
             if not page.take(encode_model(model)):
                 break

@@ -23,8 +23,8 @@ demo: setup ## Replay four weeks of demand through a server and score its live f
 serve: setup ## Serve the shipped models on 127.0.0.1:50051
 	$(BIN)/stepstate serve --models models
 
-test: setup ## Run the tests that a change is made with (4 minutes)
-	$(BIN)/pytest -m 'not long' --hypothesis-profile quick
+test: setup ## Run the tests that a change is made with (4 minutes; three processes, as many tests wait)
+	$(BIN)/pytest --numprocesses 3 -m 'not long' --hypothesis-profile quick
 
 test-all: setup ## Run all tests: storms, outages, benchmarks and perf_analyzer too
 	$(BIN)/pytest

@@ -15,9 +15,11 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 
+from benchmarks.bare import BareForward
 from benchmarks.models import NAME, write_bench_model
 from benchmarks.report import this_machine
-from stepstate.engine import BareForward, DeviceUnavailable, check_accelerator, use_one_thread
+from stepstate.engine import check_accelerator, use_one_thread
+from stepstate.errors import DeviceUnavailable
 from stepstate.models import Model, load_model
 
 _SPREAD = 16

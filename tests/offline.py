@@ -68,6 +68,13 @@ def forecasting_network(
     return network
 
 
+def rows(count: int, seed: int = 0) -> np.ndarray:
+    """Rows x [T, 2] for it: a level that swings, and heat."""
+    rng = np.random.default_rng(seed)
+    level = 5 + 2 * np.sin(np.arange(count) / 2) + rng.normal(0, 0.5, count)
+    return np.stack([level, rng.normal(-1, 0.5, count)], axis=1).astype(np.float32)
+
+
 def seen(manifest: dict, x: np.ndarray) -> np.ndarray:
     """x [T, D] as the network sees it (no calendar, no profile)."""
     mean = [column.get("mean", 0.0) for column in manifest["inputs"]]

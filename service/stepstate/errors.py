@@ -33,7 +33,11 @@
     ├── Cancelled               raised by the client: the call ended before its answer
     ├── UnexpectedStatus        raised by the client: an error that is not Stepstate's
     ├── Internal                an unexpected error; its id is in the server's log
-    └── ModelInvalid            a model's folder can't be served (never on the wire)
+    └── StartError              the server can't start (never on the wire)
+        ├── ModelInvalid        a model's folder can't be served
+        ├── DeviceUnavailable   there is no such device
+        ├── StoreOpenError      the store can't be opened
+        └── ListenError         an address can't be listened on
 
 An error holds fields and composes its message from them: what, which id, what
 to do next. The server puts the fields on the wire and the client raises the
@@ -56,9 +60,9 @@ class StepstateError(Exception):
     reason: ClassVar[str] = ""
     message: ClassVar[str] = ""
 
-    def __init_subclass__(cls) -> None:
-        reason = cls.__dict__.get("reason", "")
+    def __init_subclass__(cls, *, reason: str = "") -> None:
         if reason:
+            cls.reason = reason
             _BY_REASON[reason] = cls
 
     def __str__(self) -> str:
@@ -87,10 +91,9 @@ class NotFound(StepstateError):
 
 
 @dataclass(eq=False)
-class SessionUnknown(NotFound):
+class SessionUnknown(NotFound, reason="SESSION_UNKNOWN"):
     """No session of this id is known."""
 
-    reason = "SESSION_UNKNOWN"
     message = (
         "session {session_id!r} is unknown: it was never opened on this server, or it ended so "
         "long ago that the reason is forgotten; open it"
@@ -99,10 +102,9 @@ class SessionUnknown(NotFound):
 
 
 @dataclass(eq=False)
-class SessionExpired(NotFound):
+class SessionExpired(NotFound, reason="SESSION_EXPIRED"):
     """The session was idle for longer than its timeout."""
 
-    reason = "SESSION_EXPIRED"
     session_id: str
     t: int
     idle_timeout_seconds: float
@@ -125,20 +127,18 @@ class SessionExpired(NotFound):
 
 
 @dataclass(eq=False)
-class SessionClosed(NotFound):
+class SessionClosed(NotFound, reason="SESSION_CLOSED"):
     """The session was closed by a client."""
 
-    reason = "SESSION_CLOSED"
     message = "session {session_id!r} was closed at t={t}; open it again to start anew"
     session_id: str
     t: int
 
 
 @dataclass(eq=False)
-class SessionLost(NotFound):
+class SessionLost(NotFound, reason="SESSION_LOST"):
     """The session was kept in memory only, and the server that had it ended."""
 
-    reason = "SESSION_LOST"
     message = (
         "session {session_id!r} is lost: it was opened with durability none, and the server that "
         "had it ended or lost it to another; open it again and send its history, and choose "
@@ -148,10 +148,9 @@ class SessionLost(NotFound):
 
 
 @dataclass(eq=False)
-class ModelUnknown(NotFound):
+class ModelUnknown(NotFound, reason="MODEL_UNKNOWN"):
     """No such model, or no such version of it, is loaded."""
 
-    reason = "MODEL_UNKNOWN"
     model: str
     version: str
     loaded: str
@@ -162,10 +161,9 @@ class ModelUnknown(NotFound):
 
 
 @dataclass(eq=False)
-class SessionExists(StepstateError):
+class SessionExists(StepstateError, reason="SESSION_EXISTS"):
     """The id is already open."""
 
-    reason = "SESSION_EXISTS"
     message = (
         "session {session_id!r} is already open at t={t}; go on from there, choose another id, or "
         "close it first"
@@ -179,20 +177,18 @@ class InvalidRequest(StepstateError):
 
 
 @dataclass(eq=False)
-class InvalidField(InvalidRequest):
+class InvalidField(InvalidRequest, reason="INVALID_FIELD"):
     """A field of the request can't be accepted."""
 
-    reason = "INVALID_FIELD"
     message = "{field}: {problem}"
     field: str
     problem: str
 
 
 @dataclass(eq=False)
-class NonFiniteInput(InvalidRequest):
+class NonFiniteInput(InvalidRequest, reason="NON_FINITE_INPUT"):
     """A value of x is NaN or infinite."""
 
-    reason = "NON_FINITE_INPUT"
     session_id: str
     row: int
     column: str
@@ -207,10 +203,9 @@ class NonFiniteInput(InvalidRequest):
 
 
 @dataclass(eq=False)
-class NonFiniteResult(InvalidRequest):
+class NonFiniteResult(InvalidRequest, reason="NON_FINITE_RESULT"):
     """The rows are finite, but would make the state or y non-finite."""
 
-    reason = "NON_FINITE_RESULT"
     message = (
         "x: applied to session {session_id!r} at t={t}, these rows overflow float32; none of them "
         "was applied: check the unit of the values"
@@ -220,10 +215,9 @@ class NonFiniteResult(InvalidRequest):
 
 
 @dataclass(eq=False)
-class SequenceNotStarted(InvalidRequest):
+class SequenceNotStarted(InvalidRequest, reason="SEQUENCE_NOT_STARTED"):
     """Of the Triton API: a request without the start flag, for a sequence that is not open."""
 
-    reason = "SEQUENCE_NOT_STARTED"
     message = (  # as Triton words it, and why
         "inference request for sequence {sequence_id} to model {model!r} must specify the START "
         "flag on the first request of the sequence: {cause}"
@@ -234,12 +228,11 @@ class SequenceNotStarted(InvalidRequest):
 
 
 @dataclass(eq=False)
-class StepMismatch(InvalidRequest):
+class StepMismatch(InvalidRequest, reason="STEP_MISMATCH"):
     """Another payload was already applied at this t."""
 
-    reason = "STEP_MISMATCH"
     message = (
-        "session {session_id!r} has already applied another request at t={t}; it stands at "
+        "session {session_id!r} has already applied another request at t={t}; it is at "
         "t={expected_t}: a retry must repeat the same rows and options"
     )
     session_id: str
@@ -248,12 +241,11 @@ class StepMismatch(InvalidRequest):
 
 
 @dataclass(eq=False)
-class StepAhead(StepstateError):
+class StepAhead(StepstateError, reason="STEP_AHEAD"):
     """t is larger than the rows applied so far: rows are missing."""
 
-    reason = "STEP_AHEAD"
     message = (
-        "session {session_id!r} stands at t={expected_t}, the request is for t={t}: send the rows "
+        "session {session_id!r} is at t={expected_t}, the request is for t={t}: send the rows "
         "from t={expected_t} on first"
     )
     session_id: str
@@ -262,12 +254,11 @@ class StepAhead(StepstateError):
 
 
 @dataclass(eq=False)
-class StepTooOld(StepstateError):
+class StepTooOld(StepstateError, reason="STEP_TOO_OLD"):
     """t is older than everything the replay window remembers."""
 
-    reason = "STEP_TOO_OLD"
     message = (
-        "session {session_id!r} stands at t={expected_t} and no longer remembers the reply for "
+        "session {session_id!r} is at t={expected_t} and no longer remembers the reply for "
         "t={t}; it was applied: go on from t={expected_t}"
     )
     session_id: str
@@ -276,10 +267,9 @@ class StepTooOld(StepstateError):
 
 
 @dataclass(eq=False)
-class StepPositionUnknown(StepstateError):
+class StepPositionUnknown(StepstateError, reason="STEP_POSITION_UNKNOWN"):
     """A request without t, for a session that a restart may have rolled back."""
 
-    reason = "STEP_POSITION_UNKNOWN"
     message = (
         "session {session_id!r} was restored at t={expected_t} after its server ended "
         "unexpectedly; rows that were acknowledged after it may be missing: send t with the "
@@ -290,10 +280,9 @@ class StepPositionUnknown(StepstateError):
 
 
 @dataclass(eq=False)
-class StaleOwner(StepstateError):
+class StaleOwner(StepstateError, reason="STALE_OWNER"):
     """Another server has taken the session over; this one has dropped its copy."""
 
-    reason = "STALE_OWNER"
     message = (
         "another server has taken session {session_id!r} over, where it is saved up to "
         "t={expected_t}; nothing was committed here: ask where it stands, and send the rows from "
@@ -304,20 +293,18 @@ class StaleOwner(StepstateError):
 
 
 @dataclass(eq=False)
-class ForecastImpossible(StepstateError):
+class ForecastImpossible(StepstateError, reason="FORECAST_IMPOSSIBLE"):
     """The model can't make this forecast."""
 
-    reason = "FORECAST_IMPOSSIBLE"
     message = "no forecast of {subject}: {problem}"
     subject: str
     problem: str
 
 
 @dataclass(eq=False)
-class RowsMissing(StepstateError):
+class RowsMissing(StepstateError, reason="ROWS_MISSING"):
     """Raised by the client: the session was rolled back further than the rows that it keeps."""
 
-    reason = "ROWS_MISSING"
     message = (
         "session {session_id!r} needs the rows {first} to {last} again, and the client no longer "
         "keeps them: set the session's t to {first} and step them from your own records"
@@ -328,10 +315,9 @@ class RowsMissing(StepstateError):
 
 
 @dataclass(eq=False)
-class SnapshotModelMismatch(StepstateError):
+class SnapshotModelMismatch(StepstateError, reason="SNAPSHOT_MODEL_MISMATCH"):
     """A snapshot, or a stored session, of a model that is not loaded here."""
 
-    reason = "SNAPSHOT_MODEL_MISMATCH"
     session_id: str
     model: str
     fingerprint: str
@@ -348,19 +334,17 @@ class SnapshotModelMismatch(StepstateError):
 
 
 @dataclass(eq=False)
-class SnapshotCorrupt(StepstateError):
+class SnapshotCorrupt(StepstateError, reason="SNAPSHOT_CORRUPT"):
     """Bytes that are not a whole snapshot."""
 
-    reason = "SNAPSHOT_CORRUPT"
     message = "the snapshot can't be read: {problem}; take it from its source again"
     problem: str
 
 
 @dataclass(eq=False)
-class SnapshotTooLarge(StepstateError):
+class SnapshotTooLarge(StepstateError, reason="SNAPSHOT_TOO_LARGE"):
     """A snapshot that is larger than a message can hold."""
 
-    reason = "SNAPSHOT_TOO_LARGE"
     message = (
         "the snapshot of session {session_id!r} takes {size} bytes, more than {limit}: "
         "StreamExport and StreamImport take up to 256 MiB in parts (the client library uses "
@@ -372,10 +356,9 @@ class SnapshotTooLarge(StepstateError):
 
 
 @dataclass(eq=False)
-class SessionUnreadable(StepstateError):
+class SessionUnreadable(StepstateError, reason="SESSION_UNREADABLE"):
     """What the store has of a session can't be read: its record or its snapshot is damaged."""
 
-    reason = "SESSION_UNREADABLE"
     message = (
         "session {session_id!r} can't be read from the store: {problem}; bring back a copy of the "
         "store from before it was damaged, or close it (stepstate sessions close {session_id}), "
@@ -386,10 +369,9 @@ class SessionUnreadable(StepstateError):
 
 
 @dataclass(eq=False)
-class SessionLimit(StepstateError):
+class SessionLimit(StepstateError, reason="SESSION_LIMIT"):
     """No room for one more session."""
 
-    reason = "SESSION_LIMIT"
     message = (
         "all {limit} sessions of this server are open; close some, let idle ones expire, or start "
         "the server with a larger --max-sessions (without a durable store every session needs one "
@@ -403,10 +385,9 @@ class Unavailable(StepstateError):
 
 
 @dataclass(eq=False)
-class QueueFull(Unavailable):
+class QueueFull(Unavailable, reason="QUEUE_FULL"):
     """Too many rows or requests are already waiting."""
 
-    reason = "QUEUE_FULL"
     message = (
         "{what}: the limit of {limit} is reached; nothing was applied: retry after "
         "{retry_after_seconds:g} s, and wait for replies before sending more"
@@ -417,10 +398,9 @@ class QueueFull(Unavailable):
 
 
 @dataclass(eq=False)
-class Draining(Unavailable):
+class Draining(Unavailable, reason="DRAINING"):
     """The server is about to stop."""
 
-    reason = "DRAINING"
     message = (
         "the server is draining: it finishes accepted requests and takes no new ones; nothing was "
         "applied: retry on another server, or here when it is back"
@@ -429,31 +409,17 @@ class Draining(Unavailable):
 
 
 STORE_CAUSES = (
-    "disconnected",
-    "timeout",
-    "readonly",
-    "masterdown",
-    "loading",
-    "noreplicas",
-    "oom",
-    "misconf",
-    "cluster",
-    "full",
-    "wal",
-    "busy",
-    "io",
-    "corrupt",
-    "other",
-)
+    "disconnected", "timeout", "readonly", "masterdown", "loading", "noreplicas", "oom", "misconf",
+    "cluster", "full", "wal", "busy", "io", "corrupt", "other",
+)  # fmt: skip
 """Why a store fails: Redis's error codes (one for all of a changing cluster), SQLite's, and the
 network's."""
 
 
 @dataclass(eq=False)
-class StoreUnavailable(Unavailable):
+class StoreUnavailable(Unavailable, reason="STORE_UNAVAILABLE"):
     """The store of sessions does not answer, or can't write; `cause` is one of STORE_CAUSES."""
 
-    reason = "STORE_UNAVAILABLE"
     message = (
         "the server's store of sessions is away ({cause}): {problem}; whether the request was "
         "committed is settled by a retry with the same t: it is applied once"
@@ -464,10 +430,9 @@ class StoreUnavailable(Unavailable):
 
 
 @dataclass(eq=False)
-class ServerUnreachable(Unavailable):
+class ServerUnreachable(Unavailable, reason="SERVER_UNREACHABLE"):
     """Raised by the client: the server gave no answer within the deadline."""
 
-    reason = "SERVER_UNREACHABLE"
     message = (
         "no answer from {target}: {detail}; a request that carries t may be sent again safely: it "
         "is applied once"
@@ -477,10 +442,9 @@ class ServerUnreachable(Unavailable):
 
 
 @dataclass(eq=False)
-class Cancelled(StepstateError):
+class Cancelled(StepstateError, reason="CANCELLED"):
     """Raised by the client: the call was cancelled, or its stream ended, before the answer."""
 
-    reason = "CANCELLED"
     message = (
         "no answer, the call ended first: {detail}; the rows may or may not have been applied: "
         "send the same request with the same t to find out"
@@ -489,10 +453,9 @@ class Cancelled(StepstateError):
 
 
 @dataclass(eq=False)
-class UnexpectedStatus(StepstateError):
+class UnexpectedStatus(StepstateError, reason="UNEXPECTED_STATUS"):
     """Raised by the client: a status that no Stepstate server of this version answers with."""
 
-    reason = "UNEXPECTED_STATUS"
     code: str
     detail: str
 
@@ -504,21 +467,58 @@ class UnexpectedStatus(StepstateError):
 
 
 @dataclass(eq=False)
-class Internal(StepstateError):
+class Internal(StepstateError, reason="INTERNAL"):
     """An unexpected error on the server."""
 
-    reason = "INTERNAL"
     message = "internal error {error_id}: look for this id in the server's log"
     error_id: str
 
 
+class StartError(StepstateError):
+    """The server can't start. Never on the wire."""
+
+
 @dataclass(eq=False)
-class ModelInvalid(StepstateError):
-    """A model's folder can't be served. Never on the wire: the server does not start."""
+class ModelInvalid(StartError):
+    """A model's folder can't be served."""
 
     message = "{folder}: {problem}"
     folder: str
     problem: str
+
+
+@dataclass(eq=False)
+class DeviceUnavailable(StartError):
+    """The device that the server is to use is not there."""
+
+    message = (
+        "--device {device}: {detail}; check `python -c 'import torch; "
+        "print(torch.cuda.is_available())'`, or leave the option out to run on the CPU"
+    )
+    device: str
+    detail: str
+
+
+@dataclass(eq=False)
+class StoreOpenError(StartError):
+    """A store's URL is wrong, or what it names is not a store; `store` is without its password."""
+
+    message = "store {store}: {problem}"
+    store: str
+    problem: str
+
+
+@dataclass(eq=False)
+class ListenError(StartError):
+    """An address can't be listened on."""
+
+    message = (
+        "{option} {address}: can't listen there ({detail}); stop what uses the port "
+        "(`ss -ltnp` shows it), or choose another, port 0 for any free one"
+    )
+    option: str
+    address: str
+    detail: str
 
 
 _CLIENTS_OWN = (ServerUnreachable, Cancelled, UnexpectedStatus, RowsMissing)

@@ -46,7 +46,7 @@ class ServerLoop(uvloop.Loop):
     ) -> None:
         """See `asyncio.loop.add_reader`."""
         if isinstance(fd, socket.socket) and _of_grpc(callback):
-            super().add_reader(fd, _handle_all, fd, array.array("i", [0]), partial(callback, *args))
+            super().add_reader(fd, handle_all, fd, array.array("i", [0]), partial(callback, *args))
         else:
             super().add_reader(fd, callback, *args)
 
@@ -57,7 +57,7 @@ def _of_grpc(callback: Callable[..., Any]) -> bool:
     return type(owner).__name__ == "PollerCompletionQueue"
 
 
-def _handle_all(
+def handle_all(
     signals: socket.socket, waiting: array.array[int], handle: Callable[[], object]
 ) -> None:
     """Takes all bytes but one; `handle` takes that one and handles the events of all.

@@ -12,7 +12,6 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
 from threading import Thread
 from typing import TYPE_CHECKING
 from wsgiref.simple_server import WSGIServer
@@ -23,16 +22,17 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
+    EngineSettings,
     Precision,
     check_accelerator,
     has_instructions,
     measure_loss,
     use_one_thread,
 )
-from stepstate.errors import StoreUnavailable
+from stepstate.errors import ListenError, StoreUnavailable
 from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
-from stepstate.sessions import Limits, SessionService, StepScheduler, Table
+from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store
 from stepstate.transport import Backend, RpcInterceptor, StepstateServicer, add_reflection
 from stepstate.uptime import BEAT_SECONDS, UptimeClock
@@ -79,21 +79,6 @@ class ServerState(enum.Enum):
     SERVING = "serving"
     DRAINING = "draining"
     STOPPED = "stopped"
-
-
-@dataclass(eq=False)
-class ListenError(Exception):
-    """An address can't be listened on."""
-
-    option: str
-    address: str
-    detail: str
-
-    def __str__(self) -> str:
-        return (
-            f"{self.option} {self.address}: can't listen there ({self.detail}); stop what uses the "
-            "port (`ss -ltnp` shows it), or choose another, port 0 for any free one"
-        )
 
 
 class Server:
@@ -164,7 +149,7 @@ class Server:
             asyncio.create_task(loop()) for loop in (self._sweep, self._tick, self._beat)
         ]
         if self._store.durable:
-            saving = self.sessions.saver.run(self._config.snapshot_interval)
+            saving = self.sessions.writer.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))
             self._tasks.append(asyncio.create_task(self.sessions.survey.run()))
         for service in ("", *services, STORE_SERVICE):
@@ -192,7 +177,7 @@ class Server:
             self._drained.cancel()  # it would go on, and save to a store that is closed
             await asyncio.wait([self._drained])
         await self._grpc.stop(grace_seconds)
-        await self.sessions.link.close()
+        await self.sessions.store.close()
         if self._http is not None:
             http, thread = self._http
             with suppress(OSError):  # wakes its thread, which looks up only twice a second
@@ -232,11 +217,23 @@ class Server:
 
     def _wire_sessions(self, catalog: Catalog) -> SessionService:
         config = self._config
-        table = Table(self._slots)
-        sessions = SessionService(
+        for model in catalog:
+            self._tell_loss(model)
+        return SessionService(
             catalog,
-            table,
             self._store,
+            SchedulerSettings(
+                EngineSettings(
+                    capacity=self._slots,
+                    batch_rows=config.batch_rows,
+                    chunk_rows=config.chunk_rows,
+                    precision=self._precision,
+                    accelerator=None if config.device == "cpu" else config.device,
+                ),
+                replay_rows=config.replay_rows,
+                replay_bytes=config.replay_bytes,
+                backlog_rows=config.backlog_rows,
+            ),
             limits=Limits(
                 queued_requests=config.queue_requests,
                 queued_rows=config.queue_rows,
@@ -252,28 +249,6 @@ class Server:
             unix_time=time.time,
             observer=self._metrics,
         )
-        for number, model in enumerate(catalog):
-            sessions.schedulers[model.key] = StepScheduler(
-                model,
-                table,
-                number=number,
-                clock=UPTIME,
-                observer=self._metrics.model(model.manifest.name, model.manifest.version),
-                settled=sessions.settled,
-                commit=sessions.saver.commit,
-                request_flush=sessions.saver.request_flush,
-                verify_lease=sessions.saver.verify_lease if self._store.durable else None,
-                backlog_rows=config.backlog_rows,
-                capacity=self._slots,
-                batch_rows=config.batch_rows,
-                chunk_rows=config.chunk_rows,
-                precision=self._precision,
-                accelerator=None if config.device == "cpu" else config.device,
-                replay_rows=config.replay_rows,
-                replay_bytes=config.replay_bytes,
-            )
-            self._tell_loss(model)
-        return sessions
 
     def _tell_loss(self, model: Model) -> None:
         """Logs what weights with fewer bits do to a model, before anyone relies on its outputs."""
@@ -313,7 +288,7 @@ class Server:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
-                await self.sessions.link.check()
+                await self.sessions.store.check()
                 await self.sessions.sweep()
             except StoreUnavailable:
                 pass  # noted where it was asked; health tells it
@@ -338,7 +313,7 @@ class Server:
 
     async def _tell_store_health(self) -> None:
         """A service of its own, so that no load balancer turns away from all servers at once."""
-        up = self.sessions.link.up
+        up = self.sessions.store.up
         if up is not self._store_told and self.phase is ServerState.SERVING:
             status = health_pb2.HealthCheckResponse
             await self._health.set(STORE_SERVICE, status.SERVING if up else status.NOT_SERVING)

@@ -75,21 +75,27 @@ class Relay:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Relays one connection."""
         self.connections += 1
+        self._writers.add(writer)
+        self._watch(asyncio.current_task())
         host, _, port = self._target
         try:
             server_reader, server_writer = await asyncio.open_connection(host, int(port))
         except OSError:
             writer.transport.abort()
             return
-        self._writers |= {writer, server_writer}
+        self._writers.add(server_writer)
         pumps = (
             self._pump(reader, server_writer, self._pass_requests),
             self._pump(server_reader, writer, self._pass_replies),
         )
         for pump in pumps:
-            task = asyncio.create_task(pump)
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._watch(asyncio.create_task(pump))
+
+    def _watch(self, task: asyncio.Task[None] | None) -> None:
+        """Keeps a task, so that `end` can cancel it."""
+        assert task is not None
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     async def _pump(
         self,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from stepstate.engine.buffers import MAX_ROWS
-from stepstate.engine.cells import MANY_ROWS, Cell, build_cell
+from stepstate.engine.cells import MANY_ROWS, MAX_BUFFERED_ROWS, Cell, build_cell
 from stepstate.engine.linear import FEW_ROWS
 from tests.networks import Network
 from tests.unit.rig import model_of, rows_of
@@ -130,7 +129,7 @@ def test_what_a_step_returned_stays_as_it_is(cell, x):
         assert torch.equal(part, copied)
 
 
-@pytest.mark.parametrize("batch", [MAX_ROWS, MAX_ROWS + 1])
+@pytest.mark.parametrize("batch", [MAX_BUFFERED_ROWS, MAX_BUFFERED_ROWS + 1])
 def test_a_batch_may_have_any_size(cell, x, batch):
     many = x[:, 0].repeat(batch // len(x) + 1, 1)[:batch]
     h, after = cell.step(many, zeros(cell, batch))

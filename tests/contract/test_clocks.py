@@ -58,7 +58,7 @@ class Machine:
         self.uptime.beat()
         await self.rig.sessions.beat()
         await self.rig.sessions.sweep()
-        await self.rig.sessions.saver.save_round()
+        await self.rig.sessions.writer.save_round()
 
 
 class World:
@@ -135,7 +135,7 @@ async def open_sessions(machine: Machine, first: int = 0, count: int = SESSIONS)
         session = await machine.rig.open(name, idle=IDLE, durability=kinds[i % len(kinds)])
         for t in range(2):
             await machine.rig.step(session, ROWS[t], t)
-    await machine.rig.sessions.saver.save_round()
+    await machine.rig.sessions.writer.save_round()
     return names
 
 

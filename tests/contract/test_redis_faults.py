@@ -9,10 +9,10 @@ import time
 import pytest
 from redis.crc import key_slot
 
-from stepstate.errors import StoreUnavailable
-from stepstate.stores import SaveResult, StoreOpenError, open_store
-from stepstate.stores.base import ENDING_SECONDS
-from stepstate.stores.redis import connection, keys
+from stepstate.errors import StoreOpenError, StoreUnavailable
+from stepstate.stores import SaveResult, open_store
+from stepstate.stores.base import TOMBSTONE_SECONDS
+from stepstate.stores.redis import keys, pipeline
 from tests.contract.proxy import proxy
 from tests.redis_process import free_port, redis_process
 from tests.stores import CLOSED, FINGERPRINT, SNAPSHOT, RedisHome, acquire, create, saving
@@ -144,7 +144,7 @@ async def use_every_script(home, store) -> None:
 
 async def test_a_save_that_arrives_late_undoes_no_newer_one(far_home, monkeypatch):
     """Redis may find a save in its socket when the server that sent it has long gone on."""
-    monkeypatch.setattr(connection, "TIMEOUT_SECONDS", 0.2)
+    monkeypatch.setattr(pipeline, "TIMEOUT_SECONDS", 0.2)
     home, between = far_home
     store = await home.open()
     epoch = await create(home, store, "a")
@@ -210,7 +210,7 @@ async def test_endings_leave_redis_when_they_are_forgotten(home, server):
     store = await home.open()
     for i in range(50):
         await store.end(f"s{i}", await create(home, store, f"s{i}"), CLOSED)
-    await home.pass_time(ENDING_SECONDS + 61)
+    await home.pass_time(TOMBSTONE_SECONDS + 61)
     assert server.command("KEYS", "stepstate:*end*") == []
 
 

@@ -15,10 +15,9 @@ from pathlib import Path
 
 import pytest
 
-from stepstate.errors import StoreUnavailable
-from stepstate.stores import SaveResult, StoreOpenError
+from stepstate.errors import StoreOpenError, StoreUnavailable
+from stepstate.stores import SaveResult
 from stepstate.stores.sqlite import file as session_file
-from stepstate.stores.sqlite import reserve
 from tests.contract import store_writer
 from tests.stores import CLOSED, FileHome, acquire, create, saving
 
@@ -165,7 +164,7 @@ async def test_a_store_that_is_opened_on_a_full_disk_is_read_and_written_when_th
 
 
 async def test_a_wal_is_bounded_however_long_a_reader_reads(home, monkeypatch):
-    monkeypatch.setattr(reserve, "MAX_WAL_BYTES", 2**20)
+    monkeypatch.setattr(session_file, "MAX_WAL_BYTES", 2**20)
     store = await home.open()
     epoch = await create(home, store, "a")
     other = sqlite3.connect(home.path, isolation_level=None)
@@ -183,7 +182,7 @@ async def test_a_wal_is_bounded_however_long_a_reader_reads(home, monkeypatch):
 @pytest.fixture
 def kept_from_writing(home, monkeypatch):
     """Fills the WAL of a store up to its bound, and keeps it from being written back."""
-    monkeypatch.setattr(reserve, "MAX_WAL_BYTES", 2**20)
+    monkeypatch.setattr(session_file, "MAX_WAL_BYTES", 2**20)
     other = sqlite3.connect(home.path, isolation_level=None)
 
     async def fill(store, epoch):

@@ -10,7 +10,7 @@ import pytest
 
 from stepstate.errors import InvalidField
 from stepstate.stores import SaveRequest, SaveResult, StoredSession
-from stepstate.stores.base import ENDING_SECONDS
+from stepstate.stores.base import TOMBSTONE_SECONDS
 from tests.stores import (
     CLOSED,
     EXPIRED,
@@ -158,7 +158,7 @@ async def test_an_older_epoch_ends_nothing(home, store):
 
 async def test_an_ending_is_forgotten_after_its_time(home, store):
     assert await store.end("a", await create(home, store, "a"), CLOSED)
-    await home.pass_time(ENDING_SECONDS - 1)
+    await home.pass_time(TOMBSTONE_SECONDS - 1)
     assert await store.find("a") == CLOSED
     await home.pass_time(1)
     assert await store.find("a") is None

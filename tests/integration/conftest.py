@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from tests import offline
 from tests.chaos.restartable import RestartableServer, restartable_server
 from tests.integration.clients import KINDS, AnyClient, Connect
 from tests.integration.forecasters import write_forecasters
+from tests.integration.restarts import StartRestartable
 from tests.integration.triton import (
     triton_stub,
 )
@@ -26,8 +27,6 @@ from tests.integration.wire import (
     raw_stub,
 )
 from tests.networks import Network, make_network
-
-Mortal = Callable[..., Awaitable[RestartableServer]]
 
 
 @pytest.fixture
@@ -45,22 +44,16 @@ async def other_stub(server: Server) -> AsyncIterator[StepstateServiceStub]:
 
 
 @pytest.fixture
-async def mortal(model_root: Path, tmp_path: Path) -> AsyncIterator[Mortal]:
+async def restartable(model_root: Path, tmp_path: Path) -> AsyncIterator[StartRestartable]:
     """Starts a server with a file as its store, that can be killed and started again."""
     async with AsyncExitStack() as stack:
 
         async def start(interval: str, *options: str) -> RestartableServer:
-            store = ("--store", f"sqlite:{tmp_path / 'mortal.db'}", "--snapshot-interval")
+            store = ("--store", f"sqlite:{tmp_path / 'restartable.db'}", "--snapshot-interval")
             told = ("--models", str(model_root), *store, interval, *options)
             return await stack.enter_async_context(restartable_server(tmp_path, *told))
 
         yield start
-
-
-async def reborn(server: RestartableServer) -> None:
-    """kill -9, and a start in the same place."""
-    server.kill()
-    await server.start()
 
 
 @pytest.fixture(params=KINDS)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from stepstate.models import write_model
 from tests.networks import Network, make_network
 
@@ -28,9 +26,3 @@ def write_forecasters(sensor: Network, folder: Path) -> Path:
         )
         write_model(folder / name / "1", made.manifest, made.tensors())
     return folder
-
-
-def rows(count: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    level = 5 + 2 * np.sin(np.arange(count) / 2) + rng.normal(0, 0.5, count)
-    return np.stack([level, rng.normal(-1, 0.5, count)], axis=1).astype(np.float32)

@@ -37,6 +37,13 @@ def networks() -> Iterator[Network]:
         yield network
 
 
+def marked(networks: Iterator[Network]) -> list:
+    """One of them is enough for every change."""
+    first, *others = networks
+    rest = (pytest.param(one, id=one.name, marks=pytest.mark.long) for one in others)
+    return [pytest.param(first, id=first.name), *rest]
+
+
 @pytest.fixture(scope="module")
 def client(tmp_path_factory: pytest.TempPathFactory):
     root: Path = tmp_path_factory.mktemp("models")
@@ -46,7 +53,7 @@ def client(tmp_path_factory: pytest.TempPathFactory):
         yield client
 
 
-@pytest.mark.parametrize("network", list(networks()), ids=lambda network: network.name)
+@pytest.mark.parametrize("network", marked(networks()))
 def test_every_way_to_apply_rows_has_the_calendar_of_their_time(client: Client, network):
     periods, interval = CALENDARS[network.name]
     x = np.random.default_rng(2).normal(size=(3_000, 1)).astype(np.float32)

@@ -20,7 +20,7 @@ from stepstate.server import Server
 from tests.chaos.faults import relay
 from tests.chaos.restartable import RestartableServer, free_port
 from tests.integration.clients import Connect
-from tests.integration.conftest import Mortal
+from tests.integration.restarts import StartRestartable
 from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference
 from tests.networks import Network
 
@@ -47,8 +47,10 @@ async def test_an_address_that_takes_connections_and_never_answers_is_told_too(c
                     await client.models()
 
 
-async def test_a_client_may_be_there_before_its_server(connect: Connect, mortal: Mortal):
-    server = await mortal("60")
+async def test_a_client_may_be_there_before_its_server(
+    connect: Connect, restartable: StartRestartable
+):
+    server = await restartable("60")
     server.kill()
     async with connect(server.address, connect_timeout=HANG) as client:
         models = asyncio.ensure_future(client.models())
@@ -74,10 +76,10 @@ OLD_TIMEOUT = 10.0
     [pytest.param(killed, OLD_TIMEOUT + 2, marks=pytest.mark.long), (stopped, 0)],
 )
 async def test_clients_step_on_through_a_restart_with_their_defaults(
-    end: Callable, away: float, mortal: Mortal, networks: dict[str, Network]
+    end: Callable, away: float, restartable: StartRestartable, networks: dict[str, Network]
 ):
     x = draw(40)
-    server = await mortal("0.1")
+    server = await restartable("0.1")
     async with AsyncClient(server.address) as one, AsyncClient(server.address) as streaming:
         with Client(server.address) as other:
             a, b = await one.open("lstm"), await asyncio.to_thread(other.open, "lstm")

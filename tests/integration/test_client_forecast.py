@@ -21,9 +21,10 @@ from stepstate.server import Server
 from tests import offline
 from tests.chaos.restartable import restartable_server
 from tests.integration.clients import AnyClient, Connect
-from tests.integration.forecasters import CLOSE, rows
+from tests.integration.forecasters import CLOSE
 from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference
 from tests.networks import Network
+from tests.offline import rows
 
 START = datetime(2026, 3, 1, tzinfo=UTC)
 
@@ -235,7 +236,7 @@ async def test_a_server_that_was_set_back_is_brought_up_before_it_forecasts(
     forecasters: Path, tmp_path: Path, connect: Connect, saved: int
 ):
     x = rows(50)
-    store = f"sqlite:{tmp_path / 'mortal.db'}"
+    store = f"sqlite:{tmp_path / 'restartable.db'}"
     options = ("--models", str(forecasters), "--store", store, "--snapshot-interval", "600")
     async with (
         restartable_server(tmp_path, *options) as server,
@@ -266,7 +267,7 @@ async def test_a_server_that_was_set_back_is_brought_up_before_it_forecasts(
 async def test_rows_that_are_not_kept_are_missing_by_name(
     forecasters: Path, tmp_path: Path, connect: Connect
 ):
-    options = ("--models", str(forecasters), "--store", f"sqlite:{tmp_path / 'mortal.db'}")
+    options = ("--models", str(forecasters), "--store", f"sqlite:{tmp_path / 'restartable.db'}")
     options += ("--snapshot-interval", "600")
     async with (
         restartable_server(tmp_path, *options) as server,

@@ -21,9 +21,10 @@ from tests import offline
 from tests.chaos.faults import relay
 from tests.chaos.restartable import restartable_server
 from tests.integration.clients import AnyClient, Connect
-from tests.integration.forecasters import CLOSE, rows, small
+from tests.integration.forecasters import CLOSE, small
 from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference, sample, scrape
 from tests.networks import Network
+from tests.offline import rows
 
 
 @pytest.fixture
@@ -172,7 +173,7 @@ async def test_a_history_over_a_connection_that_keeps_breaking_is_exactly_once(
 
 async def test_a_history_goes_on_after_a_kill(forecasters: Path, tmp_path: Path, connect: Connect):
     x = draw(200_000)
-    store = f"sqlite:{tmp_path / 'mortal.db'}"
+    store = f"sqlite:{tmp_path / 'restartable.db'}"
     options = ("--models", str(forecasters), "--store", store, "--snapshot-interval", "0.05")
     async with (
         restartable_server(tmp_path, *options) as server,

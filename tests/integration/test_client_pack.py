@@ -21,19 +21,10 @@ from stepstate.errors import (
 from stepstate.server import Server, running_server
 from tests.chaos.faults import relay
 from tests.integration.clients import AnyClient, AnySession, Connect
-from tests.integration.conftest import Mortal, reborn
+from tests.integration.packed import series
+from tests.integration.restarts import StartRestartable, kill_and_restart
 from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference
 from tests.networks import Network
-
-
-@pytest.fixture
-def network(networks: dict[str, Network]) -> Network:
-    return networks["lstm"]
-
-
-def series(count: int, rows: int) -> np.ndarray:
-    """Rows [sessions, T, D], another sequence for each session."""
-    return np.stack([draw(rows, seed=place) for place in range(count)])
 
 
 async def crowd(client: AnyClient, count: int, **fields: object) -> list[AnySession]:
@@ -141,19 +132,19 @@ async def test_rows_whose_replies_are_lost_are_applied_once(
 
 @pytest.mark.parametrize("interval", ["600", "0.05"])
 async def test_a_pack_goes_on_after_kill_9_with_what_the_server_lacks(
-    mortal: Mortal, connect: Connect, network: Network, interval: str
+    restartable: StartRestartable, connect: Connect, network: Network, interval: str
 ):
     x = series(8, 60)
-    server = await mortal(interval)
+    server = await restartable(interval)
     async with connect(server.address, timeout=HANG) as client:
         sessions = await crowd(client, 8)
         got = []
         async with client.packed(sessions) as pack:
             for t in range(40):
                 if t == 25:
-                    await reborn(server)
+                    await kill_and_restart(server)
                 got.append((await pack.step(x[:, t])).y)
-            await reborn(server)
+            await kill_and_restart(server)
             which = np.repeat(np.arange(8), 20)
             rest = await pack.step(x[:, 40:].reshape(160, 3), which=which)
             assert not rest.errors
@@ -163,17 +154,17 @@ async def test_a_pack_goes_on_after_kill_9_with_what_the_server_lacks(
 
 
 async def test_rows_that_are_kept_nowhere_are_missing_and_the_other_sessions_go_on(
-    mortal: Mortal, connect: Connect, network: Network
+    restartable: StartRestartable, connect: Connect, network: Network
 ):
     x = series(3, 6)
-    server = await mortal("600")
+    server = await restartable("600")
     async with connect(server.address, timeout=HANG) as client:
         sessions = await crowd(client, 2)
         async with client.packed(sessions) as pack:
             got = [(await pack.step(x[:2, t])).y for t in range(3)]
         strange = await client.session("s0")  # an object that never had the rows
         async with client.packed([strange, sessions[1]]) as pack:
-            await reborn(server)
+            await kill_and_restart(server)
             told = await pack.step(x[:2, 3])
         assert {row: type(error) for row, error in told.errors.items()} == {0: RowsMissing}
         assert (told.errors[0].first, told.errors[0].last) == (0, 2)
@@ -281,15 +272,15 @@ async def test_a_pack_is_of_sessions_of_one_model_each_once(server: Server, conn
 
 
 async def test_a_single_step_brings_up_a_server_that_lacks_rows_of_a_pack(
-    mortal: Mortal, connect: Connect, network: Network
+    restartable: StartRestartable, connect: Connect, network: Network
 ):
     x = series(2, 12)
-    server = await mortal("600")
+    server = await restartable("600")
     async with connect(server.address, timeout=HANG) as client:
         sessions = await crowd(client, 2)
         async with client.packed(sessions) as pack:
             got = [(await pack.step(x[:, t])).y for t in range(5)]
-            await reborn(server)
+            await kill_and_restart(server)
             got.append(
                 np.array([await s.step(row) for s, row in zip(sessions, x[:, 5], strict=True)])
             )

@@ -87,7 +87,7 @@ class File:
         self.run("UPDATE sessions SET session_id = ? WHERE session_id = '-'", other)
 
 
-@pytest.fixture(params=["sqlite", "redis"])
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.long)])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> File | Redis:
     if request.param == "sqlite":
         return File(tmp_path / "placed.db")

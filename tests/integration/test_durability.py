@@ -32,14 +32,9 @@ from tests.integration.wire import (
     until,
     where,
 )
-from tests.networks import Network, make_network
+from tests.networks import make_network
 
 SYNC, ASYNC, NONE = pb.DURABILITY_SYNC, pb.DURABILITY_ASYNC, pb.DURABILITY_NONE
-
-
-@pytest.fixture
-def network(networks: dict[str, Network]) -> Network:
-    return networks["lstm"]
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub as Stub
 from tests import offline
 from tests.integration.wire import raw_stub, refused
+from tests.offline import rows
 from tests.processes import server_process
 
 CLOSE = 1e-4  # of values around 5
@@ -44,12 +45,6 @@ async def server(config, sensors) -> AsyncIterator[Server]:
 async def stub(server) -> AsyncIterator[Stub]:
     async with raw_stub(server.address) as made:
         yield made
-
-
-def rows(count: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    level = 5 + 2 * np.sin(np.arange(count) / 2) + rng.normal(0, 0.5, count)
-    return np.stack([level, rng.normal(-1, 0.5, count)], axis=1).astype(np.float32)
 
 
 async def opened(stub: Stub, session_id: str, **fields: object) -> pb.Session:

@@ -17,8 +17,7 @@ from stepstate.client import AsyncClient
 from stepstate.server import Server
 from tests.chaos.faults import relay
 from tests.integration.clients import Connect
-from tests.integration.conftest import Mortal, reborn
-from tests.integration.mortal import SELDOM
+from tests.integration.restarts import SELDOM, StartRestartable, kill_and_restart
 from tests.integration.wire import (
     HANG,
     TOLERANCE,
@@ -29,11 +28,11 @@ from tests.networks import Network
 
 
 async def test_a_fork_goes_on_apart_and_is_resumed_too(
-    mortal: Mortal, connect: Connect, networks: dict[str, Network]
+    restartable: StartRestartable, connect: Connect, networks: dict[str, Network]
 ):
     x, network = draw(60), networks["lstm"]
     other = np.concatenate((x[:30], draw(30, seed=9)))
-    server = await mortal(SELDOM)
+    server = await restartable(SELDOM)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm", session_id="a")
         await session.step(x[:30])
@@ -43,7 +42,7 @@ async def test_a_fork_goes_on_apart_and_is_resumed_too(
         assert fork.info.model == "lstm"
         head = await session.step(x[30:40]), await fork.step(other[30:40])
         await plain.step(other[30:40])
-        await reborn(server)
+        await kill_and_restart(server)
         tail = await session.step(x[40:]), await fork.step(other[40:])
         rest = await plain.step(other[40:])
         with pytest.raises(errors.SessionExists):
@@ -57,15 +56,15 @@ async def test_a_fork_goes_on_apart_and_is_resumed_too(
 
 
 async def test_a_fork_of_a_session_that_was_set_back_stands_where_the_application_does(
-    mortal: Mortal, connect: Connect, networks: dict[str, Network]
+    restartable: StartRestartable, connect: Connect, networks: dict[str, Network]
 ):
     x = draw(50)
-    server = await mortal(SELDOM)
+    server = await restartable(SELDOM)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm")
         for row in x[:40]:
             await session.step(row)
-        await reborn(server)
+        await kill_and_restart(server)
         fork = await session.fork()
         assert fork.t == 40
         got = await fork.step(x[40:])
@@ -73,10 +72,10 @@ async def test_a_fork_of_a_session_that_was_set_back_stands_where_the_applicatio
 
 
 async def test_a_snapshot_moves_a_session_to_another_server(
-    mortal: Mortal, server: Server, connect: Connect, networks: dict[str, Network]
+    restartable: StartRestartable, server: Server, connect: Connect, networks: dict[str, Network]
 ):
     x, network = draw(60), networks["lstm"]
-    old = await mortal(SELDOM)
+    old = await restartable(SELDOM)
     async with (
         connect(old.address, timeout=HANG) as source,
         connect(server.address, timeout=HANG) as target,

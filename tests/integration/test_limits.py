@@ -204,6 +204,7 @@ async def test_single_rows_are_remembered_as_far_as_promised(config: ServerConfi
         assert (await refused(stub.Step(request("a", 41, x[41])))).reason == "STEP_TOO_OLD"
 
 
+@pytest.mark.long
 async def test_unanswered_requests_of_a_stream_are_held_back_by_flow_control(
     server: Server, stub: StepstateServiceStub, networks: dict[str, Network]
 ):

@@ -44,13 +44,7 @@ CLOSE = 1e-4
 Outputs = list[np.ndarray | None]
 
 
-@pytest.fixture
-def network(networks: dict[str, Network]) -> Network:
-    """What is served as "lstm"."""
-    return networks["lstm"]
-
-
-@pytest.fixture(params=["sqlite", "redis"])
+@pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.long)])
 def stored(
     request: pytest.FixtureRequest, config: ServerConfig, tmp_path: Path
 ) -> Iterator[ServerConfig]:

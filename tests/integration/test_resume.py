@@ -15,8 +15,14 @@ import pytest
 from stepstate import errors
 from stepstate.client import AsyncClient
 from tests.integration.clients import Connect
-from tests.integration.conftest import Mortal, reborn
-from tests.integration.mortal import OFTEN, SELDOM, collect, difference
+from tests.integration.restarts import (
+    OFTEN,
+    SELDOM,
+    StartRestartable,
+    collect,
+    difference,
+    kill_and_restart,
+)
 from tests.integration.wire import (
     HANG,
     TOLERANCE,
@@ -39,20 +45,20 @@ async def saved(address: str, session_id: str, t: int) -> None:
 
 
 async def test_step_and_inspect_go_on_after_a_kill(
-    mortal: Mortal, connect: Connect, networks: dict[str, Network]
+    restartable: StartRestartable, connect: Connect, networks: dict[str, Network]
 ):
     x, network = draw(200), networks["lstm"]
-    server = await mortal(SELDOM)
+    server = await restartable(SELDOM)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm", session_id="a")
         got = [await session.step(row) for row in x[:60]]
         got += list(await session.step(x[60:100]))
         assert session.durable_t < 100
-        await reborn(server)
+        await kill_and_restart(server)
         got.append(await session.step(x[100]))
         assert session.t == 101
         got += [await session.step(row) for row in x[101:150]]
-        await reborn(server)
+        await kill_and_restart(server)
         found = await session.inspect(x[150:160])
         assert len(found.layers) == 2
         got += list(found.y)
@@ -65,10 +71,10 @@ async def test_step_and_inspect_go_on_after_a_kill(
 
 @pytest.mark.parametrize("interval", [SELDOM, OFTEN])
 async def test_a_stream_goes_on_after_a_kill(
-    mortal: Mortal, connect: Connect, networks: dict[str, Network], interval: str
+    restartable: StartRestartable, connect: Connect, networks: dict[str, Network], interval: str
 ):
     x, moments = draw(400), random.Random(1)
-    server = await mortal(interval)
+    server = await restartable(interval)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm")
         got, kills = [], 0
@@ -76,7 +82,7 @@ async def test_a_stream_goes_on_after_a_kill(
             got.append(y)
             if len(got) == 150:
                 await asyncio.sleep(moments.uniform(0.0, 0.02))
-                await reborn(server)
+                await kill_and_restart(server)
                 kills += 1
         assert kills == 1
         assert session.t == (await client.info(session.session_id)).t == 400
@@ -90,14 +96,16 @@ async def slowly(x: np.ndarray) -> AsyncIterator[np.ndarray]:
         yield row
 
 
-async def test_a_long_history_is_sent_again_in_parts(mortal: Mortal, networks: dict[str, Network]):
+async def test_a_long_history_is_sent_again_in_parts(
+    restartable: StartRestartable, networks: dict[str, Network]
+):
     x = draw(14_000)
-    server = await mortal(SELDOM)
+    server = await restartable(SELDOM)
     async with AsyncClient(server.address, timeout=HANG) as client:
         session = await client.open("lstm")
         got = [await session.step(part, last_only=True) for part in np.split(x[:10_000], 2)]
         got += [y async for y in session.stream(np.split(x[10_000:13_900], 39))]
-        await reborn(server)
+        await kill_and_restart(server)
         got.append(await session.step(x[13_900:], last_only=True))
     ends = [5_000, 10_000, *range(10_100, 14_000, 100), 14_000]
     want = networks["lstm"].offline(x)[np.array(ends) - 1]
@@ -105,11 +113,11 @@ async def test_a_long_history_is_sent_again_in_parts(mortal: Mortal, networks: d
 
 
 async def test_a_drain_is_gone_through(
-    mortal: Mortal, connect: Connect, networks: dict[str, Network]
+    restartable: StartRestartable, connect: Connect, networks: dict[str, Network]
 ):
     """SIGTERM saves all, so that nothing is sent again, of sessions with durability none too."""
     x = draw(300)
-    server = await mortal(SELDOM)
+    server = await restartable(SELDOM)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm", durability="none")
         got = []
@@ -123,10 +131,10 @@ async def test_a_drain_is_gone_through(
 
 
 async def test_what_is_saved_is_told_and_not_kept(
-    mortal: Mortal, connect: Connect, networks: dict[str, Network]
+    restartable: StartRestartable, connect: Connect, networks: dict[str, Network]
 ):
     x = draw(40)
-    server = await mortal(OFTEN)
+    server = await restartable(OFTEN)
     async with connect(server.address, timeout=HANG) as client:
         late = await client.open("lstm", session_id="late")
         sync = await client.open("lstm", session_id="sync", durability="sync")
@@ -141,7 +149,7 @@ async def test_what_is_saved_is_told_and_not_kept(
         assert [len(getattr(s, "real", s).replay_buffer) for s in (late, sync, none)] == [0, 0, 0]
         info = await client.info("late")
         assert (info.residency, bool(info.owner), info.epoch > 0) == ("resident", True, True)
-        await reborn(server)
+        await kill_and_restart(server)
         assert (await client.info("sync")).residency == "spilled"
         for session in (late, sync):
             rest = await session.step(x[20:])
@@ -152,10 +160,10 @@ async def test_what_is_saved_is_told_and_not_kept(
 
 
 async def test_cancelled_steps_are_repeated_across_kills(
-    mortal: Mortal, networks: dict[str, Network]
+    restartable: StartRestartable, networks: dict[str, Network]
 ):
     x, moments = draw(120), random.Random(3)
-    server = await mortal(OFTEN)
+    server = await restartable(OFTEN)
     async with AsyncClient(server.address, timeout=HANG) as client:
         session = await client.open("lstm")
         got = []
@@ -165,7 +173,7 @@ async def test_cancelled_steps_are_repeated_across_kills(
                 stepping = asyncio.create_task(session.step(row))
                 await asyncio.sleep(moments.uniform(0.0, 0.003))
                 if place % 50 == 30 and restart is None:
-                    restart = asyncio.ensure_future(reborn(server))
+                    restart = asyncio.ensure_future(kill_and_restart(server))
                 stepping.cancel()
                 await asyncio.gather(stepping, return_exceptions=True)
                 if not stepping.cancelled():
@@ -178,10 +186,10 @@ async def test_cancelled_steps_are_repeated_across_kills(
 
 
 async def test_leaving_a_stream_early_lets_the_same_rows_go_on_across_kills(
-    mortal: Mortal, networks: dict[str, Network]
+    restartable: StartRestartable, networks: dict[str, Network]
 ):
     x = draw(200)
-    server = await mortal(SELDOM)
+    server = await restartable(SELDOM)
     async with AsyncClient(server.address, timeout=HANG) as client:
         session = await client.open("lstm")
         got: list[np.ndarray] = []
@@ -193,7 +201,7 @@ async def test_leaving_a_stream_early_lets_the_same_rows_go_on_across_kills(
                     break
             await stream.aclose()
             if len(got) % 70 == 0:
-                await reborn(server)
+                await kill_and_restart(server)
     assert difference(got, networks["lstm"], x) <= TOLERANCE
 
 
@@ -201,18 +209,18 @@ async def test_leaving_a_stream_early_lets_the_same_rows_go_on_across_kills(
 
 
 async def test_a_client_goes_on_from_its_own_t(
-    mortal: Mortal, connect: Connect, networks: dict[str, Network]
+    restartable: StartRestartable, connect: Connect, networks: dict[str, Network]
 ):
     """It has recorded fewer outputs than the server gave; both were killed meanwhile."""
     x, network = draw(120), networks["lstm"]
-    server = await mortal(OFTEN)
+    server = await restartable(OFTEN)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm", session_id="a")
         got = [await session.step(row) for row in x[:60]]
-        await reborn(server)
+        await kill_and_restart(server)
         got += [await session.step(row) for row in x[60:80]]
     await saved(server.address, "a", 80)
-    await reborn(server)
+    await kill_and_restart(server)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.session("a", t=65)
         assert session.t == 65
@@ -224,14 +232,14 @@ async def test_a_client_goes_on_from_its_own_t(
 
 
 async def test_a_server_behind_the_clients_own_t_names_the_rows(
-    mortal: Mortal, connect: Connect, networks: dict[str, Network]
+    restartable: StartRestartable, connect: Connect, networks: dict[str, Network]
 ):
     x = draw(60)
-    server = await mortal(SELDOM)
+    server = await restartable(SELDOM)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.open("lstm", session_id="a")
         got = [await session.step(row) for row in x[:40]]
-        await reborn(server)
+        await kill_and_restart(server)
     async with connect(server.address, timeout=HANG) as client:
         session = await client.session("a", t=40)
         first = (await client.info("a")).t
@@ -246,14 +254,14 @@ async def test_a_server_behind_the_clients_own_t_names_the_rows(
 
 
 async def test_rows_beyond_the_buffer_are_missing_by_name(
-    mortal: Mortal, connect: Connect, networks: dict[str, Network]
+    restartable: StartRestartable, connect: Connect, networks: dict[str, Network]
 ):
     x = draw(80)
-    server = await mortal(SELDOM)
+    server = await restartable(SELDOM)
     async with connect(server.address, timeout=HANG, resume_rows=25) as client:
         session = await client.open("lstm")
         got = [await session.step(row) for row in x[:60]]
-        await reborn(server)
+        await kill_and_restart(server)
         first = (await client.info(session.session_id)).t
         with pytest.raises(errors.RowsMissing) as missing:
             await session.step(x[60])

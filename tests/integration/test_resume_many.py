@@ -20,8 +20,14 @@ from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.chaos.faults import relay
 from tests.chaos.restartable import RestartableServer, restartable_redis
 from tests.integration.clients import AnyClient, AnySession, Connect
-from tests.integration.conftest import Mortal, reborn
-from tests.integration.mortal import OFTEN, SELDOM, collect, difference
+from tests.integration.restarts import (
+    OFTEN,
+    SELDOM,
+    StartRestartable,
+    collect,
+    difference,
+    kill_and_restart,
+)
 from tests.integration.wire import (
     HANG,
     TOLERANCE,
@@ -70,12 +76,12 @@ async def test_many_sessions_share_a_stream(
 
 @pytest.mark.parametrize("interval", [SELDOM, pytest.param(OFTEN, marks=pytest.mark.long)])
 async def test_many_sessions_go_on_after_kills(
-    mortal: Mortal, networks: dict[str, Network], interval: str
+    restartable: StartRestartable, networks: dict[str, Network], interval: str
 ):
     """Each output once and in order, whatever the server had saved of which session."""
     count, rows = 40, 150
     xs = [draw(rows, seed=seed) for seed in range(count)]
-    server, chance = await mortal(interval), random.Random(5)
+    server, chance = await restartable(interval), random.Random(5)
     async with AsyncClient(server.address, timeout=HANG) as client:
         sessions = [
             await client.open("lstm", durability="sync" if seed % 4 == 0 else "async")
@@ -105,7 +111,7 @@ async def test_many_sessions_go_on_after_kills(
 async def kill_some(server: RestartableServer, times: int) -> None:
     for _ in range(times):
         await asyncio.sleep(0.3)
-        await reborn(server)
+        await kill_and_restart(server)
 
 
 async def test_an_error_of_one_session_ends_no_other(
@@ -138,16 +144,16 @@ async def test_an_error_of_one_session_ends_no_other(
 
 
 async def test_rows_missing_of_one_session_end_no_other(
-    mortal: Mortal, networks: dict[str, Network]
+    restartable: StartRestartable, networks: dict[str, Network]
 ):
     x = draw(40)
-    server = await mortal(SELDOM)
+    server = await restartable(SELDOM)
     async with AsyncClient(server.address, timeout=HANG) as client:
         kept = await client.open("lstm", session_id="kept")
         await client.open("lstm", session_id="own")
         other = await client.session("own", t=30)
         await kept.step(x[:30])
-        await reborn(server)
+        await kill_and_restart(server)
         items = ((session, row) for row in x[30:] for session in (kept, other))
         got = await results_of_late(client, items)
     want = networks["lstm"].offline(x)[30:]
@@ -241,10 +247,12 @@ async def test_one_session_is_one_object(client: AsyncClient):
             pass
 
 
-async def test_an_idle_stream_needs_no_server(mortal: Mortal, networks: dict[str, Network]):
+async def test_an_idle_stream_needs_no_server(
+    restartable: StartRestartable, networks: dict[str, Network]
+):
     """While nothing is unanswered, a server may be away for longer than the timeout."""
     x = draw(20)
-    server = await mortal(SELDOM)
+    server = await restartable(SELDOM)
     async with AsyncClient(server.address, timeout=1.5) as client:
         session = await client.open("lstm")
 
@@ -265,8 +273,8 @@ async def test_an_idle_stream_needs_no_server(mortal: Mortal, networks: dict[str
     assert difference(got, networks["lstm"], x) <= TOLERANCE
 
 
-async def test_a_server_that_stays_away_ends_the_stream(mortal: Mortal):
-    server = await mortal(SELDOM)
+async def test_a_server_that_stays_away_ends_the_stream(restartable: StartRestartable):
+    server = await restartable(SELDOM)
     async with AsyncClient(server.address, timeout=1.0) as client:
         sessions = [await client.open("lstm") for _ in range(2)]
         server.kill()
@@ -275,7 +283,9 @@ async def test_a_server_that_stays_away_ends_the_stream(mortal: Mortal):
                 pass
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(
+    "seed", [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in (1, 2))]
+)
 async def test_many_sessions_over_a_connection_that_keeps_breaking_are_exactly_once(
     server: Server, connect: Connect, networks: dict[str, Network], seed: int
 ):

@@ -90,7 +90,7 @@ async def test_a_retry_is_the_same_and_tells_what_became_durable_since(
     await opened(stub, "a")
     sent = request("a", 0, draw(3))
     first = await stub.Step(sent)
-    await server.sessions.saver.save_round()
+    await server.sessions.writer.save_round()
     second = await again(stub, sent)
     assert_repeats(second, first)
     assert second.durable_t == 3

@@ -25,11 +25,6 @@ LARGE = {"replay_rows": 512}
 
 
 @pytest.fixture
-def network(networks: dict[str, Network]) -> Network:
-    return networks["lstm"]
-
-
-@pytest.fixture
 def disk(tmp_path: Path) -> Iterator[Path]:
     """A small disk, where mounting is permitted."""
     folder = tmp_path / "disk"

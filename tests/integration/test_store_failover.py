@@ -26,11 +26,6 @@ KEEPS = ("--appendonly", "yes", "--appendfsync", "always", "--repl-diskless-sync
 
 
 @pytest.fixture
-def network(networks: dict[str, Network]) -> Network:
-    return networks["lstm"]
-
-
-@pytest.fixture
 def first(tmp_path: Path) -> Iterator[RedisProcess]:
     with redis_process(tmp_path / "first", *KEEPS) as server:
         yield server

@@ -754,7 +754,7 @@ class CrashesMachine(RuleBasedStateMachine):
     def save_in_the_background(self, place: int) -> None:
         server = self.servers[place]
         try:
-            self.run(server.rig.sessions.saver.save_round())
+            self.run(server.rig.sessions.writer.save_round())
         except StoreUnavailable:
             assert server.door.mode != "up"
         self.settle(server)

@@ -9,7 +9,8 @@ import numpy as np
 from hypothesis import event, given
 from hypothesis import strategies as st
 
-from stepstate.engine import BareForward, Engine
+from benchmarks.bare import BareForward
+from stepstate.engine import Engine, EngineSettings
 from stepstate.errors import ModelInvalid
 from stepstate.models import Manifest, build_timeline, load_model, write_model
 from stepstate.models.tensors import tensor_shapes
@@ -125,11 +126,9 @@ def test_what_is_written_is_served(document):
         engine = Engine(
             model,
             build_timeline(model),
-            owner=Nobody(),
+            EngineSettings(capacity=2, batch_rows=2, chunk_rows=2),
+            sink=Nobody(),
             observer=Nobody(),
-            capacity=2,
-            batch_rows=2,
-            chunk_rows=2,
         )
         assert engine.used_slots == 0
         forward = BareForward(model, 3)

@@ -354,8 +354,8 @@ async def carry_out(
     else:
         raise AssertionError(problems)
     async with asyncio.timeout(HANG):  # a load may go on that nobody waits for any more
-        await rig.sessions._arrivals.wait_served()
-    assert not rig.sessions._lines
+        await rig.sessions._queues.wait_served()
+    assert not rig.sessions._queues._queues
     assert not rig.sessions.queued_rows
     assert not rig.table.deferred_array.any()
     assert not surprises
@@ -412,7 +412,7 @@ async def prepare(
         for place in range(first + 3 * number, first + 3 * number + number):
             await where.step(session, rows[place])
         if state == "spilled":
-            await where.sessions.saver.save([session], release=True)
+            await where.sessions.writer.save([session], release=True)
         told_of = expired if state == "expired" else opened
         told_of[name] = list(range(first + 3 * number, first + 3 * number + number))
     rig.clock.advance(SHORT_IDLE_SECONDS)

@@ -26,7 +26,7 @@ from stepstate.errors import (
     StepstateError,
     StepTooOld,
 )
-from stepstate.stores.base import ENDING_SECONDS
+from stepstate.stores.base import TOMBSTONE_SECONDS
 from tests.hypothesis_profiles import examples
 from tests.networks import make_network
 from tests.reference import lstm
@@ -355,7 +355,7 @@ class SessionsMachine(RuleBasedStateMachine):
         if isinstance(found, Open):
             assert self.run(self.rig.sessions.close(name)) == found.t
             error = SessionClosed(name, found.t)
-            self.model[name] = Ended(error, self.now + ENDING_SECONDS)
+            self.model[name] = Ended(error, self.now + TOMBSTONE_SECONDS)
         else:
             self.refused(self.rig.sessions.close(name), found)
 
@@ -366,7 +366,7 @@ class SessionsMachine(RuleBasedStateMachine):
             self.sweep()
 
     @precondition(lambda self: self.model and not self.held())
-    @rule(seconds=st.sampled_from([ENDING_SECONDS, GRACE_SECONDS, GRACE_SECONDS + 1.0]))
+    @rule(seconds=st.sampled_from([TOMBSTONE_SECONDS, GRACE_SECONDS, GRACE_SECONDS + 1.0]))
     def let_endings_be_forgotten(self, seconds: float) -> None:
         self.rig.clock.advance(seconds)
         self.sweep()
@@ -404,7 +404,7 @@ class SessionsMachine(RuleBasedStateMachine):
         assert len(early) == max(0, self.held() + len(kept) - len(gone) + len(early) - MAX_SESSIONS)
         for name in gone:
             error = replace(self.model[name].error, restore_until="")
-            self.model[name] = Ended(error, self.now + ENDING_SECONDS)
+            self.model[name] = Ended(error, self.now + TOMBSTONE_SECONDS)
         assert all(self.model[n].delete_at >= self.now for n in kept if n not in gone)
 
     @invariant()

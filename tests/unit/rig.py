@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from stepstate.engine import use_one_thread
+from stepstate.engine import EngineSettings, use_one_thread
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.metrics import Metrics, MetricsCollector
 from stepstate.models import Catalog, Manifest, Model
@@ -16,10 +16,9 @@ from stepstate.sessions import (
     Limits,
     OpenOptions,
     ResidentSession,
+    SchedulerSettings,
     SessionService,
     Step,
-    StepScheduler,
-    Table,
 )
 from stepstate.stores import Durability, MemoryStore, MissingPolicy, SessionStore, StoredSession
 from tests.networks import Network, make_network
@@ -104,11 +103,20 @@ class Rig:
         durable = self.store.durable
         self.registry = CollectorRegistry()
         self.metrics = Metrics()
-        self.table = Table(max_sessions)
         self.sessions = SessionService(
             Catalog(models),
-            self.table,
             self.store,
+            SchedulerSettings(
+                EngineSettings(
+                    capacity=max_sessions,
+                    batch_rows=batch_rows,
+                    chunk_rows=chunk_rows,
+                    accelerator=accelerator or self.accelerator,
+                ),
+                replay_rows=replay_rows,
+                replay_bytes=replay_bytes,
+                backlog_rows=backlog_rows,
+            ),
             limits=Limits(
                 queued_requests=queued_requests,
                 queued_rows=queued_rows,
@@ -124,27 +132,9 @@ class Rig:
             unix_time=unix_time or self.clock,
             observer=self.metrics,
         )
-        for model in models:
-            self.sessions.schedulers[model.key] = StepScheduler(
-                model,
-                self.table,
-                number=len(self.sessions.schedulers),
-                clock=self.clock,
-                observer=self.metrics.model(model.manifest.name, model.manifest.version),
-                settled=self.sessions.settled,
-                commit=self.sessions.saver.commit,
-                request_flush=self.sessions.saver.request_flush,
-                verify_lease=self.sessions.saver.verify_lease if durable else None,
-                backlog_rows=backlog_rows,
-                capacity=max_sessions,
-                batch_rows=batch_rows,
-                chunk_rows=chunk_rows,
-                replay_rows=replay_rows,
-                replay_bytes=replay_bytes,
-                accelerator=accelerator or self.accelerator,
-            )
+        self.table = self.sessions.table
         self.registry.register(MetricsCollector(self.metrics, self.sessions, limits={}))
-        self.scheduler = next(iter(self.sessions.schedulers.values()))
+        self.scheduler = self.sessions.schedulers[models[0].key]
 
     @property
     def tracker(self) -> Tracker:
@@ -233,7 +223,7 @@ class Lasting(MemoryStore):
     def stored(self, session_id: str) -> StoredSession | None:
         """What it has of a session; None where there is none, or it expired."""
         kept = self._sessions.get(session_id)
-        return None if kept is None else kept.entry
+        return None if kept is None else kept.session
 
     def snapshot(self, session_id: str) -> bytes:
         return self._sessions[session_id].snapshot

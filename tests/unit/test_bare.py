@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from benchmarks import forward
+from benchmarks.bare import BareForward
 from benchmarks.forward import ForwardRate, bare_forward, main
-from stepstate.engine import BareForward
 from tests.conftest import ELECTRICITY
 from tests.unit.rig import model_of, rows_of
 

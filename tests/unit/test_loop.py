@@ -94,7 +94,7 @@ def test_another_loop_of_the_process_may_take_the_bytes_first(
     with signals, sender:
         signals.settimeout(0)
         sender.send(b"123")
-        loop._handle_all(signals, array.array("i", [0]), lambda: signals.recv(1))
+        loop.handle_all(signals, array.array("i", [0]), lambda: signals.recv(1))
         with pytest.raises(BlockingIOError):
             signals.recv(1)
 
@@ -111,13 +111,13 @@ def test_other_readers_get_every_byte() -> None:
 def test_grpc_is_read_in_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its class is known by name only: a new name would go unseen, and cost a third."""
     turns: list[socket.socket] = []
-    handle_all = loop._handle_all
+    handle_all = loop.handle_all
 
     def counted(signals: socket.socket, *rest: object) -> None:
         turns.append(signals)
         handle_all(signals, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(loop, "_handle_all", counted)
+    monkeypatch.setattr(loop, "handle_all", counted)
     with asyncio.Runner(loop_factory=ServerLoop) as runner:
         replies = runner.run(_talk())
     assert replies == [b"0", b"1", b"2"]

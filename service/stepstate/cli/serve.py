@@ -15,7 +15,7 @@ import click
 
 from stepstate.cli.common import INTERRUPTED, option
 from stepstate.config import ConfigError, ServerConfig
-from stepstate.errors import ModelInvalid
+from stepstate.errors import StartError
 from stepstate.logging import configure_logs
 from stepstate.loop import ServerLoop, set_up_grpc
 
@@ -65,15 +65,12 @@ def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
 
 
 def _run(config: ServerConfig) -> bool:
-    # These import torch: a wrong option and --help are answered before.
-    from stepstate.engine import DeviceUnavailable  # noqa: PLC0415
-    from stepstate.server import ListenError, serve  # noqa: PLC0415
-    from stepstate.stores import StoreOpenError  # noqa: PLC0415
+    from stepstate.server import serve  # noqa: PLC0415 - torch: --help is answered before
 
     try:
         with asyncio.Runner(loop_factory=ServerLoop) as runner:
             return runner.run(serve(config, _announce))
-    except (ModelInvalid, ListenError, StoreOpenError, DeviceUnavailable) as error:
+    except StartError as error:
         raise click.ClickException(str(error)) from error
     except MemoryError as error:
         raise click.ClickException(

@@ -1,23 +1,35 @@
-"""The engine: arena, cells and micro-batcher. The only part that imports torch."""
+"""The engine: arena, cells and micro-batcher. The only package that imports torch.
 
-from stepstate.engine.accelerator import DeviceUnavailable, check_accelerator
-from stepstate.engine.bare import BareForward
-from stepstate.engine.batch import PackedWork
-from stepstate.engine.engine import Engine, Observer, use_one_thread
+engine      queues work, takes micro-batches, gives the outcomes to a `CompletionSink`
+work        work items, packs, the micro-batch
+forward     one forward of single rows: network, tracking, then the arena
+chunked     requests with many rows
+arena       states in their slots, and the layout of a state
+accelerator the same on a CUDA device
+network     raw x to raw y: scaling, features, the cell, the head
+features    calendar and lagged inputs
+imputation  rows with missing values
+cells       LSTM, GRU, RNN
+linear      W v + b in float32, bfloat16, int8
+forecast/   rollouts, and the quantiles of forecasts
+tracking/   scores, interval widths and drift tests of a session's forecasts
+"""
+
+from stepstate.engine.accelerator import check_accelerator
+from stepstate.engine.arena import Layout
+from stepstate.engine.engine import Engine, EngineSettings, Observer, use_one_thread
 from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Method, Plan
-from stepstate.engine.layout import Layout
-from stepstate.engine.precision import Precision, has_instructions
-from stepstate.engine.quantization import QuantizationError, measure_loss
+from stepstate.engine.linear import Precision, has_instructions
+from stepstate.engine.network import QuantizationError, measure_loss
 from stepstate.engine.tracking.scores import HorizonAccuracy, ScoreSummary, ScoreTotals
 from stepstate.engine.tracking.tracker import DriftStatus, ForecastQuality
-from stepstate.engine.work import CompletionSink, Floats, Layers, WorkItem
+from stepstate.engine.work import CompletionSink, Floats, Layers, PackedWork, WorkItem
 
 __all__ = [
-    "BareForward",
     "CompletionSink",
-    "DeviceUnavailable",
     "DriftStatus",
     "Engine",
+    "EngineSettings",
     "Floats",
     "ForecastOrigins",
     "ForecastQuality",

@@ -4,27 +4,31 @@ Each cell is written from its equations and shares one whole-sequence kernel,
 PyTorch's own, with the same weights. Sources: the equations of DESIGN for the
 LSTM; torch.nn.LSTM, GRU and RNN for gate order, biases and projection.
 
-B rows of different sessions, L layers, H hidden units, P = width of a layer's
-h (the projection's, else H), R = width of a state. A state row holds h of every
-layer, the lowest first, then c of every layer where the cell has one.
+B rows of different sessions, F inputs of the network, L layers, H hidden units,
+P = width of a layer's h (the projection's, else H), R = width of a state. A state
+row holds h of every layer, the lowest first, then c of every layer where the cell
+has one.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from stepstate.engine.buffers import Buffers
-from stepstate.engine.precision import LinearKernel, Precision, make_product
+from stepstate.engine.linear import LinearKernel, Precision, make_linear
 from stepstate.models import CellKind, CellSpec
 
 _M = TypeVar("_M", bound=nn.RNNBase)
 
 MANY_ROWS = 16
 """From about here on four cheap operations take less time than one tanh."""
+MAX_BUFFERED_ROWS = 256
+"""Larger batches get new tensors each time: there the arithmetic hides what they cost."""
 _ONE = torch.tensor(1.0)
 
 Trace = list[dict[str, Tensor]]
@@ -85,11 +89,7 @@ class LstmCell:
     """
 
     def __init__(
-        self,
-        spec: CellSpec,
-        input_size: int,
-        tensors: dict[str, Tensor],
-        precision: Precision = Precision.FLOAT32,
+        self, spec: CellSpec, input_size: int, tensors: dict[str, Tensor], precision: Precision
     ) -> None:
         module = nn.LSTM(
             input_size,
@@ -117,16 +117,16 @@ class LstmCell:
 
     @staticmethod
     def _layer_gates(tensors: dict[str, Tensor], layer: int, precision: Precision) -> LinearKernel:
-        """All four gates as one product over [x | h], the three of the sigmoid side by side."""
+        """All four gates as one kernel over [x | h], the three of the sigmoid side by side."""
         weight = torch.cat((tensors[f"weight_ih_l{layer}"], tensors[f"weight_hh_l{layer}"]), dim=1)
         bias = tensors[f"bias_ih_l{layer}"] + tensors[f"bias_hh_l{layer}"]
         order = torch.arange(len(bias)).view(4, -1)[[0, 1, 3, 2]].flatten()
-        return make_product(weight[order], bias[order], precision)
+        return make_linear(weight[order], bias[order], precision)
 
     def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
         """See `Cell.step`; traces i, f, g, o, c, m and h.
 
-        It works in place, in buffers that the next step reuses; what it returns is a copy.
+        It works in place, in buffers that the next step reuses, and returns copies.
         """
         views = self._buffers.of(x.shape[0])
         views.x.copy_(x)
@@ -157,87 +157,158 @@ class LstmCell:
         return h, torch.cat((*h_last, *c_last), dim=1)
 
 
-class GruCell:
-    """r, z = sigmoid(...), n = tanh(W_n x + b + r (W_hn h + b_hn)), h' = (1 - z) n + z h."""
+@dataclass(frozen=True, slots=True)
+class LayerViews:
+    """One layer's part of B rows: its kernel's input [B, F + P], its h [B, P] and c [B, H]."""
+
+    inputs: Tensor
+    h: Tensor
+    c: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Views:
+    """B rows: x [B, F], the state [B, L (P + H)], layers, and the gates of one layer at a time.
+
+    `gates` [B, 4 H] holds i, f, o and g side by side, `sigmoids` the first three; `m` is [B, H].
+    """
+
+    x: Tensor
+    state: Tensor
+    layers: tuple[LayerViews, ...]
+    gates: Tensor
+    sigmoids: Tensor
+    i: Tensor
+    f: Tensor
+    o: Tensor
+    g: Tensor
+    m: Tensor
+
+
+class Buffers:
+    """Where rows are while an LSTM steps them in place, up to MAX_BUFFERED_ROWS at a time.
+
+    A row is [x | h of every layer | c of every layer]: what a layer reads, x or the h of the layer
+    below, lies beside its own h, so nothing is concatenated between the layers. The views are made
+    once for each batch size: in Python a view costs about as much as the arithmetic of one row.
+    """
 
     def __init__(
-        self,
-        spec: CellSpec,
-        input_size: int,
-        tensors: dict[str, Tensor],
-        precision: Precision = Precision.FLOAT32,
+        self, *, inputs: int, layers: int, hidden: int, output: int, device: torch.device
+    ) -> None:
+        self._device = device
+        self._inputs, self._layers = inputs, layers
+        self._hidden, self._output = hidden, output
+        self._memory = self._allocate(MAX_BUFFERED_ROWS)
+        self._views: dict[int, Views] = {}
+
+    def of(self, batch: int) -> Views:
+        """The views of B rows; they hold what the last forward left."""
+        views = self._views.get(batch)
+        if views is None:
+            if batch > MAX_BUFFERED_ROWS:
+                return self._cut(*self._allocate(batch))
+            views = self._views[batch] = self._cut(*(part[:batch] for part in self._memory))
+        return views
+
+    def _allocate(self, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        width = self._inputs + self._layers * (self._output + self._hidden)
+        sizes = (width, 4 * self._hidden, self._hidden)
+        whole, gates, m = (torch.empty(rows, size, device=self._device) for size in sizes)
+        return whole, gates, m
+
+    def _cut(self, whole: Tensor, gates: Tensor, m: Tensor) -> Views:
+        inputs, hidden = self._inputs, self._hidden
+        i, f, o, g = gates.split(hidden, dim=1)
+        layers = tuple(self._layer(whole, layer) for layer in range(self._layers))
+        x, state = whole[:, :inputs], whole[:, inputs:]
+        return Views(x, state, layers, gates, gates[:, : 3 * hidden], i, f, o, g, m)
+
+    def _layer(self, whole: Tensor, layer: int) -> LayerViews:
+        output, hidden = self._output, self._hidden
+        h = self._inputs + layer * output
+        c = self._inputs + self._layers * output + layer * hidden
+        first = h - output if layer else 0
+        return LayerViews(
+            whole[:, first : h + output], whole[:, h : h + output], whole[:, c : c + hidden]
+        )
+
+
+class _HiddenCell(ABC):
+    """What GRU and RNN share: the state is h alone, and a sequence is torch's kernel."""
+
+    def __init__(
+        self, module: nn.RNNBase, spec: CellSpec, tensors: dict[str, Tensor], precision: Precision
+    ) -> None:
+        self._module = _load(module, tensors)
+        layers = range(spec.num_layers)
+        self._from_x = [_linear(tensors, "ih", layer, precision) for layer in layers]
+        self._from_h = [_linear(tensors, "hh", layer, precision) for layer in layers]
+        self._hidden = spec.hidden_size
+        self.state_width = spec.num_layers * spec.hidden_size
+        self.output = _top(spec)
+
+    def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
+        """See `Cell.step`."""
+        hidden = []
+        for layer, h in enumerate(state.split(self._hidden, dim=1)):
+            x = self._step_layer(layer, x, h, trace)
+            hidden.append(x)
+        return x, torch.cat(hidden, dim=1)
+
+    @abstractmethod
+    def _step_layer(self, layer: int, x: Tensor, h: Tensor, trace: Trace | None) -> Tensor:
+        """One layer's new h [B, H]."""
+
+    def sequence(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Cell.sequence`; the kernel of torch.nn.GRU or torch.nn.RNN."""
+        h, last = self._module(x, _stack(state.split(self._hidden, dim=1)))
+        return h, torch.cat(tuple(last), dim=1)
+
+
+class GruCell(_HiddenCell):
+    """r, z = sigmoid(...), n = tanh(W_n x + b + r (W_hn h + b_hn)), h' = (1 - z) n + z h.
+
+    It traces r, z, n and h.
+    """
+
+    def __init__(
+        self, spec: CellSpec, input_size: int, tensors: dict[str, Tensor], precision: Precision
     ) -> None:
         module = nn.GRU(input_size, spec.hidden_size, spec.num_layers, batch_first=True)
-        self._module = _load(module, tensors)
-        layers = range(spec.num_layers)
-        self._from_x = [_product(tensors, "ih", layer, precision) for layer in layers]
-        self._from_h = [_product(tensors, "hh", layer, precision) for layer in layers]
-        self._hidden = spec.hidden_size
-        self.state_width = spec.num_layers * spec.hidden_size
-        self.output = _top(spec)
+        super().__init__(module, spec, tensors, precision)
 
-    def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
-        """See `Cell.step`; traces r, z, n and h."""
-        hidden = []
-        for layer, h in enumerate(state.split(self._hidden, dim=1)):
-            from_x, from_h = self._from_x[layer](x), self._from_h[layer](h.contiguous())
-            gates = (from_x[:, : 2 * self._hidden] + from_h[:, : 2 * self._hidden]).sigmoid_()
-            r, z = gates.chunk(2, dim=1)
-            n = torch.addcmul(from_x[:, 2 * self._hidden :], r, from_h[:, 2 * self._hidden :])
-            n.tanh_()
-            x = torch.lerp(n, h, z)
-            hidden.append(x)
-            if trace is not None:
-                trace.append({"r": r, "z": z, "n": n, "h": x})
-        return x, torch.cat(hidden, dim=1)
-
-    def sequence(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Cell.sequence`; torch.nn.GRU's kernel."""
-        h, last = self._module(x, _stack(state.split(self._hidden, dim=1)))
-        return h, torch.cat(tuple(last), dim=1)
+    def _step_layer(self, layer: int, x: Tensor, h: Tensor, trace: Trace | None) -> Tensor:
+        from_x, from_h = self._from_x[layer](x), self._from_h[layer](h.contiguous())
+        gates = (from_x[:, : 2 * self._hidden] + from_h[:, : 2 * self._hidden]).sigmoid_()
+        r, z = gates.chunk(2, dim=1)
+        n = torch.addcmul(from_x[:, 2 * self._hidden :], r, from_h[:, 2 * self._hidden :])
+        n.tanh_()
+        new_h = torch.lerp(n, h, z)
+        if trace is not None:
+            trace.append({"r": r, "z": z, "n": n, "h": new_h})
+        return new_h
 
 
-class RnnCell:
-    """h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu of the same."""
+class RnnCell(_HiddenCell):
+    """h' = tanh(W_ih x + b_ih + W_hh h + b_hh), or relu of the same; it traces h."""
 
     def __init__(
-        self,
-        spec: CellSpec,
-        input_size: int,
-        tensors: dict[str, Tensor],
-        precision: Precision = Precision.FLOAT32,
+        self, spec: CellSpec, input_size: int, tensors: dict[str, Tensor], precision: Precision
     ) -> None:
         tanh = spec.kind is CellKind.RNN_TANH
-        module = nn.RNN(
-            input_size,
-            spec.hidden_size,
-            spec.num_layers,
-            batch_first=True,
-            nonlinearity="tanh" if tanh else "relu",
-        )
-        self._module = _load(module, tensors)
-        layers = range(spec.num_layers)
-        self._from_x = [_product(tensors, "ih", layer, precision) for layer in layers]
-        self._from_h = [_product(tensors, "hh", layer, precision) for layer in layers]
         self._activate = torch.tanh_ if tanh else torch.relu_
-        self._hidden = spec.hidden_size
-        self.state_width = spec.num_layers * spec.hidden_size
-        self.output = _top(spec)
+        kind = "tanh" if tanh else "relu"
+        sizes = (input_size, spec.hidden_size, spec.num_layers)
+        super().__init__(
+            nn.RNN(*sizes, batch_first=True, nonlinearity=kind), spec, tensors, precision
+        )
 
-    def step(self, x: Tensor, state: Tensor, trace: Trace | None = None) -> tuple[Tensor, Tensor]:
-        """See `Cell.step`; traces h."""
-        hidden = []
-        for layer, h in enumerate(state.split(self._hidden, dim=1)):
-            x = self._activate(self._from_x[layer](x) + self._from_h[layer](h.contiguous()))
-            hidden.append(x)
-            if trace is not None:
-                trace.append({"h": x})
-        return x, torch.cat(hidden, dim=1)
-
-    def sequence(self, x: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
-        """See `Cell.sequence`; torch.nn.RNN's kernel."""
-        h, last = self._module(x, _stack(state.split(self._hidden, dim=1)))
-        return h, torch.cat(tuple(last), dim=1)
+    def _step_layer(self, layer: int, x: Tensor, h: Tensor, trace: Trace | None) -> Tensor:
+        new_h = self._activate(self._from_x[layer](x) + self._from_h[layer](h.contiguous()))
+        if trace is not None:
+            trace.append({"h": new_h})
+        return new_h
 
 
 def _top(spec: CellSpec) -> slice:
@@ -246,20 +317,20 @@ def _top(spec: CellSpec) -> slice:
     return slice(last - spec.output_size, last)
 
 
-def _product(
+def _linear(
     tensors: dict[str, Tensor], part: str, layer: int, precision: Precision
 ) -> LinearKernel:
-    """The product of `weight_<part>` and `bias_<part>`."""
+    """The kernel of `weight_<part>` and `bias_<part>`."""
     weight, bias = tensors[f"weight_{part}_l{layer}"], tensors[f"bias_{part}_l{layer}"]
-    return make_product(weight, bias, precision)
+    return make_linear(weight, bias, precision)
 
 
 def _tanh_into(out: Tensor, a: Tensor) -> None:
     """tanh(a), for many rows as 2 sigmoid(2a) - 1, to 1e-7: of the two sigmoid is the faster.
 
     Only for what goes no further than h: in g the error would add up in c, step by
-    step, where f is near 1. Sums and a tensor, since a number in an operator costs
-    more here than the operator.
+    step, where f is near 1. It uses sums and a tensor, because a Python number in an
+    operator costs more here than the operator.
     """
     if a.shape[0] < MANY_ROWS:
         torch.tanh(a, out=out)

@@ -1,27 +1,34 @@
-"""Requests with many rows, or with `inspect`: run in chunks, on a copy of the state."""
+"""Requests with many rows, or with `inspect`: run in chunks, on a copy of the state.
+
+T rows of a request, B requests, D inputs, O outputs, N past rows, Rc the width of the cell's state,
+R of a whole one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from stepstate.engine.layout import Layout, append_rows, past_rows
+from stepstate.engine.arena import Layout, append_rows, past_rows
+from stepstate.engine.imputation import Imputer
+from stepstate.engine.network import Network, RowHistory
 from stepstate.engine.tracking.scores import ScoreTotals
 from stepstate.engine.tracking.tracker import Tracker
-from stepstate.engine.work import Floats, Layers, WorkItem
+from stepstate.engine.work import Floats, Layers, W
 
-W = TypeVar("W", bound=WorkItem)
+MAX_ROWS_ONE_BY_ONE = 16
+"""Of a request in one chunk: rows that need the forecast of the row before; about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What T rows of a request gave: x [T, D] as applied, y [T, O], the cell's state [Rc] after.
+    """The result of T rows: x [T, D] as applied, y [T, O], the cell's state [Rc] after them.
 
     `layers`: what every layer computed for the one row, [H] each; empty unless `inspect`.
     """
@@ -32,13 +39,8 @@ class Chunk:
     layers: Layers
 
 
-def traced(trace: Sequence[Mapping[str, Tensor]], place: int) -> Layers:
-    """What every layer computed for one of several rows."""
-    return [{name: part[place].numpy() for name, part in layer.items()} for layer in trace]
-
-
 class ChunkedRequest(Generic[W]):
-    """One such request under way: what is done of it, and its state so far.
+    """A request in progress: how many of its rows are done, and its state so far.
 
     Args:
         work: the request.
@@ -53,9 +55,9 @@ class ChunkedRequest(Generic[W]):
         self.overflowed = False
         self.error: Exception | None = None
         """What its rows raised."""
+        self.totals = tracker.new_totals() if tracker else ScoreTotals()
         self._one_by_one: NDArray[np.int64] = np.zeros(0, np.int64)
         self._state: Floats | None = None  # [R], a copy, from the first chunk on
-        self.tally = tracker.tally() if tracker else ScoreTotals()
         self._tracker = tracker
         self._layout = layout
         self._outputs: list[Floats] = []
@@ -66,26 +68,21 @@ class ChunkedRequest(Generic[W]):
         """Whether it has its rows and state."""
         return self._state is not None
 
-    def begin(self, state: Floats, one_by_one: Callable[[Floats], NDArray[np.int64]]) -> None:
-        """Reads its rows, and takes a copy [R] of its slot's state.
-
-        Args:
-            state: the copy.
-            one_by_one: tells the places of the rows that need the forecast of the row before.
-        """
+    def begin(self, state: Floats, imputer: Imputer) -> None:
+        """Reads its rows, and takes a copy [R] of its slot's state."""
         work = self.work
         self.x = np.array(work.x, np.float32).reshape(work.rows, self._layout.inputs)
-        if self._imputes:
-            self._one_by_one = one_by_one(self.x)
+        if self.imputes:
+            self._one_by_one = imputer.one_by_one(self.x)
         self._state = state
 
     def fail(self, error: Exception) -> None:
-        """Ends it: its rows raised."""
+        """Ends it, as its rows raised."""
         self.error = error
 
     @property
     def over(self) -> bool:
-        """Whether it has ended with its state as it was."""
+        """Whether it has ended with its state unchanged."""
         return self.overflowed or self.error is not None
 
     @property
@@ -98,24 +95,25 @@ class ChunkedRequest(Generic[W]):
         """Rows that were applied before the next one."""
         return self.work.at + self.done
 
-    def takes(self, most: int) -> int:
-        """How many of the next rows have at most so many among them that go one by one."""
-        place = int(np.searchsorted(self._one_by_one, self.done)) + most
-        if place < len(self._one_by_one):
-            return int(self._one_by_one[place]) - self.done
-        return self.left
-
     @property
-    def _imputes(self) -> bool:
+    def imputes(self) -> bool:
+        """Whether forecasts of the model fill its missing values."""
         return self.work.impute and bool(self.work.missing_rows)
 
     @property
     def kind(self) -> tuple[bool, bool]:
-        """Jobs of one kind share chunks: those that go row by row would hold up all others."""
-        return self.work.inspect, self._imputes
+        """Requests of one kind share chunks: row by row ones would slow the others down."""
+        return self.work.inspect, self.imputes
+
+    def max_rows(self) -> int:
+        """How many of its next rows a chunk may hold, with at most 16 that go one by one."""
+        place = int(np.searchsorted(self._one_by_one, self.done)) + MAX_ROWS_ONE_BY_ONE
+        if place < len(self._one_by_one):
+            return int(self._one_by_one[place]) - self.done
+        return self.left
 
     def phases(self, rows: int) -> Tensor:
-        """The steps of the next rows in the model's timeline."""
+        """The steps [rows] of the next rows in the model's timeline."""
         return torch.arange(self.done, self.done + rows).add_(self.work.phase)
 
     @property
@@ -139,21 +137,21 @@ class ChunkedRequest(Generic[W]):
     def _rings(self) -> Floats:
         return self._layout.rings(self.whole_state[None])
 
-    def take(self, part: Chunk) -> None:
-        """Keeps what its next rows gave."""
-        y = part.y
-        self._track(part.x, y)
-        append_rows(self._rings[0], self.at, part.x)
-        self.cell[:] = part.cell
-        self.done += len(part.x)
-        self.overflowed = not bool(np.isfinite(y).all() and np.isfinite(part.cell).all())
+    def take(self, chunk: Chunk) -> None:
+        """Keeps the results of its next rows."""
+        y = chunk.y
+        self._track(chunk.x, y)
+        append_rows(self._rings[0], self.at, chunk.x)
+        self.cell[:] = chunk.cell
+        self.done += len(chunk.x)
+        self.overflowed = not bool(np.isfinite(y).all() and np.isfinite(chunk.cell).all())
         if self.work.last_only:
             self._outputs.clear()
             self._layers.clear()
             y = y[-1:]
         self._outputs.append(y)
-        if part.layers:
-            self._layers.append(part.layers)
+        if chunk.layers:
+            self._layers.append(chunk.layers)
 
     def _track(self, x: Floats, y: Floats) -> None:
         tracker = self._tracker
@@ -167,7 +165,7 @@ class ChunkedRequest(Generic[W]):
             x=self.x[self.done : self.done + len(x)],
             before=before,
             y=y,
-            tally=self.tally,
+            totals=self.totals,
         )
 
     def results(self) -> tuple[Floats, Layers | None]:
@@ -175,10 +173,50 @@ class ChunkedRequest(Generic[W]):
         y = np.concatenate(self._outputs)
         if not self._layers:
             return y, None
-        depth = range(len(self._layers[0]))
         layers = [
             {name: np.stack([row[layer][name] for row in self._layers]) for name in first}
-            for layer in depth
-            for first in (self._layers[0][layer],)
+            for layer, first in enumerate(self._layers[0])
         ]
         return y, layers
+
+
+def compute_chunk(
+    requests: Sequence[ChunkedRequest[W]], network: Network, imputer: Imputer, chunk_rows: int
+) -> list[Chunk]:
+    """Computes the next rows of each of B requests of one kind, which it does not change.
+
+    Args:
+        requests: they have begun.
+        network: the model.
+        imputer: applies rows that have missing values.
+        chunk_rows: most rows of all requests together.
+    """
+    inspect = requests[0].work.inspect
+    rows = 1 if inspect else max(1, chunk_rows // len(requests))
+    rows = min(rows, *(request.max_rows() for request in requests))
+    x = torch.from_numpy(np.stack([each.x[each.done : each.done + rows] for each in requests]))
+    phase = torch.stack([request.phases(rows) for request in requests])
+    states = torch.from_numpy(np.stack([request.cell for request in requests]))
+    missing = any(request.work.missing_rows for request in requests)
+    past = _past_of(requests) if network.lagged or missing else None
+    trace: list[dict[str, Tensor]] | None = [] if inspect else None
+    if missing and past is not None:
+        impute = torch.tensor([request.work.impute for request in requests])
+        x, y, states = imputer.apply(x, phase, states, past, impute=impute, trace=trace)
+    elif inspect:
+        y, states = network.step(x[:, 0], phase[:, 0], states, past, trace)
+        y = y[:, None]
+    else:
+        y, states = network.sequence(x, phase, states, past)
+    parts = zip(x.numpy(), y.numpy(), states.numpy(), strict=True)
+    return [Chunk(*part, _traced(trace or (), place)) for place, part in enumerate(parts)]
+
+
+def _past_of(requests: Sequence[ChunkedRequest[W]]) -> RowHistory:
+    rows = torch.from_numpy(np.stack([request.past for request in requests]))
+    return RowHistory(rows, torch.tensor([request.at for request in requests]))
+
+
+def _traced(trace: Sequence[Mapping[str, Tensor]], place: int) -> Layers:
+    """What every layer computed for one of several requests."""
+    return [{name: part[place].numpy() for name, part in layer.items()} for layer in trace]

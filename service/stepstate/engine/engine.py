@@ -1,16 +1,18 @@
 """The micro-batcher: runs together whatever is queued, again and again.
 
 Rule 1: only the engine touches the arena.
-Rule 2: at most one piece of work a slot is inside the engine.
-Rule 3: a piece of work changes its slot's state wholly, in one scatter, or not at all.
+Rule 2: the engine has at most one work item of a slot.
+Rule 3: an item changes its slot's state as a whole, in one scatter, or not at all.
 Rule 4: nothing waits for a timer. A turn takes all that is queued, up to the
-        batch limit, as soon as a round of the loop brings no more; what arrives
-        while it computes is the next turn's.
+        batch limit, as soon as a round of the event loop brings no more; what
+        arrives while it computes is for the next turn.
 
 A turn is one micro-batch of single rows, then one chunk of the requests with
 many rows, so that neither holds up the other. It runs on the event loop:
 `docs/decisions.md` has the measurement against a worker thread, and `_turn` is
 the one place that decides it.
+
+B rows of different slots, D inputs, O outputs, R the width of a state, K horizons.
 """
 
 from __future__ import annotations
@@ -18,84 +20,88 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from stepstate.engine.batch import MicroBatch, PackedWork
-from stepstate.engine.chunked import Chunk, ChunkedRequest, traced
-from stepstate.engine.device_forward import place_states
+from stepstate.engine.accelerator import place_states
+from stepstate.engine.arena import Layout
+from stepstate.engine.chunked import Chunk, ChunkedRequest, compute_chunk
 from stepstate.engine.forecast.intervals import quantiles_of
 from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Plan, Rollout
 from stepstate.engine.forward import Forward, ForwardResult
 from stepstate.engine.imputation import Imputer
-from stepstate.engine.isolation import isolated
-from stepstate.engine.layout import Layout
-from stepstate.engine.network import Network, RowHistory
-from stepstate.engine.precision import Precision
+from stepstate.engine.linear import Precision
+from stepstate.engine.network import Network
 from stepstate.engine.tracking.scores import ScoreTotals
 from stepstate.engine.tracking.tracker import ForecastQuality, Tracker
-from stepstate.engine.work import CompletionSink, Floats, WorkItem
+from stepstate.engine.work import CompletionSink, Floats, MicroBatch, P, W
 from stepstate.models import Model, Timeline
 
-W = TypeVar("W", bound=WorkItem)
-
-
 ROUNDS_TO_A_CHUNK = 4
-"""Rounds of the loop; one without work takes some ten microseconds."""
-MAX_ROWS_ONE_BY_ONE = 16
-"""Of a request in one chunk: rows that need the forecast of the row before; about a millisecond."""
+"""Rounds of the event loop; one without work takes some ten microseconds."""
 MAX_PLANS = 256
-"""Horizons whose plans are kept: most clients ask for one, again and again."""
+"""Horizons whose plans are kept: most clients ask for the same one again and again."""
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """How much an engine runs together, and on what."""
+
+    capacity: int
+    """Slots of the arena."""
+    batch_rows: int
+    """Most single rows in one forward."""
+    chunk_rows: int
+    """Most rows of long requests in one turn."""
+    precision: Precision = Precision.FLOAT32
+    """What the weights are kept as."""
+    accelerator: str | None = None
+    """Where the cells' states are and single rows are stepped, as torch names it; None: the host.
+    Long requests, `inspect`, forecasts and missing rows always run on the host, on copies of
+    states, and so does everything of a model with lagged inputs."""
 
 
 class Observer(Protocol):
-    """Is told of every forward."""
+    """Gets a call for every forward."""
 
     def microbatch(self, queued_at: Sequence[float], started: float, finished: float) -> None:
         """Single rows were stepped together; `time.perf_counter` seconds."""
         ...
 
 
-class Engine(Generic[W]):
+class Engine(Generic[W, P]):
     """One model's arena, queue and forward.
 
     Args:
         model: the verified model.
         timeline: what depends on the time of its rows.
-        owner: told how each piece of work ended.
-        observer: told of every forward.
-        capacity: slots of the arena.
-        batch_rows: most single rows in one forward.
-        chunk_rows: most rows of long requests in one turn.
-        precision: what the weights are kept as.
-        accelerator: where the cells' states are and single rows are stepped, as torch names it;
-            None: the host. Long requests, `inspect`, forecasts and missing rows are the host's
-            in any case, on copies of states, and models with lagged inputs are altogether.
+        settings: how much it runs together, and on what.
+        sink: gets the outcome of each work item and pack.
+        observer: gets the times of every forward.
     """
 
     def __init__(
         self,
         model: Model,
         timeline: Timeline,
+        settings: EngineSettings,
         *,
-        owner: CompletionSink[W],
+        sink: CompletionSink[W, P],
         observer: Observer,
-        capacity: int,
-        batch_rows: int,
-        chunk_rows: int,
-        precision: Precision = Precision.FLOAT32,
-        accelerator: str | None = None,
     ) -> None:
         manifest = self._manifest = model.manifest
         self._plans: dict[int, Plan] = {}
-        self._network = Network(model, timeline, precision)
-        self._stand_ins = Imputer(manifest, self._network)
+        self._network = Network(model, timeline, settings.precision)
+        self._imputer = Imputer(manifest, self._network)
         self._tracker = Tracker(manifest, manifest.tracking) if manifest.tracking else None
         self.layout = Layout(
             cell=self._network.state_width,
@@ -103,27 +109,27 @@ class Engine(Generic[W]):
             inputs=manifest.input_width,
             tracked=self._tracker.width if self._tracker else 0,
         )
-        self.tally = self._tracker.tally() if self._tracker else ScoreTotals()
+        self.score_totals = self._tracker.new_totals() if self._tracker else ScoreTotals()
         self._arena, self._on_device = place_states(
-            self._network, self.layout, self.blank(), capacity, accelerator
+            self._network, self.layout, self.blank(), settings.capacity, settings.accelerator
         )
         if self._on_device is not None:
-            self._on_device.make_ready(batch_rows)
+            self._on_device.make_ready(settings.batch_rows)
         self._forward = Forward(
             self._arena,
             self._network,
             self._on_device,
-            stand_ins=self._stand_ins,
+            imputer=self._imputer,
             tracker=self._tracker,
-            tally=self.tally,
+            totals=self.score_totals,
         )
-        self._owner = owner
+        self._sink = sink
         self._observer = observer
-        self._batch_rows = batch_rows
-        self._chunk_rows = chunk_rows
+        self._batch_rows = settings.batch_rows
+        self._chunk_rows = settings.chunk_rows
         self._queue: deque[W] = deque()
-        self._packs: deque[PackedWork] = deque()
-        self._jobs: deque[ChunkedRequest[W]] = deque()
+        self._packs: deque[P] = deque()
+        self._requests: deque[ChunkedRequest[W]] = deque()
         self._awake = False
         self._rounds = 0
         self._seen = 1  # singles queued when a turn was last due
@@ -139,7 +145,7 @@ class Engine(Generic[W]):
         return self._arena.used
 
     def claim(self) -> int:
-        """Takes a slot, with zero state."""
+        """Takes a free slot, with a blank state."""
         return self._arena.claim()
 
     def release(self, slot: int) -> None:
@@ -152,13 +158,13 @@ class Engine(Generic[W]):
         return self.layout.blank(tracked)
 
     def quality(self, slot: int, t: int) -> ForecastQuality | None:
-        """What is tracked of the forecasts of the session in a slot, at t."""
+        """The quality of the forecasts of the session in a slot, at t; None: not tracked."""
         if self._tracker is None:
             return None
         return self._tracker.quality(self._arena.tracked(np.array([slot]))[0], t)
 
     def reset_accuracy(self, slot: int) -> None:
-        """Forgets how good the forecasts of the session in a slot were; its intervals go on.
+        """Deletes the scores of the session in a slot; its interval widths stay.
 
         Called between two turns, as `read_states` is.
         """
@@ -170,16 +176,16 @@ class Engine(Generic[W]):
         self._arena.write_tracked(slots, parts)
 
     def upgraded(self, state: Floats) -> Floats:
-        """A state [R], made of one as snapshots up to version 2 have it; itself if it is none."""
+        """Converts a state of a snapshot up to version 2 to [R]; returns any other unchanged."""
         tracked_from = self.layout.tracked_from
-        if self._tracker is None or len(state) != tracked_from + self._tracker.width_before:
+        if self._tracker is None or len(state) != tracked_from + self._tracker.old_width:
             return state
         part = self._tracker.upgraded(state[tracked_from:])
         return np.concatenate((state[:tracked_from], part))
 
-    def sound(self, state: Floats) -> bool:
-        """Whether what a state [R] tracks can have come from here."""
-        return self._tracker is None or self._tracker.sound(state[self.layout.tracked_from :])
+    def is_valid(self, state: Floats) -> bool:
+        """Whether the tracked part of a state [R] is one that the tracker can have written."""
+        return self._tracker is None or self._tracker.is_valid(state[self.layout.tracked_from :])
 
     def read_states(self, slots: NDArray[np.int64]) -> Floats:
         """Copies of the states [B, R] in slots [B].
@@ -193,10 +199,10 @@ class Engine(Generic[W]):
         self._arena.write(slot, state)
 
     def plan(self, horizon: int, given: NDArray[np.bool_]) -> Plan:
-        """How to forecast K horizons; `given` [P, D]: what a scenario gives of the rows to come.
+        """How to forecast K horizons; `given` [P, D]: which values of future rows a scenario gives.
 
         Raises:
-            ForecastImpossible: the model can't.
+            ForecastImpossible: the model can't forecast so far.
         """
         if len(given):
             return Plan(self._manifest, horizon, given)
@@ -213,29 +219,32 @@ class Engine(Generic[W]):
         """Forecasts from copies of states, in pieces between the turns.
 
         Args:
-            origins: B states, and where they stand.
-            plan: how far to look.
-            scenario: the rows to come [B, P, D]; NaN where the model's own forecast is meant.
+            origins: B states, and their rows applied.
+            plan: how far to forecast.
+            scenario: the future rows [B, P, D]; NaN where the model's own forecast is used.
+
+        Returns:
+            One forecast for each output that the plan can reach.
         """
         rollout = Rollout(plan, self._network, self.layout, origins, scenario)
         for _ in rollout.run(self._chunk_rows):
             for _ in range(ROUNDS_TO_A_CHUNK):
                 await asyncio.sleep(0)
-        return rollout.outlooks
+        return rollout.forecasts
 
     def quantiles(
-        self, outlook: HorizonForecast, levels: Sequence[float], states: Floats
+        self, forecast: HorizonForecast, levels: Sequence[float], states: Floats
     ) -> Floats:
-        """The quantiles [B, K, Q] of forecasts from states [B, R]; NaN where none is known."""
-        return quantiles_of(outlook, levels, self._tracker, self._parts(states))
+        """The quantiles [B, K, Q] of forecasts from states [B, R]; NaN where they are unknown."""
+        return quantiles_of(forecast, levels, self._tracker, self._tracked_parts(states))
 
     def interval_level(self, state: Floats) -> float | None:
-        """The share of truths that a session's intervals are to cover; None: it tracks none."""
+        """The share of truths that a session's intervals should cover; None: not tracked."""
         if self._tracker is None:
             return None
-        return self._tracker.level(self._parts(state[None])[0])
+        return self._tracker.level(self._tracked_parts(state[None])[0])
 
-    def _parts(self, states: Floats) -> Floats:
+    def _tracked_parts(self, states: Floats) -> Floats:
         return states[:, self.layout.tracked_from :]
 
     def submit(self, work: W) -> None:
@@ -244,10 +253,10 @@ class Engine(Generic[W]):
         if work.single:
             self._queue.append(work)
         else:
-            self._jobs.append(ChunkedRequest(work, self.layout, self._tracker))
+            self._requests.append(ChunkedRequest(work, self.layout, self._tracker))
         self._wake()
 
-    def submit_pack(self, pack: PackedWork) -> None:
+    def submit_pack(self, pack: P) -> None:
         """Queues a pack for the next turn."""
         self._packs.append(pack)
         self._wake()
@@ -266,16 +275,16 @@ class Engine(Generic[W]):
                 batch = self._take()
                 if batch is not None:
                     self._step(batch)
-                if self._jobs and self._rested():
+                if self._requests and self._chunk_due():
                     self._advance()
-        finally:  # whatever an owner raises, the next turn comes
-            if self._queue or self._packs or self._jobs:
+        finally:  # the next turn comes whatever the sink raises
+            if self._queue or self._packs or self._requests:
                 asyncio.get_running_loop().call_soon(self._turn)
             else:
                 self._awake = False
 
-    def _rested(self) -> bool:
-        """Whether the loop went round often enough since the last chunk.
+    def _chunk_due(self) -> bool:
+        """Whether the event loop made enough rounds since the last chunk.
 
         A step on a stream takes about ten rounds from its arrival to its reply; with a
         chunk in each of them it would wait for ten chunks.
@@ -286,39 +295,39 @@ class Engine(Generic[W]):
     def _still_arriving(self) -> bool:
         """Whether the loop's last round brought more singles, and the batch has room for others.
 
-        Then the turn lets one more round go by: at 64 sessions forwards get twice as
-        large for the price of a poll, and a session alone is not kept waiting.
+        Then the turn waits for one more round: at 64 sessions forwards get twice as
+        large for the price of a poll, and a session alone never waits.
         """
         queued = len(self._queue)
         arriving = self._seen < queued < self._batch_rows
         self._seen = queued if arriving else 1
         return arriving
 
-    def _take(self) -> MicroBatch[W] | None:
-        """Singles up to the limit, then packs: at least one, whatever the singles left."""
+    def _take(self) -> MicroBatch[W, P] | None:
+        """Singles up to the limit, then packs: at least one, however little room is left."""
         works: list[W] = []
         queue = self._queue
         while queue and len(works) < self._batch_rows:
             work = queue.popleft()
             if work.cancelled:
-                self._owner.dropped(work)
+                self._sink.dropped(work)
             else:
                 works.append(work)
         packs = self._take_packs(self._batch_rows - len(works)) if self._packs else ()
         return MicroBatch(works, packs) if works or packs else None
 
-    def _take_packs(self, room: int) -> list[PackedWork]:
-        packs: list[PackedWork] = []
+    def _take_packs(self, room: int) -> list[P]:
+        packs: list[P] = []
         while self._packs and (not packs or len(self._packs[0]) <= room):
             pack = self._packs.popleft()
             if pack.cancelled:
-                pack.dropped()
+                self._sink.dropped_pack(pack)
             else:
                 packs.append(pack)
                 room -= len(pack)
         return packs
 
-    def _step(self, batch: MicroBatch[W]) -> None:
+    def _step(self, batch: MicroBatch[W, P]) -> None:
         started = time.perf_counter()
         failed: dict[int, Exception] = {}
         places: Sequence[int] = range(len(batch))
@@ -330,152 +339,150 @@ class Engine(Generic[W]):
         if parts:
             self._observer.microbatch(batch.queued_at(), started, time.perf_counter())
         if len(parts) == 1 and not failed:
-            self._settle(batch, parts[0][1], failed)
+            self._report(batch, parts[0][1], failed)
         else:
-            self._settle(batch, self._together(len(batch), parts), failed)
+            self._report(batch, self._joined(len(batch), parts), failed)
 
-    def _together(
+    def _joined(
         self, rows: int, parts: Sequence[tuple[Sequence[int], ForwardResult]]
     ) -> ForwardResult:
-        """What became of a batch that went in parts; rows that are in none of them are not fine."""
+        """One result of a batch that ran in parts; rows that are in none of them are not finite."""
         manifest = self._manifest
         x = np.full((rows, manifest.input_width), np.nan, np.float32)
         y = np.full((rows, manifest.output_width), np.nan, np.float32)
-        fine = np.zeros(rows, np.bool_)
-        for places, stepped in parts:
+        finite = np.zeros(rows, np.bool_)
+        for places, result in parts:
             here = slice(places[0], places[-1] + 1)
-            x[here], y[here] = stepped.x, stepped.y
-            fine[here] = True if stepped.fine is None else stepped.fine
-        return ForwardResult(x, y, fine)
+            x[here], y[here] = result.x, result.y
+            finite[here] = True if result.finite is None else result.finite
+        return ForwardResult(x, y, finite)
 
-    def _settle(
-        self, batch: MicroBatch[W], stepped: ForwardResult, failed: Mapping[int, Exception]
+    def _report(
+        self, batch: MicroBatch[W, P], result: ForwardResult, failed: Mapping[int, Exception]
     ) -> None:
-        works, y, fine = batch.works, stepped.y, stepped.fine
-        if works and fine is None:
-            self._owner.stepped(works, stepped.x[: len(works)], y[: len(works)])
-        elif works and fine is not None:
-            self._settle_some(works, stepped, fine, failed)
+        """Gives the sink the outcome of a batch."""
+        works, y, finite = batch.works, result.y, result.finite
         first = len(works)
+        if works and finite is None:
+            self._sink.stepped(works, result.x[:first], y[:first])
+        elif works and finite is not None:
+            self._report_some(works, result, finite[:first], failed)
         for pack in batch.packs:
             last = first + len(pack)
-            its = {place - first: failed[place] for place in failed if first <= place < last}
-            pack.stepped(y[first:last], None if fine is None else fine[first:last], its)
+            errors = {place - first: failed[place] for place in failed if first <= place < last}
+            here = None if finite is None else finite[first:last]
+            self._sink.stepped_pack(pack, y[first:last], here, errors)
             first = last
 
-    def _settle_some(
+    def _report_some(
         self,
         works: list[W],
-        stepped: ForwardResult,
-        fine: NDArray[np.bool_],
+        result: ForwardResult,
+        finite: NDArray[np.bool_],
         failed: Mapping[int, Exception],
     ) -> None:
-        good = np.flatnonzero(fine[: len(works)])
-        if len(good):
-            applied = [works[place] for place in good.tolist()]
-            self._owner.stepped(applied, stepped.x[good], stepped.y[good])
-        for place in np.flatnonzero(~fine[: len(works)]).tolist():
+        applied = np.flatnonzero(finite)
+        if len(applied):
+            done = [works[place] for place in applied.tolist()]
+            self._sink.stepped(done, result.x[applied], result.y[applied])
+        for place in np.flatnonzero(~finite).tolist():
             if place in failed:
-                self._owner.failed(works[place], failed[place])
+                self._sink.failed(works[place], failed[place])
             else:
-                self._owner.overflowed(works[place])
+                self._sink.overflowed(works[place])
 
     def _advance(self) -> None:
-        """Runs one chunk of the long requests at the head of the line."""
-        jobs = self._take_jobs()
-        if not jobs:
+        """Runs one chunk of the long requests at the head of their queue."""
+        requests = self._take_requests()
+        if not requests:
             return
-        self._run_chunk(jobs)
-        for job in jobs:
-            self._settle_job(job)
+        self._run_chunk(requests)
+        for request in requests:
+            if request.left and not request.over:
+                self._requests.append(request)  # for its next chunk
+            else:
+                self._report_request(request)
 
-    def _settle_job(self, job: ChunkedRequest[W]) -> None:
-        """Tells the outcome of a request that has one; the others wait for their next chunk."""
-        if job.left and not job.over:
-            self._jobs.append(job)
-            return
-        if not job.over:
-            try:
-                results = job.results()
-                self._arena.write(job.work.slot, job.whole_state)
-            except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
-                job.error = error
-        if job.error is not None:
-            self._owner.failed(job.work, job.error)
-        elif job.overflowed:
-            self._owner.overflowed(job.work)
-        else:
-            self.tally.add(job.tally)
-            self._owner.finished(job.work, *results)
+    def _take_requests(self) -> list[ChunkedRequest[W]]:
+        """Takes at most `chunk_rows` requests, all of one kind, and drops the cancelled ones."""
+        requests: list[ChunkedRequest[W]] = []
+        kind = self._requests[0].kind
+        for request in list(islice(self._requests, self._chunk_rows)):
+            if request.work.cancelled:
+                self._requests.remove(request)
+                self._sink.dropped(request.work)
+            elif request.kind == kind:
+                self._requests.remove(request)
+                requests.append(request)
+        return requests
 
-    def _take_jobs(self) -> list[ChunkedRequest[W]]:
-        """Takes as many as give a chunk a row each, all of one kind, leaving the cancelled out."""
-        jobs: list[ChunkedRequest[W]] = []
-        kind = self._jobs[0].kind
-        for job in list(islice(self._jobs, self._chunk_rows)):
-            if job.work.cancelled:
-                self._jobs.remove(job)
-                self._owner.dropped(job.work)
-            elif job.kind == kind:
-                self._jobs.remove(job)
-                jobs.append(job)
-        return jobs
+    def _run_chunk(self, requests: list[ChunkedRequest[W]]) -> None:
+        """Runs the next rows of requests of one kind, on copies of their states.
 
-    def _run_chunk(self, jobs: list[ChunkedRequest[W]]) -> None:
-        """Runs the next rows of requests of one kind, none of which is over, on copies of states.
-
-        What raises is the end of the request that it raises for.
+        An exception ends the request that it is raised for.
         """
-        for some, parts in isolated(jobs, self._computed, ChunkedRequest.fail):
-            for job, part in zip(some, parts, strict=True):
+        for some, chunks in isolated(requests, self._compute, ChunkedRequest.fail):
+            for request, chunk in zip(some, chunks, strict=True):
                 try:
-                    job.take(part)
+                    request.take(chunk)
                 except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
-                    job.fail(error)
+                    request.fail(error)
 
-    def _computed(self, jobs: Sequence[ChunkedRequest[W]]) -> list[Chunk]:
-        """What the next rows of requests give; they themselves are as they were."""
-        for job in jobs:
-            if not job.begun:
-                state = self._arena.read(np.array([job.work.slot]))[0]
-                job.begin(state, self._stand_ins.one_by_one)
-        inspect = jobs[0].work.inspect
-        rows = max(1, self._chunk_rows // len(jobs)) if not inspect else 1
-        rows = min(rows, *(job.takes(MAX_ROWS_ONE_BY_ONE) for job in jobs))
-        x = torch.from_numpy(np.stack([job.x[job.done : job.done + rows] for job in jobs]))
-        phase = torch.stack([job.phases(rows) for job in jobs])
-        states = torch.from_numpy(np.stack([job.cell for job in jobs]))
-        past = self._past_of(jobs)
-        trace: list[dict[str, Tensor]] | None = [] if inspect else None
-        if any(job.work.missing_rows for job in jobs) and past is not None:
-            impute = torch.tensor([job.work.impute for job in jobs])
-            x, y, states = self._stand_ins.apply(x, phase, states, past, impute=impute, trace=trace)
-        elif inspect:
-            y, states = self._network.step(x[:, 0], phase[:, 0], states, past, trace)
-            y = y[:, None]
+    def _compute(self, requests: Sequence[ChunkedRequest[W]]) -> list[Chunk]:
+        for request in requests:
+            if not request.begun:
+                state = self._arena.read(np.array([request.work.slot]))[0]
+                request.begin(state, self._imputer)
+        return compute_chunk(requests, self._network, self._imputer, self._chunk_rows)
+
+    def _report_request(self, request: ChunkedRequest[W]) -> None:
+        """Writes the state of a request that is done, and gives the sink its outcome."""
+        if not request.over:
+            try:
+                results = request.results()
+                self._arena.write(request.work.slot, request.whole_state)
+            except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
+                request.fail(error)
+        if request.error is not None:
+            self._sink.failed(request.work, request.error)
+        elif request.overflowed:
+            self._sink.overflowed(request.work)
         else:
-            y, states = self._network.sequence(x, phase, states, past)
-        return [
-            Chunk(
-                x[place].numpy(),
-                y[place].numpy(),
-                states[place].numpy(),
-                traced(trace or (), place),
-            )
-            for place in range(len(jobs))
-        ]
+            self.score_totals.add(request.totals)
+            self._sink.finished(request.work, *results)
 
-    def _past_of(self, jobs: Sequence[ChunkedRequest[W]]) -> RowHistory | None:
-        if not self._network.lagged and not any(job.work.missing_rows for job in jobs):
-            return None
-        rows = torch.from_numpy(np.stack([job.past for job in jobs]))
-        return RowHistory(rows, torch.tensor([job.at for job in jobs]))
+
+def isolated(
+    items: Sequence[T],
+    run: Callable[[Sequence[T]], R],
+    failed: Callable[[T, Exception], object],
+) -> list[tuple[Sequence[T], R]]:
+    """Runs items together; if that raises, each half of them, down to the single item that raises.
+
+    So an exception of one item never reaches another one.
+
+    Args:
+        items: at least one.
+        run: changes nothing when it raises.
+        failed: called with each item that raises when it runs alone, and what it raised.
+
+    Returns:
+        The items that ran together, and what `run` returned for them.
+    """
+    try:
+        return [(items, run(items))]
+    except Exception as error:  # noqa: BLE001 - it is reported to the sender of the item
+        if len(items) == 1:
+            failed(items[0], error)
+            return []
+    middle = len(items) // 2
+    return isolated(items[:middle], run, failed) + isolated(items[middle:], run, failed)
 
 
 def use_one_thread() -> None:
     """Keeps torch to the calling thread.
 
     The products of a step are too small to gain from more, and threads that
-    wait for work by spinning take the core from the transport.
+    spin while they wait for work take the core from the transport.
     """
     torch.set_num_threads(1)

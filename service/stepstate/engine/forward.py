@@ -1,9 +1,9 @@
-"""One forward of single rows: stand-ins, the network, what is tracked; then states are written.
+"""One forward of single rows: imputation, the network, tracking; then states are written.
 
-Rule 1: nothing is changed before all is computed, so what raises has changed no state, and the
-        same rows may be stepped again without those that it raised for.
+Rule 1: nothing is changed before everything is computed. A forward that raises has changed no
+        state, and the same rows may be stepped again without those that made it raise.
 
-B rows of different slots, D inputs, O outputs, Q the width of what is tracked.
+B rows of different slots, D inputs, O outputs, Q the width of the tracked part.
 """
 
 from __future__ import annotations
@@ -15,27 +15,26 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from stepstate.engine.accelerator import DeviceForward
 from stepstate.engine.arena import Arena
-from stepstate.engine.batch import RowColumns
-from stepstate.engine.device_forward import DeviceForward
 from stepstate.engine.imputation import Imputer
 from stepstate.engine.network import Network, RowHistory
 from stepstate.engine.tracking.scores import ScoreTotals
 from stepstate.engine.tracking.tracker import Tracker
-from stepstate.engine.work import Floats
+from stepstate.engine.work import Floats, RowColumns
 
 
 @dataclass(frozen=True, slots=True)
 class ForwardResult:
-    """What a forward gave: rows x [B, D] as they came, and outputs y [B, O].
+    """The result of a forward: rows x [B, D] as they were sent, and outputs y [B, O].
 
-    `fine` [B]: for which rows y and the state are finite; None: for all. The others are as they
-    were, and their y is NaN.
+    `finite` [B]: for which rows y and the state are finite; None: for all. The states of the others
+    are unchanged, and their y is NaN.
     """
 
     x: Floats
     y: Floats
-    fine: NDArray[np.bool_] | None
+    finite: NDArray[np.bool_] | None
 
 
 class Forward:
@@ -45,9 +44,9 @@ class Forward:
         arena: the states.
         network: the model, on the host.
         on_device: the forward on the accelerator, if there is one.
-        stand_ins: fill rows in which something is missing.
+        imputer: applies rows that have missing values.
         tracker: tracks forecasts, if the model has that.
-        tally: counts what is scored.
+        totals: counts what is scored.
     """
 
     def __init__(
@@ -56,21 +55,21 @@ class Forward:
         network: Network,
         on_device: DeviceForward | None,
         *,
-        stand_ins: Imputer,
+        imputer: Imputer,
         tracker: Tracker | None,
-        tally: ScoreTotals,
+        totals: ScoreTotals,
     ) -> None:
         self._arena = arena
         self._network = network
         self._on_device = on_device
-        self._stand_ins = stand_ins
+        self._imputer = imputer
         self._tracker = tracker
-        self._tally = tally
+        self._totals = totals
 
     def step(self, rows: RowColumns) -> ForwardResult:
         """Applies rows to their slots, all at once."""
         if self._on_device is not None and rows.impute is None:
-            return self._step_there(self._on_device, rows)
+            return self._step_on_device(self._on_device, rows)
         slots, at, x = rows.slots, rows.at, rows.x
         phase = torch.from_numpy(rows.phase)
         states = torch.from_numpy(self._arena.gather(slots))
@@ -79,7 +78,7 @@ class Forward:
             y, states = self._network.step(torch.from_numpy(x), phase, states, past)
             applied = x
         else:
-            kept, y, states = self._stand_ins.apply(
+            kept, y, states = self._imputer.apply(
                 torch.from_numpy(x)[:, None],
                 phase[:, None],
                 states,
@@ -87,17 +86,17 @@ class Forward:
                 impute=torch.from_numpy(rows.impute),
             )
             applied, y = kept[:, 0].numpy(), y[:, 0]
-        told, after = y.numpy(), states.numpy()
-        outputs, fine = told, None
-        if not (_finite(told) and _finite(after)):
-            fine = (y.isfinite().all(dim=1) & states.isfinite().all(dim=1)).numpy()
-            told[~fine] = math.nan
-            slots, at, x = slots[fine], at[fine], x[fine]
-            applied, told, after = applied[fine], told[fine], after[fine]
-        tracked = self._track(slots, at, x, told)
+        outputs, after = y.numpy(), states.numpy()
+        valid, finite = outputs, None
+        if not (_all_finite(outputs) and _all_finite(after)):
+            finite = (y.isfinite().all(dim=1) & states.isfinite().all(dim=1)).numpy()
+            outputs[~finite] = math.nan
+            slots, at, x = slots[finite], at[finite], x[finite]
+            applied, valid, after = applied[finite], outputs[finite], after[finite]
+        tracked = self._track(slots, at, x, valid)
         self._arena.scatter(slots, after)  # first, as on a device it may raise
         self._write_host(slots, at, applied, tracked)
-        return ForwardResult(rows.x, outputs, fine)
+        return ForwardResult(rows.x, outputs, finite)
 
     def _past(self, slots: NDArray[np.int64], at: NDArray[np.int64]) -> RowHistory:
         """The past rows of sessions: all where the model looks back, else the last one."""
@@ -107,17 +106,17 @@ class Forward:
             rows = self._arena.past_row(slots, at - 1)[:, None]
         return RowHistory(torch.from_numpy(rows), torch.from_numpy(at))
 
-    def _step_there(self, forward: DeviceForward, rows: RowColumns) -> ForwardResult:
-        """The same on the accelerator; past rows and what is tracked are the host's."""
+    def _step_on_device(self, forward: DeviceForward, rows: RowColumns) -> ForwardResult:
+        """The same on the accelerator; past rows and tracked parts stay on the host."""
         slots, at, x = rows.slots, rows.at, rows.x
-        y, fine = forward.step(slots, x, rows.phase)
-        told = y
-        if fine is not None:
-            slots, at, x, told = slots[fine], at[fine], x[fine], told[fine]
-        tracked = self._track(slots, at, x, told)
+        y, finite = forward.step(slots, x, rows.phase)
+        valid = y
+        if finite is not None:
+            slots, at, x, valid = slots[finite], at[finite], x[finite], y[finite]
+        tracked = self._track(slots, at, x, valid)
         forward.commit()
         self._write_host(slots, at, x, tracked)
-        return ForwardResult(rows.x, y, fine)
+        return ForwardResult(rows.x, y, finite)
 
     def _write_host(
         self,
@@ -127,23 +126,23 @@ class Forward:
         tracked: tuple[Floats, ScoreTotals] | None,
     ) -> None:
         if tracked is not None:
-            parts, tally = tracked
+            parts, totals = tracked
             self._arena.write_tracked(slots, parts)
-            self._tally.add(tally)
+            self._totals.add(totals)
         self._arena.append(slots, at, applied)
 
     def _track(
         self, slots: NDArray[np.int64], at: NDArray[np.int64], x: Floats, y: Floats
     ) -> tuple[Floats, ScoreTotals] | None:
-        """Scores rows x [B, D], as they came, and keeps what their outputs y [B, O] say ahead.
+        """Scores rows x [B, D], as they were sent, and keeps the forecasts in y [B, O].
 
         Returns:
-            The tracked parts [B, Q] after them and what was scored; the arena is as it was.
+            The tracked parts [B, Q] after them and what was scored; the arena is unchanged.
         """
         tracker = self._tracker
         if tracker is None:
             return None
-        parts, tally = self._arena.tracked(slots), tracker.tally()
+        parts, totals = self._arena.tracked(slots), tracker.new_totals()
         values: memoryview[float] = memoryview(parts.reshape(-1))  # type: ignore[arg-type]
         tracker.observe_rows(
             values,
@@ -151,15 +150,15 @@ class Forward:
             x=x,
             before=self._arena.past_row(slots, at - tracker.season),
             y=y,
-            tally=tally,
+            totals=totals,
         )
-        return parts, tally
+        return parts, totals
 
 
-def _finite(values: Floats) -> bool:
-    """Whether all values are finite: the sum of their squares is not as soon as one value is not.
+def _all_finite(values: Floats) -> bool:
+    """Whether the sum of the squares of all values is finite: one value that is not makes it so.
 
-    That of finite values may overflow too; the exact look that follows then finds nothing. It
+    It may overflow with finite values too; then the exact test that follows finds no such row. It
     takes a fifth to a half of the time of torch's sum.
     """
     return math.isfinite(np.vdot(values, values))

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stepstate.engine.calendar import Calendar, TimeIndex
 from stepstate.engine.cells import Trace, build_cell
-from stepstate.engine.lags import LaggedInputs, fill_unknown
-from stepstate.engine.precision import Precision
-from stepstate.models import Manifest, Model, Timeline
+from stepstate.engine.features import Calendar, LaggedInputs, TimeIndex, fill_unknown
+from stepstate.engine.linear import Precision
+from stepstate.models import Manifest, Model, Timeline, build_timeline
+
+_LOSS_SEQUENCES, _LOSS_ROWS, _LOSS_SEED = 8, 400, 1
 
 
 @dataclass(frozen=True, slots=True)
 class RowHistory:
-    """What sessions stand on: their past rows [B, N, D], raw, the oldest first, and their t [B]."""
+    """The rows before a step: past rows [B, N, D], raw, the oldest first, and their t [B]."""
 
     rows: Tensor
     at: Tensor
@@ -38,8 +39,8 @@ class Network:
         model: the verified model.
         timeline: what depends on the time of its rows.
         precision: what the weights are kept as.
-        device: None: the host. On another, `step` is meant alone, and no model with lagged
-            inputs; no branch looks at what is computed, so that a graph can be made of it.
+        device: None: the host. On another device only `step` is supported, and no lagged inputs;
+            no branch there depends on a computed value, so that a CUDA graph can be captured.
     """
 
     def __init__(
@@ -63,8 +64,8 @@ class Network:
         self._levels = self._calendar.levels(any_time)  # where it is not timed
         self._inverse_scale = 1 / torch.tensor([i.scale for i in manifest.inputs], device=place)
         self._plain = not self._timed and all(i.scale == 1 and i.mean == 0 for i in manifest.inputs)
-        # Beyond it W x may overflow in one order of additions and not in another: whether a row can
-        # be applied would depend on its batch. Such rows are made NaN, and so refused.
+        # Beyond it W x may overflow in one order of additions and not in another, so that whether a
+        # row can be applied would depend on its batch. Such rows become NaN, and are refused.
         weights = np.abs(model.tensors["cell.weight_ih_l0"]).sum(axis=1, dtype=np.float64)
         self._largest = 1e38 / max(1.0, float(weights.max()))
         self._into_cell = LaggedInputs(manifest, "cell")
@@ -132,7 +133,15 @@ class Network:
         window: Tensor | None,
         trace: Trace | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The same with `scaled` rows [B, D], the last ones of a `window` where it is `lagged`."""
+        """`step` of rows that are `scaled` already [B, D].
+
+        Args:
+            seen: the rows as the network sees them [B, D].
+            place: their places in time.
+            state: [B, Rc].
+            window: [B, N + 1, D], ends with the rows; None: the model has no lagged inputs.
+            trace: as in `step`.
+        """
         inputs = self._with_calendar(seen, place)
         features = None
         if window is not None:
@@ -166,7 +175,10 @@ class Network:
     def sequence_seen(
         self, seen: Tensor, place: TimeIndex | None, state: Tensor, window: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The same with `scaled` rows [B, T, D], the last ones of a `window`; places [B T]."""
+        """`sequence` of rows that are `scaled` already [B, T, D], at places [B T].
+
+        A window [B, N + T, D] ends with the rows; None: the model has no lagged inputs.
+        """
         batch, rows, width = seen.shape
         inputs = self._with_calendar(seen.reshape(batch * rows, width), place)
         inputs, features = inputs.view(batch, rows, -1), None
@@ -179,7 +191,7 @@ class Network:
         return y.view(batch, rows, -1), state
 
     def read(self, phase: Tensor, state: Tensor, past: RowHistory | None = None) -> Tensor:
-        """The outputs [B, O] of the last row of B states, once more.
+        """The outputs [B, O] of the last row of B states, computed again from the state.
 
         Args:
             phase: [B], the steps of the rows to come.
@@ -192,7 +204,7 @@ class Network:
         return self._outputs(state[:, self._cell.output], self.place(phase - 1), features)
 
     def place(self, phase: Tensor) -> TimeIndex | None:
-        """Where rows at these steps lie in time; None: the model knows no time."""
+        """The places in time of rows at these steps; None: nothing in the model depends on time."""
         return self._calendar.place(phase) if self._timed else None
 
     def _outputs(self, h: Tensor, place: TimeIndex | None, features: Tensor | None) -> Tensor:
@@ -203,11 +215,11 @@ class Network:
         if place is not None:
             y += self._calendar.bases(place)
         if self._quantiles:
-            self._put_in_order(y)
+            self._sort_quantiles(y)
         return y
 
-    def _put_in_order(self, y: Tensor) -> None:
-        """Makes the quantiles of each horizon rise in y [B, O]; those of a network may cross.
+    def _sort_quantiles(self, y: Tensor) -> None:
+        """Sorts the quantiles of each horizon in y [B, O]; those of a network may cross.
 
         Sorting never raises their loss (Chernozhukov, Fernandez-Val and Galichon, "Quantile and
         probability curves without crossing", 2010).
@@ -235,12 +247,12 @@ class Network:
         return inputs, self._into_head.of(window, rows) if self._into_head else None
 
     def window(self, past: RowHistory, phase: Tensor, seen: Tensor | None = None) -> Tensor:
-        """Past rows, and those being applied, [B, N + T, D] as the network sees them, without gaps.
+        """Past rows and the rows being applied [B, N + T, D], scaled, with gaps filled.
 
         Args:
             past: the rows before.
             phase: [B], of the row after them.
-            seen: the rows being applied [B, T, D], scaled; None: none are.
+            seen: the rows being applied [B, T, D], scaled; None: T is 0.
         """
         window = self._seen_past(past, phase)
         if seen is not None:
@@ -257,7 +269,7 @@ class Network:
         return seen.view(batch, length, width)
 
     def scaled(self, x: Tensor, place: TimeIndex | None) -> Tensor:
-        """Raw rows [B, D] as the network sees them; NaN where they are too large to be applied."""
+        """Scales raw rows [B, D]; NaN where they are too large to be applied."""
         x = self._level_free(x, place)
         if not self._branches or x.abs().max().item() > self._largest:
             x = x.masked_fill(x.abs() > self._largest, math.nan)
@@ -269,8 +281,49 @@ class Network:
         return (x - self.levels(place)) * self._inverse_scale
 
     def levels(self, place: TimeIndex | None) -> Tensor:
-        """What columns are taken to be where nothing is known of them: [B or 1, D], raw."""
+        """The levels that are subtracted from x: [B or 1, D], raw; also used where x is unknown."""
         return self._levels if place is None else self._calendar.levels(place)
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizationError:
+    """|dy| against float32, in units of the outputs' `scale` in the manifest."""
+
+    largest: float
+    mean: float
+
+
+def measure_loss(model: Model, precision: Precision) -> QuantizationError:
+    """Steps 8 sequences of 400 rows in float32 and in a precision, and compares the outputs.
+
+    The rows are the same each time: the model's level and normal noise, from zero state.
+    """
+    networks = [
+        Network(model, build_timeline(model), each) for each in (Precision.FLOAT32, precision)
+    ]
+    scales = [column.scale for column in model.manifest.inputs]
+    shape = (_LOSS_ROWS, _LOSS_SEQUENCES, len(scales))
+    noise = np.random.default_rng(_LOSS_SEED).normal(size=shape) * scales
+    levels = networks[0].levels(networks[0].place(torch.arange(_LOSS_ROWS))).numpy()
+    x = torch.from_numpy((levels[:, None] + noise).astype(np.float32))
+    y, rounded = (_stepped(network, x, model.manifest.history_rows) for network in networks)
+    difference = ((rounded - y) / _output_scale(model.manifest).abs()).abs()
+    return QuantizationError(float(difference.max()), float(difference.double().mean()))
+
+
+def _stepped(network: Network, x: Tensor, history: int) -> Tensor:
+    """y [T, B, O] of rows x [T, B, D] in B sessions."""
+    _, batch, width = x.shape
+    rows = torch.cat((torch.full((history, batch, width), math.nan), x)).transpose(0, 1)
+    state = torch.zeros(batch, network.state_width)
+    found = []
+    with torch.inference_mode():
+        for t, row in enumerate(x):
+            at = torch.full((batch,), t)
+            past = RowHistory(rows[:, t : t + history], at)
+            y, state = network.step(row, at, state, past)
+            found.append(y)
+    return torch.stack(found)
 
 
 def _output_scale(manifest: Manifest) -> Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from bisect import bisect_left
+from collections import defaultdict
 from collections.abc import Sequence
 from itertools import accumulate
 
@@ -16,23 +17,9 @@ from stepstate.errors import REASONS
 
 # From a single row on an idle server (about 0.1 ms) to a client's usual deadline.
 SECONDS = (
-    0.000_1,
-    0.000_25,
-    0.000_5,
-    0.001,
-    0.002_5,
-    0.005,
-    0.01,
-    0.025,
-    0.05,
-    0.1,
-    0.25,
-    0.5,
-    1.0,
-    2.5,
-    5.0,
-    10.0,
-)
+    0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
+    5.0, 10.0,
+)  # fmt: skip
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 STAGES = ("queue", "compute", "total")
 # Series exist from the start, at 0: `increase()` would not see the first event of a new one.
@@ -42,24 +29,10 @@ DELETION_REASONS = ("grace_over", "limit", "replaced")
 NOT_SAVED = ("failed", "fenced")
 # google.golang.org/grpc/codes, Code.String, as go-grpc-middleware labels them.
 GRPC_CODES = (
-    "OK",
-    "Canceled",
-    "Unknown",
-    "InvalidArgument",
-    "DeadlineExceeded",
-    "NotFound",
-    "AlreadyExists",
-    "PermissionDenied",
-    "ResourceExhausted",
-    "FailedPrecondition",
-    "Aborted",
-    "OutOfRange",
-    "Unimplemented",
-    "Internal",
-    "Unavailable",
-    "DataLoss",
-    "Unauthenticated",
-)
+    "OK", "Canceled", "Unknown", "InvalidArgument", "DeadlineExceeded", "NotFound",
+    "AlreadyExists", "PermissionDenied", "ResourceExhausted", "FailedPrecondition", "Aborted",
+    "OutOfRange", "Unimplemented", "Internal", "Unavailable", "DataLoss", "Unauthenticated",
+)  # fmt: skip
 
 
 class Histogram:
@@ -151,9 +124,9 @@ class Metrics:
     """What happened in a server. It is the observer of its sessions and of its RPCs."""
 
     def __init__(self) -> None:
-        self.models: dict[tuple[str, str], ModelMetrics] = {}
+        self.models = defaultdict[tuple[str, str], ModelMetrics](ModelMetrics)
         """By name and version."""
-        self.rpcs: dict[tuple[str, str, str], RpcMetrics] = {}
+        self.rpcs = defaultdict[tuple[str, str, str], RpcMetrics](RpcMetrics)
         """By kind, service and method."""
         self.refusals = dict.fromkeys(REASONS, 0)
         self.ends = dict.fromkeys(END_REASONS, 0)
@@ -166,11 +139,11 @@ class Metrics:
 
     def model(self, name: str, version: str) -> ModelMetrics:
         """The counters of one model."""
-        return self.models.setdefault((name, version), ModelMetrics())
+        return self.models[name, version]
 
     def rpc(self, kind: str, service: str, method: str) -> RpcMetrics:
         """The counters of one RPC; kind as in go-grpc-middleware, "unary" to "bidi_stream"."""
-        return self.rpcs.setdefault((kind, service, method), RpcMetrics())
+        return self.rpcs[kind, service, method]
 
     def opened(self, model: str, version: str) -> None:
         """A session was opened."""

@@ -1,17 +1,31 @@
-"""Sessions: who is open, where each stands, and in which order steps are applied."""
+"""Sessions: which are open, where they are, and in which order steps are applied.
 
-from stepstate.sessions.arrivals import Hold, Waiter
+Transport uses `SessionService` and the values that it takes and returns, nothing else.
+"""
+
+from stepstate.sessions.context import Limits, SchedulerSettings
 from stepstate.sessions.forecasting.forecaster import OutputTrajectory, SessionForecast
 from stepstate.sessions.forecasting.limits import check_scenario_count, error_bytes
 from stepstate.sessions.forecasting.scenarios import ForecastRequest, Scenario
-from stepstate.sessions.loader import LoaderObserver
-from stepstate.sessions.options import ID_LENGTH, CopyOptions, Limits, OpenOptions, check_id, new_id
-from stepstate.sessions.packed import PackedReplyTo, PackedStep, RowBatch, SessionRef
-from stepstate.sessions.scheduler import SchedulerObserver, StepScheduler
+from stepstate.sessions.options import ID_LENGTH, CopyOptions, OpenOptions, check_id, new_id
+from stepstate.sessions.queues import Hold, Waiter
+from stepstate.sessions.scheduler import StepScheduler
 from stepstate.sessions.service import SessionService
 from stepstate.sessions.status import SessionStatus, SessionSummary
 from stepstate.sessions.table import Table
-from stepstate.sessions.types import ReplyTo, ResidentSession, Step
+from stepstate.sessions.types import (
+    PackedReplyTo,
+    PackedStep,
+    ReplyTo,
+    ResidentSession,
+    RowBatch,
+    Scheduler,
+    SessionObserver,
+    SessionRef,
+    SessionState,
+    Step,
+    StepObserver,
+)
 
 __all__ = [
     "ID_LENGTH",
@@ -19,7 +33,6 @@ __all__ = [
     "ForecastRequest",
     "Hold",
     "Limits",
-    "LoaderObserver",
     "OpenOptions",
     "OutputTrajectory",
     "PackedReplyTo",
@@ -28,13 +41,17 @@ __all__ = [
     "ResidentSession",
     "RowBatch",
     "Scenario",
-    "SchedulerObserver",
+    "Scheduler",
+    "SchedulerSettings",
     "SessionForecast",
+    "SessionObserver",
     "SessionRef",
     "SessionService",
+    "SessionState",
     "SessionStatus",
     "SessionSummary",
     "Step",
+    "StepObserver",
     "StepScheduler",
     "Table",
     "Waiter",

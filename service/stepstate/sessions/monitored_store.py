@@ -1,7 +1,7 @@
-"""The way to the store: notes whether it can be written, for health and metrics.
+"""The store, and whether it can be written, for health and metrics.
 
-Rule 1: whatever fails says that the store is away, a read too.
-Rule 2: only a write that reached all of the store says that it is back, and only when nothing
+Rule 1: any call that fails, a read too, means that the store is away.
+Rule 2: only a write that reached all of the store means that it is back, and only when nothing
         has failed for a while. A replica, a full disk and a cluster without one of its nodes
         answer reads, and some writes.
 """
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 PROBE_SECONDS = 5.0
 """Between two probes of a store that is up: one small write, so that an idle server notices."""
 STEADY_SECONDS = 3.0
-"""Without a failure before a store counts as back: one that fails now and then is not."""
+"""Without a failure until a store counts as back: one that fails now and then does not."""
 
 T = TypeVar("T")
 
@@ -34,7 +34,7 @@ class MonitoredStore:
     """
 
     def __init__(self, store: SessionStore, *, clock: Callable[[], float]) -> None:
-        self.store = store
+        self.backend = store
         self.up = True
         self._closed = False
         self.failures = dict.fromkeys(STORE_CAUSES, 0)
@@ -61,7 +61,7 @@ class MonitoredStore:
             return
         self._probe_at = self._clock() + PROBE_SECONDS
         try:
-            await self.store.probe()
+            await self.backend.probe()
         except StoreUnavailable as error:
             self._note(error)
             return
@@ -70,9 +70,9 @@ class MonitoredStore:
             self.up = True
 
     async def close(self) -> None:
-        """Closes the store; that it is away from then on is no news."""
+        """Closes the store; calls that fail from then on are not noted."""
         self._closed = True
-        await self.store.close()
+        await self.backend.close()
 
     def _note(self, error: StoreUnavailable) -> None:
         if self._closed:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from stepstate.config import LONGEST_IDLE_SECONDS
 from stepstate.errors import InvalidField
 from stepstate.models import MAX_LEVEL, MIN_LEVEL, Manifest
+from stepstate.sessions.context import Limits
 from stepstate.stores import Durability, MissingPolicy, SessionRecord
 
 IDLE_INTERVALS = 5
@@ -17,24 +18,6 @@ IDLE_INTERVALS = 5
 off outlives a long weekend."""
 ID_LENGTH = 128
 _ID = re.compile(rf"[A-Za-z0-9._:-]{{1,{ID_LENGTH}}}")
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The bounds that sessions keep."""
-
-    queued_requests: int
-    queued_rows: int
-    default_idle_seconds: float
-    max_idle_seconds: float
-    expired_grace_seconds: float
-    """How long expired sessions can be restored."""
-    sessions: int
-    """Open sessions, resident and spilled."""
-    durability: Durability
-    """Of sessions that ask for none in particular."""
-    durable: bool
-    """Whether there is a store that outlives the server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,15 +43,15 @@ class CopyOptions:
     durability: Durability | None
 
 
-def make_record(opening: OpenOptions, manifest: Manifest, limits: Limits) -> SessionRecord:
+def make_record(options: OpenOptions, manifest: Manifest, limits: Limits) -> SessionRecord:
     """Checks what a client asks for against the model, and fixes the rest.
 
     Raises:
         InvalidField: it names the field.
     """
-    session_id = opening.session_id or new_id()
+    session_id = options.session_id or new_id()
     check_id(session_id)
-    if manifest.needs_time and opening.start_time is None:
+    if manifest.needs_time and options.start_time is None:
         raise InvalidField(
             "start_time",
             f"is missing: {manifest.name}/{manifest.version} has calendar inputs or a seasonal "
@@ -79,33 +62,33 @@ def make_record(opening: OpenOptions, manifest: Manifest, limits: Limits) -> Ses
         model=manifest.name,
         version=manifest.version,
         fingerprint=manifest.fingerprint,
-        idle_timeout_seconds=_idle_timeout(opening.idle_timeout_seconds, manifest, limits),
-        start_time=opening.start_time,
+        idle_timeout_seconds=_idle_timeout(options.idle_timeout_seconds, manifest, limits),
+        start_time=options.start_time,
         open_time=datetime.now(UTC),
-        durability=_durability(opening.durability, limits),
-        missing=opening.missing,
-        interval_level=_interval_level(opening.interval_level, manifest),
+        durability=_durability(options.durability, limits),
+        missing=options.missing,
+        interval_level=_interval_level(options.interval_level, manifest),
     )
 
 
 def copy_record(
-    source: SessionRecord, copying: CopyOptions, manifest: Manifest, limits: Limits
+    source: SessionRecord, options: CopyOptions, manifest: Manifest, limits: Limits
 ) -> SessionRecord:
     """The record of a session that starts from another's state, of the same model.
 
     Raises:
         InvalidField: it names the field.
     """
-    check_id(copying.session_id)
-    idle = copying.idle_timeout_seconds
+    check_id(options.session_id)
+    idle = options.idle_timeout_seconds
     if idle is None:  # another server may have allowed more
         idle = min(source.idle_timeout_seconds, max_idle_timeout(manifest, limits))
-    durability = copying.durability
+    durability = options.durability
     if durability is None:
         durability = source.durability if limits.durable else Durability.NONE
     return replace(
         source,
-        session_id=copying.session_id,
+        session_id=options.session_id,
         idle_timeout_seconds=_idle_timeout(idle, manifest, limits),
         open_time=datetime.now(UTC),
         durability=_durability(durability, limits),
@@ -132,32 +115,32 @@ def check_id(session_id: str) -> None:
         )
 
 
-def _durability(asked: Durability | None, limits: Limits) -> Durability:
-    if asked is None:
+def _durability(wanted: Durability | None, limits: Limits) -> Durability:
+    if wanted is None:
         return limits.durability if limits.durable else Durability.NONE
-    if asked is not Durability.NONE and not limits.durable:
+    if wanted is not Durability.NONE and not limits.durable:
         raise InvalidField(
             "durability",
-            f"is {asked.value}, but this server keeps sessions in memory only: ask for none, or "
+            f"is {wanted.value}, but this server keeps sessions in memory only: ask for none, or "
             "start the server with a --store that lasts",
         )
-    return asked
+    return wanted
 
 
-def _interval_level(asked: float | None, manifest: Manifest) -> float | None:
-    if asked is None:
+def _interval_level(wanted: float | None, manifest: Manifest) -> float | None:
+    if wanted is None:
         return None
-    if not MIN_LEVEL <= asked <= MAX_LEVEL:
+    if not MIN_LEVEL <= wanted <= MAX_LEVEL:
         raise InvalidField(
-            "interval_level", f"is {asked:g}, expected {MIN_LEVEL:g} to {MAX_LEVEL:g}"
+            "interval_level", f"is {wanted:g}, expected {MIN_LEVEL:g} to {MAX_LEVEL:g}"
         )
     if manifest.tracking is None:
         raise InvalidField(
             "interval_level",
-            f"is {asked:g}, but {manifest.name}/{manifest.version} tracks no horizon: its manifest "
-            "has no `tracking`",
+            f"is {wanted:g}, but {manifest.name}/{manifest.version} tracks no horizon: its "
+            "manifest has no `tracking`",
         )
-    return asked
+    return wanted
 
 
 def default_idle_timeout(manifest: Manifest, limits: Limits) -> float:
@@ -177,12 +160,12 @@ def _some_intervals(manifest: Manifest) -> float:
     return min(IDLE_INTERVALS * float(manifest.step_interval_seconds or 0), LONGEST_IDLE_SECONDS)
 
 
-def _idle_timeout(asked: float | None, manifest: Manifest, limits: Limits) -> float:
-    if asked is None:
+def _idle_timeout(wanted: float | None, manifest: Manifest, limits: Limits) -> float:
+    if wanted is None:
         return default_idle_timeout(manifest, limits)
     longest = max_idle_timeout(manifest, limits)
-    if not 0 < asked <= longest:
+    if not 0 < wanted <= longest:
         raise InvalidField(
-            "idle_timeout", f"is {asked:g} s, expected more than 0 and at most {longest:g} s"
+            "idle_timeout", f"is {wanted:g} s, expected more than 0 and at most {longest:g} s"
         )
-    return asked
+    return wanted

@@ -1,13 +1,12 @@
-"""Where sessions stand, wherever their state is."""
+"""The status of sessions, wherever their state is."""
 
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from stepstate.engine import ForecastQuality
-from stepstate.sessions.table import Table
+from stepstate.sessions.context import SessionContext
 from stepstate.sessions.types import ResidentSession
 from stepstate.stores import Durability, SessionRecord, StoredSession
 
@@ -25,7 +24,7 @@ class SessionStatus(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class SessionSummary:
-    """What is told of an open session."""
+    """The status of one session."""
 
     record: SessionRecord
     t: int
@@ -45,33 +44,17 @@ class SessionSummary:
 
 
 class SessionSummaries:
-    """Tells where sessions stand.
+    """Makes summaries of sessions, resident and stored."""
 
-    Args:
-        table: the resident sessions.
-        served: whether the very model of a session is loaded here.
-        owner: the name under which this server holds leases.
-        clock: monotonic seconds.
-        now: the time by the store's clock.
-    """
-
-    def __init__(
-        self,
-        table: Table,
-        *,
-        served: Callable[[SessionRecord], bool],
-        owner: str,
-        clock: Callable[[], float],
-        now: Callable[[], float],
-    ) -> None:
-        self._table = table
-        self._served = served
-        self._owner = owner
-        self._clock = clock
-        self._now = now
+    def __init__(self, context: SessionContext) -> None:
+        self._table = context.table
+        self._owner = context.owner
+        self._clock = context.clock
+        self._now = context.store.backend.now
+        self._fingerprints = {model.key: model.fingerprints for model in context.catalog}
 
     def resident(self, session: ResidentSession) -> SessionSummary:
-        """Of a resident session; a sync step counts when it is committed."""
+        """Of a resident session; a step of a sync session counts when it is saved."""
         handle = session.handle
         durable_t = self._table.durable_t[handle]
         return SessionSummary(
@@ -87,7 +70,7 @@ class SessionSummaries:
         )
 
     def stored(self, entry: StoredSession) -> SessionSummary:
-        """Of one that is in the store."""
+        """Of a session in the store."""
         kept = entry.record.durability is not Durability.NONE
         now, delete_at = self._now(), entry.delete_at
         return SessionSummary(
@@ -100,23 +83,24 @@ class SessionSummaries:
             owner=entry.owner,
             epoch=entry.epoch,
             delete_seconds=None if delete_at is None else delete_at - now,
-            status=self._status(entry),
+            status=self._status_of(entry),
         )
 
-    def _status(self, entry: StoredSession) -> SessionStatus:
+    def _status_of(self, entry: StoredSession) -> SessionStatus:
         if entry.delete_at is not None:
             return SessionStatus.EXPIRED
         return SessionStatus.MODEL_MISSING if self.orphaned(entry) else SessionStatus.OPEN
 
     def orphaned(self, entry: StoredSession) -> bool:
-        """Whether its very model is not loaded here."""
-        return not self._served(entry.record)
+        """Whether its model is not loaded here, or is another one by now."""
+        record = entry.record
+        return record.fingerprint not in self._fingerprints.get(record.model_key, ())
 
     def past(self, entry: StoredSession) -> bool:
-        """Whether the time of one in the store is up."""
+        """Whether a stored session has expired, marked as such or not."""
         return entry.delete_at is not None or entry.expires_at <= self._now()
 
     def lost(self, entry: StoredSession) -> bool:
-        """Whether it was in the memory of another server, or of an earlier one, only."""
+        """Whether only the memory of another server, or of an earlier one, had it."""
         kept = entry.record.durability is not Durability.NONE
         return not kept and entry.owner not in ("", self._owner)

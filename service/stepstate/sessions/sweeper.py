@@ -14,14 +14,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
-from typing import Protocol
 
 from stepstate.errors import SessionExpired
+from stepstate.sessions.context import Limits, SessionContext
 from stepstate.sessions.counts import SessionCounts
-from stepstate.sessions.monitored_store import MonitoredStore
-from stepstate.sessions.table import Table
+from stepstate.sessions.snapshots.writer import SnapshotWriter
+from stepstate.sessions.types import ResidentSession
 from stepstate.stores import EndReason, SaveRequest, SaveResult, StoredSession, Tombstone
 
 log = logging.getLogger(__name__)
@@ -38,73 +38,80 @@ LOGGED_AT_ONCE = 50
 """Ids in one line of the log."""
 
 
-class DeletionObserver(Protocol):
-    """Is told of expired sessions that were deleted."""
-
-    def deleted(self, reason: str, count: int) -> None:
-        """Expired sessions were deleted: grace_over, limit (of sessions), or replaced."""
-        ...
-
-
 class ExpirySweeper:
-    """Expires sessions that are not resident, and deletes those that were kept long enough.
+    """Expires sessions, and deletes those that were kept long enough.
 
     Args:
-        link: the store.
-        table: the resident sessions.
-        census: told of sessions that expired.
-        grace_seconds: how long an expired session is kept.
-        limit: sessions, open and expired, that are kept.
-        observer: told of deletions.
+        context: the store and the table.
+        limits: the grace period, and the bound on sessions.
+        writer: saves resident sessions for the last time.
+        counts: of the sessions in the store.
     """
 
     def __init__(
-        self,
-        link: MonitoredStore,
-        table: Table,
-        census: SessionCounts,
-        *,
-        grace_seconds: float,
-        limit: int,
-        observer: DeletionObserver,
+        self, context: SessionContext, limits: Limits, writer: SnapshotWriter, counts: SessionCounts
     ) -> None:
-        self._link = link
-        self._table = table
-        self._census = census
-        self._grace_seconds = grace_seconds
-        self._limit = limit
-        self._observer = observer
+        self.counts = counts
+        self._store = context.store
+        self._table = context.table
+        self._clock = context.clock
+        self._observer = context.observer
+        self._writer = writer
+        self._grace_seconds = limits.expired_grace_seconds
+        self._limit = limits.sessions
 
-    async def expire(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
-        """Saves sessions for the last time, and marks them as expired.
+    def is_past(self, entry: StoredSession) -> bool:
+        """Whether a stored session has expired, marked as such or not."""
+        return entry.delete_at is not None or entry.expires_at <= self._store.backend.now()
+
+    async def expire_resident(self, sessions: Iterable[ResidentSession]) -> int:
+        """Expires those of some resident sessions that are overdue now; returns how many.
 
         Raises:
-            StoreUnavailable.
+            StoreUnavailable: they are open as before.
         """
-        store = self._link.store
-        delete_at = store.now() + self._grace_seconds
-        return await self._link.ask(store.expire(saves, delete_at=delete_at))
+        table, now = self._table, self._clock()
+        overdue = [one for one in sessions if one.open and table.is_overdue(one, now)]
+        if not overdue:
+            return 0
+        for session in overdue:
+            table.begin_end(session)
+        saves = self._writer.last_saves(overdue)
+        try:
+            verdicts = await self._mark([save for _, save in saves])
+        except BaseException:
+            for session in overdue:
+                table.reopen(session)
+            raise
+        expired, missing = [], []
+        for (session, _), verdict in zip(saves, verdicts, strict=True):
+            if verdict is SaveResult.MISSING:
+                table.reopen(session)
+                missing.append(session)
+            else:
+                table.remove(session)
+            if verdict is SaveResult.DONE:
+                expired.append(session.record.model_key)
+        self.counts.expired_here(expired)
+        await self._writer.save(missing)  # the store has lost them: they are created again first
+        return len(expired)
 
     async def settle(self, entry: StoredSession) -> SessionExpired:
-        """Marks a session of the store whose time is up, if it is not; returns what to tell.
+        """Marks a session of the store whose time is up, if it is not; returns its error.
 
         Raises:
             StoreUnavailable.
         """
         if entry.delete_at is None:
             await self._expire_stored([entry])
-            found = await self._link.ask(self._link.store.find(entry.record.session_id))
+            found = await self._store.ask(self._store.backend.find(entry.record.session_id))
             entry = found if isinstance(found, StoredSession) else entry
         if entry.delete_at is None:
-            return self.kept_error(entry.record.session_id, _ending(entry))
-        left = entry.delete_at - self._link.store.now()
-        return expired_error(
-            entry.record.session_id, entry.t, entry.record.idle_timeout_seconds, left
-        )
-
-    def kept_error(self, session_id: str, ending: Tombstone) -> SessionExpired:
-        """What to tell of a session that is about to be marked as expired."""
-        return expired_error(session_id, ending.t, ending.idle_timeout_seconds, self._grace_seconds)
+            delete_in = self._grace_seconds  # it is about to be marked
+        else:
+            delete_in = entry.delete_at - self._store.backend.now()
+        record = entry.record
+        return expired_error(record.session_id, entry.t, record.idle_timeout_seconds, delete_in)
 
     async def sweep(self) -> int:
         """Expires all sessions that are not resident and whose time is up; returns how many.
@@ -112,10 +119,10 @@ class ExpirySweeper:
         Raises:
             StoreUnavailable.
         """
-        store, ended = self._link.store, 0
+        store, ended = self._store.backend, 0
         while True:
             before = store.now() - OVERDUE_GRACE_SECONDS
-            entries = await self._link.ask(store.overdue(before, LOOKED_AT_ONCE))
+            entries = await self._store.ask(store.overdue(before, LOOKED_AT_ONCE))
             gone = [e for e in entries if self._table.get(e.record.session_id) is None]
             for group in _groups(gone):
                 began = time.perf_counter()
@@ -130,36 +137,42 @@ class ExpirySweeper:
         Raises:
             StoreUnavailable.
         """
-        deleted = await self._purge("grace_over", self._link.store.now(), float("inf"))
-        while (excess := self._census.total + self._census.expired - self._limit) > 0:
+        deleted = await self._purge("grace_over", self._store.backend.now(), float("inf"))
+        while (excess := self.counts.total + self.counts.expired - self._limit) > 0:
             gone = await self._purge("limit", float("inf"), min(excess, LOOKED_AT_ONCE))
             if not gone:
                 break
             deleted += gone
-            await self._census.count()  # other servers delete the same ones meanwhile
+            await self.counts.count()  # other servers delete the same ones meanwhile
         return deleted
 
     def replaced(self, entry: StoredSession) -> None:
-        """Tells that an expired session was deleted, since its id was opened anew."""
+        """An expired session was deleted, as its id was opened anew."""
         if entry.delete_at is None:  # its time was up, and nobody had seen it yet
-            self._census.expired_here([entry.record.model_key])
-        self._census.expired -= 1
-        self._tell("replaced", [entry])
+            self.counts.expired_here([entry.record.model_key])
+        self.counts.expired -= 1
+        self._report("replaced", [entry])
+
+    async def _mark(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
+        """Saves sessions for the last time, and marks them as expired."""
+        store = self._store.backend
+        delete_at = store.now() + self._grace_seconds
+        return await self._store.ask(store.expire(saves, delete_at=delete_at))
 
     async def _expire_stored(self, entries: Sequence[StoredSession]) -> int:
         if not entries:
             return 0
-        verdicts = await self.expire([_last_save(entry) for entry in entries])
+        verdicts = await self._mark([_last_save(entry) for entry in entries])
         pairs = zip(entries, verdicts, strict=True)
         expired = [entry.record.model_key for entry, verdict in pairs if verdict is SaveResult.DONE]
-        self._census.expired_here(expired)
+        self.counts.expired_here(expired)
         return len(expired)
 
     async def _purge(self, reason: str, before: float, most: float) -> int:
         deleted = 0
         while deleted < most:
             limit = int(min(LOOKED_AT_ONCE, most - deleted))
-            entries = await self._link.ask(self._link.store.expired(before, limit))
+            entries = await self._store.ask(self._store.backend.expired(before, limit))
             gone = 0
             for group in _groups(entries):
                 began = time.perf_counter()
@@ -171,20 +184,20 @@ class ExpirySweeper:
         return deleted
 
     async def _delete(self, reason: str, entries: Sequence[StoredSession]) -> int:
-        store = self._link.store
+        store = self._store.backend
         results = await asyncio.gather(  # the store takes them together
             *(store.end(e.record.session_id, e.epoch, _ending(e)) for e in entries),
             return_exceptions=True,
         )
         gone = [entry for entry, done in zip(entries, results, strict=True) if done is True]
-        self._census.expired -= len(gone)
-        self._tell(reason, gone)
+        self.counts.expired -= len(gone)
+        self._report(reason, gone)
         for result in results:
             if isinstance(result, BaseException):
                 raise result
         return len(gone)
 
-    def _tell(self, reason: str, entries: Sequence[StoredSession]) -> None:
+    def _report(self, reason: str, entries: Sequence[StoredSession]) -> None:
         if entries:
             self._observer.deleted(reason, len(entries))
         for first in range(0, len(entries), LOGGED_AT_ONCE):
@@ -196,7 +209,7 @@ class ExpirySweeper:
 def expired_error(
     session_id: str, t: int, idle_timeout_seconds: float, seconds_left: float
 ) -> SessionExpired:
-    """What to tell of an expired session that is kept for `seconds_left`; 0: it is deleted."""
+    """The error for an expired session that is kept for `seconds_left`; 0: it is deleted."""
     until = ""
     if seconds_left > 0:
         until = f"{datetime.now(UTC) + timedelta(seconds=seconds_left):%Y-%m-%dT%H:%M:%SZ}"

@@ -1,19 +1,31 @@
-"""A session and a step, as the sessions layer sees them. No torch, no grpc, no clock."""
+"""A session, its steps, and who takes their outcomes.
+
+Of this layer it imports `replay` only; no torch, no grpc, no clock.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import enum
+import logging
+import secrets
 from collections import deque
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import Any, Generic, Protocol, TypeVar
 
-from stepstate.engine.work import Layers, WorkItem
-from stepstate.errors import StepstateError
+import numpy as np
+from numpy.typing import NDArray
+
+from stepstate.engine import Engine, Floats, Layers, Observer, PackedWork, WorkItem
+from stepstate.errors import Internal, StepstateError
 from stepstate.models import Model
-from stepstate.stores import Durability, SessionRecord, Tombstone
+from stepstate.sessions.replay import ReplayWindow
+from stepstate.stores import Durability, SessionRecord
 
-if TYPE_CHECKING:
-    from stepstate.sessions.scheduler import StepScheduler
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ReplyTo(Protocol):
@@ -29,13 +41,110 @@ class ReplyTo(Protocol):
         ...
 
 
+class PackedReplyTo(Protocol):
+    """Where the outcome of packed rows goes."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Nobody waits any more."""
+        ...
+
+    def deliver_pack(self, pack: PackedStep) -> None:
+        """Takes rows that have their outcome; called once, on the event loop."""
+        ...
+
+
+class DeferredRows(Protocol):
+    """Packed rows that wait for earlier rows of the same sessions."""
+
+    def flush(self, handle: int) -> None:
+        """Submits the rows of one session as steps of their own, in order."""
+        ...
+
+
+class StepObserver(Observer, Protocol):
+    """Counts what happens to the steps of one model."""
+
+    def applied(self, rows: int) -> None:
+        """Rows were applied."""
+        ...
+
+    def ended(self, result: str, times: int = 1) -> None:
+        """Requests ended otherwise: replayed, refused, cancelled, failed."""
+        ...
+
+
+class SessionObserver(Protocol):
+    """Counts sessions that come and go.
+
+    The steps of each model have a `StepObserver` of their own: the hot path does not look it up.
+    """
+
+    def model(self, name: str, version: str) -> StepObserver:
+        """The observer of one model's steps."""
+        ...
+
+    def opened(self, model: str, version: str) -> None:
+        """A session was opened."""
+        ...
+
+    def restored(self, model: str, version: str, *, taken_over: bool) -> None:
+        """A session was loaded from the store; `taken_over`: from another server."""
+        ...
+
+    def spilled(self, model: str, version: str) -> None:
+        """A session left the arena for the store."""
+        ...
+
+    def closed(self, reason: str) -> None:
+        """A session ended."""
+        ...
+
+    def expired_restored(self) -> None:
+        """An expired session was restored."""
+        ...
+
+    def deleted(self, reason: str, count: int) -> None:
+        """Expired sessions were deleted: grace_over, limit (of sessions), or replaced."""
+        ...
+
+    def saved(self, count: int, size: int, seconds: float) -> None:
+        """Snapshots of `count` sessions, `size` bytes together, were written at once."""
+        ...
+
+    def not_saved(self, reason: str, count: int) -> None:
+        """Snapshots were refused (fenced), or could not be written (failed)."""
+        ...
+
+
+class Scheduler(Protocol):
+    """What a session knows of the `StepScheduler` that steps it."""
+
+    model: Model
+    engine: Engine[Step, PackedStep]
+    window: ReplayWindow
+    number: int
+
+    def submit(self, step: Step) -> None:
+        """Starts an accepted step, or queues it."""
+        ...
+
+    def enqueue_barrier(self, session: ResidentSession, barrier: SessionBarrier[Any]) -> None:
+        """Calls a barrier after the steps that a session has accepted."""
+        ...
+
+    def release(self, slot: int) -> None:
+        """Gives a slot back."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class Step(WorkItem):
-    """One request to apply rows, from the front door to its reply. It carries its own outcome."""
+    """One request to apply rows, from its arrival to its reply. It carries its own outcome."""
 
     session: ResidentSession
     t: int | None
-    """Rows applied before it, as its client counts; None: whatever the session stands at."""
+    """Rows applied before it, as its client counts; None: the session's own t."""
     reply_to: ReplyTo
     reply_bytes: int
     """About what its outcome takes in memory."""
@@ -53,47 +162,128 @@ class Step(WorkItem):
         return self.reply_to.cancelled
 
 
+@dataclass(frozen=True, slots=True)
+class SessionRef:
+    """A session's place in the table; it is valid as long as its generation is the table's."""
+
+    handle: int
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class RowBatch:
+    """N rows: references (generation 0: none), the t of each if the client sends it, and x."""
+
+    handles: NDArray[np.int64]
+    generations: NDArray[np.int64]
+    t: NDArray[np.int64] | None
+    x: Floats
+
+    def __len__(self) -> int:
+        return len(self.handles)
+
+    def some(self, rows: NDArray[np.int64]) -> RowBatch:
+        """Some of the rows."""
+        t = None if self.t is None else self.t[rows]
+        return RowBatch(self.handles[rows], self.generations[rows], t, self.x[rows])
+
+
+class PackedStep(PackedWork):
+    """Rows [B] on the fast path through the engine, and their outcome."""
+
+    def __init__(
+        self,
+        rows: RowBatch,
+        slots: NDArray[np.int64],
+        at: NDArray[np.int64],
+        phase: NDArray[np.int64],
+        *,
+        reply_to: PackedReplyTo,
+    ) -> None:
+        super().__init__(rows.x, slots, at, phase)
+        self.handles = rows.handles
+        self.generations = rows.generations
+        self.reply_to = reply_to
+        self.y: Floats = np.zeros((0, 0), np.float32)
+        """Outputs [B, O]; those of refused rows mean nothing."""
+        self.durable_t: NDArray[np.int64] = np.zeros(0, np.int64)
+        self.errors: list[tuple[int, StepstateError]] = []
+        """Rows that were not applied, and why."""
+
+    @property
+    def cancelled(self) -> bool:
+        """See `PackedWork`."""
+        return self.reply_to.cancelled
+
+
+class SessionState(enum.Enum):
+    """The life of a resident session; only `OPEN` takes steps. `Table` makes all transitions."""
+
+    OPEN = "open"
+    ENDING = "ending"
+    """It is being closed, or expires: then it is gone, or open again if the store is away."""
+    SPILLING = "spilling"
+    """It is saved to make room: then it is gone, or open again if the store is away."""
+    LOST = "lost"
+    """Its copy here is no longer valid; it leaves when its accepted steps are answered."""
+    GONE = "gone"
+    """It has left the arena."""
+
+
+OPEN = SessionState.OPEN
+"""It is asked for on every request, and an enum's members are slow to look up."""
+_LEAVES = frozenset({SessionState.LOST, SessionState.GONE})
+TRANSITIONS: Mapping[SessionState, frozenset[SessionState]] = {
+    SessionState.OPEN: _LEAVES | {SessionState.ENDING, SessionState.SPILLING},
+    SessionState.ENDING: _LEAVES | {SessionState.OPEN},
+    SessionState.SPILLING: _LEAVES | {SessionState.OPEN},
+    SessionState.LOST: frozenset({SessionState.GONE}),
+    SessionState.GONE: frozenset(),
+}
+
+
 @dataclass(slots=True, eq=False)
 class ResidentSession:
     """A client's ongoing sequence. Its numbers (t, expiry) are in the table's arrays."""
 
     record: SessionRecord
-    scheduler: StepScheduler
+    scheduler: Scheduler
     slot: int
     phase: int
     """Step of row 0 in the model's timeline; 0 for a session without a time."""
+    model: Model = field(init=False)
     handle: int = field(init=False, default=-1)
     """Its place in the table's arrays."""
     epoch: int = field(init=False, default=0)
-    """What proves to the store that its lease is held here."""
+    """Proves to the store that its lease is held here."""
     identity: bytes = field(init=False, default=b"")
-    """The part of its snapshots that stays the same."""
-    sync: bool = field(init=False, default=False)
+    """The constant part of its snapshots."""
+    sync: bool = field(init=False)
     """Its steps are answered when they are saved."""
-    bounded: bool = field(init=False, default=False)
+    bounded: bool = field(init=False)
     """It is saved in the background, so its rows that are not saved are bounded."""
-    position_unknown: bool = field(init=False, default=False)
-    """It may have been set back: a request must say its t."""
-    waiting: deque[Step] | None = field(init=False, default=None)
-    """Steps that came meanwhile, in order; made when first needed."""
+    waiting: deque[Step | SessionBarrier[Any]] | None = field(init=False, default=None)
+    """What was submitted while it was busy, in order; made when first needed."""
     changes: int = field(init=False, default=0)
-    """Changes of its state without a row, which its t does not tell."""
+    """Changes of its state without a row, which its t does not show."""
     saved_changes: int = field(init=False, default=0)
     """How many of them the store has."""
-    barred: bool = field(init=False, default=False)
-    """It takes no new steps: it is ending, spilling, or lost to another server."""
-    ending: Tombstone | None = field(init=False, default=None)
-    """How it ends."""
-    lease_in_doubt: bool = field(init=False, default=False)
-    """Its lease was to be given up, and it is not known whether it was: it waits to be renewed."""
+    state: SessionState = field(init=False, default=SessionState.OPEN)
     lost: StepstateError | None = field(init=False, default=None)
-    """Why its copy here is worth nothing any more: the answer to whatever it still has."""
-    leaving: asyncio.Future[None] | None = field(init=False, default=None)
-    """Resolved when a session that is spilled or lost has left the arena, or stays after all."""
+    """Why it is `LOST`: the answer to its steps."""
+    left: asyncio.Future[None] | None = field(init=False, default=None)
+    """Resolved when a session that is spilling or lost is gone, or open again."""
     idle: asyncio.Future[None] | None = field(init=False, default=None)
-    """Resolved when a barred session has finished its steps."""
+    """Resolved when it has finished its steps, if somebody waits for that."""
+    # Two facts about an open session that only refuse steps, in whatever state: another server may
+    # have taken its lease, and its client may be at another t.
+    lease_in_doubt: bool = field(init=False, default=False)
+    """Its lease may have been given up: steps are refused until a save renews it."""
+    position_unknown: bool = field(init=False, default=False)
+    """It may have been rolled back: a step must say its t."""
 
     def __post_init__(self) -> None:
+        self.model = self.scheduler.model
         self.sync = self.record.durability is Durability.SYNC
         self.bounded = self.record.durability is Durability.ASYNC
 
@@ -103,11 +293,61 @@ class ResidentSession:
         return self.record.session_id
 
     @property
-    def model(self) -> Model:
-        """Its model."""
-        return self.scheduler.model
+    def open(self) -> bool:
+        """Whether it takes steps."""
+        return self.state is SessionState.OPEN
 
     @property
     def changed(self) -> bool:
         """Whether its state changed without a row since it was saved."""
         return self.changes > self.saved_changes
+
+
+class SessionBarrier(Generic[T]):
+    """Calls a function between two steps of a session, and keeps what it returned.
+
+    Args:
+        act: called when all steps before the barrier have their outcome.
+    """
+
+    def __init__(self, act: Callable[[], T]) -> None:
+        self._act = act
+        self._done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+
+    def reach(self) -> None:
+        """Calls the function; what it raises is the waiter's."""
+        if self._done.cancelled():
+            return
+        try:
+            self._done.set_result(self._act())
+        except Exception as error:  # noqa: BLE001 - it is the waiter's, not the engine's
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """The function can't be called, or raised."""
+        if not self._done.done():
+            self._done.set_exception(error)
+            self._done.exception()  # its waiter may have given up: nothing is lost
+
+    async def result(self) -> T:
+        """What the function returned.
+
+        Raises:
+            StepstateError: the session was lost first; and what the function raised.
+        """
+        try:
+            return await self._done
+        finally:
+            del self  # its error's traceback leads here: no circle
+
+
+def unexpected(what: str, error: Exception, session_id: str) -> StepstateError:
+    """What a client is told of an exception that nobody expected.
+
+    It has an id, and the log has all of it under that id. A `StepstateError` is returned as it is.
+    """
+    if isinstance(error, StepstateError):
+        return error.with_traceback(None)
+    internal = Internal(secrets.token_hex(8))
+    log.error(what, exc_info=error, extra={"error_id": internal.error_id, "session_id": session_id})
+    return internal

@@ -1,6 +1,10 @@
 """Stores: where sessions are kept beyond the arena."""
 
-from stepstate.stores.base import (
+from stepstate.stores.base import SessionStore
+from stepstate.stores.factory import open_store
+from stepstate.stores.memory import MemoryStore
+from stepstate.stores.sqlite import SqliteStore
+from stepstate.stores.types import (
     DiskUsage,
     Durability,
     EndReason,
@@ -8,15 +12,10 @@ from stepstate.stores.base import (
     SaveRequest,
     SaveResult,
     SessionRecord,
-    SessionStore,
     StoredSession,
     Tombstone,
     UnreadableSession,
 )
-from stepstate.stores.factory import open_store
-from stepstate.stores.failures import StoreOpenError
-from stepstate.stores.memory import MemoryStore
-from stepstate.stores.sqlite import SqliteStore
 
 __all__ = [
     "DiskUsage",
@@ -29,7 +28,6 @@ __all__ = [
     "SessionRecord",
     "SessionStore",
     "SqliteStore",
-    "StoreOpenError",
     "StoredSession",
     "Tombstone",
     "UnreadableSession",

@@ -1,4 +1,4 @@
-"""A store by its URL."""
+"""Opens the store that a URL names."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from stepstate.errors import StoreOpenError
 from stepstate.stores.base import SessionStore
-from stepstate.stores.failures import StoreOpenError
 from stepstate.stores.memory import MemoryStore
 from stepstate.stores.sqlite import SqliteStore
 
@@ -31,10 +31,10 @@ async def open_store(
         url: `sqlite:PATH`, `redis://[USER:PASSWORD@]HOST:PORT/DB` (`rediss://` with TLS),
             `redis+cluster://HOST:PORT` (`rediss+cluster://`),
             `redis+sentinel://HOST:PORT/SERVICE/DB` or `memory:`.
-        clock: seconds in which this process ran; may be called from a thread.
-        wall: Unix seconds, for epochs, and for where the clock of a new store begins; may be
-            called from a thread.
-        fsync: whether a commit of sqlite waits for the disk. Redis is configured by itself.
+        clock: monotonic seconds; may be called from a thread.
+        unix_time: seconds since 1970, for epochs and for the start of a new store's clock; may
+            be called from a thread.
+        fsync: whether a commit of sqlite waits for the disk. Redis has its own configuration.
 
     Raises:
         StoreOpenError: there is no such store.
@@ -54,7 +54,7 @@ async def open_store(
 
 
 def _path(url: str, rest: str) -> Path:
-    """The path of `sqlite:PATH`; `sqlite:///PATH` is an absolute one, as others write it."""
+    """The path of `sqlite:PATH`; the usual form `sqlite:///PATH` is an absolute one."""
     if rest in {"", ":memory:"}:
         raise StoreOpenError(repr(url), "no file is named: write sqlite:PATH, or memory:")
     if rest.startswith("//") and not rest.startswith("///"):

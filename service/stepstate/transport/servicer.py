@@ -229,7 +229,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         await self._streams.drain()
 
     def _encoded(self, session: ResidentSession) -> pb.Session:
-        return encode_session(self._sessions.standing(session))
+        return encode_session(self._sessions.summary(session))
 
 
 def add_reflection(server: grpc.aio.Server, *services: str) -> None:

@@ -206,13 +206,13 @@ def test_a_model_is_what_the_server_told():
 async def test_a_session_is_what_the_server_told(rig):
     start = datetime(1931, 2, 3, tzinfo=UTC)
     session = await rig.open("a", idle=50.0, start=start)
-    info = convert.session_info(encode_session(rig.sessions.standing(session)))
+    info = convert.session_info(encode_session(rig.sessions.summary(session)))
     assert (info.session_id, info.t, info.idle_timeout) == ("a", 0, timedelta(seconds=50))
     assert info.start_time == start
     assert (info.durable_t, info.residency) == (0, "resident")
     assert (info.durability, info.owner, info.epoch) == (
         session.record.durability.value,
-        rig.sessions.standing(session).owner,
+        rig.sessions.summary(session).owner,
         session.epoch,
     )
 

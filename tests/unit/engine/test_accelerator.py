@@ -7,8 +7,8 @@ import asyncio
 import numpy as np
 import pytest
 
-from stepstate.engine import DeviceUnavailable, check_accelerator
-from stepstate.errors import Internal, NonFiniteResult
+from stepstate.engine import check_accelerator
+from stepstate.errors import DeviceUnavailable, Internal, NonFiniteResult
 from tests.accelerators import there
 from tests.networks import make_network
 from tests.offline import forecasting_network

@@ -3,8 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepstate.engine.arena import Arena
-from stepstate.engine.layout import Layout
+from stepstate.engine.arena import Arena, Layout
 
 LAYOUT = Layout(cell=3, history=4, inputs=2, tracked=2)
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from stepstate.engine import BareForward
-from stepstate.engine.arena import Arena
-from stepstate.engine.device_forward import DeviceArena, DeviceForward
-from stepstate.engine.layout import Layout
+from benchmarks.bare import BareForward
+from stepstate.engine.accelerator import DeviceArena, DeviceForward
+from stepstate.engine.arena import Arena, Layout
 from stepstate.engine.network import Network
 from stepstate.models import build_timeline
 from tests.accelerators import there

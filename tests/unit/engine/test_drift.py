@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from river.drift import PageHinkley as RiversPageHinkley
 
 from benchmarks.drift import NOISES, autoregressive
-from stepstate.engine.tracking.drift import ControlChart, drift_test
+from stepstate.engine.tracking.drift import DriftTestStatus, drift_test
 from stepstate.models import CusumSpec, PageHinkleySpec, Tracking
 
 MIN_UNIT = 1e-6
@@ -97,8 +97,8 @@ class Chartered:
         return [row for row, error in enumerate(np.abs(errors).tolist()) if self.row(error)]
 
     @property
-    def chart(self) -> ControlChart:
-        return self.test.chart(self.numbers)
+    def chart(self) -> DriftTestStatus:
+        return self.test.status(self.numbers)
 
 
 def cusum(errors: np.ndarray, **spec: float) -> list[int]:
@@ -237,22 +237,22 @@ def test_the_chart_tells_how_near_an_alarm_is():
 def test_numbers_of_a_test_are_sound_and_forged_ones_are_not(spec):
     chart = Chartered(spec, np.float32)
     for row in np.abs(np.random.default_rng(9).normal(size=(700, 2))).tolist():
-        assert chart.test.sound(chart.numbers)
+        assert chart.test.is_valid(chart.numbers)
         chart.row(*row)
     for place in range(chart.test.width):
         for value in (math.nan, math.inf, -math.inf):
             forged = chart.numbers.copy()
             forged[place] = value
-            assert not chart.test.sound(forged)
+            assert not chart.test.is_valid(forged)
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, 8.0), (0, 0.5), (0, -1.0), (3, -1.0), (9, 1.5)])
 def test_counts_of_a_chart_that_can_not_be_are_not_sound(place, value):
     chart = Chartered(CusumSpec())
     chart.alarms(np.ones(100))
-    assert chart.test.sound(chart.numbers)
+    assert chart.test.is_valid(chart.numbers)
     chart.numbers[place] = value
-    assert not chart.test.sound(chart.numbers)
+    assert not chart.test.is_valid(chart.numbers)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 import pytest
 
-from stepstate.engine import Engine, WorkItem
+from stepstate.engine import Engine, EngineSettings, WorkItem
 from stepstate.engine.engine import ROUNDS_TO_A_CHUNK
 from stepstate.models import build_timeline
 from tests.accelerators import ACCELERATORS, there
@@ -19,7 +19,7 @@ class Request(WorkItem):
 
 
 class Desk:
-    """An owner and observer that writes down what it is told."""
+    """A sink and observer that keeps what it gets."""
 
     accelerator: str | None = None
 
@@ -27,7 +27,9 @@ class Desk:
         model = model_of(network)
         settings = {"capacity": 300, "batch_rows": 256, "chunk_rows": 128} | options
         settings["accelerator"] = self.accelerator
-        self.engine = Engine(model, build_timeline(model), owner=self, observer=self, **settings)
+        self.engine = Engine(
+            model, build_timeline(model), EngineSettings(**settings), sink=self, observer=self
+        )
         self.width = model.manifest.input_width
         self.forwards: list[int] = []
         self.outcomes: dict[Request, object] = {}

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from stepstate.engine import PackedWork
-from stepstate.engine.device_forward import DeviceForward
+from stepstate.engine.accelerator import DeviceForward
+from stepstate.engine.engine import isolated
 from stepstate.engine.imputation import Imputer
-from stepstate.engine.isolation import isolated
 from stepstate.engine.network import Network
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.errors import Internal
@@ -19,9 +19,8 @@ from stepstate.sessions import ForecastRequest, RowBatch
 from stepstate.sessions.forecasting.origins import OriginCopier
 from tests.accelerators import ACCELERATORS, there
 from tests.networks import make_network
-from tests.offline import forecasting_network
+from tests.offline import forecasting_network, rows
 from tests.unit.rig import Rig, model_of, outputs
-from tests.unit.sessions.forecasts import rows
 
 CLOSE = 1e-5
 GUILTY = 666.0
@@ -159,8 +158,8 @@ async def test_rows_that_raise_fail_alone_in_a_micro_batch_and_in_a_chunk(
     assert after[sorted(guilty)].tobytes() == before[sorted(guilty)].tobytes()
     ts = [rig.sessions.t(session) for session in sessions]
     assert ts == [4 if place in guilty else 4 + rows for place in range(SESSIONS)]
-    assert [score.scored for score in rig.scheduler.tally.scores] == [
-        score.scored for score in quiet.scheduler.tally.scores
+    assert [score.scored for score in rig.scheduler.engine.score_totals.scores] == [
+        score.scored for score in quiet.scheduler.engine.score_totals.scores
     ]
     assert rig.results["failed"] == len(guilty)
     for place in guilty:  # and they go on as if nothing had been sent
@@ -207,7 +206,10 @@ async def test_rows_that_make_no_columns_fail_alone(make, rows):
     rig = make()
     sessions = await opened(rig)
     callers = [rig.send(session, history(9)[:rows]) for session in sessions[:5]]
-    for work in [*rig.scheduler.engine._queue, *(job.work for job in rig.scheduler.engine._jobs)]:
+    for work in [
+        *rig.scheduler.engine._queue,
+        *(each.work for each in rig.scheduler.engine._requests),
+    ]:
         if work.session is sessions[2]:
             work.x = [1.0] * 7
     errors = [await caller.error() for caller in callers]

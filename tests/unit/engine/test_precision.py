@@ -8,8 +8,7 @@ import torch
 
 from stepstate.engine import Precision, measure_loss
 from stepstate.engine.cells import build_cell
-from stepstate.engine.linear import Linear
-from stepstate.engine.precision import Bfloat16Linear, Int8Linear, make_product
+from stepstate.engine.linear import Bfloat16Linear, Int8Linear, Linear, make_linear
 from tests.unit.rig import model_of, timed_network
 
 FEWER_BITS = [Precision.BFLOAT16, Precision.INT8]
@@ -65,10 +64,10 @@ def test_without_instructions_it_is_float32_with_rounded_weights(
 ):
     set_instructions(monkeypatch, there=True)
     exact = Linear(weight, bias)(rows(2))
-    own = make_product(weight, bias, kept)
+    own = make_linear(weight, bias, kept)
     assert type(own) is kind
     set_instructions(monkeypatch, there=False)
-    rounded = make_product(weight, bias, kept)
+    rounded = make_linear(weight, bias, kept)
     assert type(rounded) is Linear
     off = (rounded(rows(2)) - exact).abs().max()
     assert off > 1e-4
@@ -80,7 +79,7 @@ def set_instructions(monkeypatch, *, there: bool) -> None:
         monkeypatch.setattr(torch.cpu, name, lambda: there)
 
 
-@pytest.mark.parametrize("there", [True, False])
+@pytest.mark.parametrize("there", [True, pytest.param(False, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kept", FEWER_BITS)
 @pytest.mark.parametrize("name", ["lstm", "projected", "gru", "tanh", "relu"])
 def test_every_cell_takes_them(networks, name, kept, there, monkeypatch):

@@ -17,7 +17,6 @@ from tests.accelerators import ACCELERATORS, there
 from tests.networks import Network, make_network
 from tests.offline import forecasting_network
 from tests.unit.rig import Rig, model_of, outputs
-from tests.unit.sessions import forecasts
 
 CLOSE = 1e-5
 LEVELS = (0.1, 0.5, 0.9)
@@ -121,7 +120,7 @@ async def test_intervals_are_tracked_by_what_is_told(rig):
     x = rows(200)
     session = await rig.open(level=0.8)
     y = np.concatenate([await rig.y(session, part) for part in np.split(x, 20)])
-    quality = rig.sessions.standing(session).quality
+    quality = rig.sessions.summary(session).quality
     for accuracy, spot in zip(
         quality.accuracy, offline.track(NETWORK_TRACKED, x, y, 0.8), strict=True
     ):
@@ -156,15 +155,15 @@ async def test_models_without_quantiles_are_left_alone(make_rig, accelerator, ne
 async def test_farther_quantiles_are_never_nearer(make_rig):
     rig = make_rig(model_of(forecasting_network()), replay_rows=64)
     session = await rig.open()
-    await rig.y(session, forecasts.rows(60))
+    await rig.y(session, offline.rows(60))
     engine = rig.scheduler.engine
     state = engine.read_states(np.array([session.slot]))
     tracker = rig.tracker
-    spot = tracker.targets[0].spots[0]
+    spot = tracker.targets[0].horizons[0]
     state[0, engine.layout.tracked_from + spot.place] = -0.4  # an offset that takes much off
     levels = (0.02, 0.05, 0.3, 0.45, 0.5, 0.6, 0.95, 0.99)
     values = np.array([[[-0.2, 0.0, 1.0]]], np.float32)
     methods = np.full((1, 1), Method.DIRECT, np.uint8)
-    outlook = HorizonForecast(tracker.targets[0].output, values, methods)
-    found = quantiles_of(outlook, levels, tracker, state[:, engine.layout.tracked_from :])
+    forecast = HorizonForecast(tracker.targets[0].output, values, methods)
+    found = quantiles_of(forecast, levels, tracker, state[:, engine.layout.tracked_from :])
     assert (np.diff(found[0, 0]) >= 0).all()

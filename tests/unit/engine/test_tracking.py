@@ -31,7 +31,7 @@ class Track:
     def __init__(self, **tracking: object) -> None:
         self.tracker = tracker_of(**tracking)
         self.part = self.tracker.blank(None).astype(np.float64)
-        self.tally = self.tracker.tally()
+        self.totals = self.tracker.new_totals()
         self.t = 0
 
     def rows(self, truths: np.ndarray, *, median: float = 0.0) -> None:
@@ -50,10 +50,10 @@ class Track:
             truths=[truth],
             naive=[naive],
             forecasts=[median] * 6,
-            tally=self.tally,
+            totals=self.totals,
         )
         self.t += 1
-        return self.tally.alarms
+        return self.totals.alarms
 
     @property
     def drift(self):
@@ -111,7 +111,7 @@ def test_one_absurd_value_does_not_drown_the_sums():
     track = Track()
     for truth in (1.0, 2.0, 1.0, 1e20, 1.0, 2.0, 1.0):
         track.row(truth, naive=0.0)
-    score = track.tally.scores[0]
+    score = track.totals.scores[0]
     assert score.scored == 5
     assert score.absolute_error == 7.0
     assert score.scaled_error <= 20 * score.scaled
@@ -137,7 +137,7 @@ def test_a_series_that_stands_still_scales_nothing():
     track = Track()
     for _ in range(50):
         track.row(4.0, median=9.0, naive=4.0 + 1e-9)
-    assert (track.tally.scores[0].scored, track.tally.scores[0].scaled) == (49, 0)
+    assert (track.totals.scores[0].scored, track.totals.scores[0].scaled) == (49, 0)
     assert math.isnan(track.first.lifetime.mean_absolute_scaled_error)
 
 
@@ -163,9 +163,9 @@ def test_intervals_follow_errors_that_grow():
         track.row(float(truth))
     held = []
     for truth in rng.normal(0, 10, 2000):
-        before = track.tally.scores[0].covered
+        before = track.totals.scores[0].covered
         track.row(float(truth))
-        held.append(track.tally.scores[0].covered - before)
+        held.append(track.totals.scores[0].covered - before)
     assert np.mean(held[100:]) == pytest.approx(0.9, abs=0.03)
 
 
@@ -187,7 +187,7 @@ def test_a_scale_of_zero_grows_again():
 def test_means_still_move_after_very_many_errors():
     track = Track()
     track.part = track.part.astype(np.float32)
-    place = track.tracker.targets[0].spots[0].place
+    place = track.tracker.targets[0].horizons[0].place
     track.part[place + LIFE : place + LIFE + 2] = (10_000_000, 100.0)
     for _ in range(50_000):
         track.row(103.0)
@@ -239,19 +239,19 @@ def test_each_target_has_the_interval_that_its_own_output_promises():
 def test_a_tracked_part_that_can_not_be_is_not_sound(where, value):
     tracker = tracker_of()
     part = tracker.blank(None)
-    assert tracker.sound(part)
+    assert tracker.is_valid(part)
     target = tracker.targets[0]
     places = {
         "head": 0,
-        "scale": target.spots[1].place + SCALE,
-        "scaled by": target.spots[1].place + SCALE_N,
-        "life": target.spots[1].place + LIFE,
-        "last": target.spots[1].place + LAST + 1,
-        "block": target.spots[1].place + BLOCK,
-        "median": target.spots[1].place + MEDIAN,
+        "scale": target.horizons[1].place + SCALE,
+        "scaled by": target.horizons[1].place + SCALE_N,
+        "life": target.horizons[1].place + LIFE,
+        "last": target.horizons[1].place + LAST + 1,
+        "block": target.horizons[1].place + BLOCK,
+        "median": target.horizons[1].place + MEDIAN,
     }
     part[places[where] if isinstance(where, str) else target.place + where] = value
-    assert not tracker.sound(part)
+    assert not tracker.is_valid(part)
 
 
 def figures_of(errors: np.ndarray, truths: np.ndarray) -> tuple[float, float]:
@@ -333,7 +333,7 @@ def test_a_flat_past_changes_nothing_of_the_scaled_error():
     assert flat.first.lifetime.mean_absolute_scaled_error == pytest.approx(wanted, rel=1e-3)
     assert flat.first.recent.mean_absolute_scaled_error == pytest.approx(wanted, rel=0.1)
     assert flat.drift.alarms == 0
-    score = flat.tally.scores[0]
+    score = flat.totals.scores[0]
     assert score.scaled_error / score.scaled == pytest.approx(wanted, rel=0.15)
 
 
@@ -349,7 +349,7 @@ def test_a_series_that_stands_still_lately_has_no_scaled_error_lately():
 def test_an_outlier_counts_among_others_as_twenty_usual_errors():
     track = Track()
     track.rows(np.random.default_rng(5).normal(0, 1, 400))
-    score = track.tally.scores[0]
+    score = track.totals.scores[0]
     before, outliers = score.absolute_error, score.outliers
     track.row(99_999.0)
     assert score.absolute_error - before == pytest.approx(20 * 0.8, rel=0.3)
@@ -372,7 +372,7 @@ def test_a_reset_leaves_intervals_and_what_is_pending_as_they_are():
         assert track.first.offset == kept.first.offset
     assert track.first.lifetime.scored == 300
     assert kept.first.lifetime.scored == 1199
-    for spot in track.tracker.targets[0].spots:
+    for spot in track.tracker.targets[0].horizons:
         pending = slice(spot.place + SCORES, spot.place + SCORES + 3 * spot.horizon)
         assert np.array_equal(track.part[pending], kept.part[pending], equal_nan=True)
 

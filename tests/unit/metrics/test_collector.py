@@ -10,7 +10,7 @@ from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from stepstate.errors import StoreUnavailable
-from stepstate.metrics import Histogram, Metrics, MetricsCollector
+from stepstate.metrics import SERIES, Histogram, Metrics, MetricsCollector
 from stepstate.metrics.counters import ROWS, SECONDS
 from stepstate.sessions.monitored_store import STEADY_SECONDS
 from tests.offline import forecasting_network, outputs, track
@@ -139,6 +139,12 @@ def test_series_are_there_at_0_before_anything_happens(metrics, registry):
         assert found["grpc_server_handled_total", *key] == 0
 
 
+def test_a_series_is_in_the_table_once_and_only_counters_end_in_total():
+    names = [one.name for one in SERIES]
+    assert len(set(names)) == len(names)
+    assert [name.endswith("_total") for name in names] == [one.type == "counter" for one in SERIES]
+
+
 def test_the_bounds_of_the_server_are_told(metrics, registry):
     found = exposed(registry)
     assert found["stepstate_limit", "of=sessions"] == 7
@@ -238,7 +244,7 @@ async def test_the_gauges_are_those_of_the_store(make_rig, network, clock):
 
     store.away = True
     with pytest.raises(StoreUnavailable):
-        await rig.sessions.saver.save_round()
+        await rig.sessions.writer.save_round()
     found = exposed(rig.registry)
     assert found["stepstate_snapshot_backlog_rows",] == 3
     assert found["stepstate_store_up",] == 0
@@ -249,9 +255,9 @@ async def test_the_gauges_are_those_of_the_store(make_rig, network, clock):
     assert found["stepstate_store_failures_total", "cause=other"] == 0
 
     store.away = False
-    await rig.sessions.saver.save_round()
+    await rig.sessions.writer.save_round()
     clock.advance(STEADY_SECONDS)
-    await rig.sessions.link.check()
+    await rig.sessions.store.check()
     found = exposed(rig.registry)
     assert found["stepstate_snapshot_backlog_rows",] == 0
     assert found["stepstate_store_up",] == 1
@@ -379,7 +385,7 @@ async def test_alarms_of_drift_are_counted_and_those_of_all_sessions(watching, s
         for session in sessions:
             await watching.step(session, x + np.array([shift, 0]))
         counted.append(exposed(watching.registry)[key])
-    told = [watching.sessions.standing(session).quality.drift.alarms for session in sessions]
+    told = [watching.sessions.summary(session).quality.drift.alarms for session in sessions]
     assert counted[1] - counted[0] >= 2
     assert counted[1] == sum(told)
 

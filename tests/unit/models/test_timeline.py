@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from stepstate.engine.calendar import Calendar
+from stepstate.engine.features import Calendar
 from stepstate.models import EPOCH, build_timeline
 from tests.networks import make_network
 from tests.unit.rig import model_of, timed_network

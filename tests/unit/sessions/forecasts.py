@@ -18,13 +18,6 @@ BOUNDS = "stepstate.sessions.forecasting.limits"
 PATH = np.zeros(2, np.float32)
 
 
-def rows(count: int, seed: int = 0) -> np.ndarray:
-    """x [T, 2]: a level that swings, and heat."""
-    rng = np.random.default_rng(seed)
-    level = 5 + 2 * np.sin(np.arange(count) / 2) + rng.normal(0, 0.5, count)
-    return np.stack([level, rng.normal(-1, 0.5, count)], axis=1).astype(np.float32)
-
-
 async def stepped(rig, session, x):
     return np.concatenate([await rig.y(session, row) for row in x])
 

@@ -132,7 +132,7 @@ async def test_what_fails_after_its_caller_gave_up_is_nobodys(make_rig, clock, w
     del caller
     gc.collect()
     await rounds(2)
-    assert not rig.sessions._lines
+    assert not rig.sessions._queues._queues
     assert rig.sessions.find("a") is not None
 
 
@@ -145,7 +145,7 @@ async def test_a_snapshot_whose_caller_gave_up_is_nobodys_if_the_session_is_lost
     exporting = asyncio.create_task(rig.sessions.export("a"))
     await rounds(2)
     exporting.cancel()
-    rig.sessions._residency.forget(session, StaleOwner("a", 9))
+    rig.table.lose(session, StaleOwner("a", 9))
     with pytest.raises(StaleOwner):
         await caller.outcome()
     del exporting, caller

@@ -60,7 +60,7 @@ async def test_an_async_session_goes_back_to_what_was_saved_and_says_so(start, x
     session = await first.open("a")
     await play(first, "a", x[:6], 0)
     assert (await first.step(session, x[6], 6)).durable_t == 0
-    await first.sessions.saver.save_round()
+    await first.sessions.writer.save_round()
     step = await first.step(session, x[7], 7)
     assert (step.t_after, step.durable_t) == (8, 7)
     second = start()
@@ -216,11 +216,11 @@ async def test_async_sessions_go_on_without_the_store_up_to_their_backlog(start,
     with pytest.raises(StoreUnavailable, match="5 rows"):
         await rig.step(session, x[5], 5)
     with pytest.raises(StoreUnavailable):
-        await rig.sessions.saver.save_round()
+        await rig.sessions.writer.save_round()
     assert rig.sessions.undurable_rows == 5
     assert not rig.sessions.store_up
     store.away = False
-    await rig.sessions.saver.save_round()
+    await rig.sessions.writer.save_round()
     assert rig.sessions.undurable_rows == 0
     y = np.concatenate((y, await play(rig, "a", x[5:9], 5)))
     assert np.abs(y - network.offline(x[:9])).max() <= CLOSE
@@ -233,7 +233,7 @@ async def test_a_store_that_lost_its_sessions_gets_them_again_from_the_arena(
     await play(rig, "a", x[:4], 0)
     store.lose_all()
     epoch = session.epoch
-    await rig.sessions.saver.save_round()
+    await rig.sessions.writer.save_round()
     assert session.epoch > epoch
     assert rig.sessions.undurable_rows == 0
     second = start()

@@ -22,8 +22,9 @@ from stepstate.transport.convert import (
     forecast_reply_bytes,
 )
 from stepstate.v1 import stepstate_pb2 as pb
+from tests.offline import rows
 from tests.unit.rig import Rig, model_of, rounds
-from tests.unit.sessions.forecasts import BOUNDS, CLOSE, PATH, rows, stepped, told
+from tests.unit.sessions.forecasts import BOUNDS, CLOSE, PATH, stepped, told
 
 
 @pytest.fixture

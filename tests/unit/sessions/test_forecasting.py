@@ -15,8 +15,9 @@ from stepstate.errors import (
 )
 from stepstate.sessions import ForecastRequest, Scenario
 from tests import offline
+from tests.offline import rows
 from tests.unit.rig import Rig, model_of
-from tests.unit.sessions.forecasts import CLOSE, PATH, rows, stepped, told
+from tests.unit.sessions.forecasts import CLOSE, PATH, stepped, told
 
 
 @pytest.fixture

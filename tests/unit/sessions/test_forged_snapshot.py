@@ -11,9 +11,9 @@ from stepstate.engine.tracking.scores import BLOCK
 from stepstate.errors import SnapshotCorrupt
 from stepstate.sessions import CopyOptions
 from stepstate.sessions.snapshots.format import decode, encode
-from tests.offline import forecasting_network
+from tests.offline import forecasting_network, rows
 from tests.unit.rig import Rig, model_of
-from tests.unit.sessions.forecasts import as_version_1, rows
+from tests.unit.sessions.forecasts import as_version_1
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ async def forged(rig: Rig, place: int, value: float, *, version_1: bool = False)
 @pytest.mark.parametrize("value", [-1.0, 0.5, np.nan])
 async def test_a_snapshot_with_a_count_that_can_not_be_is_corrupt(rig, value):
     engine = rig.scheduler.engine
-    spot = rig.tracker.targets[0].spots[0]
+    spot = rig.tracker.targets[0].horizons[0]
     place = engine.layout.tracked_from + spot.place + BLOCK  # how many errors there were
     data = await forged(rig, place, value)
     with pytest.raises(SnapshotCorrupt, match="tracks"):

@@ -121,7 +121,7 @@ async def test_a_round_of_snapshots_does_not_take_back_the_lease_of_a_session_th
     store.save = slow
     opening = asyncio.create_task(rig.open("b"))
     await rounds(3)
-    saving = asyncio.create_task(rig.sessions.saver.save_round())
+    saving = asyncio.create_task(rig.sessions.writer.save_round())
     await rounds(3)
     gate.set()
     await asyncio.gather(opening, saving)
@@ -142,7 +142,7 @@ async def test_a_round_of_snapshots_does_not_take_leases_back_from_a_drain(start
     store.save = slow
     draining = asyncio.create_task(rig.sessions.drain())
     await rounds(3)
-    saving = asyncio.create_task(rig.sessions.saver.save_round())
+    saving = asyncio.create_task(rig.sessions.writer.save_round())
     await rounds(3)
     gate.set()
     await asyncio.gather(draining, saving)
@@ -157,7 +157,7 @@ async def test_a_spill_that_the_store_refuses_leaves_all_as_it_was(start, store,
     with pytest.raises(StoreUnavailable):
         await rig.open("b")
     store.away = False
-    await rig.sessions.saver.save_round()
+    await rig.sessions.writer.save_round()
     y = await play(rig, "a", x[3:5], 3)
     assert np.abs(y - network.offline(x[:5])[3:]).max() <= CLOSE
     await rig.open("b")
@@ -177,7 +177,7 @@ async def test_a_spill_without_an_answer_renews_the_lease_before_the_next_step( 
     with pytest.raises(StoreUnavailable, match="lease"):
         await first.step(session, x[3], 3)
     store.away = False
-    await first.sessions.saver.save_round()
+    await first.sessions.writer.save_round()
     y = await play(first, "a", x[3:6], 3)
     assert np.abs(y - network.offline(x[:6])[3:]).max() <= CLOSE
     second = start()
@@ -282,7 +282,7 @@ async def test_a_living_session_without_durability_is_not_swept_by_another_serve
     for t in range(20):
         clock.advance(IDLE_SECONDS / 3)
         await one.step(session, x[t], t)
-        await one.sessions.saver.save_round()
+        await one.sessions.writer.save_round()
         assert await two.sessions.sweep() == 0
         assert await one.sessions.sweep() == 0
     await one.step(session, x[20], 20)

@@ -11,8 +11,9 @@ from stepstate.errors import (
     NonFiniteResult,
 )
 from tests import offline
+from tests.offline import rows
 from tests.unit.rig import Rig, model_of, outputs
-from tests.unit.sessions.forecasts import CLOSE, rows, stepped
+from tests.unit.sessions.forecasts import CLOSE, stepped
 
 
 @pytest.fixture
@@ -64,7 +65,7 @@ async def test_a_level_that_stood_in_is_no_naive_forecast(rig):
     part = rig.scheduler.engine.read_states(np.array([session.slot]))[
         0, rig.scheduler.engine.layout.tracked_from :
     ]
-    spot = rig.tracker.targets[0].spots[0]
+    spot = rig.tracker.targets[0].horizons[0]
     assert (
         part[spot.place + BLOCK + _PAIRS] == 1
     )  # of nine rows, only the last had one a season before
@@ -111,7 +112,7 @@ async def test_a_row_beyond_float32_is_refused_among_others(rig):
     assert isinstance(await callers[1].error(), NonFiniteResult)
     assert outputs(await callers[0].outcome()) == pytest.approx(outputs(await callers[2].outcome()))
     scored = [
-        rig.sessions.standing(session).quality.accuracy[0].lifetime.scored for session in sessions
+        rig.sessions.summary(session).quality.accuracy[0].lifetime.scored for session in sessions
     ]
     assert scored == [12, 11, 12]
     assert outputs(await rig.step(sessions[1], [5, 0])) == pytest.approx(

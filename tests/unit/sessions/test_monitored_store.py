@@ -49,7 +49,7 @@ def told(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 async def fails(link: MonitoredStore) -> None:
     with pytest.raises(StoreUnavailable):
-        await link.ask(link.store.save([]))
+        await link.ask(link.backend.save([]))
 
 
 async def test_reads_that_succeed_do_not_bring_back_a_store_that_cant_be_written(

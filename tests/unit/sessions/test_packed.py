@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from stepstate.sessions import RowBatch, Table
-from stepstate.sessions.packed import fast_path_mask
 from stepstate.stores import Durability
 from tests.unit.sessions.test_table import add
 
@@ -38,7 +37,7 @@ def go_straight(table: Table, **changed: object) -> list[bool]:
         "x": np.zeros((3, 2), np.float32),
     }
     columns = RowBatch(**fields | changed)
-    return fast_path_mask(columns, table, scheduler=0, now=NOW, backlog_rows=BACKLOG_ROWS).tolist()
+    return table.fast_path_mask(columns, scheduler=0, now=NOW, backlog_rows=BACKLOG_ROWS).tolist()
 
 
 def test_rows_of_idle_seated_sessions_go_straight_with_their_t_or_without(table):
@@ -50,7 +49,9 @@ def test_rows_of_idle_seated_sessions_go_straight_with_their_t_or_without(table)
     "change",
     [
         pytest.param(lambda table, handle: table.revoke(table.at(handle)), id="another generation"),
-        pytest.param(lambda table, handle: table.lane_array.put(handle, 1), id="another lane"),
+        pytest.param(
+            lambda table, handle: table.scheduler_array.put(handle, 1), id="another model"
+        ),
         pytest.param(lambda table, handle: table.busy_array.put(handle, 1), id="busy"),
         pytest.param(lambda table, handle: table.expires_at_array.put(handle, NOW), id="expired"),
         pytest.param(

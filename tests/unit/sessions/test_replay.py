@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from stepstate.client.aio.client import WINDOW
+from stepstate.client._protocol.steps import WINDOW
 from stepstate.engine import WorkItem
 from stepstate.sessions.replay import RING_BYTES, ReplayWindow
 

@@ -9,9 +9,8 @@ import pytest
 
 from stepstate.errors import Draining, SessionUnknown, StaleOwner, StoreUnavailable
 from stepstate.stores import Durability
-from tests.offline import forecasting_network
+from tests.offline import forecasting_network, rows
 from tests.unit.rig import Clock, Lasting, Rig, model_of, rounds
-from tests.unit.sessions.forecasts import rows
 from tests.unit.sessions.servers import Flaky
 
 
@@ -21,7 +20,7 @@ def sensor():
 
 
 def scored(rig: Rig, session) -> int:
-    return rig.sessions.standing(session).quality.accuracy[0].lifetime.scored
+    return rig.sessions.summary(session).quality.accuracy[0].lifetime.scored
 
 
 async def test_a_reset_comes_after_the_steps_before_it_and_before_those_after_it(make_rig, sensor):
@@ -48,7 +47,7 @@ async def test_a_reset_changes_nothing_that_a_session_computes(make_rig, sensor)
     await rig.sessions.reset_accuracy("a")
     y = [await rig.y(session, x[40:]) for session in sessions]
     assert np.array_equal(*y)
-    told = [rig.sessions.standing(session).quality for session in sessions]
+    told = [rig.sessions.summary(session).quality for session in sessions]
     assert [one.accuracy[0].lifetime.scored for one in told] == [20, 59]
     for one, other in zip(told[0].accuracy, told[1].accuracy, strict=True):
         assert one.offset == other.offset
@@ -72,7 +71,7 @@ async def test_a_reset_is_kept_by_whoever_has_the_session_next(make_rig, sensor,
     rig = make_rig(sensor, store=store, clock=clock)
     session = await rig.open(durability=durability)
     await rig.y(session, rows(40))
-    await rig.sessions.saver.save([session])  # its rows are in the store, with their scores
+    await rig.sessions.writer.save([session])  # its rows are in the store, with their scores
     await rig.sessions.reset_accuracy("a")
     if durability is Durability.NONE:  # kept when it leaves
         await rig.sessions.drain()
@@ -90,7 +89,7 @@ async def test_a_reset_that_could_not_be_saved_says_so_and_is_kept_with_the_next
     rig = make_rig(sensor, store=store, clock=clock)
     session = await rig.open(durability=Durability.ASYNC)
     await rig.y(session, rows(40))
-    await rig.sessions.saver.save([session])
+    await rig.sessions.writer.save([session])
     store.away = True
     with pytest.raises(StoreUnavailable):
         await rig.sessions.reset_accuracy("a")
@@ -107,7 +106,7 @@ async def test_a_reset_of_a_session_that_another_server_has_taken_is_refused(mak
     rig = make_rig(sensor, store=store, clock=clock)
     session = await rig.open(durability=Durability.ASYNC)
     await rig.y(session, rows(40))
-    await rig.sessions.saver.save([session])
+    await rig.sessions.writer.save([session])
     other = make_rig(sensor, store=store, clock=clock, owner="there")
     taken = await other.sessions.get("a")
     with pytest.raises(StaleOwner):
@@ -127,7 +126,7 @@ async def test_a_reset_is_answered_when_it_is_saved_whoever_else_saves_meanwhile
 
     def reset(slot: int) -> None:
         plain(slot)
-        saving.append(asyncio.create_task(rig.sessions.saver.save_round()))
+        saving.append(asyncio.create_task(rig.sessions.writer.save_round()))
 
     async def fail_late(saves):
         await rounds(5)

@@ -233,11 +233,11 @@ async def test_last_only_gives_the_last_row_and_applies_all(rig, session, x, net
 async def test_only_a_step_that_is_applied_counts_as_use(rig, session, x):
     rig.clock.advance(60)
     await rig.step(session, x[0], 0)
-    assert rig.sessions.standing(session).seconds_left == 100
+    assert rig.sessions.summary(session).seconds_left == 100
     await rig.step(session, x[1:3], 1)
     rig.clock.advance(30)
     await rig.step(session, x[0], 0)
-    assert rig.sessions.standing(session).seconds_left == 70
+    assert rig.sessions.summary(session).seconds_left == 70
 
 
 async def test_a_slot_that_is_used_again_starts_from_zero_and_remembers_nothing(rig, x, network):

@@ -16,7 +16,7 @@ from stepstate.errors import (
     StoreUnavailable,
 )
 from stepstate.stores import MemoryStore, SessionRecord, StoredSession, Tombstone
-from stepstate.stores.base import ENDING_SECONDS
+from stepstate.stores.base import TOMBSTONE_SECONDS
 from tests.unit.rig import (
     GRACE_SECONDS,
     IDLE_SECONDS,
@@ -36,7 +36,7 @@ async def test_close_tells_the_last_t_and_is_told_for_a_while_then_unknown(rig, 
     await rig.step(session, x[:3], 0)
     assert await rig.sessions.close("a") == 3
     assert rig.sessions.find("a") is None
-    rig.clock.advance(ENDING_SECONDS - 1)
+    rig.clock.advance(TOMBSTONE_SECONDS - 1)
     for use in (rig.sessions.get, rig.sessions.close):
         with pytest.raises(SessionClosed) as told:
             await use("a")
@@ -70,7 +70,7 @@ async def test_an_expired_session_is_told_for_a_while_and_then_unknown(rig):
         await rig.sessions.get("a")
     rig.clock.advance(2)
     await rig.sessions.sweep()
-    rig.clock.advance(ENDING_SECONDS - 1)
+    rig.clock.advance(TOMBSTONE_SECONDS - 1)
     with pytest.raises(SessionExpired, match="was deleted"):
         await rig.sessions.get("a")
     rig.clock.advance(1)
@@ -149,7 +149,7 @@ async def test_a_session_with_a_step_in_the_engine_does_not_expire(rig, x):
     rig.clock.advance(5)
     assert await rig.sessions.sweep() == 0
     await caller.outcome()
-    assert rig.sessions.standing(session).seconds_left == 5.0
+    assert rig.sessions.summary(session).seconds_left == 5.0
 
 
 @pytest.mark.parametrize("end", ["close", "expire"])

@@ -170,7 +170,7 @@ async def test_a_session_of_version_2_goes_on_with_what_it_tracked(make_rig):
     assert one.lifetime.mean_absolute_scaled_error == pytest.approx(1.138014, rel=1e-4)
     assert one.lifetime.coverage == pytest.approx(0.872727, rel=1e-4)
     assert one.recent.scored == 0
-    spots = rig.tracker.targets[0].spots
+    spots = rig.tracker.targets[0].horizons
     before = old.state[-sum(3 * spot.horizon + 8 for spot in spots) :]
     place = 0
     for spot in spots:  # what is pending is as it was issued
@@ -192,5 +192,5 @@ def test_a_forged_session_of_version_2_is_corrupt_or_sound(make_rig, place, valu
         adapt = rig.scheduler.adapt(replace(old, state=state))
     except SnapshotCorrupt:
         return
-    assert rig.scheduler.engine.sound(adapt.state)
+    assert rig.scheduler.engine.is_valid(adapt.state)
     assert not np.isinf(adapt.state).any()

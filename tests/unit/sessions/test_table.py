@@ -14,8 +14,9 @@ def session(
     session_id: str, durability: Durability = Durability.ASYNC, idle: float = 10.0
 ) -> ResidentSession:
     now = datetime.now(UTC)
+    scheduler = SimpleNamespace(number=0, model=None, release=lambda slot: None)
     record = SessionRecord(session_id, "m", "1", "", idle, None, now, durability)
-    return ResidentSession(record, SimpleNamespace(number=0), 0, 0)
+    return ResidentSession(record, scheduler, 0, 0)
 
 
 @pytest.fixture
@@ -41,10 +42,10 @@ def test_a_session_is_found_by_its_id_while_it_is_in(table):
     assert len(table) == 0
 
 
-def test_a_handle_has_another_generation_once_its_session_is_barred_or_gone(table):
+def test_a_handle_has_another_generation_once_its_session_is_ending_or_gone(table):
     (a,) = add(table, "a")
     seen = [int(table.generation_array[a.handle])]
-    for change in (table.bar, table.revoke, table.remove):
+    for change in (table.begin_end, table.revoke, table.remove):
         change(a)
         seen.append(int(table.generation_array[a.handle]))
     (b,) = add(table, "b")

@@ -50,15 +50,15 @@ async def test_the_loser_of_an_async_session_notices_with_its_next_snapshot(star
     one, two = start(), start()
     await one.open("a")
     await play(one, "a", x[:3], 0)
-    await one.sessions.saver.save_round()
+    await one.sessions.writer.save_round()
     await play(one, "a", x[3:5], 3)
     await play(two, "a", x[3:4], 3)
-    await one.sessions.saver.save_round()
+    await one.sessions.writer.save_round()
     await rounds(2)
     assert len(one.sessions) == 0
     fenced = {"reason": "fenced"}
     assert one.registry.get_sample_value("stepstate_snapshot_failures_total", fenced) == 1
-    await two.sessions.saver.save_round()
+    await two.sessions.writer.save_round()
     assert two.sessions.undurable_rows == 0
 
 

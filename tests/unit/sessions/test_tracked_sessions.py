@@ -13,8 +13,9 @@ from stepstate.errors import (
 from stepstate.sessions import CopyOptions
 from stepstate.sessions.snapshots.format import decode, encode
 from tests import offline
+from tests.offline import rows
 from tests.unit.rig import Rig, model_of
-from tests.unit.sessions.forecasts import CLOSE, as_version_1, rows, stepped, told
+from tests.unit.sessions.forecasts import CLOSE, as_version_1, stepped, told
 
 
 @pytest.fixture
@@ -47,7 +48,7 @@ async def test_what_is_tracked_is_what_its_definition_gives(rig, sensor):
     x[50, 0] = np.nan
     session = await rig.open(missing="impute", level=0.8)
     y = await stepped(rig, session, x)
-    quality = rig.sessions.standing(session).quality
+    quality = rig.sessions.summary(session).quality
     assert quality.level == pytest.approx(0.8)
     for accuracy, spot in zip(quality.accuracy, offline.track(sensor, x, y, 0.8), strict=True):
         assert (accuracy.output, accuracy.horizon) == ("level", spot.horizon)
@@ -89,8 +90,8 @@ async def test_a_fork_carries_past_rows_and_what_is_tracked(make_rig, sensor):
 async def test_metrics_add_up_what_sessions_tell(rig):
     for session_id in ("a", "b"):
         await rig.y(await rig.open(session_id), rows(50, seed=ord(session_id)))
-    tally = rig.scheduler.engine.tally
-    standings = [rig.sessions.standing(rig.sessions.find(s)) for s in ("a", "b")]
+    tally = rig.scheduler.engine.score_totals
+    standings = [rig.sessions.summary(rig.sessions.find(s)) for s in ("a", "b")]
     for place, score in enumerate(tally.scores):
         parts = [standing.quality.accuracy[place].lifetime for standing in standings]
         assert score.scored == sum(part.scored for part in parts)

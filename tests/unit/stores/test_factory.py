@@ -11,7 +11,8 @@ from tempfile import TemporaryDirectory
 
 import pytest
 
-from stepstate.stores import MemoryStore, SqliteStore, StoreOpenError, open_store
+from stepstate.errors import StoreOpenError
+from stepstate.stores import MemoryStore, SqliteStore, open_store
 from stepstate.stores.sqlite import schema
 
 

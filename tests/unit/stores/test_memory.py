@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 
 from stepstate.stores import Durability, EndReason, MemoryStore, SessionRecord, Tombstone
-from stepstate.stores.base import ENDING_SECONDS
+from stepstate.stores.base import TOMBSTONE_SECONDS
 
 ENDING = Tombstone(EndReason.CLOSED, 1, 60.0)
 OPENED = datetime(2026, 1, 2, tzinfo=UTC)
@@ -20,7 +20,7 @@ async def come_and_go(store: MemoryStore, name: str) -> None:
 async def test_an_ending_is_remembered_for_its_time_and_not_longer(clock):
     store = MemoryStore(clock)
     await come_and_go(store, "a")
-    clock.advance(ENDING_SECONDS - 0.001)
+    clock.advance(TOMBSTONE_SECONDS - 0.001)
     await come_and_go(store, "b")
     assert await store.find("a") == ENDING
     clock.advance(0.001)
@@ -29,7 +29,7 @@ async def test_an_ending_is_remembered_for_its_time_and_not_longer(clock):
 
 
 async def test_beyond_the_bound_the_oldest_endings_are_forgotten(clock):
-    store = MemoryStore(clock, max_endings=2)
+    store = MemoryStore(clock, max_tombstones=2)
     for name in ("a", "b", "a", "c"):
         await come_and_go(store, name)
     assert [await store.find(name) for name in "abc"] == [ENDING, None, ENDING]

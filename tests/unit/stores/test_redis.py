@@ -15,18 +15,16 @@ from redis.exceptions import ConnectionError as Disconnected
 
 from stepstate.errors import STORE_CAUSES, InvalidField
 from stepstate.stores.redis import keys, scripts
-from stepstate.stores.redis.causes import cause_of, may_pass
-from stepstate.stores.redis.connection import Command
-from stepstate.stores.redis.index import id_of, model_of, place_after, place_of, token_of
+from stepstate.stores.redis.commands import Command
+from stepstate.stores.redis.connection import cause_of, may_pass
+from stepstate.stores.redis.keys import id_of, model_of, place_after, place_of, token_of
 
 IDS = [f"meter-{i}" for i in range(5000)]
 
 
 def test_the_keys_of_a_session_are_in_one_slot_of_a_cluster():
     for session_id in [*IDS[:50], "{a}b", "a:{}:b"]:
-        number = keys.bucket(session_id)
-        names = (keys.session(session_id), keys.ending(session_id), keys.due(number))
-        assert len({key_slot(name.encode()) for name in (*names, keys.counts(number))}) == 1
+        assert len({key_slot(name.encode()) for name in keys.of(session_id)}) == 1
 
 
 def test_a_session_stays_in_its_bucket_whatever_version_looks_for_it():

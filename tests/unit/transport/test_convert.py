@@ -163,7 +163,7 @@ async def test_a_session_is_told_as_it_stands(rig, network):
     await rig.step(session, rows_of(network, 2))
     rig.clock.advance(20)
     caller = rig.send(session, rows_of(network, 1))
-    told = encode_session(rig.sessions.standing(session))
+    told = encode_session(rig.sessions.summary(session))
     assert (told.session_id, told.model, told.version, told.t) == ("b", "lstm", "1", 2)
     assert told.idle_timeout.ToTimedelta() == timedelta(seconds=50)
     assert told.start_time.ToDatetime(tzinfo=UTC) == start
@@ -174,7 +174,7 @@ async def test_a_session_is_told_as_it_stands(rig, network):
 
 
 async def test_a_session_without_a_start_time_is_told_without_one(rig, session):
-    assert not encode_session(rig.sessions.standing(session)).HasField("start_time")
+    assert not encode_session(rig.sessions.summary(session)).HasField("start_time")
 
 
 def test_a_model_is_told_as_its_manifest_has_it():
@@ -267,7 +267,7 @@ async def test_a_session_tells_how_good_its_forecasts_are(make_rig):
     rig = make_rig(model_of(forecasting_network()))
     session = await rig.open(missing="impute", level=0.8)
     await rig.y(session, np.ones((9, 2)))
-    told = encode_session(rig.sessions.standing(session))
+    told = encode_session(rig.sessions.summary(session))
     assert told.missing == pb.MISSING_POLICY_IMPUTE
     assert told.interval_level == pytest.approx(0.8)
     assert [(one.output, one.horizon, one.scored) for one in told.accuracy] == [
@@ -278,7 +278,7 @@ async def test_a_session_tells_how_good_its_forecasts_are(make_rig):
 
 
 async def test_a_model_without_tracking_tells_nothing_of_forecasts(rig, session):
-    told = encode_session(rig.sessions.standing(session))
+    told = encode_session(rig.sessions.summary(session))
     assert not told.accuracy
     assert not told.HasField("drift")
     assert told.interval_level == 0

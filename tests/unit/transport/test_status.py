@@ -50,6 +50,9 @@ NEVER_SENT = {
     errors.UnexpectedStatus,
     errors.RowsMissing,
     errors.ModelInvalid,
+    errors.DeviceUnavailable,
+    errors.StoreOpenError,
+    errors.ListenError,
 }
 
 

@@ -1,11 +1,11 @@
-"""Forecasts from where sessions stand, on copies of their states.
+"""Forecasts from the current states of sessions, on copies of them.
 
-What is said of the row k ahead (horizon k) is read from the state after j more rows, with the
-model's own horizon k - j: with j = 0 where the model has that horizon ("direct"). Beyond,
-forecasts are fed back as rows: the fewest that bring k into the model's reach. Rows of a
+The forecast of the row k ahead (horizon k) is read from the state after j more rows, with the
+model's own horizon k - j: with j = 0 where the model has that horizon ("direct"). Beyond that,
+forecasts are fed back as rows: the fewest that bring k into the model's reach. The rows of a
 scenario are all applied first.
 
-B states, D inputs, O outputs, K horizons, P rows of a scenario, J rows fed back.
+B states, D inputs, O outputs, K horizons, P rows of a scenario, R the width of a state.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepstate.engine.layout import Layout, append_rows, past_rows
+from stepstate.engine.arena import Layout, append_rows, past_rows
 from stepstate.engine.network import Network, RowHistory
 from stepstate.engine.work import Floats
 from stepstate.errors import ForecastImpossible
@@ -26,17 +26,21 @@ from stepstate.models import Manifest, OutputSpec
 
 
 class Method(enum.IntEnum):
-    """How a horizon came about."""
+    """How the forecast of a horizon was made."""
 
     NONE = 0
+    """There is none."""
     DIRECT = 1
+    """The model's own output."""
     FED_BACK = 2
+    """The model's own output after forecasts were fed back as rows."""
     GIVEN = 3
+    """The value of the scenario."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForecastOrigins:
-    """Where forecasts start: states [B, R], rows applied [B], steps [B] of the rows to come."""
+    """The start of forecasts: states [B, R], rows applied [B], steps [B] of the next rows."""
 
     rows: Floats
     at: NDArray[np.int64]
@@ -45,7 +49,7 @@ class ForecastOrigins:
 
 @dataclass(frozen=True, slots=True)
 class HorizonForecast:
-    """One output's forecast: values [B, K, quantile columns] and how each came about [B, K]."""
+    """One output's forecast: values [B, K, quantile columns], and the `Method` of each [B, K]."""
 
     output: OutputSpec
     values: Floats
@@ -54,27 +58,27 @@ class HorizonForecast:
 
 @dataclass(slots=True)
 class _Reading:
-    """Where one output's horizons are read."""
+    """After how many rows, and where in y, one output's horizons are read."""
 
     output: OutputSpec
     sources: NDArray[np.int64]
-    """[K], the rows fed back before; -1: it can't be read."""
+    """[K], the rows applied before; -1: it can't be read."""
     columns: NDArray[np.int64]
-    """[K], the first of its columns of y there."""
+    """[K], the first of its columns of y."""
     fed: int | None
     """The input that it forecasts."""
 
 
 class Plan:
-    """How to forecast K horizons, the first P rows being a scenario's.
+    """How to forecast K horizons when a scenario gives the first P rows.
 
     Args:
-        manifest: the model's.
+        manifest: of the model.
         horizon: K.
-        given: what the scenario gives, [P, D].
+        given: which values the scenario gives [P, D].
 
     Raises:
-        ForecastImpossible: the last horizon is beyond all that the model can do.
+        ForecastImpossible: the model can't reach the last horizon.
     """
 
     def __init__(self, manifest: Manifest, horizon: int, given: NDArray[np.bool_]) -> None:
@@ -90,12 +94,12 @@ class Plan:
         self.fed_rows = max(int(reading.sources.max()) for reading in self.readings)
 
     def feedable(self, fed: int) -> int:
-        """How many rows can be fed at once after `fed` of them: all they need has been read."""
+        """How many rows can be fed at once after `fed` of them, as all they need has been read."""
         late = np.flatnonzero(self._row_needs[fed : self.fed_rows] > fed)
         return int(late[0]) if len(late) else self.fed_rows - fed
 
     def feeds(self) -> Iterator[tuple[int, _Reading]]:
-        """The inputs that the model forecasts, and where."""
+        """The inputs that the model forecasts, and where they are read."""
         for column, reading in enumerate(self._feeds):
             if reading is not None:
                 yield column, reading
@@ -130,11 +134,11 @@ class Rollout:
     """Carries out a plan for B states. It changes copies only.
 
     Args:
-        plan: see there.
+        plan: how far to forecast.
         network: the model.
         layout: the parts of a state.
-        origins: where the sessions stand.
-        scenario: their rows [B, P, D]; NaN where the plan does not say that they are given.
+        origins: the states, and their rows applied.
+        scenario: their rows [B, P, D]; NaN where the plan's `given` is false.
     """
 
     def __init__(
@@ -156,7 +160,7 @@ class Rollout:
         kept = scenario[:, : plan.horizon]
         self._rows[:, : kept.shape[1]] = kept
         self._given = ~np.isnan(self._rows)
-        self.outlooks = [
+        self.forecasts = [
             HorizonForecast(
                 reading.output,
                 np.full((batch, plan.horizon, reading.output.columns), np.nan, np.float32),
@@ -167,7 +171,7 @@ class Rollout:
         self._fed = 0
 
     def run(self, max_rows: int) -> Iterator[None]:
-        """Runs to the end; stops for a moment after at most so many rows, of all states."""
+        """Runs to the end, and yields after at most so many rows of all states together."""
         with torch.inference_mode():
             y = self._network.read(self._phase, self._cells, self._past())
             self._read(0, y[:, None].numpy())
@@ -178,10 +182,9 @@ class Rollout:
                 self._feed(rows)
 
     def _feed(self, rows: int) -> None:
-        """Applies the next rows, forecasts where nothing else is given, and reads what follows."""
+        """Applies the next rows, given or forecast, and reads the horizons after them."""
         x = self._rows[:, self._fed : self._fed + rows]
-        ahead = torch.arange(self._fed, self._fed + rows)
-        phases = self._phase[:, None] + ahead
+        phases = self._phase[:, None] + torch.arange(self._fed, self._fed + rows)
         y, self._cells = self._network.sequence(
             torch.from_numpy(x), phases, self._cells, self._past()
         )
@@ -200,26 +203,26 @@ class Rollout:
 
     def _read(self, first: int, y: Floats) -> None:
         """Takes outputs y [B, T, O] of the states after `first`, `first` + 1, ... fed rows."""
-        for outlook, reading in zip(self.outlooks, self._plan.readings, strict=True):
+        for forecast, reading in zip(self.forecasts, self._plan.readings, strict=True):
             places = reading.sources - first
             here = np.flatnonzero((places >= 0) & (places < y.shape[1]))
             columns = reading.columns[here, None] + np.arange(reading.output.columns)
-            told = y[:, places[here, None], columns]
-            known = np.isfinite(told).all(axis=2)
-            told[~known] = np.nan
-            fed = Method.FED_BACK if first else Method.DIRECT
-            outlook.values[:, here] = told
-            outlook.methods[:, here] = np.where(known, fed, Method.NONE)
+            values = y[:, places[here, None], columns]
+            known = np.isfinite(values).all(axis=2)
+            values[~known] = np.nan
+            method = Method.FED_BACK if first else Method.DIRECT
+            forecast.values[:, here] = values
+            forecast.methods[:, here] = np.where(known, method, Method.NONE)
         self._complete_rows()
 
     def _complete_rows(self) -> None:
-        """Puts forecasts into the rows to come, and what a scenario gives into the forecasts."""
+        """Puts forecasts into the future rows, and the values of a scenario into the forecasts."""
         for column, reading in self._plan.feeds():
-            outlook = self.outlooks[self._plan.readings.index(reading)]
+            forecast = self.forecasts[self._plan.readings.index(reading)]
             rows, given = self._rows[:, :, column], self._given[:, :, column]
-            rows[~given] = outlook.values[:, :, outlook.output.median][~given]
-            outlook.values[given] = rows[given][:, None]
-            outlook.methods[given] = Method.GIVEN
+            rows[~given] = forecast.values[:, :, forecast.output.median][~given]
+            forecast.values[given] = rows[given][:, None]
+            forecast.methods[given] = Method.GIVEN
 
 
 def _readings(manifest: Manifest, horizon: int, scenario_rows: int) -> Iterator[_Reading]:
@@ -234,7 +237,7 @@ def _reading(
     """Each row ahead is read with the longest of the output's horizons that reaches it."""
     ahead = np.arange(1, horizon + 1)
     floor = np.minimum(scenario_rows, ahead - 1)
-    if fed is None:  # of a given row, what the model says of the row itself is the best
+    if fed is None:  # of a given row, the model's output for the row itself is the best one
         floor = np.minimum(scenario_rows, ahead)
     known = np.sort(output.horizons)
     place = np.searchsorted(known, ahead - floor, side="right") - 1

@@ -1,23 +1,23 @@
-"""Tests that tell when a session's forecasts have become worse for good.
+"""Tests for a lasting increase of a session's forecast errors.
 
 A test's numbers are part of the session's state: a few float32 for each target, in one memoryview.
 Each test takes the absolute errors of one horizon, row by row, in constant time.
 
-`Cusum` is the default. Its chart is that of Page ("Continuous inspection schemes", Biometrika 41,
+`Cusum` is the default. It is the chart of Page ("Continuous inspection schemes", Biometrika 41,
 1954) on the square root of the error, which is less skewed than the error itself. It differs from
-the textbook's in what makes charts fail on streams:
+the textbook's where that fails on streams:
 
-- The errors of neighbouring rows hang together. The limit is set by their *long-run variance*, the
+- The errors of neighbouring rows are correlated. The limit uses their *long-run variance*, the
   variance of a long mean times its length, as measured on the stream itself: exponentially
   weighted means of several lengths w have variance (long-run variance) / (2 w - 1), and the
   largest counts.
-- The limit follows from the average run length that is wanted, by the diffusion approximation:
+- The limit follows from the wanted average run length, by the diffusion approximation:
   a sum that drifts down by k a row, with long-run variance v, reaches `v / (2 k) * log(1 + L)` once
   in about `v / (2 k^2) * L` rows (Siegmund, "Sequential Analysis", 1985, chapter 10).
-- It takes no decision before the level that it compares with is known well enough: errors that
-  hang together for long need many rows.
-- What looks like a change is not learned from while it does, and one row counts for at most some
-  standard deviations.
+- It decides nothing before the level that it compares with is known well enough: errors that
+  are correlated for long need many rows.
+- It does not learn from what looks like a change, and one row counts for at most some standard
+  deviations.
 
 `PageHinkley` is the test of river's `PageHinkley` for a rising mean, on the scaled error.
 """
@@ -38,13 +38,14 @@ MAX_AVERAGED = 50_000
 """A mean is one of about so many values: with more, float32 would not move it any further."""
 
 BLOCK_ROWS = 8
-"""The chart moves once in so many rows: most of its cost, for a delay of some four rows."""
+"""The chart is updated once in so many rows: that saves most of its cost, for a delay of some four
+rows."""
 WINDOWS = (1, 4, 16, 64)
-"""Lengths of the means, in blocks: errors that hang together for 500 rows are seen."""
+"""Lengths of the means, in blocks: errors that are correlated for 500 rows are seen."""
 TRUSTED = 4
 """A mean's variance counts from this many times its length on."""
 MIN_VARIANCE = 0.09
-"""Of the squared level: errors that were all alike so far will not be for ever."""
+"""Of the squared level: errors that were all alike so far will not stay so."""
 LEARNED = 4.0
 """The level counts as known when its standard error is half of the allowance."""
 FROZEN = 0.5
@@ -62,11 +63,11 @@ _NAIVE_N, _NAIVE, _COUNT, _MEAN, _SUM, _LEAST = range(6)
 
 
 @dataclass(frozen=True, slots=True)
-class ControlChart:
-    """Where a test stands."""
+class DriftTestStatus:
+    """How near a test is to an alarm."""
 
     learning: bool
-    """It does not know yet what is usual, so it raises no alarm."""
+    """It has not learned yet what is usual, so it raises no alarm."""
     score: float
     """The share of its limit that is reached: at 1 it raises an alarm. NaN while learning."""
 
@@ -75,25 +76,25 @@ class DriftTest(Protocol):
     """A test that keeps its numbers in a session's state."""
 
     width: int
-    """How many they are; zeros at first."""
+    """How many numbers; zeros at first."""
 
     def take(self, values: memoryview[float], place: int, error: float, naive: float) -> bool:
-        """Takes a row; whether it raises an alarm. After one the test begins anew.
+        """Takes a row; returns whether it raises an alarm. After an alarm the test starts again.
 
         Args:
-            values: where its numbers are.
+            values: the memory that holds its numbers.
             place: their place there.
             error: the absolute error of the forecast.
             naive: that of the naive forecast; NaN is unknown.
         """
         ...
 
-    def chart(self, part: Floats) -> ControlChart:
-        """Where it stands, by its numbers [W]."""
+    def status(self, part: Floats) -> DriftTestStatus:
+        """How near it is to an alarm, by its numbers [W]."""
         ...
 
-    def sound(self, part: Floats) -> bool:
-        """Whether its numbers [W] can have come from here."""
+    def is_valid(self, part: Floats) -> bool:
+        """Whether its numbers [W] are possible."""
         ...
 
 
@@ -105,7 +106,7 @@ def drift_test(spec: DriftSpec, min_unit: float) -> DriftTest:
 
 
 class Cusum:
-    """The chart of the module's first lines.
+    """Page's chart, as the module's docstring describes it.
 
     Args:
         spec: what the manifest asks for.
@@ -140,12 +141,12 @@ class Cusum:
         errors = values[place + _ERRORS : place + _ERRORS + BLOCK_ROWS].tolist()
         roots = [math.sqrt(error) if error >= self._min_unit else 0.0 for error in errors]
         blocks, level = values[place + _BLOCKS], values[place + _LEVEL]
-        most = _most(roots, blocks, level, values[place + _SQUARE])
-        roots = [min(root, most) for root in roots]
+        largest = _max_root(roots, blocks, level, values[place + _SQUARE])
+        roots = [min(root, largest) for root in roots]
         mean = sum(roots) / BLOCK_ROWS
         square = sum([root * root for root in roots]) / BLOCK_ROWS
         if not blocks:
-            if mean:  # it stood still so far: that is no level to compare with
+            if mean:  # as long as the series stands still there is no level to compare with
                 self._learn(values, place, 0.0, mean, square)
             return False
         variance = _long_run_variance(values, place, blocks, level)
@@ -156,7 +157,7 @@ class Cusum:
             allowed *= BLOCK_ROWS
             up = values[place + _UP] = max(values[place + _UP] + away - allowed, 0.0)
             down = values[place + _DOWN] = max(values[place + _DOWN] - away - allowed, 0.0)
-            if up > limit or down > limit:  # the new level is learned, be it worse or better
+            if up > limit or down > limit:  # it learns the new level, worse or better
                 for number in range(_BLOCKS, self.width):
                     values[place + number] = 0.0
                 return up > limit
@@ -169,7 +170,7 @@ class Cusum:
     def _learn(
         values: memoryview[float], place: int, away: float, mean: float, square: float
     ) -> None:
-        """Takes a block into what is usual."""
+        """Takes a block into the level and its variances."""
         blocks = values[place + _BLOCKS] = values[place + _BLOCKS] + 1
         weight = 1 / min(blocks, MAX_AVERAGED)
         values[place + _LEVEL] += (mean - values[place + _LEVEL]) * weight
@@ -188,20 +189,20 @@ class Cusum:
         rows = blocks * BLOCK_ROWS
         return rows >= self._min_rows and rows * allowed * allowed >= LEARNED * variance
 
-    def chart(self, part: Floats) -> ControlChart:
+    def status(self, part: Floats) -> DriftTestStatus:
         """See `DriftTest`."""
         values: memoryview[float] = memoryview(part.astype(np.float64))  # type: ignore[arg-type]
         blocks, level = values[_BLOCKS], values[_LEVEL]
         if not blocks:
-            return ControlChart(learning=True, score=math.nan)
+            return DriftTestStatus(learning=True, score=math.nan)
         variance = _long_run_variance(values, 0, blocks, level)
         allowed = self._allowed * level
         if not self._known(blocks, variance, allowed):
-            return ControlChart(learning=True, score=math.nan)
+            return DriftTestStatus(learning=True, score=math.nan)
         score = values[_UP] / self._limit(variance, allowed)
-        return ControlChart(learning=False, score=min(score, 1.0))
+        return DriftTestStatus(learning=False, score=min(score, 1.0))
 
-    def sound(self, part: Floats) -> bool:
+    def is_valid(self, part: Floats) -> bool:
         """See `DriftTest`."""
         numbers = part.tolist()
         filled, blocks = numbers[_FILLED], numbers[_BLOCKS]
@@ -249,14 +250,16 @@ class PageHinkley:
         values[place + _COUNT] = values[place + _MEAN] = values[place + _SUM] = 0.0
         return True
 
-    def chart(self, part: Floats) -> ControlChart:
+    def status(self, part: Floats) -> DriftTestStatus:
         """See `DriftTest`."""
         count, _, total, least = part[_COUNT:].tolist()
         if count < self._spec.min_rows:
-            return ControlChart(learning=True, score=math.nan)
-        return ControlChart(learning=False, score=min((total - least) / self._spec.threshold, 1.0))
+            return DriftTestStatus(learning=True, score=math.nan)
+        return DriftTestStatus(
+            learning=False, score=min((total - least) / self._spec.threshold, 1.0)
+        )
 
-    def sound(self, part: Floats) -> bool:
+    def is_valid(self, part: Floats) -> bool:
         """See `DriftTest`."""
         numbers = part.tolist()
         counts = numbers[_NAIVE_N], numbers[_COUNT]
@@ -268,14 +271,14 @@ class PageHinkley:
 
 
 def average(values: memoryview[float], place: int, value: float) -> float:
-    """Takes a value into a count and, behind it, their mean; returns the count."""
+    """Takes a value into a count and the mean that follows it; returns the count."""
     count = values[place] = values[place] + 1
     values[place + 1] += (value - values[place + 1]) / min(count, MAX_AVERAGED)
     return count
 
 
-def _most(roots: list[float], blocks: float, level: float, square: float) -> float:
-    """The most that one row counts as."""
+def _max_root(roots: list[float], blocks: float, level: float, square: float) -> float:
+    """The most that one row counts for."""
     if blocks < FIRST_BLOCKS:
         return MEDIANS * sorted(roots)[BLOCK_ROWS // 2] or math.inf
     deviation = math.sqrt(max(square - level * level, 0.0))

@@ -1,15 +1,16 @@
-"""How good the forecasts of one output were at one horizon: a whole life, lately, typically.
+"""Scores of the forecasts of one output at one horizon: over the whole life, and recent ones.
 
-Rows are counted in blocks. The *recent* figures are those of the last whole block and the one
-that is being filled, so that after two blocks nothing is left of a value, however absurd it was.
-A whole life is the blocks before, as counts and means, and the recent ones.
+Rows are counted in blocks. The *recent* figures are those of the last full block and the one
+being filled, so that a value, however absurd, has no effect on them after two blocks. The
+*lifetime* figures add the blocks before, which are kept as counts and means.
 
 The scaled error is a ratio of two means over the same rows, as Hyndman and Koehler define it
-("Another look at measures of forecast accuracy", 2006), so a series that stood still for a while
-has the same one as without that while.
+("Another look at measures of forecast accuracy", 2006), so rows in which the series stands still
+do not change it.
 
 The median is found by stochastic approximation (Robbins and Monro 1951) on the logarithm of the
-error, anew in each block and from the last one's: one absurd value moves it as far as any other.
+error, again in each block, starting from that of the last one: one absurd value moves it as far
+as any other.
 """
 
 from __future__ import annotations
@@ -20,28 +21,29 @@ from dataclasses import dataclass, field
 from stepstate.engine.tracking.drift import MAX_AVERAGED
 
 MIN_BLOCK_ROWS = 250
-"""A block is the longer of this and a season: a share of 0.9 is known to 0.02 or better."""
+"""A block is the longer of this and a season: it gives a share of 0.9 to within 0.02."""
 MEDIAN_STEP = 1.2
 """About 1 / (2 f), f the density of a log error at its median: 0.43 for normal errors."""
 
 RECENT = 0.02
 """The weight of the newest error in the scale, once there are 50: it follows the last ones."""
 USUAL_KNOWN = 51
-"""From so many errors on the scale tells what is a spike."""
+"""From so many errors on the scale is known well enough to recognise a spike."""
 SPIKE = 20.0
-"""So many times the scale is the most that one error counts as: a glitch must not blow up the
-intervals of the next hundred rows, nor the sums over all sessions."""
+"""One error counts as at most so many times the scale: a glitch must not widen the intervals of
+the next hundred rows, nor dominate the sums over all sessions."""
 
 FAR = 100.0
-"""A block is enough for a way like this; farther down, as after a glitch, it begins at an error."""
+"""In one block the median can move by about this factor; where it has to fall farther, as after a
+glitch, it restarts at the error."""
 
-# The numbers of one horizon: what its intervals are made of,
+# The numbers of one horizon. Of its intervals:
 OFFSET, SCALE, SCALE_N = range(3)
-# three times the same counts and sums (means in the first): all blocks but the present one, the
-# last whole one, the present one,
+# the same counts and sums three times (means in the first): all blocks but the current one, the
+# last full one, the current one;
 LIFE, LAST, BLOCK = 3, 10, 17
 (_N, _ERROR, _PAIRS, _PAIR_ERROR, _NAIVE, _INTERVALS, _COVERED) = range(7)
-# and the median in the present block, and that of the last whole one.
+# the median in the current block, and that of the last full one.
 MEDIAN, LAST_MEDIAN, SCORES = 24, 25, 26
 _COUNTS = (_N, _PAIRS, _INTERVALS)
 _SUMS = ((_ERROR, _N), (_PAIR_ERROR, _PAIRS), (_NAIVE, _PAIRS), (_COVERED, _INTERVALS))
@@ -49,7 +51,7 @@ _SUMS = ((_ERROR, _N), (_PAIR_ERROR, _PAIRS), (_NAIVE, _PAIRS), (_COVERED, _INTE
 
 @dataclass(frozen=True, slots=True)
 class ScoreSummary:
-    """Over some scored forecasts; NaN is not known."""
+    """Means over scored forecasts; NaN is unknown. `coverage`: the share of intervals that held."""
 
     scored: int
     mean_absolute_error: float
@@ -59,15 +61,16 @@ class ScoreSummary:
 
 @dataclass(frozen=True, slots=True)
 class HorizonAccuracy:
-    """How good the forecasts of one output were at one horizon."""
+    """The scores of the forecasts of one output at one horizon."""
 
     output: str
     horizon: int
     lifetime: ScoreSummary
     recent: ScoreSummary
     median_absolute_error: float
-    """Of the last whole block, or of the present one as long as it is the first. NaN: unknown."""
+    """Of the last full block, or of the current one while it is the first. NaN: unknown."""
     offset: float
+    """By which intervals are wider than the model's own."""
 
 
 @dataclass(slots=True)
@@ -83,10 +86,10 @@ class Score:
     with_interval: int = 0
     covered: int = 0
     outliers: int = 0
-    """Errors of which only a part is in the sums."""
+    """Errors of which only a part is in the sums, see `SPIKE`."""
 
     def add(self, other: Score) -> None:
-        """Adds what another one counted."""
+        """Adds the sums of another one."""
         self.scored += other.scored
         self.absolute_error += other.absolute_error
         self.scaled += other.scaled
@@ -98,20 +101,20 @@ class Score:
 
 @dataclass(slots=True)
 class ScoreTotals:
-    """What was scored of many sessions: sums by output and horizon, and alarms of drift."""
+    """Scores of many sessions: sums by output and horizon, and alarms of drift tests."""
 
     scores: list[Score] = field(default_factory=list)
     alarms: int = 0
 
     def add(self, other: ScoreTotals) -> None:
-        """Adds what another one counted."""
+        """Adds other totals."""
         self.alarms += other.alarms
-        for mine, its in zip(self.scores, other.scores, strict=True):
-            mine.add(its)
+        for mine, added in zip(self.scores, other.scores, strict=True):
+            mine.add(added)
 
 
 def take_usual(values: memoryview[float], stats: int, error: float) -> float:
-    """Takes an absolute error into the scale; returns as how much it counts there."""
+    """Takes an absolute error into the scale; returns how much of it counts, see `SPIKE`."""
     count = values[stats + SCALE_N] = min(values[stats + SCALE_N] + 1, USUAL_KNOWN)
     scale = values[stats + SCALE]
     usual = min(error, SPIKE * scale) if scale and count == USUAL_KNOWN else error
@@ -152,7 +155,7 @@ def is_full(values: memoryview[float], stats: int, rows: int) -> bool:
 
 
 def close_block(values: memoryview[float], stats: int) -> None:
-    """Makes the block the last whole one, and begins another."""
+    """Makes the current block the last full one, and begins another."""
     life, last, block = stats + LIFE, stats + LAST, stats + BLOCK
     for part in _COUNTS:
         values[life + part] += values[block + part]
@@ -168,14 +171,14 @@ def close_block(values: memoryview[float], stats: int) -> None:
 
 
 def naive_error(values: memoryview[float], stats: int) -> float:
-    """The mean error of the naive forecast over the recent rows; 0: not known."""
+    """The mean error of the naive forecast over the recent rows; 0: unknown."""
     last, block = stats + LAST, stats + BLOCK
     pairs = values[last + _PAIRS] + values[block + _PAIRS]
     return (values[last + _NAIVE] + values[block + _NAIVE]) / pairs if pairs else 0.0
 
 
 def accuracy(output: str, horizon: int, part: list[float], least: float) -> HorizonAccuracy:
-    """What the numbers of a horizon tell; a mean naive error below `least` scales nothing."""
+    """The scores in the numbers of a horizon; a mean naive error below `least` scales nothing."""
     life, last, block = part[LIFE:LAST], part[LAST:BLOCK], part[BLOCK:MEDIAN]
     recent = [a + b for a, b in zip(last, block, strict=True)]
     whole = [a + b for a, b in zip(_sums(life), block, strict=True)]
@@ -183,15 +186,15 @@ def accuracy(output: str, horizon: int, part: list[float], least: float) -> Hori
     return HorizonAccuracy(
         output,
         horizon,
-        lifetime=_figures(whole, least),
-        recent=_figures(recent, least),
+        lifetime=_summary(whole, least),
+        recent=_summary(recent, least),
         median_absolute_error=(median if median > least else 0.0) if recent[_N] else math.nan,
         offset=part[OFFSET],
     )
 
 
-def sound(part: list[float]) -> bool:
-    """Whether the numbers of a horizon can have come from here."""
+def is_valid(part: list[float]) -> bool:
+    """Whether the numbers of a horizon are possible."""
     counts = [part[SCALE_N], *(part[at + n] for at in (LIFE, LAST, BLOCK) for n in _COUNTS)]
     return (
         all(map(math.isfinite, part))
@@ -201,14 +204,14 @@ def sound(part: list[float]) -> bool:
 
 
 def _sums(life: list[float]) -> list[float]:
-    """Sums of what is kept as means."""
+    """The lifetime means as sums."""
     found = life.copy()
     for part, count in _SUMS:
         found[part] *= life[count]
     return found
 
 
-def _figures(sums: list[float], least: float) -> ScoreSummary:
+def _summary(sums: list[float], least: float) -> ScoreSummary:
     pairs = sums[_PAIRS]
     moves = pairs and sums[_NAIVE] > 0 and sums[_NAIVE] >= least * pairs
     return ScoreSummary(

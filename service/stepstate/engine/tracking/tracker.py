@@ -1,15 +1,19 @@
-"""What is tracked of a session's forecasts: their errors, honest intervals, drift.
+"""Tracks a session's forecasts: their errors, interval widths and drift.
 
-Rule 1: all of it is part of the session's state, so snapshots, forks and spills carry it.
-Rule 2: a forecast is scored when its truth arrives, as it was issued then.
-Rule 3: what is missing is neither truth nor scored.
+Rule 1: the tracked part belongs to the session's state, so snapshots, forks and spills carry it.
+Rule 2: a forecast is scored when its truth arrives, as it was when it was issued.
+Rule 3: a missing value is neither truth nor scored.
 
 Intervals follow adaptive conformal inference (Gibbs and Candes, "Adaptive conformal
 inference under distribution shift", 2021), with the update scaled by the typical error:
 `q += rate * scale * (miss - alpha)`, interval `[low - q, high + q]`. Where the model has no
 quantiles, low and high are those of a normal error with the tracked mean absolute error.
 
-`scores` has what is told of errors, `drift` the tests that tell when they have grown.
+`scores` keeps the errors, `drift` tests whether they have grown. The tracked part is
+
+    [ level | each target: widths, alarms, drift test | its horizons: scores, pending forecasts ]
+
+B rows, D inputs, O outputs, Q the width of a tracked part.
 """
 
 from __future__ import annotations
@@ -20,11 +24,10 @@ from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
-from numpy.typing import NDArray
 
-from stepstate.engine.tracking import version2
-from stepstate.engine.tracking.drift import DriftTest, drift_test
+from stepstate.engine.tracking.drift import DriftTest, PageHinkley, drift_test
 from stepstate.engine.tracking.scores import (
+    LAST,
     LIFE,
     MIN_BLOCK_ROWS,
     OFFSET,
@@ -32,6 +35,7 @@ from stepstate.engine.tracking.scores import (
     SCALE_N,
     SCORES,
     SPIKE,
+    USUAL_KNOWN,
     HorizonAccuracy,
     Score,
     ScoreTotals,
@@ -43,46 +47,51 @@ from stepstate.engine.tracking.scores import (
     take_interval,
     take_usual,
 )
-from stepstate.engine.tracking.scores import sound as sound_scores
+from stepstate.engine.tracking.scores import is_valid as valid_scores
 from stepstate.engine.work import Floats
 from stepstate.models import MAX_LEVEL, MIN_LEVEL, Manifest, OutputSpec, Tracking
-
-Wide = NDArray[np.float64]
 
 MEAN_ERROR = math.sqrt(math.pi / 2)
 """Standard deviation of a normal error whose mean absolute value is 1."""
 LARGEST = 1e30
 """Larger errors count as this: their sums must fit float32."""
 LARGEST_ERROR, MIN_UNIT = 1e9, 1e-6
-"""In scales of the output: one absurd value must not drown the sums of all."""
+"""In scales of the output: one absurd value must not dominate the sums over all sessions."""
 FLOAT32 = float(np.finfo(np.float32).max)
 MAX_COUNTED = float(2**24)
 """Where counting by one ends in float32."""
 
-# Places in the tracked part. First what the session asked for:
+# Places in the tracked part. First 1 - level, as the session asked for it:
 _ALPHA, _HEAD = range(2)
-# then for each target: what that means for its intervals, alarms, and the numbers of its test;
+# then for each target: the factors of its interval widths, alarms, rows since the last alarm (NaN:
+# none), and the numbers of its test;
 _LOW_WIDTH, _HIGH_WIDTH, _ALARMS, _SINCE, _TEST = range(5)
 # then for each horizon of it: its scores, and the pending forecasts: low, median, high of each.
+
+# The same in snapshots up to version 2:
+_OLD_HEAD, _OLD_TARGET, _OLD_HORIZON = 1, 10, 8
+_OLD_NAIVE_N, _OLD_NAIVE, _OLD_ALARMS, _OLD_SINCE = 2, 3, 8, 9
+_OLD_OFFSET, _OLD_SCALE, _OLD_SCORED, _OLD_ERROR = range(4)
+_OLD_SCALED_N, _OLD_SCALED, _OLD_COVERED_N, _OLD_COVERED = range(4, _OLD_HORIZON)
 
 
 @dataclass(frozen=True, slots=True)
 class DriftStatus:
-    """Whether forecasts have become worse of late."""
+    """Whether forecasts have become worse lately."""
 
     drifting: bool = False
     alarms: int = 0
     last_t: int | None = None
     """Rows applied before the row of the last alarm."""
     learning: bool = False
-    """The test of some output does not know yet what is usual."""
+    """The test of some output has not learned yet what is usual."""
     score: float = math.nan
-    """The share of its limit that a test has reached, the largest of all; NaN while they learn."""
+    """The share of its limit that a test has reached, the largest of all; NaN while all learn."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForecastQuality:
-    """What is told of a session's forecasts."""
+    """The quality of a session's forecasts; `level`: the share that its intervals should cover."""
 
     level: float
     accuracy: tuple[HorizonAccuracy, ...]
@@ -94,6 +103,7 @@ class TrackedHorizon:
     """One tracked horizon of one target."""
 
     number: int
+    """Among all tracked horizons of the model."""
     horizon: int
     place: int
     """Where its part of the tracked part begins."""
@@ -113,7 +123,7 @@ class TrackedHorizon:
 
 @dataclass(frozen=True, slots=True)
 class TrackedOutput:
-    """An output whose truth arrives as an input of its name."""
+    """A target: an output whose truth arrives as the input of the same name."""
 
     output: OutputSpec
     column: int
@@ -121,11 +131,11 @@ class TrackedOutput:
     place: int
     """Where its part of the tracked part begins."""
     test: DriftTest
-    spots: tuple[TrackedHorizon, ...]
+    horizons: tuple[TrackedHorizon, ...]
     min_unit: float
     """A series whose naive error is below it stands still: nothing can be scaled by it."""
     largest_error: float
-    """Beyond it an error is a mistake of somebody's, and not counted among others'."""
+    """A larger error is taken for a mistake in the data, and not added to sums over sessions."""
 
     @property
     def test_part(self) -> slice:
@@ -134,11 +144,11 @@ class TrackedOutput:
 
 
 class Tracker:
-    """Keeps the tracked part of states, row by row, as plain numbers in one memoryview.
+    """Updates the tracked parts of states, row by row, as plain numbers in one memoryview.
 
     Args:
-        manifest: the model's.
-        tracking: what it tracks.
+        manifest: of the model.
+        tracking: which horizons, interval level and drift test.
     """
 
     def __init__(self, manifest: Manifest, tracking: Tracking) -> None:
@@ -147,10 +157,10 @@ class Tracker:
         self._tracking = tracking
         self._drift_rows = max(self.season, tracking.drift.min_rows)
         self._block_rows = max(self.season, MIN_BLOCK_ROWS)
-        self._spots = [spot for target in self.targets for spot in target.spots]
+        self._horizons = [each for target in self.targets for each in target.horizons]
         self._truths = np.array([target.column for target in self.targets])
-        self._columns = np.array([spot.columns for spot in self._spots]).flatten()
-        last = self._spots[-1]
+        self._columns = np.array([each.columns for each in self._horizons]).flatten()
+        last = self._horizons[-1]
         self.width = last.place + SCORES + 3 * last.horizon
 
     def blank(self, level: float | None) -> Floats:
@@ -162,59 +172,56 @@ class Tracker:
             place = target.place
             part[place + _LOW_WIDTH], part[place + _HIGH_WIDTH] = _widths(target.output, level)
             part[place + _SINCE] = np.nan
-        for spot in self._spots:
-            pending = spot.place + SCORES
-            part[pending : pending + 3 * spot.horizon] = np.nan
+        for each in self._horizons:
+            pending = each.place + SCORES
+            part[pending : pending + 3 * each.horizon] = np.nan
         return part
 
     def reset(self, part: Floats) -> None:
-        """Forgets in a tracked part [Q] what was scored and tested; the intervals go on."""
+        """Deletes the scores and drift tests of a tracked part [Q]; interval widths stay."""
         for target in self.targets:
             part[target.place + _ALARMS] = 0.0
             part[target.place + _SINCE] = np.nan
             part[target.test_part] = 0.0
-        for spot in self._spots:
-            part[spot.place + LIFE : spot.place + SCORES] = 0.0
+        for each in self._horizons:
+            part[each.place + LIFE : each.place + SCORES] = 0.0
 
     @property
-    def width_before(self) -> int:
-        """How long the tracked part of snapshots up to version 2 is."""
-        return version2.width(len(self.targets), [spot.horizon for spot in self._spots])
+    def old_width(self) -> int:
+        """The width of the tracked part in snapshots up to version 2."""
+        horizons = sum(_OLD_HORIZON + 3 * each.horizon for each in self._horizons)
+        return _OLD_HEAD + _OLD_TARGET * len(self.targets) + horizons
 
-    def upgraded(self, part: Floats) -> Floats:
-        """A tracked part [Q], made of that of a snapshot up to version 2."""
-        found = self.blank(None)
-        found[_ALPHA] = part[_ALPHA]
-        place = version2.HEAD
+    def upgraded(self, old: Floats) -> Floats:
+        """Converts the tracked part of a snapshot up to version 2 to [Q]."""
+        part = self.blank(None)
+        part[_ALPHA] = old[_ALPHA]
+        place = _OLD_HEAD
         for target in self.targets:
-            version2.take_target(found[target.place :], target.test, part[place:])
-            naive = part[place + version2.NAIVE]
-            place += version2.TARGET
-            for spot in target.spots:
-                width = version2.HORIZON + 3 * spot.horizon
-                version2.take_horizon(found[spot.place :], part[place : place + width], naive)
+            naive = old[place + _OLD_NAIVE]
+            _upgrade_target(part[target.place :], target.test, old[place:])
+            place += _OLD_TARGET
+            for each in target.horizons:
+                width = _OLD_HORIZON + 3 * each.horizon
+                _upgrade_horizon(part[each.place :], old[place : place + width], naive)
                 place += width
-        return found
+        return part
 
-    def sound(self, part: Floats) -> bool:
-        """Whether a tracked part [Q] can have come from here: bytes from outside may hold anything.
+    def is_valid(self, part: Floats) -> bool:
+        """Whether `observe` can have written a tracked part [Q]: a snapshot may hold anything.
 
-        A count below 0 would make the forward that it shares with others fail.
+        A count below 0 would make the forward fail that the session shares with others.
         """
         return (
             MIN_LEVEL <= self.level(part) <= MAX_LEVEL
-            and all(_sound(target, part) for target in self.targets)
-            and all(sound_scores(part[spot.scores].tolist()) for spot in self._spots)
+            and all(_valid_target(target, part) for target in self.targets)
+            and all(valid_scores(part[each.scores].tolist()) for each in self._horizons)
         )
 
-    def tally(self) -> ScoreTotals:
-        """Counts of nothing yet."""
+    def new_totals(self) -> ScoreTotals:
+        """Totals in which nothing is counted yet."""
         return ScoreTotals(
-            [
-                Score(target.output.name, spot.horizon)
-                for target in self.targets
-                for spot in target.spots
-            ]
+            [Score(t.output.name, each.horizon) for t in self.targets for each in t.horizons]
         )
 
     def observe_rows(
@@ -225,23 +232,23 @@ class Tracker:
         x: Floats,
         before: Floats,
         y: Floats,
-        tally: ScoreTotals,
+        totals: ScoreTotals,
     ) -> None:
         """Takes rows, of one session or of several, each into its tracked part.
 
         Args:
-            values: where the tracked parts are.
+            values: the memory that holds the tracked parts.
             places: of each row, its tracked part's place there, and the rows applied before it.
             x: the rows [B, D]; NaN is missing.
             before: the rows a season before [B, D]; NaN is unknown.
             y: their outputs [B, O].
-            tally: counts what is scored.
+            totals: counts what is scored.
         """
         truths, naive = x[:, self._truths].tolist(), before[:, self._truths].tolist()
-        told = zip(places, truths, naive, y[:, self._columns].tolist(), strict=True)
-        for (base, at), truth, beside, forecasts in told:
+        rows = zip(places, truths, naive, y[:, self._columns].tolist(), strict=True)
+        for (base, at), truth, season_ago, forecasts in rows:
             self.observe(
-                values, base, at, truths=truth, naive=beside, forecasts=forecasts, tally=tally
+                values, base, at, truths=truth, naive=season_ago, forecasts=forecasts, totals=totals
             )
 
     def observe(
@@ -253,45 +260,45 @@ class Tracker:
         truths: Sequence[float],
         naive: Sequence[float],
         forecasts: Sequence[float],
-        tally: ScoreTotals,
+        totals: ScoreTotals,
     ) -> None:
-        """Takes one row into a tracked part: scores what was said of it, keeps what is said now.
+        """Takes one row into a tracked part: scores the forecasts of it, keeps the new ones.
 
         Args:
-            values: where the tracked part is.
+            values: the memory that holds the tracked part.
             base: its place there.
             at: rows applied before the row.
             truths: the targets' values in the row; NaN is missing.
             naive: the same a season before; NaN is unknown.
-            forecasts: what is tracked of the row's outputs.
-            tally: counts what is scored.
+            forecasts: low, median and high of each tracked horizon, from the row's outputs.
+            totals: counts what is scored.
         """
         for target, truth, before in zip(self.targets, truths, naive, strict=True):
             place = base + target.place
-            beside = min(abs(truth - before), LARGEST)
-            unit = naive_error(values, base + target.spots[0].place)
+            naive_now = min(abs(truth - before), LARGEST)
+            unit = naive_error(values, base + target.horizons[0].place)
             unit = unit if unit >= target.min_unit else 0.0
             values[place + _SINCE] += 1  # NaN stays NaN
-            for spot in target.spots:
-                stats = base + spot.place
-                pending = stats + SCORES + 3 * (at % spot.horizon)
+            for each in target.horizons:
+                stats = base + each.place
+                pending = stats + SCORES + 3 * (at % each.horizon)
                 error = min(abs(truth - values[pending + 1]), LARGEST)
                 if not math.isnan(error):
-                    score = tally.scores[spot.number]
+                    score = totals.scores[each.number]
                     usual = take_usual(values, stats, error)
-                    take_error(values, stats, error, beside, target.min_unit)
+                    take_error(values, stats, error, naive_now, target.min_unit)
                     if error <= target.largest_error:
                         _count(score, error, usual, unit)
                     self._adapt(values, base, stats, pending=pending, truth=truth, score=score)
                     if is_full(values, stats, self._block_rows):
                         close_block(values, stats)
-                    if spot is target.spots[0] and target.test.take(
-                        values, place + _TEST, error, beside
+                    if each is target.horizons[0] and target.test.take(
+                        values, place + _TEST, error, naive_now
                     ):
-                        tally.alarms += 1
+                        totals.alarms += 1
                         values[place + _ALARMS] += 1
                         values[place + _SINCE] = 0.0
-                self._issue(values, place, spot, stats=stats, pending=pending, forecasts=forecasts)
+                self._issue(values, place, each, stats=stats, pending=pending, forecasts=forecasts)
 
     def _adapt(
         self,
@@ -303,7 +310,7 @@ class Tracker:
         truth: float,
         score: Score,
     ) -> None:
-        """Widens or narrows the intervals to come, by whether the one of this row held."""
+        """Widens or narrows future intervals, by whether that of this row held its truth."""
         low, high = values[pending], values[pending + 2]
         if math.isnan(low):
             return
@@ -318,16 +325,16 @@ class Tracker:
     def _issue(
         values: memoryview[float],
         place: int,
-        spot: TrackedHorizon,
+        tracked: TrackedHorizon,
         *,
         stats: int,
         pending: int,
         forecasts: Sequence[float],
     ) -> None:
         """Keeps a forecast and its interval until its truth arrives."""
-        low, median, high = forecasts[3 * spot.number : 3 * spot.number + 3]
+        low, median, high = forecasts[3 * tracked.number : 3 * tracked.number + 3]
         below, above = max(median - low, 0.0), max(high - median, 0.0)
-        if spot.point:
+        if tracked.point:
             below = above = values[stats + SCALE] if values[stats + SCALE_N] else math.nan
         below = max(values[place + _LOW_WIDTH] * below + values[stats + OFFSET], 0.0)
         above = max(values[place + _HIGH_WIDTH] * above + values[stats + OFFSET], 0.0)
@@ -336,49 +343,32 @@ class Tracker:
         values[pending + 2] = min(median + above, FLOAT32)
 
     def quality(self, part: Floats, t: int) -> ForecastQuality:
-        """What a tracked part [Q] tells of a session at t."""
+        """The quality of a session's forecasts at t, from its tracked part [Q]."""
         found = [
-            accuracy(target.output.name, spot.horizon, part[spot.scores].tolist(), target.min_unit)
+            accuracy(target.output.name, each.horizon, part[each.scores].tolist(), target.min_unit)
             for target in self.targets
-            for spot in target.spots
+            for each in target.horizons
         ]
         return ForecastQuality(self.level(part), tuple(found), self._drift_of(part, t))
 
-    def spread(self, parts: Floats, output: OutputSpec, horizon: int) -> tuple[Wide, Wide] | None:
-        """Offsets [B, K] and mean absolute errors [B, K] at horizons 1 to K, tracked or between.
-
-        None: the output is not tracked. NaN: no error is known yet.
-        """
-        target = next((target for target in self.targets if target.output is output), None)
-        if target is None:
-            return None
-        spots = sorted(target.spots, key=lambda spot: spot.horizon)
-        weights = _weights([spot.horizon for spot in spots], horizon)
-        places = np.array([spot.place for spot in spots])
-        offsets = parts[:, places + OFFSET].astype(np.float64)
-        scales = parts[:, places + SCALE].astype(np.float64)
-        scales[parts[:, places + SCALE_N] == 0] = np.nan
-        between = np.where(weights > 0, scales[:, :, None] * weights, 0.0).sum(axis=1)
-        return offsets @ weights, between
-
     @staticmethod
     def level(part: Floats) -> float:
-        """The share of truths that intervals are to cover."""
+        """The share of truths that intervals should cover."""
         return round(1 - float(part[_ALPHA]), 7)
 
     def _drift_of(self, part: Floats, t: int) -> DriftStatus:
         alarms = sum(int(part[target.place + _ALARMS]) for target in self.targets)
         since = [float(part[target.place + _SINCE]) for target in self.targets]
         known = [rows for rows in since if not math.isnan(rows)]
-        charts = [target.test.chart(part[target.test_part]) for target in self.targets]
-        scores = [chart.score for chart in charts if not chart.learning]
+        tests = [target.test.status(part[target.test_part]) for target in self.targets]
+        scores = [test.score for test in tests if not test.learning]
         rows = min(known, default=math.inf)
         return DriftStatus(
             drifting=rows < self._drift_rows,
             alarms=alarms,
-            # so long ago that none counted: unknown
+            # Unknown where it was too long ago to be counted.
             last_t=t - 1 - int(rows) if rows < MAX_COUNTED else None,
-            learning=any(chart.learning for chart in charts),
+            learning=any(test.learning for test in tests),
             score=max(scores, default=math.nan),
         )
 
@@ -391,15 +381,15 @@ def _targets(manifest: Manifest, tracking: Tracking) -> Iterator[TrackedOutput]:
         scale = abs(output.scale)
         test = drift_test(tracking.drift, MIN_UNIT * scale)
         target_place, place = place, place + _TEST + test.width
-        spots = []
+        horizons = []
         for horizon in tracking.horizons:
             first = first_column + output.column(horizon)
             columns = (first, first + output.median, first + output.columns - 1)
-            spots.append(TrackedHorizon(number, horizon, place, columns))
+            horizons.append(TrackedHorizon(number, horizon, place, columns))
             place += SCORES + 3 * horizon
             number += 1
         limits = MIN_UNIT * scale, LARGEST_ERROR * scale
-        yield TrackedOutput(output, column, target_place, test, tuple(spots), *limits)
+        yield TrackedOutput(output, column, target_place, test, tuple(horizons), *limits)
 
 
 def deviate(level: float) -> float:
@@ -408,10 +398,10 @@ def deviate(level: float) -> float:
 
 
 def _widths(output: OutputSpec, level: float) -> tuple[float, float]:
-    """What the model's distances from the median are multiplied by, for a level of its own.
+    """The factors on the model's distances from the median that give intervals of a level.
 
-    As far as errors are normal: both levels' normal deviates over those of the model's
-    outermost quantiles, or over a mean absolute error where it has none.
+    They are those of normal errors: the level's normal deviate over those of the model's outermost
+    quantiles, or over a mean absolute error where it has no quantiles.
     """
     outer = deviate((1 + level) / 2)
     if not output.quantiles:
@@ -420,14 +410,8 @@ def _widths(output: OutputSpec, level: float) -> tuple[float, float]:
     return outer / -deviate(low), outer / deviate(high)
 
 
-def _weights(known: list[int], horizon: int) -> Wide:
-    """How much each of some horizons [S] counts at 1 to K: linear between, constant outside."""
-    ahead = np.arange(1, horizon + 1)
-    return np.stack([np.interp(ahead, known, one) for one in np.eye(len(known))])
-
-
 def _count(score: Score, error: float, usual: float, unit: float) -> None:
-    """Counts an error, and it as a multiple of `unit` where that is known."""
+    """Counts an error, also in multiples of `unit` where that is known."""
     score.scored += 1
     score.absolute_error += usual
     score.outliers += usual < error
@@ -436,13 +420,39 @@ def _count(score: Score, error: float, usual: float, unit: float) -> None:
         score.scaled_error += min(usual / unit, SPIKE)
 
 
-def _sound(target: TrackedOutput, part: Floats) -> bool:
-    """Whether a target's own numbers in a tracked part [Q] can have come from here."""
+def _valid_target(target: TrackedOutput, part: Floats) -> bool:
+    """Whether the numbers of a target in a tracked part [Q] are possible."""
     low, high, alarms, since = part[target.place : target.place + _TEST].tolist()
     counts = (alarms,) if math.isnan(since) else (alarms, since)
     return (
         0 < low < math.inf
         and 0 < high < math.inf
         and all(count >= 0 and count.is_integer() for count in counts)
-        and target.test.sound(part[target.test_part])
+        and target.test.is_valid(part[target.test_part])
     )
+
+
+def _upgrade_target(part: Floats, test: DriftTest, old: Floats) -> None:
+    """Fills in a target's widths, alarms and test from version 2.
+
+    It knew Page-Hinkley's test only; another one begins to learn.
+    """
+    part[[_LOW_WIDTH, _HIGH_WIDTH, _ALARMS, _SINCE]] = old[[0, 1, _OLD_ALARMS, _OLD_SINCE]]
+    if isinstance(test, PageHinkley):
+        part[_TEST : _TEST + test.width] = old[_OLD_NAIVE_N:_OLD_ALARMS]
+
+
+def _upgrade_horizon(part: Floats, old: Floats, naive: float) -> None:
+    """Fills in the scores and pending forecasts of a horizon from version 2.
+
+    It kept no recent means: its means become those of the whole life.
+    """
+    scored, scaled, covered = old[[_OLD_SCORED, _OLD_SCALED_N, _OLD_COVERED_N]]
+    part[[OFFSET, SCALE]] = old[[_OLD_OFFSET, _OLD_SCALE]]
+    part[SCALE_N] = min(scored, USUAL_KNOWN)
+    part[LIFE:LAST] = (
+        *(scored, old[_OLD_ERROR]),
+        *(scaled, old[_OLD_SCALED] * naive, naive),
+        *(covered, old[_OLD_COVERED]),
+    )
+    part[SCORES : SCORES + len(old) - _OLD_HORIZON] = old[_OLD_HORIZON:]

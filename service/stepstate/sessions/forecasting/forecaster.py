@@ -30,16 +30,16 @@ from stepstate.sessions.forecasting.limits import (
     forecast_bytes,
     text_bytes,
 )
-from stepstate.sessions.forecasting.origins import Origin, OriginCopier, SessionLookup
+from stepstate.sessions.forecasting.origins import Origin, OriginCopier
 from stepstate.sessions.forecasting.scenarios import (
     ForecastRequest,
     ScenarioGroup,
     group_scenarios,
 )
 from stepstate.sessions.options import ID_LENGTH
-from stepstate.sessions.scheduler import StepScheduler
-from stepstate.sessions.surprise import surprise
+from stepstate.sessions.queues import RequestQueues
 from stepstate.sessions.table import Table
+from stepstate.sessions.types import Scheduler, unexpected
 
 BLOCK_STATES = 64
 """States in one forward: it and its results take about two milliseconds."""
@@ -77,7 +77,7 @@ class SessionForecast:
 class _ModelOrigins:
     """The sessions of one model, and the scenarios by plan."""
 
-    scheduler: StepScheduler
+    scheduler: Scheduler
     origins: Sequence[Origin]
     groups: Sequence[ScenarioGroup]
 
@@ -97,12 +97,12 @@ class Forecaster:
     """Forecasts for the sessions of a server.
 
     Args:
-        sessions: find and load sessions.
+        queues: where a copy of a session waits for its turn.
         table: their numbers.
     """
 
-    def __init__(self, sessions: SessionLookup, table: Table) -> None:
-        self._copier = OriginCopier(sessions, table)
+    def __init__(self, queues: RequestQueues, table: Table) -> None:
+        self._copier = OriginCopier(queues, table)
         self._budget = MemoryBudget()
         self._short = asyncio.Lock()
         self._long = asyncio.Lock()
@@ -159,9 +159,9 @@ class Forecaster:
 
 def _by_scheduler(
     origins: dict[str, Origin | StepstateError],
-) -> dict[StepScheduler, list[Origin]]:
+) -> dict[Scheduler, list[Origin]]:
     """The sessions of each model."""
-    found: dict[StepScheduler, list[Origin]] = {}
+    found: dict[Scheduler, list[Origin]] = {}
     for origin in origins.values():
         if isinstance(origin, Origin):
             found.setdefault(origin.session.scheduler, []).append(origin)
@@ -169,7 +169,7 @@ def _by_scheduler(
 
 
 async def _model_origins(
-    scheduler: StepScheduler, origins: Sequence[Origin], request: ForecastRequest
+    scheduler: Scheduler, origins: Sequence[Origin], request: ForecastRequest
 ) -> _ModelOrigins:
     """The sessions of a model with the plans of the scenarios.
 
@@ -183,7 +183,7 @@ async def _model_origins(
 
 
 async def _run_isolated(
-    scheduler: StepScheduler,
+    scheduler: Scheduler,
     group: ScenarioGroup,
     block: Sequence[_Item],
     request: ForecastRequest,
@@ -193,7 +193,7 @@ async def _run_isolated(
         return await _run(scheduler, group, block, request)
     except Exception as error:  # noqa: BLE001 - it is one session's, not the call's
         if len(block) == 1:
-            return [surprise("a forecast failed", error, block[0][0].session_id)]
+            return [unexpected("a forecast failed", error, block[0][0].session_id)]
     middle = len(block) // 2
     return [
         one
@@ -203,7 +203,7 @@ async def _run_isolated(
 
 
 async def _run(
-    scheduler: StepScheduler,
+    scheduler: Scheduler,
     group: ScenarioGroup,
     block: Sequence[_Item],
     request: ForecastRequest,
@@ -238,7 +238,7 @@ async def _run(
 
 
 def _outputs(
-    scheduler: StepScheduler,
+    scheduler: Scheduler,
     states: Floats,
     forecasts: Sequence[HorizonForecast],
     levels: Sequence[tuple[float, ...]],
@@ -259,9 +259,7 @@ def _horizon(manifest: Manifest, request: ForecastRequest) -> int:
     return request.horizon or max(max(output.horizons) for output in manifest.outputs) or 1
 
 
-def _levels(
-    scheduler: StepScheduler, origin: Origin, request: ForecastRequest
-) -> tuple[float, ...]:
+def _levels(scheduler: Scheduler, origin: Origin, request: ForecastRequest) -> tuple[float, ...]:
     """The quantile levels of a session's forecast."""
     if request.quantiles:
         return request.quantiles
@@ -277,7 +275,7 @@ def _quantiles(manifest: Manifest) -> Sequence[float]:
     return next((output.quantiles for output in manifest.outputs if output.quantiles), ())
 
 
-def _check_levels(scheduler: StepScheduler, origin: Origin, request: ForecastRequest) -> None:
+def _check_levels(scheduler: Scheduler, origin: Origin, request: ForecastRequest) -> None:
     """Refuses quantiles that the model can't give.
 
     Raises:

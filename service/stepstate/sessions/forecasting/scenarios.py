@@ -14,7 +14,7 @@ import numpy as np
 from stepstate.engine import Floats, Plan
 from stepstate.errors import ForecastImpossible, InvalidField
 from stepstate.models import Manifest
-from stepstate.sessions.scheduler import StepScheduler
+from stepstate.sessions.types import Scheduler
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ class ScenarioGroup:
 
 
 async def group_scenarios(
-    scheduler: StepScheduler, scenarios: Sequence[Scenario], horizon: int
+    scheduler: Scheduler, scenarios: Sequence[Scenario], horizon: int
 ) -> list[ScenarioGroup]:
     """The scenarios of a request by plan; without any, one group without rows.
 

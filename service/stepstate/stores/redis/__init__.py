@@ -1,13 +1,12 @@
 """Sessions in Redis: the store that servers of several machines share.
 
-Its modules, from the top:
-
-store     the `SessionStore`: each call becomes commands, each a script
-opening   a store by its URL, and what is worth a warning about its Redis
-lane      sends what came together in one pipeline, in order
-link      one Redis, or a cluster, by way of redis-py
-scripts   the Lua that keeps Rule 1 of the stores
-keys      where a session is
+factory     opens the store of a URL, and warns of a Redis that may lose sessions
+store       the `SessionStore`: each call becomes commands
+commands    a script with its keys and arguments, and how its reply is read
+scripts     the Lua that keeps Rule 1 of the stores
+keys        where a session is, and where it is in a listing
+pipeline    sends commands together, in order, and again if a new connection may help
+connection  one Redis, Sentinels or a cluster, and what the errors mean
 """
 
 from stepstate.stores.redis.factory import open_redis

@@ -1,71 +1,61 @@
-"""One Redis, or a cluster, by way of redis-py.
+"""One Redis, or a cluster, through redis-py; and what the errors mean.
 
-redis-py is told not to try anything again: what is safe to send twice is known here only.
+redis-py is configured not to retry: only `pipeline` knows what is safe to send twice.
 """
 
 from __future__ import annotations
 
-import asyncio
+import re
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from redis.asyncio import Redis
 from redis.asyncio.cluster import RedisCluster
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.sentinel import Sentinel
-from redis.exceptions import NoScriptError, RedisClusterException, RedisError, ResponseError
+from redis.exceptions import (
+    AskError,
+    AuthenticationError,
+    AuthorizationError,
+    BusyLoadingError,
+    ClusterDownError,
+    MasterDownError,
+    MaxConnectionsError,
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisClusterException,
+    RedisError,
+    ResponseError,
+    TryAgainError,
+)
+from redis.exceptions import ConnectionError as Disconnected
+from redis.exceptions import TimeoutError as RedisTimeout
 
-from stepstate.stores.redis.causes import may_pass
-from stepstate.stores.redis.scripts import Script
-
-Argument = str | bytes | int
-Reply = Any
-"""What a script returns: bytes, int, lists of them, or an exception."""
-
-TIMEOUT_SECONDS = 2.0
-"""For a pipeline: a Redis that is away is noticed while clients are patient."""
-BYTES_A_SECOND = 4 * 2**20
-"""A slow network; a large pipeline is given the time that it takes there."""
+from stepstate.stores.redis.commands import Command, Reply
 
 AWAY = (RedisError, RedisClusterException, OSError, TimeoutError)
 """All that redis-py raises for a Redis that does not answer as it should."""
 
 
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A script with its keys, which are in one slot on a cluster, and its arguments."""
-
-    script: Script
-    keys: Sequence[str]
-    arguments: Sequence[Argument]
-
-    @property
-    def size(self) -> int:
-        """About its bytes."""
-        return sum(len(a) for a in self.arguments if not isinstance(a, int))
-
-    def words(self, *, whole: bool) -> tuple[Argument, ...]:
-        """As it is sent: by the script's name, or with its whole text."""
-        how = ("EVAL", self.script.text) if whole else ("EVALSHA", self.script.sha)
-        return (*how, len(self.keys), *self.keys, *self.arguments)
-
-
 class RedisConnection(Protocol):
-    """A way to Redis."""
+    """The connection of a store: to one Redis, or to a cluster."""
 
     place: str
     """For errors; without passwords."""
-    one_slot: bool
-    """Whether the keys of a command must be of one bucket."""
+    is_cluster: bool
+    """Whether all keys of a command must be in one bucket."""
 
     def node(self, key: str) -> str:
-        """The node that has a key, or most probably has it."""
+        """The node that has a key, as far as is known."""
         ...
 
     async def send(self, commands: Sequence[Command], *, whole: bool) -> list[Reply]:
         """Sends commands in one pipeline; errors are among the replies.
+
+        Args:
+            commands: what to send.
+            whole: whether to send the texts of their scripts.
 
         Raises:
             one of AWAY.
@@ -73,7 +63,7 @@ class RedisConnection(Protocol):
         ...
 
     async def reconnect(self) -> None:
-        """Lets go of connections, and of what is known of nodes: all may be out of date."""
+        """Drops connections and the map of a cluster's nodes: both may be out of date."""
         ...
 
     async def close(self) -> None:
@@ -81,7 +71,7 @@ class RedisConnection(Protocol):
         ...
 
 
-class SingleConnection:
+class SingleConnection(RedisConnection):
     """One Redis.
 
     Args:
@@ -89,42 +79,40 @@ class SingleConnection:
         place: host and port.
     """
 
-    one_slot = False
+    is_cluster = False
 
     def __init__(self, client: Redis, place: str) -> None:
         self.client = client
         self.place = place
 
     def node(self, key: str) -> str:
-        """See `RedisConnection.node`."""
         del key
         return ""
 
     async def send(self, commands: Sequence[Command], *, whole: bool) -> list[Reply]:
-        """See `RedisConnection.send`. Like redis-py's pipeline, in half the turns of the loop."""
+        # Like redis-py's pipeline, in half as many turns of the event loop.
         pool = self.client.connection_pool
         connection = await pool.get_connection()  # type: ignore[no-untyped-call]
         try:
             words = [command.words(whole=whole) for command in commands]
             await connection.send_packed_command(connection.pack_commands(words))
-            return [await self._reply(connection) for _ in commands]
+            return [await _reply(connection) for _ in commands]
         finally:
             await pool.release(connection)
 
-    async def _reply(self, connection: AbstractConnection) -> Reply:
-        try:
-            return await connection.read_response()  # disconnects unless it reads a whole one
-        except ResponseError as error:
-            return error
-
     async def reconnect(self) -> None:
-        """See `RedisConnection.reconnect`."""
-        with suppress(*AWAY):  # then the next command says so
+        with suppress(*AWAY):  # then the next command fails with it
             await self.client.connection_pool.disconnect(inuse_connections=False)
 
     async def close(self) -> None:
-        """See `RedisConnection.close`."""
         await self.client.aclose()
+
+
+async def _reply(connection: AbstractConnection) -> Reply:
+    try:
+        return await connection.read_response()  # disconnects unless it reads a whole one
+    except ResponseError as error:
+        return error
 
 
 class SentinelConnection(SingleConnection):
@@ -132,7 +120,7 @@ class SentinelConnection(SingleConnection):
 
     Args:
         sentinel: redis-py's client of the Sentinels.
-        service: the name that they have for the primary.
+        service: their name for the primary.
         place: host and port of each.
     """
 
@@ -141,28 +129,26 @@ class SentinelConnection(SingleConnection):
         self._sentinel = sentinel
 
     async def close(self) -> None:
-        """See `RedisConnection.close`."""
         await super().close()
         for each in self._sentinel.sentinels:
             await each.aclose()
 
 
-class ClusterConnection:
+class ClusterConnection(RedisConnection):
     """A cluster.
 
     Args:
         client: redis-py's client.
-        place: host and port where it was first asked.
+        place: host and port of the nodes that are asked first.
     """
 
-    one_slot = True
+    is_cluster = True
 
     def __init__(self, client: RedisCluster, place: str) -> None:
         self.client = client
         self.place = place
 
     def node(self, key: str) -> str:
-        """See `RedisConnection.node`."""
         try:
             node = self.client.get_node_from_key(key)
         except RedisClusterException:
@@ -170,7 +156,6 @@ class ClusterConnection:
         return "" if node is None else str(node.name)
 
     async def send(self, commands: Sequence[Command], *, whole: bool) -> list[Reply]:
-        """See `RedisConnection.send`."""
         pipeline = self.client.pipeline()
         for command in commands:
             pipeline.execute_command(*command.words(whole=whole))
@@ -178,64 +163,65 @@ class ClusterConnection:
         return replies
 
     async def reconnect(self) -> None:
-        """See `RedisConnection.reconnect`: asks which node has what; other connections stay."""
-        with suppress(*AWAY):  # then the next command says so
-            await self.client.nodes_manager.initialize()
+        with suppress(*AWAY):  # then the next command fails with it
+            await self.client.nodes_manager.initialize()  # its connections stay
 
     async def close(self) -> None:
-        """See `RedisConnection.close`."""
         await self.client.aclose()
 
 
-async def ask(link: RedisConnection, commands: Sequence[Command]) -> list[Reply]:
-    """Sends commands and, once more on a new connection, those that a new one may help.
+_BY_TYPE: tuple[tuple[type[Exception], str], ...] = (
+    (ReadOnlyError, "readonly"),
+    (MasterDownError, "masterdown"),
+    (BusyLoadingError, "loading"),
+    (OutOfMemoryError, "oom"),
+    (ClusterDownError, "cluster"),
+    (RedisClusterException, "cluster"),  # it can't be reached, or a slot has no node
+    (AskError, "cluster"),  # MovedError is one
+    (TryAgainError, "cluster"),
+)
+_CODE = re.compile(
+    r"(?:^|-)(READONLY|MASTERDOWN|LOADING|NOREPLICAS|OOM|MISCONF|CLUSTERDOWN|MOVED|ASK|TRYAGAIN) "
+)
+"""At the start; before Redis 7 also in the middle of the error of a script that met it."""
+_OF_A_CLUSTER = {"CLUSTERDOWN", "MOVED", "ASK", "TRYAGAIN"}
 
-    Scripts that Redis does not know (any more) are sent whole. The scripts bear that they are
-    sent twice. Errors that remain are among the replies; when they may be those of a server that
-    is the wrong one by now, its connection is not kept.
+_LASTING = (AuthenticationError, AuthorizationError, MaxConnectionsError)
+"""Derived from ConnectionError, but they are answers: another try would get the same."""
 
-    Raises:
-        one of AWAY.
+_ADVICE = {
+    "readonly": "it is a replica: see that the address leads to the primary",
+    "masterdown": "it is a replica without its primary: see that the address leads to the primary",
+    "loading": "it starts, and takes no commands before it has read its data",
+    "noreplicas": "too few of its replicas are connected (min-replicas-to-write)",
+    "oom": "raise maxmemory, or let sessions end",
+    "misconf": "its log says why it can't save to its disk",
+    "cluster": "its slots move, or some have no node: `redis-cli --cluster check` tells",
+}
+
+
+def cause_of(error: BaseException) -> str:
+    """One of `errors.STORE_CAUSES`."""
+    for kind, cause in _BY_TYPE:
+        if isinstance(error, kind):
+            return cause
+    if (code := _CODE.search(str(error))) and isinstance(error, RedisError):
+        return "cluster" if code[1] in _OF_A_CLUSTER else code[1].lower()
+    if isinstance(error, TimeoutError | RedisTimeout):
+        return "timeout"
+    lost = isinstance(error, Disconnected | OSError) and not isinstance(error, _LASTING)
+    return "disconnected" if lost else "other"
+
+
+def advice_on(cause: str) -> str:
+    """What a cause means and what to do; empty: the error itself says it."""
+    return _ADVICE.get(cause, "")
+
+
+def may_pass(reply: object) -> bool:
+    """Whether a new connection may get another reply.
+
+    It may if this connection broke, or if its server can't serve now. That server may be an old
+    primary: a proxy or Sentinel has replaced it, but the connection still leads to it.
     """
-    replies = await _send(link, commands, whole=False)
-    reconnected = whole = False
-    while True:
-        if any(map(may_pass, replies)):
-            await link.reconnect()
-            if reconnected:
-                return replies
-            reconnected = True
-        elif not whole and any(map(_is_unknown, replies)):
-            whole = True
-        else:
-            return replies
-        await _send_again(link, commands, replies, whole=whole)
-
-
-async def _send(link: RedisConnection, commands: Sequence[Command], *, whole: bool) -> list[Reply]:
-    # redis-py's own timeout costs two turns of the event loop
-    seconds = TIMEOUT_SECONDS + sum(command.size for command in commands) / BYTES_A_SECOND
-    try:
-        async with asyncio.timeout(seconds):
-            return await link.send(commands, whole=whole)
-    except TimeoutError:
-        raise TimeoutError(f"no answer for {seconds:.1f} s") from None
-    except AWAY as error:
-        if not may_pass(error):
-            raise
-        return [error] * len(commands)
-
-
-async def _send_again(
-    link: RedisConnection, commands: Sequence[Command], replies: list[Reply], *, whole: bool
-) -> None:
-    """Puts new replies in the places of those that may be others now."""
-    failed = [i for i, reply in enumerate(replies) if may_pass(reply) or _is_unknown(reply)]
-    answers = await _send(link, [commands[i] for i in failed], whole=whole)
-    for i, answer in zip(failed, answers, strict=True):
-        replies[i] = answer
-
-
-def _is_unknown(reply: object) -> bool:
-    """Whether Redis does not know the script by its name."""
-    return isinstance(reply, NoScriptError)
+    return isinstance(reply, BaseException) and cause_of(reply) not in ("other", "timeout")

@@ -1,4 +1,4 @@
-"""A store by its URL, and what is worth a warning about its Redis."""
+"""Opens the store of a URL, and warns of a Redis that may lose sessions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
 from redis.exceptions import AuthenticationError, AuthorizationError, ResponseError
 
-from stepstate.stores.failures import StoreOpenError
+from stepstate.errors import StoreOpenError
 from stepstate.stores.redis.connection import (
     AWAY,
-    TIMEOUT_SECONDS,
     ClusterConnection,
     RedisConnection,
     SentinelConnection,
     SingleConnection,
 )
+from stepstate.stores.redis.pipeline import TIMEOUT_SECONDS
 from stepstate.stores.redis.store import RedisStore
 
 log = logging.getLogger(__name__)
@@ -33,39 +33,39 @@ log = logging.getLogger(__name__)
 PORT = 6379
 SENTINEL_PORT = 26379
 SENTINEL_SECONDS = 0.5
-"""For one Sentinel: the next is asked while a pipeline still has time."""
+"""For one Sentinel: short enough to ask the next one within the timeout of a pipeline."""
 
 _OPTIONS: Mapping[str, Any] = {
-    "socket_timeout": None,  # `link` has one for whole pipelines
+    "socket_timeout": None,  # `pipeline` has one for whole pipelines
     "socket_connect_timeout": TIMEOUT_SECONDS,
-    "protocol": 2,  # scripts need no more, and every Redis has it
+    "protocol": 2,  # enough for scripts, and every Redis has it
 }
 
 
 async def open_redis(
     url: str, *, clock: Callable[[], float], unix_time: Callable[[], float] = time.time
 ) -> RedisStore:
-    """A store on the Redis, or the cluster, that a URL names.
+    """Opens a store on the Redis, or the cluster, that a URL names.
 
-    One that is away is no error here: the store's methods say so until it is back.
+    If Redis is away this succeeds; the store's methods raise `StoreUnavailable` until it is back.
 
     Args:
         url: `redis://[USER:PASSWORD@]HOST:PORT/DB`, `rediss://` with TLS; for a cluster
             `redis+cluster://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]` or `rediss+cluster://`;
             for a primary that Sentinels name
-            `redis+sentinel://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]/SERVICE[/DB]`, where user
-            and password are Redis's, and `?sentinel_password=` and `&sentinel_username=` the
-            Sentinels'.
+            `redis+sentinel://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]/SERVICE[/DB]`: user and
+            password are those of Redis; those of the Sentinels are `?sentinel_password=` and
+            `&sentinel_username=`.
         clock: monotonic seconds.
-        wall: Unix seconds.
+        unix_time: seconds since 1970.
 
     Raises:
         StoreOpenError: the URL can't be read, or Redis refuses what it says.
     """
-    link = _link(url)
-    name = f"{url.partition(':')[0]}://{link.place}"
+    connection = _connection(url)
+    name = f"{url.partition(':')[0]}://{connection.place}"
     try:
-        problem = _look(name, await _info(link), clustered=link.one_slot)
+        problem = _check(name, await _info(connection), is_cluster=connection.is_cluster)
     except AWAY as error:
         problem = _refusal(error)
         if not problem:
@@ -73,21 +73,21 @@ async def open_redis(
     except TypeError:  # from a constructor of redis-py
         problem = "an option after the ? of its URL is not one of redis-py's"
     except BaseException:
-        await link.close()
+        await connection.close()
         raise
     if problem:
-        await link.close()
+        await connection.close()
         raise StoreOpenError(name, problem)
-    return RedisStore(link, clock=clock, unix_time=unix_time)
+    return RedisStore(connection, clock=clock, unix_time=unix_time)
 
 
-def _link(url: str) -> RedisConnection:
+def _connection(url: str) -> RedisConnection:
     scheme, _, rest = url.partition("://")
     try:
         first, *others = _urls(scheme, rest)
         options = dict(_OPTIONS)
         if scheme.endswith("+sentinel"):
-            return _sentinel_link((first, *others))
+            return _sentinel_connection((first, *others))
         place = ",".join(f"{host}:{port}" for host, port in map(_address, (first, *others)))
         if scheme.endswith("+cluster"):
             nodes = [ClusterNode(*_address(node), **options) for node in others]
@@ -98,7 +98,7 @@ def _link(url: str) -> RedisConnection:
             Redis.from_url(first, retry=Retry(NoBackoff(), 0), **options), place
         )
     except (ValueError, TypeError, *AWAY):
-        # Not with its text: that may hold a part of the password.
+        # Without its text, which may contain a part of the password.
         sentinels = "[,HOST:PORT...]/SERVICE[/DB]" if scheme.endswith("+sentinel") else ""
         raise StoreOpenError(
             f"{scheme}://...",
@@ -107,8 +107,8 @@ def _link(url: str) -> RedisConnection:
         ) from None
 
 
-def _sentinel_link(urls: Sequence[str]) -> RedisConnection:
-    """The primary of a service, found anew for each connection; hosts are those of Sentinels."""
+def _sentinel_connection(urls: Sequence[str]) -> RedisConnection:
+    """A connection to the primary of a service; the hosts of its URLs are Sentinels."""
     sentinels = [_address(url, SENTINEL_PORT) for url in urls]
     service, _, db = urlsplit(urls[0]).path.strip("/").partition("/")
     if not service:
@@ -127,7 +127,7 @@ def _sentinel_link(urls: Sequence[str]) -> RedisConnection:
 
 
 def _urls(scheme: str, rest: str) -> list[str]:
-    """A URL, as redis-py reads it, for each of the hosts, with the same credentials and options."""
+    """A URL that redis-py can read for each host, with the same credentials and options."""
     hosts, slash, tail = rest.partition("/")
     credentials, at, hosts = hosts.rpartition("@")
     plain, _, cluster = scheme.partition("+")
@@ -143,18 +143,20 @@ def _address(url: str, port: int = PORT) -> tuple[str, int]:
     return parts.hostname, parts.port or port
 
 
-async def _info(link: RedisConnection) -> Mapping[str, Any]:
-    """What INFO tells; of a cluster, what one of its nodes does."""
+async def _info(connection: RedisConnection) -> Mapping[str, Any]:
+    """The reply to INFO; of a cluster, that of one of its nodes."""
     async with asyncio.timeout(TIMEOUT_SECONDS):
-        if isinstance(link, ClusterConnection):
-            await link.client.initialize()
-            return dict(await link.client.info(target_nodes=link.client.get_random_node()))
-        assert isinstance(link, SingleConnection)
-        return dict(await link.client.info())
+        if isinstance(connection, ClusterConnection):
+            await connection.client.initialize()
+            return dict(
+                await connection.client.info(target_nodes=connection.client.get_random_node())
+            )
+        assert isinstance(connection, SingleConnection)
+        return dict(await connection.client.info())
 
 
-def _look(name: str, info: Mapping[str, Any], *, clustered: bool) -> str:
-    """Warns of what may lose sessions; returns why Redis can't be used, or nothing."""
+def _check(name: str, info: Mapping[str, Any], *, is_cluster: bool) -> str:
+    """Warns of settings that may lose sessions; returns why Redis can't be used, or nothing."""
     where = {"store": name}
     if not info.get("aof_enabled"):
         log.warning(
@@ -162,15 +164,15 @@ def _look(name: str, info: Mapping[str, Any], *, clustered: bool) -> str:
         )
     if info.get("maxmemory_policy", "noeviction") != "noeviction":
         log.warning("this Redis may evict sessions: set maxmemory-policy noeviction", extra=where)
-    if info.get("role") == "slave" and not clustered:
+    if info.get("role") == "slave" and not is_cluster:
         log.warning("this Redis is a replica, which takes no writes", extra=where)
-    if info.get("cluster_enabled") and not clustered:
+    if info.get("cluster_enabled") and not is_cluster:
         return "it is a node of a cluster: write redis+cluster://"
     return ""
 
 
 def _refusal(error: BaseException) -> str:
-    """What to tell of an error that stays until a person does something; empty: it may pass."""
+    """What to say about an error that stays until a person acts; empty: it may pass."""
     cause = error.__cause__ or error
     if isinstance(cause, AuthenticationError | AuthorizationError):
         return f"{cause}: see the user and password of its URL"

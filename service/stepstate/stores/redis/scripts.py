@@ -1,17 +1,17 @@
-"""The scripts: what has to be one step in Redis.
+"""The Lua scripts: operations that have to be atomic in Redis.
 
-A session's hash: `r` record, `i` id, `m` model, `f` fingerprint, `o` owner, `p` previous owner,
-`e` epoch, `t` rows, `x` expiry, `s` snapshot, `d` when to delete it, if it has expired, `q` and
-`w`: number and store of the last operation. An ending's: `e`, `r` reason, `t`, `i` idle timeout,
-`x` when to forget it, `q`, `w`. Times are microseconds of the store's clock, and epochs such as
-the Unix time: whole numbers below 2^53, which is what Lua can count to.
+The hash of a session: `r` record, `i` id, `m` model, `f` fingerprint, `o` owner, `p` previous
+owner, `e` epoch, `t` rows, `x` expiry, `s` snapshot, `d` when to delete it, if it has expired, `q`
+and `w`: number and store of the last operation. The hash of a tombstone: `e`, `r` reason, `t`, `i`
+idle timeout, `x` when to delete it, `q`, `w`. Times are microseconds of the store's clock, epochs
+are microseconds since 1970 or more: integers below 2^53, which Lua counts exactly.
 
-Rule 1: a script sent twice does what it does once, because `q` and `w` tell it: so a command
-        whose answer was lost with its connection can be sent again.
-Rule 2: a save does not undo a later one of its store: one that timed out may still wait in
-        Redis when its server has long gone on.
-Rule 3: keys that a script touches are its KEYS, in one slot, so that a cluster runs it.
-Rule 4: a damaged hash, or what is no hash, fails no script: it may be one of many.
+Rule 1: a script that is sent twice takes effect once, which `q` and `w` ensure: so a command whose
+        reply was lost with its connection can be sent again.
+Rule 2: a save does not undo a later one of its store: one that timed out may still wait in Redis
+        long after its server has gone on.
+Rule 3: the keys that a script uses are its KEYS, in one slot, so that a cluster runs it.
+Rule 4: a damaged hash, or a key of another type, fails no script: others depend on it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Script:
 
     text: str
     sha: str = field(init=False)
-    """By which Redis knows it once it has seen it."""
+    """Its name in Redis, once Redis has it."""
 
     def __post_init__(self) -> None:
         sha = hashlib.sha1(self.text.encode(), usedforsecurity=False).hexdigest()
@@ -51,8 +51,8 @@ local function texts(key, ...)
 end
 local function entry(key) return texts(key, 'r', 't', 'x', 'e', 'o', 'd', 'm') end
 local function ending(key) return texts(key, 'r', 't', 'i', 'x') end
-local function raised(epoch, wall)
-    return number(math.max((whole(epoch) and tonumber(epoch) or 0) + 1, tonumber(wall)))
+local function raised(epoch, unix_time)
+    return number(math.max((whole(epoch) and tonumber(epoch) or 0) + 1, tonumber(unix_time)))
 end
 local function member_of(name) return (name[1] or '') .. ' ' .. (name[2] or '') end
 local function arrive(name, due, counts, expires)
@@ -71,12 +71,16 @@ end
 local function past(expires, delete, now) return delete or tonumber(expires) <= tonumber(now) end
 """
 
-CREATE = Script(
-    _COMMON
-    + """
+
+def _with_common(text: str) -> Script:
+    return Script(_COMMON + text)
+
+
+CREATE = _with_common(
+    """
 local key, gone, due, counts, expired, endings = unpack(KEYS)
 local id, model, fingerprint, record, owner, t, expires, snapshot = unpack(ARGV)
-local now, wall, replacing, q, w = unpack(ARGV, 9)
+local now, unix_time, replacing, q, w = unpack(ARGV, 9)
 local old = fields(key, 'e', 'x', 'd', 'q', 'w', 'i', 'm')
 local there = redis.call('EXISTS', key) == 1
 if there then
@@ -84,7 +88,7 @@ if there then
     if not (whole(old[1]) and whole(old[2])) then return {0, entry(key)} end
     if old[1] ~= replacing or not past(old[2], old[3], now) then return {0, entry(key)} end
 end
-local epoch = raised(old[1] or fields(gone, 'e')[1], wall)
+local epoch = raised(old[1] or fields(gone, 'e')[1], unix_time)
 if there then
     redis.call('DEL', key)
     leave({old[6], old[7]}, due, counts, expired)
@@ -97,13 +101,12 @@ redis.call('ZREM', endings, id)
 return {1, epoch}
 """
 )
-""" {1, epoch}, or {0, entry} of the one that has its id. """
+"""{1, epoch}, or {0, entry} of the session that has its id."""
 
-ACQUIRE = Script(
-    _COMMON
-    + """
+ACQUIRE = _with_common(
+    """
 local key, gone = unpack(KEYS)
-local owner, now, wall, q, w = unpack(ARGV)
+local owner, now, unix_time, q, w = unpack(ARGV)
 local old = fields(key, 'e', 'x', 'q', 'w', 'f', 'o', 'p', 'd', 't', 'r')
 if redis.call('EXISTS', key) == 0 then return {0, ending(gone)} end
 if not (whole(old[1]) and whole(old[2]) and whole(old[9]) and old[10]) then
@@ -114,7 +117,7 @@ local wanted = false
 for i = 6, #ARGV do wanted = wanted or ARGV[i] == old[5] end
 if not mine then
     if not wanted or past(old[2], old[8], now) then return {1, entry(key)} end
-    local epoch = raised(old[1], wall)
+    local epoch = raised(old[1], unix_time)
     old[7] = old[6] or ''
     redis.call('HSET', key, 'e', epoch, 'o', owner, 'p', old[7], 'q', q, 'w', w)
     redis.call('PERSIST', key)
@@ -124,12 +127,11 @@ taken[5] = old[7] or ''
 return {2, taken, redis.call('HGET', key, 's') or ''}
 """
 )
-""" {0, ending}, {1, entry} of one that was not taken, or {2, entry, snapshot}. With no
-fingerprints it takes nothing: `find`. """
+"""{0, tombstone}, {1, entry} of one that was not taken, or {2, entry, snapshot}. Without
+fingerprints it takes nothing: `find`."""
 
-SAVE = Script(
-    _COMMON
-    + """
+SAVE = _with_common(
+    """
 local verdicts = {}
 local numbers = '^(%d+) (%d+) (%d+) (%d+) (%d) (.*)$'
 for i = 1, #KEYS / 3 do
@@ -158,12 +160,11 @@ end
 return verdicts
 """
 )
-""" The verdict of each: three keys, "epoch q t expiry has_snapshot owner", and the snapshot.
-Few arguments, because redis-py takes most of its time for each. """
+"""The result of each save: three keys, "epoch q t expiry has_snapshot owner", and the snapshot.
+Few arguments, because redis-py spends most of its time on each."""
 
-EXPIRE = Script(
-    _COMMON
-    + """
+EXPIRE = _with_common(
+    """
 local delete, w, verdicts = ARGV[1], ARGV[2], {}
 for i = 1, #KEYS / 5 do
     local key, gone, due, counts, expired = unpack(KEYS, 5 * i - 4, 5 * i)
@@ -189,11 +190,10 @@ end
 return verdicts
 """
 )
-""" The verdict of each: five keys, "epoch q t has_snapshot owner", and the snapshot. """
+"""The result of each save: five keys, "epoch q t has_snapshot owner", and the snapshot."""
 
-RESTORE = Script(
-    _COMMON
-    + """
+RESTORE = _with_common(
+    """
 local key, due, counts, expired = unpack(KEYS)
 local epoch, expires, q, w = unpack(ARGV)
 local old = fields(key, 'e', 'd', 'q', 'w', 'i', 'm')
@@ -206,11 +206,10 @@ arrive({old[5], old[6]}, due, counts, expires)
 return 1
 """
 )
-""" 1 if it was expired and is open. """
+"""1 if it was expired and is open now."""
 
-END = Script(
-    _COMMON
-    + """
+END = _with_common(
+    """
 local key, gone, due, counts, expired, endings = unpack(KEYS)
 local epoch, reason, t, idle, forget, q, w = unpack(ARGV)
 if fields(key, 'e')[1] ~= epoch then
@@ -225,11 +224,10 @@ if name[1] then redis.call('ZADD', endings, forget, name[1]) end
 return 1
 """
 )
-""" 1 if it was ended. """
+"""1 if it was ended."""
 
-DISCARD = Script(
-    _COMMON
-    + """
+DISCARD = _with_common(
+    """
 local key, gone, due, counts, expired, endings = unpack(KEYS)
 local id, reason, t, idle, forget, q, w = unpack(ARGV)
 if redis.call('EXISTS', key) == 0 then
@@ -246,11 +244,10 @@ redis.call('ZADD', endings, forget, id)
 return 1
 """
 )
-""" 1 if it was ended: a session whose entry is still the one of the last arguments. """
+"""1 if it was ended; only if its entry is still the one in the last arguments."""
 
-ENTRIES = Script(
-    _COMMON
-    + """
+ENTRIES = _with_common(
+    """
 local entries = {}
 for i, key in ipairs(KEYS) do
     entries[i] = redis.call('EXISTS', key) == 1 and entry(key) or {}
@@ -258,7 +255,7 @@ end
 return entries
 """
 )
-""" The entry of each key; an empty one: there is none. """
+"""The entry of each key; an empty one: there is no session."""
 
 MEMBERS = Script(
     """
@@ -272,7 +269,7 @@ end
 return members
 """
 )
-""" Members of some buckets up to a score, at most so many, and so many of each. """
+"""Members of some sets up to a score; limited in all, and for each set."""
 
 LATEST = Script(
     """
@@ -285,7 +282,7 @@ end
 return members
 """
 )
-""" The member with the highest score of each bucket. """
+"""The member with the highest score of each set."""
 
 SIZES = Script(
     """
@@ -301,11 +298,10 @@ for _, key in ipairs(KEYS) do redis.call('PERSIST', key) end
 return {}
 """
 )
-""" Takes the time to live away that earlier versions gave. """
+"""Removes the time to live that earlier versions set."""
 
-FORGET = Script(
-    _COMMON
-    + """
+FORGET = _with_common(
+    """
 local gone, endings = unpack(KEYS)
 local id, now = unpack(ARGV)
 local forget = fields(gone, 'x')[1]
@@ -317,11 +313,10 @@ redis.call('DEL', gone)
 return redis.call('ZREM', endings, id)
 """
 )
-""" Forgets an ending whose time is over. """
+"""Deletes a tombstone that is too old."""
 
-CLOCK = Script(
-    _COMMON
-    + """
+CLOCK = _with_common(
+    """
 local clock = redis.pcall('GET', KEYS[1])
 local now, since, begin = unpack(ARGV)
 if whole(clock) and tonumber(clock) < 2^53 then
@@ -335,8 +330,8 @@ redis.call('SET', KEYS[1], now)
 return now
 """
 )
-""" Moves the clock on to `now`, by at most `since`; one that is missing or damaged begins at
-`begin`, or not at all if that is empty. """
+"""Advances the clock to `now`, by at most `since`; one that is missing or damaged starts at
+`begin`, or not at all if that is empty."""
 
 COUNTS = Script(
     """
@@ -348,9 +343,8 @@ return counts
 """
 )
 
-TIDY = Script(
-    _COMMON
-    + """
+TIDY = _with_common(
+    """
 local key, due, counts, expired = unpack(KEYS)
 local member, model = unpack(ARGV)
 if redis.call('EXISTS', key) == 1 then
@@ -365,8 +359,8 @@ if redis.call('ZREM', due, member) == 1 then redis.pcall('HINCRBY', counts, mode
 return 1
 """
 )
-""" Forgets a member whose session is gone, as those of earlier versions went by themselves; another
-one of its id may be there. 0: it is there, and its own name is damaged. """
+"""Removes a member whose session is gone (those of earlier versions had a time to live); another
+session of its id may be there. 0: the session is there, and its own id or model is damaged."""
 
 POSTPONE = Script(
     """
@@ -374,7 +368,7 @@ for _, key in ipairs(KEYS) do redis.call('ZADD', key, 'XX', ARGV[1], ARGV[2]) en
 return {}
 """
 )
-""" Gives a member a later score, wherever it is. """
+"""Gives a member a later score in the sets that have it."""
 
 PROBE = Script("return redis.call('SET', KEYS[1], ARGV[1])")
-""" Whether a node can be written. """
+"""Fails unless the node can be written."""

@@ -1,8 +1,8 @@
-"""What is asked of the file, and what has to be changed so that the next answer is another.
+"""Finds, lists and counts sessions.
 
-Each answer is one row of JSON: a row more is a wait for the interpreter's lock more. Texts are
-in it in hexadecimal, and numbers only if they are whole: so whatever is in a damaged row, the
-JSON can be read, and the row alone is `UnreadableSession`.
+Each query returns one row of JSON, as every further row costs another wait for the interpreter's
+lock. Its texts are in hexadecimal, and its numbers are integers or null: so the JSON can be read
+whatever a damaged row contains, and only that row becomes an `UnreadableSession`.
 """
 
 from __future__ import annotations
@@ -17,17 +17,19 @@ from itertools import chain
 from typing import Any
 
 from stepstate.errors import InvalidField
-from stepstate.stores.base import StoredSession, Tombstone, UnreadableSession
-from stepstate.stores.decoding import ending_of, entry_of
-from stepstate.stores.sqlite.schema import microseconds
+from stepstate.stores.base import UNREADABLE_SECONDS
+from stepstate.stores.types import (
+    LAST_SECONDS,
+    MICROS,
+    StoredSession,
+    Tombstone,
+    UnreadableSession,
+    decode_session,
+    decode_tombstone,
+)
 
-LAST = 2**53 / 1e6
-"""The last time that a table can have."""
 DUE_AT_ONCE = 1024
-"""Sessions whose time to look has come: how many are looked at in one call, some 10 ms."""
-
-UNREADABLE_SECONDS = 3600.0
-"""How long the sweep leaves alone a session whose record can't be read."""
+"""Sessions that are due for a check: how many are read in one call, which takes some 10 ms."""
 
 _PLAIN = re.compile(r"[A-Za-z0-9._:-]*")
 
@@ -37,7 +39,7 @@ def _integer(column: str) -> str:
 
 
 def _row_of(key: str) -> str:
-    """A session's row as JSON; `key` is what it is looked up by."""
+    """A session's row as JSON; `key`: the expression for its id."""
     return f"""json_array(hex({key}), hex(model), hex(record), {_integer("t")},
     {_integer("expires")}, {_integer("epoch")}, hex(owner), iif(expired, {_integer("due")}, NULL),
     CASE typeof(snapshot) WHEN 'blob' THEN length(snapshot) ELSE 0 END, sessions.rowid)"""
@@ -49,17 +51,17 @@ SELECT json_group_array(:row) FROM json_each(?1) CROSS JOIN sessions ON session_
 _ROWS = """
 SELECT json_group_array(:row) FROM sessions WHERE rowid IN (SELECT value FROM json_each(?1))
 """.replace(":row", _row_of("session_id"))
-_ENDINGS = """
+_TOMBSTONES = """
 SELECT json_group_array(json_array(hex(session_id), :epoch, hex(reason), :t,
     hex(idle_timeout_seconds)))
 FROM endings WHERE session_id IN (SELECT value FROM json_each(?1)) AND forget > ?2
 """.replace(":epoch", _integer("epoch")).replace(":t", _integer("t"))
-_KNOWN = f"SELECT ({_SESSIONS}), ({_ENDINGS})"
+_LOOK_UP = f"SELECT ({_SESSIONS}), ({_TOMBSTONES})"
 _DUE = """
 SELECT json_group_array(:row) FROM sessions WHERE rowid IN (
     SELECT rowid FROM sessions WHERE expired = ?1 AND due < ?2 ORDER BY due LIMIT ?3)
 """.replace(":row", _row_of("session_id"))
-_LOOK_LATER = """
+_CHECK_LATER = """
 UPDATE sessions SET due = expires WHERE rowid IN (SELECT value FROM json_each(?1))
     AND expired = 0
 """
@@ -70,7 +72,7 @@ SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
     WHERE session_id > CAST(?1 AS TEXT) AND typeof(session_id) = 'text'
     ORDER BY session_id LIMIT ?2)
 """
-# Without its own index it would go past all expired sessions, or read and sort all open ones.
+# Without this index it would pass all expired sessions, or read and sort all open ones.
 _OPEN_IDS = _IDS.replace("WHERE", "INDEXED BY sessions_open WHERE expired = 0 AND")
 _IDS_OF_MODEL = """
 SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
@@ -97,58 +99,53 @@ class Row:
     """A session's row, without its snapshot."""
 
     session_id: str
-    entry: StoredSession | UnreadableSession
+    session: StoredSession | UnreadableSession
     epoch: int
-    """0: none can be read."""
+    """0: it can't be read."""
     snapshot_bytes: int
     rowid: int
 
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """What is known of some ids."""
+    """The sessions and tombstones of some ids."""
 
     rows: dict[str, Row]
-    endings: dict[str, tuple[int, Tombstone | None]]
-    """With the epochs that they had; None: it can't be read how it ended."""
+    tombstones: dict[str, tuple[int, Tombstone | None]]
+    """With the epochs of their sessions; None: it can't be read."""
 
     def of(self, session_id: str) -> StoredSession | UnreadableSession | Tombstone | None:
-        """The session, or how it ended."""
+        """The session, or its tombstone."""
         if session_id in self.rows:
-            return self.rows[session_id].entry
-        return self.endings[session_id][1] if session_id in self.endings else None
+            return self.rows[session_id].session
+        return self.tombstones.get(session_id, (0, None))[1]
 
     def epoch(self, session_id: str) -> int:
-        """The newest that is known; 0: none."""
+        """The newest; 0: none is stored."""
         if session_id in self.rows:
             return self.rows[session_id].epoch
-        return self.endings[session_id][0] if session_id in self.endings else 0
+        return self.tombstones.get(session_id, (0, None))[0]
 
 
 @dataclass(frozen=True, slots=True)
 class Due:
-    """Sessions whose time has come, and rowids of those that are to be looked at later."""
+    """Sessions that are due, and rowids of those to check again later."""
 
-    entries: list[StoredSession]
+    sessions: list[StoredSession]
     used: list[int]
-    """They were used meanwhile."""
+    """They were used since their last check."""
     unreadable: list[int]
 
-    @property
-    def postponed(self) -> list[int]:
-        """All that are to be looked at later."""
-        return self.used + self.unreadable
 
-
-def look(connection: sqlite3.Connection, session_ids: Iterable[str], now: float) -> Lookup:
-    """What is known of some ids."""
+def look_up(connection: sqlite3.Connection, session_ids: Iterable[str], now: float) -> Lookup:
+    """The sessions and tombstones of some ids."""
     ids = json.dumps(list(session_ids))
-    sessions, endings = connection.execute(_KNOWN, (ids, microseconds(now))).fetchone()
+    sessions, tombstones = connection.execute(_LOOK_UP, (ids, round(now * MICROS))).fetchone()
     return Lookup(
         rows={row.session_id: row for row in _rows(sessions)},
-        endings={
-            _name(session_id): (epoch or 0, ending_of(_text(reason), t, _text(idle)))
-            for session_id, epoch, reason, t, idle in json.loads(endings)
+        tombstones={
+            _name(session_id): (epoch or 0, decode_tombstone(_text(reason), t, _text(idle)))
+            for session_id, epoch, reason, t, idle in json.loads(tombstones)
         },
     )
 
@@ -157,47 +154,45 @@ def find(
     connection: sqlite3.Connection, session_id: str, now: float
 ) -> StoredSession | UnreadableSession | Tombstone | None:
     """See `SessionStore.find`."""
-    return look(connection, [session_id], now).of(session_id)
+    return look_up(connection, [session_id], now).of(session_id)
 
 
 def overdue(connection: sqlite3.Connection, before: float, limit: int) -> Due:
     """See `SessionStore.overdue`."""
-    rows, unreadable = _due(connection, 0, before, max(limit, DUE_AT_ONCE))
-    used = [rowid for rowid, entry in rows if entry.expires_at >= before]
-    entries = [entry for _, entry in rows if entry.expires_at < before]
-    return Due(entries[:limit], used, unreadable)
+    sessions, unreadable = _due(connection, 0, before, max(limit, DUE_AT_ONCE))
+    used = [rowid for rowid, session in sessions.items() if session.expires_at >= before]
+    overdue = [session for session in sessions.values() if session.expires_at < before]
+    return Due(overdue[:limit], used, unreadable)
 
 
 def expired(connection: sqlite3.Connection, before: float, limit: int) -> Due:
     """See `SessionStore.expired`: the oldest."""
-    rows, unreadable = _due(connection, 1, min(before, LAST), limit)
-    return Due([entry for _, entry in rows], [], unreadable)
+    sessions, unreadable = _due(connection, 1, min(before, LAST_SECONDS), limit)
+    return Due(list(sessions.values()), [], unreadable)
 
 
 def postpone(connection: sqlite3.Connection, due: Due, before: float) -> None:
-    """Lets rows be looked at later: they would come first for ever, and hide those behind them."""
+    """Moves the next check of rows: else they would always come first, and hide all others."""
     if due.used:
-        connection.execute(_LOOK_LATER, (json.dumps(due.used),))
+        connection.execute(_CHECK_LATER, (json.dumps(due.used),))
     if due.unreadable:
-        later = microseconds(min(before + UNREADABLE_SECONDS, LAST))
+        later = round(min(before + UNREADABLE_SECONDS, LAST_SECONDS) * MICROS)
         connection.execute(_POSTPONE, (json.dumps(due.unreadable), later))
 
 
 def _due(
     connection: sqlite3.Connection, marked: int, before: float, limit: int
-) -> tuple[list[tuple[int, StoredSession]], list[int]]:
-    """Sessions whose time has come, with their rowids; and rowids of those that can't be read."""
-    rows = _rows(_one(connection, _DUE, (marked, microseconds(before), limit)))
-    unreadable = [row.rowid for row in rows if isinstance(row.entry, UnreadableSession)]
-    return [
-        (row.rowid, row.entry) for row in rows if isinstance(row.entry, StoredSession)
-    ], unreadable
+) -> tuple[dict[int, StoredSession], list[int]]:
+    """Sessions that are due, by rowid, and the rowids of those that can't be read."""
+    rows = _rows(_one(connection, _DUE, (marked, round(before * MICROS), limit)))
+    sessions = {row.rowid: row.session for row in rows if isinstance(row.session, StoredSession)}
+    return sessions, [row.rowid for row in rows if row.rowid not in sessions]
 
 
 def page(
     connection: sqlite3.Connection, token: str, size: int, model: str, *, expired: bool
 ) -> tuple[list[StoredSession | UnreadableSession], str]:
-    """See `SessionStore.page`: in the order of ids, which the index has for each model.
+    """See `SessionStore.page`: in the order of ids; the index has them in it for each model.
 
     Raises:
         InvalidField: page_token.
@@ -214,8 +209,8 @@ def page(
     else:
         ids = json.loads(_one(connection, _IDS if expired else _OPEN_IDS, limits))
     rows = _rows(_one(connection, _ROWS, (json.dumps([rowid for _, rowid in ids[:size]]),)))
-    entries = [row.entry for row in sorted(rows, key=lambda row: row.session_id)]
-    return entries, _token_of(ids[size - 1][0]) if len(ids) > size else ""
+    sessions = [row.session for row in sorted(rows, key=lambda row: row.session_id)]
+    return sessions, _token_of(ids[size - 1][0]) if len(ids) > size else ""
 
 
 def count(connection: sqlite3.Connection) -> Mapping[str, int]:
@@ -226,8 +221,7 @@ def count(connection: sqlite3.Connection) -> Mapping[str, int]:
 
 def count_expired(connection: sqlite3.Connection) -> int:
     """See `SessionStore.count_expired`."""
-    (expired,) = connection.execute(_COUNT_EXPIRED).fetchone()
-    return int(expired)
+    return int(_one(connection, _COUNT_EXPIRED, ()))
 
 
 def _one(connection: sqlite3.Connection, statement: str, values: tuple[Any, ...]) -> str:
@@ -237,23 +231,14 @@ def _one(connection: sqlite3.Connection, statement: str, values: tuple[Any, ...]
 
 
 def _rows(text: str) -> list[Row]:
-    return [_row(*values) for values in json.loads(text)]
+    return [_row(columns) for columns in json.loads(text)]
 
 
-def _row(  # noqa: PLR0917 - the columns of `_row_of`
-    session_id: str,
-    model: str,
-    record: str,
-    t: int | None,
-    expires: int | None,
-    epoch: int | None,
-    owner: str,
-    delete: int | None,
-    size: int,
-    rowid: int,
-) -> Row:
-    entry = entry_of(
-        _name(session_id),
+def _row(columns: list[Any]) -> Row:
+    """A row, from the columns of `_row_of`."""
+    hex_id, model, record, t, expires, epoch, owner, delete, size, rowid = columns
+    session = decode_session(
+        session_id := _name(hex_id),
         _name(model),
         record=_text(record),
         t=t,
@@ -262,7 +247,7 @@ def _row(  # noqa: PLR0917 - the columns of `_row_of`
         owner=_text(owner),
         delete=delete,
     )
-    return Row(_name(session_id), entry, epoch or 0, size, rowid)
+    return Row(session_id, session, epoch or 0, size, rowid)
 
 
 def _text(hexadecimal: str) -> bytes:
@@ -270,12 +255,12 @@ def _text(hexadecimal: str) -> bytes:
 
 
 def _name(hexadecimal: str) -> str:
-    """A text that may be damaged; then it is told what it holds."""
+    """A text; bytes of a damaged one that are not UTF-8 are escaped."""
     return bytes.fromhex(hexadecimal).decode(errors="backslashreplace")
 
 
 def _token_of(hexadecimal: str) -> str:
-    """The token of the page after an id: the id itself, or, as it may be damaged, its bytes."""
+    """The token of the page after an id: the id itself, or its bytes if it may be damaged."""
     name = _name(hexadecimal)
     return name if _PLAIN.fullmatch(name) else f"~{hexadecimal}"
 

@@ -1,27 +1,32 @@
-"""What is in the file.
+"""The tables of the file, and the settings of a connection to it.
 
 Times are whole microseconds of the store's own clock (see `base`), which is in the file too. It
-begins at the Unix time at which the file is made, and falls behind by all the time in which no
-server was up.
+starts at the Unix time at which the file is made, and stands still while no server is up.
 """
 
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from stepstate.stores.decoding import MAX_MICROSECONDS
+from stepstate.stores.types import MAX_MICROS, MICROS
 
 APPLICATION_ID = 0x53544550
-""" "STEP": tells our files from those of others (PRAGMA application_id)."""
+""" "STEP": marks our files (PRAGMA application_id)."""
 VERSION = 2
-"""Of the tables below (PRAGMA user_version). Version 1 knew no expired sessions and no clock."""
+"""Of the tables below (PRAGMA user_version). Version 1 had no expired sessions and no clock."""
+WAL_PAGES = 8192
+"""32 MiB of WAL between checkpoints: one takes some 20 ms, and pages that were written many
+times since the last are copied once. A restart after kill -9 reads it in some 30 ms."""
+WAL_BYTES = 64 * 2**20
+"""A WAL that grew further, because of a reader, is truncated to this size."""
 
-# `due` is no later than `expires`, and is what the index is on: a save moves `expires` without
-# touching an index, which halves what it writes; `reads.postpone` moves `due` after it. Only when
-# `expires` moves back does `due` have to follow at once.
-# An expired session has `expired` = 1, and is deleted when `due` is over.
+# `due` is never later than `expires`, and it is indexed: so a save changes `expires` without
+# writing to an index, which halves what it writes, and `reads.postpone` moves `due` later. Only
+# when `expires` moves back, `due` has to follow at once.
+# An expired session has `expired` = 1, and is deleted when `due` has passed.
 # The snapshot is the last column, so that the others are read without its pages (in files that
 # had version 1 `expired` comes after it).
 # `sessions_by_model` and `sessions_open` serve counts and pages without reading rows.
@@ -66,17 +71,16 @@ _FROM_VERSION_1 = (
     "CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), micros INTEGER NOT NULL)",
     f"PRAGMA user_version = {VERSION}",
 )
-_SOUND = f"typeof(clock.micros) = 'integer' AND clock.micros BETWEEN 0 AND {MAX_MICROSECONDS}"
-_CLOCK = "SELECT micros FROM clock WHERE id = 0 AND :sound".replace(":sound", _SOUND)
+_VALID = f"typeof(clock.micros) = 'integer' AND clock.micros BETWEEN 0 AND {MAX_MICROS}"
+_CLOCK = "SELECT micros FROM clock WHERE id = 0 AND :valid".replace(":valid", _VALID)
 _BEAT = """
 INSERT INTO clock VALUES (0, ?1) ON CONFLICT (id) DO UPDATE
-SET micros = iif(:sound, max(micros, min(excluded.micros, micros + ?2)), excluded.micros)
-""".replace(":sound", _SOUND)
-# A clock that the file has not, or not any more, begins at the time of the last step that the file
-# tells of, and not later than now: then times stay as they are, and every session has the idle
-# time left that it had then. It is no matter how long the file lay, or what the wall clock has
-# been set to meanwhile. A session whose time can't be (it is damaged, or the clock was wrong) tells
-# nothing.
+SET micros = iif(:valid, max(micros, min(excluded.micros, micros + ?2)), excluded.micros)
+""".replace(":valid", _VALID)
+# A clock that is missing or damaged starts at the time of the last step in the file, but not later
+# than now: so stored times stay valid, and every session has as much idle time left as it had then,
+# however long the file was unused and whatever the wall clock was set to. Sessions with impossible
+# times (damaged, or written under a wrong clock) are not considered.
 _BEGIN_CLOCK = """
 INSERT OR REPLACE INTO clock SELECT 0, ifnull(CAST(max(at) AS INTEGER), ?1) FROM (
     SELECT expires - 1e6
@@ -86,47 +90,86 @@ INSERT OR REPLACE INTO clock SELECT 0, ifnull(CAST(max(at) AS INTEGER), ?1) FROM
 
 
 class NotAStepstateFile(sqlite3.DatabaseError):
-    """The file is not one of ours, or of a later version."""
+    """The file belongs to another program, or to a later version."""
 
 
 def prepare(connection: sqlite3.Connection, now: float) -> float:
-    """Makes the tables in an empty file, and checks those of any other, for writing.
+    """Creates the tables in an empty file, or checks and updates those that are there.
 
     Args:
         connection: to the file.
-        now: what the file's clock is to begin at if it has none.
+        now: where the file's clock starts if it has none.
 
     Returns:
-        What its clock shows.
+        The time by its clock.
 
     Raises:
-        ForeignFile: it is not a file that this version can use; nothing was changed.
+        NotAStepstateFile: this version can't use it; nothing was changed.
         sqlite3.Error: it can't be read or written.
     """
-    with _transaction(connection, "BEGIN"):  # no lock for writing on what may be somebody else's
+    with _transaction(connection, "BEGIN"):  # no write lock on another program's file
         _check(connection)
     with _transaction(connection, "BEGIN IMMEDIATE"):
         version = _check(connection)
         if version == 0:
-            _make(connection)
+            _create_tables(connection)
         elif version == 1:
-            _bring_up(connection)
+            for statement in _FROM_VERSION_1:
+                connection.execute(statement)
         if connection.execute(_CLOCK).fetchone() is None:
-            connection.execute(_BEGIN_CLOCK, (microseconds(now),))
+            connection.execute(_BEGIN_CLOCK, (round(now * MICROS),))
         return _clock(connection)
 
 
+def configure(connection: sqlite3.Connection, *, fsync: bool, busy_seconds: float) -> None:
+    """Sets up a connection to a prepared file.
+
+    Args:
+        connection: to the file.
+        fsync: whether a commit waits for the disk.
+        busy_seconds: how long to wait for another process, if the file is not in WAL mode yet.
+
+    Raises:
+        sqlite3.Error: it can't be set up.
+    """
+    _use_wal(connection, busy_seconds)
+    connection.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
+    connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
+    connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
+    # A statement of many rows has a journal of its own, which goes to a temporary file
+    # beyond 64 KiB; a container may have no folder for that.
+    connection.execute("PRAGMA temp_store = MEMORY")
+
+
+def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:
+    """Switches to WAL. That needs the file for itself, and SQLite does not wait for it."""
+    until = time.monotonic() + busy_seconds
+    while True:
+        try:
+            (mode,) = connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            break
+        except sqlite3.OperationalError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.01)
+    if mode != "wal":
+        raise sqlite3.NotSupportedError(
+            "its file system can't share memory between processes, which WAL needs: "
+            "give a path on a local disk"
+        )
+
+
 def beat(connection: sqlite3.Connection, now: float, since: float) -> float:
-    """Moves the file's clock on to `now`, by at most `since`; returns what it shows then."""
-    connection.execute(_BEAT, (microseconds(now), microseconds(since)))
+    """Advances the file's clock to `now`, by at most `since`; returns its new time."""
+    connection.execute(_BEAT, (round(now * MICROS), round(since * MICROS)))
     return _clock(connection)
 
 
 def probe(connection: sqlite3.Connection) -> None:
-    """Writes a page as it is, and thereby all that a commit writes.
+    """Rewrites a page unchanged, with all that a commit writes.
 
     Raises:
-        sqlite3.Error: it can't be.
+        sqlite3.Error: it can't be written.
     """
     with _transaction(connection, "BEGIN IMMEDIATE"):
         (version,) = connection.execute("PRAGMA user_version").fetchone()
@@ -135,7 +178,7 @@ def probe(connection: sqlite3.Connection) -> None:
 
 @contextmanager
 def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
-    """All that is read inside is of one moment, all that is written happens or not."""
+    """A transaction; it is rolled back if the block raises."""
     connection.execute(begin)
     try:
         yield
@@ -145,23 +188,13 @@ def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
             connection.execute("ROLLBACK")
 
 
-def microseconds(seconds: float) -> int:
-    """A time as the tables have it."""
-    return round(seconds * 1e6)
-
-
 def _clock(connection: sqlite3.Connection) -> float:
     (micros,) = connection.execute(_CLOCK).fetchone()
-    return float(micros) / 1e6
+    return float(micros) / MICROS
 
 
-def _bring_up(connection: sqlite3.Connection) -> None:
-    for statement in _FROM_VERSION_1:
-        connection.execute(statement)
-
-
-def _make(connection: sqlite3.Connection) -> None:
-    # One by one: `executescript` would commit. The trigger holds the only inner semicolon.
+def _create_tables(connection: sqlite3.Connection) -> None:
+    # One by one: `executescript` would commit. Only the trigger has a semicolon inside.
     statement = ""
     for line in TABLES.splitlines(keepends=True):
         statement += line

@@ -1,8 +1,8 @@
 """The thread that works on the file.
 
-Rule 1: only this thread touches the connection.
-Rule 2: whatever came while it worked is written together, in one transaction.
-Rule 3: jobs are written in the order in which they came.
+Rule 1: only this thread uses the connection.
+Rule 2: all writes that arrive while it works are written together, in one transaction.
+Rule 3: writes are done in the order in which they arrived.
 
 With a busy event loop a thread waits for the interpreter's lock after each statement, so
 few statements matter more than fast ones.
@@ -18,28 +18,29 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
+from typing import Any
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores.sqlite.file import SessionFile
-from stepstate.stores.sqlite.reserve import OutOfSpace
-from stepstate.stores.sqlite.writes import Create, Expire, Part, SaveOne, write
+from stepstate.stores.sqlite.file import OutOfSpace, SessionFile
+from stepstate.stores.sqlite.writes import Create, Expire, SaveOne, Write, write
 
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 10.0
-"""For a disk that hangs. A transaction waits 2 s for another process at the most."""
-FAIR_SECONDS = 0.0005
-"""How long a thread may be kept from the interpreter's lock before it is taken for it.
+"""For a disk that hangs. A transaction waits at most 2 s for another process."""
+SWITCH_SECONDS = 0.0005
+"""After how long the interpreter's lock is taken from another thread.
 
-Python's 5 ms begin anew whenever the event loop lets go of the lock, if only for a microsecond;
-a loop whose turns take 2 ms keeps a thread waiting for seconds (measured: 3 s, with uvloop)."""
+Python's default of 5 ms starts again whenever the event loop releases the lock, even for a
+microsecond; a loop whose turns take 2 ms keeps a thread waiting for seconds (measured: 3 s, with
+uvloop)."""
 
 
 @dataclass(slots=True, eq=False)
 class StoreOp:
-    """What is asked for: parts to write together with those of others, or a call on its own."""
+    """A call of the store: writes to do together with those of others, or one call on its own."""
 
-    parts: Sequence[Part] = ()
+    writes: Sequence[Write[Any]] = ()
     call: Callable[[sqlite3.Connection], None] | None = None
     rows: int = 0
     """How many rows the call writes; 0: it only reads."""
@@ -49,8 +50,8 @@ class StoreOp:
     )
 
     def finish(self) -> None:
-        """Lets its caller go on."""
-        if self.done.done():  # its caller is gone
+        """Resumes its caller."""
+        if self.done.done():  # the caller has gone away
             return
         if self.error is None:
             self.done.set_result(None)
@@ -59,35 +60,35 @@ class StoreOp:
 
 
 class WriterThread:
-    """Takes jobs from the event loop, and hands them back done.
+    """Takes operations from the event loop and does them.
 
     Args:
         file: the open file.
-        wall: Unix seconds.
+        unix_time: seconds since 1970; called from the thread.
     """
 
     def __init__(self, file: SessionFile, unix_time: Callable[[], float]) -> None:
         self.file = file
         self._unix_time = unix_time
         self._loop = asyncio.get_running_loop()
-        self._jobs: SimpleQueue[StoreOp | None] = SimpleQueue()
+        self._queue: SimpleQueue[StoreOp | None] = SimpleQueue()
         self._closed = False
-        sys.setswitchinterval(min(sys.getswitchinterval(), FAIR_SECONDS))
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_SECONDS))
         self._thread = Thread(target=self._run, name="stepstate-sqlite", daemon=True)
         self._thread.start()
 
-    async def do(self, job: StoreOp) -> None:
-        """Returns when the job is done; its parts then hold their answers.
+    async def do(self, op: StoreOp) -> None:
+        """Returns when an operation is done; its writes then have their results.
 
         Raises:
-            StoreUnavailable: it is not, or it is not known.
+            StoreUnavailable: it is not done, or that is unknown.
         """
         if self._closed:
             raise StoreUnavailable(f"{self.file.path} was closed")
-        self._jobs.put(job)
+        self._queue.put(op)
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
-                await job.done
+                await op.done
         except TimeoutError:
             raise StoreUnavailable(
                 f"{self.file.path}: no answer for {ANSWER_SECONDS:g} s; does its disk hang?",
@@ -95,111 +96,100 @@ class WriterThread:
             ) from None
 
     async def close(self) -> None:
-        """Finishes what was asked for and closes the file."""
+        """Does what was asked for before, and closes the file."""
         if not self._closed:
             self._closed = True
-            self._jobs.put(None)
+            self._queue.put(None)
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        going = True
-        while going:
-            jobs = self._take()
-            going = None not in jobs
-            wanted = [job for job in jobs if job is not None and not job.done.done()]
-            # A failing write must not fail a read, and a long read should not delay writes.
-            self._write([job for job in wanted if job.call is None])
-            self._call([job for job in wanted if job.call is not None])
-        self._close()
-
-    def _take(self) -> list[StoreOp | None]:
-        jobs = [self._jobs.get()]
-        try:
-            while True:
-                jobs.append(self._jobs.get_nowait())
-        except Empty:
-            return jobs
-
-    def _write(self, jobs: list[StoreOp]) -> None:
-        if not jobs:
-            return
-        error = self._try_to_write(jobs)
-        if error is not None and len(jobs) > 1 and _may_be_of_one(error):
-            for (
-                job
-            ) in jobs:  # one of them has a value, or a page, that is bad: let the others go on
-                self._fail([job], self._try_to_write([job]))
-        else:
-            self._fail(jobs, error)
-        self._hand_back(jobs)
-
-    def _try_to_write(self, jobs: list[StoreOp]) -> Exception | None:
-        try:
-            parts = [part for job in jobs for part in job.parts]
-            connection = self.file.connection()
-            self.file.make_room(len(parts), sum(map(_size_of, parts)))
-            write(connection, parts, now=self.file.clock(), unix_time=self._unix_time())
-        except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
-            self.file.failed(error)
-            return error
-        return None
-
-    def _call(self, jobs: list[StoreOp]) -> None:
-        for job in jobs:
-            assert job.call is not None
-            try:
-                connection = self.file.connection()
-                if job.rows:
-                    self.file.make_room(job.rows, 0)
-                job.call(connection)
-            except Exception as error:  # noqa: BLE001 (a job's failure is its caller's)
-                self.file.failed(error)
-                self._fail([job], error)
-        if jobs:
-            self._hand_back(jobs)
-
-    def _fail(self, jobs: list[StoreOp], error: Exception | None) -> None:
-        for job in jobs:
-            if error is not None and _is_the_files(error):
-                problem = f"{self.file.path}: {error}"
-                job.error = StoreUnavailable(problem, cause=_cause_of(error))
-            else:
-                job.error = error  # a surprise is told as it is
-
-    def _hand_back(self, jobs: list[StoreOp]) -> None:
-        try:
-            self._loop.call_soon_threadsafe(_finish, jobs)
-        except RuntimeError:
-            log.warning("the event loop ended before its store was closed")
-
-    def _close(self) -> None:
+        running = True
+        while running:
+            taken = self._take()
+            running = None not in taken
+            ops = [op for op in taken if op is not None and not op.done.done()]
+            # A failed write must not fail a read, and a long read should not delay writes.
+            self._write_all([op for op in ops if op.call is None])
+            self._call_all([op for op in ops if op.call is not None])
         try:
             self.file.close()
         except sqlite3.Error:
             log.exception("closing failed", extra={"path": str(self.file.path)})
 
+    def _take(self) -> list[StoreOp | None]:
+        taken = [self._queue.get()]
+        try:
+            while True:
+                taken.append(self._queue.get_nowait())
+        except Empty:
+            return taken
 
-def _finish(jobs: list[StoreOp]) -> None:
-    for job in jobs:
-        job.finish()
+    def _write_all(self, ops: list[StoreOp]) -> None:
+        error = self._write(ops) if ops else None
+        if error is not None and len(ops) > 1 and _may_be_of_one(error):
+            for op in ops:  # one has a bad value, or meets a bad page: do the others
+                op.error = self._store_error(self._write([op]))
+        else:
+            for op in ops:
+                op.error = self._store_error(error)
+        self._finish_all(ops)
+
+    def _write(self, ops: list[StoreOp]) -> Exception | None:
+        try:
+            writes = [one for op in ops for one in op.writes]
+            size = sum(map(_snapshot_bytes, writes))
+            connection = self.file.connection(rows=len(writes), size=size)
+            write(connection, writes, now=self.file.clock(), unix_time=self._unix_time())
+        except Exception as error:  # noqa: BLE001 (the callers get it)
+            self.file.recover(error)
+            return error
+        return None
+
+    def _call_all(self, ops: list[StoreOp]) -> None:
+        for op in ops:
+            assert op.call is not None
+            try:
+                op.call(self.file.connection(rows=op.rows))
+            except Exception as error:  # noqa: BLE001 (the caller gets it)
+                self.file.recover(error)
+                op.error = self._store_error(error)
+        self._finish_all(ops)
+
+    def _store_error(self, error: Exception | None) -> Exception | None:
+        """`StoreUnavailable` for an error of the file; a bug is returned unchanged."""
+        if error is None or not _is_of_file(error):
+            return error
+        return StoreUnavailable(f"{self.file.path}: {error}", cause=_cause_of(error))
+
+    def _finish_all(self, ops: list[StoreOp]) -> None:
+        if not ops:
+            return
+        try:
+            self._loop.call_soon_threadsafe(_finish, ops)
+        except RuntimeError:
+            log.warning("the event loop ended before its store was closed")
 
 
-def _size_of(part: Part) -> int:
-    """The bytes of a part's snapshot."""
-    if isinstance(part, SaveOne | Expire):
-        return len(part.save.snapshot or b"")
-    return len(part.snapshot) if isinstance(part, Create) else 0
+def _finish(ops: list[StoreOp]) -> None:
+    for op in ops:
+        op.finish()
 
 
-def _is_the_files(error: Exception) -> bool:
-    """Whether the file is to blame, and not a value."""
+def _snapshot_bytes(one: Write[Any]) -> int:
+    if isinstance(one, SaveOne | Expire):
+        return len(one.save.snapshot or b"")
+    return len(one.snapshot) if isinstance(one, Create) else 0
+
+
+def _is_of_file(error: Exception) -> bool:
+    """Whether the file caused it, and not a value."""
     values = sqlite3.DataError | sqlite3.ProgrammingError | sqlite3.InterfaceError
     return isinstance(error, sqlite3.Error | OSError) and not isinstance(error, values)
 
 
 def _may_be_of_one(error: Exception) -> bool:
-    """Whether some of the jobs may be done without the others."""
-    return not _is_the_files(error) or _cause_of(error) == "corrupt"
+    """Whether only some of the operations may have caused it."""
+    return not _is_of_file(error) or _cause_of(error) == "corrupt"
 
 
 _CAUSES = {

@@ -1,8 +1,8 @@
-"""Creates, acquires, saves, ends and so on: what came together goes into one transaction.
+"""Creates, acquires, saves and ends sessions: many of them in one transaction.
 
-A transaction goes in rounds. No id is twice in a round, so its parts may be written in any
-order: those of a kind together, in one statement. Between looking at a session and writing
-it nobody else writes, so epochs are compared here.
+A transaction goes in rounds. No id occurs twice in a round, so its writes may be done in any
+order: those of one kind together, in one statement. Nobody else writes between the look at a
+session and its write, so epochs are compared here.
 """
 
 from __future__ import annotations
@@ -10,11 +10,13 @@ from __future__ import annotations
 import json
 import sqlite3
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar
 
-from stepstate.stores.base import (
-    ENDING_SECONDS,
+from stepstate.stores.base import TOMBSTONE_SECONDS, next_epoch
+from stepstate.stores.sqlite.reads import Lookup, Row, look_up
+from stepstate.stores.types import (
+    MICROS,
     SaveRequest,
     SaveResult,
     SessionRecord,
@@ -22,12 +24,9 @@ from stepstate.stores.base import (
     Tombstone,
     UnreadableSession,
 )
-from stepstate.stores.epochs import next_epoch
-from stepstate.stores.sqlite.reads import Lookup, Row, look
-from stepstate.stores.sqlite.schema import microseconds
 
 ROWS_AT_ONCE = 256
-"""Of one statement; a statement of fewer is filled up, so that few have to be prepared."""
+"""Of one statement. One with fewer is padded to a power of two, so few have to be prepared."""
 READ_BYTES = 16 * 2**20
 """Snapshots that are read together."""
 
@@ -44,11 +43,11 @@ INSERT OR REPLACE INTO sessions
     (session_id, model, record, epoch, owner, t, expires, snapshot, due)
 SELECT *, column7 FROM (VALUES {}) WHERE column1 IS NOT NULL
 """
-_TAKE = """
+_ACQUIRE = """
 UPDATE sessions SET epoch = v.column2, owner = v.column3
 FROM (VALUES {}) AS v WHERE session_id = v.column1
 """
-_HELD = """
+_COUNT_HELD = """
 SELECT count(*) FROM json_each(?1) JOIN sessions
     ON session_id = json_extract(value, '$[0]') AND epoch = json_extract(value, '$[1]')
 """
@@ -66,17 +65,25 @@ SELECT json_group_array(json_array(rowid, ifnull(length(CAST(snapshot AS BLOB)),
     CAST(group_concat(CAST(CAST(snapshot AS BLOB) AS TEXT), '') AS BLOB)
 FROM sessions WHERE rowid IN (SELECT value FROM json_each(?1))
 """
-_FORGET_SESSIONS = "DELETE FROM sessions WHERE session_id IN (SELECT value FROM json_each(?1))"
-_FORGET_ENDINGS = "DELETE FROM endings WHERE session_id IN (SELECT value FROM json_each(?1))"
-_FORGET_OLD = "DELETE FROM endings WHERE forget <= ?1"
-_ENDED = """
+_DELETE_SESSIONS = "DELETE FROM sessions WHERE session_id IN (SELECT value FROM json_each(?1))"
+_DELETE_TOMBSTONES = "DELETE FROM endings WHERE session_id IN (SELECT value FROM json_each(?1))"
+_DELETE_OLD_TOMBSTONES = "DELETE FROM endings WHERE forget <= ?1"
+_ADD_TOMBSTONES = """
 INSERT OR REPLACE INTO endings (session_id, epoch, reason, t, idle_timeout_seconds, forget)
 SELECT * FROM (VALUES {}) WHERE column1 IS NOT NULL
 """
 
 
 @dataclass(slots=True, eq=False)
-class Create:
+class Write(Generic[T]):
+    """One write to one session; `write` sets its result."""
+
+    session_id: str
+    result: T = field(init=False)
+
+
+@dataclass(slots=True, eq=False)
+class Create(Write[int | StoredSession | UnreadableSession]):
     """See `SessionStore.create`."""
 
     record: SessionRecord
@@ -84,227 +91,200 @@ class Create:
     t: int
     expires_at: float
     snapshot: bytes
-    replacing: int = 0
-    answer: int | StoredSession | UnreadableSession = 0
-
-    @property
-    def session_id(self) -> str:
-        """Its id."""
-        return self.record.session_id
+    replacing: int
 
 
 @dataclass(slots=True, eq=False)
-class Acquire:
+class Acquire(
+    Write[tuple[StoredSession, bytes] | StoredSession | UnreadableSession | Tombstone | None]
+):
     """See `SessionStore.acquire`."""
 
-    session_id: str
     owner: str
     fingerprints: Collection[str]
-    answer: tuple[StoredSession, bytes] | StoredSession | UnreadableSession | Tombstone | None = (
-        None
-    )
 
 
 @dataclass(slots=True, eq=False)
-class SaveOne:
-    """One of the saves of `SessionStore.save`."""
+class SaveOne(Write[SaveResult]):
+    """One request of `SessionStore.save`."""
 
-    session_id: str
     save: SaveRequest
-    answer: SaveResult = SaveResult.MISSING
 
 
 @dataclass(slots=True, eq=False)
-class Expire:
-    """One of the saves of `SessionStore.expire`."""
+class Expire(Write[SaveResult]):
+    """One request of `SessionStore.expire`."""
 
-    session_id: str
     save: SaveRequest
     delete_at: float
-    answer: SaveResult = SaveResult.MISSING
 
 
 @dataclass(slots=True, eq=False)
-class Restore:
+class Restore(Write[bool]):
     """See `SessionStore.restore`."""
 
-    session_id: str
     epoch: int
     expires_at: float
-    answer: bool = False
 
 
 @dataclass(slots=True, eq=False)
-class End:
-    """See `SessionStore.end`."""
+class End(Write[bool]):
+    """See `SessionStore.end` and, with an epoch of None, `SessionStore.discard`."""
 
-    session_id: str
-    epoch: int
-    ending: Tombstone
-    answer: bool = False
-
-
-@dataclass(slots=True, eq=False)
-class Discard:
-    """See `SessionStore.discard`."""
-
-    session_id: str
-    ending: Tombstone
-    answer: bool = False
-
-
-Part = Create | Acquire | SaveOne | Expire | Restore | End | Discard
+    epoch: int | None
+    tombstone: Tombstone
 
 
 def write(
-    connection: sqlite3.Connection, parts: Sequence[Part], *, now: float, unix_time: float
+    connection: sqlite3.Connection, writes: Sequence[Write[Any]], *, now: float, unix_time: float
 ) -> None:
-    """Writes all parts, or none, and gives each its answer.
+    """Does all writes, or none, and sets their results.
 
     Args:
         connection: to the file.
-        parts: what to write.
+        writes: what to write.
         now: by the store's clock.
-        wall: Unix seconds, for new epochs.
+        unix_time: in seconds, for new epochs.
 
     Raises:
-        sqlite3.Error: nothing was written, or it is not known; the transaction may be open.
+        sqlite3.Error: nothing was written, or that is unknown; the transaction may be open.
     """
-    rounds = _rounds(parts)
-    if len(rounds) == 1 and len(saves := _of(SaveOne, parts)) == len(parts) <= ROWS_AT_ONCE:
+    rounds = _rounds(writes)
+    saves = _of(SaveOne, writes)
+    if len(rounds) == 1 and len(saves) == len(writes) <= ROWS_AT_ONCE:
         _save(connection, saves, now)  # one statement is its own transaction
         return
     connection.execute("BEGIN IMMEDIATE")
     for some in rounds:
         _save(connection, _of(SaveOne, some), now)
         _expire(connection, _of(Expire, some), now)
-        others: list[Part] = [p for p in some if not isinstance(p, SaveOne | Expire)]
-        _change(connection, others, now, unix_time)
+        _change(connection, some, now, unix_time)
     connection.execute("COMMIT")
 
 
-def _rounds(parts: Iterable[Part]) -> list[list[Part]]:
-    rounds: list[list[Part]] = []
+def _rounds(writes: Iterable[Write[Any]]) -> list[list[Write[Any]]]:
+    rounds: list[list[Write[Any]]] = []
     met: dict[str, int] = {}
-    for part in parts:
-        before = met.get(part.session_id, 0)
-        met[part.session_id] = before + 1
+    for one in writes:
+        before = met.get(one.session_id, 0)
+        met[one.session_id] = before + 1
         if before == len(rounds):
             rounds.append([])
-        rounds[before].append(part)
+        rounds[before].append(one)
     return rounds
 
 
-def _of(kind: type[T], parts: Iterable[Part]) -> list[T]:
-    return [part for part in parts if isinstance(part, kind)]
+def _of(kind: type[T], writes: Iterable[Write[Any]]) -> list[T]:
+    return [one for one in writes if isinstance(one, kind)]
 
 
-def _save(connection: sqlite3.Connection, parts: list[SaveOne], now: float) -> None:
-    if not parts:
+def _save(connection: sqlite3.Connection, writes: list[SaveOne], now: float) -> None:
+    if not writes:
         return
-    done = _execute_many(connection, _SAVE, [_saved(part.save) for part in parts])
-    for part in parts:
-        part.answer = SaveResult.DONE
-    if done < len(parts):
-        _tell_apart(look(connection, [part.session_id for part in parts], now), parts)
+    rows = [_values(one.save, one.save.expires_at) for one in writes]
+    saved = _execute_many(connection, _SAVE, rows)
+    _set_results(connection, writes, saved, now)
 
 
-def _expire(connection: sqlite3.Connection, parts: list[Expire], now: float) -> None:
-    """Like `_save`; but its epoch rises, so what is known is looked at before."""
-    if not parts:
+def _expire(connection: sqlite3.Connection, writes: list[Expire], now: float) -> None:
+    """Like `_save`; but it raises the epochs, so they are compared before."""
+    if not writes:
         return
-    ids = json.dumps([[part.session_id, part.save.epoch] for part in parts])
-    (known,) = connection.execute(_HELD, (ids,)).fetchone()
-    for part in parts:
-        part.answer = SaveResult.DONE
-    if known < len(parts):
-        _tell_apart(look(connection, [part.session_id for part in parts], now), parts)
-    rows = [_expired(part) for part in parts if part.answer is SaveResult.DONE]
+    ids = json.dumps([[one.session_id, one.save.epoch] for one in writes])
+    (held,) = connection.execute(_COUNT_HELD, (ids,)).fetchone()
+    _set_results(connection, writes, held, now)
+    rows = [_values(one.save, one.delete_at) for one in writes if one.result is SaveResult.DONE]
     _execute_many(connection, _EXPIRE, rows)
 
 
-def _expired(part: Expire) -> Values:
-    save, due = part.save, microseconds(part.delete_at)
-    return (save.session_id, save.epoch, save.owner, save.t, due, save.snapshot)
+def _values(save: SaveRequest, at: float) -> Values:
+    micros = round(at * MICROS)
+    return (save.session_id, save.epoch, save.owner, save.t, micros, save.snapshot)
 
 
-def _saved(save: SaveRequest) -> Values:
-    expires = microseconds(save.expires_at)
-    return (save.session_id, save.epoch, save.owner, save.t, expires, save.snapshot)
-
-
-def _tell_apart(known: Lookup, parts: Sequence[SaveOne | Expire]) -> None:
-    for part in parts:
-        if part.session_id in known.rows:
-            fenced = known.epoch(part.session_id) != part.save.epoch
-            part.answer = SaveResult.FENCED if fenced else SaveResult.DONE
+def _set_results(
+    connection: sqlite3.Connection, writes: Sequence[SaveOne | Expire], done: int, now: float
+) -> None:
+    """Sets the results of writes; `done`: how many have the newest epoch of their session."""
+    for one in writes:
+        one.result = SaveResult.DONE
+    if done == len(writes):
+        return
+    found = look_up(connection, [one.session_id for one in writes], now)
+    for one in writes:
+        if one.session_id in found.rows:
+            if found.epoch(one.session_id) != one.save.epoch:
+                one.result = SaveResult.FENCED
         else:
-            part.answer = (
-                SaveResult.FENCED if part.session_id in known.endings else SaveResult.MISSING
-            )
+            gone = one.session_id in found.tombstones
+            one.result = SaveResult.FENCED if gone else SaveResult.MISSING
 
 
 def _change(
-    connection: sqlite3.Connection, parts: list[Part], now: float, unix_time: float
+    connection: sqlite3.Connection, writes: list[Write[Any]], now: float, unix_time: float
 ) -> None:
-    if not parts:
+    ids = [one.session_id for one in writes if not isinstance(one, SaveOne | Expire)]
+    if not ids:
         return
-    known = look(connection, [part.session_id for part in parts], now)
-    _create(connection, known, _of(Create, parts), now, unix_time)
-    _acquire(connection, known, _of(Acquire, parts), now, unix_time)
-    _restore(connection, known, _of(Restore, parts))
-    ends: list[End | Discard] = [*_of(End, parts), *_of(Discard, parts)]
-    _end(connection, known, ends, now)
+    found = look_up(connection, ids, now)
+    _create(connection, found, _of(Create, writes), now, unix_time)
+    _acquire(connection, found, _of(Acquire, writes), now, unix_time)
+    _restore(connection, found, _of(Restore, writes))
+    _end(connection, found, _of(End, writes), now)
 
 
-def _past(entry: StoredSession | UnreadableSession, now: float) -> bool:
-    if isinstance(entry, UnreadableSession):
+def _is_overdue(session: StoredSession | UnreadableSession, now: float) -> bool:
+    if isinstance(session, UnreadableSession):
         return False
-    return entry.delete_at is not None or entry.expires_at <= now
+    return session.delete_at is not None or session.expires_at <= now
 
 
 def _create(
-    connection: sqlite3.Connection, known: Lookup, parts: list[Create], now: float, unix_time: float
+    connection: sqlite3.Connection,
+    found: Lookup,
+    writes: list[Create],
+    now: float,
+    unix_time: float,
 ) -> None:
     new: list[Values] = []
-    for part in parts:
-        row = known.rows.get(part.session_id)
-        if row is not None and not (row.epoch == part.replacing and _past(row.entry, now)):
-            part.answer = row.entry
+    for one in writes:
+        row = found.rows.get(one.session_id)
+        if row is not None and not (row.epoch == one.replacing and _is_overdue(row.session, now)):
+            one.result = row.session
             continue
-        part.answer = next_epoch(known.epoch(part.session_id), unix_time)
-        record, expires = part.record, microseconds(part.expires_at)
-        what = (record.session_id, record.model_key, record.to_json(), part.answer)
-        new.append((*what, part.owner, part.t, expires, part.snapshot))
+        one.result = next_epoch(found.epoch(one.session_id), unix_time)
+        record, expires = one.record, round(one.expires_at * MICROS)
+        columns = (record.session_id, record.model_key, record.to_json(), one.result)
+        new.append((*columns, one.owner, one.t, expires, one.snapshot))
     _execute_many(connection, _CREATE, new)
-    ended = [part.session_id for part in parts if part.session_id in known.endings]
+    ended = [one.session_id for one in writes if one.session_id in found.tombstones]
     if ended:
-        connection.execute(_FORGET_ENDINGS, (json.dumps(ended),))
+        connection.execute(_DELETE_TOMBSTONES, (json.dumps(ended),))
 
 
 def _acquire(
     connection: sqlite3.Connection,
-    known: Lookup,
-    parts: list[Acquire],
+    found: Lookup,
+    writes: list[Acquire],
     now: float,
     unix_time: float,
 ) -> None:
     taken: dict[int, tuple[Acquire, StoredSession]] = {}
     rows: list[Row] = []
-    for part in parts:
-        part.answer = known.of(part.session_id)
-        row = known.rows.get(part.session_id)
-        if row is None or not isinstance(row.entry, StoredSession) or _past(row.entry, now):
+    for one in writes:
+        one.result = found.of(one.session_id)
+        row = found.rows.get(one.session_id)
+        if row is None or not isinstance(row.session, StoredSession):
             continue
-        if row.entry.record.fingerprint in part.fingerprints:
-            entry = replace(row.entry, epoch=next_epoch(row.entry.epoch, unix_time))
-            taken[row.rowid] = part, entry
+        if row.session.record.fingerprint in one.fingerprints and not _is_overdue(row.session, now):
+            session = replace(row.session, epoch=next_epoch(row.session.epoch, unix_time))
+            taken[row.rowid] = one, session
             rows.append(row)
-    owners = [(part.session_id, entry.epoch, part.owner) for part, entry in taken.values()]
-    _execute_many(connection, _TAKE, owners)
+    owners = [(one.session_id, session.epoch, one.owner) for one, session in taken.values()]
+    _execute_many(connection, _ACQUIRE, owners)
     for rowid, snapshot in _snapshots(connection, rows):
-        part, entry = taken[rowid]
-        part.answer = entry, snapshot
+        one, session = taken[rowid]
+        one.result = session, snapshot
 
 
 def _snapshots(connection: sqlite3.Connection, rows: Sequence[Row]) -> Iterator[tuple[int, bytes]]:
@@ -330,42 +310,40 @@ def _chunks_of_bytes(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _restore(connection: sqlite3.Connection, known: Lookup, parts: list[Restore]) -> None:
-    for part in parts:
-        row = known.rows.get(part.session_id)
-        part.answer = (
-            row is not None
-            and isinstance(row.entry, StoredSession)
-            and row.entry.epoch == part.epoch
-            and row.entry.delete_at is not None
+def _restore(connection: sqlite3.Connection, found: Lookup, writes: list[Restore]) -> None:
+    for one in writes:
+        row = found.rows.get(one.session_id)
+        session = None if row is None else row.session
+        one.result = (
+            isinstance(session, StoredSession)
+            and session.epoch == one.epoch
+            and session.delete_at is not None
         )
-    done = [(part.session_id, microseconds(part.expires_at)) for part in parts if part.answer]
-    _execute_many(connection, _RESTORE, done)
+    rows = [(one.session_id, round(one.expires_at * MICROS)) for one in writes if one.result]
+    _execute_many(connection, _RESTORE, rows)
 
 
-def _end(
-    connection: sqlite3.Connection, known: Lookup, parts: Sequence[End | Discard], now: float
-) -> None:
-    forget = microseconds(now + ENDING_SECONDS)
+def _end(connection: sqlite3.Connection, found: Lookup, writes: list[End], now: float) -> None:
+    forget = round((now + TOMBSTONE_SECONDS) * MICROS)
     rows: list[Values] = []
-    for part in parts:
-        part.answer = _may_end(part, known.rows.get(part.session_id))
-        if part.answer:
-            ending, idle = part.ending, repr(part.ending.idle_timeout_seconds)
-            how = (ending.reason.value, ending.t, idle, forget)
-            rows.append((part.session_id, known.epoch(part.session_id), *how))
+    for one in writes:
+        one.result = _may_end(one, found.rows.get(one.session_id))
+        if one.result:
+            tombstone, idle = one.tombstone, repr(one.tombstone.idle_timeout_seconds)
+            columns = (tombstone.reason.value, tombstone.t, idle, forget)
+            rows.append((one.session_id, found.epoch(one.session_id), *columns))
     if rows:
-        connection.execute(_FORGET_SESSIONS, (json.dumps([row[0] for row in rows]),))
-        connection.execute(_FORGET_OLD, (microseconds(now),))
-        _execute_many(connection, _ENDED, rows)
+        connection.execute(_DELETE_SESSIONS, (json.dumps([row[0] for row in rows]),))
+        connection.execute(_DELETE_OLD_TOMBSTONES, (round(now * MICROS),))
+        _execute_many(connection, _ADD_TOMBSTONES, rows)
 
 
-def _may_end(part: End | Discard, row: Row | None) -> bool:
+def _may_end(one: End, row: Row | None) -> bool:
     if row is None:
         return False
-    if isinstance(part, Discard):
-        return isinstance(row.entry, UnreadableSession)
-    return row.epoch == part.epoch
+    if one.epoch is None:
+        return isinstance(row.session, UnreadableSession)
+    return row.epoch == one.epoch
 
 
 def _execute_many(connection: sqlite3.Connection, statement: str, rows: list[Values]) -> int:
@@ -376,7 +354,7 @@ def _execute_many(connection: sqlite3.Connection, statement: str, rows: list[Val
         length = 1 << (len(some) - 1).bit_length()
         width = len(some[0])
         values = [value for row in some for value in row]
-        values += [None] * (width * (length - len(some)))  # an id of NULL is nobody's
+        values += [None] * (width * (length - len(some)))  # no session has an id of NULL
         marks = ",".join(["(" + ",".join("?" * width) + ")"] * length)
         changed += connection.execute(statement.format(marks), values).rowcount
     return changed

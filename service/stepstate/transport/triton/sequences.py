@@ -73,7 +73,7 @@ class SequenceService:
             except NotFound as gone:
                 raise not_started(infer, gone) from None
         if step.error is not None:
-            if infer.start and not step.session.barred and not self._sessions.t(step.session):
+            if infer.start and step.session.open and not self._sessions.t(step.session):
                 await self._sessions.close(infer.session_id, hold=hold)
             raise step.error
         if infer.end:

@@ -1,15 +1,16 @@
-"""Who is served when in the line of a session."""
+"""Who is served when in the queue of a session."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
 from stepstate.errors import Internal, QueueFull, SessionUnknown, StepstateError
-from stepstate.sessions import arrivals
-from stepstate.sessions.arrivals import Arrivals, Call
+from stepstate.sessions import queues
+from stepstate.sessions.queues import Call, RequestQueues
 from tests.unit.rig import rounds
 
 
@@ -24,12 +25,15 @@ class Place:
         self.served: list[str] = []
         self.error: Exception | None = None
         self.loaded = asyncio.Event()
-        self.line = Arrivals(self._find, self._load)
+        table = SimpleNamespace(get=lambda _: None, requested=set(), usable=self._usable)
+        admission = SimpleNamespace(check_open=lambda: None)
+        context = SimpleNamespace(table=table, admission=admission, clock=float)
+        self.line = RequestQueues(context, SimpleNamespace(make_ready=self._make_ready))
 
-    def _find(self, session_id: str) -> object | None:
+    def _usable(self, session_id: str, now: float) -> object | None:
         return self if self.usable else None
 
-    async def _load(self, session_id: str) -> None:
+    async def _make_ready(self, session_id: str) -> None:
         self.loads += 1
         await self.loaded.wait()
         if self.error is not None:
@@ -60,7 +64,7 @@ async def test_all_are_served_in_the_turn_in_which_the_session_can_be_used(place
     await asyncio.wait([calls[0].result])
     assert place.served == ["a", "b", "c"]
     assert place.loads == 1
-    assert not place.line.lines
+    assert "a" not in place.line
 
 
 async def test_whoever_holds_the_line_is_alone_until_it_is_released(place):
@@ -75,7 +79,7 @@ async def test_whoever_holds_the_line_is_alone_until_it_is_released(place):
     released.set_result(None)
     await asyncio.gather(holding, closing, call.result)
     assert place.served == ["open", "step", "close"]
-    assert not place.line.lines
+    assert "a" not in place.line
 
 
 async def test_an_error_is_told_to_all_before_the_next_hold_and_to_no_others(place):
@@ -132,7 +136,7 @@ async def test_a_hold_whose_caller_gives_up_leaves_its_place_to_the_next(place, 
     place.loaded.set()
     await last.result
     assert place.served == (["open", "b"] if first is None else ["a", "b"])
-    assert not place.line.lines
+    assert "a" not in place.line
 
 
 async def test_a_hold_that_is_cancelled_as_its_turn_comes_moves_the_line_on(place):
@@ -145,7 +149,7 @@ async def test_a_hold_that_is_cancelled_as_its_turn_comes_moves_the_line_on(plac
     waiting.cancel()
     await last.result
     assert place.served == ["b"]
-    assert not place.line.lines
+    assert "a" not in place.line
 
 
 async def test_what_is_to_be_finished_keeps_the_line_though_its_caller_gave_up(place):
@@ -172,7 +176,7 @@ async def test_what_is_to_be_finished_keeps_the_line_though_its_caller_gave_up(p
 
 
 async def test_one_that_waits_for_room_keeps_its_place(place, monkeypatch):
-    monkeypatch.setattr(arrivals, "RETRY_SECONDS", 0.001)
+    monkeypatch.setattr(queues, "RETRY_SECONDS", 0.001)
     place.usable, full = True, True
 
     def patient(_: object) -> None:
@@ -192,7 +196,7 @@ async def test_one_that_waits_for_room_keeps_its_place(place, monkeypatch):
     late: Call[None] = Call(patient)
     place.line.wait("a", late)
     assert isinstance(late.result.exception(), QueueFull)
-    assert not place.line.lines
+    assert "a" not in place.line
 
 
 async def test_a_line_that_is_still_waits_for_its_start_or_for_others(place):
@@ -206,10 +210,10 @@ async def test_a_line_that_is_still_waits_for_its_start_or_for_others(place):
     place.usable = False
     dropped = place.call("dropped", start=False)
     place.line.drop("a", dropped)
-    assert not place.line.lines
+    assert "a" not in place.line
     alone = place.call("alone", start=False)
-    place.line.start("a")
-    place.line.start("a")
+    place.line.load("a")
+    place.line.load("a")
     await alone.result
     assert place.loads == 2
 

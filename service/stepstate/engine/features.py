@@ -1,19 +1,23 @@
-"""What the network is told about time: computed from a row's step, or looked up if that is small.
+"""The network's inputs beside the row itself: the calendar, and lags of past rows.
 
-Tables are filled by the computation, so both say the same. B rows, D inputs, C calendar inputs,
-O outputs; k is a row's step, counted as in `stepstate.models.timeline`.
+What depends on time is computed from a row's step, or looked up in a table where that is small;
+tables are filled by the computation, so both give the same. Steps are counted as in
+`stepstate.models.timeline`.
+
+B rows or sessions, D inputs, C calendar inputs, O outputs; W rows of a window of which the last T
+are being applied.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from stepstate.models import Timeline
+from stepstate.models import Lag, LaggedInput, Manifest, Rolling, Timeline
 from stepstate.models.timeline import Cycles
 
 HOST = torch.device("cpu")
@@ -27,7 +31,7 @@ Columns = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class TimeIndex:
-    """Where rows [B] lie in time: their steps, or what is left of those in a table."""
+    """When rows [B] are: their steps, or the places of those in the tables."""
 
     profiles: Tensor
     calendar: Tensor
@@ -48,14 +52,14 @@ class Calendar:
         self.inputs_at = _columns(_waves_and_days(timeline), self._calendar, device)
 
     def place(self, step: Tensor) -> TimeIndex:
-        """What the other methods ask for, from the steps of rows [B]."""
+        """The argument of the other methods, from the steps of rows [B]."""
         profiles = step.remainder(self._profiles) if self._profiles else step
         if self._calendar == self._profiles:
             return TimeIndex(profiles, profiles)
         return TimeIndex(profiles, step.remainder(self._calendar) if self._calendar else step)
 
     def levels(self, place: TimeIndex) -> Tensor:
-        """What is taken off x [B, D], raw units."""
+        """The levels [B, D] that are subtracted from x, raw units."""
         return self.levels_at(place.profiles)
 
     def inputs(self, place: TimeIndex) -> Tensor:
@@ -63,7 +67,7 @@ class Calendar:
         return self.inputs_at(place.calendar)
 
     def bases(self, place: TimeIndex) -> Tensor:
-        """What is added to the scaled y [B, O], raw units."""
+        """The levels [B, O] that are added to the scaled y, raw units."""
         return self.bases_at(place.profiles)
 
 
@@ -115,3 +119,64 @@ def _waves_and_days(timeline: Timeline) -> Callable[[torch.device], Columns]:
         return compute
 
     return build
+
+
+class LaggedInputs:
+    """The lagged inputs that the cell takes, or those that the head takes."""
+
+    def __init__(self, manifest: Manifest, into: str) -> None:
+        names = [column.name for column in manifest.inputs]
+        self._parts: Sequence[tuple[LaggedInput, int]] = [
+            (part, names.index(part.input)) for part in manifest.lags if part.into == into
+        ]
+        self._steps = [
+            torch.tensor(part.steps if isinstance(part, Lag) else (part.steps,))
+            for part, _ in self._parts
+        ]
+
+    def __bool__(self) -> bool:
+        return bool(self._parts)
+
+    def of(self, window: Tensor, rows: int) -> Tensor:
+        """Their columns [B, T, n], for the last T = `rows` rows of a window [B, W, D].
+
+        The window holds past and present rows as the network sees them.
+        """
+        columns = [
+            self._rolled(part, window[:, :, column], rows)
+            if isinstance(part, Rolling)
+            else self._lagged(steps, window[:, :, column], rows)
+            for (part, column), steps in zip(self._parts, self._steps, strict=True)
+        ]
+        return columns[0] if len(columns) == 1 else torch.cat(columns, dim=2)
+
+    @staticmethod
+    def _lagged(steps: Tensor, column: Tensor, rows: int) -> Tensor:
+        first = column.shape[1] - rows
+        places = torch.arange(first, first + rows)[:, None] - steps
+        return column.index_select(1, places.flatten()).view(len(column), rows, len(steps))
+
+    @staticmethod
+    def _rolled(part: Rolling, column: Tensor, rows: int) -> Tensor:
+        windows = column[:, -(rows + part.steps - 1) :].unfold(1, part.steps, 1)
+        if part.statistic == "mean":
+            return windows.mean(dim=2, keepdim=True)
+        if part.statistic == "min":
+            return windows.amin(dim=2, keepdim=True)
+        return windows.amax(dim=2, keepdim=True)
+
+
+def fill_unknown(window: Tensor, first: Tensor | None) -> Tensor:
+    """Puts the declared fallback where a window [B, W, D] is NaN, as there was no row yet.
+
+    Args:
+        window: rows as the network sees them.
+        first: [B], the places of the sessions' first rows, which are the fallback (beyond the
+            window: there is none yet); None: the fallback is 0, the columns' level.
+    """
+    if first is not None:
+        places = first.clamp(min=0, max=window.shape[1] - 1)[:, None, None].expand(
+            -1, 1, window.shape[2]
+        )
+        window = torch.where(window.isnan(), window.gather(1, places), window)
+    return window.nan_to_num(0.0)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
+
 import numpy as np
 
+from tests.chaos.restartable import RestartableServer
 from tests.integration.clients import AnySession
 from tests.integration.wire import (
     largest_difference,
 )
 from tests.networks import Network
 
+StartRestartable = Callable[..., Awaitable[RestartableServer]]
+"""Starts a server with so many seconds between snapshots, and further options."""
 SELDOM, OFTEN = "600", "0.1"
 """Seconds between snapshots: nothing but what is urged is saved, or nearly everything."""
 
@@ -20,3 +25,9 @@ def difference(got: list[np.ndarray], network: Network, x: np.ndarray) -> float:
 
 async def collect(session: AnySession, xs: np.ndarray) -> list[np.ndarray]:
     return [y async for y in session.stream(xs)]
+
+
+async def kill_and_restart(server: RestartableServer) -> None:
+    """kill -9, and a start in the same place."""
+    server.kill()
+    await server.start()

@@ -1,6 +1,6 @@
-"""A forward by itself: gather, cell and scatter, without queue, sessions and transport.
+"""A forward alone: gather, cell and scatter, without queue, sessions and transport.
 
-What a step can cost at the least; benchmarks compare a server with it.
+It is the least that a step can cost; benchmarks compare a server with it.
 """
 
 from __future__ import annotations
@@ -9,11 +9,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from stepstate.engine.calendar import Calendar
-from stepstate.engine.device_forward import place_states
-from stepstate.engine.layout import Layout
+from stepstate.engine.accelerator import place_states
+from stepstate.engine.arena import Layout
+from stepstate.engine.linear import Precision
 from stepstate.engine.network import Network, RowHistory
-from stepstate.engine.precision import Precision
 from stepstate.engine.work import Floats
 from stepstate.models import Model, build_timeline
 
@@ -36,9 +35,7 @@ class BareForward:
         accelerator: str | None = None,
     ) -> None:
         manifest = model.manifest
-        timeline = build_timeline(model)
-        self._network = Network(model, timeline, precision)
-        self._calendar = Calendar(timeline)
+        self._network = Network(model, build_timeline(model), precision)
         layout = Layout(
             cell=self._network.state_width,
             history=manifest.history_rows,
@@ -53,8 +50,8 @@ class BareForward:
             self._arena.claim()
 
     def levels(self, rows: int) -> Floats:
-        """The levels of x [T, D] at the first T rows, raw units."""
-        found: Floats = self._calendar.levels(self._calendar.place(torch.arange(rows))).numpy()
+        """The levels of x [T or 1, D] at the first T rows, raw units."""
+        found: Floats = self._network.levels(self._network.place(torch.arange(rows))).numpy()
         return found
 
     def step(self, slots: NDArray[np.int64], x: Floats, t: int) -> Floats:

@@ -232,7 +232,7 @@ class StepMismatch(InvalidRequest, reason="STEP_MISMATCH"):
     """Another payload was already applied at this t."""
 
     message = (
-        "session {session_id!r} has already applied another request at t={t}; it stands at "
+        "session {session_id!r} has already applied another request at t={t}; it is at "
         "t={expected_t}: a retry must repeat the same rows and options"
     )
     session_id: str
@@ -245,7 +245,7 @@ class StepAhead(StepstateError, reason="STEP_AHEAD"):
     """t is larger than the rows applied so far: rows are missing."""
 
     message = (
-        "session {session_id!r} stands at t={expected_t}, the request is for t={t}: send the rows "
+        "session {session_id!r} is at t={expected_t}, the request is for t={t}: send the rows "
         "from t={expected_t} on first"
     )
     session_id: str
@@ -258,7 +258,7 @@ class StepTooOld(StepstateError, reason="STEP_TOO_OLD"):
     """t is older than everything the replay window remembers."""
 
     message = (
-        "session {session_id!r} stands at t={expected_t} and no longer remembers the reply for "
+        "session {session_id!r} is at t={expected_t} and no longer remembers the reply for "
         "t={t}; it was applied: go on from t={expected_t}"
     )
     session_id: str

@@ -140,15 +140,15 @@ def _scores(value: Callable[[Score], float]) -> Read:
     return lambda source: [
         ((*_key(scheduler), score.output, str(score.horizon)), value(score))
         for scheduler in source.sessions.schedulers.values()
-        for score in scheduler.tally.scores
+        for score in scheduler.engine.score_totals.scores
     ]
 
 
 def _alarms(source: MetricsCollector) -> Samples:
     for scheduler in source.sessions.schedulers.values():
-        tally = scheduler.tally
-        if tally.scores:
-            yield _key(scheduler), tally.alarms
+        totals = scheduler.engine.score_totals
+        if totals.scores:
+            yield _key(scheduler), totals.alarms
 
 
 def _disk(value: Callable[[DiskUsage], float]) -> Read:

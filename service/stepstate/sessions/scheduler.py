@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.engine import Engine, Floats, Layers, ScoreTotals
+from stepstate.engine import Engine, Floats, Layers
 from stepstate.errors import (
     NonFiniteResult,
     SnapshotCorrupt,
@@ -113,11 +113,6 @@ class StepScheduler:
     def replay_bytes(self) -> int:
         """Bytes of remembered long replies."""
         return self.window.long_bytes
-
-    @property
-    def tally(self) -> ScoreTotals:
-        """The scores of its sessions' forecasts."""
-        return self.engine.score_totals
 
     @property
     def widths(self) -> tuple[int, int]:

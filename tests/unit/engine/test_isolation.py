@@ -158,8 +158,8 @@ async def test_rows_that_raise_fail_alone_in_a_micro_batch_and_in_a_chunk(
     assert after[sorted(guilty)].tobytes() == before[sorted(guilty)].tobytes()
     ts = [rig.sessions.t(session) for session in sessions]
     assert ts == [4 if place in guilty else 4 + rows for place in range(SESSIONS)]
-    assert [score.scored for score in rig.scheduler.tally.scores] == [
-        score.scored for score in quiet.scheduler.tally.scores
+    assert [score.scored for score in rig.scheduler.engine.score_totals.scores] == [
+        score.scored for score in quiet.scheduler.engine.score_totals.scores
     ]
     assert rig.results["failed"] == len(guilty)
     for place in guilty:  # and they go on as if nothing had been sent

@@ -30,13 +30,14 @@ from stepstate.sessions.forecasting.limits import (
     forecast_bytes,
     text_bytes,
 )
-from stepstate.sessions.forecasting.origins import Origin, OriginCopier, SessionLookup
+from stepstate.sessions.forecasting.origins import Origin, OriginCopier
 from stepstate.sessions.forecasting.scenarios import (
     ForecastRequest,
     ScenarioGroup,
     group_scenarios,
 )
 from stepstate.sessions.options import ID_LENGTH
+from stepstate.sessions.queues import RequestQueues
 from stepstate.sessions.table import Table
 from stepstate.sessions.types import Scheduler, unexpected
 
@@ -96,12 +97,12 @@ class Forecaster:
     """Forecasts for the sessions of a server.
 
     Args:
-        sessions: find and load sessions.
+        queues: where a copy of a session waits for its turn.
         table: their numbers.
     """
 
-    def __init__(self, sessions: SessionLookup, table: Table) -> None:
-        self._copier = OriginCopier(sessions, table)
+    def __init__(self, queues: RequestQueues, table: Table) -> None:
+        self._copier = OriginCopier(queues, table)
         self._budget = MemoryBudget()
         self._short = asyncio.Lock()
         self._long = asyncio.Lock()

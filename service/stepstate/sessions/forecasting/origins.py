@@ -5,13 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
 
 import numpy as np
 
 from stepstate.engine import Floats
 from stepstate.errors import ForecastImpossible, StepstateError
-from stepstate.sessions.queues import Call, Waiter
+from stepstate.sessions.queues import Call, RequestQueues
 from stepstate.sessions.table import Table
 from stepstate.sessions.types import ResidentSession, SessionBarrier, unexpected
 
@@ -20,7 +19,6 @@ COPIES_PER_TURN = 500
 MAX_LOADS = 64
 """Sessions that one call loads at a time."""
 
-T = TypeVar("T")
 Reserve = Callable[[int], None]
 """See `MemoryBudget.of_call`."""
 
@@ -42,40 +40,16 @@ class Origin:
 _Call = Call[SessionBarrier[Origin | StepstateError]]
 
 
-class SessionLookup(Protocol):
-    """What is used of the sessions."""
-
-    def find(self, session_id: str) -> ResidentSession | None:
-        """The resident session of this id if it takes steps now, and nobody waits for it."""
-        ...
-
-    def wait(self, session_id: str, waiter: Waiter, *, start: bool = True) -> None:
-        """Puts a request into a session's queue."""
-        ...
-
-    def load(self, session_id: str) -> None:
-        """Makes the session resident that requests wait for without `start`."""
-        ...
-
-    def drop(self, session_id: str, waiter: Waiter) -> None:
-        """Takes a request out of its queue."""
-        ...
-
-    def turn(self, session: ResidentSession, act: Callable[[], T]) -> SessionBarrier[T]:
-        """Calls a function after the steps that a session has accepted."""
-        ...
-
-
 class OriginCopier:
     """Copies the states of sessions, and loads those that are not resident.
 
     Args:
-        sessions: find and load them.
+        queues: where a copy waits for its turn.
         table: their numbers.
     """
 
-    def __init__(self, sessions: SessionLookup, table: Table) -> None:
-        self._sessions = sessions
+    def __init__(self, queues: RequestQueues, table: Table) -> None:
+        self._queues = queues
         self._table = table
 
     async def copy(
@@ -106,7 +80,7 @@ class OriginCopier:
             found.update(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
         finally:
             for session_id, call in calls.items():
-                self._sessions.drop(session_id, call)
+                self._queues.drop(session_id, call)
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
@@ -114,7 +88,7 @@ class OriginCopier:
 
     def _copied_at_once(self, session_id: str, found: dict[str, Origin | StepstateError]) -> bool:
         """Copies a session that has nothing to finish, unless many have been copied."""
-        session = self._sessions.find(session_id) if len(found) < COPIES_PER_TURN else None
+        session = self._queues.find(session_id) if len(found) < COPIES_PER_TURN else None
         if session is None or self._table.busy[session.handle]:
             return False
         found[session_id] = self._copied(session)
@@ -122,12 +96,12 @@ class OriginCopier:
 
     def _enqueue(self, session_id: str) -> _Call:
         """Takes a place in a session's queue, and then one among its steps."""
-        call = Call(lambda session: self._sessions.turn(session, lambda: self._copied(session)))
-        session = self._sessions.find(session_id)
+        call = Call(lambda session: self._queues.turn(session, lambda: self._copied(session)))
+        session = self._queues.find(session_id)
         if session is not None and self._table.busy[session.handle]:
             call.found(session)
         else:
-            self._sessions.wait(session_id, call, start=False)
+            self._queues.wait(session_id, call, start=False)
         return call
 
     async def _fetch(
@@ -136,7 +110,7 @@ class OriginCopier:
         """Copies a session that has to be loaded, or has steps to finish."""
         async with loading:
             try:
-                self._sessions.load(session_id)
+                self._queues.load(session_id)
                 origin = await (await call.result).result()
             except StepstateError as error:
                 return error.with_traceback(None)  # or it would keep this frame, in a circle

@@ -90,23 +90,20 @@ class BaseConnection(ConnectionAPI):
 
         Args:
             target: host:port, or another name that gRPC resolves.
-            timeout: seconds that a call may take with all its retries, and that a
-                stream may be without an answer. The default survives the restart
-                of a server. `step`, `prime`, `forecast` and others take one of their
-                own.
-            connect_timeout: seconds within which the server must answer for the first
-                time; with a wrong address calls fail after them.
-            resume_rows: most rows that each session keeps, to send them again to a
-                server that was rolled back. What a server has saved is not kept.
+            timeout: seconds that a call may take with all its retries, and that a stream may be
+                without an answer. The default survives the restart of a server. `step`, `prime`,
+                `forecast` and others take one of their own.
+            connect_timeout: seconds within which the server must answer for the first time; with a
+                wrong address calls fail after them.
+            resume_rows: most rows that each session keeps, to send them again to a server that was
+                rolled back. What a server has saved is not kept.
             credentials: of the channel, for a server or proxy with TLS:
-                `grpc.ssl_channel_credentials(...)`, also composed with call
-                credentials. Default: plain text.
-            metadata: keys and values that are sent with every call, such as
-                ("authorization", "Bearer ..."). Over plain text anyone on the way
-                can read them.
-            options: gRPC's channel options, such as
-                ("grpc.ssl_target_name_override", "stepstate"); they replace the
-                client's own of the same name.
+                `grpc.ssl_channel_credentials(...)`, also composed with call credentials. Default:
+                plain text.
+            metadata: keys and values that are sent with every call, such as ("authorization",
+                "Bearer ..."). Over plain text anyone on the way can read them.
+            options: gRPC's channel options, such as ("grpc.ssl_target_name_override", "stepstate");
+                they replace the client's own of the same name.
         """
         self.target = target
         self.timeout = timeout

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.client.times import RowsLike
-from stepstate.client.types import Floats
+from stepstate.client.types import Floats, data_frame
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -32,8 +32,8 @@ Levels = Sequence[float] | NDArray[np.floating]
 class OutputForecast:
     """The forecast of one output.
 
-    `values` [K, Q] at horizons 1 to K and the quantile `levels`, in `unit`; NaN
-    if not known. `methods` [K].
+    `values` [K, Q] at horizons 1 to K and the quantile `levels`, in `unit`; NaN if not known.
+    `methods` [K].
     """
 
     name: str
@@ -73,12 +73,11 @@ class OutputForecast:
 class Forecast:
     """A model's forecast of the next rows of a session.
 
-    `t` rows were applied: horizon k is the row of index t + k - 1. `times` [K]
-    are those of the rows, in UTC; None if the model knows no time. `levels` are
-    the quantile levels, Q of them. `outputs` are the outputs that look ahead, by
-    name; `forecast["demand"]` is one of them. `values` [K, Q], `median`, `low`,
-    `high` [K] and `methods` [K] are those of the first one, often the only one.
-    `scenario` is the name of the scenario, empty without one.
+    `t` rows were applied: horizon k is the row of index t + k - 1. `times` [K] are those of the
+    rows, in UTC; None if the model knows no time. `levels` are the quantile levels, Q of them.
+    `outputs` are the outputs that look ahead, by name; `forecast["demand"]` is one of them.
+    `values` [K, Q], `median`, `low`, `high` [K] and `methods` [K] are those of the first one, often
+    the only one. `scenario` is the name of the scenario, empty without one.
     """
 
     session_id: str
@@ -146,32 +145,29 @@ class Forecast:
     def to_pandas(self) -> DataFrame:
         """A table with a row for each horizon, indexed by time (UTC), or by horizon without one.
 
-        Its columns are "demand@0.5" for the quantiles of the output demand, and
-        "demand method".
+        Its columns are "demand@0.5" for the quantiles of the output demand, and "demand method".
 
         Raises:
             ModuleNotFoundError: pandas is not installed.
         """
-        try:
-            import pandas as pd  # noqa: PLC0415 - the client does without it
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Forecast.to_pandas needs pandas: pip install pandas", name="pandas"
-            ) from error
         columns: dict[str, Any] = {}
         for output in self.outputs.values():
             for place, level in enumerate(self.levels):
                 columns[f"{output.name}@{level:g}"] = output.values[:, place]
             columns[f"{output.name} method"] = list(output.methods)
-        if self.times is None:
-            return pd.DataFrame(columns, index=pd.Index(self.horizons, name="horizon"))
-        return pd.DataFrame(columns, index=pd.DatetimeIndex(self.times, name="time"))
+        return data_frame(
+            columns,
+            times=self.times,
+            index=self.horizons,
+            index_name="horizon",
+            needed_by="Forecast.to_pandas",
+        )
 
     def plot(self, ax: Axes | None = None, *, output: str | None = None) -> Axes:
         """Draws the median as a line, and the intervals around it.
 
-        A level without a counterpart on the other side of the median is a dashed
-        line. Each forecast on the same axes has a color of its own.
+        A level without a counterpart on the other side of the median is a dashed line. Each
+        forecast on the same axes has a color of its own.
 
         Args:
             ax: where to draw; default: a new figure.

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.client.times import to_datetime
-from stepstate.client.types import Floats, ModelInfo, Output
+from stepstate.client.types import Floats, ModelInfo, Output, data_frame
 from stepstate.errors import InvalidField
 
 if TYPE_CHECKING:
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 class Outputs:
     """The outputs of a step, by name.
 
-    `outputs["demand+1@0.5"]` is a column of y, as named in `columns`, and
-    `outputs["demand"]` all the columns of an output.
+    `outputs["demand+1@0.5"]` is a column of y, as named in `columns`, and `outputs["demand"]` all
+    the columns of an output.
 
-    `y` is [O] of one row, or [T, O], in raw units. `ts` [T] are the indices of
-    these rows in the session, `times` [T] their times in UTC; None if the model
-    knows no time, or the session's start is not known.
+    `y` is [O] of one row, or [T, O], in raw units. `ts` [T] are the indices of these rows in the
+    session, `times` [T] their times in UTC; None if the model knows no time, or the session's start
+    is not known.
     """
 
     model: ModelInfo
@@ -97,16 +97,13 @@ class Outputs:
         Raises:
             ModuleNotFoundError: pandas is not installed.
         """
-        try:
-            import pandas as pd  # noqa: PLC0415 - the client does without it
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                "Outputs.to_pandas needs pandas: pip install pandas", name="pandas"
-            ) from error
-        index: Any = pd.Index(self.ts, name="t")
-        if self.times is not None:
-            index = pd.DatetimeIndex(self.times, name="time")
-        return pd.DataFrame(np.atleast_2d(self.y), columns=list(self.columns), index=index)
+        return data_frame(
+            self.to_dict(),
+            times=self.times,
+            index=self.ts,
+            index_name="t",
+            needed_by="Outputs.to_pandas",
+        )
 
 
 def _place(output: Output, horizon: int | None, quantile: float | None) -> int:

@@ -60,8 +60,8 @@ class TimedRows:
 
     Args:
         values: one row or many, as `step` takes them.
-        times: of one row a datetime; of many [T] datetimes, or an array of datetime64.
-            Without a time zone they are read as UTC.
+        times: of one row a datetime; of many [T] datetimes, or an array of datetime64. Without a
+            time zone they are read as UTC.
     """
 
     values: ArrayLike

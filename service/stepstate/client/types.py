@@ -6,12 +6,15 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from stepstate.errors import InvalidField, StepstateError
+
+if TYPE_CHECKING:
+    from pandas import DataFrame
 
 S = TypeVar("S")
 
@@ -98,9 +101,9 @@ class ModelInfo:
     def rows(self, x: ArrayLike, field: str = "x") -> tuple[Floats, bool]:
         """x as rows [T, D], and whether it was given as a single row.
 
-        One row is a number (where D = 1) or D of them; many rows are [T, D], or
-        [T] where D = 1. A pandas DataFrame has the inputs' names as columns, in
-        any order. NaN is a missing value. Errors name `field`.
+        One row is a number (where D = 1) or D of them; many rows are [T, D], or [T] where D = 1. A
+        pandas DataFrame has the inputs' names as columns, in any order. NaN is a missing value.
+        Errors name `field`.
 
         Raises:
             InvalidField: x has another shape or other columns, or is not numbers.
@@ -149,6 +152,25 @@ def _labels(x: Any) -> Sequence[str] | None:
     if index is None or callable(index) or getattr(x, "ndim", 0) != 1:
         return None
     return list(index) if isinstance(next(iter(index), None), str) else None
+
+
+def data_frame(
+    columns: Mapping[str, Any], *, times: Any, index: Any, index_name: str, needed_by: str
+) -> DataFrame:
+    """A table of pandas, indexed by time (UTC), or by `index` if the times are None.
+
+    Raises:
+        ModuleNotFoundError: pandas is not installed.
+    """
+    try:
+        import pandas as pd  # noqa: PLC0415 - the client does without it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"{needed_by} needs pandas: pip install pandas", name="pandas"
+        ) from error
+    if times is None:
+        return pd.DataFrame(columns, index=pd.Index(index, name=index_name))
+    return pd.DataFrame(columns, index=pd.DatetimeIndex(times, name="time"))
 
 
 def floats(x: ArrayLike, field: str) -> Floats:
@@ -215,18 +237,16 @@ class Drift:
 class SessionInfo:
     """The status of a session, as the server reported it.
 
-    `durable_t`: rows that survive the end of the server, 0 with durability none.
-    `residency`: "resident": in the memory of the server that answered; "spilled":
-    its state is in the store or with another server, and t is the saved one.
-    `owner`: the server that holds its lease, empty if none does. `epoch`: how often
-    a server has taken it. `missing`: what a NaN in a row means. `interval_level`:
-    the share of true values that its intervals are to cover, 0 if the model tracks
-    no horizon. `accuracy` and `drift`: how good its forecasts were, if it is
-    resident and its model tracks them. `status`: "open"; "expired": it was idle for
-    too long, is kept until `purge_time`, and `Client.restore_expired` opens it
-    again; "model_missing": the server has not loaded its model, or another one
-    under this name; "unreadable": its data in the store is damaged, and only its id
-    is known. All but open sessions take no steps, and can be closed.
+    `durable_t`: rows that survive the end of the server, 0 with durability none. `residency`:
+    "resident": in the memory of the server that answered; "spilled": its state is in the store or
+    with another server, and t is the saved one. `owner`: the server that holds its lease, empty if
+    none does. `epoch`: how often a server has taken it. `missing`: what a NaN in a row means.
+    `interval_level`: the share of true values that its intervals are to cover, 0 if the model
+    tracks no horizon. `accuracy` and `drift`: how good its forecasts were, if it is resident and
+    its model tracks them. `status`: "open"; "expired": it was idle for too long, is kept until
+    `purge_time`, and `Client.restore_expired` opens it again; "model_missing": the server has not
+    loaded its model, or another one under this name; "unreadable": its data in the store is
+    damaged, and only its id is known. All but open sessions take no steps, and can be closed.
     """
 
     session_id: str
@@ -272,11 +292,11 @@ class Inspection:
 class Result(Generic[S]):
     """The result of one item of a stream of many sessions.
 
-    `outputs` [O] of the item's last row, or None and the `error` that ended its
-    session's part of the stream. `imputed_rows`: rows of the item in which a
-    missing value was replaced. `fallback_rows`: those for which the model's lagged
-    inputs would have been before the session's first row. `t`: rows applied to the
-    session up to the item. `time`: of the item's last row, in UTC; None if not known.
+    `outputs` [O] of the item's last row, or None and the `error` that ended its session's part of
+    the stream. `imputed_rows`: rows of the item in which a missing value was replaced.
+    `fallback_rows`: those for which the model's lagged inputs would have been before the session's
+    first row. `t`: rows applied to the session up to the item. `time`: of the item's last row, in
+    UTC; None if not known.
     """
 
     session: S

@@ -21,8 +21,9 @@ from stepstate.errors import (
     StepAhead,
     UnexpectedStatus,
 )
-from stepstate.transport.convert import encode_model, encode_session, encode_step
+from stepstate.transport.convert import encode_model, encode_session
 from stepstate.transport.status import DETAILS_KEY, status_of
+from stepstate.transport.steps import encode_step
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import x_of
 from stepstate.v1.google_rpc import Status
@@ -91,7 +92,7 @@ def test_any_other_answer_is_named_as_unexpected():
 
 
 def opening(session_id=None, *, start_time=None, idle_timeout=None, durability=None, **wishes):
-    options = calls.OpenOptions(idle_timeout, durability)
+    options = calls.NewSessionOptions(idle_timeout, durability)
     call = calls.open_session("m", "1", session_id, options, start_time=start_time, **wishes)
     return call.request
 
@@ -106,17 +107,19 @@ def test_an_opening_without_an_id_gets_one_that_can_be_sent_again():
 
 
 def test_a_fork_without_an_id_gets_one_that_can_be_sent_again():
-    made = [calls.fork_session("a", None, calls.OpenOptions()).request for _ in range(2)]
+    made = [calls.fork_session("a", None, calls.NewSessionOptions()).request for _ in range(2)]
     assert made[0].new_session_id
     assert made[0].new_session_id != made[1].new_session_id
-    chosen = calls.fork_session("a", "b", calls.OpenOptions(timedelta(minutes=5), "sync")).request
+    chosen = calls.fork_session(
+        "a", "b", calls.NewSessionOptions(timedelta(minutes=5), "sync")
+    ).request
     assert (chosen.session_id, chosen.new_session_id) == ("a", "b")
     assert chosen.idle_timeout.ToTimedelta() == timedelta(minutes=5)
     assert chosen.durability == pb.DURABILITY_SYNC
 
 
 def test_an_import_without_an_id_keeps_that_of_the_snapshot():
-    options = calls.OpenOptions(durability="none")
+    options = calls.NewSessionOptions(durability="none")
     (request,) = calls.import_session(b"bytes", None, options).request
     assert (request.data, request.size, request.session_id) == (b"bytes", 5, "")
     assert request.durability == pb.DURABILITY_NONE

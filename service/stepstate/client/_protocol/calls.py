@@ -22,22 +22,22 @@ PAGE_SIZE = 1_000
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Call(Generic[R]):
+class UnaryCall(Generic[R]):
     """A unary call.
 
-    `rpc`: its name in the contract. `read`: makes the result of its reply.
-    `if_exists`: what to ask instead if the session exists already, since the id is new and of
-    this client: a first try, whose reply was lost, opened it.
+    `rpc`: its name in the contract. `read`: makes the result of its reply. `if_exists`: what to ask
+    instead if the session exists already, since the id is new and of this client: a first try,
+    whose reply was lost, opened it.
     """
 
     rpc: str
     request: Any
     read: Callable[[Any], R]
-    if_exists: Call[R] | None = None
+    if_exists: UnaryCall[R] | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class OpenOptions:
+class NewSessionOptions:
     """What a new session may be given, whatever it starts from."""
 
     idle_timeout: timedelta | None = None
@@ -62,12 +62,12 @@ def open_session(
     model: str,
     version: str,
     session_id: str | None,
-    options: OpenOptions,
+    options: NewSessionOptions,
     *,
     start_time: datetime | None = None,
     missing: MissingPolicy | None = None,
     interval_level: float | None = None,
-) -> Call[SessionInfo]:
+) -> UnaryCall[SessionInfo]:
     """Opens a session. The client makes the id, so that the request can be repeated.
 
     Raises:
@@ -89,7 +89,9 @@ def open_session(
     return _opening("OpenSession", request, None if session_id is not None else new_id)
 
 
-def fork_session(source_id: str, new_id: str | None, options: OpenOptions) -> Call[SessionInfo]:
+def fork_session(
+    source_id: str, new_id: str | None, options: NewSessionOptions
+) -> UnaryCall[SessionInfo]:
     """Opens a copy of a session; its id is made here too.
 
     Raises:
@@ -102,8 +104,8 @@ def fork_session(source_id: str, new_id: str | None, options: OpenOptions) -> Ca
 
 
 def import_session(
-    snapshot: bytes, session_id: str | None, options: OpenOptions
-) -> Call[SessionInfo]:
+    snapshot: bytes, session_id: str | None, options: NewSessionOptions
+) -> UnaryCall[SessionInfo]:
     """Opens a session from a snapshot; without an id it keeps its own. The request is a stream.
 
     Raises:
@@ -114,69 +116,69 @@ def import_session(
     first.data = snapshot[:SNAPSHOT_PART_BYTES]
     places = range(SNAPSHOT_PART_BYTES, len(snapshot), SNAPSHOT_PART_BYTES)
     rest = [pb.StreamImportRequest(data=snapshot[at : at + SNAPSHOT_PART_BYTES]) for at in places]
-    return Call("StreamImport", [first, *rest], _session_of)
+    return UnaryCall("StreamImport", [first, *rest], _session_of)
 
 
-def restore_session(session_id: str) -> Call[SessionInfo]:
+def restore_session(session_id: str) -> UnaryCall[SessionInfo]:
     """Opens an expired session again."""
-    return Call("RestoreSession", pb.RestoreSessionRequest(session_id=session_id), _session_of)
+    return UnaryCall("RestoreSession", pb.RestoreSessionRequest(session_id=session_id), _session_of)
 
 
-def get_session(session_id: str) -> Call[SessionInfo]:
+def get_session(session_id: str) -> UnaryCall[SessionInfo]:
     """Asks for a session's status."""
-    return Call("GetSession", pb.GetSessionRequest(session_id=session_id), _session_of)
+    return UnaryCall("GetSession", pb.GetSessionRequest(session_id=session_id), _session_of)
 
 
-def close_session(session_id: str) -> Call[SessionInfo]:
+def close_session(session_id: str) -> UnaryCall[SessionInfo]:
     """Closes a session."""
-    return Call("CloseSession", pb.CloseSessionRequest(session_id=session_id), _session_of)
+    return UnaryCall("CloseSession", pb.CloseSessionRequest(session_id=session_id), _session_of)
 
 
-def reset_accuracy(session_id: str) -> Call[SessionInfo]:
+def reset_accuracy(session_id: str) -> UnaryCall[SessionInfo]:
     """Resets a session's accuracy and drift."""
-    return Call("ResetAccuracy", pb.ResetAccuracyRequest(session_id=session_id), _session_of)
+    return UnaryCall("ResetAccuracy", pb.ResetAccuracyRequest(session_id=session_id), _session_of)
 
 
-def get_model(name: str, version: str) -> Call[ModelInfo]:
+def get_model(name: str, version: str) -> UnaryCall[ModelInfo]:
     """Asks for one model."""
     request = pb.GetModelRequest(model=name, version=version)
-    return Call("GetModel", request, lambda reply: convert.model_info(reply.model))
+    return UnaryCall("GetModel", request, lambda reply: convert.model_info(reply.model))
 
 
 @dataclass(frozen=True, slots=True)
-class Page(Generic[R]):
+class ListPage(Generic[R]):
     """A part of a list, and the call for the next part; None at its end."""
 
     items: Sequence[R]
-    next: Call[Page[R]] | None
+    next: UnaryCall[ListPage[R]] | None
 
 
-def list_sessions(model: str, *, show_expired: bool) -> Call[Page[SessionInfo]]:
+def list_sessions(model: str, *, show_expired: bool) -> UnaryCall[ListPage[SessionInfo]]:
     """Asks for the first page of sessions."""
     request = pb.ListSessionsRequest(model=model, page_size=PAGE_SIZE, show_expired=show_expired)
     return _page("ListSessions", request, lambda reply: map(convert.session_info, reply.sessions))
 
 
-def list_models() -> Call[Page[ModelInfo]]:
+def list_models() -> UnaryCall[ListPage[ModelInfo]]:
     """Asks for the first page of models."""
     request = pb.ListModelsRequest()
     return _page("ListModels", request, lambda reply: map(convert.model_info, reply.models))
 
 
-def _page(rpc: str, request: Any, items: Callable[[Any], Iterable[R]]) -> Call[Page[R]]:
-    def read(reply: Any) -> Page[R]:
+def _page(rpc: str, request: Any, items: Callable[[Any], Iterable[R]]) -> UnaryCall[ListPage[R]]:
+    def read(reply: Any) -> ListPage[R]:
         found = tuple(items(reply))
         if not reply.next_page_token:
-            return Page(found, None)
+            return ListPage(found, None)
         request.page_token = reply.next_page_token
-        return Page(found, Call(rpc, request, read))
+        return ListPage(found, UnaryCall(rpc, request, read))
 
-    return Call(rpc, request, read)
+    return UnaryCall(rpc, request, read)
 
 
-def _opening(rpc: str, request: Any, own_id: str | None) -> Call[SessionInfo]:
+def _opening(rpc: str, request: Any, own_id: str | None) -> UnaryCall[SessionInfo]:
     """`own_id`: the session's id if it was made here, so that nobody else can have opened it."""
-    return Call(rpc, request, _session_of, None if own_id is None else get_session(own_id))
+    return UnaryCall(rpc, request, _session_of, None if own_id is None else get_session(own_id))
 
 
 def _session_of(reply: Any) -> SessionInfo:

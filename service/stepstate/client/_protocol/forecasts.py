@@ -67,9 +67,9 @@ class ScenarioRows:
 class PendingForecast(Generic[S]):
     """One session, and its result.
 
-    `t`: rows whose outputs the application had when the forecast was asked for.
-    `behind`: the server's t, before that. `error`: why there is no result yet.
-    `ahead`: the server's t, after that, which it was `times_ahead` times.
+    `t`: rows whose outputs the application had when the forecast was asked for. `behind`: the
+    server's t, before that. `error`: why there is no result yet. `ahead`: the server's t, after
+    that, which it was `times_ahead` times.
     """
 
     session_id: str
@@ -94,8 +94,8 @@ class ForecastProtocol(Generic[S]):
         timeout: seconds for all tries.
 
     Raises:
-        InvalidField: a scenario is not rows, there are none, the levels are not
-            numbers, or the horizon is out of range.
+        InvalidField: a scenario is not rows, there are none, the levels are not numbers, or the
+            horizon is out of range.
     """
 
     def __init__(

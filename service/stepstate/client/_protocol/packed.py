@@ -39,11 +39,10 @@ IMPUTED, FALLBACK = 2, 4
 class PackedResult:
     """The outcomes of the rows of one call.
 
-    `y` [N, O]: outputs in raw units; NaN where the row was refused. `t` [N]: rows
-    applied to the session up to this one; 0 where refused. `durable_t` [N]: rows
-    of it that survive the end of the server. `imputed` [N]: a missing value was
-    replaced. `fallback` [N]: a lagged input would have been before the session's
-    first row. `errors`: why rows were refused, by their place.
+    `y` [N, O]: outputs in raw units; NaN where the row was refused. `t` [N]: rows applied to the
+    session up to this one; 0 where refused. `durable_t` [N]: rows of it that survive the end of the
+    server. `imputed` [N]: a missing value was replaced. `fallback` [N]: a lagged input would have
+    been before the session's first row. `errors`: why rows were refused, by their place.
     """
 
     y: Floats
@@ -209,8 +208,8 @@ class PackedProtocol(Generic[S]):
         """Decides about the refused rows, when all replies that will come have come.
 
         Returns:
-            The sessions in which the server was rolled back, and its t in each: let them catch
-            up, or report with `ended` why they can't.
+            The sessions in which the server was rolled back, and its t in each: let them catch up,
+            or report with `ended` why they can't.
         """
         behind: list[tuple[S, int]] = []
         waits: set[int] = set()

@@ -76,7 +76,9 @@ class ProgressTimeout:
     @property
     def left(self) -> float:
         """Seconds that a request may take; they count from the first request on."""
-        return max(self._running().left, MIN_TIMEOUT)
+        if self._backoff is None:
+            self._backoff = Backoff(self._timeout)
+        return max(self._backoff.left, MIN_TIMEOUT)
 
     def progress(self) -> None:
         """There was progress: the time starts anew with the next request."""
@@ -88,12 +90,9 @@ class ProgressTimeout:
         Raises:
             StepstateError: the error, if there was no progress for too long.
         """
-        return self._running().wait(error)
-
-    def _running(self) -> Backoff:
         if self._backoff is None:
             self._backoff = Backoff(self._timeout)
-        return self._backoff
+        return self._backoff.wait(error)
 
 
 @dataclass(slots=True)

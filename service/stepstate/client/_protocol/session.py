@@ -51,10 +51,10 @@ class BaseSession:
         t: rows whose outputs the application has.
         durable_t: rows that survive the end of the server, as it last reported.
         info: the session's status when it was opened, or last asked for.
-        imputed_rows: rows of the last call, or of the last item of a stream, in which
-            a missing value was replaced.
-        fallback_rows: rows of it for which the model's lagged inputs would have been
-            before the session's first row, so that its fallback was used.
+        imputed_rows: rows of the last call, or of the last item of a stream, in which a missing
+            value was replaced.
+        fallback_rows: rows of it for which the model's lagged inputs would have been before the
+            session's first row, so that its fallback was used.
         clock: the times of its rows.
         closed: it was closed here, or the server reported that it has ended.
     """
@@ -90,8 +90,8 @@ class BaseSession:
     def time(self, t: int | None = None) -> datetime | None:
         """The time of row t, in UTC; without t: of the last row, t - 1.
 
-        None if the model knows no time, the session's start is not known, or there is
-        no last row yet.
+        None if the model knows no time, the session's start is not known, or there is no last row
+        yet.
         """
         if t is None and not self.t:
             return None

@@ -9,7 +9,7 @@ from typing import overload
 
 from stepstate.client._api import ClientAPI
 from stepstate.client._protocol import calls
-from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult, listed
+from stepstate.client._protocol.forecasts import ForecastResult
 from stepstate.client._protocol.history import AsyncHistory, Progress, start_of_async
 from stepstate.client.aio.connection import AsyncConnection, ask
 from stepstate.client.aio.pack import AsyncPack
@@ -46,7 +46,7 @@ class AsyncClient(AsyncConnection, ClientAPI):
             model,
             version,
             session_id,
-            calls.OpenOptions(idle_timeout, durability),
+            calls.NewSessionOptions(idle_timeout, durability),
             start_time=start_time,
             missing=missing,
             interval_level=interval_level,
@@ -69,7 +69,7 @@ class AsyncClient(AsyncConnection, ClientAPI):
     ) -> AsyncSession:
         if not isinstance(session, str):
             return await session.fork(new_id, idle_timeout=idle_timeout, durability=durability)
-        options = calls.OpenOptions(idle_timeout, durability)
+        options = calls.NewSessionOptions(idle_timeout, durability)
         return await session_of(self, await ask(self, calls.fork_session(session, new_id, options)))
 
     async def restore_expired(self, session_id: str) -> AsyncSession:
@@ -83,7 +83,7 @@ class AsyncClient(AsyncConnection, ClientAPI):
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
     ) -> AsyncSession:
-        options = calls.OpenOptions(idle_timeout, durability)
+        options = calls.NewSessionOptions(idle_timeout, durability)
         call = calls.import_session(snapshot, session_id, options)
         return await session_of(self, await ask(self, call))
 
@@ -96,26 +96,24 @@ class AsyncClient(AsyncConnection, ClientAPI):
         ...     async for result in client.stream(readings):
         ...         print(result.session.session_id, result.session.t, result.y)
 
-        Results of one session come in the order of its items, those of different
-        sessions when they are ready. An item may be one row [D] or many [T, D], with
-        times or without; its result is that of its last row.
+        Results of one session come in the order of its items, those of different sessions when they
+        are ready. An item may be one row [D] or many [T, D], with times or without; its result is
+        that of its last row.
 
-        Up to `WINDOW` items of each session are in flight. Its other items wait in a
-        queue of its own, so that a session that is slow, refused for now or sent rows
-        again does not delay the others. No more items are taken from the source while
-        `max_items` of all sessions have no result that was taken, or 64 MiB of rows
-        wait.
+        Up to `WINDOW` items of each session are in flight. Its other items wait in a queue of its
+        own, so that a session that is slow, refused for now or sent rows again does not delay the
+        others. No more items are taken from the source while `max_items` of all sessions have no
+        result that was taken, or 64 MiB of rows wait.
 
-        When the connection breaks it is made again, and what was not answered is sent
-        again with the same t; a session whose server was rolled back first sends what
-        the server lacks. Each output is yielded once.
+        When the connection breaks it is made again, and what was not answered is sent again with
+        the same t; a session whose server was rolled back first sends what the server lacks. Each
+        output is yielded once.
 
-        An error that ends a session (a row that can't be applied, a closed session,
-        `RowsMissing`) is the result of its item and of all later items of that
-        session, none of which is applied; the other sessions go on. A session's t is
-        that of its last result: continue with it in another stream. After leaving the
-        loop early, continue from each session's t with the same rows, or call
-        `refresh` first.
+        An error that ends a session (a row that can't be applied, a closed session, `RowsMissing`)
+        is the result of its item and of all later items of that session, none of which is applied;
+        the other sessions go on. A session's t is that of its last result: continue with it in
+        another stream. After leaving the loop early, continue from each session's t with the same
+        rows, or call `refresh` first.
 
         Args:
             items: pairs (session, x), from an iterable or an async iterable.
@@ -126,13 +124,7 @@ class AsyncClient(AsyncConnection, ClientAPI):
             InvalidField: two objects were given for one session.
             Exception: what `items` raised, after the results of the items before.
         """
-        pipeline = Pipeline(
-            items,
-            self.stub.StreamSteps,
-            target=self.target,
-            timeout=self.timeout,
-            max_items=max_items,
-        )
+        pipeline = Pipeline(items, self, max_items=max_items)
         try:
             while (result := await pipeline.next()) is not None:
                 yield result
@@ -173,16 +165,9 @@ class AsyncClient(AsyncConnection, ClientAPI):
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Sequence[ForecastResult]:
-        wanted = listed(sessions)
-        protocol = ForecastProtocol(
-            wanted,
-            horizon,
-            quantiles=quantiles,
-            scenarios=scenarios,
-            models=await self.models() if any(isinstance(one, str) for one in wanted) else (),
-            timeout=self.timeout if timeout is None else timeout,
+        return await forecast(
+            self, sessions, horizon, quantiles=quantiles, scenarios=scenarios, timeout=timeout
         )
-        return await forecast(self, protocol, timeout)
 
 
 async def _prime(session: AsyncSession, history: AsyncHistory, progress: Progress | None) -> None:

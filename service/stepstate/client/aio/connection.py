@@ -60,7 +60,7 @@ class AsyncConnection(BaseConnection):
     async def sessions(
         self, model: str = "", *, show_expired: bool = False
     ) -> AsyncIterator[SessionInfo]:
-        call: calls.Call[calls.Page[SessionInfo]] | None
+        call: calls.UnaryCall[calls.ListPage[SessionInfo]] | None
         call = calls.list_sessions(model, show_expired=show_expired)
         while call is not None:
             page = await ask(self, call)
@@ -83,7 +83,7 @@ class AsyncConnection(BaseConnection):
 
     async def models(self) -> list[ModelInfo]:
         found: list[ModelInfo] = []
-        call: calls.Call[calls.Page[ModelInfo]] | None = calls.list_models()
+        call: calls.UnaryCall[calls.ListPage[ModelInfo]] | None = calls.list_models()
         while call is not None:
             page = await ask(self, call)
             found += page.items
@@ -111,7 +111,9 @@ class AsyncConnection(BaseConnection):
         return True
 
 
-async def ask(connection: AsyncConnection, call: calls.Call[R], timeout: float | None = None) -> R:
+async def ask(
+    connection: AsyncConnection, call: calls.UnaryCall[R], timeout: float | None = None
+) -> R:
     """Makes a call, and reads its reply.
 
     Raises:

@@ -21,6 +21,7 @@ from stepstate.client._protocol.replay import SentRequest
 from stepstate.client._protocol.retry import Backoff
 from stepstate.client._protocol.session import BaseSession, result_of
 from stepstate.client._protocol.steps import WINDOW, StepProtocol
+from stepstate.client.aio.connection import AsyncConnection
 from stepstate.client.times import RowsLike
 from stepstate.client.types import Result
 from stepstate.errors import InvalidField, ServerUnreachable, StepstateError, Unavailable
@@ -53,24 +54,22 @@ class Pipeline(Generic[S]):
 
     Args:
         items: pairs of a session and its rows.
-        connect: opens a stream.
-        target: the server, for errors.
-        timeout: seconds without an answer until it gives up.
+        client: connected to the server.
+        timeout: seconds without an answer until it gives up; None: the client's.
         max_items: most items taken from the source whose results were not taken yet.
     """
 
     def __init__(
         self,
         items: Items[S],
-        connect: Callable[[], Call],
+        client: AsyncConnection,
         *,
-        target: str,
-        timeout: float,
-        max_items: int = MAX_ITEMS,
+        max_items: int,
+        timeout: float | None = None,
     ) -> None:
-        self._connect = connect
-        self._target = target
-        self._timeout = timeout
+        self._client = client
+        self._connect: Callable[[], Call] = client.stub.StreamSteps
+        self._timeout = client.timeout if timeout is None else timeout
         self._max_items = max_items
         self._queues: dict[str, _SessionQueue[S]] = {}
         self._ready: deque[_SessionQueue[S]] = deque()
@@ -83,6 +82,7 @@ class Pipeline(Generic[S]):
         self._fed = False
         self._failure: Exception | None = None
         self._backoff: Backoff | None = None
+        # Who waits for one of them looks first, clears it, and waits.
         self._to_send, self._to_take, self._to_feed = (asyncio.Event() for _ in range(3))
         self._feeding = asyncio.create_task(self._feed(items))
         self._running = asyncio.create_task(self._run())
@@ -101,7 +101,8 @@ class Pipeline(Generic[S]):
                 if self._failure is not None:
                     raise self._failure
                 return None
-            await _changed(self._to_take)
+            self._to_take.clear()
+            await self._to_take.wait()
         return self._take(*self._results.popleft())
 
     async def end(self) -> None:
@@ -136,7 +137,8 @@ class Pipeline(Generic[S]):
                 if count % _AT_ONCE == 0:
                     await asyncio.sleep(0)
                 while self._inside >= self._max_items or self._inside_bytes >= MAX_BYTES:
-                    await _changed(self._to_feed)
+                    self._to_feed.clear()
+                    await self._to_feed.wait()
         except Exception as error:  # noqa: BLE001 - whatever the application's iterator raises
             self._failure = error
         self._fed = True
@@ -184,13 +186,14 @@ class Pipeline(Generic[S]):
         while self._unanswered or not self._fed:
             if not self._unanswered:  # no server is needed yet
                 self._backoff = None
-                await _changed(self._to_send)
+                self._to_send.clear()
+                await self._to_send.wait()
                 continue
             error: StepstateError | None = None
             try:
                 await self._converse()
             except grpc.aio.AioRpcError as failure:
-                error = convert.from_rpc(failure, self._target)
+                error = convert.from_rpc(failure, self._client.target)
             except Unavailable as ended:
                 error = ended
             if error is None or not self._unanswered:
@@ -217,7 +220,7 @@ class Pipeline(Generic[S]):
             writing.cancel()
             await asyncio.gather(writing, return_exceptions=True)
         if self._unanswered or not self._fed:
-            raise ServerUnreachable(self._target, "the stream ended early")
+            raise ServerUnreachable(self._client.target, "the stream ended early")
 
     async def _write(self, call: Call) -> None:
         """Sends the sessions' requests in turn; the reader reports a broken stream."""
@@ -234,7 +237,8 @@ class Pipeline(Generic[S]):
                 if self._fed and not self._unanswered:
                     await call.done_writing()
                     return
-                await _changed(self._to_send)
+                self._to_send.clear()
+                await self._to_send.wait()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass
 
@@ -285,9 +289,3 @@ async def _each(
 ) -> AsyncIterator[tuple[S, RowsLike]]:
     for item in items:
         yield item
-
-
-async def _changed(event: asyncio.Event) -> None:
-    """Waits for the next `set`; who waits has looked before."""
-    event.clear()
-    await event.wait()

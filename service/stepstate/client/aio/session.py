@@ -13,7 +13,7 @@ import grpc
 from stepstate.client import convert
 from stepstate.client._api import SessionAPI
 from stepstate.client._protocol import calls
-from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult
+from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult, listed
 from stepstate.client._protocol.history import (
     IN_FLIGHT,
     PIECE_ROWS,
@@ -40,15 +40,14 @@ Rows = Iterable[RowsLike] | AsyncIterable[RowsLike]
 class AsyncSession(BaseSession, SessionAPI):
     """A session: applies rows and returns outputs, each row exactly once.
 
-    `t` counts the rows whose outputs were returned; `durable_t` those of them
-    that survive the end of the server. One task at a time may step a session.
+    `t` counts the rows whose outputs were returned; `durable_t` those of them that survive the end
+    of the server. One task at a time may step a session.
 
-    With durability async or sync a session survives the end of its server. It keeps
-    the rows after `durable_t`, up to the client's `resume_rows`. When the server
-    comes back, or another one takes over, with an older state, the next step first
-    sends it what it lacks, exactly once and in order. The outputs of these rows are
-    dropped: the application has them already. This may take as long as there is
-    progress; `timeout` counts from the last answer that made some.
+    With durability async or sync a session survives the end of its server. It keeps the rows after
+    `durable_t`, up to the client's `resume_rows`. When the server comes back, or another one takes
+    over, with an older state, the next step first sends it what it lacks, exactly once and in
+    order. The outputs of these rows are dropped: the application has them already. This may take as
+    long as there is progress; `timeout` counts from the last answer that made some.
     """
 
     def __init__(
@@ -113,13 +112,8 @@ class AsyncSession(BaseSession, SessionAPI):
         timeout: float | None = None,
     ) -> Floats:
         reader = HistoryReader(self, history, progress)
-        pipeline = Pipeline(
-            reader.items(self),
-            self.client.stub.StreamSteps,
-            target=self.client.target,
-            timeout=self.client.timeout if timeout is None else timeout,
-            max_items=IN_FLIGHT,
-        )
+        items = reader.items(self)
+        pipeline = Pipeline(items, self.client, max_items=IN_FLIGHT, timeout=timeout)
         try:
             while (result := await pipeline.next()) is not None:
                 reader.take(result.y)
@@ -162,15 +156,9 @@ class AsyncSession(BaseSession, SessionAPI):
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Forecast | dict[str, Forecast]:
-        protocol = ForecastProtocol(
-            [self],
-            horizon,
-            quantiles=quantiles,
-            scenarios=scenarios,
-            models=(),
-            timeout=self.client.timeout if timeout is None else timeout,
+        (result,) = await forecast(
+            self.client, [self], horizon, quantiles=quantiles, scenarios=scenarios, timeout=timeout
         )
-        (result,) = await forecast(self.client, protocol, timeout)
         if isinstance(result, StepstateError):
             raise result
         return result
@@ -188,13 +176,7 @@ class AsyncSession(BaseSession, SessionAPI):
     def stream(self, xs: Rows, *, named: Literal[True]) -> AsyncIterator[Outputs]: ...
 
     async def stream(self, xs: Rows, *, named: bool = False) -> AsyncIterator[Floats | Outputs]:
-        pipeline = Pipeline(
-            self._items(each_row(xs)),
-            self.client.stub.StreamSteps,
-            target=self.client.target,
-            timeout=self.client.timeout,
-            max_items=WINDOW,
-        )
+        pipeline = Pipeline(self._items(each_row(xs)), self.client, max_items=WINDOW)
         try:
             while (result := await pipeline.next()) is not None:
                 yield self.named(result.y) if named else result.y
@@ -213,7 +195,7 @@ class AsyncSession(BaseSession, SessionAPI):
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
     ) -> AsyncSession:
-        options = calls.OpenOptions(idle_timeout, durability)
+        options = calls.NewSessionOptions(idle_timeout, durability)
         info = await ask(self.client, calls.fork_session(self.session_id, new_id, options))
         forked = await session_of(self.client, info)
         forked.continue_from(self, resume_rows=self.client.resume_rows)
@@ -280,9 +262,24 @@ async def session_of(
 
 
 async def forecast(
-    client: AsyncConnection, protocol: ForecastProtocol[AsyncSession], timeout: float | None
+    client: AsyncConnection,
+    sessions: Iterable[AsyncSession | str],
+    horizon: int | None,
+    *,
+    quantiles: Levels | None,
+    scenarios: Scenarios | None,
+    timeout: float | None,
 ) -> Sequence[ForecastResult]:
-    """Makes the calls of a forecast; `timeout` is that of each session that has to catch up."""
+    """The forecasts of many sessions; `timeout` also counts for each that has to catch up."""
+    wanted = listed(sessions)
+    protocol = ForecastProtocol(
+        wanted,
+        horizon,
+        quantiles=quantiles,
+        scenarios=scenarios,
+        models=await client.models() if any(isinstance(one, str) for one in wanted) else (),
+        timeout=client.timeout if timeout is None else timeout,
+    )
     while not protocol.done:
         for some, request in protocol.calls():
             try:

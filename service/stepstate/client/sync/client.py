@@ -9,7 +9,7 @@ from typing import overload
 
 from stepstate.client._api import ClientAPI
 from stepstate.client._protocol import calls
-from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult, listed
+from stepstate.client._protocol.forecasts import ForecastResult
 from stepstate.client._protocol.history import History, Progress, start_of
 from stepstate.client._protocol.session import result_of
 from stepstate.client.forecast import Forecast, Levels, Scenarios
@@ -48,7 +48,7 @@ class Client(Connection, ClientAPI):
             model,
             version,
             session_id,
-            calls.OpenOptions(idle_timeout, durability),
+            calls.NewSessionOptions(idle_timeout, durability),
             start_time=start_time,
             missing=missing,
             interval_level=interval_level,
@@ -71,7 +71,7 @@ class Client(Connection, ClientAPI):
     ) -> Session:
         if not isinstance(session, str):
             return session.fork(new_id, idle_timeout=idle_timeout, durability=durability)
-        options = calls.OpenOptions(idle_timeout, durability)
+        options = calls.NewSessionOptions(idle_timeout, durability)
         return session_of(self, ask(self, calls.fork_session(session, new_id, options)))
 
     def restore_expired(self, session_id: str) -> Session:
@@ -85,7 +85,7 @@ class Client(Connection, ClientAPI):
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
     ) -> Session:
-        options = calls.OpenOptions(idle_timeout, durability)
+        options = calls.NewSessionOptions(idle_timeout, durability)
         call = calls.import_session(snapshot, session_id, options)
         reply = self.call(
             lambda parts, timeout: self.stub.StreamImport(iter(parts), timeout=timeout),
@@ -96,18 +96,17 @@ class Client(Connection, ClientAPI):
     def stream(self, items: Iterable[tuple[Session, RowsLike]]) -> Iterator[Result[Session]]:
         """Steps many sessions on one connection, and yields a result for every item.
 
-        One item is in flight at a time, so that each output is there before the next
-        item is asked for: results come in the order of the items. `AsyncClient.stream`
-        has many items in flight. An item may be one row [D] or many [T, D], with times
-        or without; its result is that of its last row.
+        One item is in flight at a time, so that each output is there before the next item is asked
+        for: results come in the order of the items. `AsyncClient.stream` has many items in flight.
+        An item may be one row [D] or many [T, D], with times or without; its result is that of its
+        last row.
 
-        When the connection breaks it is made again, and what was not answered is sent
-        again with the same t. Each output is yielded once.
+        When the connection breaks it is made again, and what was not answered is sent again with
+        the same t. Each output is yielded once.
 
-        An error that ends a session (a row that can't be applied, a closed session,
-        `RowsMissing`) is the result of its item and of all later items of that
-        session, none of which is applied; the other sessions go on. A session's t is
-        that of its last result.
+        An error that ends a session (a row that can't be applied, a closed session, `RowsMissing`)
+        is the result of its item and of all later items of that session, none of which is applied;
+        the other sessions go on. A session's t is that of its last result.
 
         Args:
             items: pairs (session, x), from an iterable.
@@ -116,7 +115,7 @@ class Client(Connection, ClientAPI):
             ServerUnreachable, Draining: no connection for `timeout` seconds.
             Exception: what `items` raised.
         """
-        steps = SyncStream(self.stub.StreamSteps, self.target)
+        steps = SyncStream(self)
         ended: dict[str, StepstateError] = {}
         try:
             for session, x in items:
@@ -166,16 +165,9 @@ class Client(Connection, ClientAPI):
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Sequence[ForecastResult]:
-        wanted = listed(sessions)
-        protocol = ForecastProtocol(
-            wanted,
-            horizon,
-            quantiles=quantiles,
-            scenarios=scenarios,
-            models=self.models() if any(isinstance(one, str) for one in wanted) else (),
-            timeout=self.timeout if timeout is None else timeout,
+        return forecast(
+            self, sessions, horizon, quantiles=quantiles, scenarios=scenarios, timeout=timeout
         )
-        return forecast(self, protocol, timeout)
 
 
 def _prime(session: Session, history: History, progress: Progress | None) -> None:

@@ -56,7 +56,7 @@ class Connection(BaseConnection):
         return ask(self, calls.get_session(session_id))
 
     def sessions(self, model: str = "", *, show_expired: bool = False) -> Iterator[SessionInfo]:
-        call: calls.Call[calls.Page[SessionInfo]] | None
+        call: calls.UnaryCall[calls.ListPage[SessionInfo]] | None
         call = calls.list_sessions(model, show_expired=show_expired)
         while call is not None:
             page = ask(self, call)
@@ -78,7 +78,7 @@ class Connection(BaseConnection):
 
     def models(self) -> list[ModelInfo]:
         found: list[ModelInfo] = []
-        call: calls.Call[calls.Page[ModelInfo]] | None = calls.list_models()
+        call: calls.UnaryCall[calls.ListPage[ModelInfo]] | None = calls.list_models()
         while call is not None:
             page = ask(self, call)
             found += page.items
@@ -107,7 +107,7 @@ class Connection(BaseConnection):
         return True
 
 
-def ask(connection: Connection, call: calls.Call[R], timeout: float | None = None) -> R:
+def ask(connection: Connection, call: calls.UnaryCall[R], timeout: float | None = None) -> R:
     """Makes a call, and reads its reply.
 
     Raises:

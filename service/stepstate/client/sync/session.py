@@ -10,7 +10,7 @@ from typing import Literal, Self, overload
 
 from stepstate.client._api import SessionAPI
 from stepstate.client._protocol import calls
-from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult
+from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult, listed
 from stepstate.client._protocol.history import (
     IN_FLIGHT,
     PIECE_ROWS,
@@ -37,15 +37,14 @@ Rows = Iterable[RowsLike]
 class Session(BaseSession, SessionAPI):
     """A session: applies rows and returns outputs, each row exactly once.
 
-    `t` counts the rows whose outputs were returned; `durable_t` those of them
-    that survive the end of the server. One thread at a time may step a session.
+    `t` counts the rows whose outputs were returned; `durable_t` those of them that survive the end
+    of the server. One thread at a time may step a session.
 
-    With durability async or sync a session survives the end of its server. It keeps
-    the rows after `durable_t`, up to the client's `resume_rows`. When the server
-    comes back, or another one takes over, with an older state, the next step first
-    sends it what it lacks, exactly once and in order. The outputs of these rows are
-    dropped: the application has them already. This may take as long as there is
-    progress; `timeout` counts from the last answer that made some.
+    With durability async or sync a session survives the end of its server. It keeps the rows after
+    `durable_t`, up to the client's `resume_rows`. When the server comes back, or another one takes
+    over, with an older state, the next step first sends it what it lacks, exactly once and in
+    order. The outputs of these rows are dropped: the application has them already. This may take as
+    long as there is progress; `timeout` counts from the last answer that made some.
     """
 
     def __init__(
@@ -110,7 +109,7 @@ class Session(BaseSession, SessionAPI):
         timeout: float | None = None,
     ) -> Floats:
         reader = HistoryReader(self, history, progress)
-        steps = SyncStream(self.client.stub.StreamSteps, self.client.target)
+        steps = SyncStream(self.client)
         seconds = self.client.timeout if timeout is None else timeout
         try:
             for y in steps.pieces(self, reader.pieces(), seconds, window=IN_FLIGHT):
@@ -154,15 +153,9 @@ class Session(BaseSession, SessionAPI):
         scenarios: Scenarios | None = None,
         timeout: float | None = None,
     ) -> Forecast | dict[str, Forecast]:
-        protocol = ForecastProtocol(
-            [self],
-            horizon,
-            quantiles=quantiles,
-            scenarios=scenarios,
-            models=(),
-            timeout=self.client.timeout if timeout is None else timeout,
+        (result,) = forecast(
+            self.client, [self], horizon, quantiles=quantiles, scenarios=scenarios, timeout=timeout
         )
-        (result,) = forecast(self.client, protocol, timeout)
         if isinstance(result, StepstateError):
             raise result
         return result
@@ -180,7 +173,7 @@ class Session(BaseSession, SessionAPI):
     def stream(self, xs: Rows, *, named: Literal[True]) -> Iterator[Outputs]: ...
 
     def stream(self, xs: Rows, *, named: bool = False) -> Iterator[Floats | Outputs]:
-        steps = SyncStream(self.client.stub.StreamSteps, self.client.target)
+        steps = SyncStream(self.client)
         try:
             for x in each_row(xs):
                 y = steps.step(self, x, self.client.timeout)
@@ -200,7 +193,7 @@ class Session(BaseSession, SessionAPI):
         idle_timeout: timedelta | None = None,
         durability: Durability | None = None,
     ) -> Session:
-        options = calls.OpenOptions(idle_timeout, durability)
+        options = calls.NewSessionOptions(idle_timeout, durability)
         info = ask(self.client, calls.fork_session(self.session_id, new_id, options))
         forked = session_of(self.client, info)
         forked.continue_from(self, resume_rows=self.client.resume_rows)
@@ -250,9 +243,24 @@ def session_of(client: Connection, info: SessionInfo, t: int | None = None) -> S
 
 
 def forecast(
-    client: Connection, protocol: ForecastProtocol[Session], timeout: float | None
+    client: Connection,
+    sessions: Iterable[Session | str],
+    horizon: int | None,
+    *,
+    quantiles: Levels | None,
+    scenarios: Scenarios | None,
+    timeout: float | None,
 ) -> Sequence[ForecastResult]:
-    """Makes the calls of a forecast; `timeout` is that of each session that has to catch up."""
+    """The forecasts of many sessions; `timeout` also counts for each that has to catch up."""
+    wanted = listed(sessions)
+    protocol = ForecastProtocol(
+        wanted,
+        horizon,
+        quantiles=quantiles,
+        scenarios=scenarios,
+        models=client.models() if any(isinstance(one, str) for one in wanted) else (),
+        timeout=client.timeout if timeout is None else timeout,
+    )
     while not protocol.done:
         for some, request in protocol.calls():
             try:

@@ -12,6 +12,7 @@ import grpc
 from stepstate.client import convert
 from stepstate.client._protocol.session import BaseSession
 from stepstate.client._protocol.steps import StepProtocol
+from stepstate.client.sync.connection import Connection
 from stepstate.client.times import RowsLike
 from stepstate.client.types import Floats
 from stepstate.errors import ServerUnreachable, StepstateError
@@ -85,13 +86,12 @@ class SyncStream:
     """Step requests over StreamSteps, on a new stream when one breaks.
 
     Args:
-        connect: opens a stream.
-        target: the server, for errors.
+        client: connected to the server.
     """
 
-    def __init__(self, connect: Callable[..., Any], target: str) -> None:
-        self._connect = connect
-        self._target = target
+    def __init__(self, client: Connection) -> None:
+        self._connect: Callable[..., Any] = client.stub.StreamSteps
+        self._target = client.target
         self._stream: RequestStream[pb.StepRequest, pb.StepResponse] | None = None
 
     def step(self, session: BaseSession, x: RowsLike, timeout: float) -> Floats:

@@ -164,7 +164,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._reader = asyncio.create_task(self._read())
         self._reader.add_done_callback(lambda _: _wake(self._writer_waits))
         try:
-            # A task of its own: a reply wakes every coroutine that awaits the one that it wakes.
+            # In a task of its own a wake-up does not pass through the coroutines that await `run`.
             await asyncio.create_task(self._write(self._reader))
         finally:
             self.cancelled = True

@@ -47,10 +47,7 @@ class HistoryReader:
     """
 
     def __init__(
-        self,
-        session: BaseSession,
-        history: AsyncHistory,
-        progress: Progress | None = None,
+        self, session: BaseSession, history: AsyncHistory, progress: Progress | None = None
     ) -> None:
         self._session = session
         self._start = session.t
@@ -155,9 +152,7 @@ def start_of(history: History) -> tuple[datetime | None, History]:
     return first_time(first, "history"), chain((first,), chunks)
 
 
-async def start_of_async(
-    history: AsyncHistory,
-) -> tuple[datetime | None, AsyncHistory]:
+async def start_of_async(history: AsyncHistory) -> tuple[datetime | None, AsyncHistory]:
     """The same for a history that may be an async iterable."""
     if not isinstance(history, AsyncIterable):
         return start_of(history)

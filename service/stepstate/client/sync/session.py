@@ -102,11 +102,7 @@ class Session(BaseSession, SessionAPI):
         return self.inspect_result(response, placed)
 
     def prime(
-        self,
-        history: History,
-        *,
-        progress: Progress | None = None,
-        timeout: float | None = None,
+        self, history: History, *, progress: Progress | None = None, timeout: float | None = None
     ) -> Floats:
         reader = HistoryReader(self, history, progress)
         steps = SyncStream(self.client)

@@ -71,18 +71,8 @@ class Network:
         self._into_cell = LaggedInputs(manifest, "cell")
         self._into_head = LaggedInputs(manifest, "head")
         self._from_first = manifest.fallback == "first"
-        # y's scaling is folded into the head, and so is its level where that is constant.
-        scale = _output_scale(manifest).to(place)
-        self._head = _head_weights(tensors, scale)
-        self._head_bias = tensors["head.bias"] * scale
-        self._quantiles = list(_quantiles(manifest))
-        self._within = np.zeros(manifest.output_width - 1, np.bool_)
-        """Where the next column of y is another quantile of the same horizon."""
-        for columns, levels in self._quantiles:
-            inner = np.arange(columns.stop - columns.start - 1) % levels != levels - 1
-            self._within[columns.start : columns.stop - 1] = inner
-        if not self._timed:
-            self._head_bias = self._head_bias + self._calendar.bases(any_time)[0]
+        constant = None if self._timed else self._calendar.bases(any_time)[0]
+        self._head = _Head(manifest, tensors, constant, branches=self._branches)
 
     def on(self, device: torch.device) -> Network:
         """The same model on a device."""
@@ -211,28 +201,7 @@ class Network:
         """y [B, O] of the top layer's h [B, P] and the head's lagged inputs [B, n]."""
         if features is not None:
             h = torch.cat((h, features), dim=1)
-        y = torch.addmm(self._head_bias, h, self._head)
-        if place is not None:
-            y += self._calendar.bases(place)
-        if self._quantiles:
-            self._sort_quantiles(y)
-        return y
-
-    def _sort_quantiles(self, y: Tensor) -> None:
-        """Sorts the quantiles of each horizon in y [B, O]; those of a network may cross.
-
-        Sorting never raises their loss (Chernozhukov, Fernandez-Val and Galichon, "Quantile and
-        probability curves without crossing", 2010).
-        """
-        if self._branches:
-            values = y.numpy()  # its comparison of few values takes half of torch's time
-            falls = values[:, 1:] < values[:, :-1]
-            falls &= self._within
-            if not falls.any():
-                return
-        for columns, levels in self._quantiles:
-            part = y[:, columns].unflatten(1, (-1, levels))
-            part.copy_(part.sort(dim=2).values)
+        return self._head(h, None if place is None else self._calendar.bases(place))
 
     def _with_calendar(self, seen: Tensor, place: TimeIndex | None) -> Tensor:
         if place is None:
@@ -285,6 +254,71 @@ class Network:
         return self._levels if place is None else self._calendar.levels(place)
 
 
+class _Head:
+    """The linear head, with y's scaling folded in, and the quantiles of y in order.
+
+    Args:
+        manifest: of the model.
+        tensors: its weights, on one device.
+        base: the level [O] of y where it is constant; None: it is given with each call.
+        branches: whether a branch may depend on a computed value.
+    """
+
+    def __init__(
+        self, manifest: Manifest, tensors: dict[str, Tensor], base: Tensor | None, *, branches: bool
+    ) -> None:
+        bias, weight = tensors["head.bias"], tensors["head.weight"]
+        if "head.lags" in tensors:  # h and the lagged inputs side by side
+            weight = torch.cat((weight, tensors["head.lags"]), dim=1)
+        scale = _output_scale(manifest).to(bias.device)
+        self.weight = (weight * scale[:, None]).t().contiguous()  # [P + n, O]
+        self.bias = bias * scale if base is None else bias * scale + base
+        self._branches = branches
+        self._quantiles = list(_quantiles(manifest))
+        self._within = np.zeros(manifest.output_width - 1, np.bool_)
+        """Where the next column of y is another quantile of the same horizon."""
+        for columns, levels in self._quantiles:
+            inner = np.arange(columns.stop - columns.start - 1) % levels != levels - 1
+            self._within[columns.start : columns.stop - 1] = inner
+
+    def __call__(self, h: Tensor, base: Tensor | None) -> Tensor:
+        """y [B, O] of h and features [B, P + n], with the levels `base` [B, O]."""
+        y = torch.addmm(self.bias, h, self.weight)
+        if base is not None:
+            y += base
+        if self._quantiles:
+            self._sort_quantiles(y)
+        return y
+
+    def _sort_quantiles(self, y: Tensor) -> None:
+        """Sorts the quantiles of each horizon in y [B, O]; those of a network may cross.
+
+        Sorting never raises their loss (Chernozhukov, Fernandez-Val and Galichon, "Quantile and
+        probability curves without crossing", 2010).
+        """
+        if self._branches:
+            values = y.numpy()  # its comparison of few values takes half of torch's time
+            falls = values[:, 1:] < values[:, :-1]
+            falls &= self._within
+            if not falls.any():
+                return
+        for columns, levels in self._quantiles:
+            part = y[:, columns].unflatten(1, (-1, levels))
+            part.copy_(part.sort(dim=2).values)
+
+
+def _output_scale(manifest: Manifest) -> Tensor:
+    scales = [output.scale for output in manifest.outputs for _ in range(output.width)]
+    return torch.tensor(scales, dtype=torch.float32)
+
+
+def _quantiles(manifest: Manifest) -> Iterator[tuple[slice, int]]:
+    """The columns of y of each output that has quantiles, and how many levels it has."""
+    for output, first, _ in manifest.placed_outputs():
+        if output.quantiles:
+            yield slice(first, first + output.width), len(output.quantiles)
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizationError:
     """|dy| against float32, in units of the outputs' `scale` in the manifest."""
@@ -324,23 +358,3 @@ def _stepped(network: Network, x: Tensor, history: int) -> Tensor:
             y, state = network.step(row, at, state, past)
             found.append(y)
     return torch.stack(found)
-
-
-def _output_scale(manifest: Manifest) -> Tensor:
-    scales = [output.scale for output in manifest.outputs for _ in range(output.width)]
-    return torch.tensor(scales, dtype=torch.float32)
-
-
-def _quantiles(manifest: Manifest) -> Iterator[tuple[slice, int]]:
-    """The columns of y of each output that has quantiles, and how many levels it has."""
-    for output, first, _ in manifest.placed_outputs():
-        if output.quantiles:
-            yield slice(first, first + output.width), len(output.quantiles)
-
-
-def _head_weights(tensors: dict[str, Tensor], scale: Tensor) -> Tensor:
-    """The head's weights [P + n, O], for h and the lagged inputs side by side."""
-    weight = tensors["head.weight"]
-    if "head.lags" in tensors:
-        weight = torch.cat((weight, tensors["head.lags"]), dim=1)
-    return (weight * scale[:, None]).t().contiguous()

@@ -129,9 +129,9 @@ def test_rows_that_are_not_finite_are_told_and_keep_their_state(device):
 def test_a_row_with_one_infinite_output_is_told_as_none(stand, network):
     """The state and the other output would be finite."""
     on_device = stand.forward._network
-    on_device._head[:, 1] = 0
-    on_device._head[0, 1] = 3e38
-    on_device._head_bias[1] = 3.4e38  # y[1] overflows where h[0] > 0.001
+    on_device._head.weight[:, 1] = 0
+    on_device._head.weight[0, 1] = 3e38
+    on_device._head.bias[1] = 3.4e38  # y[1] overflows where h[0] > 0.001
     before = stand.states
     y, fine = stand.step(stand.every, rows_of(network, 6) * 3)
     stand.forward.commit()

@@ -270,7 +270,7 @@ async def test_results_whose_sum_overflows_are_still_finite_results(network):
     slots = [desk.engine.claim() for _ in range(8)]
     on_device = desk.engine._on_device
     steps = desk.engine._network if on_device is None else on_device._network
-    steps._head_bias.fill_(3e38)  # in place: a graph has its address
+    steps._head.bias.fill_(3e38)  # in place: a graph has its address
     outcomes = await desk.wait(*(desk.submit(slot, np.zeros(3)) for slot in slots))
     assert all(np.isfinite(y).all() for y in outcomes)
 

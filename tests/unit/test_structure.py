@@ -1,0 +1,72 @@
+"""The package's house rules that no linter checks: see docs/style.md."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import stepstate
+
+ROOT = Path(stepstate.__file__).parent
+MAX_PARAMETERS = 8
+
+
+def parse() -> dict[str, ast.Module]:
+    """Every module of the package that is written by hand, by its name."""
+    found = {}
+    for file in ROOT.rglob("*.py"):
+        parts = file.relative_to(ROOT.parent).with_suffix("").parts
+        if not {"vendored", "examples"} & set(parts) and "_pb2" not in file.name:
+            found[".".join(parts).removesuffix(".__init__")] = ast.parse(file.read_text())
+    return found
+
+
+MODULES = parse()
+
+
+def imported(tree: ast.Module) -> Iterator[str]:
+    """The modules of the package that one imports, for types only too."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in MODULES)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = (f"{node.module}.{alias.name}" for alias in node.names)
+            for name in (one if one in MODULES else node.module for one in names):
+                if name in MODULES:
+                    yield name
+
+
+def classes() -> Iterator[tuple[str, ast.ClassDef]]:
+    for module, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                yield module, node
+
+
+def test_the_package_is_read():
+    assert len(MODULES) > 100
+    assert "stepstate.metrics.collector" in set(imported(MODULES["stepstate.metrics"]))
+
+
+def test_no_files_import_each_other():
+    graph = {name: set(imported(tree)) - {name} for name, tree in MODULES.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_no_constructor_is_wide():
+    for module, node in classes():
+        for method in node.body:
+            if isinstance(method, ast.FunctionDef) and method.name == "__init__":
+                parameters = len(method.args.args) - 1 + len(method.args.kwonlyargs)
+                assert parameters <= MAX_PARAMETERS, f"{module}.{node.name}"
+
+
+def test_every_file_says_what_it_is():
+    assert not [name for name, tree in MODULES.items() if not ast.get_docstring(tree)]

@@ -34,7 +34,7 @@ from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store
-from stepstate.transport import ReplyBudget, RpcInterceptor, StepstateServicer, add_reflection
+from stepstate.transport import Backend, RpcInterceptor, StepstateServicer, add_reflection
 from stepstate.uptime import BEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
@@ -114,11 +114,9 @@ class Server:
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        outgoing = ReplyBudget()
-        self._native = StepstateServicer(
-            self.sessions, outgoing=outgoing, refused=self._metrics.refused
-        )
-        self._triton = self._triton_door(outgoing)
+        backend = Backend(self.sessions, self._metrics)
+        self._native = StepstateServicer(backend)
+        self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
         guard = RpcInterceptor(self._metrics)
         guard.expect(SERVICE.methods)
@@ -205,8 +203,8 @@ class Server:
         await self.stop(LAST_CALLS_SECONDS)
         log.info("stopped")
 
-    def _triton_door(self, outgoing: ReplyBudget) -> TritonService | None:
-        """The door for Triton's clients, where the package with its messages is installed."""
+    def _triton_service(self, backend: Backend) -> TritonService | None:
+        """The API for Triton's clients, if the package with its messages is installed."""
         try:
             from stepstate.transport.triton import TritonService  # noqa: PLC0415 - an extra
         except ImportError as error:
@@ -215,7 +213,7 @@ class Server:
             else:
                 log.warning("Triton's clients are not served: %s", error)
             return None
-        return TritonService(self.sessions, self._metrics, outgoing)
+        return TritonService(backend)
 
     def _wire_sessions(self, catalog: Catalog) -> SessionService:
         config = self._config

@@ -19,8 +19,8 @@ from stepstate.client import AsyncClient, Client
 from stepstate.config import ServerConfig
 from stepstate.models import write_model
 from stepstate.server import SERVICE, Server, running_server
-from stepstate.transport import reply_budget
-from stepstate.transport.snapshots import MAX_SNAPSHOT_BYTES
+from stepstate.transport import bidi
+from stepstate.transport.servicer import MAX_SNAPSHOT_BYTES
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.wire import draw, open_calls, opened, refused, request, sample, scrape, until
@@ -258,16 +258,16 @@ async def test_a_snapshot_that_is_announced_and_does_not_come_holds_up_no_steps(
         assert (await plain.Step(request("a", 0, draw(1)))).t == 1
         snapshot = (await plain.ExportSession(pb.ExportSessionRequest(session_id="a"))).snapshot
         whole = len(snapshot) + len(calls) * len(part)
-        monkeypatch.setattr(reply_budget, "MAX_BYTES", whole - 1)
+        monkeypatch.setattr(bidi, "MAX_BUDGET_BYTES", whole - 1)
         refusal = await refused(plain.StreamImport(parts_of(snapshot, session_id="b")))
         assert "bytes of snapshots" in refusal.message
-        monkeypatch.setattr(reply_budget, "MAX_BYTES", whole)
+        monkeypatch.setattr(bidi, "MAX_BUDGET_BYTES", whole)
         moved = await plain.StreamImport(parts_of(snapshot, session_id="b"))
         assert moved.session.t == 1
         for call in calls:
             call.cancel()
         await until(lambda: no_more_of(large, "StreamImport"))
-        monkeypatch.setattr(reply_budget, "MAX_BYTES", len(snapshot))
+        monkeypatch.setattr(bidi, "MAX_BUDGET_BYTES", len(snapshot))
         assert (await plain.StreamImport(parts_of(snapshot, session_id="c"))).session.t == 1
     assert "Traceback" not in caplog.text
 

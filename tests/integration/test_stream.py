@@ -18,7 +18,7 @@ import pytest
 from stepstate.client import AsyncClient
 from stepstate.server import Server, running_server
 from stepstate.sessions import Step
-from stepstate.transport import reply_budget
+from stepstate.transport import bidi
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.chaos.faults import relay
@@ -336,7 +336,7 @@ async def reserves_at_most(most: int, stub: Stub, monkeypatch: pytest.MonkeyPatc
 
     Where they are more, the next step is refused for them, before it is for any other queue.
     """
-    monkeypatch.setattr(reply_budget, "MAX_BYTES", most + 1_000)
+    monkeypatch.setattr(bidi, "MAX_BUDGET_BYTES", most + 1_000)
     call = stub.Step(request("probe", None, draw(1)))
     await call.code()
     monkeypatch.undo()

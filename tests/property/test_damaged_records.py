@@ -25,7 +25,7 @@ from stepstate import errors
 from stepstate.sessions.options import CopyOptions
 from stepstate.stores import Durability, SessionStore, open_store
 from stepstate.stores.redis import keys
-from stepstate.transport import ReplyBudget, StepstateServicer
+from stepstate.transport import Backend, StepstateServicer
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.networks import make_network
 from tests.redis_process import RedisProcess, redis_process
@@ -120,9 +120,7 @@ class Door:
 
     def __init__(self, store: SessionStore, clock: Clock, owner: str) -> None:
         self.rig = Rig(MODEL, store=store, clock=clock, owner=owner)
-        self.native = StepstateServicer(
-            self.rig.sessions, outgoing=ReplyBudget(), refused=lambda reason: None
-        )
+        self.native = StepstateServicer(Backend(self.rig.sessions, self.rig.metrics))
 
     async def step(self, session_id: str, t: int) -> np.ndarray:
         session = await self.rig.sessions.get(session_id)

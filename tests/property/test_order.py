@@ -22,11 +22,10 @@ from hypothesis import strategies as st
 
 from stepstate.errors import StepstateError
 from stepstate.stores import Durability
-from stepstate.transport import ReplyBudget, StepstateServicer
-from stepstate.transport.bidi import BidiStream
+from stepstate.transport import Backend, StepstateServicer
+from stepstate.transport.bidi import AnyStream
 from stepstate.transport.packed import PackedStream
 from stepstate.transport.steps import StepStream
-from stepstate.transport.triton.sequences import SequenceService
 from stepstate.transport.triton.service import TritonService
 from stepstate.transport.triton.stream import InferStream
 from stepstate.v1 import stepstate_pb2 as pb
@@ -157,21 +156,14 @@ class Doors:
     asked: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
-        sessions, outgoing = self.rig.sessions, ReplyBudget()
-        self.native = StepstateServicer(sessions, outgoing=outgoing, refused=_ignore)
-        self.triton = TritonService(sessions, self.rig.metrics, outgoing)
-        sequences: SequenceService = self.triton._sequences
+        backend = Backend(self.rig.sessions, self.rig.metrics)
+        self.native = StepstateServicer(backend)
+        self.triton = TritonService(backend)
         self.wires = {kind: Wire() for kind in STREAMS}
-        streams: list[BidiStream[Any, Any, Any]] = [
-            StepStream(sessions, self.wires["StreamSteps"], outgoing=outgoing, refused=_ignore),
-            PackedStream(sessions, self.wires["StreamPacked"], outgoing=outgoing, refused=_ignore),
-            InferStream(
-                sessions,
-                self.wires["ModelStreamInfer"],
-                outgoing=outgoing,
-                sequences=sequences,
-                refused=_ignore,
-            ),
+        streams: list[AnyStream] = [
+            StepStream(backend, self.wires["StreamSteps"]),
+            PackedStream(backend, self.wires["StreamPacked"]),
+            InferStream(backend, self.wires["ModelStreamInfer"], self.triton.sequences),
         ]
         self.streams = [asyncio.create_task(stream.run()) for stream in streams]
         self.wires["StreamPacked"].send(
@@ -242,10 +234,6 @@ class Doors:
                 gone = reply.error_message
                 found[place] = "GONE" if gone else _y(tensor(reply.infer_response).ravel())
         return found
-
-
-def _ignore(_: str) -> None:
-    """Counts nothing."""
 
 
 def _flags(flag: str) -> dict[str, bool]:
@@ -366,10 +354,8 @@ async def carry_out(
     else:
         raise AssertionError(problems)
     async with asyncio.timeout(HANG):  # a load may go on that nobody waits for any more
-        await rig.sessions._queues.wait_served()
-    assert not rig.sessions._queues._queues
-    assert not rig.sessions.queued_rows
-    assert not rig.table.deferred_array.any()
+        await rig.settle(*NAMES)
+    assert not rig.left_over()
     assert not surprises
 
 

@@ -1,8 +1,7 @@
-"""The gRPC front doors."""
+"""The gRPC APIs of a server: decode, one call into `SessionService`, encode."""
 
+from stepstate.transport.bidi import Backend
 from stepstate.transport.interceptor import RpcInterceptor
-from stepstate.transport.reflection import add_reflection
-from stepstate.transport.reply_budget import ReplyBudget
-from stepstate.transport.servicer import StepstateServicer
+from stepstate.transport.servicer import StepstateServicer, add_reflection
 
-__all__ = ["ReplyBudget", "RpcInterceptor", "StepstateServicer", "add_reflection"]
+__all__ = ["Backend", "RpcInterceptor", "StepstateServicer", "add_reflection"]

@@ -1,11 +1,13 @@
-"""One bidirectional call: requests in, replies out as they are ready, both bounded.
+"""Bidirectional calls: requests in, replies out as they are ready, both bounded.
 
-Rule 1: at most `MAX_UNANSWERED` requests of a call are accepted and unanswered, and
-        replies of at most about `MAX_BYTES`; beyond that the call is not read, and
-        HTTP/2 holds the client back.
-Rule 2: when the call ends, what it has waiting and not yet taken did not happen.
+Rule 1: a call has at most `MAX_UNANSWERED` accepted requests without a reply, and about
+        `MAX_BYTES` of them and their replies. Beyond that it is not read, and HTTP/2 flow control
+        holds the client back.
+Rule 2: when a call ends, what it has waiting and did not start is never applied.
+Rule 3: a request whose session has to be loaded first waits in the queue of that session. It holds
+        up no other session: the call is read on.
 
-What a request means is the front door's: a subclass of `BidiStream`.
+What a request means is up to the subclasses of `BidiStream`.
 """
 
 from __future__ import annotations
@@ -14,15 +16,16 @@ import asyncio
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter, deque
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
-from stepstate.errors import Draining, StepstateError
-from stepstate.sessions import SessionService, Step
-from stepstate.transport.malformed import DecodeFailure
-from stepstate.transport.reply_budget import ReplyBudget
+from stepstate.errors import Draining, QueueFull, StepstateError
+from stepstate.metrics import Metrics
+from stepstate.sessions import ResidentSession, SessionService, Step
+from stepstate.transport.interceptor import DecodeFailure
 
 log = logging.getLogger(__name__)
 
@@ -30,17 +33,52 @@ MAX_UNANSWERED = 1024
 """Enough to fill a forward from one stream."""
 MAX_BYTES = 8 * 2**20
 """Two of the longest replies."""
+MAX_BUDGET_BYTES = 256 * 2**20
+"""Of all calls: some sixty of the longest replies, or a million short ones."""
 
-Q = TypeVar("Q")
-A = TypeVar("A")
-D = TypeVar("D")
+
+class ReplyBudget:
+    """Bytes of replies accepted and not yet handed to gRPC, of all calls together.
+
+    A client that does not read must not fill memory.
+
+    Args:
+        what: the bytes that are counted, for a person.
+    """
+
+    def __init__(self, what: str = "bytes of unread replies on this server") -> None:
+        self.used = 0
+        self._what = what
+
+    def reserve(self, count: int) -> None:
+        """Reserves the bytes of a reply.
+
+        Raises:
+            QueueFull: too many are reserved already.
+        """
+        if self.used and self.used + count > MAX_BUDGET_BYTES:
+            raise QueueFull(self._what, MAX_BUDGET_BYTES)
+        self.used += count
+
+    def release(self, count: int) -> None:
+        """Releases the bytes of a reply that was sent, or never will be."""
+        self.used -= count
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """What the calls of every API are served with."""
+
+    sessions: SessionService
+    metrics: Metrics
+    replies: ReplyBudget = field(default_factory=ReplyBudget)
 
 
 class MessageChannel(Protocol):
-    """The two sides of a call."""
+    """The two directions of a call."""
 
     async def read(self) -> Any:
-        """The next request, `DecodeFailure` for bytes that are none, or `grpc.aio.EOF`."""
+        """The next request, `DecodeFailure` for bytes that are no message, or `grpc.aio.EOF`."""
         ...
 
     async def write(self, message: Any) -> None:
@@ -48,33 +86,49 @@ class MessageChannel(Protocol):
         ...
 
 
-class BidiStream(ABC, Generic[Q, A, D]):
-    """Requests Q and replies A of one call; D is a request that is done.
+class Outcome(Protocol):
+    """A request that is done."""
+
+    @property
+    def reply_bytes(self) -> int:
+        """Bytes of its reply, as they were reserved when it was accepted."""
+        ...
+
+
+Q = TypeVar("Q")
+A = TypeVar("A")
+D = TypeVar("D", bound=Outcome)
+W = TypeVar("W")
+
+
+class BidiStream(ABC, Generic[Q, A, D, W]):
+    """One call.
+
+    Requests Q, replies A; D: a request that is done, W: a request that waits for its session.
 
     Args:
-        sessions: take the steps.
-        messages: the two sides of the call.
-        outgoing: the bytes of replies that are on their way, of all calls.
-        refused: told the reason of each refusal.
+        backend: serves the requests.
+        messages: the two directions of the call.
+        patience_seconds: how long a request waits for a full queue, in its place in the queue of
+            its session.
     """
 
     def __init__(
-        self,
-        sessions: SessionService,
-        messages: MessageChannel,
-        *,
-        outgoing: ReplyBudget,
-        refused: Callable[[str], None],
+        self, backend: Backend, messages: MessageChannel, *, patience_seconds: float = 0.0
     ) -> None:
         self.cancelled = False
-        self._refused = refused
-        self._sessions = sessions
+        self.refusals: Counter[str] = Counter()
+        """Refused requests, by reason."""
+        self._sessions = backend.sessions
+        self._metrics = backend.metrics
+        self._budget = backend.replies
         self._messages = messages
-        self._outgoing = outgoing
+        self._patience_seconds = patience_seconds
         self._unanswered = 0
         self._reply_bytes = 0
         self._held_bytes = 0
         self._ready: deque[tuple[A, None] | tuple[None, D]] = deque()
+        self._waiting_loads: set[_PendingLoad[W]] = set()
         self._reader: asyncio.Task[None] | None = None
         self._writer_waits: asyncio.Future[None] | None = None
         self._reader_waits: asyncio.Future[None] | None = None
@@ -86,16 +140,20 @@ class BidiStream(ABC, Generic[Q, A, D]):
         """Accepts or refuses a request, or lets it wait; raises nothing."""
 
     @abstractmethod
-    def _unreadable(self, error: StepstateError) -> A:
+    def _accept(self, waiting: W, session: ResidentSession) -> None:
+        """Accepts a request that has waited for its session. What it raises goes to `_refuse`."""
+
+    @abstractmethod
+    def _refuse(self, waiting: W, error: StepstateError) -> None:
+        """Refuses a request that has waited for its session."""
+
+    @abstractmethod
+    def _encode_failure(self, error: StepstateError) -> A:
         """The reply to bytes that are no message."""
 
     @abstractmethod
-    def _encoded(self, outcome: D) -> A:
-        """The reply to a request that has its outcome."""
-
-    @abstractmethod
-    def _size(self, outcome: D) -> int:
-        """Bytes of that reply, as they were reserved when the request was accepted."""
+    def _encode(self, outcome: D) -> A:
+        """The reply to a request that is done."""
 
     async def run(self) -> None:
         """Serves the call until its client has sent all and been answered.
@@ -115,7 +173,8 @@ class BidiStream(ABC, Generic[Q, A, D]):
                 task.cancel()
             # An exception's traceback leads here in a circle: let no reply hang on it.
             self._ready.clear()
-            self._outgoing.release(self._reply_bytes)
+            self._budget.release(self._reply_bytes)
+            self._drop_waiting()
         if self._draining:
             raise Draining
         self._reader.result()
@@ -132,27 +191,60 @@ class BidiStream(ABC, Generic[Q, A, D]):
             self._ready.append((None, outcome))
             _wake(self._writer_waits)
 
+    def resume(self, load: _PendingLoad[W], session: ResidentSession) -> None:
+        """The session of a waiting request is loaded; on QueueFull it is called again."""
+        if load in self._waiting_loads:
+            self._accept(load.request, session)
+            self._waiting_loads.discard(load)
+            self._hold(-load.size)
+
+    def fail(self, load: _PendingLoad[W], error: StepstateError) -> None:
+        """A waiting request can't be served."""
+        if load in self._waiting_loads:
+            self._waiting_loads.discard(load)
+            self._hold(-load.size)
+            self._refuse(load.request, error)
+
+    def _wait(self, session_id: str, request: W, size: int) -> None:
+        """Queues a request of `size` bytes for its session, which `find` did not give."""
+        deadline = asyncio.get_running_loop().time() + self._patience_seconds
+        load = _PendingLoad(self, session_id, request, size, deadline)
+        self._waiting_loads.add(load)
+        self._hold(size)
+        self._sessions.wait(session_id, load)
+
+    def _drop_waiting(self) -> int:
+        """Takes all waiting requests out of their queues; returns how many."""
+        dropped, self._waiting_loads = self._waiting_loads, set()
+        for load in dropped:
+            self._sessions.drop(load.session_id, load)
+        return len(dropped)
+
+    def _count_refusal(self, error: StepstateError) -> None:
+        self.refusals[error.reason] += 1
+        self._metrics.refused(error.reason)
+
     def _reply(self, reply: A) -> None:
         """Sends a reply after those before it."""
         self._ready.append((reply, None))
         _wake(self._writer_waits)
 
     def _reserve(self, size: int) -> None:
-        """Makes room for a reply.
+        """Reserves the bytes of a reply.
 
         Raises:
             QueueFull.
         """
-        self._outgoing.reserve(size)
+        self._budget.reserve(size)
         self._reply_bytes += size
 
     def _release(self, size: int) -> None:
-        """Gives that room back."""
-        self._outgoing.release(size)
+        """Releases the bytes of a reply."""
+        self._budget.release(size)
         self._reply_bytes -= size
 
     def _submit(self, step: Step) -> None:
-        """Accepts a step whose `reply_to` leads here.
+        """Submits a step whose `reply_to` leads here.
 
         Raises:
             Draining, QueueFull: nothing was accepted.
@@ -179,6 +271,7 @@ class BidiStream(ABC, Generic[Q, A, D]):
 
     @property
     def _full(self) -> bool:
+        """Whether no more is read for now."""
         unanswered_bytes = self._reply_bytes + self._held_bytes
         return self._unanswered >= MAX_UNANSWERED or unanswered_bytes > MAX_BYTES
 
@@ -187,7 +280,7 @@ class BidiStream(ABC, Generic[Q, A, D]):
         read = self._messages.read
         while (request := await read()) is not grpc.aio.EOF:
             if isinstance(request, DecodeFailure):
-                self._reply(self._unreadable(request.error))
+                self._reply(self._encode_failure(request.error))
             else:
                 self._take(request)
             self._unanswered += 1
@@ -204,8 +297,8 @@ class BidiStream(ABC, Generic[Q, A, D]):
                 if outcome is None:
                     await write(reply)
                 else:
-                    await write(self._encoded(outcome))
-                    self._release(self._size(outcome))
+                    await write(self._encode(outcome))
+                    self._release(outcome.reply_bytes)
                 self._unanswered -= 1
                 _wake(self._reader_waits)
             if reader.done() and not self._unanswered:
@@ -214,37 +307,54 @@ class BidiStream(ABC, Generic[Q, A, D]):
             await self._writer_waits
 
 
+class _PendingLoad(Generic[W]):
+    """A request of a stream in the queue of its session; a `Waiter`."""
+
+    __slots__ = ("_stream", "deadline", "request", "session_id", "size")
+
+    def __init__(
+        self,
+        stream: BidiStream[Any, Any, Any, W],
+        session_id: str,
+        request: W,
+        size: int,
+        deadline: float,
+    ) -> None:
+        self._stream = stream
+        self.session_id = session_id
+        self.request = request
+        self.size = size
+        self.deadline = deadline
+
+    def found(self, session: ResidentSession) -> None:
+        """See `Waiter`."""
+        self._stream.resume(self, session)
+
+    def failed(self, error: StepstateError) -> None:
+        """See `Waiter`."""
+        self._stream.fail(self, error)
+
+
+AnyStream = BidiStream[Any, Any, Any, Any]
+
+
 class StreamRegistry:
-    """The open streaming calls of a front door, from their start to their end or the drain.
+    """The open streaming calls of an API, from their start to their end or the drain."""
 
-    Args:
-        refused: told the reason of each refusal within a call.
-    """
-
-    def __init__(self, refused: Callable[[str], None]) -> None:
-        self._refused = refused
-        self.open: set[BidiStream[Any, Any, Any]] = set()
+    def __init__(self) -> None:
+        self.open: set[AnyStream] = set()
         """The calls that have not ended."""
         self.draining = False
         self._all_ended = asyncio.Event()
 
-    async def serve(
-        self, make: Callable[[Callable[[str], None]], BidiStream[Any, Any, Any]]
-    ) -> None:
-        """Serves a call; `make` is given what counts its refusals.
+    async def serve(self, stream: AnyStream) -> None:
+        """Serves a call.
 
         Raises:
             Draining: the server stops; everything accepted was answered.
         """
-        refusals: Counter[str] = Counter()
-
-        def refused(reason: str) -> None:
-            refusals[reason] += 1
-            self._refused(reason)
-
         if self.draining:
             raise Draining
-        stream = make(refused)
         self.open.add(stream)
         try:
             await stream.run()
@@ -252,8 +362,8 @@ class StreamRegistry:
             self.open.discard(stream)
             if not self.open:
                 self._all_ended.set()
-            if refusals:
-                log.info("a stream had refused steps", extra={"refused": dict(refusals)})
+            if stream.refusals:
+                log.info("a stream had refused steps", extra={"refused": dict(stream.refusals)})
 
     async def drain(self) -> None:
         """Ends every stream as soon as what it had accepted is answered, and waits for that."""

@@ -1,41 +1,53 @@
-"""Between messages of `stepstate.v1` and the values of the sessions layer."""
+"""Between messages of `stepstate.v1` and the values of the sessions layer.
+
+Steps have a module of their own, `steps`.
+"""
 
 from __future__ import annotations
 
-import math
+import asyncio
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
 
-import numpy as np
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.timestamp_pb2 import Timestamp
 
-from stepstate.engine import ForecastQuality
-from stepstate.errors import InvalidField, NonFiniteInput
-from stepstate.models import Manifest, Model
+from stepstate.engine import ForecastQuality, Method
+from stepstate.errors import InvalidField, StepstateError
+from stepstate.models import Model
 from stepstate.sessions import (
+    ID_LENGTH,
     CopyOptions,
+    ForecastRequest,
     OpenOptions,
-    ReplyTo,
-    ResidentSession,
+    OutputTrajectory,
+    Scenario,
+    SessionForecast,
     SessionStatus,
     SessionSummary,
-    Step,
+    check_scenario_count,
+    error_bytes,
     new_id,
 )
 from stepstate.stores import Durability, MissingPolicy, UnreadableSession
+from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
-from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
+from stepstate.v1.floats import array_of, put_floats
 
 T = TypeVar("T")
+M = TypeVar("M", pb.Session, pb.Model)
+
+ForecastResult = Sequence[SessionForecast] | StepstateError
+"""Of one session: its forecasts, one for each scenario, or why there are none."""
 
 REPLY_BYTES = 4_000_000
 """A client with gRPC's default limit of 4 MiB can read every reply."""
-REQUEST_VALUES = 4_000_000
-"""What the longest message holds; `advance` must not ask for more in ten bytes."""
-REQUEST_ROWS = 100_000
-"""About ten weeks of minutes in one request; more history goes in several."""
+ENCODED_AT_ONCE = 16_384
+"""Bytes of a long reply that are encoded before others take turns: a millisecond or two."""
+_ITEM_BYTES = 8
+"""The tag and the length of an item of a list, at most."""
+_TOKEN_BYTES = 512
 
 _DURABILITY_NUMBERS = {
     Durability.NONE: pb.DURABILITY_NONE,
@@ -60,92 +72,13 @@ _STATUS_NUMBERS = {
     SessionStatus.EXPIRED: pb.SESSION_STATUS_EXPIRED,
     SessionStatus.MODEL_MISSING: pb.SESSION_STATUS_MODEL_MISSING,
 }
-_Y = pb.StepResponse.Y_FIELD_NUMBER
-_LAYER_FIELDS = {field.name: field.number for field in pb.LayerTrace.DESCRIPTOR.fields}
-
-
-def decode_step(request: pb.StepRequest, session: ResidentSession, reply_to: ReplyTo) -> Step:
-    """Checks a request against its session's model.
-
-    Raises:
-        InvalidField: x is not whole rows, or the reply would be too large.
-        NonFiniteInput: it names row and column.
-    """
-    count = len(request.x)
-    width = session.model.manifest.input_width
-    rows, rest = divmod(count, width)
-    x: Sequence[float] | np.ndarray
-    if request.advance:
-        rows, x, finite = request.advance, _nothing(request, session), False
-    elif rest or not rows:
-        raise _wrong_width(session, count)
-    elif count <= FEW_VALUES:
-        x = request.x[:]
-        finite = math.isfinite(sum(x))  # float32 values can't overflow a float64 sum
-    else:
-        x = x_of(request)
-        finite = bool(np.isfinite(x).all())
-    t = request.t if request.HasField("t") else None
-    return make_step(
-        session,
-        x,
-        rows,
-        finite=finite,
-        t=t,
-        inspect=request.inspect,
-        last_only=request.last_only,
-        reply_to=reply_to,
-    )
-
-
-def make_step(
-    session: ResidentSession,
-    x: Sequence[float] | np.ndarray,
-    rows: int,
-    *,
-    finite: bool,
-    t: int | None,
-    reply_to: ReplyTo,
-    inspect: bool = False,
-    last_only: bool = False,
-) -> Step:
-    """A step of x, row-major [T, D]; `finite`: it holds neither NaN nor an infinity.
-
-    Raises:
-        InvalidField: the reply would be too large, or these are too many rows.
-        NonFiniteInput: it names row and column.
-    """
-    missing_rows = 0 if finite else _missing_rows(session, x)
-    last_only = last_only and rows > 1
-    model = session.model
-    reply_bytes = 4 * model.manifest.output_width
-    if rows > 1 or inspect:
-        reply_bytes = _check_reply(model, rows, 1 if last_only else rows, inspect=inspect)
-    step = Step(x, rows, inspect, last_only, session, t, reply_to, reply_bytes)
-    if missing_rows:
-        step.missing_rows = missing_rows
-        step.impute = session.record.missing is MissingPolicy.IMPUTE
-    return step
-
-
-def encode_step(step: Step) -> pb.StepResponse:
-    """The reply to an applied or replayed step."""
-    response = pb.StepResponse(
-        session_id=step.session.session_id, t=step.t_after, durable_t=step.durable_t
-    )
-    if step.replayed:
-        response.replayed = True
-    if step.missing_rows:
-        response.imputed_rows = step.missing_rows
-    lag_rows = step.session.model.manifest.lag_rows
-    if step.t_after - step.rows < lag_rows:
-        response.fallback_rows = min(step.rows, lag_rows - step.t_after + step.rows)
-    put_floats(response, _Y, step.y)
-    for layer in step.layers or ():
-        trace = response.layers.add()
-        for name, values in layer.items():
-            put_floats(trace, _LAYER_FIELDS[name], values.astype("<f4", copy=False).tobytes())
-    return response
+_METHODS: dict[int, pb.ForecastMethod] = {
+    Method.NONE: pb.FORECAST_METHOD_UNSPECIFIED,
+    Method.DIRECT: pb.FORECAST_METHOD_DIRECT,
+    Method.FED_BACK: pb.FORECAST_METHOD_FED_BACK,
+    Method.GIVEN: pb.FORECAST_METHOD_GIVEN,
+}
+_VALUES = pb.OutputForecast.VALUES_FIELD_NUMBER
 
 
 def decode_opening(request: pb.OpenSessionRequest) -> OpenOptions:
@@ -173,45 +106,74 @@ def decode_import(request: pb.ImportSessionRequest | pb.StreamImportRequest) -> 
     return CopyOptions(request.session_id, _idle_timeout(request), _durability(request.durability))
 
 
-def encode_session(standing: SessionSummary | UnreadableSession) -> pb.Session:
-    """Where a session stands."""
-    if isinstance(standing, UnreadableSession):
-        return pb.Session(session_id=standing.session_id, status=pb.SESSION_STATUS_UNREADABLE)
-    record, now = standing.record, datetime.now(UTC)
+def encode_session(summary: SessionSummary | UnreadableSession) -> pb.Session:
+    """A session's state: what it was opened with, and where it is now."""
+    if isinstance(summary, UnreadableSession):
+        return pb.Session(session_id=summary.session_id, status=pb.SESSION_STATUS_UNREADABLE)
+    record, now = summary.record, datetime.now(UTC)
     return pb.Session(
         session_id=record.session_id,
         model=record.model,
         version=record.version,
         fingerprint=record.fingerprint,
-        t=standing.t,
-        idle_timeout=duration(record.idle_timeout_seconds),
-        start_time=None if record.start_time is None else timestamp(record.start_time),
-        open_time=timestamp(record.open_time),
-        expire_time=_later(now, standing.seconds_left),
-        queued_requests=standing.queued_requests,
-        durable_t=standing.durable_t,
+        t=summary.t,
+        idle_timeout=_duration(record.idle_timeout_seconds),
+        start_time=_timestamp(record.start_time),
+        open_time=_timestamp(record.open_time),
+        expire_time=_later(now, summary.seconds_left),
+        queued_requests=summary.queued_requests,
+        durable_t=summary.durable_t,
         durability=_DURABILITY_NUMBERS[record.durability],
-        residency=pb.RESIDENCY_RESIDENT if standing.resident else pb.RESIDENCY_SPILLED,
-        owner=standing.owner,
-        epoch=standing.epoch,
+        residency=pb.RESIDENCY_RESIDENT if summary.resident else pb.RESIDENCY_SPILLED,
+        owner=summary.owner,
+        epoch=summary.epoch,
         missing=_MISSING_NUMBERS[record.missing],
-        status=_STATUS_NUMBERS[standing.status],
-        **_quality(standing.quality),
-        purge_time=None
-        if standing.delete_seconds is None
-        else _later(now, standing.delete_seconds),
+        status=_STATUS_NUMBERS[summary.status],
+        **_quality(summary.quality),
+        purge_time=_later(now, summary.delete_seconds),
     )
 
 
-def _later(now: datetime, seconds: float) -> Timestamp:
+class ReplyPage(list[M]):
+    """Messages of one reply, as long as they fit."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.size = _TOKEN_BYTES
+
+    def take(self, message: M) -> bool:
+        """Adds a message if there is room; the first always fits."""
+        size = message.ByteSize() + _ITEM_BYTES
+        if self and self.size + size > REPLY_BYTES:
+            return False
+        self.append(message)
+        self.size += size
+        return True
+
+
+async def encode_page(found: Sequence[SessionSummary | UnreadableSession]) -> ReplyPage[pb.Session]:
+    """As many sessions as fit; others take turns in between."""
+    page, encoded = ReplyPage[pb.Session](), 0
+    for summary in found:
+        if not page.take(encode_session(summary)):
+            break
+        if page.size - encoded >= ENCODED_AT_ONCE:
+            encoded = page.size
+            await asyncio.sleep(0)
+    return page
+
+
+def _later(now: datetime, seconds: float | None) -> Timestamp | None:
+    if seconds is None:
+        return None
     try:
-        return timestamp(now + timedelta(seconds=seconds))
-    except OverflowError:  # a damaged store may tell of the year 10,000
-        return timestamp(datetime.max.replace(tzinfo=UTC))
+        return _timestamp(now + timedelta(seconds=seconds))
+    except OverflowError:  # a damaged store may hold the year 10,000
+        return _timestamp(datetime.max.replace(tzinfo=UTC))
 
 
 def _quality(quality: ForecastQuality | None) -> dict[str, Any]:
-    """The fields of a session that tell how good its forecasts are."""
+    """The fields of a session for the quality of its forecasts."""
     if quality is None:
         return {}
     drift = quality.drift
@@ -248,7 +210,6 @@ def encode_model(model: Model) -> pb.Model:
     """A loaded model, as its manifest describes it."""
     manifest = model.manifest
     cell = manifest.cell
-    interval = manifest.step_interval_seconds
     return pb.Model(
         name=manifest.name,
         version=manifest.version,
@@ -270,99 +231,19 @@ def encode_model(model: Model) -> pb.Model:
             )
             for output in manifest.outputs
         ],
-        step_interval=None if interval is None else duration(interval),
+        step_interval=_duration(manifest.step_interval_seconds),
         needs_start_time=manifest.needs_time,
         lag_rows=manifest.lag_rows,
         tracked_horizons=manifest.tracking.horizons if manifest.tracking else (),
     )
 
 
-def _wrong_width(session: ResidentSession, count: int) -> InvalidField:
-    manifest = session.model.manifest
-    names = ", ".join(column.name for column in manifest.inputs[:8])
-    more = ", …" if manifest.input_width > 8 else ""
-    return InvalidField(
-        "x",
-        f"holds {count} values; session {session.session_id!r} of {session.model.key} "
-        f"takes rows of {manifest.input_width} ({names}{more}): send T * "
-        f"{manifest.input_width} values, T = 1 or more",
-    )
-
-
-def _nothing(request: pb.StepRequest, session: ResidentSession) -> np.ndarray:
-    """Rows in which everything is missing."""
-    if len(request.x):
-        raise InvalidField("advance", "is set, and so is x: a request has the one or the other")
-    if session.record.missing is MissingPolicy.REJECT:
-        raise InvalidField(
-            "advance",
-            f"asks for missing rows, which session {session.session_id!r} refuses: open it with "
-            "missing set to impute or hold",
-        )
-    if request.advance > REQUEST_ROWS:
-        raise _too_many_rows("advance", request.advance)
-    most = REQUEST_VALUES // session.model.manifest.input_width
-    if request.advance > most:
-        raise InvalidField(
-            "advance",
-            f"is {request.advance}; of {session.model.key} at most {most} a request",
-        )
-    return np.full(request.advance * session.model.manifest.input_width, np.nan, np.float32)
-
-
-def _missing_rows(session: ResidentSession, x: Sequence[float] | np.ndarray) -> int:
-    """How many rows miss something, in a session that takes such rows.
+def _known(field: str, number: int, meanings: Mapping[int, T]) -> T:
+    """The value of a number of an enum.
 
     Raises:
-        NonFiniteInput: a value is infinite, or the session takes no NaN.
+        InvalidField: it is a number of a later version of the contract.
     """
-    values = np.asarray(x, np.float32).reshape(-1, session.model.manifest.input_width)
-    takes_nan = session.record.missing is not MissingPolicy.REJECT
-    if not takes_nan or np.isinf(values).any():
-        manifest = session.model.manifest
-        raise non_finite(session.session_id, manifest, values, takes_nan=takes_nan)
-    return int(np.isnan(values).any(axis=1).sum())
-
-
-def non_finite(
-    session_id: str, manifest: Manifest, x: Sequence[float] | np.ndarray, *, takes_nan: bool
-) -> NonFiniteInput:
-    """Why x, row-major [T, D], is refused: it names the first bad value."""
-    values = np.asarray(x, np.float32).reshape(-1, manifest.input_width)
-    bad = np.isinf(values) if takes_nan else ~np.isfinite(values)
-    row, column = np.argwhere(bad)[0].tolist()
-    name, value = manifest.inputs[column].name, float(values[row, column])
-    return NonFiniteInput(session_id, row, name, str(value))
-
-
-def _check_reply(model: Model, rows: int, rows_back: int, *, inspect: bool) -> int:
-    if rows > REQUEST_ROWS:
-        raise _too_many_rows("x", rows)
-    manifest = model.manifest
-    values = manifest.output_width
-    if inspect:
-        values += manifest.cell.num_layers * (
-            6 * manifest.cell.hidden_size + manifest.cell.output_size
-        )
-    reply_bytes = 4 * values * rows_back
-    if reply_bytes > REPLY_BYTES:
-        raise InvalidField(
-            "x",
-            f"the reply to {rows_back} rows would take {reply_bytes} bytes, more than "
-            f"{REPLY_BYTES}: set last_only, or send at most {REPLY_BYTES // (4 * values)} rows "
-            "a request",
-        )
-    return reply_bytes
-
-
-def _too_many_rows(field: str, rows: int) -> InvalidField:
-    return InvalidField(
-        field, f"holds {rows} rows, a request takes at most {REQUEST_ROWS}: send several"
-    )
-
-
-def _known(field: str, number: int, meanings: Mapping[int, T]) -> T:
-    """What a number of an enum means; that of a later contract means nothing here."""
     if number not in meanings:
         raise InvalidField(field, f"is {number}, which means nothing to this server")
     return meanings[number]
@@ -391,15 +272,85 @@ def _moment(request: pb.OpenSessionRequest) -> datetime:
         raise InvalidField("start_time", f"is not a time: {error}") from error
 
 
-def duration(seconds: float) -> Duration:
-    """A span of time as a message."""
-    duration = Duration()
-    duration.FromNanoseconds(round(seconds * 1e6) * 1_000)
-    return duration
+def decode_forecast(request: pb.ForecastRequest) -> ForecastRequest:
+    """What a client asks for.
+
+    Raises:
+        InvalidField: it has more scenarios than are read.
+    """
+    check_scenario_count(len(request.scenarios))
+    scenarios = [Scenario(one.name, array_of(one.x)) for one in request.scenarios]
+    return ForecastRequest(request.horizon, tuple(request.quantiles), tuple(scenarios))
 
 
-def timestamp(moment: datetime) -> Timestamp:
-    """A time as a message."""
-    timestamp = Timestamp()
-    timestamp.FromDatetime(moment)
-    return timestamp
+def forecast_reply_bytes(results: Sequence[ForecastResult]) -> int:
+    """About what the reply takes."""
+    return sum(
+        error_bytes(result)
+        if isinstance(result, StepstateError)
+        else sum(forecast.reply_bytes for forecast in result)
+        for result in results
+    )
+
+
+async def encode_forecasts(
+    session_ids: Sequence[str], results: Sequence[ForecastResult]
+) -> pb.ForecastResponse:
+    """The reply, in the order of the request; others take turns in between.
+
+    Raises:
+        StepstateError: one session was asked for, and it has no forecast.
+    """
+    if len(results) == 1 and isinstance(results[0], StepstateError):
+        raise results[0]
+    response, encoded = pb.ForecastResponse(), 0
+    for session_id, result in zip(session_ids, results, strict=True):
+        for one in [result] if isinstance(result, StepstateError) else result:
+            if isinstance(one, StepstateError):
+                response.forecasts.add(session_id=session_id[:ID_LENGTH], error=status_of(one))
+                encoded += error_bytes(one)
+            else:
+                response.forecasts.append(_forecast(one))
+                encoded += one.reply_bytes
+            if encoded >= ENCODED_AT_ONCE:
+                encoded = 0
+                await asyncio.sleep(0)
+    return response
+
+
+def _forecast(forecast: SessionForecast) -> pb.SessionForecast:
+    return pb.SessionForecast(
+        session_id=forecast.session_id,
+        scenario=forecast.scenario,
+        t=forecast.t,
+        first_time=_timestamp(forecast.first_time),
+        step_interval=_duration(forecast.step_interval_seconds),
+        quantiles=forecast.levels,
+        outputs=map(_output, forecast.outputs),
+    )
+
+
+def _output(forecast: OutputTrajectory) -> pb.OutputForecast:
+    message = pb.OutputForecast(
+        name=forecast.output.name,
+        unit=forecast.output.unit,
+        methods=[_METHODS[method] for method in forecast.methods],
+    )
+    put_floats(message, _VALUES, forecast.values.astype("<f4", copy=False).tobytes())
+    return message
+
+
+def _duration(seconds: float | None) -> Duration | None:
+    if seconds is None:
+        return None
+    message = Duration()
+    message.FromNanoseconds(round(seconds * 1e6) * 1_000)
+    return message
+
+
+def _timestamp(moment: datetime | None) -> Timestamp | None:
+    if moment is None:
+        return None
+    message = Timestamp()
+    message.FromDatetime(moment)
+    return message

@@ -1,8 +1,7 @@
-"""What surrounds every RPC: its metrics, and errors as statuses.
+"""Around every RPC: its metrics, and errors as statuses.
 
-Every `StepstateError` leaves with its code and details. Everything else that
-a handler raises becomes INTERNAL with an id that is also in the log: never
-UNKNOWN, never a traceback on the wire.
+Every `StepstateError` leaves with its code and details. Anything else that a handler raises becomes
+INTERNAL with an id that is also in the log: never UNKNOWN, never a traceback on the wire.
 """
 
 from __future__ import annotations
@@ -14,6 +13,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -21,9 +21,8 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 from grpc._cython.cygrpc import ExecuteBatchError
 
-from stepstate.errors import Internal, StepstateError
+from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.metrics import Metrics, RpcMetrics
-from stepstate.transport.malformed import DecodeFailure, well_formed
 from stepstate.transport.status import DETAILS_KEY, code_of, status_of
 
 log = logging.getLogger(__name__)
@@ -40,6 +39,29 @@ _KINDS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class DecodeFailure:
+    """Stands for bytes that are no message of the RPC's type, until they are answered."""
+
+    detail: str
+
+    @property
+    def error(self) -> InvalidField:
+        """What the client is answered."""
+        return InvalidField("message", f"can't be parsed ({self.detail}): is the proto file old?")
+
+
+def well_formed(message: Any) -> Any:
+    """The message.
+
+    Raises:
+        InvalidField: it is a `DecodeFailure`.
+    """
+    if isinstance(message, DecodeFailure):
+        raise message.error
+    return message
+
+
 class RpcInterceptor(grpc.aio.ServerInterceptor):
     """Wraps each handler once, when its RPC is first called."""
 
@@ -48,7 +70,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         self._wrapped: dict[str, Handler | None] = {}
 
     def expect(self, methods: Iterable[MethodDescriptor]) -> None:
-        """Makes the series of RPCs, before any is called."""
+        """Makes the metrics of RPCs before any is called."""
         for method in methods:
             kind = _KINDS[method.client_streaming, method.server_streaming]
             self._metrics.rpc(kind, method.containing_service.full_name, method.name)
@@ -71,47 +93,42 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     def _wrap(self, path: str, handler: Handler) -> Handler:
         _, service, method = path.split("/")
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
-        guarded = _GuardedRpc(path, self._metrics, self._metrics.rpc(kind, service, method))
+        rpc = _Rpc(path, self._metrics, self._metrics.rpc(kind, service, method))
         behaviors: tuple[tuple[Any, Any, Any], ...] = (
-            (grpc.unary_unary_rpc_method_handler, handler.unary_unary, guarded.unary),
-            (grpc.unary_stream_rpc_method_handler, handler.unary_stream, guarded.stream),
-            (grpc.stream_unary_rpc_method_handler, handler.stream_unary, guarded.requests),
-            (grpc.stream_stream_rpc_method_handler, handler.stream_stream, guarded.stream),
+            (grpc.unary_unary_rpc_method_handler, handler.unary_unary, well_formed),
+            (grpc.unary_stream_rpc_method_handler, handler.unary_stream, None),
+            (grpc.stream_unary_rpc_method_handler, handler.stream_unary, _all_well_formed),
+            (grpc.stream_stream_rpc_method_handler, handler.stream_stream, None),
         )
-        for make, behavior, guard in behaviors:
+        for make, behavior, check in behaviors:
             if behavior is not None:
                 wrapped: Handler = make(
-                    guard(behavior),
-                    guarded.decoder(handler.request_deserializer),
-                    guarded.encoder(handler.response_serializer),
+                    rpc.unary(behavior, check) if check else rpc.stream(behavior),
+                    rpc.decoder(handler.request_deserializer),
+                    rpc.encoder(handler.response_serializer),
                 )
                 return wrapped
         raise NotImplementedError(f"{path} has no handler")
 
 
-class _GuardedRpc:
-    """The guard of one RPC."""
+class _Rpc:
+    """Wraps the handler of one RPC."""
 
-    def __init__(self, path: str, metrics: Metrics, rpc: RpcMetrics) -> None:
+    def __init__(self, path: str, metrics: Metrics, counts: RpcMetrics) -> None:
         self._path = path
         self._metrics = metrics
-        self._rpc = rpc
+        self._counts = counts
 
-    def unary(self, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
-        async def guarded(request: Any, context: Context) -> Any:
+    def unary(
+        self, behavior: Callable[..., Awaitable[Any]], check: Callable[[Any], Any]
+    ) -> Callable[..., Any]:
+        """Serves handlers that return their one response."""
+
+        async def watched(request: Any, context: Context) -> Any:
             async with self._watch(context):
-                return await behavior(well_formed(request), context)
+                return await behavior(check(request), context)
 
-        return guarded
-
-    def requests(self, behavior: Callable[..., Awaitable[Any]]) -> Callable[..., Any]:
-        """Serves handlers of a stream of requests with one reply."""
-
-        async def guarded(requests: Any, context: Context) -> Any:
-            async with self._watch(context):
-                return await behavior(_all_well_formed(requests), context)
-
-        return guarded
+        return watched
 
     def stream(self, behavior: Callable[..., Any]) -> Callable[..., Any]:
         """Serves handlers that use `context.read` and `write`, and async generators."""
@@ -124,21 +141,21 @@ class _GuardedRpc:
 
             return generated
 
-        async def guarded(requests: Any, context: Context) -> None:
+        async def watched(requests: Any, context: Context) -> None:
             async with self._watch(context):
                 await behavior(requests, context)
 
-        return guarded
+        return watched
 
     def decoder(self, decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
         """A deserializer that counts and never raises.
 
         gRPC would answer UNKNOWN, and end a stream unseen.
         """
-        rpc = self._rpc
+        counts = self._counts
 
         def decoded(data: bytes) -> Any:
-            rpc.received += 1
+            counts.received += 1
             try:
                 return data if decode is None else decode(data)
             except DecodeError as error:
@@ -148,10 +165,10 @@ class _GuardedRpc:
 
     def encoder(self, encode: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
         """A serializer that counts."""
-        rpc = self._rpc
+        counts = self._counts
 
         def encoded(message: Any) -> bytes:
-            rpc.sent += 1
+            counts.sent += 1
             data: bytes = message if encode is None else encode(message)
             return data
 
@@ -159,7 +176,7 @@ class _GuardedRpc:
 
     @asynccontextmanager
     async def _watch(self, context: Context) -> AsyncIterator[None]:
-        self._rpc.started += 1
+        self._counts.started += 1
         started = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
@@ -176,14 +193,14 @@ class _GuardedRpc:
             log.info("refused: %s", error, extra={"rpc": self._path, "reason": error.reason})
             _refuse(context, error)
         except Exception:
-            surprise = Internal(secrets.token_hex(8))
+            internal = Internal(secrets.token_hex(8))
             code = grpc.StatusCode.INTERNAL
-            self._metrics.refused(surprise.reason)
-            log.exception("an RPC failed", extra={"rpc": self._path, "error_id": surprise.error_id})
-            _refuse(context, surprise)
+            self._metrics.refused(internal.reason)
+            log.exception("an RPC failed", extra={"rpc": self._path, "error_id": internal.error_id})
+            _refuse(context, internal)
         finally:
-            self._rpc.handled[_go_name(code)] += 1
-            self._rpc.seconds.observe(time.perf_counter() - started)
+            self._counts.handled[_go_name(code)] += 1
+            self._counts.seconds.observe(time.perf_counter() - started)
 
 
 async def _all_well_formed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:

@@ -1,11 +1,11 @@
-"""One message of a packed stream: its rows as columns, and what became of each.
+"""One message of a packed stream: its rows as columns, and the outcome of each.
 
 N rows of a message, D inputs, O outputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,16 +13,92 @@ from numpy.typing import NDArray
 from stepstate.engine import Floats
 from stepstate.errors import InvalidField, StepstateError
 from stepstate.models import Model
-from stepstate.sessions import PackedStep, ReplyTo, ResidentSession, RowBatch, Step
-from stepstate.transport.convert import REPLY_BYTES, make_step
-from stepstate.transport.handles import HandleTable
+from stepstate.sessions import PackedStep, ReplyTo, ResidentSession, RowBatch, SessionRef, Step
+from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.status import status_of
+from stepstate.transport.steps import make_step
 from stepstate.v1 import stepstate_pb2 as pb
 
 MAX_ROWS = 4096
 """Sixteen of the largest forwards; and the reply stays readable if every row is refused."""
+MAX_HANDLES = 262_144
+"""Of a stream; their table then takes some 8 MB."""
 REPLAYED, IMPUTED, FALLBACK = 1, 2, 4
 _LARGEST_T = 2**63 - 1
+
+
+class HandleTable:
+    """The sessions of one stream by the handles that its client has bound.
+
+    Args:
+        ids: by handle; None: not bound. The list does not change: messages that wait keep the
+            meaning that their handles had when they came.
+        refs: [2, handles], `SessionRef` as handle in the session table and generation; 0: none.
+        bound: [handles]: whether there is an id.
+    """
+
+    def __init__(
+        self, ids: Sequence[str | None], refs: NDArray[np.int64], bound: NDArray[np.bool_]
+    ) -> None:
+        self.ids = ids
+        self._refs = refs
+        self._bound = bound
+
+    @classmethod
+    def empty(cls) -> HandleTable:
+        """That of a new stream."""
+        return cls((), np.zeros((2, 0), np.int64), np.zeros(0, np.bool_))
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def bind(self, bindings: Iterable[pb.Binding]) -> HandleTable:
+        """A table with these bindings in addition.
+
+        Raises:
+            InvalidField: a handle is too large.
+        """
+        new = {binding.handle: binding.session_id for binding in bindings}
+        if not new:
+            return self
+        largest = max(new)
+        if largest >= MAX_HANDLES:
+            raise InvalidField(
+                "bindings",
+                f"has handle {largest}, expected less than {MAX_HANDLES}: use those of closed "
+                "sessions again, or open another stream",
+            )
+        more = max(0, largest + 1 - len(self))
+        ids = [*self.ids, *([None] * more)]
+        for handle, session_id in new.items():
+            ids[handle] = session_id
+        refs = np.pad(self._refs, ((0, 0), (0, more)))
+        refs[:, list(new)] = 0
+        bound = np.pad(self._bound, (0, more))
+        bound[list(new)] = True
+        return HandleTable(ids, refs, bound)
+
+    def put_ref(self, handle: int, session_id: str, ref: SessionRef | None) -> None:
+        """Keeps the reference to the session of a handle, if the handle is still bound to it."""
+        if ref is not None and self.ids[handle] == session_id:
+            self._refs[:, handle] = ref.handle, ref.generation
+
+    def batch(self, handles: NDArray[np.int64], t: NDArray[np.int64] | None, x: Floats) -> RowBatch:
+        """Rows [N] of handles, with the references that are known.
+
+        Raises:
+            InvalidField: a handle is not bound.
+        """
+        bound = handles < len(self)
+        bound[bound] = self._bound[handles[bound]]
+        if not bound.all():
+            raise InvalidField(
+                "handles",
+                f"has {handles[bound.argmin()]} for row {bound.argmin()}, which is not bound to a "
+                "session: send a binding with it, or before it",
+            )
+        table_handles, generations = self._refs[:, handles]
+        return RowBatch(table_handles, generations, t, x)
 
 
 class PackedRequest:
@@ -31,7 +107,7 @@ class PackedRequest:
     Args:
         request_id: the client's id of the message.
         handles: of each row, as the stream has bound them.
-        columns: the rows.
+        batch: the rows.
         ids: of the sessions, by handle.
     """
 
@@ -39,30 +115,32 @@ class PackedRequest:
         self,
         request_id: int,
         handles: NDArray[np.int64],
-        columns: RowBatch,
+        batch: RowBatch,
         ids: Sequence[str | None],
     ) -> None:
         count = len(handles)
         self.handles = handles
-        self.columns = columns
+        self.batch = batch
         self.model: Model | None = None
-        """Of the model that all rows are of, once the session of one was found."""
+        """Of all rows, once the session of one was found."""
         self.rest: NDArray[np.int64] = np.arange(count)
-        """Rows that have not begun."""
+        """Rows that have not started."""
         self.left = count
         """Rows without an outcome."""
+        self.reply_bytes = 0
+        """Reserved for the reply."""
+        self.errors: dict[int, StepstateError] = {}
+        """Why rows were refused."""
         self._request_id = request_id
         self._ids = ids
-        self._unfit: InvalidField | None = None
+        self._misfit: InvalidField | None = None
         self._y: Floats = np.zeros((0, 0), np.float32)
         self._t: NDArray[np.uint64] = np.zeros(count, np.uint64)
         self._durable_t: NDArray[np.uint64] = np.zeros(count, np.uint64)
         self._flags: NDArray[np.uint8] = np.zeros(count, np.uint8)
-        self.errors: dict[int, StepstateError] = {}
-        """Why rows were refused."""
 
     @classmethod
-    def read(cls, request: pb.StreamPackedRequest, bindings: HandleTable) -> PackedRequest:
+    def read(cls, request: pb.StreamPackedRequest, table: HandleTable) -> PackedRequest:
         """Reads a message.
 
         Raises:
@@ -81,15 +159,10 @@ class PackedRequest:
         if len(x) % max(1, count) or (len(x) > 0) != (count > 0):
             raise InvalidField("x", f"holds {len(x)} values, not {count} rows of the same width")
         x = x.reshape(count, -1) if count else x.reshape(0, 0)
-        return cls(request.id, handles, bindings.columns(handles, t, x.copy()), bindings.ids)
+        return cls(request.id, handles, table.batch(handles, t, x.copy()), table.ids)
 
     def __len__(self) -> int:
         return len(self.handles)
-
-    @property
-    def whole(self) -> bool:
-        """Whether no row has begun."""
-        return len(self.rest) == len(self)
 
     def session_id(self, row: int) -> str:
         """Of a row."""
@@ -98,13 +171,13 @@ class PackedRequest:
         return session_id
 
     def fits(self, model: Model) -> bool:
-        """Whether rows can be of a lane's model; the first lane that is named becomes theirs."""
+        """Whether the rows can be of a model; the first model that is asked for becomes theirs."""
         if self.model is None:
             self.model = model
-            self._unfit = self._misfit(model)
-            width = model.manifest.output_width if self._unfit is None else 0
+            self._misfit = self._misfit_of(model)
+            width = model.manifest.output_width if self._misfit is None else 0
             self._y = np.full((len(self), width), np.nan, np.float32)
-        return self.model is model and self._unfit is None
+        return self.model is model and self._misfit is None
 
     def step(self, row: int, session: ResidentSession, reply_to: ReplyTo) -> Step:
         """A row as a step of its own.
@@ -113,10 +186,10 @@ class PackedRequest:
             InvalidField, NonFiniteInput.
         """
         if not self.fits(session.model):
-            raise self._unfit or self._other_model(session)
-        x = self.columns.x[row]
+            raise self._misfit or self._other_model(session)
+        x = self.batch.x[row]
         finite = bool(np.isfinite(x).all())
-        t = None if self.columns.t is None else int(self.columns.t[row])
+        t = None if self.batch.t is None else int(self.batch.t[row])
         return make_step(session, x.tolist(), 1, finite=finite, t=t, reply_to=reply_to)
 
     def put_pack(self, rows: NDArray[np.int64], pack: PackedStep) -> None:
@@ -128,11 +201,11 @@ class PackedRequest:
             self._durable_t[rows] = pack.durable_t
             self._flags[rows[pack.at < self.model.manifest.lag_rows]] = FALLBACK
         for place, error in pack.errors:
-            self._refuse(int(rows[place]), error)
+            self._set_error(int(rows[place]), error)
         self.left -= len(rows)
 
     def put_step(self, row: int, step: Step) -> None:
-        """Takes the outcome of a row that went alone."""
+        """Takes the outcome of a row that was a step of its own."""
         if step.error is not None:
             self.put_error(row, step.error)
             return
@@ -146,7 +219,7 @@ class PackedRequest:
 
     def put_error(self, row: int, error: StepstateError) -> None:
         """Takes the refusal of a row."""
-        self._refuse(row, error)
+        self._set_error(row, error)
         self.left -= 1
 
     def response(self) -> pb.StreamPackedResponse:
@@ -162,15 +235,15 @@ class PackedRequest:
             response.errors.add(row=row, status=status_of(self.errors[row]))
         return response
 
-    def _refuse(self, row: int, error: StepstateError) -> None:
+    def _set_error(self, row: int, error: StepstateError) -> None:
         self.errors[row] = error
         self._t[row] = self._durable_t[row] = self._flags[row] = 0
         if len(self._y):
             self._y[row] = np.nan
 
-    def _misfit(self, model: Model) -> InvalidField | None:
-        """Why no row can be of a lane's model."""
-        manifest, width = model.manifest, self.columns.x.shape[1]
+    def _misfit_of(self, model: Model) -> InvalidField | None:
+        """Why no row can be of a model."""
+        manifest, width = model.manifest, self.batch.x.shape[1]
         if width != manifest.input_width:
             return InvalidField(
                 "x",
@@ -195,7 +268,7 @@ class PackedRequest:
 
 
 def reply_bytes(rows: int, output_width: int) -> int:
-    """What the columns of a reply take."""
+    """Bytes of the columns of a reply."""
     return rows * (4 * output_width + 17)
 
 

@@ -1,60 +1,74 @@
-"""The front door `stepstate.v1.StepstateService`: decode, one call into the sessions, encode."""
+"""The API `stepstate.v1.StepstateService`: decode, one call into the sessions, encode.
+
+What `ExportSession` returns any client can read, and `ImportSession` takes; what `StreamExport`
+returns `StreamImport` takes.
+"""
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+import re
+from collections.abc import AsyncIterator
+from functools import partial
 from typing import TYPE_CHECKING
 
-from stepstate.errors import SessionUnreadable, SnapshotModelMismatch
-from stepstate.sessions import ResidentSession, SessionService
-from stepstate.transport.bidi import StreamRegistry
+import grpc
+from grpc_health.v1 import health
+from grpc_reflection.v1alpha import reflection, reflection_pb2
+
+from stepstate.errors import (
+    InvalidField,
+    SessionUnreadable,
+    SnapshotModelMismatch,
+    SnapshotTooLarge,
+)
+from stepstate.sessions import ResidentSession
+from stepstate.transport.bidi import Backend, ReplyBudget, StreamRegistry
 from stepstate.transport.convert import (
+    REPLY_BYTES,
+    ReplyPage,
+    decode_forecast,
     decode_fork,
     decode_import,
     decode_opening,
-    decode_step,
+    encode_forecasts,
     encode_model,
+    encode_page,
     encode_session,
-    encode_step,
+    forecast_reply_bytes,
 )
-from stepstate.transport.forecasts import decode_wish, encode_forecasts, reply_bytes
-from stepstate.transport.malformed import well_formed
+from stepstate.transport.interceptor import well_formed
 from stepstate.transport.packed import PackedStream
-from stepstate.transport.pages import list_models, list_sessions
-from stepstate.transport.reply_budget import ReplyBudget
-from stepstate.transport.snapshots import export_parts, export_whole, import_parts
-from stepstate.transport.steps import StepStream
-from stepstate.transport.unary import apply_step
+from stepstate.transport.steps import StepStream, apply_step, decode_step, encode_step
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceServicer
 
 if TYPE_CHECKING:
     from stepstate.transport.interceptor import Context
 
+PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
+PART_BYTES = 2**20
+MAX_SNAPSHOT_BYTES = 256 * 2**20
+"""As many bytes as the replay windows of all sessions have by default."""
+REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
+
+_DIGITS = re.compile(r"[0-9]{1,9}")
+
 
 class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
-    """The RPCs of the contract; the contract has their documentation.
+    """The RPCs of the contract; the contract has their documentation."""
 
-    Args:
-        sessions: the table.
-        outgoing: the bytes of replies that are on their way, of every door.
-        refused: told the reason of each refusal within a stream.
-    """
-
-    def __init__(
-        self, sessions: SessionService, *, outgoing: ReplyBudget, refused: Callable[[str], None]
-    ) -> None:
-        self._sessions = sessions
-        self._outgoing = outgoing
-        # Of its own: however slowly they move, steps are answered.
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._sessions = backend.sessions
+        # Of its own: steps are answered however slowly snapshots are moved.
         self._moving = ReplyBudget("bytes of snapshots that are being sent or received here")
-        self._streams = StreamRegistry(refused)
+        self._streams = StreamRegistry()
 
     async def OpenSession(
         self, request: pb.OpenSessionRequest, context: Context
     ) -> pb.OpenSessionResponse:
         session = await self._sessions.open(decode_opening(request))
-        return pb.OpenSessionResponse(session=self._resident(session))
+        return pb.OpenSessionResponse(session=self._encoded(session))
 
     async def GetSession(
         self, request: pb.GetSessionRequest, context: Context
@@ -65,13 +79,23 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
     ) -> pb.ListSessionsResponse:
-        return await list_sessions(self._sessions, request)
+        size = request.page_size or PAGE_SIZE
+        if size > MAX_PAGE_SIZE:
+            raise InvalidField("page_size", f"is {size}, expected at most {MAX_PAGE_SIZE}")
+        while True:
+            found, following = await self._sessions.page(
+                request.page_token, size, request.model, expired=request.show_expired
+            )
+            page = await encode_page(found)
+            if len(page) == len(found):
+                return pb.ListSessionsResponse(sessions=page, next_page_token=following)
+            size = len(page)  # asked again: only the store knows where the next page begins
 
     async def RestoreSession(
         self, request: pb.RestoreSessionRequest, context: Context
     ) -> pb.RestoreSessionResponse:
         session = await self._sessions.restore_expired(request.session_id)
-        return pb.RestoreSessionResponse(session=self._resident(session))
+        return pb.RestoreSessionResponse(session=self._encoded(session))
 
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context
@@ -79,13 +103,10 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         async with self._sessions.hold(request.session_id) as hold:
             try:
                 session = await self._sessions.get(request.session_id, hold=hold)
-            except (
-                SnapshotModelMismatch,
-                SessionUnreadable,
-            ):  # it can't be loaded, and is closed so
+            except (SnapshotModelMismatch, SessionUnreadable):  # it is closed without being loaded
                 stored = await hold.finish(self._sessions.close_stored(request.session_id))
                 return pb.CloseSessionResponse(session=encode_session(stored))
-            before = self._resident(session)
+            before = self._encoded(session)
             before.t = await self._sessions.close(request.session_id, hold=hold)
         before.queued_requests = 0
         return pb.CloseSessionResponse(session=before)
@@ -100,66 +121,104 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         self, request: pb.ForkSessionRequest, context: Context
     ) -> pb.ForkSessionResponse:
         session = await self._sessions.fork(request.session_id, decode_fork(request))
-        return pb.ForkSessionResponse(session=self._resident(session))
+        return pb.ForkSessionResponse(session=self._encoded(session))
 
     async def ExportSession(
         self, request: pb.ExportSessionRequest, context: Context
     ) -> pb.ExportSessionResponse:
-        return await export_whole(self._sessions, request)
+        snapshot, summary = await self._sessions.export(request.session_id)
+        reply = pb.ExportSessionResponse(snapshot=snapshot, session=encode_session(summary))
+        if reply.ByteSize() > REPLY_BYTES:
+            raise SnapshotTooLarge(request.session_id, len(snapshot), REPLY_BYTES)
+        return reply
 
     async def ImportSession(
         self, request: pb.ImportSessionRequest, context: Context
     ) -> pb.ImportSessionResponse:
         session = await self._sessions.restore(request.snapshot, decode_import(request))
-        return pb.ImportSessionResponse(session=self._resident(session))
+        return pb.ImportSessionResponse(session=self._encoded(session))
 
     async def StreamExport(self, request: pb.StreamExportRequest, context: Context) -> None:
-        await export_parts(self._sessions, self._moving, well_formed(request), context)
+        session_id = well_formed(request).session_id
+        snapshot, summary = await self._sessions.export(session_id)
+        size = len(snapshot)
+        if size > MAX_SNAPSHOT_BYTES:
+            raise SnapshotTooLarge(session_id, size, MAX_SNAPSHOT_BYTES)
+        self._moving.reserve(size)
+        try:
+            reply = pb.StreamExportResponse(session=encode_session(summary), size=size)
+            for first in range(0, size, PART_BYTES):
+                reply.data = snapshot[first : first + PART_BYTES]
+                await context.write(reply)
+                reply = pb.StreamExportResponse()
+        finally:
+            self._moving.release(size)
 
     async def StreamImport(
         self, requests: AsyncIterator[pb.StreamImportRequest], context: Context
     ) -> pb.StreamImportResponse:
-        session = await import_parts(self._sessions, self._moving, requests)
-        return pb.StreamImportResponse(session=self._resident(session))
+        first = await anext(requests, None)
+        if first is None:
+            raise InvalidField("data", "is missing: send the parts of a snapshot")
+        size, data = first.size, bytearray()
+        if not 0 < size <= MAX_SNAPSHOT_BYTES:
+            raise InvalidField(
+                "size",
+                f"is {size}, expected the bytes of the snapshot, at most {MAX_SNAPSHOT_BYTES}",
+            )
+        options, part = decode_import(first), first.data
+        try:
+            while len(data) <= size:
+                self._moving.reserve(len(part))  # what has come, not what is announced
+                data += part
+                following = await anext(requests, None)
+                if following is None:
+                    break
+                part = following.data
+            if len(data) != size:
+                raise InvalidField("data", f"has {len(data)} bytes in all, and size is {size}")
+            session = await self._sessions.restore(bytes(data), options)
+        finally:
+            self._moving.release(len(data))
+        return pb.StreamImportResponse(session=self._encoded(session))
 
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
-        step = await apply_step(
-            self._sessions,
-            self._outgoing,
-            request.session_id,
-            lambda session, call: decode_step(request, session, call),
-        )
+        make = partial(decode_step, request)
+        step = await apply_step(self._backend, request.session_id, make)
         if step.error is not None:
             raise step.error
         return encode_step(step)
 
     async def StreamSteps(self, _requests: object, context: Context) -> None:
-        await self._streams.serve(
-            lambda refused: StepStream(
-                self._sessions, context, outgoing=self._outgoing, refused=refused
-            )
-        )
+        await self._streams.serve(StepStream(self._backend, context))
 
     async def StreamPacked(self, _requests: object, context: Context) -> None:
-        await self._streams.serve(
-            lambda refused: PackedStream(
-                self._sessions, context, outgoing=self._outgoing, refused=refused
-            )
-        )
+        await self._streams.serve(PackedStream(self._backend, context))
 
     async def Forecast(self, request: pb.ForecastRequest, context: Context) -> pb.ForecastResponse:
-        told = await self._sessions.forecast(request.session_id, decode_wish(request))
-        size = reply_bytes(told)
-        self._outgoing.reserve(size)
+        results = await self._sessions.forecast(request.session_id, decode_forecast(request))
+        size = forecast_reply_bytes(results)
+        self._backend.replies.reserve(size)
         try:
-            return await encode_forecasts(request.session_id, told)
+            return await encode_forecasts(request.session_id, results)
         finally:
-            self._outgoing.release(size)
+            self._backend.replies.release(size)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        return list_models(list(self._sessions.catalog), request)
+        models = list(self._sessions.catalog)
+        token = request.page_token or "0"  # the number of models on the pages before
+        if not _DIGITS.fullmatch(token) or int(token) > len(models):
+            raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
+        first = int(token)
+        page = ReplyPage[pb.Model]()
+        for model in models[first : first + (request.page_size or len(models))]:
+            if not page.take(encode_model(model)):
+                break
+        after = first + len(page)
+        following = str(after) if after < len(models) else ""
+        return pb.ListModelsResponse(models=page, next_page_token=following)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         model = self._sessions.catalog.find(request.model, request.version)
@@ -169,5 +228,23 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         """See `StreamRegistry.drain`."""
         await self._streams.drain()
 
-    def _resident(self, session: ResidentSession) -> pb.Session:
+    def _encoded(self, session: ResidentSession) -> pb.Session:
         return encode_session(self._sessions.summary(session))
+
+
+def add_reflection(server: grpc.aio.Server, *services: str) -> None:
+    """Adds server reflection, v1 and v1alpha, so that grpcurl and its like need no proto file.
+
+    grpcio-reflection has v1alpha only. The messages of v1 are the same on the
+    wire, so one servicer answers for both names.
+    """
+    names = (*services, health.SERVICE_NAME, REFLECTION_V1, reflection.SERVICE_NAME)
+    servicer = reflection.aio.ReflectionServicer(names)
+    method = grpc.stream_stream_rpc_method_handler(
+        servicer.ServerReflectionInfo,
+        reflection_pb2.ServerReflectionRequest.FromString,
+        reflection_pb2.ServerReflectionResponse.SerializeToString,
+    )
+    for name in (REFLECTION_V1, reflection.SERVICE_NAME):
+        handler = grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": method})
+        server.add_generic_rpc_handlers((handler,))

@@ -1,7 +1,7 @@
-"""Errors as gRPC statuses: the one table from an error's type to code and details.
+"""Errors as gRPC statuses: the one table from an error's type to its code, and the details.
 
-The details are those of google.rpc: ErrorInfo for every error (its reason and
-its fields), BadRequest, QuotaFailure and RetryInfo where DESIGN asks for them.
+The details are those of google.rpc: ErrorInfo for every error (its reason and its fields), and
+BadRequest, PreconditionFailure, QuotaFailure and RetryInfo for some.
 """
 
 from __future__ import annotations
@@ -45,6 +45,14 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.Internal: StatusCode.INTERNAL,
 }
 
+_FIELDS: dict[type[errors.StepstateError], str] = {
+    errors.NonFiniteInput: "x",
+    errors.NonFiniteResult: "x",
+    errors.StepMismatch: "x",
+    errors.SequenceNotStarted: "sequence_id",
+}
+"""The field of the request that an error is about, if the error does not say it."""
+
 
 def code_of(error: errors.StepstateError) -> StatusCode:
     """The code of an error: that of the nearest type in the table."""
@@ -63,13 +71,13 @@ def status_of(error: errors.StepstateError) -> Status:
 
 
 def _cut(text: str) -> str:
-    """Keeps an error within what gRPC takes as metadata, 8 KiB by default, with all its parts."""
+    """Cuts a text, so that a whole status fits into gRPC's metadata, 8 KiB by default."""
     return text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…"
 
 
 def _details(error: errors.StepstateError) -> Iterator[Message]:
-    told = {name: _cut(value) for name, value in error.fields().items()}
-    yield ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=told)
+    fields = {name: _cut(value) for name, value in error.fields().items()}
+    yield ErrorInfo(reason=error.reason, domain=DOMAIN, metadata=fields)
     if isinstance(error, errors.InvalidRequest):
         field = error.field if isinstance(error, errors.InvalidField) else _FIELDS[type(error)]
         violation = BadRequest.FieldViolation(field=field, description=_cut(str(error)))
@@ -78,24 +86,17 @@ def _details(error: errors.StepstateError) -> Iterator[Message]:
         quota = QuotaFailure.Violation(subject="server:sessions", description=str(error))
         yield QuotaFailure(violations=[quota])
     if isinstance(error, errors.ForecastImpossible):
-        broken = PreconditionFailure.Violation(
-            type="FORECAST", subject=_cut(error.subject), description=_cut(str(error))
-        )
-        yield PreconditionFailure(violations=[broken])
+        yield _precondition("FORECAST", error.subject, error)
     if isinstance(error, errors.SnapshotModelMismatch):
-        broken = PreconditionFailure.Violation(
-            type="MODEL", subject=_cut(error.model), description=_cut(str(error))
-        )
-        yield PreconditionFailure(violations=[broken])
+        yield _precondition("MODEL", error.model, error)
     if isinstance(error, errors.QueueFull | errors.Draining | errors.StoreUnavailable):
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
         yield RetryInfo(retry_delay=delay)
 
 
-_FIELDS: dict[type[errors.StepstateError], str] = {
-    errors.NonFiniteInput: "x",
-    errors.NonFiniteResult: "x",
-    errors.StepMismatch: "x",
-    errors.SequenceNotStarted: "sequence_id",
-}
+def _precondition(kind: str, subject: str, error: errors.StepstateError) -> PreconditionFailure:
+    violation = PreconditionFailure.Violation(
+        type=kind, subject=_cut(subject), description=_cut(str(error))
+    )
+    return PreconditionFailure(violations=[violation])

@@ -21,8 +21,9 @@ from stepstate.errors import (
     StepAhead,
     UnexpectedStatus,
 )
-from stepstate.transport.convert import encode_model, encode_session, encode_step
+from stepstate.transport.convert import encode_model, encode_session
 from stepstate.transport.status import DETAILS_KEY, status_of
+from stepstate.transport.steps import encode_step
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import x_of
 from stepstate.v1.google_rpc import Status

@@ -15,8 +15,12 @@ from stepstate.errors import (
 )
 from stepstate.sessions import ForecastRequest, Scenario
 from stepstate.sessions.forecasting import limits
-from stepstate.transport.convert import REPLY_BYTES
-from stepstate.transport.forecasts import decode_wish, encode_forecasts, reply_bytes
+from stepstate.transport.convert import (
+    REPLY_BYTES,
+    decode_forecast,
+    encode_forecasts,
+    forecast_reply_bytes,
+)
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.offline import rows
 from tests.unit.rig import Rig, model_of, rounds
@@ -176,7 +180,7 @@ async def test_what_a_reply_takes_is_known_before_it_is_made(rig):
         for name, one in zip(names, found, strict=True):
             size = (await encode_forecasts([name] * 2, [one] * 2)).ByteSize()
             ids = 2 * len(name[:128].encode()) if isinstance(one, Exception) else 0
-            assert size <= ids + reply_bytes([one] * 2) <= 2.5 * size
+            assert size <= ids + forecast_reply_bytes([one] * 2) <= 2.5 * size
 
 
 async def test_the_longest_numbers_and_times_are_counted(rig):
@@ -189,7 +193,7 @@ async def test_the_longest_numbers_and_times_are_counted(rig):
         step_interval_seconds=2**31,
     )
     size = (await encode_forecasts(["a"], [[extreme]])).ByteSize()
-    assert size <= reply_bytes([[extreme]]) == reply_bytes([[forecast]])
+    assert size <= forecast_reply_bytes([[extreme]]) == forecast_reply_bytes([[forecast]])
 
 
 def test_replies_are_bounded_like_all_others():
@@ -198,17 +202,17 @@ def test_replies_are_bounded_like_all_others():
 
 def test_too_many_scenarios_are_refused_before_they_are_read(monkeypatch):
     monkeypatch.setattr(f"{BOUNDS}.MAX_SCENARIOS", 2)
-    monkeypatch.delattr("stepstate.transport.forecasts.array_of")
+    monkeypatch.delattr("stepstate.transport.convert.array_of")
     request = pb.ForecastRequest(session_id=["a"], scenarios=[pb.Scenario(x=[1.0])] * 3)
     with pytest.raises(InvalidField, match="scenarios: holds 3, expected at most 2"):
-        decode_wish(request)
+        decode_forecast(request)
 
 
 async def test_others_take_turns_while_a_reply_is_made(rig, monkeypatch):
     """Whether it is one session under many scenarios, or many sessions."""
     await stepped(rig, await rig.open(), rows(20))
     (forecast,) = await told(rig, horizon=3)
-    monkeypatch.setattr("stepstate.transport.forecasts.ENCODED_AT_ONCE", 1)
+    monkeypatch.setattr("stepstate.transport.convert.ENCODED_AT_ONCE", 1)
     for found in ([[forecast] * 20], [[forecast]] * 20):
         making = asyncio.create_task(encode_forecasts(["a"] * len(found), found))
         await rounds(15)

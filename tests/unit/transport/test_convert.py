@@ -10,13 +10,11 @@ from stepstate.sessions import Step
 from stepstate.stores import MissingPolicy
 from stepstate.transport.convert import (
     REPLY_BYTES,
-    REQUEST_ROWS,
     decode_opening,
-    decode_step,
     encode_model,
     encode_session,
-    encode_step,
 )
+from stepstate.transport.steps import REQUEST_ROWS, decode_step, encode_step
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.networks import make_network
 from tests.offline import forecasting_network

@@ -150,13 +150,6 @@ def look_up(connection: sqlite3.Connection, session_ids: Iterable[str], now: flo
     )
 
 
-def find(
-    connection: sqlite3.Connection, session_id: str, now: float
-) -> StoredSession | UnreadableSession | Tombstone | None:
-    """See `SessionStore.find`."""
-    return look_up(connection, [session_id], now).of(session_id)
-
-
 def overdue(connection: sqlite3.Connection, before: float, limit: int) -> Due:
     """See `SessionStore.overdue`."""
     sessions, unreadable = _due(connection, 0, before, max(limit, DUE_AT_ONCE))

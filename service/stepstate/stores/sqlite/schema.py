@@ -23,6 +23,13 @@ times since the last are copied once. A restart after kill -9 reads it in some 3
 WAL_BYTES = 64 * 2**20
 """A WAL that grew further, because of a reader, is truncated to this size."""
 
+_SINCE_VERSION_2 = (
+    "CREATE INDEX sessions_by_model ON sessions (model, expired, session_id)",
+    "CREATE INDEX sessions_by_due ON sessions (expired, due)",
+    "CREATE INDEX sessions_open ON sessions (session_id) WHERE expired = 0",
+    "CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), micros INTEGER NOT NULL)",
+    f"PRAGMA user_version = {VERSION}",
+)
 # `due` is never later than `expires`, and it is indexed: so a save changes `expires` without
 # writing to an index, which halves what it writes, and `reads.postpone` moves `due` later. Only
 # when `expires` moves back, `due` has to follow at once.
@@ -30,7 +37,8 @@ WAL_BYTES = 64 * 2**20
 # The snapshot is the last column, so that the others are read without its pages (in files that
 # had version 1 `expired` comes after it).
 # `sessions_by_model` and `sessions_open` serve counts and pages without reading rows.
-TABLES = """
+_TABLES = (
+    """\
 CREATE TABLE sessions (
     session_id TEXT PRIMARY KEY NOT NULL,
     model TEXT NOT NULL,
@@ -42,13 +50,12 @@ CREATE TABLE sessions (
     due INTEGER NOT NULL,
     expired INTEGER NOT NULL DEFAULT 0,
     snapshot BLOB NOT NULL
-);
-CREATE INDEX sessions_by_model ON sessions (model, expired, session_id);
-CREATE INDEX sessions_by_due ON sessions (expired, due);
-CREATE INDEX sessions_open ON sessions (session_id) WHERE expired = 0;
+)""",
+    """\
 CREATE TRIGGER due_follows AFTER UPDATE OF expires ON sessions WHEN NEW.expires < NEW.due BEGIN
     UPDATE sessions SET due = NEW.expires WHERE rowid = NEW.rowid;
-END;
+END""",
+    """\
 CREATE TABLE endings (
     session_id TEXT PRIMARY KEY NOT NULL,
     epoch INTEGER NOT NULL,
@@ -56,21 +63,19 @@ CREATE TABLE endings (
     t INTEGER NOT NULL,
     idle_timeout_seconds TEXT NOT NULL,
     forget INTEGER NOT NULL
-) WITHOUT ROWID;
-CREATE INDEX endings_by_forget ON endings (forget);
-CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), micros INTEGER NOT NULL)
-"""
-
+) WITHOUT ROWID""",
+    "CREATE INDEX endings_by_forget ON endings (forget)",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    *_SINCE_VERSION_2,
+)
 _FROM_VERSION_1 = (
     "ALTER TABLE sessions ADD COLUMN expired INTEGER NOT NULL DEFAULT 0",
     "DROP INDEX sessions_by_model",
     "DROP INDEX sessions_by_due",
-    "CREATE INDEX sessions_by_model ON sessions (model, expired, session_id)",
-    "CREATE INDEX sessions_by_due ON sessions (expired, due)",
-    "CREATE INDEX sessions_open ON sessions (session_id) WHERE expired = 0",
-    "CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), micros INTEGER NOT NULL)",
-    f"PRAGMA user_version = {VERSION}",
+    *_SINCE_VERSION_2,
 )
+_UPGRADES = {0: _TABLES, 1: _FROM_VERSION_1}
+"""Statements that turn a file of a version into one of `VERSION`; 0: the file is empty."""
 _VALID = f"typeof(clock.micros) = 'integer' AND clock.micros BETWEEN 0 AND {MAX_MICROS}"
 _CLOCK = "SELECT micros FROM clock WHERE id = 0 AND :valid".replace(":valid", _VALID)
 _BEAT = """
@@ -111,11 +116,8 @@ def prepare(connection: sqlite3.Connection, now: float) -> float:
         _check(connection)
     with _transaction(connection, "BEGIN IMMEDIATE"):
         version = _check(connection)
-        if version == 0:
-            _create_tables(connection)
-        elif version == 1:
-            for statement in _FROM_VERSION_1:
-                connection.execute(statement)
+        for statement in _UPGRADES.get(version, ()):
+            connection.execute(statement)
         if connection.execute(_CLOCK).fetchone() is None:
             connection.execute(_BEGIN_CLOCK, (round(now * MICROS),))
         return _clock(connection)
@@ -191,19 +193,6 @@ def _transaction(connection: sqlite3.Connection, begin: str) -> Iterator[None]:
 def _clock(connection: sqlite3.Connection) -> float:
     (micros,) = connection.execute(_CLOCK).fetchone()
     return float(micros) / MICROS
-
-
-def _create_tables(connection: sqlite3.Connection) -> None:
-    # One by one: `executescript` would commit. Only the trigger has a semicolon inside.
-    statement = ""
-    for line in TABLES.splitlines(keepends=True):
-        statement += line
-        if sqlite3.complete_statement(statement):
-            connection.execute(statement)
-            statement = ""
-    connection.execute(statement)
-    connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
-    connection.execute(f"PRAGMA user_version = {VERSION}")
 
 
 def _check(connection: sqlite3.Connection) -> int:

@@ -12,7 +12,7 @@ from typing import Self, TypeVar
 from stepstate.stores.base import SessionStore
 from stepstate.stores.sqlite import reads, schema
 from stepstate.stores.sqlite.file import SessionFile
-from stepstate.stores.sqlite.writer_thread import StoreOp, WriterThread
+from stepstate.stores.sqlite.writer_thread import WriterThread
 from stepstate.stores.sqlite.writes import Acquire, Create, End, Expire, Restore, SaveOne, Write
 from stepstate.stores.types import (
     DiskUsage,
@@ -74,7 +74,7 @@ class SqliteStore(SessionStore):
 
     async def beat(self) -> None:
         now, since, at = self._clock.read()
-        file_time = await self._call(lambda file: schema.beat(file, now, since), rows=1)
+        file_time = await self._thread.call(lambda file: schema.beat(file, now, since), rows=1)
         self._clock.set(file_time, at)
 
     async def create(
@@ -98,19 +98,16 @@ class SqliteStore(SessionStore):
         return await self._write(Acquire(session_id, owner, fingerprints))
 
     async def find(self, session_id: str) -> StoredSession | UnreadableSession | Tombstone | None:
-        return await self._call(lambda file: reads.find(file, session_id, self._clock()))
+        now = self._clock()
+        found = await self._thread.call(lambda file: reads.look_up(file, [session_id], now))
+        return found.of(session_id)
 
     async def save(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
-        writes = [SaveOne(save.session_id, save) for save in saves]
-        if writes:
-            await self._thread.do(StoreOp(writes))
-        return [one.result for one in writes]
+        return await self._thread.write([SaveOne(save.session_id, save) for save in saves])
 
     async def expire(self, saves: Sequence[SaveRequest], *, delete_at: float) -> list[SaveResult]:
         writes = [Expire(save.session_id, save, delete_at) for save in saves]
-        if writes:
-            await self._thread.do(StoreOp(writes))
-        return [one.result for one in writes]
+        return await self._thread.write(writes)
 
     async def restore(self, session_id: str, epoch: int, *, expires_at: float) -> bool:
         return await self._write(Restore(session_id, epoch, expires_at))
@@ -131,16 +128,18 @@ class SqliteStore(SessionStore):
         self, token: str, size: int, model: str = "", *, expired: bool = False
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
         # The token is the last id, so nearly every text is a valid one.
-        return await self._call(lambda file: reads.page(file, token, size, model, expired=expired))
+        return await self._thread.call(
+            lambda file: reads.page(file, token, size, model, expired=expired)
+        )
 
     async def count(self) -> Mapping[str, int]:
-        return await self._call(reads.count)
+        return await self._thread.call(reads.count)
 
     async def count_expired(self) -> int:
-        return await self._call(reads.count_expired)
+        return await self._thread.call(reads.count_expired)
 
     async def probe(self) -> None:
-        await self._call(schema.probe, rows=1)
+        await self._thread.call(schema.probe, rows=1)
 
     def disk_usage(self) -> DiskUsage | None:
         return self._thread.file.disk_usage()
@@ -151,17 +150,11 @@ class SqliteStore(SessionStore):
     async def _due(
         self, read: Callable[[sqlite3.Connection], reads.Due], before: float
     ) -> list[StoredSession]:
-        due = await self._call(read)
+        due = await self._thread.call(read)
         if rows := len(due.used) + len(due.unreadable):
-            await self._call(lambda file: reads.postpone(file, due, before), rows=rows)
+            await self._thread.call(lambda file: reads.postpone(file, due, before), rows=rows)
         return due.sessions
 
     async def _write(self, one: Write[T]) -> T:
-        await self._thread.do(StoreOp([one]))
-        return one.result
-
-    async def _call(self, call: Callable[[sqlite3.Connection], T], *, rows: int = 0) -> T:
-        """The result of a call with the connection; `rows`: how many it writes."""
-        results: list[T] = []
-        await self._thread.do(StoreOp(call=lambda file: results.append(call(file)), rows=rows))
-        return results[0]
+        (result,) = await self._thread.write([one])
+        return result

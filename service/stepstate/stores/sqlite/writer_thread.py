@@ -18,12 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
 from threading import Thread
-from typing import Any
+from typing import Any, TypeVar
 
 from stepstate.errors import StoreUnavailable
 from stepstate.stores.sqlite.file import OutOfSpace, SessionFile
 from stepstate.stores.sqlite.writes import Create, Expire, SaveOne, Write, write
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 10.0
@@ -49,15 +50,6 @@ class StoreOp:
         default_factory=lambda: asyncio.get_running_loop().create_future()
     )
 
-    def finish(self) -> None:
-        """Resumes its caller."""
-        if self.done.done():  # the caller has gone away
-            return
-        if self.error is None:
-            self.done.set_result(None)
-        else:
-            self.done.set_exception(self.error)
-
 
 class WriterThread:
     """Takes operations from the event loop and does them.
@@ -77,12 +69,27 @@ class WriterThread:
         self._thread = Thread(target=self._run, name="stepstate-sqlite", daemon=True)
         self._thread.start()
 
-    async def do(self, op: StoreOp) -> None:
-        """Returns when an operation is done; its writes then have their results.
+    async def write(self, writes: Sequence[Write[T]]) -> list[T]:
+        """Does writes, all or none, together with those of others; returns their results.
+
+        Raises:
+            StoreUnavailable: they are not done, or that is unknown.
+        """
+        if writes:
+            await self._do(StoreOp(writes))
+        return [one.result for one in writes]
+
+    async def call(self, call: Callable[[sqlite3.Connection], T], *, rows: int = 0) -> T:
+        """The result of a call with the connection; `rows`: how many it writes.
 
         Raises:
             StoreUnavailable: it is not done, or that is unknown.
         """
+        results: list[T] = []
+        await self._do(StoreOp(call=lambda file: results.append(call(file)), rows=rows))
+        return results[0]
+
+    async def _do(self, op: StoreOp) -> None:
         if self._closed:
             raise StoreUnavailable(f"{self.file.path} was closed")
         self._queue.put(op)
@@ -172,7 +179,12 @@ class WriterThread:
 
 def _finish(ops: list[StoreOp]) -> None:
     for op in ops:
-        op.finish()
+        if op.done.done():  # its caller has gone away
+            continue
+        if op.error is None:
+            op.done.set_result(None)
+        else:
+            op.done.set_exception(op.error)
 
 
 def _snapshot_bytes(one: Write[Any]) -> int:

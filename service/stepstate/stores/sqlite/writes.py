@@ -149,16 +149,17 @@ def write(
     Raises:
         sqlite3.Error: nothing was written, or that is unknown; the transaction may be open.
     """
+    transaction = _Transaction(connection, now, unix_time)
     rounds = _rounds(writes)
     saves = _of(SaveOne, writes)
     if len(rounds) == 1 and len(saves) == len(writes) <= ROWS_AT_ONCE:
-        _save(connection, saves, now)  # one statement is its own transaction
+        transaction.save(saves)  # one statement is its own transaction
         return
     connection.execute("BEGIN IMMEDIATE")
     for some in rounds:
-        _save(connection, _of(SaveOne, some), now)
-        _expire(connection, _of(Expire, some), now)
-        _change(connection, some, now, unix_time)
+        transaction.save(_of(SaveOne, some))
+        transaction.expire(_of(Expire, some))
+        transaction.change([one for one in some if not isinstance(one, SaveOne | Expire)])
     connection.execute("COMMIT")
 
 
@@ -178,123 +179,148 @@ def _of(kind: type[T], writes: Iterable[Write[Any]]) -> list[T]:
     return [one for one in writes if isinstance(one, kind)]
 
 
-def _save(connection: sqlite3.Connection, writes: list[SaveOne], now: float) -> None:
-    if not writes:
-        return
-    rows = [_values(one.save, one.save.expires_at) for one in writes]
-    saved = _execute_many(connection, _SAVE, rows)
-    _set_results(connection, writes, saved, now)
+@dataclass(frozen=True, slots=True)
+class _Transaction:
+    connection: sqlite3.Connection
+    now: float
+    unix_time: float
 
+    def save(self, writes: list[SaveOne]) -> None:
+        if writes:
+            rows = [_values(one.save, one.save.expires_at) for one in writes]
+            self._set_results(writes, self._execute_many(_SAVE, rows))
 
-def _expire(connection: sqlite3.Connection, writes: list[Expire], now: float) -> None:
-    """Like `_save`; but it raises the epochs, so they are compared before."""
-    if not writes:
-        return
-    ids = json.dumps([[one.session_id, one.save.epoch] for one in writes])
-    (held,) = connection.execute(_COUNT_HELD, (ids,)).fetchone()
-    _set_results(connection, writes, held, now)
-    rows = [_values(one.save, one.delete_at) for one in writes if one.result is SaveResult.DONE]
-    _execute_many(connection, _EXPIRE, rows)
+    def expire(self, writes: list[Expire]) -> None:
+        """Like `save`; but it raises the epochs, so they are compared before."""
+        if not writes:
+            return
+        ids = json.dumps([[one.session_id, one.save.epoch] for one in writes])
+        (held,) = self.connection.execute(_COUNT_HELD, (ids,)).fetchone()
+        self._set_results(writes, held)
+        rows = [_values(one.save, one.delete_at) for one in writes if one.result is SaveResult.DONE]
+        self._execute_many(_EXPIRE, rows)
+
+    def change(self, writes: list[Write[Any]]) -> None:
+        """Does all other writes."""
+        if writes:
+            found = self._look_up(writes)
+            self._create(found, _of(Create, writes))
+            self._acquire(found, _of(Acquire, writes))
+            self._restore(found, _of(Restore, writes))
+            self._end(found, _of(End, writes))
+
+    def _look_up(self, writes: Iterable[Write[Any]]) -> Lookup:
+        return look_up(self.connection, [one.session_id for one in writes], self.now)
+
+    def _set_results(self, writes: Sequence[SaveOne | Expire], done: int) -> None:
+        """Sets the results of writes; `done`: how many have the newest epoch of their session."""
+        for one in writes:
+            one.result = SaveResult.DONE
+        if done == len(writes):
+            return
+        found = self._look_up(writes)
+        for one in writes:
+            stored = one.session_id in found.rows
+            if not stored and one.session_id not in found.tombstones:
+                one.result = SaveResult.MISSING
+            elif not stored or found.epoch(one.session_id) != one.save.epoch:
+                one.result = SaveResult.FENCED
+
+    def _create(self, found: Lookup, writes: list[Create]) -> None:
+        new: list[Values] = []
+        for one in writes:
+            row = found.rows.get(one.session_id)
+            if row and not (row.epoch == one.replacing and self._is_overdue(row.session)):
+                one.result = row.session
+                continue
+            one.result = next_epoch(found.epoch(one.session_id), self.unix_time)
+            record, expires = one.record, round(one.expires_at * MICROS)
+            columns = (record.session_id, record.model_key, record.to_json(), one.result)
+            new.append((*columns, one.owner, one.t, expires, one.snapshot))
+        self._execute_many(_CREATE, new)
+        if ended := [one.session_id for one in writes if one.session_id in found.tombstones]:
+            self.connection.execute(_DELETE_TOMBSTONES, (json.dumps(ended),))
+
+    def _acquire(self, found: Lookup, writes: list[Acquire]) -> None:
+        taken: dict[int, tuple[Acquire, StoredSession]] = {}
+        rows: list[Row] = []
+        for one in writes:
+            one.result = found.of(one.session_id)
+            row = found.rows.get(one.session_id)
+            if row and (session := self._acquired(row, one.fingerprints)):
+                taken[row.rowid] = one, session
+                rows.append(row)
+        owners = [(one.session_id, session.epoch, one.owner) for one, session in taken.values()]
+        self._execute_many(_ACQUIRE, owners)
+        for rowid, snapshot in self._snapshots(rows):
+            one, session = taken[rowid]
+            one.result = session, snapshot
+
+    def _acquired(self, row: Row, fingerprints: Collection[str]) -> StoredSession | None:
+        """A session with the epoch of a new lease; None: it can't be taken."""
+        session = row.session
+        if isinstance(session, UnreadableSession) or self._is_overdue(session):
+            return None
+        if session.record.fingerprint not in fingerprints:
+            return None
+        return replace(session, epoch=next_epoch(session.epoch, self.unix_time))
+
+    def _snapshots(self, rows: Sequence[Row]) -> Iterator[tuple[int, bytes]]:
+        for some in _chunks_of_bytes(rows):
+            rowids = json.dumps([row.rowid for row in some])
+            sizes, joined = self.connection.execute(_SNAPSHOTS, (rowids,)).fetchone()
+            start = 0
+            for rowid, size in json.loads(sizes):
+                yield rowid, joined[start : start + size]
+                start += size
+
+    def _restore(self, found: Lookup, writes: list[Restore]) -> None:
+        for one in writes:
+            session = found.of(one.session_id)
+            one.result = (
+                isinstance(session, StoredSession)
+                and session.epoch == one.epoch
+                and session.delete_at is not None
+            )
+        rows = [(one.session_id, round(one.expires_at * MICROS)) for one in writes if one.result]
+        self._execute_many(_RESTORE, rows)
+
+    def _end(self, found: Lookup, writes: list[End]) -> None:
+        forget = round((self.now + TOMBSTONE_SECONDS) * MICROS)
+        rows: list[Values] = []
+        for one in writes:
+            one.result = _may_end(one, found.rows.get(one.session_id))
+            if one.result:
+                tombstone, idle = one.tombstone, repr(one.tombstone.idle_timeout_seconds)
+                columns = (tombstone.reason.value, tombstone.t, idle, forget)
+                rows.append((one.session_id, found.epoch(one.session_id), *columns))
+        if rows:
+            self.connection.execute(_DELETE_SESSIONS, (json.dumps([row[0] for row in rows]),))
+            self.connection.execute(_DELETE_OLD_TOMBSTONES, (round(self.now * MICROS),))
+            self._execute_many(_ADD_TOMBSTONES, rows)
+
+    def _is_overdue(self, session: StoredSession | UnreadableSession) -> bool:
+        if isinstance(session, UnreadableSession):
+            return False
+        return session.delete_at is not None or session.expires_at <= self.now
+
+    def _execute_many(self, statement: str, rows: list[Values]) -> int:
+        """Executes a statement with all rows in its VALUES; returns how many it changed."""
+        changed = 0
+        for first in range(0, len(rows), ROWS_AT_ONCE):
+            some = rows[first : first + ROWS_AT_ONCE]
+            length = 1 << (len(some) - 1).bit_length()
+            width = len(some[0])
+            values = [value for row in some for value in row]
+            values += [None] * (width * (length - len(some)))  # no session has an id of NULL
+            marks = ",".join(["(" + ",".join("?" * width) + ")"] * length)
+            changed += self.connection.execute(statement.format(marks), values).rowcount
+        return changed
 
 
 def _values(save: SaveRequest, at: float) -> Values:
     micros = round(at * MICROS)
     return (save.session_id, save.epoch, save.owner, save.t, micros, save.snapshot)
-
-
-def _set_results(
-    connection: sqlite3.Connection, writes: Sequence[SaveOne | Expire], done: int, now: float
-) -> None:
-    """Sets the results of writes; `done`: how many have the newest epoch of their session."""
-    for one in writes:
-        one.result = SaveResult.DONE
-    if done == len(writes):
-        return
-    found = look_up(connection, [one.session_id for one in writes], now)
-    for one in writes:
-        if one.session_id in found.rows:
-            if found.epoch(one.session_id) != one.save.epoch:
-                one.result = SaveResult.FENCED
-        else:
-            gone = one.session_id in found.tombstones
-            one.result = SaveResult.FENCED if gone else SaveResult.MISSING
-
-
-def _change(
-    connection: sqlite3.Connection, writes: list[Write[Any]], now: float, unix_time: float
-) -> None:
-    ids = [one.session_id for one in writes if not isinstance(one, SaveOne | Expire)]
-    if not ids:
-        return
-    found = look_up(connection, ids, now)
-    _create(connection, found, _of(Create, writes), now, unix_time)
-    _acquire(connection, found, _of(Acquire, writes), now, unix_time)
-    _restore(connection, found, _of(Restore, writes))
-    _end(connection, found, _of(End, writes), now)
-
-
-def _is_overdue(session: StoredSession | UnreadableSession, now: float) -> bool:
-    if isinstance(session, UnreadableSession):
-        return False
-    return session.delete_at is not None or session.expires_at <= now
-
-
-def _create(
-    connection: sqlite3.Connection,
-    found: Lookup,
-    writes: list[Create],
-    now: float,
-    unix_time: float,
-) -> None:
-    new: list[Values] = []
-    for one in writes:
-        row = found.rows.get(one.session_id)
-        if row is not None and not (row.epoch == one.replacing and _is_overdue(row.session, now)):
-            one.result = row.session
-            continue
-        one.result = next_epoch(found.epoch(one.session_id), unix_time)
-        record, expires = one.record, round(one.expires_at * MICROS)
-        columns = (record.session_id, record.model_key, record.to_json(), one.result)
-        new.append((*columns, one.owner, one.t, expires, one.snapshot))
-    _execute_many(connection, _CREATE, new)
-    ended = [one.session_id for one in writes if one.session_id in found.tombstones]
-    if ended:
-        connection.execute(_DELETE_TOMBSTONES, (json.dumps(ended),))
-
-
-def _acquire(
-    connection: sqlite3.Connection,
-    found: Lookup,
-    writes: list[Acquire],
-    now: float,
-    unix_time: float,
-) -> None:
-    taken: dict[int, tuple[Acquire, StoredSession]] = {}
-    rows: list[Row] = []
-    for one in writes:
-        one.result = found.of(one.session_id)
-        row = found.rows.get(one.session_id)
-        if row is None or not isinstance(row.session, StoredSession):
-            continue
-        if row.session.record.fingerprint in one.fingerprints and not _is_overdue(row.session, now):
-            session = replace(row.session, epoch=next_epoch(row.session.epoch, unix_time))
-            taken[row.rowid] = one, session
-            rows.append(row)
-    owners = [(one.session_id, session.epoch, one.owner) for one, session in taken.values()]
-    _execute_many(connection, _ACQUIRE, owners)
-    for rowid, snapshot in _snapshots(connection, rows):
-        one, session = taken[rowid]
-        one.result = session, snapshot
-
-
-def _snapshots(connection: sqlite3.Connection, rows: Sequence[Row]) -> Iterator[tuple[int, bytes]]:
-    for some in _chunks_of_bytes(rows):
-        rowids = json.dumps([row.rowid for row in some])
-        sizes, joined = connection.execute(_SNAPSHOTS, (rowids,)).fetchone()
-        start = 0
-        for rowid, size in json.loads(sizes):
-            yield rowid, joined[start : start + size]
-            start += size
 
 
 def _chunks_of_bytes(rows: Sequence[Row]) -> Iterator[list[Row]]:
@@ -310,51 +336,9 @@ def _chunks_of_bytes(rows: Sequence[Row]) -> Iterator[list[Row]]:
         yield chunk
 
 
-def _restore(connection: sqlite3.Connection, found: Lookup, writes: list[Restore]) -> None:
-    for one in writes:
-        row = found.rows.get(one.session_id)
-        session = None if row is None else row.session
-        one.result = (
-            isinstance(session, StoredSession)
-            and session.epoch == one.epoch
-            and session.delete_at is not None
-        )
-    rows = [(one.session_id, round(one.expires_at * MICROS)) for one in writes if one.result]
-    _execute_many(connection, _RESTORE, rows)
-
-
-def _end(connection: sqlite3.Connection, found: Lookup, writes: list[End], now: float) -> None:
-    forget = round((now + TOMBSTONE_SECONDS) * MICROS)
-    rows: list[Values] = []
-    for one in writes:
-        one.result = _may_end(one, found.rows.get(one.session_id))
-        if one.result:
-            tombstone, idle = one.tombstone, repr(one.tombstone.idle_timeout_seconds)
-            columns = (tombstone.reason.value, tombstone.t, idle, forget)
-            rows.append((one.session_id, found.epoch(one.session_id), *columns))
-    if rows:
-        connection.execute(_DELETE_SESSIONS, (json.dumps([row[0] for row in rows]),))
-        connection.execute(_DELETE_OLD_TOMBSTONES, (round(now * MICROS),))
-        _execute_many(connection, _ADD_TOMBSTONES, rows)
-
-
 def _may_end(one: End, row: Row | None) -> bool:
     if row is None:
         return False
     if one.epoch is None:
         return isinstance(row.session, UnreadableSession)
     return row.epoch == one.epoch
-
-
-def _execute_many(connection: sqlite3.Connection, statement: str, rows: list[Values]) -> int:
-    """Executes a statement with all rows in its VALUES; returns how many it changed."""
-    changed = 0
-    for first in range(0, len(rows), ROWS_AT_ONCE):
-        some = rows[first : first + ROWS_AT_ONCE]
-        length = 1 << (len(some) - 1).bit_length()
-        width = len(some[0])
-        values = [value for row in some for value in row]
-        values += [None] * (width * (length - len(some)))  # no session has an id of NULL
-        marks = ",".join(["(" + ",".join("?" * width) + ")"] * length)
-        changed += connection.execute(statement.format(marks), values).rowcount
-    return changed

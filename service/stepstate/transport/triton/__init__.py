@@ -1,8 +1,8 @@
-"""The Triton front door: `inference.GRPCInferenceService`, for clients made for Triton.
+"""The Triton API: `inference.GRPCInferenceService`, for clients made for Triton.
 
-Its messages come from the package `tritonclient` (the extra `stepstate[triton]`), since two
-copies of one proto in a process collide. Triton's words (sequence, start, end) appear in this
-folder only; `docs/triton.md` maps them.
+Its messages come from the package `tritonclient` (the extra `stepstate[triton]`), since protobuf
+refuses two copies of one proto file in a process. Triton's words (sequence, start, end) appear in
+this folder only; `docs/triton.md` maps them to those of stepstate.
 """
 
 from stepstate.transport.triton.service import TritonService

@@ -1,4 +1,4 @@
-"""One ModelInfer request: which sequence it is of, what it asks, and its reply."""
+"""One ModelInfer request: its sequence, what it asks for, and its reply."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from datetime import UTC, datetime, timedelta
 from functools import lru_cache
 
 import numpy as np
+from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.errors import InvalidField
 from stepstate.models import EPOCH, Manifest, Model
 from stepstate.sessions import OpenOptions, ReplyTo, ResidentSession, Step
 from stepstate.stores import MissingPolicy
-from stepstate.transport.convert import REPLY_BYTES, make_step, non_finite
-from stepstate.transport.triton.messages import pb
+from stepstate.transport.convert import REPLY_BYTES
+from stepstate.transport.steps import make_step, non_finite
 from stepstate.transport.triton.tensors import (
     ONLY_Y,
     InputRows,
@@ -36,7 +37,7 @@ Parameters = Mapping[str, "pb.InferParameter"]
 
 @dataclass(slots=True, eq=False)
 class InferCall:
-    """A request, read as far as its tensors."""
+    """A request; its tensors are read once its model is known."""
 
     request: pb.ModelInferRequest
     session_id: str
@@ -72,7 +73,7 @@ class InferCall:
 
     @property
     def plain(self) -> bool:
-        """Whether it neither starts nor ends a sequence."""
+        """Whether it neither starts nor ends its sequence."""
         return not self.start and not self.end
 
     def check(self, session: ResidentSession) -> None:
@@ -107,7 +108,7 @@ class InferCall:
         return self.rows
 
     def payload(self, manifest: Manifest) -> tuple[bytes, Sequence[str]]:
-        """What makes the same request again: x and the outputs wanted."""
+        """What a repeated request has in common with this one: x and the outputs wanted."""
         return np.asarray(self.read(manifest).x, "<f4").tobytes(), self.outputs
 
     def step(self, session: ResidentSession, reply_to: ReplyTo) -> Step:
@@ -139,14 +140,14 @@ class InferCall:
         return step
 
     def opening(self, model: Model, now: float) -> OpenOptions:
-        """The session that its start opens; rows of a model with a calendar begin now, if need be.
+        """The session that its start opens; one that needs a start time and has none begins now.
 
         Args:
             model: the one that it names.
             now: Unix seconds.
 
         Raises:
-            InvalidField, NonFiniteInput: its rows could not be applied, so none is to be opened.
+            InvalidField, NonFiniteInput: its rows could not be applied, so it opens no session.
         """
         manifest = model.manifest
         rows, missing = self.read(manifest), _missing(self.request.parameters)
@@ -179,15 +180,15 @@ class InferCall:
         if step.missing_rows:
             response.parameters["imputed_rows"].int64_param = step.missing_rows
         if self.t is not None:
-            told = response.parameters
-            told["step_t"].int64_param = step.t_after
-            told["durable_t"].int64_param = step.durable_t
-            told["replayed"].bool_param = step.replayed
+            parameters = response.parameters
+            parameters["step_t"].int64_param = step.t_after
+            parameters["durable_t"].int64_param = step.durable_t
+            parameters["replayed"].bool_param = step.replayed
 
 
 @lru_cache(maxsize=256)
 def _frame(model: str, version: str, shapes: Shapes, *, final: bool) -> pb.ModelInferResponse:
-    """What many replies have in common: a copy takes a third of what building it takes."""
+    """What many replies have in common: a copy takes a third of the time of building it."""
     response = pb.ModelInferResponse(model_name=model, model_version=version)
     for name, shape in shapes:
         response.outputs.add(name=name, datatype="FP32", shape=shape)
@@ -245,7 +246,7 @@ def _time(parameters: Parameters) -> datetime | None:
 
 
 def _missing(parameters: Parameters) -> MissingPolicy:
-    """The parameter missing: what a NaN in x means to the sequence; refused by default."""
+    """The parameter missing: what a NaN in x means to the sequence; by default it is refused."""
     if "missing" not in parameters:
         return MissingPolicy.REJECT
     text = parameters["missing"].string_param

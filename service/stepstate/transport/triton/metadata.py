@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from tritonclient.grpc import model_config_pb2 as config_pb
+from tritonclient.grpc import service_pb2 as pb
+
 from stepstate import __version__
 from stepstate.metrics import Histogram, ModelMetrics
 from stepstate.models import Model
-from stepstate.transport.triton.messages import config_pb, pb
 from stepstate.transport.triton.tensors import INPUT, OUTPUT
 
 NAME = "stepstate"
@@ -14,7 +16,7 @@ _NANO = 1e9
 
 
 def server_metadata() -> pb.ServerMetadataResponse:
-    """The server, and which extensions of the protocol it has."""
+    """The server, and the extensions of the protocol that it has."""
     return pb.ServerMetadataResponse(name=NAME, version=__version__, extensions=EXTENSIONS)
 
 
@@ -43,14 +45,14 @@ def _number(version: str) -> list[int]:
     return [int(version)] if version.isdecimal() and len(version) < 19 else []
 
 
-def statistics(model: Model, metrics: ModelMetrics) -> pb.ModelStatistics:
-    """Counts and times since the start: of steps of one row, through every door.
+def model_statistics(model: Model, metrics: ModelMetrics) -> pb.ModelStatistics:
+    """Counts and times since the start, of steps of one row through every API.
 
-    `compute_infer` is the time of the forward that a step shared, with the gather before and the
-    scatter behind it: no time of their own is told as `compute_input` and `compute_output`.
+    `compute_infer` is the time of the forward that a step shared, with the gather before it and the
+    scatter after it. So `compute_input` and `compute_output` have counts, and no time.
     """
     key = model.manifest
-    told = pb.ModelStatistics(
+    statistics = pb.ModelStatistics(
         name=key.name,
         version=key.version,
         last_inference=round(metrics.last_applied_at * 1000),
@@ -58,14 +60,14 @@ def statistics(model: Model, metrics: ModelMetrics) -> pb.ModelStatistics:
         execution_count=metrics.rows.count,
     )
     queue, compute, total = (metrics.seconds[stage] for stage in ("queue", "compute", "total"))
-    stats = told.inference_stats
+    stats = statistics.inference_stats
     _put(stats.success, total)
     _put(stats.queue, queue)
     _put(stats.compute_infer, compute)
     stats.fail.count = metrics.steps["refused"] + metrics.steps["failed"]
     stats.compute_input.count = stats.compute_output.count = compute.count
-    return told
+    return statistics
 
 
-def _put(part: pb.StatisticDuration, of: Histogram) -> None:
-    part.count, part.ns = of.count, round(of.total * _NANO)
+def _put(duration: pb.StatisticDuration, seconds: Histogram) -> None:
+    duration.count, duration.ns = seconds.count, round(seconds.total * _NANO)

@@ -1,61 +1,42 @@
 """Triton's sequences as sessions: start opens one, end closes it, and each request is a step.
 
-Rule 1: a start on an id that is open begins anew, as Triton's clients expect; it is counted and
-        logged. With `step_t` a start that repeats the first request is that request sent again.
-Rule 2: a request without start on an id that is not open is an error that says why.
-Rule 3: a full queue makes a request wait: Triton's clients take any error for the end.
-Rule 4: a request that starts or ends a sequence holds the line of its session until it is done.
+Rule 1: a start on an id that is open restarts the sequence, as Triton's clients expect; it is
+        counted and logged. With `step_t`, a start equal to the first request is a retry of it.
+Rule 2: a request without start on an id that is not open is refused with the reason.
+Rule 3: if a queue is full a request waits: Triton's clients take any error for the end.
+Rule 4: a request that starts or ends a sequence holds the queue of its session until it is done.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from functools import partial
 
-from stepstate.errors import (
-    NotFound,
-    SequenceNotStarted,
-    SessionExists,
-    StepMismatch,
-)
-from stepstate.sessions import Hold, ResidentSession, SessionService, Step
-from stepstate.transport.reply_budget import ReplyBudget
+from stepstate.errors import NotFound, SequenceNotStarted, SessionExists, StepMismatch
+from stepstate.sessions import Hold, ResidentSession, Step
+from stepstate.transport.bidi import Backend
+from stepstate.transport.steps import apply_step
 from stepstate.transport.triton.call import InferCall
-from stepstate.transport.unary import apply_step
 
 log = logging.getLogger(__name__)
 
-LONGEST_WAIT_SECONDS = 10.0
-"""For room in the queue; then the error says that it is full."""
+MAX_WAIT_SECONDS = 10.0
+"""For a full queue; then the error says that it is full."""
 RETRY_SECONDS = 0.02
 MAX_ENDED, MAX_ENDED_BYTES = 1024, 16_384
-"""Last steps that are remembered beyond their session, and the longest such reply."""
+"""Last steps that are kept after the end of their session, and the longest such reply."""
 
 
 class SequenceService:
-    """Carries out requests.
+    """Starts, steps and ends sequences."""
 
-    Args:
-        sessions: the table.
-        outgoing: the bytes of replies that are on their way.
-        wall: Unix seconds.
-        restarted: told the model, name and version, of each sequence that began anew.
-    """
-
-    def __init__(
-        self,
-        sessions: SessionService,
-        outgoing: ReplyBudget,
-        *,
-        unix_time: Callable[[], float],
-        restarted: Callable[[str, str], None],
-    ) -> None:
-        self._sessions = sessions
-        self._outgoing = outgoing
-        self._unix_time = unix_time
-        self._restarted = restarted
+    def __init__(self, backend: Backend) -> None:
+        self._sessions = backend.sessions
+        self._metrics = backend.metrics
+        self._apply = partial(apply_step, backend, patience_seconds=MAX_WAIT_SECONDS)
         self._ended: OrderedDict[str, tuple[InferCall, Step]] = OrderedDict()
 
     async def step(self, infer: InferCall) -> Step:
@@ -65,9 +46,9 @@ class SequenceService:
             SequenceNotStarted, and StepstateError: why not; then nothing was applied.
         """
         try:
-            step = await self._step(infer)
+            step = await self._apply(infer.session_id, infer.step)
         except NotFound as gone:
-            raise unstarted(infer, gone) from None
+            raise not_started(infer, gone) from None
         if step.error is not None:
             raise step.error
         return step
@@ -77,20 +58,20 @@ class SequenceService:
 
         Args:
             infer: the request.
-            hold: its place in the line of its session.
+            hold: its place in the queue of its session.
 
         Raises:
             StepstateError: why not; then nothing was applied, but if only ending it failed.
         """
-        if (again := self._ended_by(infer)) is not None:
+        if (again := self._retry_of_end(infer)) is not None:
             return again
         if infer.start:
             step = await self._start(infer, hold)
         else:
             try:
-                step = await self._step(infer, hold)
+                step = await self._apply(infer.session_id, infer.step, hold=hold)
             except NotFound as gone:
-                raise unstarted(infer, gone) from None
+                raise not_started(infer, gone) from None
         if step.error is not None:
             if infer.start and step.session.open and not self._sessions.t(step.session):
                 await self._sessions.close(infer.session_id, hold=hold)
@@ -101,33 +82,23 @@ class SequenceService:
         return step
 
     async def _start(self, infer: InferCall, hold: Hold) -> Step:
-        await self._begin(infer, hold, anew=infer.t is None)
-        step = await self._step(infer, hold)
-        if isinstance(step.error, StepMismatch):  # not that request sent again
-            await self._begin(infer, hold, anew=True)
-            step = await self._step(infer, hold)
+        await self._open(infer, hold, restart=infer.t is None)
+        step = await self._apply(infer.session_id, infer.step, hold=hold)
+        if isinstance(step.error, StepMismatch):  # no retry of the first request
+            await self._open(infer, hold, restart=True)
+            step = await self._apply(infer.session_id, infer.step, hold=hold)
         return step
 
-    async def _step(self, infer: InferCall, hold: Hold | None = None) -> Step:
-        return await apply_step(
-            self._sessions,
-            self._outgoing,
-            infer.session_id,
-            infer.step,
-            patience_seconds=LONGEST_WAIT_SECONDS,
-            hold=hold,
-        )
-
-    async def _begin(self, infer: InferCall, hold: Hold, *, anew: bool) -> None:
-        """Opens the session of a sequence; `anew`: even if it is open already.
+    async def _open(self, infer: InferCall, hold: Hold, *, restart: bool) -> None:
+        """Opens the session of a sequence; `restart`: closes it first if it is open.
 
         Raises:
             InvalidField: the id is that of a session of another model; as `SessionService.open`.
         """
         request = infer.request
         model = self._sessions.catalog.find(request.model_name, request.model_version)
-        opening = infer.opening(model, self._unix_time())
-        deadline = asyncio.get_running_loop().time() + LONGEST_WAIT_SECONDS
+        opening = infer.opening(model, time.time())
+        deadline = asyncio.get_running_loop().time() + MAX_WAIT_SECONDS
         while True:
             try:
                 await self._sessions.open(opening, hold=hold)
@@ -140,7 +111,7 @@ class SequenceService:
             try:
                 session = await self._sessions.get(infer.session_id, hold=hold)
                 infer.check(session)
-                if not anew:
+                if not restart:
                     return
                 await self._end_early(session, hold)
             except NotFound:  # it has ended meanwhile
@@ -149,14 +120,14 @@ class SequenceService:
     async def _end_early(self, session: ResidentSession, hold: Hold) -> None:
         t = await self._sessions.close(session.session_id, hold=hold)
         record = session.record
-        self._restarted(record.model, record.version)
+        self._metrics.restarted(record.model, record.version)
         log.info(
             "a sequence began anew before it had ended",
             extra={"session": session.session_id, "model": record.model, "t": t},
         )
 
-    def _ended_by(self, infer: InferCall) -> Step | None:
-        """The step that ended the sequence, if this is its request once more."""
+    def _retry_of_end(self, infer: InferCall) -> Step | None:
+        """The step that ended the sequence, if this is a retry of its request."""
         before, step = self._ended.get(infer.session_id, (None, None))
         if before is None or step is None or infer.t is None or before.t != infer.t:
             return None
@@ -174,6 +145,6 @@ class SequenceService:
             self._ended.popitem(last=False)
 
 
-def unstarted(infer: InferCall, gone: NotFound) -> SequenceNotStarted:
-    """Why a request has no sequence."""
+def not_started(infer: InferCall, gone: NotFound) -> SequenceNotStarted:
+    """The refusal of a request that has no session."""
     return SequenceNotStarted(infer.session_id[:64], infer.request.model_name[:64], str(gone))

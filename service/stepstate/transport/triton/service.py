@@ -1,27 +1,23 @@
-"""The RPCs of `inference.GRPCInferenceService`, over the same sessions as the native door.
+"""The RPCs of `inference.GRPCInferenceService`, over the same sessions as `stepstate.v1`.
 
 What is not here (repository control, shared memory, traces, log settings) is UNIMPLEMENTED.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message_factory import GetMessageClass
+from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.errors import ModelUnknown
-from stepstate.metrics import Metrics
 from stepstate.models import Model
-from stepstate.sessions import SessionService
-from stepstate.transport.bidi import StreamRegistry
-from stepstate.transport.reply_budget import ReplyBudget
+from stepstate.transport.bidi import Backend, StreamRegistry
 from stepstate.transport.triton import metadata
 from stepstate.transport.triton.call import InferCall
-from stepstate.transport.triton.messages import SERVICE, pb
 from stepstate.transport.triton.sequences import SequenceService
 from stepstate.transport.triton.stream import InferStream
 
@@ -29,28 +25,19 @@ if TYPE_CHECKING:
     from stepstate.transport.interceptor import Context
 
 
-class TritonService:
-    """The RPCs; Triton's protocol documents them.
+SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
 
-    Args:
-        sessions: the table.
-        metrics: what is counted.
-        outgoing: the bytes of replies that are on their way, of both doors.
-    """
+
+class TritonService:
+    """The RPCs; Triton's protocol documents them."""
 
     name: str = SERVICE.full_name
 
-    def __init__(self, sessions: SessionService, metrics: Metrics, outgoing: ReplyBudget) -> None:
-        self._sessions = sessions
-        self._metrics = metrics
-        self._outgoing = outgoing
-        self._sequences = SequenceService(
-            sessions,
-            outgoing,
-            unix_time=time.time,
-            restarted=metrics.restarted,
-        )
-        self._streams = StreamRegistry(metrics.refused)
+    def __init__(self, backend: Backend) -> None:
+        self._backend = backend
+        self._sessions = backend.sessions
+        self.sequences = SequenceService(backend)
+        self._streams = StreamRegistry()
 
     def methods(self) -> Iterator[MethodDescriptor]:
         """The RPCs that are offered."""
@@ -117,20 +104,12 @@ class TritonService:
     ) -> pb.ModelInferResponse:
         infer = InferCall.of(request)
         if infer.plain:
-            return infer.reply(await self._sequences.step(infer))
+            return infer.reply(await self.sequences.step(infer))
         async with self._sessions.hold(infer.session_id) as hold:
-            return infer.reply(await self._sequences.apply(infer, hold))
+            return infer.reply(await self.sequences.apply(infer, hold))
 
     async def ModelStreamInfer(self, _requests: object, context: Context) -> None:
-        await self._streams.serve(
-            lambda refused: InferStream(
-                self._sessions,
-                context,
-                outgoing=self._outgoing,
-                sequences=self._sequences,
-                refused=refused,
-            )
-        )
+        await self._streams.serve(InferStream(self._backend, context, self.sequences))
 
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context
@@ -139,10 +118,10 @@ class TritonService:
             self._model(request.name, request.version)
         return pb.ModelStatisticsResponse(
             model_stats=[
-                metadata.statistics(model, self._metrics.model(*key))
+                metadata.model_statistics(model, self._backend.metrics.model(name, version))
                 for model in self._sessions.catalog
-                for key in ((model.manifest.name, model.manifest.version),)
-                if request.name in ("", key[0]) and request.version in ("", key[1])
+                for name, version in ((model.manifest.name, model.manifest.version),)
+                if request.name in ("", name) and request.version in ("", version)
             ]
         )
 

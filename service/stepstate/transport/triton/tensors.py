@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from struct import unpack
 
 import numpy as np
+from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.errors import InvalidField
 from stepstate.models import CellKind, Manifest
 from stepstate.sessions import Step
-from stepstate.transport.triton.messages import pb
 
 INPUT, OUTPUT = "x", "y"
 ONLY_Y: Sequence[str] = (OUTPUT,)
@@ -49,7 +49,7 @@ class InputRows:
     """T."""
     finite: bool
     flat: bool
-    """It came as [D]: the outputs have no dimension for rows either."""
+    """Its shape is [D]: the outputs have no dimension for rows either."""
 
 
 def decode_rows(request: pb.ModelInferRequest, manifest: Manifest) -> InputRows:
@@ -96,11 +96,11 @@ def _count(shape: Sequence[int], manifest: Manifest) -> int:
     width = manifest.input_width
     count = shape[0] if len(shape) == 2 else 1
     if len(shape) not in (1, 2) or shape[-1] != width or count < 1:
-        told = ",".join(map(str, shape[:8]))
+        given = ",".join(map(str, shape[:8]))
         raise InvalidField(
             "inputs",
             f"unexpected shape for input {INPUT!r} for model {manifest.name!r}. Expected "
-            f"[{width}] or [-1,{width}], got [{told}]",
+            f"[{width}] or [-1,{width}], got [{given}]",
         )
     return count
 
@@ -111,7 +111,7 @@ def _data(
     dtype: np.dtype,
     count: int,
 ) -> bytes:
-    """The values of the one tensor, which came raw or typed."""
+    """The values of the one tensor, which is raw or typed."""
     if len(tensor.parameters) and "shared_memory_region" in tensor.parameters:
         raise InvalidField("inputs", "shared memory is not supported: send the tensor's contents")
     raw = request.raw_input_contents
@@ -195,7 +195,7 @@ def reply_width(names: Sequence[str], manifest: Manifest) -> int:
 
 
 def outputs_of(step: Step, names: Sequence[str], *, flat: bool) -> tuple[Shapes, Sequence[bytes]]:
-    """The named outputs of a step, [T, ...], or [...] where x came as [D]: shapes and values."""
+    """The named outputs of a step, [T, ...], or [...] where x is [D]: shapes and values."""
     rows = () if flat else (step.rows,)
     if names is ONLY_Y:
         return ((OUTPUT, (*rows, len(step.y) // 4 // step.rows)),), (step.y,)

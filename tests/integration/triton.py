@@ -1,4 +1,4 @@
-"""Triton's clients and messages, for tests of its front door."""
+"""Triton's clients and messages, for tests of its API."""
 
 from __future__ import annotations
 

@@ -107,15 +107,10 @@ async def carry_out(
     async with asyncio.timeout(HANG):
         await asyncio.gather(draining, *doors.streams)
         told = await asyncio.gather(*doors.calls.values(), return_exceptions=True)
-        await rig.sessions._queues.wait_served()
+        await rig.settle(*NAMES)
     expected = (StepstateError, asyncio.CancelledError)
     assert not [e for e in told if isinstance(e, BaseException) and not isinstance(e, expected)]
-    sessions = rig.sessions
-    assert not sessions._queues._queues
-    assert not sessions.queued_rows
-    queued = sessions._admission.queued_requests
-    assert queued == sessions._lifecycle._opening == rig.table.promised == 0
-    assert not rig.table.deferred_array.any()
+    assert not rig.left_over()
     assert {entry.owner for entry in (await store.page("", 100))[0]} <= {"", "other"}
     assert not surprises
 

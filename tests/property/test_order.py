@@ -354,10 +354,8 @@ async def carry_out(
     else:
         raise AssertionError(problems)
     async with asyncio.timeout(HANG):  # a load may go on that nobody waits for any more
-        await rig.sessions._queues.wait_served()
-    assert not rig.sessions._queues._queues
-    assert not rig.sessions.queued_rows
-    assert not rig.table.deferred_array.any()
+        await rig.settle(*NAMES)
+    assert not rig.left_over()
     assert not surprises
 
 

@@ -136,6 +136,25 @@ class Rig:
         self.registry.register(MetricsCollector(self.metrics, self.sessions, limits={}))
         self.scheduler = self.sessions.schedulers[models[0].key]
 
+    async def settle(self, *session_ids: str) -> None:
+        """Waits until all that is on its way to these sessions has had its turn."""
+        for session_id in session_ids:
+            async with self.sessions.hold(session_id):
+                pass
+
+    def left_over(self) -> dict[str, int]:
+        """What is still taken, of all that must be given back though no caller can see it."""
+        sessions = self.sessions
+        counts = {
+            "queues": len(sessions._queues._queues),  # noqa: SLF001 - see above
+            "requests": sessions._admission.queued_requests,  # noqa: SLF001
+            "sessions being opened": sessions._lifecycle._opening,  # noqa: SLF001
+            "rows": sessions.queued_rows,
+            "slots": self.table.promised,
+            "deferred handles": int(self.table.deferred_array.any()),
+        }
+        return {what: count for what, count in counts.items() if count}
+
     @property
     def tracker(self) -> Tracker:
         """One like the engine's: it says where in a state what is."""
@@ -189,7 +208,7 @@ def request(
     inspect: bool = False,
     last_only: bool = False,
 ) -> Step:
-    """A step as the front door makes it: a list where values are few, else an array."""
+    """A step as the transport makes it: a list where values are few, else an array."""
     array = np.atleast_2d(np.asarray(x, np.float32))
     flat = array.ravel()
     values = flat.tolist() if flat.size <= 64 else flat

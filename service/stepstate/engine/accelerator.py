@@ -212,11 +212,11 @@ class _Bucket:
         # Pinned on the host, so that copies need not wait, and on the device: slots above steps.
         self._sent_places = torch.zeros(2, size, dtype=torch.int64, pin_memory=pinned)
         self._sent_x = torch.zeros(size, inputs, pin_memory=pinned)
-        self._places = torch.full((2, size), self._scratch, device=cells.device)
-        self._places[1] = 0
-        self._x = torch.zeros(size, inputs, device=cells.device)
-        self._y = torch.empty(0, device=cells.device)
-        self._after = torch.empty(0, device=cells.device)
+        self.places = torch.full((2, size), self._scratch, device=cells.device)
+        self.places[1] = 0
+        self.x = torch.zeros(size, inputs, device=cells.device)
+        self.y = torch.empty(0, device=cells.device)
+        self.after = torch.empty(0, device=cells.device)
         self.run: Run = self.forward
 
     def step(self, slots: NDArray[np.int64], x: Floats, phase: NDArray[np.int64]) -> Floats:
@@ -225,24 +225,24 @@ class _Bucket:
         places[0, :rows], places[0, rows:] = slots, self._scratch
         places[1, :rows], places[1, rows:] = phase, 0
         self._sent_x.numpy()[:rows] = x
-        self._places.copy_(self._sent_places, non_blocking=True)
-        self._x.copy_(self._sent_x, non_blocking=True)
+        self.places.copy_(self._sent_places, non_blocking=True)
+        self.x.copy_(self._sent_x, non_blocking=True)
         self.run()
-        y: Floats = self._y[:rows].to("cpu", copy=True).numpy()  # waits for the device
+        y: Floats = self.y[:rows].to("cpu", copy=True).numpy()  # waits for the device
         return y
 
     def commit(self) -> None:
-        self._cells.index_copy_(0, self._places[0], self._after)
+        self._cells.index_copy_(0, self.places[0], self.after)
 
     def forward(self) -> None:
         """Makes new tensors from the buffers; a graph's replay writes those of its capture."""
-        slots, phase = self._places
+        slots, phase = self.places
         before = self._cells.index_select(0, slots)
-        y, after = self._network.step(self._x, phase, before)
+        y, after = self._network.step(self.x, phase, before)
         finite = (y.isfinite().all(dim=1) & after.isfinite().all(dim=1))[:, None]
         # Not `where`: a number in it may become a tensor on the host, which no graph may copy.
-        self._y = y.masked_fill(~finite, math.nan)
-        self._after = torch.where(finite, after, before)
+        self.y = y.masked_fill(~finite, math.nan)
+        self.after = torch.where(finite, after, before)
 
 
 def place_states(

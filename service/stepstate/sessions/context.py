@@ -1,13 +1,11 @@
-"""What the parts of the sessions layer share: limits, settings, admission, and the server's own."""
+"""What the parts of the sessions layer share: limits, settings, and the server's own."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from stepstate.engine import EngineSettings
-from stepstate.errors import Draining, QueueFull
 from stepstate.models import Catalog
 from stepstate.sessions.monitored_store import MonitoredStore
 from stepstate.sessions.table import Table
@@ -46,59 +44,6 @@ class SchedulerSettings:
     """Most rows of an async session that are applied and not saved."""
 
 
-class Admission:
-    """Counts accepted requests until they have their outcome, and refuses more than the limits."""
-
-    def __init__(self, limits: Limits) -> None:
-        self.draining = False
-        self.queued_requests = 0
-        self.queued_rows = 0
-        self._max_requests = limits.queued_requests
-        self._max_rows = limits.queued_rows
-        self._all_settled = asyncio.Event()
-
-    def check_open(self) -> None:
-        """Refuses new work once the server drains.
-
-        Raises:
-            Draining.
-        """
-        if self.draining:
-            raise Draining
-
-    def accept(self, requests: int, rows: int) -> None:
-        """Accepts requests; `settled` is called for each.
-
-        Raises:
-            Draining, QueueFull: nothing was accepted.
-        """
-        if self.draining:
-            raise Draining
-        if self.queued_requests >= self._max_requests:
-            raise QueueFull("requests waiting on this server", self._max_requests)
-        if self.queued_rows and self.queued_rows + rows > self._max_rows:
-            raise QueueFull("rows waiting on this server", self._max_rows)
-        self.queued_requests += requests
-        self.queued_rows += rows
-
-    def count(self, requests: int) -> None:
-        """Counts requests without rows that only wait for their turn; they are never refused."""
-        self.queued_requests += requests
-
-    def settled(self, requests: int, rows: int) -> None:
-        """Accepted requests have their outcome; called before it is delivered."""
-        self.queued_requests -= requests
-        self.queued_rows -= rows
-        if self.draining and not self.queued_requests:
-            self._all_settled.set()
-
-    async def drain(self) -> None:
-        """Accepts nothing more, and waits until all that was accepted has its outcome."""
-        self.draining = True
-        if self.queued_requests:
-            await self._all_settled.wait()
-
-
 @dataclass(frozen=True, slots=True)
 class SessionContext:
     """What every part of the sessions layer uses."""
@@ -109,7 +54,6 @@ class SessionContext:
     """Keeps sessions beyond the arena."""
     table: Table
     """The resident sessions."""
-    admission: Admission
     owner: str
     """The name under which this process, and no other, holds leases."""
     clock: Callable[[], float]

@@ -20,7 +20,7 @@ from stepstate.errors import (
     StaleOwner,
 )
 from stepstate.sessions.context import Limits, SessionContext
-from stepstate.sessions.loader import SessionLoader
+from stepstate.sessions.loader import SessionLoader, blank_snapshot
 from stepstate.sessions.options import (
     CopyOptions,
     OpenOptions,
@@ -29,6 +29,7 @@ from stepstate.sessions.options import (
     make_record,
 )
 from stepstate.sessions.queues import Hold, RequestQueues
+from stepstate.sessions.scheduler import Admission
 from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.sweeper import ExpirySweeper
@@ -48,6 +49,7 @@ class SessionLifecycle:
         queues: holds their queues.
         sweeper: expires overdue ones, and counts all.
         writer: takes the snapshots that copies start from.
+        admission: says whether the server drains.
     """
 
     def __init__(
@@ -59,11 +61,12 @@ class SessionLifecycle:
         queues: RequestQueues,
         sweeper: ExpirySweeper,
         writer: SnapshotWriter,
+        admission: Admission,
     ) -> None:
         self._catalog = context.catalog
         self._store = context.store
         self._table = context.table
-        self._admission = context.admission
+        self._admission = admission
         self._owner = context.owner
         self._clock = context.clock
         self._unix_time = context.unix_time
@@ -81,7 +84,8 @@ class SessionLifecycle:
         self._admission.check_open()
         model = self._catalog.find(options.model, options.version)
         record = make_record(options, model.manifest, self._limits)
-        blank = self._loader.schedulers[model.key].blank(record, self._unix_time())
+        scheduler = self._loader.schedulers[model.key]
+        blank = blank_snapshot(record, scheduler, self._unix_time())
         if hold is not None:
             return await self._create(blank, hold)
         async with self._queues.hold(record.session_id) as mine:

@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
 
 from stepstate.errors import (
     SessionClosed,
@@ -23,9 +26,10 @@ from stepstate.errors import (
 )
 from stepstate.sessions.context import SessionContext
 from stepstate.sessions.counts import StoreSurvey
-from stepstate.sessions.scheduler import StepScheduler
+from stepstate.sessions.replay import ReplayState
+from stepstate.sessions.scheduler import Admission, StepScheduler
 from stepstate.sessions.slots import SlotAllocator
-from stepstate.sessions.snapshots.format import Snapshot, decode, identity_of
+from stepstate.sessions.snapshots.format import Snapshot, decode, extended, identity_of
 from stepstate.sessions.sweeper import ExpirySweeper, expired_error
 from stepstate.sessions.types import ResidentSession
 from stepstate.stores import (
@@ -47,22 +51,25 @@ class SessionLoader:
         slots: reserves room.
         sweeper: expires sessions whose time is up.
         survey: notes sessions that can't be read.
+        admission: says whether the server drains.
     """
 
     def __init__(
         self,
         context: SessionContext,
         schedulers: Mapping[str, StepScheduler],
+        *,
         slots: SlotAllocator,
         sweeper: ExpirySweeper,
         survey: StoreSurvey,
+        admission: Admission,
     ) -> None:
         self.schedulers = schedulers
         self.slots = slots
         self.survey = survey
         self._store = context.store
         self._table = context.table
-        self._admission = context.admission
+        self._admission = admission
         self._owner = context.owner
         self._clock = context.clock
         self._observer = context.observer
@@ -171,7 +178,7 @@ class SessionLoader:
         record = snapshot.record
         scheduler = self.schedulers.get(record.model_key)
         if scheduler is not None and record.fingerprint in scheduler.model.fingerprints:
-            adapted = scheduler.adapt(snapshot)
+            adapted = adapt(snapshot, scheduler)
             if adapted is not None:
                 return adapted
         raise self.model_mismatch(record)
@@ -208,6 +215,37 @@ class SessionLoader:
         if await self._store.ask(end):
             self._observer.closed(ending.reason.value)
         return error_for_ending(record.session_id, ending)
+
+
+def blank_snapshot(record: SessionRecord, scheduler: StepScheduler, unix_time: float) -> Snapshot:
+    """A new session: zero state, an empty replay window."""
+    manifest = scheduler.model.manifest
+    ring = np.zeros((0, manifest.input_width + manifest.output_width), np.float32)
+    window = ReplayState(np.zeros(0, np.int64), ring, ())
+    return Snapshot(record, 0, unix_time, scheduler.engine.blank(record.interval_level), window)
+
+
+def adapt(snapshot: Snapshot, scheduler: StepScheduler) -> Snapshot | None:
+    """A snapshot whose state has the layout of a model; None if it is of another model.
+
+    Raises:
+        SnapshotCorrupt: no session can have its state.
+    """
+    engine, manifest = scheduler.engine, scheduler.model.manifest
+    layout, state = engine.layout, engine.upgraded(snapshot.state)
+    if snapshot.window.ring.shape[1] != manifest.input_width + manifest.output_width:
+        return None
+    if len(state) not in (layout.cell, layout.width):
+        return None
+    if not np.isfinite(state[: layout.cell]).all():
+        raise SnapshotCorrupt("its state is not finite")
+    snapshot = replace(snapshot, state=state)
+    if len(state) < layout.width:  # of version 1
+        blank = engine.blank(snapshot.record.interval_level)
+        snapshot = extended(snapshot, layout, blank)
+    if not engine.is_valid(snapshot.state):
+        raise SnapshotCorrupt("what it tracks of forecasts can't be a session's")
+    return snapshot
 
 
 def error_for_ending(session_id: str, ending: Tombstone) -> StepstateError:

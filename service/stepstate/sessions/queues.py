@@ -24,6 +24,7 @@ from stepstate.errors import QueueFull, StepstateError
 from stepstate.sessions.context import SessionContext
 from stepstate.sessions.loader import SessionLoader
 from stepstate.sessions.options import check_id
+from stepstate.sessions.scheduler import Admission
 from stepstate.sessions.types import OPEN, DeferredRows, ResidentSession, SessionBarrier, unexpected
 
 RETRY_SECONDS = 0.02
@@ -47,7 +48,7 @@ class Waiter(Protocol):
         ...
 
 
-class Call(Generic[T]):
+class WaitingCall(Generic[T]):
     """A `Waiter` that calls a function with the session.
 
     Args:
@@ -136,13 +137,16 @@ class RequestQueues:
     """The queues of all sessions that have one, and the way for every request to its session.
 
     Args:
-        context: the table, and whether the server drains.
+        context: the table and the clock.
         loader: makes sessions ready.
+        admission: says whether the server drains.
     """
 
-    def __init__(self, context: SessionContext, loader: SessionLoader) -> None:
+    def __init__(
+        self, context: SessionContext, loader: SessionLoader, admission: Admission
+    ) -> None:
         self._table = context.table
-        self._admission = context.admission
+        self._admission = admission
         self._clock = context.clock
         self._loader = loader
         self._queues: dict[str, _Queue] = {}
@@ -154,7 +158,7 @@ class RequestQueues:
     def find(self, session_id: str) -> ResidentSession | None:
         """The resident session of this id if it takes steps now, and nobody waits for it."""
         table = self._table
-        session = table.get(session_id)
+        session = table.by_id.get(session_id)
         if session is None or session.state is not OPEN or session_id in self._queues:
             return None
         handle = session.handle
@@ -240,7 +244,7 @@ class RequestQueues:
             return await self._use_held(session_id, act, deadline, hold)
         if not patience_seconds and (session := self.find(session_id)) is not None:
             return act(session)
-        call = Call(act, deadline)
+        call = WaitingCall(act, deadline)
         self.arrive(session_id, call)
         try:
             return await call.result
@@ -285,9 +289,9 @@ class RequestQueues:
 
     def enqueue(
         self, session_id: str, act: Callable[[ResidentSession], T]
-    ) -> Call[SessionBarrier[T]]:
+    ) -> WaitingCall[SessionBarrier[T]]:
         """Takes a place in a session's queue, then one among its steps; `drop` it at the end."""
-        call = Call(lambda session: self.turn(session, lambda: act(session)))
+        call = WaitingCall(lambda session: self.turn(session, lambda: act(session)))
         self.arrive(session_id, call)
         return call
 

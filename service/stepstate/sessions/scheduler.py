@@ -17,7 +17,6 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Coroutine, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,9 @@ from numpy.typing import NDArray
 
 from stepstate.engine import Engine, Floats, Layers
 from stepstate.errors import (
+    Draining,
     NonFiniteResult,
-    SnapshotCorrupt,
+    QueueFull,
     StepAhead,
     StepMismatch,
     StepPositionUnknown,
@@ -35,9 +35,8 @@ from stepstate.errors import (
     StoreUnavailable,
 )
 from stepstate.models import Model, build_timeline
-from stepstate.sessions.context import SchedulerSettings, SessionContext
-from stepstate.sessions.replay import ReplayState, ReplayWindow
-from stepstate.sessions.snapshots.format import Snapshot, extended
+from stepstate.sessions.context import Limits, SchedulerSettings, SessionContext
+from stepstate.sessions.replay import ReplayWindow
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.types import (
     PackedReplyTo,
@@ -48,7 +47,59 @@ from stepstate.sessions.types import (
     Step,
     unexpected,
 )
-from stepstate.stores import SessionRecord
+
+
+class Admission:
+    """Counts accepted requests until they have their outcome, and refuses more than the limits."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.draining = False
+        self.queued_requests = 0
+        self.queued_rows = 0
+        self._max_requests = limits.queued_requests
+        self._max_rows = limits.queued_rows
+        self._all_settled = asyncio.Event()
+
+    def check_open(self) -> None:
+        """Refuses new work once the server drains.
+
+        Raises:
+            Draining.
+        """
+        if self.draining:
+            raise Draining
+
+    def accept(self, requests: int, rows: int) -> None:
+        """Accepts requests; `settled` is called for each.
+
+        Raises:
+            Draining, QueueFull: nothing was accepted.
+        """
+        if self.draining:
+            raise Draining
+        if self.queued_requests >= self._max_requests:
+            raise QueueFull("requests waiting on this server", self._max_requests)
+        if self.queued_rows and self.queued_rows + rows > self._max_rows:
+            raise QueueFull("rows waiting on this server", self._max_rows)
+        self.queued_requests += requests
+        self.queued_rows += rows
+
+    def count(self, requests: int) -> None:
+        """Counts requests without rows that only wait for their turn; they are never refused."""
+        self.queued_requests += requests
+
+    def settled(self, requests: int, rows: int) -> None:
+        """Accepted requests have their outcome; called before it is delivered."""
+        self.queued_requests -= requests
+        self.queued_rows -= rows
+        if self.draining and not self.queued_requests:
+            self._all_settled.set()
+
+    async def drain(self) -> None:
+        """Accepts nothing more, and waits until all that was accepted has its outcome."""
+        self.draining = True
+        if self.queued_requests:
+            await self._all_settled.wait()
 
 
 class StepScheduler:
@@ -56,9 +107,10 @@ class StepScheduler:
 
     Args:
         model: the model.
-        context: the table, and who counts accepted requests.
+        context: the table, the clock and the observer.
         settings: of the engine, the replay window and the backlog.
         number: of this scheduler, in the table.
+        admission: counts accepted requests, of all schedulers.
         writer: saves sync sessions, and asks whether a lease is still held.
     """
 
@@ -69,6 +121,7 @@ class StepScheduler:
         settings: SchedulerSettings,
         *,
         number: int,
+        admission: Admission,
         writer: SnapshotWriter,
     ) -> None:
         manifest = model.manifest
@@ -81,8 +134,8 @@ class StepScheduler:
         self._busy = context.table.busy
         self._clock = context.clock
         self._observer = context.observer.model(manifest.name, manifest.version)
-        self._admission = context.admission
-        self._settled = context.admission.settled
+        self._admission = admission
+        self._settled = admission.settled
         self._shared = context.store.backend.durable  # other servers may take sessions over
         self._writer = writer
         self._backlog_rows = settings.backlog_rows
@@ -113,38 +166,6 @@ class StepScheduler:
     def replay_bytes(self) -> int:
         """Bytes of remembered long replies."""
         return self.window.long_bytes
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """R, the values of a state, and D + O, the columns of the replay window."""
-        manifest = self.model.manifest
-        return self.engine.layout.width, manifest.input_width + manifest.output_width
-
-    def blank(self, record: SessionRecord, now: float) -> Snapshot:
-        """A new session of the model: zero state, nothing remembered; `now` in Unix seconds."""
-        window = ReplayState(np.zeros(0, np.int64), np.zeros((0, self.widths[1]), np.float32), ())
-        return Snapshot(record, 0, now, self.engine.blank(record.interval_level), window)
-
-    def adapt(self, snapshot: Snapshot) -> Snapshot | None:
-        """A snapshot whose state has the layout of this model; None if it is of another one.
-
-        Raises:
-            SnapshotCorrupt: its state is none that a session can have.
-        """
-        layout, state = self.engine.layout, self.engine.upgraded(snapshot.state)
-        if snapshot.window.ring.shape[1] != self.widths[1]:
-            return None
-        if len(state) not in (layout.cell, layout.width):
-            return None
-        if not np.isfinite(state[: layout.cell]).all():
-            raise SnapshotCorrupt("its state is not finite")
-        snapshot = replace(snapshot, state=state)
-        if len(state) < layout.width:  # of version 1
-            blank = self.engine.blank(snapshot.record.interval_level)
-            snapshot = extended(snapshot, layout, blank)
-        if not self.engine.is_valid(snapshot.state):
-            raise SnapshotCorrupt("what it tracks of forecasts can't be a session's")
-        return snapshot
 
     def claim(self) -> int:
         """Takes a slot with zero state and an empty replay window."""

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from stepstate.errors import InvalidField, SessionLost, StepstateError, StoreUnavailable
 from stepstate.models import Catalog, Manifest, Model
-from stepstate.sessions.context import Admission, Limits, SchedulerSettings, SessionContext
+from stepstate.sessions.context import Limits, SchedulerSettings, SessionContext
 from stepstate.sessions.counts import SessionCounts, StoreSurvey
 from stepstate.sessions.forecasting.forecaster import Forecaster, SessionForecast
 from stepstate.sessions.forecasting.scenarios import ForecastRequest
@@ -31,7 +31,7 @@ from stepstate.sessions.loader import SessionLoader
 from stepstate.sessions.monitored_store import MonitoredStore
 from stepstate.sessions.options import CopyOptions, OpenOptions, default_idle_timeout
 from stepstate.sessions.queues import Hold, RequestQueues
-from stepstate.sessions.scheduler import StepScheduler
+from stepstate.sessions.scheduler import Admission, StepScheduler
 from stepstate.sessions.slots import SlotAllocator
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.status import SessionSummaries, SessionSummary
@@ -94,21 +94,32 @@ class SessionService:
         self._limits = limits
         self._clock = clock
         self._admission = Admission(limits)
-        context = SessionContext(
-            catalog, self.store, self.table, self._admission, owner, clock, unix_time, observer
-        )
+        context = SessionContext(catalog, self.store, self.table, owner, clock, unix_time, observer)
         self._summaries = SessionSummaries(context)
         self._counts = SessionCounts(context)
         self.survey = StoreSurvey(context, self._summaries)
         self.writer = SnapshotWriter(context)
         self.schedulers: Mapping[str, StepScheduler] = {
-            model.key: StepScheduler(model, context, settings, number=number, writer=self.writer)
+            model.key: StepScheduler(
+                model,
+                context,
+                settings,
+                number=number,
+                admission=self._admission,
+                writer=self.writer,
+            )
             for number, model in enumerate(catalog)
         }
         self._sweeper = ExpirySweeper(context, limits, self.writer, self._counts)
-        slots = SlotAllocator(context, self.writer)
-        self._loader = SessionLoader(context, self.schedulers, slots, self._sweeper, self.survey)
-        self._queues = RequestQueues(context, self._loader)
+        self._loader = SessionLoader(
+            context,
+            self.schedulers,
+            slots=SlotAllocator(context, self.writer),
+            sweeper=self._sweeper,
+            survey=self.survey,
+            admission=self._admission,
+        )
+        self._queues = RequestQueues(context, self._loader, self._admission)
         self._lifecycle = SessionLifecycle(
             context,
             limits,
@@ -116,6 +127,7 @@ class SessionService:
             queues=self._queues,
             sweeper=self._sweeper,
             writer=self.writer,
+            admission=self._admission,
         )
         self._forecaster = Forecaster(self._queues, self.table)
         # Called for every request: without a frame of this class between.

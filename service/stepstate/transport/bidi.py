@@ -164,14 +164,14 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._reader = asyncio.create_task(self._read())
         self._reader.add_done_callback(lambda _: _wake(self._writer_waits))
         try:
-            # A task too: each reply wakes it, and through every coroutine that awaits it.
+            # In a task of its own a wake-up does not pass through the coroutines that await `run`.
             await asyncio.create_task(self._write(self._reader))
         finally:
             self.cancelled = True
             self._reader.cancel()
             for task in self._tasks:
                 task.cancel()
-            # An exception's traceback leads here in a circle: let no reply hang on it.
+            # A traceback that leads here is part of a reference cycle: no reply may be in it.
             self._ready.clear()
             self._budget.release(self._reply_bytes)
             self._drop_waiting()
@@ -263,7 +263,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             _wake(self._reader_waits)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs something beside the reading, at most as long as the call."""
+        """Runs something concurrently, until it ends or the call does."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
@@ -307,32 +307,23 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             await self._writer_waits
 
 
+@dataclass(slots=True, eq=False)
 class _PendingLoad(Generic[W]):
     """A request of a stream in the queue of its session; a `Waiter`."""
 
-    __slots__ = ("_stream", "deadline", "request", "session_id", "size")
-
-    def __init__(
-        self,
-        stream: BidiStream[Any, Any, Any, W],
-        session_id: str,
-        request: W,
-        size: int,
-        deadline: float,
-    ) -> None:
-        self._stream = stream
-        self.session_id = session_id
-        self.request = request
-        self.size = size
-        self.deadline = deadline
+    stream: BidiStream[Any, Any, Any, W]
+    session_id: str
+    request: W
+    size: int
+    deadline: float
 
     def found(self, session: ResidentSession) -> None:
         """See `Waiter`."""
-        self._stream.resume(self, session)
+        self.stream.resume(self, session)
 
     def failed(self, error: StepstateError) -> None:
         """See `Waiter`."""
-        self._stream.fail(self, error)
+        self.stream.fail(self, error)
 
 
 AnyStream = BidiStream[Any, Any, Any, Any]

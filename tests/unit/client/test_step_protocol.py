@@ -94,6 +94,7 @@ class Line:
     """A connection between a protocol and a server, and the application behind the protocol."""
 
     def __init__(self, kept: BaseSession, server: FakeServer, *, window: int = WINDOW) -> None:
+        self.window = window
         self.protocol = StepProtocol(kept, timeout=10.0, window=window)
         self.server = server
         self.requests: deque[SentRequest] = deque()
@@ -526,7 +527,7 @@ class Trouble:
         while self.chance.random() < 0.5 and self.line.serve():
             pass
         kept = self.line.protocol.session
-        self.line = Line(kept, self.server, window=self.line.protocol._window)
+        self.line = Line(kept, self.server, window=self.line.window)
         self.given = self.starts.index(kept.t)
 
 

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from stepstate.engine import check_accelerator
+from stepstate.engine.accelerator import DeviceForward
+from stepstate.engine.tracking.tracker import Tracker
 from stepstate.errors import DeviceUnavailable, Internal, NonFiniteResult
 from tests.accelerators import there
 from tests.networks import make_network
@@ -26,6 +28,20 @@ NETWORKS = {
 @pytest.fixture(params=["cpu", "cuda"])
 def accelerator(request: pytest.FixtureRequest) -> str:
     return str(there(request.param))
+
+
+@pytest.fixture
+def forwards(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rows each forward on the device had."""
+    rows: list[int] = []
+    step = DeviceForward.step
+
+    def noted(forward: DeviceForward, slots: np.ndarray, *rest: np.ndarray):
+        rows.append(len(slots))
+        return step(forward, slots, *rest)
+
+    monkeypatch.setattr(DeviceForward, "step", noted)
+    return rows
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -120,7 +136,7 @@ def tracked_network():
     return network
 
 
-async def test_forecasts_are_tracked_as_on_the_host(make_rig, accelerator):
+async def test_forecasts_are_tracked_as_on_the_host(make_rig, accelerator, forwards):
     network = tracked_network()
     rigs = [make_rig(model_of(network), accelerator=place) for place in (None, accelerator)]
     sessions = [[await rig.open(name) for name in "abc"] for rig in rigs]
@@ -135,7 +151,7 @@ async def test_forecasts_are_tracked_as_on_the_host(make_rig, accelerator):
             await call.outcome()
     slots = np.array([session.slot for session in sessions[0]])
     here, there = (rig.scheduler.engine.read_states(slots) for rig in rigs)
-    assert rigs[1].scheduler.engine._on_device is not None
+    assert forwards
     assert np.allclose(here, there, atol=CLOSE, equal_nan=True)
     tracked = here[:, rigs[0].scheduler.engine.layout.tracked_from :]
     assert len(np.unique(tracked)) > 6  # something was
@@ -152,13 +168,13 @@ async def test_a_surprise_after_the_forward_leaves_every_part_of_a_state(
     slots = np.array([session.slot])
     before = engine.read_states(slots).tobytes()
     with monkeypatch.context() as broken:
-        broken.setattr(engine._forward, "_track", lambda *_: 1 / 0)
+        broken.setattr(Tracker, "observe", lambda *_, **__: 1 / 0)
         assert isinstance(await rig.send(session, rows_of(network, 1), 6).error(), Internal)
     assert engine.read_states(slots).tobytes() == before
     assert rig.sessions.t(session) == 6
 
 
-async def test_a_model_with_lagged_inputs_stays_on_the_host(make_rig, accelerator):
+async def test_a_model_with_lagged_inputs_stays_on_the_host(make_rig, accelerator, forwards):
     network = forecasting_network()
     here, there = (make_rig(model_of(network), accelerator=on) for on in (None, accelerator))
     x = rows_of(network, 12)
@@ -166,7 +182,7 @@ async def test_a_model_with_lagged_inputs_stays_on_the_host(make_rig, accelerato
     for row in x:
         y = [await rig.y(session, row) for rig, session in sessions]
         assert y[0].tobytes() == y[1].tobytes()
-    assert there.scheduler.engine._on_device is None
+    assert not forwards
 
 
 def test_a_device_that_is_not_there_is_told_before_the_start():

@@ -32,17 +32,17 @@ class Replayed:
         forward = run.__self__
         run()
         run()
-        y, after, x, places = forward._y, forward._after, forward._x, forward._places
+        y, after, x, places = forward.y, forward.after, forward.x, forward.places
         self.captures += 1
 
         def replay() -> None:
             self.replays += 1
-            assert forward._x is x
-            assert forward._places is places
+            assert forward.x is x
+            assert forward.places is places
             run()
-            y.copy_(forward._y)
-            after.copy_(forward._after)
-            forward._y, forward._after = y, after
+            y.copy_(forward.y)
+            after.copy_(forward.after)
+            forward.y, forward.after = y, after
 
         return replay
 
@@ -126,12 +126,14 @@ def test_rows_that_are_not_finite_are_told_and_keep_their_state(device):
     assert stand.step(np.arange(3), x[[1, 1, 1]])[1] is None  # the scratch row does no harm
 
 
-def test_a_row_with_one_infinite_output_is_told_as_none(stand, network):
+def test_a_row_with_one_infinite_output_is_told_as_none(device):
     """The state and the other output would be finite."""
-    on_device = stand.forward._network
-    on_device._head.weight[:, 1] = 0
-    on_device._head.weight[0, 1] = 3e38
-    on_device._head.bias[1] = 3.4e38  # y[1] overflows where h[0] > 0.001
+    network = make_network("steep", seed=1)
+    with torch.no_grad():
+        network.head.weight[1] = 0
+        network.head.weight[1, 0] = 3e38
+        network.head.bias[1] = 3.4e38  # y[1] overflows where h[0] > 0.001
+    stand = Stand(network, device)
     before = stand.states
     y, fine = stand.step(stand.every, rows_of(network, 6) * 3)
     stand.forward.commit()

@@ -4,11 +4,15 @@ import asyncio
 
 import numpy as np
 import pytest
+import torch
 
 from stepstate.engine import Engine, EngineSettings, WorkItem
+from stepstate.engine.accelerator import DeviceForward
 from stepstate.engine.engine import ROUNDS_TO_A_CHUNK
+from stepstate.engine.network import Network
 from stepstate.models import build_timeline
 from tests.accelerators import ACCELERATORS, there
+from tests.networks import make_network
 from tests.unit.rig import HUGE, model_of, overflowing_network, rounds, rows_of
 
 CLOSE = 1e-5
@@ -215,17 +219,16 @@ async def test_a_forward_that_raises_once_is_tried_again_in_halves(network, monk
     x = rows_of(network, rows)
     slots = [desk.engine.claim() for _ in range(4)]
     name = "step" if rows == 1 else "sequence"
-    on_device = desk.engine._on_device
-    steps = on_device if rows == 1 and on_device is not None else desk.engine._network
-    real, sizes = getattr(steps, name), []
+    forward = DeviceForward if rows == 1 and desk.accelerator else Network
+    real, sizes = getattr(forward, name), []
 
-    def raises_for_many(*arguments):
+    def raises_for_many(steps, *arguments):
         sizes.append(len(arguments[0]))
         if sizes[-1] > 2:
             raise MemoryError
-        return real(*arguments)
+        return real(steps, *arguments)
 
-    monkeypatch.setattr(steps, name, raises_for_many)
+    monkeypatch.setattr(forward, name, raises_for_many)
     outcomes = await desk.wait(*(desk.submit(slot, x) for slot in slots))
     assert sizes == [4, 2, 2]
     assert all(close(y, network.offline(x)) for y in outcomes)
@@ -265,12 +268,12 @@ def network_alone(network, row: np.ndarray) -> np.ndarray:
     return network.offline(np.float32(row * [1000, 1, 1])[None])[0]
 
 
-async def test_results_whose_sum_overflows_are_still_finite_results(network):
+async def test_results_whose_sum_overflows_are_still_finite_results():
+    network = make_network("large", seed=1)
+    with torch.no_grad():
+        network.head.bias.fill_(3e38)
     desk = Desk(network)
     slots = [desk.engine.claim() for _ in range(8)]
-    on_device = desk.engine._on_device
-    steps = desk.engine._network if on_device is None else on_device._network
-    steps._head.bias.fill_(3e38)  # in place: a graph has its address
     outcomes = await desk.wait(*(desk.submit(slot, np.zeros(3)) for slot in slots))
     assert all(np.isfinite(y).all() for y in outcomes)
 
@@ -292,12 +295,17 @@ async def test_an_engine_with_nothing_to_do_takes_no_turns(desk, network, monkey
     assert turns == []
 
 
-async def test_the_loop_goes_round_several_times_between_chunks(network):
+async def test_the_loop_goes_round_several_times_between_chunks(network, monkeypatch):
     """A step on a stream takes many rounds to its reply: it must not wait a chunk in each."""
     desk = Desk(network, chunk_rows=8)
     chunks_at, now = [], 0
-    advance = desk.engine._advance
-    desk.engine._advance = lambda: (chunks_at.append(now), advance())
+    sequence = Network.sequence
+
+    def noted(*arguments):
+        chunks_at.append(now)
+        return sequence(*arguments)
+
+    monkeypatch.setattr(Network, "sequence", noted)
     work = desk.submit(desk.engine.claim(), rows_of(network, 80))
     for now in range(200):  # noqa: B007 - the chunks look at it
         await asyncio.sleep(0)

@@ -20,7 +20,7 @@ from stepstate.sessions.forecasting.origins import OriginCopier
 from tests.accelerators import ACCELERATORS, there
 from tests.networks import make_network
 from tests.offline import forecasting_network, rows
-from tests.unit.rig import Rig, model_of, outputs
+from tests.unit.rig import Caller, Rig, model_of, outputs, request
 
 CLOSE = 1e-5
 GUILTY = 666.0
@@ -202,16 +202,17 @@ async def test_a_packed_row_that_raises_fails_alone(make, monkeypatch, fault):
 
 @pytest.mark.parametrize("rows", [1, 3])
 async def test_rows_that_make_no_columns_fail_alone(make, rows):
-    """What a front door would have to let through by mistake: a row of another width."""
+    """What the transport would have to let through by mistake: a row of another width."""
     rig = make()
     sessions = await opened(rig)
-    callers = [rig.send(session, history(9)[:rows]) for session in sessions[:5]]
-    for work in [
-        *rig.scheduler.engine._queue,
-        *(each.work for each in rig.scheduler.engine._requests),
-    ]:
-        if work.session is sessions[2]:
-            work.x = [1.0] * 7
+    callers = [Caller() for _ in range(5)]
+    steps = [
+        request(session, history(9)[:rows], None, caller)
+        for session, caller in zip(sessions, callers, strict=False)
+    ]
+    for step in steps:
+        rig.sessions.submit(step)
+    steps[2].x = [1.0] * 7
     errors = [await caller.error() for caller in callers]
     assert [type(error) for error in errors] == [type(None)] * 2 + [Internal] + [type(None)] * 2
     await rig.y(sessions[2], history(9)[:rows])
@@ -227,7 +228,7 @@ async def test_a_session_whose_forecast_raises_hides_no_other(make, monkeypatch,
     guilty = {5, 33}
     slots = {sessions[place].slot for place in guilty}
     if where == "copy":
-        real = OriginCopier._copy
+        real = OriginCopier._copy  # noqa: SLF001 - one session of the group
 
         def copy(self, session):
             if session.slot in slots:

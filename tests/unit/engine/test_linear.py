@@ -34,7 +34,7 @@ def assert_right(product: Linear, weight: torch.Tensor, bias: torch.Tensor) -> N
 
 def test_both_paths_give_the_product(weight, bias):
     product = Linear(weight, bias)
-    assert product._packed is not None
+    assert product._packed is not None  # noqa: SLF001 - only its speed shows it
     assert_right(product, weight, bias)
 
 
@@ -55,7 +55,7 @@ def test_without_the_packed_path_the_plain_one_serves_all(weight, bias, monkeypa
         error = AttributeError if lacks == "the operators" else RuntimeError
         monkeypatch.setattr(linear.torch.ops, "mkldnn", Lacking(error))
     product = Linear(weight, bias)
-    assert product._packed is None
+    assert product._packed is None  # noqa: SLF001 - only its speed shows it
     assert_right(product, weight, bias)
 
 

@@ -147,7 +147,7 @@ async def test_models_without_quantiles_are_left_alone(make_rig, accelerator, ne
     """Columns of several horizons fall as they like."""
     model = model_of(network)
     rig = make_rig(model, accelerator=accelerator)
-    assert rig.scheduler.engine._network._head._quantiles == []
+    assert rig.scheduler.engine._network._head._quantiles == []  # noqa: SLF001
     x = np.random.default_rng(1).normal(size=(5, 3)).astype(np.float32)
     assert np.abs(await rig.y(await rig.open(), x) - network.offline(x)).max() < CLOSE
 

@@ -132,7 +132,7 @@ async def test_what_fails_after_its_caller_gave_up_is_nobodys(make_rig, clock, w
     del caller
     gc.collect()
     await rounds(2)
-    assert not rig.sessions._queues._queues
+    assert not rig.left_over()
     assert rig.sessions.find("a") is not None
 
 

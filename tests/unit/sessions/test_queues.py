@@ -10,7 +10,7 @@ import pytest
 
 from stepstate.errors import Internal, QueueFull, SessionUnknown, StepstateError
 from stepstate.sessions import queues
-from stepstate.sessions.queues import Call, RequestQueues
+from stepstate.sessions.queues import RequestQueues, WaitingCall
 from tests.unit.rig import rounds
 
 
@@ -27,8 +27,9 @@ class Place:
         self.loaded = asyncio.Event()
         table = SimpleNamespace(get=lambda _: None, requested=set(), usable=self._usable)
         admission = SimpleNamespace(check_open=lambda: None)
-        context = SimpleNamespace(table=table, admission=admission, clock=float)
-        self.line = RequestQueues(context, SimpleNamespace(make_ready=self._make_ready))
+        context = SimpleNamespace(table=table, clock=float)
+        loader = SimpleNamespace(make_ready=self._make_ready)
+        self.line = RequestQueues(context, loader, admission)
 
     def _usable(self, session_id: str, now: float) -> object | None:
         return self if self.usable else None
@@ -40,8 +41,8 @@ class Place:
             raise self.error
         self.usable = True
 
-    def call(self, name: str, *, deadline: float = 0.0, start: bool = True) -> Call[None]:
-        call: Call[None] = Call(lambda _: self.served.append(name), deadline)
+    def call(self, name: str, *, deadline: float = 0.0, start: bool = True) -> WaitingCall[None]:
+        call: WaitingCall[None] = WaitingCall(lambda _: self.served.append(name), deadline)
         self.line.wait("a", call, start=start)
         return call
 
@@ -184,7 +185,7 @@ async def test_one_that_waits_for_room_keeps_its_place(place, monkeypatch):
             raise QueueFull("requests", 1)
         place.served.append("patient")
 
-    call = Call(patient, asyncio.get_running_loop().time() + 60)
+    call = WaitingCall(patient, asyncio.get_running_loop().time() + 60)
     place.line.wait("a", call)
     after = place.call("after")
     await asyncio.sleep(0.01)
@@ -193,7 +194,7 @@ async def test_one_that_waits_for_room_keeps_its_place(place, monkeypatch):
     await asyncio.gather(call.result, after.result)
     assert place.served == ["patient", "after"]
     full = True
-    late: Call[None] = Call(patient)
+    late: WaitingCall[None] = WaitingCall(patient)
     place.line.wait("a", late)
     assert isinstance(late.result.exception(), QueueFull)
     assert "a" not in place.line
@@ -225,7 +226,7 @@ async def test_an_error_of_its_own_is_its_own(place):
         raise SessionUnknown("mine")
 
     place.usable = False
-    bad: Call[None] = Call(refuse)
+    bad: WaitingCall[None] = WaitingCall(refuse)
     place.line.wait("a", bad)
     good = place.call("b")
     place.loaded.set()

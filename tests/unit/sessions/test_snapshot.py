@@ -13,6 +13,7 @@ import pytest
 
 from stepstate.engine.tracking.scores import SCORES
 from stepstate.errors import SnapshotCorrupt
+from stepstate.sessions.loader import adapt
 from stepstate.sessions.replay import CachedReply, ReplayState
 from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.stores import Durability, SessionRecord
@@ -149,13 +150,13 @@ async def test_a_session_of_version_2_goes_on_with_what_it_tracked(make_rig):
     rig = make_rig(model_of(forecasting_network(quantiles=())))
     data = (SAVED.parent / "snapshot-v2.bin").read_bytes()
     old = decode(data)
-    adapt = rig.scheduler.adapt(old)
+    adapted = adapt(old, rig.scheduler)
     engine = rig.scheduler.engine
-    assert len(adapt.state) == engine.layout.width > len(old.state)
+    assert len(adapted.state) == engine.layout.width > len(old.state)
     rows = engine.layout.tracked_from
-    assert adapt.state[:rows].tobytes() == old.state[:rows].tobytes()
+    assert adapted.state[:rows].tobytes() == old.state[:rows].tobytes()
     session = await rig.open()
-    engine.write_state(session.slot, adapt.state)
+    engine.write_state(session.slot, adapted.state)
     quality = engine.quality(session.slot, 60)
     assert (quality.level, quality.drift.alarms, quality.drift.last_t) == (0.9, 1, 40)
     told = [
@@ -175,7 +176,7 @@ async def test_a_session_of_version_2_goes_on_with_what_it_tracked(make_rig):
     place = 0
     for spot in spots:  # what is pending is as it was issued
         pending = before[place + 8 : place + 8 + 3 * spot.horizon]
-        now = adapt.state[rows + spot.place + SCORES :][: 3 * spot.horizon]
+        now = adapted.state[rows + spot.place + SCORES :][: 3 * spot.horizon]
         assert np.array_equal(now, pending)
         place += 8 + 3 * spot.horizon
 
@@ -189,8 +190,8 @@ def test_a_forged_session_of_version_2_is_corrupt_or_sound(make_rig, place, valu
     state = old.state.copy()
     state[rig.scheduler.engine.layout.tracked_from + place - 1] = value
     try:
-        adapt = rig.scheduler.adapt(replace(old, state=state))
+        adapted = adapt(replace(old, state=state), rig.scheduler)
     except SnapshotCorrupt:
         return
-    assert rig.scheduler.engine.is_valid(adapt.state)
-    assert not np.isinf(adapt.state).any()
+    assert rig.scheduler.engine.is_valid(adapted.state)
+    assert not np.isinf(adapted.state).any()

@@ -10,7 +10,7 @@ import numpy as np
 
 from stepstate.engine import Floats
 from stepstate.errors import ForecastImpossible, StepstateError
-from stepstate.sessions.queues import Call, RequestQueues
+from stepstate.sessions.queues import RequestQueues, WaitingCall
 from stepstate.sessions.table import Table
 from stepstate.sessions.types import ResidentSession, SessionBarrier, unexpected
 
@@ -37,7 +37,7 @@ class Origin:
         return self.session.session_id
 
 
-_Call = Call[SessionBarrier[Origin | StepstateError]]
+_Call = WaitingCall[SessionBarrier[Origin | StepstateError]]
 
 
 class OriginCopier:
@@ -96,7 +96,9 @@ class OriginCopier:
 
     def _enqueue(self, session_id: str) -> _Call:
         """Takes a place in a session's queue, and then one among its steps."""
-        call = Call(lambda session: self._queues.turn(session, lambda: self._copied(session)))
+        call = WaitingCall(
+            lambda session: self._queues.turn(session, lambda: self._copied(session))
+        )
         session = self._queues.find(session_id)
         if session is not None and self._table.busy[session.handle]:
             call.found(session)

@@ -119,7 +119,7 @@ def decode(data: bytes) -> Snapshot:
 
 def _check(snapshot: Snapshot) -> None:
     """Refuses values that no session can have, whoever wrote them."""
-    # What may be NaN in a state depends on the model: see `StepScheduler.adapt`.
+    # What may be NaN in a state depends on the model: see `loader.adapt`.
     if np.isinf(snapshot.state).any() or not math.isfinite(snapshot.stepped_at):
         raise SnapshotCorrupt("its state or its time is not finite")
     stamps = snapshot.window.stamps

@@ -22,6 +22,7 @@ LOG = logging.getLogger("mkdocs.hooks")  # a warning fails a strict build
 
 FROM_ROOT = {
     "index.md": "README.md",
+    "architecture.md": "ARCHITECTURE.md",
     "contributing.md": "CONTRIBUTING.md",
     "security.md": "SECURITY.md",
     "changelog.md": "CHANGELOG.md",

@@ -66,7 +66,13 @@ class InThreadSession:
         return self.real.time(t)
 
     async def step(self, x: ArrayLike, **options: Any) -> Any:
-        return await asyncio.to_thread(self.real.step, x, **options)
+        """A thread can't be cancelled: a cancelled call ends when its thread has."""
+        call = asyncio.ensure_future(asyncio.to_thread(self.real.step, x, **options))
+        try:
+            return await asyncio.shield(call)
+        except asyncio.CancelledError:
+            await asyncio.wait([call])
+            raise
 
     async def inspect(self, x: ArrayLike) -> Inspection:
         return await asyncio.to_thread(self.real.inspect, x)

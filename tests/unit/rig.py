@@ -213,7 +213,7 @@ def request(
     flat = array.ravel()
     values = flat.tolist() if flat.size <= 64 else flat
     rows = len(array)
-    step = Step(values, rows, inspect, last_only and rows > 1, session, t, caller, 0)
+    step = Step(values, rows, inspect, last_only and rows > 1, caller, session, t, 0)
     step.missing_rows = int(np.isnan(array).any(axis=1).sum())
     step.impute = session is not None and session.record.missing is MissingPolicy.IMPUTE
     return step

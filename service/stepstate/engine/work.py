@@ -21,6 +21,15 @@ Layers = list[dict[str, Floats]]
 """What each layer computed, by gate or state, [T, H] each, the lowest layer first."""
 
 
+class Waiter(Protocol):
+    """Whoever waits for the outcome of work."""
+
+    @property
+    def cancelled(self) -> bool:
+        """It does not wait any more."""
+        ...
+
+
 @dataclass(slots=True, eq=False)
 class WorkItem:
     """Rows to apply to the state in one slot.
@@ -36,6 +45,7 @@ class WorkItem:
     """Also return what every layer computed."""
     last_only: bool
     """Only the last row's outputs are wanted."""
+    reply_to: Waiter
     missing_rows: int = field(init=False, default=0)
     """Rows that hold NaN, and so have to be imputed."""
     impute: bool = field(init=False, default=False)
@@ -51,7 +61,7 @@ class WorkItem:
     @property
     def cancelled(self) -> bool:
         """Nobody waits for it any more."""
-        return False
+        return self.reply_to.cancelled
 
     @property
     def single(self) -> bool:
@@ -67,15 +77,23 @@ class PackedWork:
         slots: [B], all different.
         at: [B], rows applied to each slot's state before.
         phase: [B], steps of the rows in the model's timeline.
+        reply_to: waits for all of them.
     """
 
     def __init__(
-        self, x: Floats, slots: NDArray[np.int64], at: NDArray[np.int64], phase: NDArray[np.int64]
+        self,
+        x: Floats,
+        slots: NDArray[np.int64],
+        at: NDArray[np.int64],
+        phase: NDArray[np.int64],
+        *,
+        reply_to: Waiter,
     ) -> None:
         self.x = x
         self.slots = slots
         self.at = at
         self.phase = phase
+        self.reply_to = reply_to
         self.queued_at = time.perf_counter()
 
     def __len__(self) -> int:
@@ -84,7 +102,7 @@ class PackedWork:
     @property
     def cancelled(self) -> bool:
         """Nobody waits for it any more."""
-        return False
+        return self.reply_to.cancelled
 
 
 W = TypeVar("W", bound=WorkItem)

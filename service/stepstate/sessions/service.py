@@ -222,7 +222,7 @@ class SessionService:
         session = self.table.get(session_id)
         if session is None or not self.table.busy[session.handle]:
             return False
-        step = Step((), 0, False, False, session, None, reply_to, 0)  # noqa: FBT003 - a hot constructor
+        step = Step((), 0, False, False, reply_to, session, None, 0)  # noqa: FBT003 - a hot constructor
         step.error = error
         self._admission.count(1)
         session.scheduler.submit(step)

@@ -142,10 +142,10 @@ class Scheduler(Protocol):
 class Step(WorkItem):
     """One request to apply rows, from its arrival to its reply. It carries its own outcome."""
 
+    reply_to: ReplyTo
     session: ResidentSession
     t: int | None
     """Rows applied before it, as its client counts; None: the session's own t."""
-    reply_to: ReplyTo
     reply_bytes: int
     """About what its outcome takes in memory."""
     t_after: int = field(init=False, default=0)
@@ -155,11 +155,6 @@ class Step(WorkItem):
     layers: Layers | None = field(init=False, default=None)
     replayed: bool = field(init=False, default=False)
     error: StepstateError | None = field(init=False, default=None)
-
-    @property
-    def cancelled(self) -> bool:
-        """Nobody waits for it any more."""
-        return self.reply_to.cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,6 +186,8 @@ class RowBatch:
 class PackedStep(PackedWork):
     """Rows [B] on the fast path through the engine, and their outcome."""
 
+    reply_to: PackedReplyTo
+
     def __init__(
         self,
         rows: RowBatch,
@@ -200,20 +197,14 @@ class PackedStep(PackedWork):
         *,
         reply_to: PackedReplyTo,
     ) -> None:
-        super().__init__(rows.x, slots, at, phase)
+        super().__init__(rows.x, slots, at, phase, reply_to=reply_to)
         self.handles = rows.handles
         self.generations = rows.generations
-        self.reply_to = reply_to
         self.y: Floats = np.zeros((0, 0), np.float32)
         """Outputs [B, O]; those of refused rows mean nothing."""
         self.durable_t: NDArray[np.int64] = np.zeros(0, np.int64)
         self.errors: list[tuple[int, StepstateError]] = []
         """Rows that were not applied, and why."""
-
-    @property
-    def cancelled(self) -> bool:
-        """See `PackedWork`."""
-        return self.reply_to.cancelled
 
 
 class SessionState(enum.Enum):

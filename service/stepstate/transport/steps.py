@@ -179,7 +179,7 @@ def make_step(
     reply_bytes = 4 * model.manifest.output_width
     if rows > 1 or inspect:
         reply_bytes = _reply_bytes(model, rows, 1 if last_only else rows, inspect=inspect)
-    step = Step(x, rows, inspect, last_only, session, t, reply_to, reply_bytes)
+    step = Step(x, rows, inspect, last_only, reply_to, session, t, reply_bytes)
     if missing_rows:
         step.missing_rows = missing_rows
         step.impute = session.record.missing is MissingPolicy.IMPUTE

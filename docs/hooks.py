@@ -1,7 +1,7 @@
 """Hooks of MkDocs: pages made from the repository, and links that leave the folder docs/.
 
 Pages in docs/ link to files of the repository, so that they can be read there as well. In the site
-such a link leads to the page that is made from the file, where there is one, or to the repository.
+such a link leads to the page that is made from the file, if there is one, or to the repository.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
-    """Leads links to files of the repository to where a reader of the site finds them."""
+    """Rewrites links to files of the repository."""
     uri = page.file.src_uri
     source = FROM_ROOT.get(uri, f"docs/{uri}")
     blob = f"{config.repo_url}/blob/main/"
@@ -81,12 +81,11 @@ def _outside_code(markdown: str, follow: Callable[[re.Match[str]], str]) -> str:
 
 def _place(path: str, uri: str, blob: str) -> str:
     """Where a file of the repository is, seen from a page."""
-    if path in PAGES:
-        return posixpath.relpath(PAGES[path], posixpath.dirname(uri) or ".")
-    if (
-        path.startswith("docs/") and not (ROOT / path).is_dir()
-    ):  # MkDocs itself looks whether it exists
-        return posixpath.relpath(path.removeprefix("docs/"), posixpath.dirname(uri) or ".")
+    page = PAGES.get(path, "")
+    if path.startswith("docs/") and not (ROOT / path).is_dir():
+        page = path.removeprefix("docs/")  # MkDocs checks that it exists
+    if page:
+        return posixpath.relpath(page, posixpath.dirname(uri) or ".")
     if not (ROOT / path).exists():
         LOG.warning("%s links to %s, which is not in the repository", uri, path)
     return blob + path

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections import defaultdict
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -58,6 +59,13 @@ def test_no_files_import_each_other():
         TopologicalSorter(graph).prepare()
     except CycleError as error:
         pytest.fail(f"a circle of imports: {' <- '.join(error.args[1])}")
+
+
+def test_no_class_name_occurs_twice():
+    places = defaultdict(list)
+    for module, node in classes():
+        places[node.name].append(module)
+    assert not {name: where for name, where in places.items() if len(where) > 1}
 
 
 def test_no_constructor_is_wide():

@@ -15,12 +15,7 @@ import grpc
 from stepstate.client import convert
 from stepstate.client._api import ConnectionAPI
 from stepstate.client._protocol.replay import RESUME_ROWS
-from stepstate.client._protocol.retry import (
-    CONNECT_TIMEOUT,
-    TIMEOUT,
-    CallAttempts,
-    ServerReach,
-)
+from stepstate.client._protocol.retry import CONNECT_TIMEOUT, TIMEOUT, CallAttempts, ServerReach
 from stepstate.client.types import ModelInfo
 from stepstate.errors import Cancelled
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub

@@ -232,12 +232,7 @@ class RowClock:
     """
 
     def __init__(
-        self,
-        model: str,
-        interval: timedelta | None,
-        start: datetime | None,
-        *,
-        takes_missing: bool,
+        self, model: str, interval: timedelta | None, start: datetime | None, *, takes_missing: bool
     ) -> None:
         self._model = model
         self._interval = interval // timedelta(microseconds=1) if interval else None

@@ -330,18 +330,18 @@ class Engine(Generic[W, P]):
     def _step(self, batch: MicroBatch[W, P]) -> None:
         started = time.perf_counter()
         failed: dict[int, Exception] = {}
-        places: Sequence[int] = range(len(batch))
+        places: Sequence[int] = range(batch.size)
         parts = isolated(
             places,
             lambda some: self._forward.step(batch.rows(some[0], some[-1] + 1)),
             failed.__setitem__,
         )
         if parts:
-            self._observer.microbatch(batch.queued_at(), started, time.perf_counter())
+            self._observer.microbatch(batch.queued_at, started, time.perf_counter())
         if len(parts) == 1 and not failed:
             self._report(batch, parts[0][1], failed)
         else:
-            self._report(batch, self._joined(len(batch), parts), failed)
+            self._report(batch, self._joined(batch.size, parts), failed)
 
     def _joined(
         self, rows: int, parts: Sequence[tuple[Sequence[int], ForwardResult]]

@@ -95,7 +95,9 @@ class Forward:
             applied, valid, after = applied[finite], outputs[finite], after[finite]
         tracked = self._track(slots, at, x, valid)
         self._arena.scatter(slots, after)  # first, as on a device it may raise
-        self._write_host(slots, at, applied, tracked)
+        if tracked is not None:
+            self._write_tracked(slots, *tracked)
+        self._arena.append(slots, at, applied)
         return ForwardResult(rows.x, outputs, finite)
 
     def _past(self, slots: NDArray[np.int64], at: NDArray[np.int64]) -> RowHistory:
@@ -115,21 +117,14 @@ class Forward:
             slots, at, x, valid = slots[finite], at[finite], x[finite], y[finite]
         tracked = self._track(slots, at, x, valid)
         forward.commit()
-        self._write_host(slots, at, x, tracked)
+        if tracked is not None:
+            self._write_tracked(slots, *tracked)
+        self._arena.append(slots, at, x)
         return ForwardResult(rows.x, y, finite)
 
-    def _write_host(
-        self,
-        slots: NDArray[np.int64],
-        at: NDArray[np.int64],
-        applied: Floats,
-        tracked: tuple[Floats, ScoreTotals] | None,
-    ) -> None:
-        if tracked is not None:
-            parts, totals = tracked
-            self._arena.write_tracked(slots, parts)
-            self._totals.add(totals)
-        self._arena.append(slots, at, applied)
+    def _write_tracked(self, slots: NDArray[np.int64], parts: Floats, totals: ScoreTotals) -> None:
+        self._arena.write_tracked(slots, parts)
+        self._totals.add(totals)
 
     def _track(
         self, slots: NDArray[np.int64], at: NDArray[np.int64], x: Floats, y: Floats

@@ -70,6 +70,8 @@ class Network:
         self._largest = 1e38 / max(1.0, float(weights.max()))
         self._into_cell = LaggedInputs(manifest, "cell")
         self._into_head = LaggedInputs(manifest, "head")
+        self.lagged = bool(self._into_cell or self._into_head)
+        """Whether it has lagged inputs."""
         self._from_first = manifest.fallback == "first"
         constant = None if self._timed else self._calendar.bases(any_time)[0]
         self._head = _Head(manifest, tensors, constant, branches=self._branches)
@@ -82,11 +84,6 @@ class Network:
     def state_width(self) -> int:
         """Rc."""
         return self._cell.state_width
-
-    @property
-    def lagged(self) -> bool:
-        """Whether it has lagged inputs."""
-        return bool(self._into_cell or self._into_head)
 
     def step(
         self,

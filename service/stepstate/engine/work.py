@@ -157,10 +157,12 @@ class MicroBatch(Generic[W, P]):
     def __init__(self, works: list[W], packs: Sequence[P]) -> None:
         self.works = works
         self.packs = packs
-        self._rows = len(works) + sum(map(len, packs))
-
-    def __len__(self) -> int:
-        return self._rows
+        self.queued_at = [work.queued_at for work in works]
+        """When each row was queued [B], seconds of `time.perf_counter`."""
+        for pack in packs:
+            self.queued_at += [pack.queued_at] * len(pack)
+        self.size = len(self.queued_at)
+        """B."""
 
     def rows(self, first: int, last: int) -> RowColumns:
         """The rows from place `first` to before `last`; items come before packs."""
@@ -185,13 +187,6 @@ class MicroBatch(Generic[W, P]):
             if begin < end:
                 yield pack, slice(begin, end)
             start += len(pack)
-
-    def queued_at(self) -> list[float]:
-        """When each row was queued [B], seconds of `time.perf_counter`."""
-        times = [work.queued_at for work in self.works]
-        for pack in self.packs:
-            times += [pack.queued_at] * len(pack)
-        return times
 
 
 def _column(

@@ -25,7 +25,14 @@ from stepstate.sessions.context import SessionContext
 from stepstate.sessions.loader import SessionLoader
 from stepstate.sessions.options import check_id
 from stepstate.sessions.scheduler import Admission
-from stepstate.sessions.types import OPEN, DeferredRows, ResidentSession, SessionBarrier, unexpected
+from stepstate.sessions.types import (
+    OPEN,
+    DeferredRows,
+    ResidentSession,
+    SessionBarrier,
+    Step,
+    unexpected,
+)
 
 RETRY_SECONDS = 0.02
 """How often the head of a queue is tried again while the server's queue is full."""
@@ -167,6 +174,15 @@ class RequestQueues:
         if table.deferred[handle]:
             self._flush(session)
         return session
+
+    def submit(self, step: Step) -> None:
+        """Accepts a step of a session that takes steps now; its outcome goes to its `reply_to`.
+
+        Raises:
+            Draining, QueueFull: nothing was accepted.
+        """
+        self._admission.accept(1, step.rows)
+        step.session.scheduler.submit(step)
 
     def arrive(self, session_id: str, waiter: Waiter) -> None:
         """Serves a request at once, or lets it wait in its session's queue."""

@@ -132,6 +132,7 @@ class SessionService:
         self._forecaster = Forecaster(self._queues, self.table)
         # Called for every request: without a frame of this class between.
         self.find = self._queues.find
+        self.submit = self._queues.submit
         self.wait = self._queues.wait
         self.drop = self._queues.drop
         self.hold = self._queues.hold
@@ -198,15 +199,6 @@ class SessionService:
         return default_idle_timeout(manifest, self._limits)
 
     # Steps
-
-    def submit(self, step: Step) -> None:
-        """Accepts a step; its outcome is delivered to its `reply_to`, now or later.
-
-        Raises:
-            Draining, QueueFull: nothing was accepted.
-        """
-        self._admission.accept(1, step.rows)
-        step.session.scheduler.submit(step)
 
     def submit_accepted(self, step: Step) -> None:
         """Submits a step that was accepted by `accept`."""

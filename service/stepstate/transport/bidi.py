@@ -1,8 +1,8 @@
 """Bidirectional calls: requests in, replies out as they are ready, both bounded.
 
-Rule 1: a call has at most `MAX_UNANSWERED` accepted requests without a reply, and about
-        `MAX_BYTES` of them and their replies. Beyond that it is not read, and HTTP/2 flow control
-        holds the client back.
+Rule 1: a call has at most `MAX_UNANSWERED` accepted requests without a reply, and about `MAX_ROWS`
+        packed rows and `MAX_BYTES` of requests and replies. Beyond that it is not read, and HTTP/2
+        flow control holds the client back.
 Rule 2: when a call ends, what it has waiting and did not start is never applied.
 Rule 3: a request whose session has to be loaded first waits in the queue of that session. It holds
         up no other session: the call is read on.
@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 MAX_UNANSWERED = 1024
 """Enough to fill a forward from one stream."""
+MAX_ROWS = 16_384
+"""Of packed messages: 64 of the largest forwards."""
 MAX_BYTES = 8 * 2**20
 """Two of the longest replies."""
 MAX_BUDGET_BYTES = 256 * 2**20
@@ -125,6 +127,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._messages = messages
         self._patience_seconds = patience_seconds
         self._unanswered = 0
+        self._unanswered_rows = 0  # of packed messages
         self._reply_bytes = 0
         self._held_bytes = 0
         self._ready: deque[tuple[A, None] | tuple[None, D]] = deque()
@@ -164,14 +167,14 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._reader = asyncio.create_task(self._read())
         self._reader.add_done_callback(lambda _: _wake(self._writer_waits))
         try:
-            # A task too: each reply wakes it, and through every coroutine that awaits it.
+            # In a task of its own a wake-up does not pass through the coroutines that await `run`.
             await asyncio.create_task(self._write(self._reader))
         finally:
             self.cancelled = True
             self._reader.cancel()
             for task in self._tasks:
                 task.cancel()
-            # An exception's traceback leads here in a circle: let no reply hang on it.
+            # A traceback that leads here is part of a reference cycle: no reply may be in it.
             self._ready.clear()
             self._budget.release(self._reply_bytes)
             self._drop_waiting()
@@ -263,17 +266,11 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             _wake(self._reader_waits)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
-        """Runs something beside the reading, at most as long as the call."""
+        """Runs something concurrently, until it ends or the call does."""
         task = asyncio.create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    @property
-    def _full(self) -> bool:
-        """Whether no more is read for now."""
-        unanswered_bytes = self._reply_bytes + self._held_bytes
-        return self._unanswered >= MAX_UNANSWERED or unanswered_bytes > MAX_BYTES
 
     async def _read(self) -> None:
         """Takes requests until there are no more."""
@@ -284,7 +281,11 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             else:
                 self._take(request)
             self._unanswered += 1
-            while self._full:
+            while (
+                self._unanswered >= MAX_UNANSWERED
+                or self._unanswered_rows >= MAX_ROWS
+                or self._reply_bytes + self._held_bytes > MAX_BYTES
+            ):
                 self._reader_waits = asyncio.get_running_loop().create_future()
                 await self._reader_waits
 
@@ -307,32 +308,23 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             await self._writer_waits
 
 
+@dataclass(slots=True, eq=False)
 class _PendingLoad(Generic[W]):
     """A request of a stream in the queue of its session; a `Waiter`."""
 
-    __slots__ = ("_stream", "deadline", "request", "session_id", "size")
-
-    def __init__(
-        self,
-        stream: BidiStream[Any, Any, Any, W],
-        session_id: str,
-        request: W,
-        size: int,
-        deadline: float,
-    ) -> None:
-        self._stream = stream
-        self.session_id = session_id
-        self.request = request
-        self.size = size
-        self.deadline = deadline
+    stream: BidiStream[Any, Any, Any, W]
+    session_id: str
+    request: W
+    size: int
+    deadline: float
 
     def found(self, session: ResidentSession) -> None:
         """See `Waiter`."""
-        self._stream.resume(self, session)
+        self.stream.resume(self, session)
 
     def failed(self, error: StepstateError) -> None:
         """See `Waiter`."""
-        self._stream.fail(self, error)
+        self.stream.fail(self, error)
 
 
 AnyStream = BidiStream[Any, Any, Any, Any]

@@ -211,9 +211,8 @@ async def _all_well_formed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
 def _refuse(context: Context, error: StepstateError) -> None:
     """Ends the call with an error; gRPC then ignores what the handler returns.
 
-    `context.abort` would raise, and gRPC keeps what it raises: a cycle from the
-    call over the frames of its handlers, in which a large request stays alive
-    until the garbage collector comes by.
+    `context.abort` would raise, and gRPC keeps what it raises: a reference cycle from the call over
+    the frames of its handlers, which keeps a large request alive until the next garbage collection.
     """
     status = status_of(error)
     context.set_code(code_of(error))

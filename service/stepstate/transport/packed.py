@@ -22,9 +22,6 @@ from stepstate.transport.packed_request import HandleTable, PackedRequest, reply
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 
-MAX_ROWS = 16_384
-"""Accepted and not answered: 64 of the largest forwards. Beyond them the call is not read."""
-
 
 class PackedStream(
     BidiStream[pb.StreamPackedRequest, pb.StreamPackedResponse, PackedRequest, "_Row"]
@@ -38,7 +35,6 @@ class PackedStream(
         self._handles = HandleTable.empty()
         self._in_engine = np.zeros(0, np.bool_)  # by handle: a row of it is on the fast path
         self._deferred: list[PackedRequest] = []
-        self._rows = 0
 
     def finish_rows(self, part: _PackedRows, pack: PackedStep) -> None:
         """Takes the outcome of rows of the fast path, and starts those that waited for them."""
@@ -64,13 +60,9 @@ class PackedStream(
     def finish(self, message: PackedRequest) -> None:
         """Answers a message if all its rows have their outcome."""
         if not message.left:
-            self._rows -= len(message)
+            self._unanswered_rows -= len(message)
             self._hold(-message.batch.x.nbytes)
             self.deliver(message)
-
-    @property
-    def _full(self) -> bool:
-        return self._rows >= MAX_ROWS or super()._full
 
     def _take(self, request: pb.StreamPackedRequest) -> None:
         try:
@@ -78,7 +70,7 @@ class PackedStream(
         except StepstateError as error:
             self._reply(self._error(request.id, error))
             return
-        self._rows += len(message)
+        self._unanswered_rows += len(message)
         self._hold(message.batch.x.nbytes)
         if len(message):
             self._start_rows(message)

@@ -29,7 +29,7 @@ def test_waits_differ_so_that_clients_do_not_come_back_together(ticking):
     assert len({Backoff(10.0).wait(LOST) for _ in range(10)}) > 1
 
 
-def test_a_wait_is_at_min_what_the_server_asks_for(ticking):
+def test_a_wait_is_at_least_what_the_server_asks_for(ticking):
     assert Backoff(10.0).wait(Draining(3.0)) == 3.0
     assert Backoff(10.0).wait(QueueFull("rows", 1, 0.5)) == 0.5
 

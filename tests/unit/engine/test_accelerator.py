@@ -75,8 +75,8 @@ async def test_a_row_that_overflows_changes_no_state_and_no_other_row(make_rig, 
     bad = x.copy()
     bad[1] = HUGE
     calls = [rig.send(one, row, 1) for one, row in zip(sessions, bad, strict=True)]
-    told = [type(await call.error()) for call in calls]
-    assert told == [type(None), NonFiniteResult, type(None)]
+    errors = [type(await call.error()) for call in calls]
+    assert errors == [type(None), NonFiniteResult, type(None)]
     assert [rig.sessions.t(one) for one in sessions] == [2, 1, 2]
     again = await rig.step(sessions[1], x[1], 1)
     assert np.allclose(outputs(again), outputs(await calls[0].outcome()), rtol=CLOSE)
@@ -185,6 +185,6 @@ async def test_a_model_with_lagged_inputs_stays_on_the_host(make_rig, accelerato
     assert not forwards
 
 
-def test_a_device_that_is_not_there_is_told_before_the_start():
+def test_a_device_that_is_not_there_is_reported_before_the_start():
     with pytest.raises(DeviceUnavailable, match=r"--device cuda:99: .*leave the option out"):
         check_accelerator("cuda:99")

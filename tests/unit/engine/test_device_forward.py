@@ -23,7 +23,7 @@ KINDS = ["lstm", "single", "projected", "gru", "tanh", "relu"]
 
 
 class Replayed:
-    """A graph's stand-in: a replay computes into the tensors of the capture, from its inputs."""
+    """A fake graph: a replay computes into the tensors of the capture, from its inputs."""
 
     def __init__(self) -> None:
         self.captures = self.replays = 0
@@ -100,33 +100,33 @@ def test_rows_that_fill_a_batch_up_change_no_slot_and_no_row(stand, network, cou
     x, before = rows_of(network, 6), stand.states
     slots = np.array([3, 1, 4, 2, 5, 0])
     whole, _ = stand.step(slots, x)
-    y, fine = stand.step(slots[:count], x[:count])
+    y, finite = stand.step(slots[:count], x[:count])
     stand.forward.commit()
-    assert fine is None
+    assert finite is None
     assert y.shape == (count, 2)
     assert np.abs(y - whole[:count]).max() <= CLOSE
     others = slots[count:]
     assert stand.states[others].tobytes() == before[others].tobytes()
 
 
-def test_rows_that_are_not_finite_are_told_and_keep_their_state(device):
+def test_rows_that_are_not_finite_are_reported_and_keep_their_state(device):
     stand = Stand(overflowing_network(), device)
     x = rows_of(make_network("as wide"), 5)
     clean, _ = stand.step(np.arange(5), x)
     x[[0, 3]] = HUGE
     before = stand.states
-    y, fine = stand.step(np.arange(5), x)
+    y, finite = stand.step(np.arange(5), x)
     stand.forward.commit()
-    assert fine.tolist() == [False, True, True, False, True]
-    assert np.isnan(y[~fine]).all()
-    assert np.array_equal(y[fine], clean[fine])
+    assert finite.tolist() == [False, True, True, False, True]
+    assert np.isnan(y[~finite]).all()
+    assert np.array_equal(y[finite], clean[finite])
     changed = (stand.states != before).any(axis=1)
-    assert changed.tolist() == [*fine, False]
+    assert changed.tolist() == [*finite, False]
     assert np.isfinite(stand.states).all()
     assert stand.step(np.arange(3), x[[1, 1, 1]])[1] is None  # the scratch row does no harm
 
 
-def test_a_row_with_one_infinite_output_is_told_as_none(device):
+def test_a_row_with_one_infinite_output_has_no_output(device):
     """The state and the other output would be finite."""
     network = make_network("steep", seed=1)
     with torch.no_grad():
@@ -135,12 +135,12 @@ def test_a_row_with_one_infinite_output_is_told_as_none(device):
         network.head.bias[1] = 3.4e38  # y[1] overflows where h[0] > 0.001
     stand = Stand(network, device)
     before = stand.states
-    y, fine = stand.step(stand.every, rows_of(network, 6) * 3)
+    y, finite = stand.step(stand.every, rows_of(network, 6) * 3)
     stand.forward.commit()
-    assert 0 < fine.sum() < 6
-    assert np.isfinite(y[fine]).all()
-    assert np.isnan(y[~fine]).all()
-    assert (stand.states != before).any(axis=1).tolist() == fine.tolist()
+    assert 0 < finite.sum() < 6
+    assert np.isfinite(y[finite]).all()
+    assert np.isnan(y[~finite]).all()
+    assert (stand.states != before).any(axis=1).tolist() == finite.tolist()
 
 
 def test_a_replay_of_a_graph_finds_its_inputs_where_they_were(network, device):
@@ -169,7 +169,7 @@ def test_outputs_stay_as_they_are_when_the_next_step_comes(network, device):
     assert np.array_equal(y, kept)
 
 
-def test_where_no_graph_can_be_captured_forwards_run_without_and_it_is_told_once(
+def test_where_no_graph_can_be_captured_forwards_run_without_and_it_is_logged_once(
     network, device, caplog
 ):
     def refuses(run, device):
@@ -224,7 +224,7 @@ def test_states_are_the_same_bytes_on_either_side(device):
     assert other.read(both).tobytes() == host.read(both).tobytes()
 
 
-def test_a_device_without_memory_for_the_slots_is_told_as_the_hosts_is(monkeypatch):
+def test_a_device_without_memory_for_the_slots_raises_the_same_error_as_the_host(monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("tried to allocate")
 

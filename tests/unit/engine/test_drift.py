@@ -19,7 +19,7 @@ MIN_UNIT = 1e-6
 
 @dataclass
 class Definition:
-    """The chart as the module's first lines have it, in float64, with lists instead of sums."""
+    """The chart as the module's docstring defines it, in float64, with lists instead of sums."""
 
     rise: float = 0.25
     min_rows: int = 256
@@ -97,7 +97,7 @@ class Chartered:
         return [row for row, error in enumerate(np.abs(errors).tolist()) if self.row(error)]
 
     @property
-    def chart(self) -> DriftTestStatus:
+    def status(self) -> DriftTestStatus:
         return self.test.status(self.numbers)
 
 
@@ -118,11 +118,11 @@ def test_the_chart_is_what_its_definition_gives():
         }
         chart, definition = Chartered(CusumSpec(**spec)), Definition(**spec)
         for error in errors.tolist():
-            told = chart.row(error)
-            assert told == definition.row(error)
+            alarm = chart.row(error)
+            assert alarm == definition.row(error)
             assert chart.numbers[12] == pytest.approx(definition.up, rel=1e-9, abs=1e-9)
-            alarms += told
-        assert chart.chart.learning != definition.known
+            alarms += alarm
+        assert chart.status.learning != definition.known
     assert alarms > 10
 
 
@@ -217,24 +217,24 @@ def test_errors_that_hang_together_take_longer_to_be_learned():
     for a, b in zip(rng.normal(size=400), autoregressive(0.98, rng, 400), strict=True):
         loose.row(abs(a))
         close.row(abs(b))
-    assert not loose.chart.learning
-    assert 0 <= loose.chart.score < 1
-    assert close.chart.learning
-    assert math.isnan(close.chart.score)
+    assert not loose.status.learning
+    assert 0 <= loose.status.score < 1
+    assert close.status.learning
+    assert math.isnan(close.status.score)
 
 
-def test_the_chart_tells_how_near_an_alarm_is():
+def test_the_status_shows_how_near_an_alarm_is():
     chart, scores = Chartered(CusumSpec()), []
     chart.alarms(np.random.default_rng(7).normal(size=2000))
     rows = iter(np.random.default_rng(8).normal(size=1000) * 1.6)
     while not chart.row(abs(next(rows))):
-        scores.append(chart.chart.score)
+        scores.append(chart.status.score)
     assert max(scores) > 0.7
-    assert chart.chart.learning
+    assert chart.status.learning
 
 
 @pytest.mark.parametrize("spec", [CusumSpec(), PageHinkleySpec(threshold=1e6)])
-def test_numbers_of_a_test_are_sound_and_forged_ones_are_not(spec):
+def test_numbers_of_a_test_are_valid_and_forged_ones_are_not(spec):
     chart = Chartered(spec, np.float32)
     for row in np.abs(np.random.default_rng(9).normal(size=(700, 2))).tolist():
         assert chart.test.is_valid(chart.numbers)
@@ -247,7 +247,7 @@ def test_numbers_of_a_test_are_sound_and_forged_ones_are_not(spec):
 
 
 @pytest.mark.parametrize(("place", "value"), [(0, 8.0), (0, 0.5), (0, -1.0), (3, -1.0), (9, 1.5)])
-def test_counts_of_a_chart_that_can_not_be_are_not_sound(place, value):
+def test_impossible_counts_of_a_chart_are_not_valid(place, value):
     chart = Chartered(CusumSpec())
     chart.alarms(np.ones(100))
     assert chart.test.is_valid(chart.numbers)

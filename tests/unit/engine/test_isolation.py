@@ -1,4 +1,4 @@
-"""What raises for one row is told to its sender alone: no batch-mate and no state notices."""
+"""An exception for one row reaches its sender only: no other row and no state changes."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_items_that_raise_are_found_and_the_others_run_once(count, share):
     parts = isolated(range(count), run, failed.__setitem__)
     assert sorted(ran) == sorted(set(range(count)) - guilty)
     assert [place for some, _ in parts for place in some] == ran
-    assert all(told == len(some) for some, told in parts)
+    assert all(ran_rows == len(some) for some, ran_rows in parts)
     assert failed.keys() == guilty
 
 
-class Seats:
+class PackReplies:
     """A `PackedReplyTo` that keeps the one outcome it is given."""
 
     cancelled = False
@@ -85,7 +85,7 @@ FAULTS = {
         patch.setattr(Network, "sequence", poisoned(Network.sequence, 1)),
         patch.setattr(DeviceForward, "step", poisoned(DeviceForward.step, 2)),
     ],
-    "stand-ins": lambda patch: patch.setattr(Imputer, "apply", poisoned(Imputer.apply, 1)),
+    "imputation": lambda patch: patch.setattr(Imputer, "apply", poisoned(Imputer.apply, 1)),
     "tracking": lambda patch: patch.setattr(Tracker, "observe", poisoned_tracking(Tracker.observe)),
 }
 
@@ -139,7 +139,7 @@ async def test_rows_that_raise_fail_alone_in_a_micro_batch_and_in_a_chunk(
     before = states(rig, sessions)
     x = [history(100 + place)[:rows] for place in range(SESSIONS)]
     for place in range(SESSIONS):
-        x[place][rows - 1, 1] = np.nan if fault == "stand-ins" else 0.0
+        x[place][rows - 1, 1] = np.nan if fault == "imputation" else 0.0
     sent = [row.copy() for row in x]
     for place in guilty:
         sent[place][rows - 1, 0] = GUILTY
@@ -152,9 +152,9 @@ async def test_rows_that_raise_fail_alone_in_a_micro_batch_and_in_a_chunk(
     calm = [quiet.send(one, x[place]) for place, one in enumerate(others) if place not in guilty]
     for caller, y in zip(calm, found.values(), strict=True):
         assert same(outputs(await caller.outcome()), y)
-    fine = [place for place in range(SESSIONS) if place not in guilty]
+    innocent = [place for place in range(SESSIONS) if place not in guilty]
     after, wanted = states(rig, sessions), states(quiet, others)
-    assert same(after[fine], wanted[fine])
+    assert same(after[innocent], wanted[innocent])
     assert after[sorted(guilty)].tobytes() == before[sorted(guilty)].tobytes()
     ts = [rig.sessions.t(session) for session in sessions]
     assert ts == [4 if place in guilty else 4 + rows for place in range(SESSIONS)]
@@ -175,19 +175,19 @@ async def test_a_packed_row_that_raises_fails_alone(make, monkeypatch, fault):
     x = np.stack([history(100 + place)[0] for place in range(SESSIONS)])
     sent = x.copy()
     sent[sorted(guilty), 0] = GUILTY
-    seats = [Seats(), Seats()]
+    replies = [PackReplies(), PackReplies()]
     parts = [np.arange(10, 25), np.arange(25, 40)]
     with monkeypatch.context() as patch:
         FAULTS[fault](patch)
         callers = [rig.send(sessions[place], sent[place]) for place in range(10)]
-        for reply_to, part in zip(seats, parts, strict=True):
+        for reply_to, part in zip(replies, parts, strict=True):
             handles = np.array([sessions[place].handle for place in part])
             rig.sessions.accept(len(part), len(part))
             columns = RowBatch(handles, rig.table.generation_array[handles], None, sent[part])
             assert rig.scheduler.submit_pack(columns, reply_to).all()
         for place, caller in enumerate(callers):
             assert isinstance(await caller.error(), Internal if place in guilty else type(None))
-    for reply_to, part in zip(seats, parts, strict=True):
+    for reply_to, part in zip(replies, parts, strict=True):
         pack = reply_to.pack
         assert {int(part[row]) for row, _ in pack.errors} == guilty & set(part.tolist())
         assert all(isinstance(error, Internal) for _, error in pack.errors)
@@ -256,7 +256,7 @@ async def test_a_session_whose_forecast_raises_hides_no_other(make, monkeypatch,
             assert same(one[0].outputs[0].values, other[0].outputs[0].values)
 
 
-async def test_a_fault_of_all_rows_is_told_to_each(make, monkeypatch):
+async def test_an_exception_for_all_rows_reaches_each_sender(make, monkeypatch):
     rig = make()
     sessions = await opened(rig)
 

@@ -1,4 +1,4 @@
-"""Quantiles rise in everything that is told and tracked, whatever the head gives."""
+"""Quantiles are in order in every output and in what is tracked, whatever the head gives."""
 
 from __future__ import annotations
 
@@ -99,10 +99,10 @@ async def test_y_rises_by_every_way(rig):
             await rig.sessions.forecast([session.session_id], ForecastRequest(2, (0.5,), ()))
         )[0][0]
         assert np.abs(forecast.outputs[0].values[:, 0] - y[-1, [1, 4]]).max() < CLOSE
-        told = (await rig.sessions.forecast([session.session_id], ForecastRequest(2, LEVELS, ())))[
-            0
-        ][0]
-        assert (np.diff(told.outputs[0].values, axis=1) >= 0).all()
+        forecast = (
+            await rig.sessions.forecast([session.session_id], ForecastRequest(2, LEVELS, ()))
+        )[0][0]
+        assert (np.diff(forecast.outputs[0].values, axis=1) >= 0).all()
 
 
 async def test_tritons_tensors_rise(rig):

@@ -107,7 +107,7 @@ def test_errors_beyond_float32_do_not_end_it():
 
 
 def test_one_absurd_value_does_not_drown_the_sums():
-    """The session's own figures suffer; what is told of the model does not."""
+    """The session's own figures suffer; those of the model do not."""
     track = Track()
     for truth in (1.0, 2.0, 1.0, 1e20, 1.0, 2.0, 1.0):
         track.row(truth, naive=0.0)
@@ -236,7 +236,7 @@ def test_each_target_has_the_interval_that_its_own_output_promises():
         ("median", -1.0),
     ],
 )
-def test_a_tracked_part_that_can_not_be_is_not_sound(where, value):
+def test_an_impossible_tracked_part_is_not_valid(where, value):
     tracker = tracker_of()
     part = tracker.blank(None)
     assert tracker.is_valid(part)
@@ -265,16 +265,16 @@ def test_figures_are_those_of_all_rows_and_of_one_to_two_blocks(count):
     truths = np.random.default_rng(1).normal(3, 2, count)
     track = Track()
     track.rows(truths)
-    told, errors = track.first, np.abs(truths)[1:]  # of the first row nothing was said
+    accuracy, errors = track.first, np.abs(truths)[1:]  # the first row was not forecast
     scored = len(errors)
     recent = scored if scored < 250 else 250 + scored % 250
-    assert (told.lifetime.scored, told.recent.scored) == (scored, recent)
-    found = told.lifetime.mean_absolute_error, told.lifetime.mean_absolute_scaled_error
+    assert (accuracy.lifetime.scored, accuracy.recent.scored) == (scored, recent)
+    found = accuracy.lifetime.mean_absolute_error, accuracy.lifetime.mean_absolute_scaled_error
     assert found == pytest.approx(figures_of(errors, truths))
-    found = told.recent.mean_absolute_error, told.recent.mean_absolute_scaled_error
+    found = accuracy.recent.mean_absolute_error, accuracy.recent.mean_absolute_scaled_error
     assert found == pytest.approx(figures_of(errors[-recent:], truths[-recent - 1 :]))
     block = errors[-recent:][:250]
-    assert told.median_absolute_error == pytest.approx(np.median(block), rel=0.25)
+    assert accuracy.median_absolute_error == pytest.approx(np.median(block), rel=0.25)
 
 
 def test_a_block_is_as_long_as_a_season_that_is_longer():
@@ -315,8 +315,8 @@ def test_an_absurd_value_is_gone_from_the_recent_figures_after_two_blocks(row, g
         spoiled.first.lifetime.mean_absolute_error > 30 * whole.first.lifetime.mean_absolute_error
     )
     for name in ("scored", "mean_absolute_error", "mean_absolute_scaled_error"):
-        told, wanted = (getattr(track.first.recent, name) for track in (spoiled, whole))
-        assert told == pytest.approx(wanted, rel=1e-5)
+        found, wanted = (getattr(track.first.recent, name) for track in (spoiled, whole))
+        assert found == pytest.approx(wanted, rel=1e-5)
     wanted = whole.first.median_absolute_error
     assert spoiled.first.median_absolute_error == pytest.approx(wanted, rel=0.3)
     assert spoiled.drift.alarms == 0

@@ -39,7 +39,7 @@ async def test_sqlite_names_a_file_which_is_made(tmp_path, slashes):
 
 
 @pytest.mark.parametrize(
-    ("url", "told"),
+    ("url", "problem"),
     [
         ("stepstate.db", "no such kind of store"),
         ("memory:x", "no such kind of store"),
@@ -61,9 +61,9 @@ async def test_sqlite_names_a_file_which_is_made(tmp_path, slashes):
         ("redis+sentinel://u:secret@localhost:1/sessions?colour=secret", "an option after the ?"),
     ],
 )
-async def test_a_url_that_names_no_store_is_refused_without_its_password(url, told):
+async def test_a_url_that_names_no_store_is_refused_without_its_password(url, problem):
     message = await refused(url)
-    assert told in message
+    assert problem in message
     assert "secret" not in message
     assert "ret@" not in message
 

@@ -51,7 +51,7 @@ def test_what_is_no_token_is_refused(token):
     assert refused.value.field == "page_token"
 
 
-def test_a_member_tells_id_and_model():
+def test_a_member_has_id_and_model():
     assert (id_of("a:b lstm/1"), model_of("a:b lstm/1")) == ("a:b", "lstm/1")
 
 
@@ -83,7 +83,7 @@ ERRORS = {
 
 
 @pytest.mark.parametrize(("text", "cause"), ERRORS.items(), ids=[*ERRORS.values()])
-def test_a_server_that_cant_serve_now_is_known_by_its_error(text, cause):
+def test_a_server_that_cant_serve_now_is_recognized_by_its_error(text, cause):
     error = BaseParser.parse_error(text)
     assert cause_of(error) == cause
     assert cause in STORE_CAUSES
@@ -100,12 +100,12 @@ def test_a_server_that_cant_serve_now_is_known_by_its_error(text, cause):
         NoScriptError("No matching script"),
     ],
 )
-def test_what_another_connection_would_be_told_too_is_not_tried_again(error):
+def test_an_error_that_another_connection_would_get_too_is_not_retried(error):
     assert cause_of(error) == "other"
     assert not may_pass(error)
 
 
-def test_a_timeout_is_not_tried_again_and_a_broken_connection_is():
+def test_a_timeout_is_not_retried_and_a_broken_connection_is():
     assert (cause_of(TimeoutError()), may_pass(TimeoutError())) == ("timeout", False)
     for error in (Disconnected("gone"), ConnectionRefusedError()):
         assert (cause_of(error), may_pass(error)) == ("disconnected", True)

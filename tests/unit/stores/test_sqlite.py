@@ -90,15 +90,15 @@ async def test_the_file_does_not_grow_with_sessions_that_come_and_go(home, store
     for _ in range(3):
         names = [f"{time.monotonic_ns()}" for _ in range(200)]
         epochs = await asyncio.gather(*(create(home, store, name) for name in names))
-        ending = Tombstone(EndReason.CLOSED, 1, 60.0)
-        ends = (store.end(*pair, ending) for pair in zip(names, epochs, strict=True))
+        tombstone = Tombstone(EndReason.CLOSED, 1, 60.0)
+        ends = (store.end(*pair, tombstone) for pair in zip(names, epochs, strict=True))
         assert all(await asyncio.gather(*ends))
         await home.pass_time(4000)
         sizes.append(pages(home.path))
     assert sizes[2] <= sizes[1] + 2
 
 
-async def test_endings_that_were_forgotten_leave_the_file(home, store):
+async def test_old_tombstones_are_deleted_from_the_file(home, store):
     for name in "abc":
         await store.end(name, await create(home, store, name), Tombstone(EndReason.CLOSED, 1, 60.0))
         await home.pass_time(4000)
@@ -134,7 +134,7 @@ async def test_many_that_were_used_do_not_hide_one_that_was_not(home, store, mon
     assert "h" in {entry.record.session_id for found in sweeps for entry in found}
 
 
-async def test_a_disk_that_hangs_is_told_of_and_what_was_given_up_is_not_written(
+async def test_a_disk_that_hangs_is_reported_and_a_write_that_was_given_up_is_not_done(
     connections, home, store, monkeypatch
 ):
     connection = connections[-1]
@@ -210,7 +210,7 @@ async def test_servers_that_make_the_file_together_all_open_it(home, attempt):
     assert isinstance(found, tuple)
 
 
-async def test_a_commit_waits_for_the_disk_if_it_is_told_to(tmp_path):
+async def test_a_commit_waits_for_the_disk_if_fsync_is_set(tmp_path):
     for fsync, synchronous in ((False, 1), (True, 2)):
         opened = session_file.SessionFile(
             tmp_path / f"{fsync}.db", fsync=fsync, clock=UptimeClock(time.time)
@@ -248,7 +248,7 @@ def plan(path, statement) -> str:
 
 
 async def test_a_file_of_version_1_keeps_its_sessions_and_the_time_they_had_left(home, store):
-    """Its times were Unix times; it knew no clock and no expired sessions."""
+    """Its times were Unix times; it had no clock and no expired sessions."""
     for name in "ab":
         await create(home, store, name)
     await home.pass_time(20)
@@ -257,7 +257,7 @@ async def test_a_file_of_version_1_keeps_its_sessions_and_the_time_they_had_left
     await create(home, store, "c")
     await home.close()
     for jump in (-21 * 86_400, 400 * 86_400):  # a wrong clock, or years in a cupboard
-        _set_back_to_version_1(home.path)
+        _downgrade_to_version_1(home.path)
         home.clock.now += jump
         opened = await home.open()
         left = (await opened.find("b")).expires_at - opened.now()
@@ -279,7 +279,7 @@ async def test_a_damaged_row_of_version_1_does_not_matter_to_the_others(home, st
     for name in "ab":
         await create(home, store, name)
     await home.close()
-    _set_back_to_version_1(home.path)
+    _downgrade_to_version_1(home.path)
     write(home.path, f"UPDATE sessions SET {damage} WHERE session_id = 'a'")
     home.clock.now += 86_400
     opened = await home.open()
@@ -310,7 +310,7 @@ async def test_a_clock_that_is_damaged_under_a_server_is_the_servers(home, store
     assert ask(home.path, "SELECT micros FROM clock") == home.clock() * 1e6
 
 
-def _set_back_to_version_1(path) -> None:
+def _downgrade_to_version_1(path) -> None:
     for statement in (
         "DROP TABLE clock",
         "DROP INDEX sessions_by_model",
@@ -366,7 +366,7 @@ async def test_a_listing_of_open_sessions_does_not_look_at_expired_ones(connecti
 
 @pytest.fixture
 def link(tmp_path):
-    """A link to a file, of another name and in another folder, that is not there yet."""
+    """A link to a file that is not there yet, with another name and in another folder."""
     folder = tmp_path / "volume"
     folder.mkdir()
     made = tmp_path / "sessions.db"
@@ -393,7 +393,7 @@ def foreign_reserve(tmp_path):
     return made
 
 
-async def test_a_reserve_that_cant_be_made_is_told_as_what_it_is(home, foreign_reserve):
-    """It was told as a full disk, and only when something was written."""
+async def test_a_reserve_that_cant_be_made_is_named_in_the_error(home, foreign_reserve):
+    """Before, it was reported as a full disk, and only at the first write."""
     with pytest.raises(StoreOpenError, match=rf"directory.*{foreign_reserve.name}"):
         await home.open()

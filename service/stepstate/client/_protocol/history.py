@@ -9,7 +9,7 @@ from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, It
 from dataclasses import replace
 from datetime import datetime
 from itertools import chain
-from typing import TypeGuard, TypeVar, cast
+from typing import Generic, TypeGuard, TypeVar, cast
 
 import numpy as np
 
@@ -34,7 +34,7 @@ Progress = Callable[[int, int | None], object]
 """Called with the number of rows that are done, and the total, None if it is not known."""
 
 
-class HistoryReader:
+class HistoryReader(Generic[S]):
     """A history that is applied to a session.
 
     Args:
@@ -46,12 +46,7 @@ class HistoryReader:
         InvalidField: the rows have another shape, or are not numbers.
     """
 
-    def __init__(
-        self,
-        session: BaseSession,
-        history: AsyncHistory,
-        progress: Progress | None = None,
-    ) -> None:
+    def __init__(self, session: S, history: AsyncHistory, progress: Progress | None = None) -> None:
         self._session = session
         self._start = session.t
         self._progress = progress
@@ -80,16 +75,16 @@ class HistoryReader:
             if not _is_empty(chunk):
                 yield from _cut(self._place(chunk))
 
-    async def items(self, session: S) -> AsyncIterator[tuple[S, Floats]]:
+    async def items(self) -> AsyncIterator[tuple[S, Floats]]:
         """The pieces as items of a stream."""
         if isinstance(self._chunks, AsyncIterable):
             async for chunk in self._chunks:
                 if not _is_empty(chunk):
                     for piece in _cut(self._place(chunk)):
-                        yield session, piece
+                        yield self._session, piece
         else:
             for piece in self.pieces():
-                yield session, piece
+                yield self._session, piece
 
     def take(self, y: Floats) -> None:
         """Takes the outputs [O] of a piece's last row."""
@@ -155,9 +150,7 @@ def start_of(history: History) -> tuple[datetime | None, History]:
     return first_time(first, "history"), chain((first,), chunks)
 
 
-async def start_of_async(
-    history: AsyncHistory,
-) -> tuple[datetime | None, AsyncHistory]:
+async def start_of_async(history: AsyncHistory) -> tuple[datetime | None, AsyncHistory]:
     """The same for a history that may be an async iterable."""
     if not isinstance(history, AsyncIterable):
         return start_of(history)

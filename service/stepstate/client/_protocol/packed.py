@@ -114,12 +114,7 @@ class PackedProtocol(Generic[S]):
     """
 
     def __init__(
-        self,
-        members: PackMembers[S],
-        x: RowsLike,
-        which: ArrayLike | None,
-        *,
-        timeout: float,
+        self, members: PackMembers[S], x: RowsLike, which: ArrayLike | None, *, timeout: float
     ) -> None:
         self._members = members
         self._which = _places(members, which)

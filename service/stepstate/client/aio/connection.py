@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
-from types import ModuleType, TracebackType
+from types import ModuleType
 from typing import ClassVar, Self, TypeVar
 
 import grpc
@@ -27,12 +27,7 @@ class AsyncConnection(BaseConnection):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.disconnect()
 
     async def disconnect(self) -> None:

@@ -284,8 +284,6 @@ class Pipeline(Generic[S]):
             self._to_send.set()
 
 
-async def _each(
-    items: Iterable[tuple[S, RowsLike]],
-) -> AsyncIterator[tuple[S, RowsLike]]:
+async def _each(items: Iterable[tuple[S, RowsLike]]) -> AsyncIterator[tuple[S, RowsLike]]:
     for item in items:
         yield item

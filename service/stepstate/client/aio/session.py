@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Sequence
 from datetime import timedelta
-from types import TracebackType
 from typing import Literal, Self, overload
 
 import grpc
@@ -59,12 +58,7 @@ class AsyncSession(BaseSession, SessionAPI):
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *_: object) -> None:
         await self.close()
 
     @overload
@@ -112,8 +106,7 @@ class AsyncSession(BaseSession, SessionAPI):
         timeout: float | None = None,
     ) -> Floats:
         reader = HistoryReader(self, history, progress)
-        items = reader.items(self)
-        pipeline = Pipeline(items, self.client, max_items=IN_FLIGHT, timeout=timeout)
+        pipeline = Pipeline(reader.items(), self.client, max_items=IN_FLIGHT, timeout=timeout)
         try:
             while (result := await pipeline.next()) is not None:
                 reader.take(result.y)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
-from types import TracebackType
 from typing import Literal, Self, overload
 
 from stepstate.client._api import SessionAPI
@@ -56,12 +55,7 @@ class Session(BaseSession, SessionAPI):
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @overload
@@ -102,11 +96,7 @@ class Session(BaseSession, SessionAPI):
         return self.inspect_result(response, placed)
 
     def prime(
-        self,
-        history: History,
-        *,
-        progress: Progress | None = None,
-        timeout: float | None = None,
+        self, history: History, *, progress: Progress | None = None, timeout: float | None = None
     ) -> Floats:
         reader = HistoryReader(self, history, progress)
         steps = SyncStream(self.client)

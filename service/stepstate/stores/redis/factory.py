@@ -42,6 +42,11 @@ _OPTIONS: Mapping[str, Any] = {
 }
 
 
+def _options() -> dict[str, Any]:
+    """The options of a client, which does not retry by itself."""
+    return {**_OPTIONS, "retry": Retry(NoBackoff(), 0)}
+
+
 async def open_redis(
     url: str, *, clock: Callable[[], float], unix_time: Callable[[], float] = time.time
 ) -> RedisStore:
@@ -84,19 +89,13 @@ async def open_redis(
 def _connection(url: str) -> RedisConnection:
     scheme, _, rest = url.partition("://")
     try:
-        first, *others = _urls(scheme, rest)
-        options = dict(_OPTIONS)
+        urls = _urls(scheme, rest)
         if scheme.endswith("+sentinel"):
-            return _sentinel_connection((first, *others))
-        place = ",".join(f"{host}:{port}" for host, port in map(_address, (first, *others)))
+            return _sentinel_connection(urls)
+        place = ",".join(f"{host}:{port}" for host, port in map(_address, urls))
         if scheme.endswith("+cluster"):
-            nodes = [ClusterNode(*_address(node), **options) for node in others]
-            options |= {"startup_nodes": nodes, "require_full_coverage": False}
-            options |= {"retry": Retry(NoBackoff(), 0)}
-            return ClusterConnection(RedisCluster.from_url(first, **options), place)
-        return SingleConnection(
-            Redis.from_url(first, retry=Retry(NoBackoff(), 0), **options), place
-        )
+            return ClusterConnection(_cluster(urls), place)
+        return SingleConnection(Redis.from_url(urls[0], **_options()), place)
     except (ValueError, TypeError, *AWAY):
         # Without its text, which may contain a part of the password.
         sentinels = "[,HOST:PORT...]/SERVICE[/DB]" if scheme.endswith("+sentinel") else ""
@@ -107,16 +106,22 @@ def _connection(url: str) -> RedisConnection:
         ) from None
 
 
+def _cluster(urls: Sequence[str]) -> RedisCluster:
+    nodes = [ClusterNode(*_address(url), **_OPTIONS) for url in urls[1:]]
+    return RedisCluster.from_url(
+        urls[0], startup_nodes=nodes, require_full_coverage=False, **_options()
+    )
+
+
 def _sentinel_connection(urls: Sequence[str]) -> RedisConnection:
     """A connection to the primary of a service; the hosts of its URLs are Sentinels."""
     sentinels = [_address(url, SENTINEL_PORT) for url in urls]
     service, _, db = urlsplit(urls[0]).path.strip("/").partition("/")
     if not service:
         raise ValueError(urls[0])
-    options: dict[str, Any] = {**parse_url(urls[0]), **_OPTIONS}
+    options: dict[str, Any] = {**parse_url(urls[0]), **_options(), "db": int(db or 0)}
     del options["host"]  # of a Sentinel, as the port
     options.pop("port", None)
-    options |= {"db": int(db or 0), "retry": Retry(NoBackoff(), 0)}
     ask = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     seconds = {"socket_timeout": SENTINEL_SECONDS, "socket_connect_timeout": SENTINEL_SECONDS}
     ask |= {"protocol": 2, "retry": options["retry"], **seconds}

@@ -179,7 +179,7 @@ def _of(kind: type[T], writes: Iterable[Write[Any]]) -> list[T]:
     return [one for one in writes if isinstance(one, kind)]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class _Transaction:
     connection: sqlite3.Connection
     now: float

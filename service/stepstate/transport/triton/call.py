@@ -47,7 +47,7 @@ class InferCall:
     t: int | None
     """The parameter step_t."""
     final: bool
-    """Its reply is to say that it is the last one, as all are."""
+    """Its reply has to say that it is the last one of the request: all are."""
     outputs: Sequence[str] = field(init=False, default=ONLY_Y)
     """The names of the outputs wanted."""
     rows: InputRows | None = field(init=False, default=None)
@@ -80,12 +80,12 @@ class InferCall:
         """Refuses a session that is of another model.
 
         Raises:
-            InvalidField: sequence ids are the ids of sessions, one for all models.
+            InvalidField: a sequence id is the id of a session, and those of all models are one set.
         """
         record, request = session.record, self.request
         if record.model == request.model_name and request.model_version in ("", record.version):
             return
-        if not request.model_name:  # what has one model only need not be named
+        if not request.model_name:  # the client leaves the model to the server
             return
         raise InvalidField(
             "sequence_id",
@@ -108,7 +108,7 @@ class InferCall:
         return self.rows
 
     def payload(self, manifest: Manifest) -> tuple[bytes, Sequence[str]]:
-        """What a repeated request has in common with this one: x and the outputs wanted."""
+        """What a retry of this request repeats: x and the outputs wanted."""
         return np.asarray(self.read(manifest).x, "<f4").tobytes(), self.outputs
 
     def step(self, session: ResidentSession, reply_to: ReplyTo) -> Step:

@@ -122,7 +122,7 @@ class SequenceService:
         record = session.record
         self._metrics.restarted(record.model, record.version)
         log.info(
-            "a sequence began anew before it had ended",
+            "a sequence was restarted before it had ended",
             extra={"session": session.session_id, "model": record.model, "t": t},
         )
 

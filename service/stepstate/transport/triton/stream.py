@@ -81,7 +81,7 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
         size = infer.request.ByteSize()
         self._hold(size)
 
-        def left(_: object) -> None:  # though it may never have begun
+        def left(_: object) -> None:  # also if it never started
             hold.release()
             self._hold(-size)
 
@@ -92,7 +92,7 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
             try:
                 self._reply(self._applied(infer, await self._sequences.apply(infer, hold)))
             except StepstateError as error:
-                # Its traceback would lead back here, in a circle that keeps the request.
+                # Its traceback leads back here: a reference cycle would keep the request.
                 self._reject(infer, error.with_traceback(None))
             except Exception:
                 internal = Internal(secrets.token_hex(8))

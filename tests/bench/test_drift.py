@@ -19,7 +19,7 @@ CUSUM, PAGE_HINKLEY = DETECTORS["CUSUM (default)"], DETECTORS["Page-Hinkley"]
 
 @pytest.mark.long
 @pytest.mark.parametrize("noise", NOISES)
-def test_a_stable_series_of_any_noise_has_at_max_one_alarm_in_20_000_rows(noise):
+def test_a_stable_series_of_any_noise_has_at_most_one_alarm_in_20_000_rows(noise):
     assert np.mean(false_alarms(CUSUM, noise, rows=20_000, seeds=range(4))) <= 1
 
 

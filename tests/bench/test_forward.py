@@ -24,7 +24,7 @@ def test_sessions_stepped_by_slot_give_the_offline_numbers(networks):
 
 
 @pytest.mark.parametrize("version", ["1", "2"])
-def test_its_rate_is_told_of_a_model_with_calendar_and_lags(version):
+def test_its_rate_is_measured_for_a_model_with_calendar_and_lags(version):
     found = bare_forward(ELECTRICITY / "electricity" / version, 3, 0.05)
     assert found.rows == 3
     assert found.steps_per_second > 0
@@ -43,7 +43,7 @@ def test_it_is_printed_by_batch_size(capsys, monkeypatch):
     assert lines[-1].split()[1:] == ["2,000,000", "0.50", "1.50"]
 
 
-def test_a_device_that_is_not_there_is_told(capsys):
+def test_a_device_that_is_not_there_is_an_error(capsys):
     with pytest.raises(SystemExit):
         main(["--device", "cuda:99"])
     assert "--device cuda:99: " in capsys.readouterr().err

@@ -37,9 +37,9 @@ class SchedulerSettings:
 
     engine: EngineSettings
     replay_rows: int
-    """Most single rows whose replies a session remembers."""
+    """Most single rows in the replay window of a session."""
     replay_bytes: int
-    """Bound for the remembered long replies of all sessions of a model."""
+    """Bound for the cached long replies of all sessions of a model."""
     backlog_rows: int
     """Most rows of an async session that are applied and not saved."""
 

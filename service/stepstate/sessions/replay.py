@@ -1,10 +1,9 @@
-"""The replay window: what was answered to the last requests, so that a retry gets it again.
+"""The replay window: the replies to the last requests, so that a retry gets the same one.
 
-Replies to single rows lie in one ring a slot, as [x | y] rows of an array: a
-micro-batch is remembered in two writes, and a snapshot is one copy. x itself is
-kept, not a digest of it, so that telling a retry from a mismatch is exact.
-Replies to requests with many rows, or with `inspect`, are kept whole beside
-them, within a bound in bytes for all sessions together: the oldest give way.
+Replies to single rows are in one ring a slot, as [x | y] rows of an array: a micro-batch is
+stored in two writes, and a snapshot is one copy. x itself is kept, not a digest of it, so that
+a retry and a mismatch are told apart exactly. Replies to requests with many rows, or with
+`inspect`, are kept whole, within a bound in bytes for all sessions: the oldest are evicted.
 
 D inputs, O outputs, W rows in a ring, B rows in a micro-batch.
 """
@@ -25,10 +24,8 @@ RING_BYTES = 65_536
 """A ring is larger only for rows of over a thousand columns: 10,000 sessions stay below 655 MB."""
 ROWS_IN_FLIGHT = 16
 """What the client's streams have in flight: a retry of any of them must be answered."""
-
-
 SNAPSHOT_BYTES = 4_000_000
-"""Of long replies a snapshot holds the newest, and older ones within this: what one reply takes."""
+"""A snapshot holds the newest long reply, and older ones within this: the largest reply."""
 
 
 @dataclass(slots=True, eq=False)
@@ -51,7 +48,7 @@ class CachedReply:
 
 @dataclass(frozen=True, slots=True)
 class ReplayState:
-    """What one slot remembers.
+    """The replay window of one slot.
 
     stamps [K]: t + 1 of each row; ring [K, D + O]: the rows; the long replies, the oldest first.
     """
@@ -62,7 +59,7 @@ class ReplayState:
 
 
 class ReplayWindow:
-    """Remembered replies of the sessions in a model's slots.
+    """Cached replies of the sessions in a model's slots.
 
     Args:
         capacity: slots.
@@ -88,29 +85,29 @@ class ReplayWindow:
         self.long_bytes = 0
 
     def clear(self, slot: int) -> None:
-        """Forgets everything of a slot."""
+        """Empties the window of a slot."""
         self._stamps[slot * self.rows : (slot + 1) * self.rows] = 0
         for reply in self._long.pop(slot, ()):
-            self._forget(reply)
+            self._evict(reply)
 
-    def remember_rows(
+    def add_rows(
         self, slots: NDArray[np.int64], t: NDArray[np.int64], x: Floats, y: Floats
     ) -> None:
-        """Remembers single rows, each applied to its slot [B] at its t [B]."""
+        """Adds single rows, each applied to its slot [B] at its t [B]."""
         places = slots * self.rows + t % self.rows
         self._stamps[places] = t + 1
         self._ring[places] = np.concatenate((x, y), axis=1)
 
-    def remember_row(self, slot: int, t: int, x: Floats, y: Floats) -> None:
-        """Remembers one row [D] and its outputs [O], applied to a slot at t."""
+    def add_row(self, slot: int, t: int, x: Floats, y: Floats) -> None:
+        """Adds one row [D] and its outputs [O], applied to a slot at t."""
         place = slot * self.rows + t % self.rows
         self._stamps[place] = t + 1
         row = self._ring[place]
         row[: self._input_width] = x
         row[self._input_width :] = y
 
-    def remember_long(self, work: WorkItem, t: int, y: bytes, layers: Layers | None) -> None:
-        """Remembers the reply to a request with many rows, or with `inspect`."""
+    def add_long(self, work: WorkItem, t: int, y: bytes, layers: Layers | None) -> None:
+        """Adds the reply to a request with many rows, or with `inspect`."""
         self._keep(work.slot, CachedReply(t, work.rows, y, layers, _digest(work)))
 
     def _keep(self, slot: int, reply: CachedReply) -> None:
@@ -120,14 +117,14 @@ class ReplayWindow:
         self._by_age[reply] = None
         self.long_bytes += reply.nbytes
         if len(replies) > self.rows:
-            self._forget(replies.popleft())
+            self._evict(replies.popleft())
         while self.long_bytes > self._long_limit:
             oldest = next(iter(self._by_age))
             self._long[oldest.slot].remove(oldest)
-            self._forget(oldest)
+            self._evict(oldest)
 
     def find(self, work: WorkItem, t: int) -> CachedReply | None:
-        """The reply to this very request, if it is remembered."""
+        """The reply to this same request, if it is cached."""
         if work.single:
             return self._find_row(work.slot, t, work.x)
         digest = _digest(work)
@@ -137,7 +134,7 @@ class ReplayWindow:
         return None
 
     def read(self, slot: int) -> ReplayState:
-        """What a slot remembers, for a snapshot; views that hold until the next step."""
+        """The window of a slot, for a snapshot; views that are valid until the next step."""
         first, last = slot * self.rows, (slot + 1) * self.rows
         stamps, ring = self._stamps[first:last], self._ring[first:last]
         if not stamps.all():
@@ -145,14 +142,14 @@ class ReplayWindow:
             stamps, ring = stamps[held], ring[held]
         return ReplayState(stamps, ring, self._newest(slot))
 
-    def write(self, slot: int, remains: ReplayState) -> None:
-        """Puts into an empty slot what a snapshot remembers; a shorter ring keeps the newest."""
-        order = np.argsort(remains.stamps)[-self.rows :]
-        stamps = remains.stamps[order]
+    def write(self, slot: int, state: ReplayState) -> None:
+        """Fills an empty slot from a snapshot; a shorter ring keeps the newest rows."""
+        order = np.argsort(state.stamps)[-self.rows :]
+        stamps = state.stamps[order]
         places = slot * self.rows + (stamps - 1) % self.rows
         self._stamps[places] = stamps
-        self._ring[places] = remains.ring[order]
-        for reply in remains.replies:
+        self._ring[places] = state.ring[order]
+        for reply in state.replies:
             self._keep(slot, reply)
 
     def _newest(self, slot: int) -> tuple[CachedReply, ...]:
@@ -180,13 +177,13 @@ class ReplayWindow:
             return None
         return CachedReply(t, 1, row[self._input_width :].tobytes())
 
-    def _forget(self, reply: CachedReply) -> None:
+    def _evict(self, reply: CachedReply) -> None:
         del self._by_age[reply]
         self.long_bytes -= reply.nbytes
 
 
 def _digest(work: WorkItem) -> bytes:
-    """Of everything that makes two requests at one t the same."""
+    """A digest of everything that makes two requests at one t the same."""
     sent = np.asarray(work.x, np.float32).tobytes()
     options = bytes((work.inspect, work.last_only))
     return hashlib.blake2b(options + sent, digest_size=16).digest()

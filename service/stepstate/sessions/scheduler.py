@@ -3,13 +3,13 @@
 Rule 1: a session has at most one step in the engine; later ones wait in the session.
 Rule 2: t is checked when a step's turn has come, against the rows applied by then.
 Rule 3: state, t and the replay window advance together, between two turns of the loop.
-Rule 4: a step of a sync session stays the session's current one until it is saved, so
-        nothing is built on rows that the store may not have.
+Rule 4: a sync session stays busy until its step is saved, so that nothing is built on rows
+        that the store may not have.
 
-A `Step` is one request; a `PackedStep` is rows of many sessions that need no check of their own
-(see `Table.fast_path_mask`). They share `_advance`; what is double is the loop over Python objects
-that a pack exists to avoid, and stands side by side. N rows of a message, B rows of a micro-batch,
-D inputs, O outputs.
+A `Step` is one request; a `PackedStep` is rows of many sessions that passed
+`Table.fast_path_mask` together. They share what is done by columns (`_advance`). Three things exist
+twice, side by side: submit, refuse and finish, since a pack is there to avoid their loop over
+Python objects. N rows of a message, B rows of a micro-batch, D inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -164,7 +164,7 @@ class StepScheduler:
 
     @property
     def replay_bytes(self) -> int:
-        """Bytes of remembered long replies."""
+        """Bytes of cached long replies."""
         return self.window.long_bytes
 
     def claim(self) -> int:
@@ -353,14 +353,14 @@ class StepScheduler:
         table = self._table
         table.t_array[handles] = t + 1
         table.expires_at_array[handles] = self._clock() + table.idle_timeout_array[handles]
-        self.window.remember_rows(slots, t, x, y)
+        self.window.add_rows(slots, t, x, y)
 
     def _stepped_one(self, step: Step, x: Floats, y: Floats) -> None:
         """`stepped` for one row, by plain numbers: here arrays cost more than the cell."""
         table, handle, t = self._table, step.session.handle, step.at
         table.t[handle] = step.t_after = t + 1
         table.expires_at[handle] = self._clock() + step.session.record.idle_timeout_seconds
-        self.window.remember_row(step.slot, t, x[0], y[0])
+        self.window.add_row(step.slot, t, x[0], y[0])
         step.y = y.tobytes()
         if step.session.sync:
             self._spawn(self._commit([step]))
@@ -375,7 +375,7 @@ class StepScheduler:
         work.t_after = table.t[session.handle] = t + work.rows
         table.expires_at[session.handle] = self._clock() + session.record.idle_timeout_seconds
         work.y, work.layers = y.tobytes(), layers
-        self.window.remember_long(work, t, work.y, layers)
+        self.window.add_long(work, t, work.y, layers)
         if session.sync:
             self._spawn(self._commit([work]))
             return

@@ -96,10 +96,6 @@ class SessionSummaries:
         record = entry.record
         return record.fingerprint not in self._fingerprints.get(record.model_key, ())
 
-    def past(self, entry: StoredSession) -> bool:
-        """Whether a stored session has expired, marked as such or not."""
-        return entry.delete_at is not None or entry.expires_at <= self._now()
-
     def lost(self, entry: StoredSession) -> bool:
         """Whether only the memory of another server, or of an earlier one, had it."""
         kept = entry.record.durability is not Durability.NONE

@@ -1,12 +1,12 @@
-"""What becomes of sessions that were idle for too long: expired, kept for a while, deleted.
+"""Sessions that were idle for too long: they expire, are kept for a while, and are deleted.
 
-Rule 1: idle time is time by the store's clock, in which a server was up to take a step.
-Rule 2: an expired session is kept, whole, for the grace period, and can be restored; a
+Rule 1: idle time is measured by the store's clock, which runs only while a server is up.
+Rule 2: an expired session is kept unchanged for the grace period, and can be restored; a
         deletion is logged and counted.
 Rule 3: open and expired sessions together keep the bound on sessions: beyond it the oldest
         expired ones are deleted early.
-Rule 4: many are dealt with in groups, with a rest between two: neither the event loop nor the
-        store is kept from others.
+Rule 4: many sessions are handled in groups, with a rest between two, so that the event loop and
+        the store stay free for others.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ GROUP = 256
 LOOKED_AT_ONCE = 1024
 """Sessions that the store is asked for together."""
 REST_SHARE = 0.5
-"""The rest after each group, in parts of the time that it took."""
+"""The rest after each group, as a share of the time that it took."""
 LOGGED_AT_ONCE = 50
 """Ids in one line of the log."""
 

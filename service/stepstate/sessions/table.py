@@ -71,7 +71,7 @@ class Table:
         self.promises: deque[asyncio.Future[None]] = deque()
         """Promises that wait for a free place."""
         self.by_id: dict[str, ResidentSession] = {}
-        """To be read, not changed: the hot path is spared a call of `get`."""
+        """Read-only: the hot path saves the call of `get`."""
         self._by_handle: list[ResidentSession | None] = [None] * limit
         self._free = list(range(limit - 1, -1, -1))
         self._first: NDArray[np.int64] = np.zeros(limit, np.int64)

@@ -222,7 +222,7 @@ class SessionState(enum.Enum):
 
 
 OPEN = SessionState.OPEN
-"""It is asked for on every request, and an enum's members are slow to look up."""
+"""Compared with on every request: a module's name is faster than an enum's member."""
 _LEAVES = frozenset({SessionState.LOST, SessionState.GONE})
 TRANSITIONS: Mapping[SessionState, frozenset[SessionState]] = {
     SessionState.OPEN: _LEAVES | {SessionState.ENDING, SessionState.SPILLING},
@@ -266,8 +266,8 @@ class ResidentSession:
     """Resolved when a session that is spilling or lost is gone, or open again."""
     idle: asyncio.Future[None] | None = field(init=False, default=None)
     """Resolved when it has finished its steps, if somebody waits for that."""
-    # Two facts about an open session that only refuse steps, in whatever state: another server may
-    # have taken its lease, and its client may be at another t.
+    # The next two are not states: each only refuses steps, and they can hold together, also while
+    # the session ends.
     lease_in_doubt: bool = field(init=False, default=False)
     """Its lease may have been given up: steps are refused until a save renews it."""
     position_unknown: bool = field(init=False, default=False)

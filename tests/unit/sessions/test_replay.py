@@ -31,12 +31,12 @@ def y_at(t: int) -> np.ndarray:
 
 
 def remember(kept: ReplayWindow, t: int, slot: int = 0) -> None:
-    kept.remember_rows(np.array([slot]), np.array([t]), x_at(t)[None], y_at(t)[None])
+    kept.add_rows(np.array([slot]), np.array([t]), x_at(t)[None], y_at(t)[None])
 
 
-def remember_long(kept: ReplayWindow, t: int, rows: int, slot: int = 0) -> bytes:
+def add_long(kept: ReplayWindow, t: int, rows: int, slot: int = 0) -> bytes:
     reply = np.full((rows, OUT), t, np.float32).tobytes()
-    kept.remember_long(work(np.full((rows, D), t), slot), t, reply, None)
+    kept.add_long(work(np.full((rows, D), t), slot), t, reply, None)
     return reply
 
 
@@ -73,7 +73,7 @@ def test_an_empty_window_finds_and_covers_nothing():
 )
 def test_a_row_that_differs_in_one_bit_is_covered_but_not_found(applied, sent):
     kept = window()
-    kept.remember_rows(
+    kept.add_rows(
         np.array([0]), np.array([1]), np.float32(applied)[None], np.zeros((1, OUT), np.float32)
     )
     assert kept.find(work(applied), 1) is not None
@@ -93,7 +93,7 @@ def test_a_micro_batch_is_remembered_slot_by_slot():
     kept = window()
     times = np.array([3, 8, 0])
     x, y = np.stack([x_at(t) for t in times]), np.stack([y_at(t) for t in times])
-    kept.remember_rows(np.array([4, 0, 2]), times, x, y)
+    kept.add_rows(np.array([4, 0, 2]), times, x, y)
     assert kept.find(work(x_at(8), slot=0), 8).y == y_at(8).tobytes()
     assert kept.find(work(x_at(3), slot=4), 3).y == y_at(3).tobytes()
     assert kept.find(work(x_at(3), slot=2), 3) is None
@@ -103,7 +103,7 @@ def test_a_micro_batch_is_remembered_slot_by_slot():
 def test_a_long_reply_is_found_by_the_same_rows_and_options_only():
     kept = window()
     x = np.arange(6, dtype=np.float32).reshape(2, D)
-    kept.remember_long(work(x, last_only=True), 5, b"abcd", None)
+    kept.add_long(work(x, last_only=True), 5, b"abcd", None)
     assert kept.find(work(x, last_only=True), 5).y == b"abcd"
     assert kept.find(work(x), 5) is None
     assert kept.find(work(x, inspect=True, last_only=True), 5) is None
@@ -114,7 +114,7 @@ def test_a_long_reply_is_found_by_the_same_rows_and_options_only():
 
 def test_a_long_reply_covers_each_of_its_rows():
     kept = window()
-    remember_long(kept, 5, 3)
+    add_long(kept, 5, 3)
     assert [t for t in range(10) if kept.covers(0, t)] == [5, 6, 7]
     assert kept.find(work(np.full(D, 5)), 5) is None
 
@@ -122,7 +122,7 @@ def test_a_long_reply_covers_each_of_its_rows():
 def test_one_inspected_row_is_remembered_with_its_layers():
     kept = window()
     layers = [{"h": np.ones((1, 16), np.float32)}]
-    kept.remember_long(work(x_at(2), inspect=True), 2, b"y", layers)
+    kept.add_long(work(x_at(2), inspect=True), 2, b"y", layers)
     assert kept.find(work(x_at(2), inspect=True), 2).layers is layers
     assert kept.find(work(x_at(2)), 2) is None
     assert kept.long_bytes == 1 + 64
@@ -132,7 +132,7 @@ def test_long_replies_beyond_the_bytes_push_out_the_oldest_of_any_slot():
     size = 2 * OUT * 4
     kept = window(long_bytes=3 * size)
     for slot in range(4):
-        remember_long(kept, 10 + slot, 2, slot)
+        add_long(kept, 10 + slot, 2, slot)
         assert kept.long_bytes <= 3 * size
     assert [kept.covers(slot, 10 + slot) for slot in range(4)] == [False, True, True, True]
     assert kept.find(long_request(10, 2, 0), 10) is None
@@ -141,7 +141,7 @@ def test_long_replies_beyond_the_bytes_push_out_the_oldest_of_any_slot():
 
 def test_a_long_reply_larger_than_the_bound_is_not_kept():
     kept = window(long_bytes=15)
-    remember_long(kept, 0, 2)
+    add_long(kept, 0, 2)
     assert kept.long_bytes == 0
     assert not kept.covers(0, 0)
 
@@ -149,7 +149,7 @@ def test_a_long_reply_larger_than_the_bound_is_not_kept():
 def test_a_slot_remembers_as_many_long_replies_as_single_ones():
     kept = window()
     for t in range(0, 2 * (W + 2), 2):
-        remember_long(kept, t, 2)
+        add_long(kept, t, 2)
     assert [t for t in range(0, 2 * (W + 2), 2) if kept.covers(0, t)] == [4, 6, 8, 10]
     assert kept.long_bytes == W * 2 * OUT * 4
 
@@ -158,7 +158,7 @@ def test_clear_forgets_one_slot_wholly_and_no_other():
     kept = window()
     for slot in (1, 2):
         remember(kept, 0, slot)
-        remember_long(kept, 1, 3, slot)
+        add_long(kept, 1, 3, slot)
     kept.clear(1)
     assert not any(kept.covers(1, t) for t in range(5))
     assert kept.find(work(x_at(0), slot=1), 0) is None

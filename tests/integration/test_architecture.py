@@ -1,4 +1,4 @@
-"""ARCHITECTURE.md is true: a request enters the files and functions that it lists, in that order."""
+"""ARCHITECTURE.md is true: a request enters the files and functions that it lists, in order."""
 
 from __future__ import annotations
 

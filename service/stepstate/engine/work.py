@@ -21,7 +21,7 @@ Layers = list[dict[str, Floats]]
 """What each layer computed, by gate or state, [T, H] each, the lowest layer first."""
 
 
-class Waiter(Protocol):
+class Caller(Protocol):
     """Whoever waits for the outcome of work."""
 
     @property
@@ -45,7 +45,7 @@ class WorkItem:
     """Also return what every layer computed."""
     last_only: bool
     """Only the last row's outputs are wanted."""
-    reply_to: Waiter
+    reply_to: Caller
     missing_rows: int = field(init=False, default=0)
     """Rows that hold NaN, and so have to be imputed."""
     impute: bool = field(init=False, default=False)
@@ -87,7 +87,7 @@ class PackedWork:
         at: NDArray[np.int64],
         phase: NDArray[np.int64],
         *,
-        reply_to: Waiter,
+        reply_to: Caller,
     ) -> None:
         self.x = x
         self.slots = slots

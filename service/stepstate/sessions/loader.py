@@ -140,7 +140,7 @@ class SessionLoader:
             expires_at=self._clock() + expires_at - self._store.backend.now(),
         )
         if record.durability is Durability.NONE:
-            self._table.touch(session, self._clock() + record.idle_timeout_seconds / 2)
+            self._table.touch_at[session.handle] = self._clock() + record.idle_timeout_seconds / 2
         self.slots.take_up()
         self.survey.loaded(record.session_id)
         return session

@@ -58,7 +58,7 @@ class Table:
         self.saved_behind_array: NDArray[np.bool_] = np.zeros(limit, np.bool_)
         """It is saved in the background."""
         self._placed_at: NDArray[np.float64] = np.zeros(limit)
-        self._touch_at: NDArray[np.float64] = np.full(limit, NEVER)
+        self.touch_at: NDArray[np.float64] = np.full(limit, NEVER)
         self.t: memoryview[int] = memoryview(self.t_array.data)
         self.durable_t: memoryview[int] = memoryview(self.durable_t_array.data)
         self.busy: memoryview[bool] = memoryview(self.busy_array.data)
@@ -188,7 +188,7 @@ class Table:
             return
         self._change(session, SessionState.GONE)
         self.expires_at[session.handle] = NEVER
-        self._touch_at[session.handle] = NEVER
+        self.touch_at[session.handle] = NEVER
         self.saved_behind_array[session.handle] = False
         self._by_handle[session.handle] = None
         self._free.append(session.handle)
@@ -284,13 +284,9 @@ class Table:
         lag = (self.t_array - self.durable_t_array)[self.saved_behind_array]
         return int(lag.sum())
 
-    def touch(self, session: ResidentSession, at: float) -> None:
-        """Makes `untouched` return a session from a time on."""
-        self._touch_at[session.handle] = at
-
     def untouched(self, now: float) -> list[ResidentSession]:
         """Sessions that are due to be saved for their expiry."""
-        return self._sessions(np.flatnonzero(self._touch_at <= now))
+        return self._sessions(np.flatnonzero(self.touch_at <= now))
 
     def longest_idle(self, count: int) -> list[ResidentSession]:
         """`count` sessions that were neither stepped nor loaded for the longest time, in order."""

@@ -18,7 +18,9 @@ from tests.unit.rig import HUGE, model_of, overflowing_network, rounds, rows_of
 CLOSE = 1e-5
 
 
-class Request(WorkItem):
+class Caller:
+    """Waits for a request; a test may cancel it."""
+
     cancelled = False
 
 
@@ -36,19 +38,19 @@ class Desk:
         )
         self.width = model.manifest.input_width
         self.forwards: list[int] = []
-        self.outcomes: dict[Request, object] = {}
-        self.order: list[Request] = []
-        self._ended: dict[Request, asyncio.Future[None]] = {}
+        self.outcomes: dict[WorkItem, object] = {}
+        self.order: list[WorkItem] = []
+        self._ended: dict[WorkItem, asyncio.Future[None]] = {}
 
     def submit(self, slot: int, x: object, *, inspect: bool = False, last_only: bool = False):
         rows = np.asarray(x, np.float32).reshape(-1, self.width)
-        work = Request(rows.ravel(), len(rows), inspect, last_only)
+        work = WorkItem(rows.ravel(), len(rows), inspect, last_only, Caller())
         work.slot = slot
         self._ended[work] = asyncio.get_running_loop().create_future()
         self.engine.submit(work)
         return work
 
-    async def wait(self, *works: Request) -> list[object]:
+    async def wait(self, *works: WorkItem) -> list[object]:
         """The outcomes of works."""
         await asyncio.wait_for(asyncio.gather(*(self._ended[work] for work in works)), 10)
         return [self.outcomes[work] for work in works]
@@ -77,7 +79,7 @@ class Desk:
     def failed(self, work, error) -> None:
         self._end(work, error)
 
-    def _end(self, work: Request, outcome: object) -> None:
+    def _end(self, work: WorkItem, outcome: object) -> None:
         assert work not in self.outcomes
         self.outcomes[work] = outcome
         self.order.append(work)
@@ -205,7 +207,7 @@ async def test_work_that_was_cancelled_is_dropped_and_its_state_is_as_before(des
     slots = [desk.engine.claim() for _ in range(2)]
     works = [desk.submit(slots[0], x[0]), desk.submit(slots[1], x[:2])]
     for work in works:
-        work.cancelled = True
+        work.reply_to.cancelled = True
     assert await desk.wait(*works) == ["dropped", "dropped"]
     assert desk.forwards == []
     for slot in slots:

@@ -11,9 +11,13 @@ D, OUT, W = 3, 2, 4
 SLOTS = 5
 
 
+class Caller:
+    cancelled = False
+
+
 def work(x: object, slot: int = 0, *, inspect: bool = False, last_only: bool = False) -> WorkItem:
     rows = np.atleast_2d(np.asarray(x, np.float32))
-    made = WorkItem(rows.ravel(), len(rows), inspect, last_only)
+    made = WorkItem(rows.ravel(), len(rows), inspect, last_only, Caller())
     made.slot = slot
     return made
 

@@ -86,7 +86,7 @@ def test_free_is_the_room_that_is_left(table):
 
 def test_a_handle_that_is_used_again_takes_the_numbers_it_is_given(table):
     (old,) = add(table, "old")
-    table.touch(old, 1.0)
+    table.touch_at[old.handle] = 1.0
     table.remove(old)
     new = session("new")
     table.add(new, t=40, durable_t=30, now=0.0, expires_at=7.0)
@@ -114,8 +114,8 @@ def test_undurable_are_async_sessions_with_rows_that_are_not_saved(table):
 
 def test_untouched_are_those_whose_time_to_be_touched_has_come(table):
     a, b, _ = add(table, "a", "b", "c")
-    table.touch(a, 3.0)
-    table.touch(b, 4.0)
+    table.touch_at[a.handle] = 3.0
+    table.touch_at[b.handle] = 4.0
     assert table.untouched(2.9) == []
     assert table.untouched(3.5) == [a]
     table.remove(a)

@@ -110,7 +110,7 @@ class SnapshotWriter:
         if session.state is not SessionState.GONE:
             session.lease_in_doubt = True
             self._table.revoke(session)
-            self._table.touch(session, self._clock())
+            self._table.touch_at[session.handle] = self._clock()
             self.request_flush()
 
     async def commit(self, steps: Sequence[Step]) -> None:
@@ -212,16 +212,15 @@ class SnapshotWriter:
         t = self._table.t[session.handle]
         expires_at = self.expires_at(session)
         self._touch_later(session)
-        return session, SaveRequest(
-            session.session_id, session.epoch, owner, t, expires_at, snapshot
-        )
+        session_id = session.record.session_id
+        return session, SaveRequest(session_id, session.epoch, owner, t, expires_at, snapshot)
 
     def _touch_later(self, session: ResidentSession) -> None:
         """A session that is not saved for its rows is saved now and then for its expiry."""
         at = NEVER
         if session.record.durability is Durability.NONE:
             at = self._clock() + session.record.idle_timeout_seconds / 2
-        self._table.touch(session, at)
+        self._table.touch_at[session.handle] = at
 
     def _advance_durable(self, session: ResidentSession, t: int) -> None:
         durable = session.record.durability is not Durability.NONE

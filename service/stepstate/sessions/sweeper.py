@@ -143,7 +143,8 @@ class ExpirySweeper:
             if not gone:
                 break
             deleted += gone
-            await self.counts.count()  # other servers delete the same ones meanwhile
+            if self._store.backend.durable:  # other servers delete the same ones meanwhile
+                await self.counts.count()
         return deleted
 
     def replaced(self, entry: StoredSession) -> None:

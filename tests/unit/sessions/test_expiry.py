@@ -127,6 +127,17 @@ async def test_open_and_expired_sessions_together_keep_the_bound(make_rig, store
         await rig.sessions.get("a")
 
 
+async def test_a_server_alone_keeps_the_bound_at_every_sweep(make_rig, clock):
+    rig = make_rig(clock=clock, max_sessions=3)
+    await expire(rig, clock, "a", "b")
+    for count, names in enumerate(("cd", "e"), 1):
+        for name in names:
+            await rig.open(name)
+        clock.advance(1)
+        await rig.sessions.sweep()
+        assert deleted(rig)["limit"] == count
+
+
 @pytest.mark.parametrize("delays", [[1], [1, 4, 2], [2, 9, 5, 1, 3]])
 async def test_servers_that_keep_the_bound_together_delete_little_more_than_one_would(
     make_rig, store, clock, monkeypatch, delays

@@ -18,7 +18,7 @@ from stepstate.stores import (
     Tombstone,
     open_store,
 )
-from stepstate.uptime import BEAT_SECONDS
+from stepstate.uptime import HEARTBEAT_SECONDS
 from tests.redis_process import RedisProcess
 
 OPENED = datetime(2026, 1, 2, 3, 4, 5, 678_901, tzinfo=UTC)
@@ -57,16 +57,16 @@ class Home:
         store = await open_store(self.url, clock=self.clock, unix_time=self.clock)
         self._opened.append(store)
         with suppress(StoreUnavailable):
-            await store.beat()  # as a server does when it starts
+            await store.heartbeat()  # as a server does when it starts
         return store
 
     async def pass_time(self, seconds: float) -> None:
         """Lets time pass while all servers are up."""
         while seconds > 0:
-            self.clock.advance(min(seconds, BEAT_SECONDS))
-            seconds -= BEAT_SECONDS
+            self.clock.advance(min(seconds, HEARTBEAT_SECONDS))
+            seconds -= HEARTBEAT_SECONDS
             for store in self._opened:
-                await store.beat()
+                await store.heartbeat()
 
     async def close(self) -> None:
         """Closes all stores."""

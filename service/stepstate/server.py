@@ -35,7 +35,7 @@ from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store
 from stepstate.transport import Backend, RpcInterceptor, StepstateServicer, add_reflection
-from stepstate.uptime import BEAT_SECONDS, UptimeClock
+from stepstate.uptime import HEARTBEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
 
@@ -86,7 +86,7 @@ class Server:
 
     def __init__(self, config: ServerConfig, catalog: Catalog, store: SessionStore) -> None:
         use_one_thread()
-        self.phase = ServerState.STARTING
+        self.state = ServerState.STARTING
         self.address = ""
         self.metrics_address = ""
         self._config = config
@@ -115,16 +115,16 @@ class Server:
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
         backend = Backend(self.sessions, self._metrics)
-        self._native = StepstateServicer(backend)
+        self._servicer = StepstateServicer(backend)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        guard = RpcInterceptor(self._metrics)
-        guard.expect(SERVICE.methods)
+        interceptor = RpcInterceptor(self._metrics)
+        interceptor.expect(SERVICE.methods)
         if self._triton is not None:
-            guard.expect(self._triton.methods())
-        self._grpc = grpc.aio.server(interceptors=[guard], options=list(CHANNEL_OPTIONS))
+            interceptor.expect(self._triton.methods())
+        self._grpc = grpc.aio.server(interceptors=[interceptor], options=list(CHANNEL_OPTIONS))
         self._http: tuple[WSGIServer, Thread] | None = None
-        self._store_told = True
+        self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
         self._drained: asyncio.Task[None] | None = None
 
@@ -134,7 +134,7 @@ class Server:
         Raises:
             ListenError: an address is taken, or not ours.
         """
-        add_StepstateServiceServicer_to_server(self._native, self._grpc)
+        add_StepstateServiceServicer_to_server(self._servicer, self._grpc)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         services = [SERVICE.full_name]
         if self._triton is not None:
@@ -146,7 +146,7 @@ class Server:
         self.address = self._listen_grpc()
         await self._grpc.start()
         self._tasks = [
-            asyncio.create_task(loop()) for loop in (self._sweep, self._tick, self._beat)
+            asyncio.create_task(loop()) for loop in (self._sweep, self._tick, self._heartbeat)
         ]
         if self._store.durable:
             saving = self.sessions.writer.run(self._config.snapshot_interval)
@@ -154,7 +154,7 @@ class Server:
             self._tasks.append(asyncio.create_task(self.sessions.survey.run()))
         for service in ("", *services, STORE_SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
-        self.phase = ServerState.SERVING
+        self.state = ServerState.SERVING
 
     async def drain(self) -> None:
         """Stops in order, and loses nothing that was accepted. Further calls wait for the first.
@@ -186,16 +186,16 @@ class Server:
             http.server_close()
             thread.join()
             self._http = None
-        self.phase = ServerState.STOPPED
+        self.state = ServerState.STOPPED
 
     async def _drain(self) -> None:
-        self.phase = ServerState.DRAINING
+        self.state = ServerState.DRAINING
         log.info("draining", extra={"sessions": len(self.sessions)})
         await self._health.enter_graceful_shutdown()
         try:
             async with asyncio.timeout(self._config.drain_seconds):
                 await self.sessions.drain()
-                await self._native.drain()
+                await self._servicer.drain()
                 if self._triton is not None:
                     await self._triton.drain()
         except TimeoutError:
@@ -218,7 +218,7 @@ class Server:
     def _wire_sessions(self, catalog: Catalog) -> SessionService:
         config = self._config
         for model in catalog:
-            self._tell_loss(model)
+            self._log_quantization_error(model)
         return SessionService(
             catalog,
             self._store,
@@ -250,7 +250,7 @@ class Server:
             observer=self._metrics,
         )
 
-    def _tell_loss(self, model: Model) -> None:
+    def _log_quantization_error(self, model: Model) -> None:
         """Logs what weights with fewer bits do to a model, before anyone relies on its outputs."""
         if self._precision is Precision.FLOAT32:
             return
@@ -277,7 +277,7 @@ class Server:
         host, port = split_address(self._config.metrics_listen)
         try:
             self._http = start_http(
-                host, port, self._registry, serving=lambda: self.phase is ServerState.SERVING
+                host, port, self._registry, serving=lambda: self.state is ServerState.SERVING
             )
         except OSError as error:
             address = self._config.metrics_listen
@@ -294,30 +294,30 @@ class Server:
                 pass  # noted where it was asked; health tells it
             except Exception:
                 log.exception("a sweep for expired sessions failed; the next one tries again")
-            await self._tell_store_health()
+            await self._report_store_health()
 
     async def _tick(self) -> None:
         while True:
-            UPTIME.beat()
+            UPTIME.heartbeat()
             await asyncio.sleep(TICK_SECONDS)
 
-    async def _beat(self) -> None:
+    async def _heartbeat(self) -> None:
         while True:
-            await asyncio.sleep(BEAT_SECONDS)
+            await asyncio.sleep(HEARTBEAT_SECONDS)
             try:
-                await self.sessions.beat()
+                await self.sessions.heartbeat()
             except StoreUnavailable:
                 pass  # noted where it was asked
             except Exception:
-                log.exception("the store's clock was not moved on; the next beat tries again")
+                log.exception("the store's clock was not moved on; the next heartbeat tries again")
 
-    async def _tell_store_health(self) -> None:
+    async def _report_store_health(self) -> None:
         """A service of its own, so that no load balancer turns away from all servers at once."""
         up = self.sessions.store.up
-        if up is not self._store_told and self.phase is ServerState.SERVING:
+        if up is not self._store_reported_up and self.state is ServerState.SERVING:
             status = health_pb2.HealthCheckResponse
             await self._health.set(STORE_SERVICE, status.SERVING if up else status.NOT_SERVING)
-            self._store_told = up
+            self._store_reported_up = up
 
 
 async def build_server(config: ServerConfig) -> Server:

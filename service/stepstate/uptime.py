@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-BEAT_SECONDS = 5.0
+HEARTBEAT_SECONDS = 5.0
 """How often a store's clock is advanced: at most this is lost when a server is killed."""
-MAX_BEAT_SECONDS = 10.0
-"""At most this counts between two beats, which may be late on a busy machine. If it was longer, the
-process was paused or the store was away."""
+MAX_HEARTBEAT_SECONDS = 10.0
+"""At most this counts between two heartbeats, which may be late on a busy machine. If it was
+longer, the process was paused or the store was away."""
 
 
 class UptimeClock:
-    """Seconds in which its process ran; of a pause at most `MAX_BEAT_SECONDS` count.
+    """Seconds in which its process ran; of a pause at most `MAX_HEARTBEAT_SECONDS` count.
 
     It may be read and set from any thread.
 
@@ -32,17 +32,17 @@ class UptimeClock:
     def __call__(self) -> float:
         """Its value, in seconds."""
         seconds, at = self._mark
-        return seconds + min(self._monotonic() - at, MAX_BEAT_SECONDS)
+        return seconds + min(self._monotonic() - at, MAX_HEARTBEAT_SECONDS)
 
     def read(self) -> tuple[float, float, float]:
-        """Its value, how much of it is since the last beat, and the monotonic seconds."""
+        """Its value, how much of it is since the last heartbeat, and the monotonic seconds."""
         seconds, at = self._mark
         now = self._monotonic()
-        since = min(now - at, MAX_BEAT_SECONDS)
+        since = min(now - at, MAX_HEARTBEAT_SECONDS)
         return seconds + since, since, now
 
-    def beat(self) -> None:
-        """Counts the time since the last beat. To be called at least every `BEAT_SECONDS`."""
+    def heartbeat(self) -> None:
+        """Counts the time since the last one; to be called at least every `HEARTBEAT_SECONDS`."""
         seconds, _, at = self.read()
         self.set(seconds, at)
 

@@ -15,7 +15,7 @@ import pytest
 from stepstate.errors import SessionExpired, SessionUnknown
 from stepstate.sessions import ResidentSession
 from stepstate.stores import Durability, SessionStore, open_store
-from stepstate.uptime import BEAT_SECONDS, UptimeClock
+from stepstate.uptime import HEARTBEAT_SECONDS, UptimeClock
 from tests.contract.conftest import KINDS as ALL_KINDS
 from tests.networks import make_network
 from tests.stores import Home
@@ -54,9 +54,9 @@ class Machine:
             grace_seconds=GRACE,
         )
 
-    async def beat(self) -> None:
-        self.uptime.beat()
-        await self.rig.sessions.beat()
+    async def heartbeat(self) -> None:
+        self.uptime.heartbeat()
+        await self.rig.sessions.heartbeat()
         await self.rig.sessions.sweep()
         await self.rig.sessions.writer.save_round()
 
@@ -94,11 +94,11 @@ class World:
         passed = 0.0
         while passed < seconds:
             for machine in self.machines:
-                machine.clock.advance(BEAT_SECONDS)
-                machine.unix_time.advance(BEAT_SECONDS)
-                await machine.beat()
-            self.unix_time.advance(BEAT_SECONDS)
-            passed += BEAT_SECONDS
+                machine.clock.advance(HEARTBEAT_SECONDS)
+                machine.unix_time.advance(HEARTBEAT_SECONDS)
+                await machine.heartbeat()
+            self.unix_time.advance(HEARTBEAT_SECONDS)
+            passed += HEARTBEAT_SECONDS
 
     def jump(self, seconds: float) -> None:
         """Sets the wall clocks of all machines, on or back."""
@@ -293,13 +293,13 @@ async def test_a_store_that_was_away_is_no_idle_time(tmp_path, monkeypatch):
     world = World(Home(f"sqlite:{tmp_path}/sessions.db"))
     names = await open_sessions(machine := await world.start())
     with monkeypatch.context() as patch:
-        patch.setattr(machine.store, "beat", lambda: asyncio.sleep(0))
-        for _ in range(int(2 * IDLE / BEAT_SECONDS)):
-            machine.clock.advance(BEAT_SECONDS)
-            machine.uptime.beat()
+        patch.setattr(machine.store, "heartbeat", lambda: asyncio.sleep(0))
+        for _ in range(int(2 * IDLE / HEARTBEAT_SECONDS)):
+            machine.clock.advance(HEARTBEAT_SECONDS)
+            machine.uptime.heartbeat()
     spilled = [n for n in names if machine.rig.table.get(n) is None]
     assert spilled
     with suppress(SessionExpired):
-        await machine.beat()
+        await machine.heartbeat()
     assert await lost(machine, spilled) == 0
     await world.close()

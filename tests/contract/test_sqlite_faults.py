@@ -221,7 +221,7 @@ async def test_nothing_is_written_past_the_bound_of_the_wal(home, kept_from_writ
         "discard": lambda: store.discard("bad", CLOSED),
         "overdue": lambda: store.overdue(home.clock() + 10, 10),
         "expired": lambda: store.expired(home.clock() + 1e6, 10),
-        "beat": store.beat,
+        "heartbeat": store.heartbeat,
         "probe": store.probe,
     }
     done = []

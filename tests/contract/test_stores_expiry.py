@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from stepstate.stores import SaveRequest, SaveResult, StoredSession
-from stepstate.uptime import BEAT_SECONDS, MAX_BEAT_SECONDS
+from stepstate.uptime import HEARTBEAT_SECONDS, MAX_HEARTBEAT_SECONDS
 from tests.contract.conftest import KINDS
 from tests.stores import (
     CLOSED,
@@ -52,9 +52,9 @@ async def test_two_servers_move_the_clock_on_once(home, store):
 async def test_a_pause_of_the_process_hardly_counts(home, store):
     before = store.now()
     home.clock.advance(30 * 86_400)
-    assert store.now() == pytest.approx(before + MAX_BEAT_SECONDS)
-    await store.beat()
-    assert store.now() == pytest.approx(before + MAX_BEAT_SECONDS)
+    assert store.now() == pytest.approx(before + MAX_HEARTBEAT_SECONDS)
+    await store.heartbeat()
+    assert store.now() == pytest.approx(before + MAX_HEARTBEAT_SECONDS)
 
 
 @lasting
@@ -64,12 +64,12 @@ async def test_the_clock_stands_still_while_no_server_is_up(home, store):
     await home.close()
     home.clock.advance(-400 * 86_400)
     later = await home.open()
-    await later.beat()
+    await later.heartbeat()
     assert later.now() == pytest.approx(before)
     home.clock.advance(900 * 86_400)
     last = await home.open()
-    await last.beat()
-    assert before <= last.now() <= before + MAX_BEAT_SECONDS
+    await last.heartbeat()
+    assert before <= last.now() <= before + MAX_HEARTBEAT_SECONDS
     assert (await last.acquire("a", owner="B", fingerprints={FINGERPRINT}))[1] == SNAPSHOT
 
 
@@ -77,10 +77,10 @@ async def test_the_clock_stands_still_while_no_server_is_up(home, store):
 async def test_a_server_that_was_paused_does_not_set_the_clock_of_others_back_or_on(home, store):
     other, before = await home.open(), store.now()
     for _ in range(20):
-        home.clock.advance(BEAT_SECONDS)
-        await store.beat()
+        home.clock.advance(HEARTBEAT_SECONDS)
+        await store.heartbeat()
     assert store.now() == pytest.approx(before + 100.0)
-    await other.beat()
+    await other.heartbeat()
     assert other.now() == pytest.approx(before + 100.0)
     assert store.now() == pytest.approx(before + 100.0)
 
@@ -88,7 +88,7 @@ async def test_a_server_that_was_paused_does_not_set_the_clock_of_others_back_or
 async def test_a_store_that_lost_everything_takes_the_clock_of_a_server_that_is_up(home, store):
     before = store.now()
     lost = await home.lose()
-    await lost.beat()
+    await lost.heartbeat()
     await create(home, lost, "a")
     assert lost.now() >= before
     assert isinstance((await acquire(lost, "a"))[0], StoredSession)

@@ -62,7 +62,7 @@ async def health_of(address: str, service: str = "") -> int:
 
 
 async def test_a_running_server_is_serving(server: Server):
-    assert server.phase is ServerState.SERVING
+    assert server.state is ServerState.SERVING
     for service in ("", SERVICE):
         assert await health_of(server.address, service) == Serving.SERVING
     with pytest.raises(grpc.aio.AioRpcError) as failure:
@@ -87,11 +87,11 @@ async def test_a_draining_server_is_not_serving(config: ServerConfig):
         draining = asyncio.create_task(server.drain())
         assert (await watch.read()).status == Serving.NOT_SERVING
         assert not long.done()
-        assert server.phase is ServerState.DRAINING
+        assert server.state is ServerState.DRAINING
         assert (await long).t == 1_500
         watch.cancel()
         await draining
-        assert server.phase is ServerState.STOPPED
+        assert server.state is ServerState.STOPPED
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
@@ -311,7 +311,7 @@ async def test_a_drain_that_is_cut_does_not_blame_the_store(
         await asyncio.sleep(0)
         await server.stop()
         await asyncio.gather(call, draining, return_exceptions=True)
-    assert server.phase is ServerState.STOPPED
+    assert server.state is ServerState.STOPPED
     assert "the store is away" not in caplog.text
 
 

@@ -237,7 +237,7 @@ async def test_the_metrics_port_knows_its_paths(model_root: Path):
         for path in ("", "/", "/health", "/healthz/", "/metrics/x", "/favicon.ico"):
             status, text = await asyncio.to_thread(answer, root + path)
             assert (status, text) == (404, "there are /metrics and /healthz\n")
-        server.phase = type(server.phase).DRAINING
+        server.state = type(server.state).DRAINING
         assert (await asyncio.to_thread(answer, f"{root}/healthz"))[0] == 503
 
 

@@ -174,8 +174,8 @@ class Door:
     def now(self) -> float:
         return self._store.now()
 
-    async def beat(self):
-        return await self._through(self._store.beat)
+    async def heartbeat(self):
+        return await self._through(self._store.heartbeat)
 
     async def expire(self, saves, **options):
         return await self._through(self._store.expire, saves, **options)

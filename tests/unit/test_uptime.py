@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from stepstate.uptime import MAX_BEAT_SECONDS, UptimeClock
+from stepstate.uptime import MAX_HEARTBEAT_SECONDS, UptimeClock
 
 
 def test_it_shows_the_seconds_that_pass(clock):
     uptime = UptimeClock(clock)
     for _ in range(100):
         clock.advance(1.0)
-        uptime.beat()
+        uptime.heartbeat()
     clock.advance(0.5)
     assert uptime() == pytest.approx(100.5)
 
@@ -19,10 +19,10 @@ def test_it_shows_the_seconds_that_pass(clock):
 def test_a_pause_counts_as_little_of_it(clock):
     uptime = UptimeClock(clock)
     clock.advance(86_400.0)
-    assert uptime() == MAX_BEAT_SECONDS
-    uptime.beat()
+    assert uptime() == MAX_HEARTBEAT_SECONDS
+    uptime.heartbeat()
     clock.advance(1.0)
-    assert uptime() == MAX_BEAT_SECONDS + 1.0
+    assert uptime() == MAX_HEARTBEAT_SECONDS + 1.0
 
 
 def test_it_can_be_set_to_have_shown_a_time_earlier(clock):

@@ -424,16 +424,16 @@ class SessionService:
     async def start(self) -> None:
         """Asks the store how many sessions it has; one that is away may come back later."""
         with suppress(StoreUnavailable):
-            await self.beat()
+            await self.heartbeat()
             await self._counts.count()
 
-    async def beat(self) -> None:
-        """Moves the store's clock on; to be called every `BEAT_SECONDS`.
+    async def heartbeat(self) -> None:
+        """Moves the store's clock on; to be called every `HEARTBEAT_SECONDS`.
 
         Raises:
             StoreUnavailable.
         """
-        await self.store.ask(self.store.backend.beat())
+        await self.store.ask(self.store.backend.heartbeat())
 
     async def sweep(self) -> int:
         """Expires every session whose time is up, a few at a time; returns how many.
@@ -469,7 +469,7 @@ class SessionService:
         if self.store.backend.durable:
             await self._release_all()
             with suppress(StoreUnavailable):
-                await self.beat()
+                await self.heartbeat()
 
     async def _release_all(self) -> None:
         self.writer.stop()

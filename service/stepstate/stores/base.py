@@ -66,12 +66,12 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def beat(self) -> None:
+    async def heartbeat(self) -> None:
         """Advances the store's clock, and deletes tombstones that are too old.
 
-        Every server calls it every `BEAT_SECONDS`. Several servers that are up together advance
-        the clock once. Of the time since a server's last beat at most `MAX_BEAT_SECONDS` count:
-        in a longer time it was paused, or the store was away.
+        Every server calls it every `HEARTBEAT_SECONDS`. Several servers that are up together
+        advance the clock once. Of the time since a server's last heartbeat at most
+        `MAX_HEARTBEAT_SECONDS` count: in a longer time it was paused, or the store was away.
         """
         ...
 

@@ -50,7 +50,7 @@ class MemoryStore(SessionStore):
     def now(self) -> float:
         return self._clock()
 
-    async def beat(self) -> None:
+    async def heartbeat(self) -> None:
         self._delete_old_tombstones()  # the clock runs by itself
 
     async def create(

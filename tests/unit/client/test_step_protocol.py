@@ -130,14 +130,14 @@ class Line:
             sent = self.protocol.answered(reply)
             if sent is not None:
                 self.answered.append(sent)
-                self.protocol.untaken += 1
+                self.protocol.undelivered += 1
         return True
 
     def take(self) -> bool:
         if not self.answered:
             return False
         self.got.append(self.answered.popleft())
-        self.protocol.untaken -= 1
+        self.protocol.undelivered -= 1
         self.protocol.session.t = self.got[-1].end
         return True
 

@@ -298,7 +298,7 @@ async def test_a_damaged_clock_begins_at_the_last_step(home, store, damaged):
     home.clock.now += 86_400
     opened = await home.open()
     assert (await opened.find("a")).expires_at - opened.now() == pytest.approx(60)
-    await opened.beat()
+    await opened.heartbeat()
 
 
 @pytest.mark.parametrize("damaged", DAMAGED_CLOCKS)

@@ -49,14 +49,14 @@ class StepProtocol(Generic[S]):
     Attributes:
         error: why the session can't go on; nothing is sent any more.
         pause: seconds to wait before `resume` may be called and more is sent.
-        untaken: requests that were answered and not yet taken by the application.
+        undelivered: requests that were answered and not yet taken by the application.
     """
 
     def __init__(self, session: S, *, timeout: float, window: int = 1) -> None:
         self.session = session
         self.error: StepstateError | None = None
         self.pause = 0.0
-        self.untaken = 0
+        self.undelivered = 0
         self._timeout = ProgressTimeout(timeout)
         self._window = window
         self._end = session.t
@@ -79,7 +79,7 @@ class StepProtocol(Generic[S]):
         """Whether there is something to send now."""
         if self.pause or self._refusal is not None or self.error is not None:
             return False
-        if len(self._flight) + self.untaken >= self._window:
+        if len(self._flight) + self.undelivered >= self._window:
             return False
         if self._replaying:
             return sum(sent.count for sent in self._flight) < AT_ONCE_ROWS

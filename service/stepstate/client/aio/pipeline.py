@@ -118,7 +118,7 @@ class Pipeline(Generic[S]):
         self._inside -= 1
         y = None
         if sent is not None and response is not None:
-            queue.untaken -= 1
+            queue.undelivered -= 1
             self._inside_bytes -= len(sent.data)
             self._line_up(queue)
             y = queue.session.item_result(response)
@@ -252,7 +252,7 @@ class Pipeline(Generic[S]):
         else:
             sent = queue.answered(response.durable_t)
             if sent is not None:
-                queue.untaken += 1
+                queue.undelivered += 1
                 self._answered(1)
                 self._results.append((queue, sent, response))
                 self._to_take.set()

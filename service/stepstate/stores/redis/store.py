@@ -88,7 +88,7 @@ class RedisStore(SessionStore):
             raise StoreUnavailable(f"redis at {self._connection.place} was not reached yet")
         return self._clock()
 
-    async def beat(self) -> None:
+    async def heartbeat(self) -> None:
         await self._start()
         await self._advance_clock(start=micros(self._clock()))
         if self._clock() >= self._sweep_at:

@@ -161,7 +161,7 @@ def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:
         )
 
 
-def beat(connection: sqlite3.Connection, now: float, since: float) -> float:
+def heartbeat(connection: sqlite3.Connection, now: float, since: float) -> float:
     """Advances the file's clock to `now`, by at most `since`; returns its new time."""
     connection.execute(_BEAT, (round(now * MICROS), round(since * MICROS)))
     return _clock(connection)

@@ -72,9 +72,9 @@ class SqliteStore(SessionStore):
     def now(self) -> float:
         return self._clock()
 
-    async def beat(self) -> None:
+    async def heartbeat(self) -> None:
         now, since, at = self._clock.read()
-        file_time = await self._thread.call(lambda file: schema.beat(file, now, since), rows=1)
+        file_time = await self._thread.call(lambda file: schema.heartbeat(file, now, since), rows=1)
         self._clock.set(file_time, at)
 
     async def create(

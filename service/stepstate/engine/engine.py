@@ -309,7 +309,7 @@ class Engine(Generic[W, P]):
         queue = self._queue
         while queue and len(works) < self._batch_rows:
             work = queue.popleft()
-            if work.cancelled:
+            if work.reply_to.cancelled:
                 self._sink.dropped(work)
             else:
                 works.append(work)
@@ -320,7 +320,7 @@ class Engine(Generic[W, P]):
         packs: list[P] = []
         while self._packs and (not packs or len(self._packs[0]) <= room):
             pack = self._packs.popleft()
-            if pack.cancelled:
+            if pack.reply_to.cancelled:
                 self._sink.dropped_pack(pack)
             else:
                 packs.append(pack)
@@ -408,7 +408,7 @@ class Engine(Generic[W, P]):
         requests: list[ChunkedRequest[W]] = []
         kind = self._requests[0].kind
         for request in list(islice(self._requests, self._chunk_rows)):
-            if request.work.cancelled:
+            if request.work.reply_to.cancelled:
                 self._requests.remove(request)
                 self._sink.dropped(request.work)
             elif request.kind == kind:

@@ -59,11 +59,6 @@ class WorkItem:
     """Seconds of `time.perf_counter`."""
 
     @property
-    def cancelled(self) -> bool:
-        """Nobody waits for it any more."""
-        return self.reply_to.cancelled
-
-    @property
     def single(self) -> bool:
         """Whether it can share a forward with others: one row, and only y is wanted."""
         return self.rows == 1 and not self.inspect
@@ -98,11 +93,6 @@ class PackedWork:
 
     def __len__(self) -> int:
         return len(self.slots)
-
-    @property
-    def cancelled(self) -> bool:
-        """Nobody waits for it any more."""
-        return self.reply_to.cancelled
 
 
 W = TypeVar("W", bound=WorkItem)

@@ -237,7 +237,7 @@ class StepScheduler:
         if session.lost is not None or step.error is not None:  # refused before it was queued
             step.error = session.lost or step.error
             self._settle(step)
-        elif step.cancelled:
+        elif step.reply_to.cancelled:
             self._observer.ended("cancelled")
             self._settle(step)
         elif step.t is not None and step.t != t:

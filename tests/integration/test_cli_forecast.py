@@ -10,23 +10,20 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
-from stepstate.cli import main
 from stepstate.client import Client
 from stepstate.models import write_model
 from tests import offline
+from tests.integration.commands import Ask, ask_at, read_terminal
 from tests.integration.wire import HANG
 from tests.networks import make_network
 from tests.processes import server_process
-
-Ask = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +45,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def ask(address: str) -> Ask:
-    def invoke(*arguments: object, given: str = "") -> Result:
-        found = CliRunner().invoke(main, [*map(str, arguments), "--server", address], input=given)
-        assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
-        return found
-
-    return invoke
+    return ask_at(address)
 
 
 def scenario(folder: Path, name: str, text: str) -> Path:
@@ -180,18 +172,11 @@ def on_terminal(command: list[str], variables: dict[str, str]) -> tuple[int, str
     try:
         with subprocess.Popen(command, stdout=its, env=variables) as process:
             os.close(its)
-            while part := _read(ours):
+            while part := read_terminal(ours):
                 shown += part
             return process.wait(HANG), shown.decode()
     finally:
         os.close(ours)
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 65_536)
-    except OSError:  # nobody has its other end any more
-        return b""
 
 
 @pytest.mark.parametrize(("option", "drawn"), [((), True), (("--no-plot",), False)])

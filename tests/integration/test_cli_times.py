@@ -9,20 +9,17 @@ import os
 import pty
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 
-from stepstate.cli import main
 from stepstate.client import Client
+from tests.integration.commands import Ask, ask_at, read_terminal
 from tests.integration.test_client_times import START, STEP, boiler, frame, with_gaps
 from tests.integration.wire import HANG
 from tests.processes import server_process
-
-Ask = Callable[..., Result]
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +32,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 @pytest.fixture
 def ask(address: str) -> Ask:
-    def invoke(*arguments: object, given: str = "") -> Result:
-        found = CliRunner().invoke(main, [*map(str, arguments), "--server", address], input=given)
-        assert found.exception is None or isinstance(found.exception, SystemExit), found.exception
-        return found
-
-    return invoke
+    return ask_at(address)
 
 
 def lines(*places: int) -> str:
@@ -175,7 +167,7 @@ def test_on_a_terminal_a_bar_shows_how_far_a_history_is(
     ):
         os.close(its)
         shown = b""
-        while part := _read(ours):
+        while part := read_terminal(ours):
             shown += part
         printed = process.stdout.read()
         assert process.wait(HANG) == 0
@@ -184,13 +176,6 @@ def test_on_a_terminal_a_bar_shows_how_far_a_history_is(
     assert b"rows" in shown
     assert shown.count(b"100%") >= 2
     assert len(printed.splitlines()) == 3
-
-
-def _read(terminal: int) -> bytes:
-    try:
-        return os.read(terminal, 65_536)
-    except OSError:  # nobody has its other end any more
-        return b""
 
 
 def test_a_scenario_with_times_begins_with_the_next_row(ask: Ask, address: str, tmp_path: Path):

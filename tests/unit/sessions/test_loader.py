@@ -30,6 +30,18 @@ from tests.unit.rig import (
 from tests.unit.sessions.servers import CLOSE, count, play, printed
 
 
+def hold_saves(store) -> asyncio.Event:
+    """From now on saves wait until the returned event is set."""
+    gate, save = asyncio.Event(), store.save
+
+    async def held(saves):
+        await gate.wait()
+        return await save(saves)
+
+    store.save = held
+    return gate
+
+
 @pytest.fixture
 def x(network):
     return rows_of(network, 40)
@@ -83,18 +95,11 @@ async def test_sessions_without_durability_survive_a_spill(start, clock, x, netw
 
 async def test_a_step_that_comes_during_a_spill_is_not_lost(start, store, clock, x, network):
     rig = start(max_sessions=2)
-    gate = asyncio.Event()
-    save = store.save
-
-    async def slow(saves):
-        await gate.wait()
-        return await save(saves)
-
     await rig.open("a")
     await play(rig, "a", x[:3], 0)
     clock.advance(1)
     await rig.open("b")
-    store.save = slow
+    gate = hold_saves(store)
     opening = asyncio.create_task(rig.open("c"))
     await rounds(3)
     assert rig.sessions.find("a") is None
@@ -111,14 +116,7 @@ async def test_a_round_of_snapshots_does_not_take_back_the_lease_of_a_session_th
     rig = start(max_sessions=1)
     await rig.open("a")
     await play(rig, "a", x[:3], 0)
-    gate = asyncio.Event()
-    save = store.save
-
-    async def slow(saves):
-        await gate.wait()
-        return await save(saves)
-
-    store.save = slow
+    gate = hold_saves(store)
     opening = asyncio.create_task(rig.open("b"))
     await rounds(3)
     saving = asyncio.create_task(rig.sessions.writer.save_round())
@@ -132,14 +130,7 @@ async def test_a_round_of_snapshots_does_not_take_leases_back_from_a_drain(start
     rig = start()
     await rig.open("a")
     await play(rig, "a", x[:3], 0)
-    gate = asyncio.Event()
-    save = store.save
-
-    async def slow(saves):
-        await gate.wait()
-        return await save(saves)
-
-    store.save = slow
+    gate = hold_saves(store)
     draining = asyncio.create_task(rig.sessions.drain())
     await rounds(3)
     saving = asyncio.create_task(rig.sessions.writer.save_round())
@@ -196,14 +187,7 @@ async def test_when_every_resident_session_is_busy_a_load_is_refused_for_now(
 ):
     rig = start(max_sessions=1)
     session = await rig.open("a", durability=Durability.SYNC)
-    gate = asyncio.Event()
-    save = store.save
-
-    async def slow(saves):
-        await gate.wait()
-        return await save(saves)
-
-    store.save = slow
+    gate = hold_saves(store)
     caller = rig.send(session, x[0], 0)
     monkeypatch.setattr(slots, "ROOM_SECONDS", 0.05)
     with pytest.raises(QueueFull, match="all of them busy"):
@@ -217,14 +201,7 @@ async def test_when_every_resident_session_is_busy_a_load_is_refused_for_now(
 async def test_waiting_for_room_in_vain_leaves_nothing_behind(start, store, x, monkeypatch):
     rig = start(max_sessions=2)
     busy = [await rig.open(name, durability=Durability.SYNC) for name in "ab"]
-    gate = asyncio.Event()
-    save = store.save
-
-    async def slow(saves):
-        await gate.wait()
-        return await save(saves)
-
-    store.save = slow
+    gate = hold_saves(store)
     callers = [rig.send(session, x[0], 0) for session in busy]
     monkeypatch.setattr(slots, "ROOM_SECONDS", 0.05)
     given_up = asyncio.create_task(rig.open("c"))

@@ -59,6 +59,7 @@ class Table:
         """It is saved in the background."""
         self._placed_at: NDArray[np.float64] = np.zeros(limit)
         self.touch_at: NDArray[np.float64] = np.full(limit, NEVER)
+        """When `untouched` returns a session, to be saved for its expiry."""
         self.t: memoryview[int] = memoryview(self.t_array.data)
         self.durable_t: memoryview[int] = memoryview(self.durable_t_array.data)
         self.busy: memoryview[bool] = memoryview(self.busy_array.data)

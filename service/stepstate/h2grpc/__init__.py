@@ -1,0 +1,13 @@
+"""A gRPC server for asyncio in Python, over HTTP/2 without I/O.
+
+It takes what `grpc.aio.server()` takes: the same servicers, handlers and interceptors. It knows
+nothing of Stepstate.
+
+`frames`, `headers`, `limits`, `stream` and `connection` are the protocol, tested without sockets;
+`call` serves one RPC, and `server` is the shell of sockets, tasks and timers.
+"""
+
+from stepstate.h2grpc.limits import Http2Limits
+from stepstate.h2grpc.server import H2Server
+
+__all__ = ["H2Server", "Http2Limits"]

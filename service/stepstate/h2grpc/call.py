@@ -1,0 +1,406 @@
+"""One RPC: its context, as a servicer sees it, and the task that runs the servicer's method.
+
+Source of the behaviour: `grpc.aio`, whose servicers run here unchanged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import zlib
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from typing import Any, NoReturn, Protocol
+
+import grpc
+
+from stepstate.h2grpc.headers import (
+    GRPC_HEADERS,
+    Metadata,
+    Request,
+    encode_metadata,
+    encode_status,
+    literal,
+    metadata_of,
+)
+from stepstate.h2grpc.stream import Http2Stream
+
+log = logging.getLogger(__name__)
+
+INBOX_MESSAGES = 64
+INBOX_BYTES = 65_536
+"""Messages that a handler has not read, and their bytes: beyond it the client is held back."""
+QUEUED_BYTES = 65_536
+"""Bytes of replies that wait for a window: beyond it `write` waits."""
+WRITES_WITHOUT_PAUSE = 32
+"""A handler that never waits lets others run after so many messages."""
+
+Handler = Any
+"""A `grpc.RpcMethodHandler`, whose attributes its stubs do not name."""
+DoneCallback = Callable[["Call"], None]
+
+_GZIP = 31  # zlib's name for gzip's format, with the largest window
+
+
+class CallHost(Protocol):
+    """The connection of a call, as the call sees it."""
+
+    @property
+    def peer(self) -> str:
+        """The client's address, as gRPC names it."""
+        ...
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        """What is known of the client by TLS."""
+        ...
+
+    async def handler(self, path: str, metadata: Metadata) -> Handler | None:
+        """The handler of a method, through the interceptors; None: there is none."""
+        ...
+
+    def running(self, task: asyncio.Task[None]) -> None:
+        """The task of a call begins."""
+        ...
+
+
+class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
+    """A call: the `Receiver` of its stream, and the context of its servicer's method.
+
+    Args:
+        stream: its stream.
+        request: its headers.
+        host: its connection.
+        deadline: `loop.time()` at which it ends; None: never.
+    """
+
+    __slots__ = (
+        "_accepts_gzip",
+        "_callbacks",
+        "_code",
+        "_compress",
+        "_deadline",
+        "_deserialize",
+        "_details",
+        "_done",
+        "_host",
+        "_inbox",
+        "_inbox_bytes",
+        "_loop",
+        "_metadata",
+        "_next_plain",
+        "_peer_ended",
+        "_reader",
+        "_request",
+        "_sent",
+        "_serialize",
+        "_started",
+        "_stream",
+        "_task",
+        "_timer",
+        "_trailing",
+        "_unread",
+        "_writer",
+    )  # fmt: skip
+
+    def __init__(
+        self, stream: Http2Stream, request: Request, host: CallHost, deadline: float | None
+    ) -> None:
+        self._stream = stream
+        self._request = request
+        self._host = host
+        self._loop = asyncio.get_running_loop()
+        self._deadline = deadline
+        self._metadata: Metadata | None = None
+        self._inbox: deque[bytes] = deque()
+        self._inbox_bytes = 0
+        self._peer_ended = False
+        self._reader: asyncio.Future[None] | None = None
+        self._writer: asyncio.Future[None] | None = None
+        self._deserialize: Callable[[bytes], Any] | None = None
+        self._serialize: Callable[[Any], bytes] | None = None
+        self._accepts_gzip = b"gzip" in request.field(b"grpc-accept-encoding")
+        self._compress = False
+        self._next_plain = False
+        self._started = False
+        self._sent = 0
+        self._code: Any = None
+        self._details = ""
+        self._trailing: Any = ()
+        self._done = False
+        self._callbacks: list[DoneCallback] = []
+        self._timer = None if deadline is None else self._loop.call_at(deadline, self._expire)
+        self._task = self._loop.create_task(self._run())
+        host.running(self._task)
+
+    # What comes on the stream: see `Receiver`
+
+    def message(self, payload: bytes) -> None:
+        """See `Receiver`."""
+        self._inbox.append(payload)
+        self._inbox_bytes += len(payload)
+        if len(self._inbox) > INBOX_MESSAGES or self._inbox_bytes > INBOX_BYTES:
+            self._stream.pause()
+        _wake(self._reader)
+
+    def half_closed(self) -> None:
+        """See `Receiver`."""
+        self._peer_ended = True
+        _wake(self._reader)
+
+    def unreadable(self, reason: str, *, too_large: bool) -> None:
+        """See `Receiver`."""
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED if too_large else grpc.StatusCode.INTERNAL
+        self._end(code, reason)
+        self._task.cancel()
+
+    def reset(self) -> None:
+        """See `Receiver`."""
+        self._task.cancel()
+        self._finish()
+
+    def writable(self) -> None:
+        """See `Receiver`."""
+        _wake(self._writer)
+
+    def finished(self) -> None:
+        """See `Receiver`."""
+        self._finish()
+
+    def _expire(self) -> None:
+        self._stream.drop_queue()
+        self._end(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+        self._task.cancel()
+
+    # What the servicer's method uses: see `grpc.aio.ServicerContext`
+
+    async def read(self) -> Any:
+        """The next request, or `grpc.aio.EOF`."""
+        while not self._inbox:
+            if self._peer_ended:
+                return grpc.aio.EOF
+            self._reader = self._loop.create_future()
+            await self._reader
+        payload = self._inbox.popleft()
+        self._inbox_bytes -= len(payload)
+        if self._stream.paused and self._inbox_bytes <= INBOX_BYTES // 2:
+            self._stream.resume()
+        return payload if self._deserialize is None else self._deserialize(payload)
+
+    async def write(self, message: Any) -> None:
+        """Sends a response, when the client takes it."""
+        self._send(message)
+        while self._stream.queued_bytes > QUEUED_BYTES:
+            self._writer = self._loop.create_future()
+            await self._writer
+        if not self._sent % WRITES_WITHOUT_PAUSE:
+            await asyncio.sleep(0)
+
+    def _send(self, message: Any) -> None:
+        payload = message if self._serialize is None else self._serialize(message)
+        if not self._started:
+            self._start(())
+        compressed = self._compress and not self._next_plain
+        if compressed:
+            packer = zlib.compressobj(wbits=_GZIP)
+            payload = packer.compress(payload) + packer.flush()
+        self._next_plain = False
+        self._sent += 1
+        self._stream.send(payload, compressed=compressed)
+
+    async def send_initial_metadata(self, metadata: Any) -> None:
+        """Sends the headers of the response."""
+        if self._started:
+            raise RuntimeError("the initial metadata was sent already")
+        self._start(metadata)
+
+    def _start(self, metadata: Any) -> None:
+        self._started = True
+        block = GRPC_HEADERS
+        if self._compress:
+            block += literal(b"grpc-encoding", b"gzip")
+        self._stream.start(block + encode_metadata(metadata or ()))
+
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()
+    ) -> NoReturn:
+        """Ends the call with a status."""
+        if trailing_metadata:
+            self._trailing = trailing_metadata
+        self._code, self._details = code, details
+        raise grpc.aio.AbortError
+
+    async def abort_with_status(self, status: grpc.Status) -> NoReturn:
+        """Ends the call with a status."""
+        await self.abort(status.code, status.details, status.trailing_metadata)
+
+    def set_trailing_metadata(self, trailing_metadata: Any) -> None:
+        """Sets what ends the call, beside its status."""
+        self._trailing = trailing_metadata
+
+    def trailing_metadata(self) -> Any:
+        """What was set."""
+        return self._trailing
+
+    def invocation_metadata(self) -> Metadata:
+        """What the client sent with its call."""
+        if self._metadata is None:
+            self._metadata = metadata_of(self._request.fields)
+        return self._metadata
+
+    def set_code(self, code: grpc.StatusCode) -> None:
+        """Sets the status of the call."""
+        self._code = code
+
+    def code(self) -> grpc.StatusCode:
+        """The status that was set."""
+        return self._code
+
+    def set_details(self, details: str) -> None:
+        """Sets the text of the status."""
+        self._details = details
+
+    def details(self) -> str:
+        """The text that was set."""
+        return self._details
+
+    def set_compression(self, compression: grpc.Compression) -> None:
+        """Compresses the responses, if it is gzip and the client takes it."""
+        if self._started:
+            raise RuntimeError("the initial metadata was sent already")
+        self._compress = compression == grpc.Compression.Gzip and self._accepts_gzip
+
+    def disable_next_message_compression(self) -> None:
+        """Sends the next response as it is."""
+        self._next_plain = True
+
+    def peer(self) -> str:
+        """The client's address."""
+        return self._host.peer
+
+    def peer_identities(self) -> Iterable[bytes] | None:
+        """Of the client's certificate."""
+        key = self.peer_identity_key()
+        return None if key is None else self.auth_context().get(key)
+
+    def peer_identity_key(self) -> str | None:
+        """Which property of the certificate says who the client is."""
+        known = self.auth_context()
+        return next(
+            (k for k in ("x509_subject_alternative_name", "x509_common_name") if k in known), None
+        )
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        """What is known of the client by TLS."""
+        return self._host.auth_context()
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the deadline; None: there is none."""
+        return None if self._deadline is None else max(0.0, self._deadline - self._loop.time())
+
+    def add_done_callback(self, callback: DoneCallback) -> None:
+        """Calls back when the call has ended, and what it sent has left."""
+        self._callbacks.append(callback)
+
+    def cancelled(self) -> bool:
+        """Whether it ended without a status."""
+        return self._done and not self._stream.open_out
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._done
+
+    # The task
+
+    async def _run(self) -> None:
+        try:
+            await self._serve()
+        except grpc.aio.AbortError:
+            self._end(self._code or grpc.StatusCode.UNKNOWN, self._details)
+        except asyncio.CancelledError:
+            self._end(grpc.StatusCode.CANCELLED, "")
+            raise
+        except Exception as error:
+            log.exception("a handler raised", extra={"rpc": self._request.path})
+            code = self._code or grpc.StatusCode.UNKNOWN
+            self._end(code, self._details or f"Unexpected {type(error)}: {error}")
+
+    async def _serve(self) -> None:
+        path = self._request.path.decode("latin-1")
+        try:
+            metadata = self.invocation_metadata()
+        except ValueError as error:
+            self._end(grpc.StatusCode.INTERNAL, f"metadata: {error}")
+            return
+        handler = await self._host.handler(path, metadata)
+        if handler is None:
+            self._end(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+            return
+        self._deserialize = handler.request_deserializer
+        self._serialize = handler.response_serializer
+        if handler.request_streaming:
+            request: Any = _Requests(self)
+        else:
+            request = await self.read()
+            if request is grpc.aio.EOF:
+                self._end(grpc.StatusCode.UNIMPLEMENTED, "the call has no request")
+                return
+        if handler.response_streaming:
+            await self._write_all(handler.stream_stream or handler.unary_stream, request)
+        else:
+            behavior = handler.stream_unary or handler.unary_unary
+            response = await behavior(request, self)
+            if self._code in (None, grpc.StatusCode.OK, 0):
+                self._send(response)
+        self._end(self._code or grpc.StatusCode.OK, self._details)
+
+    async def _write_all(self, behavior: Callable[..., Any], request: Any) -> None:
+        """Runs a method with many responses: a generator, or one that uses `write`."""
+        if inspect.isasyncgenfunction(behavior):
+            async for response in behavior(request, self):
+                await self.write(response)
+        else:
+            await behavior(request, self)
+
+    def _end(self, code: Any, details: str) -> None:
+        number: int = code.value[0] if isinstance(code, grpc.StatusCode) else int(code)
+        try:
+            block = encode_status(number, details) + encode_metadata(self._trailing or ())
+        except (ValueError, UnicodeEncodeError) as error:
+            block = encode_status(13, f"trailing metadata: {error}")
+        self._stream.finish(block if self._started else GRPC_HEADERS + block)
+
+    def _finish(self) -> None:
+        if self._done:
+            return
+        self._done = True
+        if self._timer is not None:
+            self._timer.cancel()
+        self._inbox.clear()
+        _wake(self._writer)
+        for callback in self._callbacks:
+            callback(self)
+        self._callbacks.clear()
+
+
+class _Requests:
+    """The requests of a call with many, for servicers that iterate over them."""
+
+    __slots__ = ("_call",)
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __aiter__(self) -> AsyncIterator[Any]:
+        return self
+
+    async def __anext__(self) -> Any:
+        request = await self._call.read()
+        if request is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return request
+
+
+def _wake(waiting: asyncio.Future[None] | None) -> None:
+    if waiting is not None and not waiting.done():
+        waiting.set_result(None)

@@ -1,0 +1,616 @@
+"""One HTTP/2 connection from the server's side: bytes in, bytes out, and no I/O (RFC 9113).
+
+`receive` takes what was read, calls the receivers of the streams, and leaves what is to be written
+in the output, which `take_output` returns. Whoever owns the connection is its `Host`.
+
+The frame that matters, a DATA frame with exactly one whole message, is taken in the loop of
+`receive` itself; every other frame goes through the table `_HANDLERS`.
+
+Faults of one stream end that stream, faults of the connection end it with GOAWAY. What a client can
+repeat at no cost to itself is charged (see `limits`).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from struct import Struct
+from typing import Protocol
+
+from hpack import Decoder
+from hpack.exceptions import HPACKError, OversizedHeaderListError
+
+from stepstate.h2grpc.errors import ConnectionFailure, StreamFailure
+from stepstate.h2grpc.frames import (
+    CLIENT_PREFACE,
+    DEFAULT_FRAME_BYTES,
+    DEFAULT_WINDOW,
+    HEADER_BYTES,
+    LARGEST_FRAME_BYTES,
+    LARGEST_WINDOW,
+    SETTINGS_ACK,
+    STREAM_ID,
+    ErrorCode,
+    Flag,
+    FrameType,
+    Setting,
+    goaway,
+    ping,
+    read_number,
+    read_settings,
+    rst_stream,
+    settings,
+    unpack_header,
+    window_update,
+    without_padding,
+)
+from stepstate.h2grpc.headers import Request, check_request, check_trailers
+from stepstate.h2grpc.limits import Cost, Earning, Http2Limits, WorkMeter
+from stepstate.h2grpc.stream import PREFIX_BYTES, Http2Stream, Receiver
+
+_MESSAGE_BYTES = HEADER_BYTES + PREFIX_BYTES
+_unpack_message = Struct(">IBIBI").unpack_from  # a frame's header, and a message's prefix
+_DRAIN_PING = b"draining"
+_ALIVE_PING = b"alive? \n"
+
+
+class Host(Protocol):
+    """Owns a connection."""
+
+    def accept(self, stream: Http2Stream, request: Request, *, last: bool) -> Receiver:
+        """A client begins a stream; last: without a message. It may end the stream at once."""
+        ...
+
+    def write_soon(self) -> None:
+        """There is output, and `receive` is not at work."""
+        ...
+
+    def reserve(self, stream: Http2Stream, size: int) -> bool:
+        """Reserves memory for a message; False: it calls `Http2Stream.resume` to try again."""
+        ...
+
+    def release(self, size: int) -> None:
+        """Releases the memory of a message."""
+        ...
+
+
+class Http2Connection:
+    """The state of a connection.
+
+    Args:
+        host: owns it.
+        limits: what it may cost.
+        clock: seconds, for the rule about pings.
+    """
+
+    def __init__(self, host: Host, limits: Http2Limits, clock: Callable[[], float]) -> None:
+        self.limits = limits
+        self.meter = WorkMeter()
+        self.streams: dict[int, Http2Stream] = {}
+        """The streams that have not ended."""
+        self.send_window = DEFAULT_WINDOW
+        self.peer_frame_bytes = DEFAULT_FRAME_BYTES
+        self.sent_messages = 0
+        self.received_frames = 0
+        """Frames that have come, for whoever asks whether the client is alive."""
+        self.ended = False
+        """Nothing is received any more; the output is the last."""
+        self.draining = False
+        """The client was told to begin no more streams."""
+        self._host = host
+        self._clock = clock
+        self._decoder = Decoder(limits.header_list_bytes)
+        self._output: list[bytes | memoryview] = []
+        self._writing = True  # somebody takes the output when this call is done
+        self._rest = b""
+        self._begun = False
+        self._settled = False  # the client's SETTINGS have come
+        self._last_id = 0
+        self._peer_window = DEFAULT_WINDOW
+        self._receive_window = limits.connection_window
+        self._half_window = limits.stream_window // 2
+        self._block: _HeaderBlock | None = None
+        self._blocked: OrderedDict[Http2Stream, None] = OrderedDict()
+        self._pumping = False
+        self._ended_early: OrderedDict[int, None] = OrderedDict()
+        self._opened_now: set[int] = set()  # in the read that is taken
+        self._last_served = LARGEST_WINDOW  # streams after it are not served
+        self._last_ping = float("-inf")
+        self._strikes = 0
+        self._sent_at_last_ping = 0
+        self.send(
+            settings(
+                {
+                    Setting.MAX_CONCURRENT_STREAMS: limits.concurrent_streams,
+                    Setting.INITIAL_WINDOW_SIZE: limits.stream_window,
+                    Setting.MAX_HEADER_LIST_SIZE: limits.header_list_bytes,
+                }
+            ),
+            window_update(0, limits.connection_window - DEFAULT_WINDOW),
+        )
+        self._writing = False
+
+    @property
+    def begun(self) -> bool:
+        """Whether the client has shown that it speaks HTTP/2."""
+        return self._settled
+
+    # Output
+
+    def send(self, *data: bytes | memoryview) -> None:
+        """See `Sender`."""
+        self._output += data
+        if not self._writing:
+            self._writing = True
+            self._host.write_soon()
+
+    def take_output(self) -> bytes:
+        """What is to be written now."""
+        self._writing = False
+        if not self._output:
+            return b""
+        output = b"".join(self._output)
+        self._output.clear()
+        return output
+
+    def block(self, stream: Http2Stream) -> None:
+        """See `Sender`. A stream that waits for its own window is not kept here."""
+        if stream.send_window > 0:
+            self._blocked[stream] = None
+            self._pump()
+
+    def _pump(self) -> None:
+        """Sends what waits, one frame of each stream in turn, as far as the windows allow."""
+        if self._pumping:
+            return
+        self._pumping = True
+        try:
+            while self._blocked and self.send_window > 0:
+                stream, _ = self._blocked.popitem(last=False)
+                if stream.send_piece():
+                    self._blocked[stream] = None
+        finally:
+            self._pumping = False
+
+    def forget(self, stream: Http2Stream, *, early: bool) -> None:
+        """See `Sender`."""
+        self.streams.pop(stream.id, None)
+        self._blocked.pop(stream, None)
+        if early:
+            self._ended_early[stream.id] = None
+            if len(self._ended_early) > self.limits.concurrent_streams:
+                self._ended_early.popitem(last=False)
+
+    def reserve(self, stream: Http2Stream, size: int) -> bool:
+        """See `Sender`."""
+        return self._host.reserve(stream, size)
+
+    def release(self, size: int) -> None:
+        """See `Sender`."""
+        self._host.release(size)
+
+    # The end
+
+    def drain(self) -> None:
+        """Asks the client to begin no more streams; those that are on their way are still served.
+
+        The second GOAWAY follows when the client has answered a ping: it has read the first then.
+        """
+        if not self.draining and not self.ended:
+            self.draining = True
+            self.send(goaway(LARGEST_WINDOW, ErrorCode.NO_ERROR), ping(_DRAIN_PING, ack=False))
+
+    def refuse_more(self) -> None:
+        """Serves no streams but those that have begun."""
+        self.draining = True
+        self._last_served = self._last_id
+        self.send(goaway(self._last_id, ErrorCode.NO_ERROR))
+
+    def check_alive(self) -> None:
+        """Sends a ping; `received_frames` grows when it is answered."""
+        self.send(ping(_ALIVE_PING, ack=False))
+
+    def end(self, code: ErrorCode = ErrorCode.NO_ERROR, debug: str = "") -> None:
+        """Ends the connection; the output says why."""
+        if not self.ended:
+            self.ended = True
+            self.send(goaway(self._last_id, code, debug.encode()))
+            self.lose()
+
+    def lose(self) -> None:
+        """The connection is gone: ends all streams."""
+        self.ended = True
+        for stream in list(self.streams.values()):
+            stream.close(early=False)
+            stream.receiver.reset()
+
+    # Input
+
+    def receive(self, data: bytes) -> None:
+        """Takes bytes that were read. Output may be there afterwards."""
+        if self.ended:
+            return
+        self._writing = True
+        try:
+            self._receive(self._rest + data if self._rest else data)
+        except ConnectionFailure as failure:
+            self.end(failure.code, failure.debug)
+
+    def _receive(self, data: bytes) -> None:
+        position, end = 0, len(data)
+        if not self._begun:
+            position = self._take_preface(data)
+        messages, taken, streams = 0, 0, self.streams
+        while end - position >= _MESSAGE_BYTES:
+            word, flags, stream_id, compressed, size = _unpack_message(data, position)
+            stop = position + _MESSAGE_BYTES + size
+            if (
+                word == size + PREFIX_BYTES << 8
+                and not flags
+                and not compressed
+                and stop <= end
+                and (stream := streams.get(stream_id)) is not None
+                and stream.plain
+                and self._block is None
+            ):
+                messages += 1
+                taken += size + PREFIX_BYTES
+                stream.receive_window -= size + PREFIX_BYTES
+                stream.receiver.message(data[position + _MESSAGE_BYTES : stop])
+                if stream.receive_window <= self._half_window:
+                    self._replenish(stream)
+                position = stop
+                continue
+            following = self._take_frame(data, position, end)
+            if following == position:
+                break
+            position = following
+        else:
+            while (following := self._take_frame(data, position, end)) != position:
+                position = following
+        self._rest = data[position:]
+        self._finish_read(messages, taken)
+
+    def _take_preface(self, data: bytes) -> int:
+        """Takes the first bytes; returns how many, 0: more have to come."""
+        if len(data) < len(CLIENT_PREFACE) and CLIENT_PREFACE.startswith(data):
+            return 0
+        if not data.startswith(CLIENT_PREFACE):
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "this is a gRPC server: no HTTP/2")
+        self._begun = True
+        return len(CLIENT_PREFACE)
+
+    def _take_frame(self, data: bytes, position: int, end: int) -> int:
+        """Takes the frame at a position; returns the one after it, or the same: it is not whole.
+
+        Raises:
+            ConnectionFailure.
+        """
+        if end - position < HEADER_BYTES or not self._begun:
+            return position
+        word, flags, stream_id = unpack_header(data, position)
+        kind, length = word & 0xFF, word >> 8
+        if length > DEFAULT_FRAME_BYTES:
+            raise ConnectionFailure(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
+        stop = position + HEADER_BYTES + length
+        if stop > end:
+            return position
+        if not self._settled and kind != FrameType.SETTINGS:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "the first frame is not SETTINGS")
+        if self._block is not None and kind != FrameType.CONTINUATION:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "a header block has not ended")
+        self.received_frames += 1
+        payload = data[position + HEADER_BYTES : stop]
+        stream_id &= STREAM_ID
+        handle = _HANDLERS.get(kind)
+        try:
+            if handle is None:
+                self.meter.charge(Cost.FRAME)
+            else:
+                handle(self, flags, stream_id, payload)
+        except StreamFailure as failure:
+            self._fail_stream(stream_id, failure.code)
+        return stop
+
+    def _finish_read(self, messages: int, taken: int) -> None:
+        """Counts the messages that were taken in the loop."""
+        self._opened_now.clear()
+        if messages:
+            self.received_frames += messages
+            self.meter.earn(messages * Earning.MESSAGE)
+            self._take_from_window(taken)
+
+    def _replenish(self, stream: Http2Stream) -> None:
+        if stream.receive_window < 0:
+            self._fail_stream(stream.id, ErrorCode.FLOW_CONTROL_ERROR)
+        else:
+            stream.replenish()
+
+    def _take_from_window(self, size: int) -> None:
+        """Counts bytes of DATA frames, whatever their stream, and gives them back in time."""
+        self._receive_window -= size
+        if self._receive_window < 0:
+            raise ConnectionFailure(ErrorCode.FLOW_CONTROL_ERROR, "more than the window was sent")
+        used = self.limits.connection_window - self._receive_window
+        if used >= self.limits.connection_window // 2:
+            self._receive_window += used
+            self.send(window_update(0, used))
+
+    def _fail_stream(self, stream_id: int, code: ErrorCode) -> None:
+        """Resets a stream for a fault of the client."""
+        self.meter.charge(Cost.RESET)
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            self.send(rst_stream(stream_id, code))
+        else:
+            stream.reset(code)
+            stream.receiver.reset()
+
+    def _check_begun(self, stream_id: int) -> None:
+        """Refuses frames on streams that can't have begun.
+
+        Raises:
+            ConnectionFailure.
+        """
+        if not stream_id or stream_id > self._last_id or not stream_id & 1:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, f"stream {stream_id} has not begun")
+
+    # Frames
+
+    def _on_data(self, flags: int, stream_id: int, payload: bytes) -> None:
+        self._take_from_window(len(payload))
+        self._check_begun(stream_id)
+        data = without_padding(flags, payload)
+        if data is None:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "padding is longer than its frame")
+        if not data and not flags & Flag.END_STREAM:
+            self.meter.charge(Cost.FRAME)
+        stream = self.streams.get(stream_id)
+        if stream is None and stream_id in self._ended_early:
+            self.meter.charge(Cost.FRAME)  # it crossed the end of the stream
+        elif stream is None or not stream.open_in:
+            raise StreamFailure(ErrorCode.STREAM_CLOSED)
+        else:
+            stream.receive(data, len(payload))
+            if flags & Flag.END_STREAM and stream.open_in:
+                stream.end_receiving()
+
+    def _on_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if not stream_id & 1:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, f"HEADERS on stream {stream_id}")
+        block = without_padding(flags, payload)
+        looped = False
+        if block is not None and flags & Flag.PRIORITY:
+            looped = depends_on_itself(stream_id, block)
+            block = block[5:] if len(block) >= 5 else None
+        if block is None:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "padding is longer than its frame")
+        self._block = _HeaderBlock(stream_id, bytearray(block), flags, looped=looped)
+        self._end_block(flags)
+
+    def _on_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
+        block = self._block
+        if block is None or block.stream_id != stream_id:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
+        block.data += payload
+        block.frames += 1
+        limits = self.limits
+        if len(block.data) > limits.header_block_bytes or block.frames > limits.header_frames:
+            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "a header block is too long")
+        self._end_block(flags)
+
+    def _end_block(self, flags: int) -> None:
+        block = self._block
+        if block is None or not flags & Flag.END_HEADERS:
+            return
+        self._block = None
+        try:
+            headers = self._decoder.decode(bytes(block.data), raw=True)
+        except OversizedHeaderListError:
+            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "headers are too long") from None
+        except (HPACKError, ValueError, IndexError):
+            raise ConnectionFailure(ErrorCode.COMPRESSION_ERROR) from None
+        fields = [(bytes(name), bytes(value)) for name, value in headers]
+        if block.stream_id > self._last_id:
+            self._begin(block, fields)
+        else:
+            self._take_trailers(block, fields)
+
+    def _begin(self, block: _HeaderBlock, fields: list[tuple[bytes, bytes]]) -> None:
+        stream_id = self._last_id = block.stream_id
+        if block.looped:
+            raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
+        if stream_id > self._last_served:
+            self.meter.charge(Cost.RESET)  # it crossed the second GOAWAY, which refuses it
+            return
+        if len(self.streams) >= self.limits.concurrent_streams:
+            raise StreamFailure(ErrorCode.REFUSED_STREAM)
+        request = check_request(fields)
+        if block.end_stream and request.content_length:
+            raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
+        stream = Http2Stream(stream_id, self, self._peer_window, request.content_length)
+        self.streams[stream_id] = stream
+        self._opened_now.add(stream_id)
+        stream.receiver = self._host.accept(stream, request, last=block.end_stream)
+        if block.end_stream and stream.open_in:
+            stream.end_receiving()
+
+    def _take_trailers(self, block: _HeaderBlock, fields: list[tuple[bytes, bytes]]) -> None:
+        stream = self.streams.get(block.stream_id)
+        if stream is None and block.stream_id in self._ended_early:
+            self.meter.charge(Cost.FRAME)
+        elif stream is None:
+            raise ConnectionFailure(ErrorCode.STREAM_CLOSED, "HEADERS on a stream that has ended")
+        elif not stream.open_in:
+            raise StreamFailure(ErrorCode.STREAM_CLOSED)
+        elif not block.end_stream:
+            raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
+        else:
+            check_trailers(fields)
+            stream.end_receiving()
+
+    def _on_priority(self, _flags: int, stream_id: int, payload: bytes) -> None:
+        """Priorities are ignored, if they are well-formed."""
+        self.meter.charge(Cost.FRAME)
+        if not stream_id:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "PRIORITY on stream 0")
+        if len(payload) != 5:
+            raise StreamFailure(ErrorCode.FRAME_SIZE_ERROR)
+        if depends_on_itself(stream_id, payload):
+            raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
+
+    def _on_rst_stream(self, _flags: int, stream_id: int, payload: bytes) -> None:
+        self._check_begun(stream_id)
+        if len(payload) != 4:
+            raise ConnectionFailure(ErrorCode.FRAME_SIZE_ERROR)
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            self.meter.charge(Cost.FRAME)
+            return
+        abrupt = stream_id in self._opened_now
+        self.meter.charge(Cost.ABRUPT_RESET if abrupt else Cost.RESET)
+        stream.close(early=False)
+        stream.receiver.reset()
+
+    def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
+        self.meter.charge(Cost.FRAME)
+        if stream_id:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "SETTINGS on a stream")
+        if len(payload) % 6 or (flags & Flag.ACK and payload):
+            raise ConnectionFailure(ErrorCode.FRAME_SIZE_ERROR)
+        if flags & Flag.ACK:
+            return
+        self._settled = True
+        for name, value in read_settings(payload):
+            self._set(name, value)
+        self.send(SETTINGS_ACK)
+
+    def _set(self, name: int, value: int) -> None:
+        if name == Setting.INITIAL_WINDOW_SIZE:
+            if value > LARGEST_WINDOW:
+                raise ConnectionFailure(ErrorCode.FLOW_CONTROL_ERROR)
+            self.meter.charge(len(self.streams) // 64)
+            for stream in self.streams.values():
+                self._widen(stream, value - self._peer_window)
+            self._peer_window = value
+        elif name == Setting.MAX_FRAME_SIZE:
+            if not DEFAULT_FRAME_BYTES <= value <= LARGEST_FRAME_BYTES:
+                raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR)
+            self.peer_frame_bytes = value
+        elif name == Setting.ENABLE_PUSH and value > 1:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR)
+
+    def _widen(self, stream: Http2Stream, increment: int) -> None:
+        stream.send_window += increment
+        if stream.send_window > LARGEST_WINDOW:
+            raise ConnectionFailure(ErrorCode.FLOW_CONTROL_ERROR)
+        if stream.queued_bytes:
+            self.block(stream)
+
+    def _on_push_promise(self, _flags: int, _stream_id: int, _payload: bytes) -> None:
+        raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "a client can't push")
+
+    def _on_ping(self, flags: int, stream_id: int, payload: bytes) -> None:
+        if stream_id:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "PING on a stream")
+        if len(payload) != 8:
+            raise ConnectionFailure(ErrorCode.FRAME_SIZE_ERROR)
+        if not flags & Flag.ACK:
+            self._count_ping()
+            self.send(ping(payload, ack=True))
+        elif payload == _DRAIN_PING and self.draining and self._last_served == LARGEST_WINDOW:
+            self.refuse_more()
+        else:
+            self.meter.charge(Cost.FRAME)
+
+    def _count_ping(self) -> None:
+        """Ends connections whose client pings too often between calls, as gRPC's servers do.
+
+        Source: gRPC's proposal A8, "Client-side keepalive", and its debug data.
+        """
+        self.meter.charge(Cost.FRAME)
+        now = self._clock()
+        idle = self.sent_messages == self._sent_at_last_ping
+        if idle and now - self._last_ping < self.limits.ping_interval_seconds:
+            self._strikes += 1
+            if self._strikes > self.limits.ping_strikes:
+                raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "too_many_pings")
+        elif not idle:
+            self._strikes = 0
+        self._last_ping, self._sent_at_last_ping = now, self.sent_messages
+
+    def _on_goaway(self, _flags: int, stream_id: int, payload: bytes) -> None:
+        """The client begins no more streams; those that are open are served."""
+        self.meter.charge(Cost.FRAME)
+        if stream_id:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "GOAWAY on a stream")
+        if len(payload) < 8:
+            raise ConnectionFailure(ErrorCode.FRAME_SIZE_ERROR)
+
+    def _on_window_update(self, _flags: int, stream_id: int, payload: bytes) -> None:
+        self.meter.charge(Cost.FRAME)
+        if len(payload) != 4:
+            raise ConnectionFailure(ErrorCode.FRAME_SIZE_ERROR)
+        increment = read_number(payload) & STREAM_ID
+        if stream_id:
+            self._widen_stream(stream_id, increment)
+            return
+        self.send_window += increment
+        if not increment:
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of 0")
+        if self.send_window > LARGEST_WINDOW:
+            raise ConnectionFailure(ErrorCode.FLOW_CONTROL_ERROR)
+        if self._blocked:
+            self._pump()
+
+    def _widen_stream(self, stream_id: int, increment: int) -> None:
+        self._check_begun(stream_id)
+        stream = self.streams.get(stream_id)
+        if stream is None:
+            return
+        if not increment:
+            raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
+        stream.send_window += increment
+        if stream.send_window > LARGEST_WINDOW:
+            raise StreamFailure(ErrorCode.FLOW_CONTROL_ERROR)
+        if stream.queued_bytes:
+            self.block(stream)
+
+
+class _HeaderBlock:
+    """A header block that is being received.
+
+    Args:
+        stream_id: of the stream that it begins or ends.
+        data: the block, compressed.
+        flags: of HEADERS.
+        looped: its stream would depend on itself.
+    """
+
+    __slots__ = ("data", "end_stream", "frames", "looped", "stream_id")
+
+    def __init__(self, stream_id: int, data: bytearray, flags: int, *, looped: bool) -> None:
+        self.stream_id = stream_id
+        self.data = data
+        self.end_stream = bool(flags & Flag.END_STREAM)
+        self.looped = looped
+        self.frames = 1
+
+
+def depends_on_itself(stream_id: int, priority: bytes) -> bool:
+    """Whether the priority of a stream is malformed like that (RFC 7540, section 5.3.1)."""
+    return len(priority) >= 5 and read_number(priority[:4]) & STREAM_ID == stream_id
+
+
+_HANDLERS: dict[int, Callable[[Http2Connection, int, int, bytes], None]] = {
+    FrameType.DATA: Http2Connection._on_data,
+    FrameType.HEADERS: Http2Connection._on_headers,
+    FrameType.PRIORITY: Http2Connection._on_priority,
+    FrameType.RST_STREAM: Http2Connection._on_rst_stream,
+    FrameType.SETTINGS: Http2Connection._on_settings,
+    FrameType.PUSH_PROMISE: Http2Connection._on_push_promise,
+    FrameType.PING: Http2Connection._on_ping,
+    FrameType.GOAWAY: Http2Connection._on_goaway,
+    FrameType.WINDOW_UPDATE: Http2Connection._on_window_update,
+    FrameType.CONTINUATION: Http2Connection._on_continuation,
+}

@@ -1,0 +1,27 @@
+"""How streams and connections fail (RFC 9113, section 5.4)."""
+
+from __future__ import annotations
+
+from stepstate.h2grpc.frames import ErrorCode
+
+
+class ConnectionFailure(Exception):
+    """The other side broke the protocol: the connection ends with GOAWAY.
+
+    Args:
+        code: why.
+        debug: the same for a person; it is sent.
+    """
+
+    def __init__(self, code: ErrorCode, debug: str = "") -> None:
+        super().__init__(code, debug)
+        self.code = code
+        self.debug = debug
+
+
+class StreamFailure(Exception):
+    """The other side broke the protocol on one stream: the stream ends with RST_STREAM."""
+
+    def __init__(self, code: ErrorCode) -> None:
+        super().__init__(code)
+        self.code = code

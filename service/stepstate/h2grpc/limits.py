@@ -1,0 +1,90 @@
+"""What one connection may cost: bounds, and a meter of work that no call pays for.
+
+A client can make a server work without making a call: by PING, SETTINGS, PRIORITY and empty frames,
+by streams that it opens and resets, or by resets that it makes the server send. Each has a cost
+(`Cost`), and a connection has credit for it. Messages and finished calls bring credit back. So a
+client that is busy with calls is never ended for its control frames, however fast it is, and one
+that only sends control frames is ended after a fixed amount of work, however slowly the machine
+runs: nothing here depends on time.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntEnum
+
+from stepstate.h2grpc.errors import ConnectionFailure
+from stepstate.h2grpc.frames import DEFAULT_WINDOW, ErrorCode
+
+CREDIT = 10_000
+"""Of a new connection, and the most that it can have."""
+
+
+class Cost(IntEnum):
+    """What a connection pays for events that no call pays for."""
+
+    FRAME = 1
+    """A frame that does nothing: PING, SETTINGS, PRIORITY, empty DATA, an unknown type, a
+    WINDOW_UPDATE or RST_STREAM of a stream that has ended."""
+    PIECE = 2
+    """A DATA frame that this side had to cut short, as the window was tiny."""
+    RESET = 10
+    """A stream that the client reset, or that this side had to reset for its faults."""
+    ABRUPT_RESET = 50
+    """A stream that the client reset in the same read that opened it: no client waits so short."""
+
+
+class Earning(IntEnum):
+    """What brings credit back."""
+
+    MESSAGE = 4
+    """A message that the client sent."""
+    CALL = 20
+    """A call that ended with a status."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Http2Limits:
+    """The bounds of a connection."""
+
+    concurrent_streams: int = 1024
+    message_bytes: int = 16 * 2**20
+    """The longest message, as it is sent and when it is inflated."""
+    stream_window: int = DEFAULT_WINDOW
+    """What a client may send on a stream before the server takes it. A message that is longer gets
+    the rest as soon as its length is known and there is memory for it."""
+    connection_window: int = 16 * 2**20
+    """The same of all streams. It is given back for every byte that comes, whatever the stream."""
+    header_block_bytes: int = 16_384
+    """Of a call, compressed, in all its frames."""
+    header_list_bytes: int = 16_384
+    """Of a call, as SETTINGS_MAX_HEADER_LIST_SIZE counts them."""
+    header_frames: int = 8
+    """HEADERS and CONTINUATION of a call."""
+    ping_interval_seconds: float = 10.0
+    """A client may ping so often without calls in between."""
+    ping_strikes: int = 2
+    """Pings that come sooner; one more ends the connection."""
+
+
+class WorkMeter:
+    """The credit of one connection."""
+
+    __slots__ = ("credit",)
+
+    def __init__(self) -> None:
+        self.credit: int = CREDIT
+
+    def charge(self, cost: int) -> None:
+        """Takes credit.
+
+        Raises:
+            ConnectionFailure: there is not so much left.
+        """
+        self.credit -= cost
+        if self.credit < 0:
+            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "too much work without calls")
+
+    def earn(self, earning: int) -> None:
+        """Brings credit back."""
+        self.credit = min(CREDIT, self.credit + earning)

@@ -1,0 +1,408 @@
+"""One HTTP/2 stream of a connection: its windows, its messages in both directions, and its end.
+
+Rule 1: what does not fit into the windows waits in the stream's queue, in order. Whoever sends
+        asks `queued_bytes`, and `Receiver.writable` says when the queue is empty.
+Rule 2: a message longer than the window is received only when there is memory for all of it.
+Rule 3: a stream ends in both directions at once: with trailers, or with RST_STREAM.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections import deque
+from struct import Struct
+from typing import Protocol
+
+from stepstate.h2grpc.errors import StreamFailure
+from stepstate.h2grpc.frames import (
+    DEFAULT_FRAME_BYTES,
+    LARGEST_WINDOW,
+    ErrorCode,
+    Flag,
+    FrameType,
+    data_header,
+    frame,
+    rst_stream,
+    window_update,
+)
+from stepstate.h2grpc.limits import Cost, Earning, Http2Limits, WorkMeter
+
+PREFIX_BYTES = 5
+"""Before every gRPC message: one byte that says whether it is compressed, and its length."""
+TINY_PIECE = 256
+"""Bytes: a piece of a message that is shorter costs more than it moves."""
+
+_PREFIX = Struct(">BI")
+_MESSAGE = Struct(">IBIBI").pack  # a DATA frame with one whole message: its header, and the prefix
+_GZIP = 31  # zlib's name for gzip's format, with the largest window
+
+
+class Receiver(Protocol):
+    """Takes what comes on a stream. It raises nothing, and may end the stream at any time."""
+
+    def message(self, payload: bytes) -> None:
+        """A whole message has come."""
+        ...
+
+    def half_closed(self) -> None:
+        """The last message has come."""
+        ...
+
+    def unreadable(self, reason: str, *, too_large: bool) -> None:
+        """What has come is no message: too large, of an unknown coding, or damaged."""
+        ...
+
+    def reset(self) -> None:
+        """The stream has ended without a status: by the other side, or with the connection."""
+        ...
+
+    def writable(self) -> None:
+        """All that was sent has left the queue."""
+        ...
+
+    def finished(self) -> None:
+        """The trailers have left, and with them the stream has ended."""
+        ...
+
+
+class Sender(Protocol):
+    """The connection, as its streams see it."""
+
+    limits: Http2Limits
+    meter: WorkMeter
+    send_window: int
+    """Bytes that may be sent now, on all streams together."""
+    peer_frame_bytes: int
+    """The longest payload of a frame that the other side takes."""
+    sent_messages: int
+
+    def send(self, *data: bytes | memoryview) -> None:
+        """Puts bytes into the output."""
+        ...
+
+    def block(self, stream: Http2Stream) -> None:
+        """The stream has something to send, and waits for a window."""
+        ...
+
+    def forget(self, stream: Http2Stream, *, early: bool) -> None:
+        """The stream has ended; early: the other side may not know it yet."""
+        ...
+
+    def reserve(self, stream: Http2Stream, size: int) -> bool:
+        """Reserves memory for a message; False: `Http2Stream.resume` tries again."""
+        ...
+
+    def release(self, size: int) -> None:
+        """Releases the memory of a message."""
+        ...
+
+
+class Http2Stream:
+    """One stream.
+
+    Args:
+        stream_id: its number.
+        sender: the connection.
+        send_window: bytes that the other side takes at first.
+        content_length: bytes that it says it sends; None: it does not say.
+    """
+
+    __slots__ = (
+        "_content_left",
+        "_discarding",
+        "_ending",
+        "_message_bytes",
+        "_partial",
+        "_queue",
+        "_reserved",
+        "_sender",
+        "_started",
+        "gzip",
+        "id",
+        "open_in",
+        "open_out",
+        "paused",
+        "plain",
+        "queued_bytes",
+        "receive_window",
+        "receiver",
+        "send_window",
+    )
+
+    receiver: Receiver
+    """Takes what comes; the connection sets it before anything can."""
+
+    def __init__(
+        self, stream_id: int, sender: Sender, send_window: int, content_length: int | None
+    ) -> None:
+        self.id = stream_id
+        self.open_in = True
+        self.open_out = True
+        self.gzip = False
+        """Whether compressed messages are gzip's."""
+        self.paused = False
+        self.plain = content_length is None
+        """Whether a DATA frame with one whole message needs no more than to be handed over."""
+        self.queued_bytes = 0
+        """Bytes that wait for a window."""
+        self.receive_window = sender.limits.stream_window
+        """Bytes that the other side may still send."""
+        self.send_window = send_window
+        """Bytes that may be sent now; below 0 after the other side has lowered it."""
+        self._sender = sender
+        self._discarding = False  # what comes is no message
+        self._started = False
+        self._queue: deque[memoryview] = deque()
+        self._ending: bytes | None = None
+        self._partial: bytearray | None = None
+        self._message_bytes = 0  # of the message in `_partial`, with its prefix; 0: not known
+        self._reserved = 0
+        self._content_left = content_length
+
+    # Sending
+
+    def start(self, block: bytes) -> None:
+        """Sends the headers of the response, once."""
+        if not self._started and self.open_out:
+            self._started = True
+            self._send_block(block, 0)
+
+    def send(self, payload: bytes, *, compressed: bool = False) -> None:
+        """Sends a message, after the headers; it waits for the windows if it must."""
+        size = len(payload) + PREFIX_BYTES
+        sender = self._sender
+        if (
+            size <= self.send_window
+            and size <= sender.send_window
+            and size <= sender.peer_frame_bytes
+            and not self._queue
+        ):
+            self.send_window -= size
+            sender.send_window -= size
+            sender.sent_messages += 1
+            header = _MESSAGE(size << 8, 0, self.id, compressed, size - PREFIX_BYTES)
+            sender.send(header, payload)
+        elif self.open_out and self._ending is None:
+            self._queue.append(memoryview(_PREFIX.pack(compressed, len(payload)) + payload))
+            self.queued_bytes += size
+            sender.sent_messages += 1
+            sender.block(self)
+
+    def answer(self, block: bytes, body: bytes) -> None:
+        """Ends the stream with a response that is not gRPC's, of a few bytes."""
+        self.start(block)
+        self._queue.append(memoryview(body))
+        self.queued_bytes += len(body)
+        self._ending = b""
+        self._sender.block(self)
+
+    def finish(self, trailers: bytes) -> None:
+        """Ends the stream with a header block, after the messages before it."""
+        if self.open_out and self._ending is None:
+            self._ending = trailers
+            if not self._queue:
+                self._end()
+
+    def reset(self, code: ErrorCode) -> None:
+        """Ends the stream at once."""
+        if self.open_in or self.open_out:
+            self._sender.send(rst_stream(self.id, code))
+            self.close(early=True)
+
+    def drop_queue(self) -> None:
+        """Forgets the messages that wait; a message that was begun goes with its stream."""
+        self._queue.clear()
+        self.queued_bytes = 0
+
+    def send_piece(self) -> bool:
+        """Sends one frame of what waits; returns whether it could go on at once."""
+        sender, queue = self._sender, self._queue
+        room = min(self.send_window, sender.send_window, sender.peer_frame_bytes)
+        if not queue or room <= 0:
+            return False
+        piece = queue.popleft()
+        if len(piece) > room:
+            queue.appendleft(piece[room:])
+            piece = piece[:room]
+        size = len(piece)
+        last = Flag.END_STREAM if not queue and self._ending == b"" else 0
+        if queue and size < TINY_PIECE:
+            sender.meter.charge(Cost.PIECE)
+        else:
+            sender.meter.earn(Earning.MESSAGE)
+        self.queued_bytes -= size
+        self.send_window -= size
+        sender.send_window -= size
+        sender.send(data_header(size, last, self.id), piece)
+        if queue:
+            return self.send_window > 0
+        if self._ending is not None:
+            self._end()
+        else:
+            self.receiver.writable()
+        return False
+
+    def _end(self) -> None:
+        if self._ending:
+            self._send_block(self._ending, Flag.END_STREAM)
+        early = self.open_in
+        if early:  # the other side need not send the rest (RFC 9113, section 8.1)
+            self._sender.send(rst_stream(self.id, ErrorCode.NO_ERROR))
+        self.close(early=early)
+        self.receiver.finished()
+
+    def _send_block(self, block: bytes, flags: int) -> None:
+        """Sends a header block in as many frames as it takes."""
+        longest = min(self._sender.peer_frame_bytes, DEFAULT_FRAME_BYTES)
+        kind = FrameType.HEADERS
+        for first in range(0, len(block), longest):
+            part = block[first : first + longest]
+            last = Flag.END_HEADERS if first + longest >= len(block) else 0
+            self._sender.send(frame(kind, flags | last, self.id, part))
+            kind, flags = FrameType.CONTINUATION, 0
+
+    # Receiving
+
+    def receive(self, data: bytes, flow_bytes: int) -> None:
+        """Takes the data of a DATA frame, which took `flow_bytes` of the window.
+
+        Raises:
+            StreamFailure: it is more than was allowed, or than was announced.
+        """
+        self.receive_window -= flow_bytes
+        if self.receive_window < 0:
+            raise StreamFailure(ErrorCode.FLOW_CONTROL_ERROR)
+        if self._content_left is not None:
+            self._content_left -= len(data)
+            if self._content_left < 0:
+                raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
+        if data and not self._discarding:
+            self._cut(data)
+        self.replenish()
+
+    def end_receiving(self) -> None:
+        """The other side has sent its last frame.
+
+        Raises:
+            StreamFailure: it had announced more.
+        """
+        if self._content_left:
+            raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
+        self.open_in = self.plain = False
+        if self._partial is not None:
+            self._fail("the stream ends within a message")
+        elif not self.open_out:
+            self.close(early=False)
+        else:
+            self.receiver.half_closed()
+
+    def replenish(self) -> None:
+        """Lets the other side send more, when half of what it may send is used."""
+        if not self.open_in or self.paused:
+            return
+        target = self._sender.limits.stream_window
+        if self._partial is not None and self._reserved:
+            target = max(target, self._message_bytes - len(self._partial))
+        if self.receive_window <= target // 2:
+            self._sender.send(window_update(self.id, target - self.receive_window))
+            self.receive_window = target
+
+    def pause(self) -> None:
+        """Takes no more from the other side than its window allows already."""
+        self.paused = True
+
+    def discard(self) -> None:
+        """Takes no messages from what still comes, and no more than the window allows."""
+        self._discarding = self.paused = True
+        self.plain = False
+
+    def resume(self) -> None:
+        """Takes more again."""
+        self.paused = False
+        if self._partial is not None and self._message_bytes and not self._reserved:
+            self._reserve()
+        self.replenish()
+
+    def close(self, *, early: bool) -> None:
+        """Forgets the stream; the receiver is not told."""
+        self.open_in = self.open_out = self.plain = False
+        self.send_window = -LARGEST_WINDOW
+        self._queue.clear()
+        self.queued_bytes = 0
+        self._drop_partial()
+        self._sender.forget(self, early=early)
+
+    def _cut(self, data: bytes) -> None:
+        """Hands over the messages that are whole, and keeps the rest."""
+        buffer = self._partial
+        if buffer is None:
+            buffer = self._partial = bytearray()
+            self.plain = False
+        buffer += data
+        while self.open_in and len(buffer) >= PREFIX_BYTES:
+            compressed, size = _PREFIX.unpack_from(buffer)
+            if size > self._sender.limits.message_bytes:
+                self._fail(
+                    f"a message has {size} bytes, at most {self._sender.limits.message_bytes} are "
+                    "allowed",
+                    too_large=True,
+                )
+                return
+            self._message_bytes = PREFIX_BYTES + size
+            if len(buffer) < self._message_bytes:
+                if not self._reserved:
+                    self._reserve()
+                return
+            payload = bytes(memoryview(buffer)[PREFIX_BYTES : self._message_bytes])
+            del buffer[: self._message_bytes]
+            self._drop_reservation()
+            self._deliver(payload, compressed)
+        if not buffer:
+            self._partial = None
+            self.plain = self.open_in and self._content_left is None
+
+    def _deliver(self, payload: bytes, compressed: int) -> None:
+        self._sender.meter.earn(Earning.MESSAGE)
+        if not compressed:
+            self.receiver.message(payload)
+            return
+        if not self.gzip or compressed != 1:
+            self._fail("a message is compressed, and its coding is not known")
+            return
+        inflated = inflate(payload, self._sender.limits.message_bytes)
+        if inflated is None:
+            self._fail("a compressed message is damaged, or inflates to too many bytes")
+            return
+        self.receiver.message(inflated)
+
+    def _reserve(self) -> None:
+        if self._sender.reserve(self, self._message_bytes):
+            self._reserved = self._message_bytes
+        else:
+            self.paused = True
+
+    def _drop_reservation(self) -> None:
+        if self._reserved:
+            self._sender.release(self._reserved)
+        self._reserved = self._message_bytes = 0
+
+    def _drop_partial(self) -> None:
+        self._partial = None
+        self._drop_reservation()
+
+    def _fail(self, reason: str, *, too_large: bool = False) -> None:
+        """Takes nothing more of what comes: the receiver ends the call."""
+        self._drop_partial()
+        self._discarding, self.plain = True, False
+        self.receiver.unreadable(reason, too_large=too_large)
+
+
+def inflate(data: bytes, limit: int) -> bytes | None:
+    """The bytes of a gzip message; None: it is damaged, or they are more than `limit`."""
+    unzip = zlib.decompressobj(_GZIP)
+    try:
+        plain = unzip.decompress(data, limit + 1)
+    except zlib.error:
+        return None
+    whole = unzip.eof and not unzip.unused_data and len(plain) <= limit
+    return plain if whole else None

@@ -1,6 +1,8 @@
-"""One RPC: its context, as a servicer sees it, and the task that runs the servicer's method.
+"""One RPC, in the two ways that it can be served.
 
-Source of the behaviour: `grpc.aio`, whose servicers run here unchanged.
+`MessageCall` is a call whose messages are handed over one by one where they are read: no task, no
+coroutine. `ServicerCall` runs a servicer's method in a task, with the context that `grpc.aio`
+gives it; its behaviour is that of `grpc.aio`, whose servicers run here unchanged.
 """
 
 from __future__ import annotations
@@ -30,16 +32,14 @@ log = logging.getLogger(__name__)
 
 INBOX_MESSAGES = 64
 INBOX_BYTES = 65_536
-"""Messages that a handler has not read, and their bytes: beyond it the client is held back."""
+"""Messages that a servicer has not read, and their bytes: beyond it the client is held back."""
 QUEUED_BYTES = 65_536
-"""Bytes of replies that wait for a window: beyond it `write` waits."""
+"""Bytes of responses that wait for a window: beyond it `write` waits."""
 WRITES_WITHOUT_PAUSE = 32
-"""A handler that never waits lets others run after so many messages."""
+"""A servicer that never waits lets others run after so many messages."""
 
 Handler = Any
 """A `grpc.RpcMethodHandler`, whose attributes its stubs do not name."""
-DoneCallback = Callable[["Call"], None]
-
 _GZIP = 31  # zlib's name for gzip's format, with the largest window
 
 
@@ -64,8 +64,8 @@ class CallHost(Protocol):
         ...
 
 
-class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
-    """A call: the `Receiver` of its stream, and the context of its servicer's method.
+class MessageCall:
+    """A call, as the `Receiver` of its stream. Subclasses take its messages.
 
     Args:
         stream: its stream.
@@ -74,43 +74,121 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
         deadline: `loop.time()` at which it ends; None: never.
     """
 
-    __slots__ = (
-        "_accepts_gzip",
-        "_callbacks",
-        "_code",
-        "_compress",
-        "_deadline",
-        "_deserialize",
-        "_details",
-        "_done",
-        "_host",
-        "_inbox",
-        "_inbox_bytes",
-        "_loop",
-        "_metadata",
-        "_next_plain",
-        "_peer_ended",
-        "_reader",
-        "_request",
-        "_sent",
-        "_serialize",
-        "_started",
-        "_stream",
-        "_task",
-        "_timer",
-        "_trailing",
-        "_unread",
-        "_writer",
-    )  # fmt: skip
-
     def __init__(
         self, stream: Http2Stream, request: Request, host: CallHost, deadline: float | None
     ) -> None:
         self._stream = stream
         self._request = request
         self._host = host
-        self._loop = asyncio.get_running_loop()
         self._deadline = deadline
+        self._started = False
+        self._compress = False
+        self._done = False
+        self._callbacks: list[Callable[[Any], None]] = []
+        self._timer = None
+        if deadline is not None:
+            self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
+
+    # What comes on the stream: see `Receiver`
+
+    def message(self, payload: bytes) -> None:
+        """See `Receiver`."""
+        raise NotImplementedError
+
+    def half_closed(self) -> None:
+        """See `Receiver`."""
+        raise NotImplementedError
+
+    def cancel(self) -> None:
+        """The call has ended in another way than by `finish`: its client, its deadline, a fault."""
+
+    def unreadable(self, reason: str, *, too_large: bool) -> None:
+        """See `Receiver`."""
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED if too_large else grpc.StatusCode.INTERNAL
+        self.finish(code, reason)
+        self.cancel()
+
+    def reset(self) -> None:
+        """See `Receiver`."""
+        self.cancel()
+        self.finished()
+
+    def writable(self) -> None:
+        """See `Receiver`."""
+
+    def finished(self) -> None:
+        """See `Receiver`."""
+        if self._done:
+            return
+        self._done = True
+        if self._timer is not None:
+            self._timer.cancel()
+        for callback in self._callbacks:
+            callback(self)
+        self._callbacks.clear()
+
+    def _expire(self) -> None:
+        self._stream.drop_queue()
+        self.finish(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+        self.cancel()
+
+    # What goes out
+
+    def start(self, metadata: Any = ()) -> None:
+        """Sends the headers of the response, once."""
+        self._started = True
+        block = GRPC_HEADERS
+        if self._compress:
+            block += literal(b"grpc-encoding", b"gzip")
+        self._stream.start(block + encode_metadata(metadata or ()))
+
+    def send(self, payload: bytes) -> None:
+        """Sends a message."""
+        if not self._started:
+            self.start()
+        self._stream.send(payload)
+
+    def finish(self, code: Any = 0, details: str = "", trailing: Any = ()) -> None:
+        """Ends the call with a status, after the messages before it."""
+        number: int = code.value[0] if isinstance(code, grpc.StatusCode) else int(code)
+        try:
+            block = encode_status(number, details) + encode_metadata(trailing or ())
+        except (ValueError, UnicodeEncodeError) as error:
+            block = encode_status(13, f"trailing metadata: {error}")
+        self._stream.finish(block if self._started else GRPC_HEADERS + block)
+
+    # What is known of it
+
+    def peer(self) -> str:
+        """The client's address."""
+        return self._host.peer
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        """What is known of the client by TLS."""
+        return self._host.auth_context()
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the deadline; None: there is none."""
+        if self._deadline is None:
+            return None
+        return max(0.0, self._deadline - asyncio.get_running_loop().time())
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Calls back when the call has ended, and what it sent has left."""
+        self._callbacks.append(callback)
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._done
+
+
+class ServicerCall(MessageCall, grpc.aio.ServicerContext):  # type: ignore[type-arg]
+    """A call that a servicer's method serves in a task; see `MessageCall` for its arguments."""
+
+    def __init__(
+        self, stream: Http2Stream, request: Request, host: CallHost, deadline: float | None
+    ) -> None:
+        super().__init__(stream, request, host, deadline)
         self._metadata: Metadata | None = None
         self._inbox: deque[bytes] = deque()
         self._inbox_bytes = 0
@@ -119,21 +197,13 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
         self._writer: asyncio.Future[None] | None = None
         self._deserialize: Callable[[bytes], Any] | None = None
         self._serialize: Callable[[Any], bytes] | None = None
-        self._accepts_gzip = b"gzip" in request.field(b"grpc-accept-encoding")
-        self._compress = False
         self._next_plain = False
-        self._started = False
         self._sent = 0
         self._code: Any = None
         self._details = ""
         self._trailing: Any = ()
-        self._done = False
-        self._callbacks: list[DoneCallback] = []
-        self._timer = None if deadline is None else self._loop.call_at(deadline, self._expire)
-        self._task = self._loop.create_task(self._run())
+        self._task = asyncio.get_running_loop().create_task(self._run())
         host.running(self._task)
-
-    # What comes on the stream: see `Receiver`
 
     def message(self, payload: bytes) -> None:
         """See `Receiver`."""
@@ -148,38 +218,28 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
         self._peer_ended = True
         _wake(self._reader)
 
-    def unreadable(self, reason: str, *, too_large: bool) -> None:
-        """See `Receiver`."""
-        code = grpc.StatusCode.RESOURCE_EXHAUSTED if too_large else grpc.StatusCode.INTERNAL
-        self._end(code, reason)
-        self._task.cancel()
-
-    def reset(self) -> None:
-        """See `Receiver`."""
-        self._task.cancel()
-        self._finish()
-
     def writable(self) -> None:
         """See `Receiver`."""
         _wake(self._writer)
 
-    def finished(self) -> None:
-        """See `Receiver`."""
-        self._finish()
-
-    def _expire(self) -> None:
-        self._stream.drop_queue()
-        self._end(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+    def cancel(self) -> None:
+        """See `MessageCall`."""
         self._task.cancel()
 
-    # What the servicer's method uses: see `grpc.aio.ServicerContext`
+    def finished(self) -> None:
+        """See `Receiver`."""
+        self._inbox.clear()
+        _wake(self._writer)
+        super().finished()
+
+    # The context: see `grpc.aio.ServicerContext`
 
     async def read(self) -> Any:
         """The next request, or `grpc.aio.EOF`."""
         while not self._inbox:
             if self._peer_ended:
                 return grpc.aio.EOF
-            self._reader = self._loop.create_future()
+            self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         payload = self._inbox.popleft()
         self._inbox_bytes -= len(payload)
@@ -189,17 +249,17 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
 
     async def write(self, message: Any) -> None:
         """Sends a response, when the client takes it."""
-        self._send(message)
+        self._write(message)
         while self._stream.queued_bytes > QUEUED_BYTES:
-            self._writer = self._loop.create_future()
+            self._writer = asyncio.get_running_loop().create_future()
             await self._writer
         if not self._sent % WRITES_WITHOUT_PAUSE:
             await asyncio.sleep(0)
 
-    def _send(self, message: Any) -> None:
+    def _write(self, message: Any) -> None:
         payload = message if self._serialize is None else self._serialize(message)
         if not self._started:
-            self._start(())
+            self.start()
         compressed = self._compress and not self._next_plain
         if compressed:
             packer = zlib.compressobj(wbits=_GZIP)
@@ -208,18 +268,11 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
         self._sent += 1
         self._stream.send(payload, compressed=compressed)
 
-    async def send_initial_metadata(self, metadata: Any) -> None:
+    async def send_initial_metadata(self, initial_metadata: Any) -> None:
         """Sends the headers of the response."""
         if self._started:
             raise RuntimeError("the initial metadata was sent already")
-        self._start(metadata)
-
-    def _start(self, metadata: Any) -> None:
-        self._started = True
-        block = GRPC_HEADERS
-        if self._compress:
-            block += literal(b"grpc-encoding", b"gzip")
-        self._stream.start(block + encode_metadata(metadata or ()))
+        self.start(initial_metadata)
 
     async def abort(
         self, code: grpc.StatusCode, details: str = "", trailing_metadata: Any = ()
@@ -242,7 +295,7 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
         """What was set."""
         return self._trailing
 
-    def invocation_metadata(self) -> Metadata:
+    def invocation_metadata(self) -> Any:
         """What the client sent with its call."""
         if self._metadata is None:
             self._metadata = metadata_of(self._request.fields)
@@ -252,7 +305,7 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
         """Sets the status of the call."""
         self._code = code
 
-    def code(self) -> grpc.StatusCode:
+    def code(self) -> Any:
         """The status that was set."""
         return self._code
 
@@ -268,15 +321,12 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
         """Compresses the responses, if it is gzip and the client takes it."""
         if self._started:
             raise RuntimeError("the initial metadata was sent already")
-        self._compress = compression == grpc.Compression.Gzip and self._accepts_gzip
+        accepted = b"gzip" in self._request.field(b"grpc-accept-encoding")
+        self._compress = accepted and compression == grpc.Compression.Gzip
 
     def disable_next_message_compression(self) -> None:
         """Sends the next response as it is."""
         self._next_plain = True
-
-    def peer(self) -> str:
-        """The client's address."""
-        return self._host.peer
 
     def peer_identities(self) -> Iterable[bytes] | None:
         """Of the client's certificate."""
@@ -285,30 +335,12 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
 
     def peer_identity_key(self) -> str | None:
         """Which property of the certificate says who the client is."""
-        known = self.auth_context()
-        return next(
-            (k for k in ("x509_subject_alternative_name", "x509_common_name") if k in known), None
-        )
-
-    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
-        """What is known of the client by TLS."""
-        return self._host.auth_context()
-
-    def time_remaining(self) -> float | None:
-        """Seconds until the deadline; None: there is none."""
-        return None if self._deadline is None else max(0.0, self._deadline - self._loop.time())
-
-    def add_done_callback(self, callback: DoneCallback) -> None:
-        """Calls back when the call has ended, and what it sent has left."""
-        self._callbacks.append(callback)
+        keys = ("x509_subject_alternative_name", "x509_common_name")
+        return next((key for key in keys if key in self.auth_context()), None)
 
     def cancelled(self) -> bool:
-        """Whether it ended without a status."""
-        return self._done and not self._stream.open_out
-
-    def done(self) -> bool:
-        """Whether it has ended."""
-        return self._done
+        """Whether its task was told to end."""
+        return self._task.cancelled()
 
     # The task
 
@@ -316,43 +348,39 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
         try:
             await self._serve()
         except grpc.aio.AbortError:
-            self._end(self._code or grpc.StatusCode.UNKNOWN, self._details)
+            self._conclude(grpc.StatusCode.UNKNOWN, self._details)
         except asyncio.CancelledError:
-            self._end(grpc.StatusCode.CANCELLED, "")
+            self.finish(grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
-            log.exception("a handler raised", extra={"rpc": self._request.path})
-            code = self._code or grpc.StatusCode.UNKNOWN
-            self._end(code, self._details or f"Unexpected {type(error)}: {error}")
+            log.exception("a servicer's method raised")
+            self._conclude(
+                grpc.StatusCode.UNKNOWN, self._details or f"Unexpected {type(error)}: {error}"
+            )
 
     async def _serve(self) -> None:
-        path = self._request.path.decode("latin-1")
         try:
             metadata = self.invocation_metadata()
         except ValueError as error:
-            self._end(grpc.StatusCode.INTERNAL, f"metadata: {error}")
+            self.finish(grpc.StatusCode.INTERNAL, f"metadata: {error}")
             return
-        handler = await self._host.handler(path, metadata)
+        handler = await self._host.handler(self._request.path.decode("latin-1"), metadata)
         if handler is None:
-            self._end(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+            self.finish(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
             return
         self._deserialize = handler.request_deserializer
         self._serialize = handler.response_serializer
-        if handler.request_streaming:
-            request: Any = _Requests(self)
-        else:
-            request = await self.read()
-            if request is grpc.aio.EOF:
-                self._end(grpc.StatusCode.UNIMPLEMENTED, "the call has no request")
-                return
+        request: Any = _Requests(self)
+        if not handler.request_streaming and (request := await self.read()) is grpc.aio.EOF:
+            self.finish(grpc.StatusCode.UNIMPLEMENTED, "the call has no request")
+            return
         if handler.response_streaming:
             await self._write_all(handler.stream_stream or handler.unary_stream, request)
         else:
-            behavior = handler.stream_unary or handler.unary_unary
-            response = await behavior(request, self)
+            response = await (handler.stream_unary or handler.unary_unary)(request, self)
             if self._code in (None, grpc.StatusCode.OK, 0):
-                self._send(response)
-        self._end(self._code or grpc.StatusCode.OK, self._details)
+                self._write(response)
+        self._conclude(grpc.StatusCode.OK, self._details)
 
     async def _write_all(self, behavior: Callable[..., Any], request: Any) -> None:
         """Runs a method with many responses: a generator, or one that uses `write`."""
@@ -362,25 +390,9 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[misc, type-arg]
         else:
             await behavior(request, self)
 
-    def _end(self, code: Any, details: str) -> None:
-        number: int = code.value[0] if isinstance(code, grpc.StatusCode) else int(code)
-        try:
-            block = encode_status(number, details) + encode_metadata(self._trailing or ())
-        except (ValueError, UnicodeEncodeError) as error:
-            block = encode_status(13, f"trailing metadata: {error}")
-        self._stream.finish(block if self._started else GRPC_HEADERS + block)
-
-    def _finish(self) -> None:
-        if self._done:
-            return
-        self._done = True
-        if self._timer is not None:
-            self._timer.cancel()
-        self._inbox.clear()
-        _wake(self._writer)
-        for callback in self._callbacks:
-            callback(self)
-        self._callbacks.clear()
+    def _conclude(self, code: grpc.StatusCode, details: str) -> None:
+        """Ends the call with the status that was set, or with this one."""
+        self.finish(self._code or code, details, self._trailing)
 
 
 class _Requests:
@@ -388,7 +400,7 @@ class _Requests:
 
     __slots__ = ("_call",)
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: ServicerCall) -> None:
         self._call = call
 
     def __aiter__(self) -> AsyncIterator[Any]:

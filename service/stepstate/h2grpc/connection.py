@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from struct import Struct
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from hpack import Decoder
 from hpack.exceptions import HPACKError, OversizedHeaderListError
@@ -72,6 +72,9 @@ class Host(Protocol):
     def release(self, size: int) -> None:
         """Releases the memory of a message."""
         ...
+
+
+_FrameHandler = Callable[["Http2Connection", int, int, bytes], None]
 
 
 class Http2Connection:
@@ -302,7 +305,7 @@ class Http2Connection:
         self.received_frames += 1
         payload = data[position + HEADER_BYTES : stop]
         stream_id &= STREAM_ID
-        handle = _HANDLERS.get(kind)
+        handle = self._HANDLERS.get(kind)
         try:
             if handle is None:
                 self.meter.charge(Cost.FRAME)
@@ -576,6 +579,20 @@ class Http2Connection:
         if stream.queued_bytes:
             self.block(stream)
 
+    # By type; a frame of another type is ignored.
+    _HANDLERS: ClassVar[dict[int, _FrameHandler]] = {
+        FrameType.DATA: _on_data,
+        FrameType.HEADERS: _on_headers,
+        FrameType.PRIORITY: _on_priority,
+        FrameType.RST_STREAM: _on_rst_stream,
+        FrameType.SETTINGS: _on_settings,
+        FrameType.PUSH_PROMISE: _on_push_promise,
+        FrameType.PING: _on_ping,
+        FrameType.GOAWAY: _on_goaway,
+        FrameType.WINDOW_UPDATE: _on_window_update,
+        FrameType.CONTINUATION: _on_continuation,
+    }
+
 
 class _HeaderBlock:
     """A header block that is being received.
@@ -600,17 +617,3 @@ class _HeaderBlock:
 def depends_on_itself(stream_id: int, priority: bytes) -> bool:
     """Whether the priority of a stream is malformed like that (RFC 7540, section 5.3.1)."""
     return len(priority) >= 5 and read_number(priority[:4]) & STREAM_ID == stream_id
-
-
-_HANDLERS: dict[int, Callable[[Http2Connection, int, int, bytes], None]] = {
-    FrameType.DATA: Http2Connection._on_data,
-    FrameType.HEADERS: Http2Connection._on_headers,
-    FrameType.PRIORITY: Http2Connection._on_priority,
-    FrameType.RST_STREAM: Http2Connection._on_rst_stream,
-    FrameType.SETTINGS: Http2Connection._on_settings,
-    FrameType.PUSH_PROMISE: Http2Connection._on_push_promise,
-    FrameType.PING: Http2Connection._on_ping,
-    FrameType.GOAWAY: Http2Connection._on_goaway,
-    FrameType.WINDOW_UPDATE: Http2Connection._on_window_update,
-    FrameType.CONTINUATION: Http2Connection._on_continuation,
-}

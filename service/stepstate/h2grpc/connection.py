@@ -57,8 +57,8 @@ _ALIVE_PING = b"alive? \n"
 class Host(Protocol):
     """Owns a connection."""
 
-    def accept(self, stream: Http2Stream, request: Request, *, last: bool) -> Receiver:
-        """A client begins a stream; last: without a message. It may end the stream at once."""
+    def accept(self, stream: Http2Stream, request: Request) -> Receiver:
+        """A client begins a stream."""
         ...
 
     def write_soon(self) -> None:
@@ -94,6 +94,7 @@ class Http2Connection:
         self.send_window = DEFAULT_WINDOW
         self.peer_frame_bytes = DEFAULT_FRAME_BYTES
         self.sent_messages = 0
+        self._paid_messages = 0  # of them, those that have brought credit
         self.received_frames = 0
         """Frames that have come, for whoever asks whether the client is alive."""
         self.ended = False
@@ -316,11 +317,14 @@ class Http2Connection:
         return stop
 
     def _finish_read(self, messages: int, taken: int) -> None:
-        """Counts the messages that were taken in the loop."""
+        """Counts the messages that were taken in the loop, and those that were sent since."""
         self._opened_now.clear()
+        earned = messages + self.sent_messages - self._paid_messages
+        if earned:
+            self._paid_messages = self.sent_messages
+            self.meter.earn(earned * Earning.MESSAGE)
         if messages:
             self.received_frames += messages
-            self.meter.earn(messages * Earning.MESSAGE)
             self._take_from_window(taken)
 
     def _replenish(self, stream: Http2Stream) -> None:
@@ -434,7 +438,7 @@ class Http2Connection:
         stream = Http2Stream(stream_id, self, self._peer_window, request.content_length)
         self.streams[stream_id] = stream
         self._opened_now.add(stream_id)
-        stream.receiver = self._host.accept(stream, request, last=block.end_stream)
+        stream.receiver = self._host.accept(stream, request)
         if block.end_stream and stream.open_in:
             stream.end_receiving()
 

@@ -299,7 +299,7 @@ class _ServerProtocol(asyncio.Protocol):
 
     # The HTTP/2 state: see `Host`
 
-    def accept(self, stream: Http2Stream, request: Request, *, last: bool) -> Receiver:
+    def accept(self, stream: Http2Stream, request: Request) -> Receiver:
         """See `Host`."""
         if request.method != b"POST":
             return _Refusal(stream, STATUS_405)

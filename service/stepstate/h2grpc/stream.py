@@ -350,7 +350,7 @@ class Http2Stream:
                 return
             self._message_bytes = PREFIX_BYTES + size
             if len(buffer) < self._message_bytes:
-                if not self._reserved:
+                if not self._reserved and not self.paused:
                     self._reserve()
                 return
             payload = bytes(memoryview(buffer)[PREFIX_BYTES : self._message_bytes])

@@ -1,0 +1,161 @@
+"""A client for a connection without sockets: the package `h2` makes and reads its bytes."""
+
+from __future__ import annotations
+
+import struct
+from collections import defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+import h2.config
+import h2.connection
+import h2.events
+import h2.settings
+
+from stepstate.h2grpc.connection import Http2Connection
+from stepstate.h2grpc.frames import ErrorCode
+from stepstate.h2grpc.headers import GRPC_HEADERS, Request, encode_status
+from stepstate.h2grpc.limits import Http2Limits
+from stepstate.h2grpc.stream import Http2Stream, Receiver
+
+HEADERS = [
+    (":method", "POST"),
+    (":scheme", "http"),
+    (":path", "/echo"),
+    (":authority", "test"),
+    ("content-type", "application/grpc"),
+    ("te", "trailers"),
+]
+
+
+def message(payload: bytes) -> bytes:
+    """A gRPC message that is not compressed."""
+    return struct.pack(">BI", 0, len(payload)) + payload
+
+
+class Echo:
+    """Answers each message with itself, and ends the stream when the client does."""
+
+    def __init__(self, stream: Http2Stream) -> None:
+        self.stream = stream
+        self.messages: list[bytes] = []
+        self.ended: list[str] = []
+
+    def message(self, payload: bytes) -> None:
+        self.messages.append(payload)
+        self.stream.start(GRPC_HEADERS)
+        self.stream.send(payload)
+
+    def half_closed(self) -> None:
+        self.ended.append("half_closed")
+        self.stream.start(GRPC_HEADERS)
+        self.stream.finish(encode_status(0))
+
+    def unreadable(self, reason: str, *, too_large: bool) -> None:
+        self.ended.append(f"unreadable: {reason}")
+        self.stream.finish(GRPC_HEADERS + encode_status(8 if too_large else 13, reason))
+
+    def reset(self) -> None:
+        self.ended.append("reset")
+
+    def writable(self) -> None:
+        pass
+
+    def finished(self) -> None:
+        self.ended.append("finished")
+
+
+@dataclass
+class EchoHost:
+    """A `Host` whose memory has `room` bytes."""
+
+    room: int = 2**40
+    calls: dict[int, Echo] = field(default_factory=dict)
+    waiting: list[Http2Stream] = field(default_factory=list)
+    asked: int = 0
+
+    def accept(self, stream: Http2Stream, request: Request) -> Receiver:
+        self.calls[stream.id] = echo = Echo(stream)
+        return echo
+
+    def write_soon(self) -> None:
+        self.asked += 1
+
+    def reserve(self, stream: Http2Stream, size: int) -> bool:
+        if size > self.room:
+            self.waiting.append(stream)
+            return False
+        self.room -= size
+        return True
+
+    def release(self, size: int) -> None:
+        self.room += size
+
+
+class Client:
+    """A client and its server, in memory.
+
+    Args:
+        limits: of the server.
+        window: of each of the client's streams.
+    """
+
+    def __init__(self, limits: Http2Limits | None = None, *, window: int = 65_535) -> None:
+        self.now = 0.0
+        self.host = EchoHost()
+        self.server = Http2Connection(self.host, limits or Http2Limits(), lambda: self.now)
+        config = h2.config.H2Configuration(client_side=True, header_encoding="utf-8")
+        self.h2 = h2.connection.H2Connection(config)
+        self.h2.local_settings = h2.settings.Settings(
+            client=True, initial_values={h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: window}
+        )
+        self.h2.initiate_connection()
+        self.data: dict[int, bytes] = defaultdict(bytes)
+        self.trailers: dict[int, dict[str, str]] = {}
+        self.resets: dict[int, ErrorCode] = {}
+        self.goaway: tuple[ErrorCode, int, bytes] | None = None
+        self.pongs = 0
+        self.exchange()
+
+    def exchange(self) -> None:
+        """Moves bytes until neither side has any."""
+        while self._to_server() | self._to_client():
+            pass
+
+    def send(self, data: bytes) -> None:
+        """Sends bytes past `h2`, and what they bring about."""
+        self.exchange()
+        self.server.receive(data)
+        self.exchange()
+
+    def open(self, *extra: tuple[str, str], end: bool = False) -> int:
+        """Begins a stream."""
+        stream_id: int = self.h2.get_next_available_stream_id()
+        self.h2.send_headers(stream_id, [*HEADERS, *extra], end_stream=end)
+        return stream_id
+
+    def _to_server(self) -> bool:
+        data = self.h2.data_to_send()
+        if data and not self.server.ended:
+            self.server.receive(data)
+        return bool(data)
+
+    def _to_client(self) -> bool:
+        data = self.server.take_output()
+        for event in self.h2.receive_data(data) if data else ():
+            self._note(event)
+        return bool(data)
+
+    def _note(self, event: Any) -> None:
+        if isinstance(event, h2.events.DataReceived):
+            self.data[event.stream_id] += event.data
+            self.h2.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
+        elif isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
+            self.trailers[event.stream_id] = dict(event.headers)
+        elif isinstance(event, h2.events.StreamReset):
+            self.resets.setdefault(event.stream_id, ErrorCode(event.error_code))
+        elif isinstance(event, h2.events.ConnectionTerminated):
+            data = event.additional_data or b""
+            self.goaway = ErrorCode(event.error_code), event.last_stream_id, data
+        elif isinstance(event, h2.events.PingAckReceived):
+            self.pongs += 1

@@ -20,7 +20,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from stepstate.budget import MemoryBudget, limit_bytes
+from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
     EngineSettings,
@@ -103,7 +103,8 @@ class Server:
         self._max_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry()
         self._metrics = Metrics()
-        self._memory = MemoryBudget(limit_bytes(config.memory_limit))
+        self.memory = MemoryBudget(limit_bytes(config.memory_limit))
+        """What clients make it hold."""
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
             MetricsCollector(
@@ -116,9 +117,9 @@ class Server:
                     "queue_requests": config.queue_requests,
                     "queue_rows": config.queue_rows,
                     "replay_bytes": config.replay_bytes,
-                    "memory_bytes": self._memory.limit,
+                    "memory_bytes": self.memory.limit,
                 },
-                memory=self._memory,
+                memory=self.memory,
                 skipped_models=len(catalog.skipped),
             )
         )
@@ -128,7 +129,7 @@ class Server:
         self._servicer = StepstateServicer(backend)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, PeerTable(self._memory))
+        interceptor = RpcInterceptor(self._metrics, PeerTable(self.memory))
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
@@ -223,7 +224,7 @@ class Server:
             else:
                 log.warning("Triton's clients are not served: %s", error)
             return None
-        return TritonService(backend)
+        return TritonService(backend, MemoryAccount(self.memory))
 
     def _wire_sessions(self, catalog: Catalog) -> SessionService:
         config = self._config

@@ -45,12 +45,13 @@ _KINDS = {
 class DecodeFailure:
     """Stands for bytes that are no message of the RPC's type, until they are answered."""
 
-    detail: str
+    field: str
+    problem: str
 
     @property
     def error(self) -> InvalidField:
         """What the client is answered."""
-        return InvalidField("message", f"can't be parsed ({self.detail}): is the proto file old?")
+        return InvalidField(self.field, self.problem)
 
 
 def well_formed(message: Any) -> Any:
@@ -175,7 +176,10 @@ class _Rpc:
             try:
                 return data if decode is None else decode(data)
             except DecodeError as error:
-                return DecodeFailure(str(error))
+                problem = f"can't be parsed ({error}): is the proto file old?"
+                return DecodeFailure("message", problem)
+            except InvalidField as error:
+                return DecodeFailure(error.field, error.problem)
 
         return decoded
 

@@ -15,7 +15,6 @@ from pathlib import Path
 from tests.attacks.attack import Attack
 from tests.attacks.catalog import ATTACKS
 from tests.attacks.harness import MIB, Ground, Report, under_attack
-from tests.networks import make_network
 
 HEADER = (
     "| attack | peak over the start, MiB | after 10 s, MiB | p99 ÷ alone | honest errors "
@@ -50,12 +49,8 @@ def selected(words: Sequence[str]) -> Iterator[Attack]:
 def run(attack: Attack, *, short: bool) -> Report:
     """Runs an attack in a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="stepstate-attack-") as name:
-        folder = Path(name)
-        network = make_network("lstm", seed=1)
-        network.write(folder / "models")
-        ground = Ground(folder, folder / "models", network)
         count = attack.short if short and attack.short is not None else attack.count
-        return asyncio.run(under_attack(attack, count, ground, short=short))
+        return asyncio.run(under_attack(attack, count, Ground.of(Path(name)), short=short))
 
 
 def row(report: Report) -> str:

@@ -32,12 +32,14 @@ class Attack:
         short: its size for every change: as small as can be while the server before the limits
             still fails. None: there is no such size, so it runs only with the long tests.
         options: of `stepstate serve`.
+        log_is_read: else its stderr is a pipe that nobody reads.
     """
 
     script: Script
     count: int
     short: int | None = None
     options: tuple[str, ...] = ()
+    log_is_read: bool = True
 
     @property
     def name(self) -> str:

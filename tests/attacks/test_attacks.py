@@ -12,14 +12,13 @@ import pytest
 from tests.attacks.attack import Attack
 from tests.attacks.catalog import ATTACKS
 from tests.attacks.harness import Ground, under_attack
-from tests.networks import Network
 
 pytestmark = pytest.mark.attacks
 
 
 @pytest.fixture
-def ground(tmp_path: Path, model_root: Path, networks: dict[str, Network]) -> Ground:
-    return Ground(tmp_path, model_root, networks["lstm"])
+def ground(tmp_path: Path) -> Ground:
+    return Ground.of(tmp_path)
 
 
 def cases() -> list[object]:

@@ -1,8 +1,8 @@
 """The store, and whether it can be written, for health and metrics.
 
-Rule 1: any call that fails, a read too, means that the store is away, unless the fault may be
-        that of one session. Then a small write decides at the next check: one damaged session
-        that its client asks for again and again is no outage.
+Rule 1: any call that fails, a read too, means that the store is away. Only a fault that may be that
+        of one session leaves it to a small write at the next check: a damaged session that its
+        client asks for again and again is no outage.
 Rule 2: only a write that reached all of the store means that it is back, and only when nothing
         has failed for a while. A replica, a full disk and a cluster without one of its nodes
         answer reads, and some writes.
@@ -23,8 +23,8 @@ PROBE_SECONDS = 5.0
 """Between two probes of a store that is up: one small write, so that an idle server notices."""
 STEADY_SECONDS = 3.0
 """Without a failure until a store counts as back: one that fails now and then does not."""
-MAY_BE_OF_ONE = ("corrupt", "other")
-"""Causes that may lie in one session: a damaged page of the file, a key of another type."""
+CORRUPT = "corrupt"
+"""The cause that may lie in one session: damaged pages of the file."""
 
 T = TypeVar("T")
 
@@ -57,7 +57,7 @@ class MonitoredStore:
             return await answer
         except StoreUnavailable as error:
             self._count(error)
-            if error.cause in MAY_BE_OF_ONE:
+            if error.cause == CORRUPT:
                 self._probe_at = self._clock()
             else:
                 self._fail(error)

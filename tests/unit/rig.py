@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from prometheus_client import CollectorRegistry
 
+from stepstate.budget import MemoryBudget
 from stepstate.engine import EngineSettings, use_one_thread
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.metrics import Metrics, MetricsCollector
@@ -132,8 +133,11 @@ class Rig:
             unix_time=unix_time or self.clock,
             observer=self.metrics,
         )
+        self.memory = MemoryBudget(2**30)
         self.table = self.sessions.table
-        self.registry.register(MetricsCollector(self.metrics, self.sessions, limits={}))
+        self.registry.register(
+            MetricsCollector(self.metrics, self.sessions, limits={}, memory=self.memory)
+        )
         self.scheduler = self.sessions.schedulers[models[0].key]
 
     async def settle(self, *session_ids: str) -> None:

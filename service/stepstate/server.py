@@ -244,7 +244,7 @@ class Server:
                 ),
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
-                replay_memory=MemoryAccount(self._memory),
+                replay_memory=MemoryAccount(self.memory),
                 backlog_rows=config.backlog_rows,
             ),
             limits=Limits(

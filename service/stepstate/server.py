@@ -52,6 +52,8 @@ LAST_CALLS_SECONDS = 0.5
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
 
+LAG_SECONDS = 0.05
+"""Between two measurements of how late the event loop is."""
 TICK_SECONDS = 1.0
 UPTIME = UptimeClock(time.monotonic)
 """Seconds in which this process ran: idle times are measured in it. Every server keeps it going."""
@@ -146,7 +148,8 @@ class Server:
         self.address = self._listen_grpc()
         await self._grpc.start()
         self._tasks = [
-            asyncio.create_task(loop()) for loop in (self._sweep, self._tick, self._heartbeat)
+            asyncio.create_task(loop())
+            for loop in (self._sweep, self._tick, self._heartbeat, self._measure_lag)
         ]
         if self._store.durable:
             saving = self.sessions.writer.run(self._config.snapshot_interval)
@@ -300,6 +303,12 @@ class Server:
         while True:
             UPTIME.heartbeat()
             await asyncio.sleep(TICK_SECONDS)
+
+    async def _measure_lag(self) -> None:
+        while True:
+            due = time.perf_counter() + LAG_SECONDS
+            await asyncio.sleep(LAG_SECONDS)
+            self._metrics.loop_lag.observe(max(0.0, time.perf_counter() - due))
 
     async def _heartbeat(self) -> None:
         while True:

@@ -19,6 +19,7 @@ MAX_SLOTS = 10_000_000
 """The arrays of the session table are allocated at start, about 100 bytes a session."""
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:\s/\[\]]+):(\d{1,5})")
+_SIZE = re.compile(r"\d{1,9}(\.\d{1,9})?(%|[KMGT]i?B)|\d{1,15}")
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
@@ -158,6 +159,13 @@ class ServerConfig:
         "Most accepted and unanswered rows.",
         "Ten of the longest requests.",
     )
+    memory_limit: str = _setting(
+        "25%",
+        "Most bytes that clients may make the server hold in requests, replies, bindings and "
+        "snapshots: such as 2GiB, or a share of the memory of the machine or container. It comes "
+        "on top of the models and the slots.",
+        "The rest is for states, models, the store's cache and the other programs.",
+    )
     drain_seconds: float = _setting(
         30.0,
         "Seconds to finish accepted steps after SIGTERM.",
@@ -170,6 +178,7 @@ class ServerConfig:
         _check_one_of("durability", self.durability, DURABILITIES)
         _check_one_of("weights", self.weights, WEIGHTS)
         self._check_device()
+        self._check_memory_limit()
         self._check_numbers()
         self._check_idle_timeouts()
 
@@ -181,6 +190,13 @@ class ServerConfig:
                 f"weights is {self.weights!r}, which is for the CPU: with device {self.device} "
                 "leave it out"
             )
+
+    def _check_memory_limit(self) -> None:
+        text = self.memory_limit
+        if not _SIZE.fullmatch(text):
+            raise ConfigError(f"memory_limit is {text!r}, expected such as 2GiB, 500MB or 25%")
+        if text.endswith("%") and not 0 < float(text[:-1]) <= 100:
+            raise ConfigError(f"memory_limit is {text}, expected more than 0% and at most 100%")
 
     def _check_numbers(self) -> None:
         for setting in fields(self):

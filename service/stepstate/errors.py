@@ -27,6 +27,7 @@
     ├── SessionLimit            no room for one more session
     ├── Unavailable             try again, after retry_after_seconds
     │   ├── QueueFull
+    │   ├── MemoryLimit         the client makes the server hold too many bytes
     │   ├── Draining
     │   ├── StoreUnavailable    the store does not answer, or can't write
     │   └── ServerUnreachable   raised by the client: no answer from the server
@@ -395,6 +396,23 @@ class QueueFull(Unavailable, reason="QUEUE_FULL"):
     what: str
     limit: int
     retry_after_seconds: float = 0.05
+
+
+@dataclass(eq=False)
+class MemoryLimit(Unavailable, reason="MEMORY_LIMIT"):
+    """What clients make the server hold would pass its limit."""
+
+    message = (
+        "{size} bytes more do not fit: this client makes the server hold {held}, and may hold as "
+        "much as is free, {free} of {limit}; nothing was applied: retry after "
+        "{retry_after_seconds:g} s, read the replies, and have fewer requests under way (the "
+        "limit is --memory-limit)"
+    )
+    size: int
+    held: int
+    free: int
+    limit: int
+    retry_after_seconds: float = 0.5
 
 
 @dataclass(eq=False)

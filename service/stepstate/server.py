@@ -20,6 +20,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
+from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
     EngineSettings,
@@ -34,7 +35,13 @@ from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store
-from stepstate.transport import Backend, RpcInterceptor, StepstateServicer, add_reflection
+from stepstate.transport import (
+    Backend,
+    PeerTable,
+    RpcInterceptor,
+    StepstateServicer,
+    add_reflection,
+)
 from stepstate.uptime import HEARTBEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
@@ -98,6 +105,7 @@ class Server:
         self._max_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry()
         self._metrics = Metrics()
+        self._memory = MemoryBudget(limit_bytes(config.memory_limit))
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
             MetricsCollector(
@@ -110,7 +118,9 @@ class Server:
                     "queue_requests": config.queue_requests,
                     "queue_rows": config.queue_rows,
                     "replay_bytes": config.replay_bytes,
+                    "memory_bytes": self._memory.limit,
                 },
+                memory=self._memory,
                 skipped_models=len(catalog.skipped),
             )
         )
@@ -120,7 +130,7 @@ class Server:
         self._servicer = StepstateServicer(backend)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics)
+        interceptor = RpcInterceptor(self._metrics, PeerTable(self._memory))
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
@@ -235,6 +245,7 @@ class Server:
                 ),
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
+                replay_memory=MemoryAccount(self._memory),
                 backlog_rows=config.backlog_rows,
             ),
             limits=Limits(

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from prometheus_client import CollectorRegistry
 
+from stepstate.budget import MemoryAccount, MemoryBudget
 from stepstate.engine import EngineSettings, use_one_thread
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.metrics import Metrics, MetricsCollector
@@ -103,6 +104,7 @@ class Rig:
         durable = self.store.durable
         self.registry = CollectorRegistry()
         self.metrics = Metrics()
+        self.memory = MemoryBudget(2**30)
         self.sessions = SessionService(
             Catalog(models),
             self.store,
@@ -115,6 +117,7 @@ class Rig:
                 ),
                 replay_rows=replay_rows,
                 replay_bytes=replay_bytes,
+                replay_memory=MemoryAccount(self.memory),
                 backlog_rows=backlog_rows,
             ),
             limits=Limits(
@@ -133,7 +136,9 @@ class Rig:
             observer=self.metrics,
         )
         self.table = self.sessions.table
-        self.registry.register(MetricsCollector(self.metrics, self.sessions, limits={}))
+        self.registry.register(
+            MetricsCollector(self.metrics, self.sessions, limits={}, memory=self.memory)
+        )
         self.scheduler = self.sessions.schedulers[models[0].key]
 
     async def settle(self, *session_ids: str) -> None:
@@ -152,8 +157,24 @@ class Rig:
             "rows": sessions.queued_rows,
             "slots": self.table.promised,
             "deferred handles": int(self.table.deferred_array.any()),
+            "leaked slots": self._leaked(),
         }
         return {what: count for what, count in counts.items() if count}
+
+    def _leaked(self) -> int:
+        """Slots of all models, and handles, that are neither free nor a session's, or both."""
+        table = self.table
+        taken = [("table", session.handle) for session in table]
+        taken += [("table", handle) for handle in table._free]  # noqa: SLF001 - see above
+        for key, scheduler in self.sessions.schedulers.items():
+            taken += [(key, one.slot) for one in table if one.scheduler is scheduler]
+            taken += [(key, slot) for slot in scheduler.engine._arena._free]  # noqa: SLF001
+        places = {
+            (name, place)
+            for name in ("table", *self.sessions.schedulers)
+            for place in range(table.limit)
+        }
+        return len(taken) - len(set(taken)) + len(places.symmetric_difference(taken))
 
     @property
     def tracker(self) -> Tracker:

@@ -70,6 +70,7 @@ WHAT_NEXT = {
     errors.StoreUnavailable: "a retry with the same t",
     errors.SessionLimit: "--max-sessions",
     errors.QueueFull: "retry after 0.3 s",
+    errors.MemoryLimit: "retry after 0.3 s, read the replies",
     errors.Draining: "retry on another server",
     errors.ServerUnreachable: "sent again safely",
     errors.Cancelled: "send the same request",

@@ -20,6 +20,7 @@ from prometheus_client.core import (
 from prometheus_client.registry import Collector
 
 from stepstate import __version__
+from stepstate.budget import MemoryBudget
 from stepstate.engine.tracking.scores import Score
 from stepstate.logging import DROPPED
 from stepstate.metrics.counters import Histogram, Metrics, ModelMetrics, RpcMetrics
@@ -39,6 +40,7 @@ class MetricsCollector(Collector):
         counters: what was counted.
         sessions: what is measured at each scrape.
         limits: the bounds that the server keeps, by what they bound.
+        memory: what clients make the server hold.
         skipped_models: models in its folder that can't be served.
     """
 
@@ -48,11 +50,13 @@ class MetricsCollector(Collector):
         sessions: SessionService,
         *,
         limits: Mapping[str, float],
+        memory: MemoryBudget,
         skipped_models: int = 0,
     ) -> None:
         self.counters = counters
         self.sessions = sessions
         self.limits = limits
+        self.memory = memory
         self.skipped_models = skipped_models
 
     def collect(self) -> Iterator[Metric]:
@@ -183,6 +187,9 @@ SERIES = (
            "1, labelled with the version of the server."),
     Series("stepstate_limit", GAUGE, ("of",), _by(lambda s: s.limits),
            "Limits of the server, as configured."),
+    Series("stepstate_memory_bytes", GAUGE, ("use",), _by(lambda s: s.memory.by_use),
+           "Bytes that clients make the server hold, by what they are for; all together at most "
+           'stepstate_limit{of="memory_bytes"}.'),
     Series("stepstate_models", GAUGE, ("state",),
            _by(lambda s: {"loaded": len(s.counters.models), "skipped": s.skipped_models}),
            "Models in the server's folder: loaded, or skipped because they can't be served."),
@@ -235,6 +242,9 @@ SERIES = (
     Series("stepstate_sessions", GAUGE, (*MODEL, "residency"), _sessions,
            "Open sessions, by the place of their state: resident (in memory) or spilled (in the "
            "store, or on another server; the count may be some seconds old)."),
+    Series("stepstate_slots_leaked", GAUGE, (), _one(lambda s: s.sessions.leaked_slots),
+           "Slots that are neither free nor a session's, checked every second: 0, or there is a "
+           "fault in the server."),
     Series("stepstate_queue_rows", GAUGE, MODEL, _scheduler(lambda s: s.queued_rows),
            "Rows accepted and not yet answered."),
     Series("stepstate_queue_requests", GAUGE, MODEL, _scheduler(lambda s: s.queued_requests),

@@ -2,6 +2,7 @@
 
 from stepstate.transport.bidi import Backend
 from stepstate.transport.interceptor import RpcInterceptor
+from stepstate.transport.peers import PeerTable
 from stepstate.transport.servicer import StepstateServicer, add_reflection
 
-__all__ = ["Backend", "RpcInterceptor", "StepstateServicer", "add_reflection"]
+__all__ = ["Backend", "PeerTable", "RpcInterceptor", "StepstateServicer", "add_reflection"]

@@ -23,12 +23,14 @@ from grpc._cython.cygrpc import ExecuteBatchError
 
 from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.metrics import Metrics, RpcMetrics
+from stepstate.transport.peers import PeerTable, current_peer
 from stepstate.transport.status import DETAILS_KEY, code_of, status_of
 
 log = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    Context = grpc.aio.ServicerContext[Any, Any]
+    from stepstate.transport.peers import Context
+
     Handler = grpc.RpcMethodHandler[Any, Any]
 
 _KINDS = {
@@ -63,10 +65,16 @@ def well_formed(message: Any) -> Any:
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
-    """Wraps each handler once, when its RPC is first called."""
+    """Wraps each handler once, when its RPC is first called.
 
-    def __init__(self, metrics: Metrics) -> None:
+    Args:
+        metrics: counts the RPCs.
+        peers: knows who calls.
+    """
+
+    def __init__(self, metrics: Metrics, peers: PeerTable) -> None:
         self._metrics = metrics
+        self._peers = peers
         self._wrapped: dict[str, Handler | None] = {}
 
     def expect(self, methods: Iterable[MethodDescriptor]) -> None:
@@ -93,17 +101,20 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     def _wrap(self, path: str, handler: Handler) -> Handler:
         _, service, method = path.split("/")
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
-        rpc = _Rpc(path, self._metrics, self._metrics.rpc(kind, service, method))
-        behaviors: tuple[tuple[Any, Any, Any], ...] = (
-            (grpc.unary_unary_rpc_method_handler, handler.unary_unary, well_formed),
-            (grpc.unary_stream_rpc_method_handler, handler.unary_stream, None),
-            (grpc.stream_unary_rpc_method_handler, handler.stream_unary, _all_well_formed),
-            (grpc.stream_stream_rpc_method_handler, handler.stream_stream, None),
+        rpc = _Rpc(path, self._metrics, self._metrics.rpc(kind, service, method), self._peers)
+        # A handler of one request is one of a stream to gRPC: it would read the request before it
+        # says whose it is.
+        one, many = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
+        behaviors: tuple[tuple[Any, Any, Any, Any], ...] = (
+            (one, handler.unary_unary, rpc.returning, _only_request),
+            (many, handler.unary_stream, rpc.writing, _only_request),
+            (one, handler.stream_unary, rpc.returning, _all_requests),
+            (many, handler.stream_stream, rpc.writing, _all_requests),
         )
-        for make, behavior, check in behaviors:
+        for make, behavior, wrap, requests in behaviors:
             if behavior is not None:
                 wrapped: Handler = make(
-                    rpc.unary(behavior, check) if check else rpc.stream(behavior),
+                    wrap(behavior, requests),
                     rpc.decoder(handler.request_deserializer),
                     rpc.encoder(handler.response_serializer),
                 )
@@ -114,36 +125,41 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 class _Rpc:
     """Wraps the handler of one RPC."""
 
-    def __init__(self, path: str, metrics: Metrics, counts: RpcMetrics) -> None:
+    def __init__(self, path: str, metrics: Metrics, counts: RpcMetrics, peers: PeerTable) -> None:
         self._path = path
         self._metrics = metrics
         self._counts = counts
+        self._peers = peers
 
-    def unary(
-        self, behavior: Callable[..., Awaitable[Any]], check: Callable[[Any], Any]
+    def returning(
+        self,
+        behavior: Callable[..., Awaitable[Any]],
+        read: Callable[[Any, Context], Awaitable[Any]],
     ) -> Callable[..., Any]:
-        """Serves handlers that return their one response."""
+        """Serves handlers that return their one response; `read` gives them their requests."""
 
-        async def watched(request: Any, context: Context) -> Any:
+        async def watched(requests: Any, context: Context) -> Any:
             async with self._watch(context):
-                return await behavior(check(request), context)
+                return await behavior(await read(requests, context), context)
 
         return watched
 
-    def stream(self, behavior: Callable[..., Any]) -> Callable[..., Any]:
-        """Serves handlers that use `context.read` and `write`, and async generators."""
+    def writing(
+        self, behavior: Callable[..., Any], read: Callable[[Any, Context], Awaitable[Any]]
+    ) -> Callable[..., Any]:
+        """Serves handlers that use `context.write`, and async generators."""
         if inspect.isasyncgenfunction(behavior):
 
             async def generated(requests: Any, context: Context) -> AsyncIterator[Any]:
                 async with self._watch(context):
-                    async for response in behavior(_all_well_formed(requests), context):
+                    async for response in behavior(await read(requests, context), context):
                         yield response
 
             return generated
 
         async def watched(requests: Any, context: Context) -> None:
             async with self._watch(context):
-                await behavior(requests, context)
+                await behavior(await read(requests, context), context)
 
         return watched
 
@@ -177,6 +193,7 @@ class _Rpc:
     @asynccontextmanager
     async def _watch(self, context: Context) -> AsyncIterator[None]:
         self._counts.started += 1
+        current_peer.set(self._peers.join(context))
         started = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
@@ -203,8 +220,25 @@ class _Rpc:
             self._counts.seconds.observe(time.perf_counter() - started)
 
 
-async def _all_well_formed(requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-    async for request in requests:
+async def _only_request(_: object, context: Context) -> Any:
+    """The request of an RPC that has one.
+
+    Raises:
+        InvalidField: it can't be parsed, or did not come.
+    """
+    request = await context.read()
+    if request is grpc.aio.EOF:
+        raise InvalidField("message", "is missing: the call ended before its request")
+    return well_formed(request)
+
+
+async def _all_requests(_: object, context: Context) -> AsyncIterator[Any]:
+    """The requests of an RPC with many, for handlers that do not use `context.read`."""
+    return _each_request(context)
+
+
+async def _each_request(context: Context) -> AsyncIterator[Any]:
+    while (request := await context.read()) is not grpc.aio.EOF:
         yield well_formed(request)
 
 

@@ -36,14 +36,13 @@ from stepstate.transport.convert import (
     encode_session,
     forecast_reply_bytes,
 )
-from stepstate.transport.interceptor import well_formed
 from stepstate.transport.packed import PackedStream
 from stepstate.transport.steps import StepStream, apply_step, decode_step, encode_step
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceServicer
 
 if TYPE_CHECKING:
-    from stepstate.transport.interceptor import Context
+    from stepstate.transport.peers import Context
 
 PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
 PART_BYTES = 2**20
@@ -139,7 +138,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         return pb.ImportSessionResponse(session=self._encoded(session))
 
     async def StreamExport(self, request: pb.StreamExportRequest, context: Context) -> None:
-        session_id = well_formed(request).session_id
+        session_id = request.session_id
         snapshot, summary = await self._sessions.export(session_id)
         size = len(snapshot)
         if size > MAX_SNAPSHOT_BYTES:

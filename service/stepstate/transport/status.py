@@ -41,6 +41,7 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
     errors.SessionUnreadable: StatusCode.DATA_LOSS,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
+    errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -52,6 +53,19 @@ _FIELDS: dict[type[errors.StepstateError], str] = {
     errors.SequenceNotStarted: "sequence_id",
 }
 """The field of the request that an error is about, if the error does not say it."""
+
+_QUOTAS: dict[type[errors.StepstateError], str] = {
+    errors.SessionLimit: "server:sessions",
+    errors.MemoryLimit: "client:memory",
+}
+"""Whose quota of what is used up."""
+_RETRYABLE = (
+    errors.QueueFull,
+    errors.MemoryLimit,
+    errors.Draining,
+    errors.StoreUnavailable,
+)
+"""Errors that say when to try again."""
 
 
 def code_of(error: errors.StepstateError) -> StatusCode:
@@ -82,14 +96,14 @@ def _details(error: errors.StepstateError) -> Iterator[Message]:
         field = error.field if isinstance(error, errors.InvalidField) else _FIELDS[type(error)]
         violation = BadRequest.FieldViolation(field=field, description=_cut(str(error)))
         yield BadRequest(field_violations=[violation])
-    if isinstance(error, errors.SessionLimit):
-        quota = QuotaFailure.Violation(subject="server:sessions", description=str(error))
+    if type(error) in _QUOTAS:
+        quota = QuotaFailure.Violation(subject=_QUOTAS[type(error)], description=str(error))
         yield QuotaFailure(violations=[quota])
     if isinstance(error, errors.ForecastImpossible):
         yield _precondition("FORECAST", error.subject, error)
     if isinstance(error, errors.SnapshotModelMismatch):
         yield _precondition("MODEL", error.model, error)
-    if isinstance(error, errors.QueueFull | errors.Draining | errors.StoreUnavailable):
+    if isinstance(error, _RETRYABLE):
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
         yield RetryInfo(retry_delay=delay)

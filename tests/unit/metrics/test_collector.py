@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.parser import text_string_to_metric_families
 
+from stepstate.budget import MemoryBudget
 from stepstate.errors import StoreUnavailable
 from stepstate.metrics import SERIES, Histogram, Metrics, MetricsCollector
 from stepstate.metrics.counters import ROWS, SECONDS
@@ -26,6 +27,7 @@ LABELS = {
     "cause",
     "file",
     "of",
+    "use",
     "residency",
     "output",
     "horizon",
@@ -60,6 +62,7 @@ NO_SESSIONS = SimpleNamespace(
     undurable_rows=0,
     orphaned_sessions=0,
     unreadable_sessions=0,
+    leaked_slots=0,
     store_up=True,
     store_failures={},
     disk_usage=None,
@@ -71,7 +74,7 @@ NO_SESSIONS = SimpleNamespace(
 def metrics(registry) -> Metrics:
     metrics = Metrics()
     limits = {"sessions": 7, "queue_rows": 100}
-    registry.register(MetricsCollector(metrics, NO_SESSIONS, limits=limits))
+    registry.register(MetricsCollector(metrics, NO_SESSIONS, limits=limits, memory=MemoryBudget(1)))
     return metrics
 
 

@@ -41,6 +41,7 @@ CODES = {
     errors.SequenceNotStarted: StatusCode.INVALID_ARGUMENT,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.QueueFull: StatusCode.UNAVAILABLE,
+    errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.Draining: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -87,7 +88,7 @@ def test_an_error_has_the_details_of_the_design(cls):
         wanted.add(BadRequest)
     if cls in (errors.SnapshotModelMismatch, errors.ForecastImpossible):
         wanted.add(PreconditionFailure)
-    if cls is errors.SessionLimit:
+    if cls in (errors.SessionLimit, errors.MemoryLimit):
         wanted.add(QuotaFailure)
     if issubclass(cls, errors.Unavailable):
         wanted.add(RetryInfo)

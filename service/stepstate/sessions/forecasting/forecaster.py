@@ -22,7 +22,7 @@ from stepstate.engine import Floats, ForecastOrigins, HorizonForecast
 from stepstate.errors import InvalidField, StepstateError
 from stepstate.models import Manifest, OutputSpec
 from stepstate.sessions.forecasting.limits import (
-    MemoryBudget,
+    ForecastBudget,
     check_bytes,
     check_fed_rows,
     check_request,
@@ -103,7 +103,7 @@ class Forecaster:
 
     def __init__(self, queues: RequestQueues, table: Table) -> None:
         self._copier = OriginCopier(queues, table)
-        self._budget = MemoryBudget()
+        self._budget = ForecastBudget()
         self._short = asyncio.Lock()
         self._long = asyncio.Lock()
 

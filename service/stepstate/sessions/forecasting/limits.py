@@ -30,7 +30,7 @@ _ERROR_BYTES = 256
 """At most, of an error's status without its texts."""
 
 
-class MemoryBudget:
+class ForecastBudget:
     """The bytes that all calls under way hold together."""
 
     def __init__(self) -> None:

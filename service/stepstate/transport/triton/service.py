@@ -22,7 +22,7 @@ from stepstate.transport.triton.sequences import SequenceService
 from stepstate.transport.triton.stream import InferStream
 
 if TYPE_CHECKING:
-    from stepstate.transport.interceptor import Context
+    from stepstate.transport.peers import Context
 
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]

@@ -1,0 +1,158 @@
+"""Memory that clients make the server hold, counted before it is used.
+
+`MemoryBudget` is the limit of the whole server, and a `MemoryAccount` is what one peer holds of it.
+Whoever is about to keep something for a peer (a request, a reply, a binding) reserves its bytes
+first, and releases them when it is really gone.
+
+A peer may hold as much as would still be free (the dynamic threshold of A. K. Choudhury and
+E. L. Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998): alone it
+gets half of the limit, two greedy peers get a third each, and whoever needs little gets it at
+once. So no share has to be set aside for peers that are not there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+
+from pydantic import ByteSize, TypeAdapter
+
+from stepstate.errors import MemoryLimit
+
+SMALLEST_LIMIT = 64 * 2**20
+"""Bytes: room for two of the longest messages beside short ones."""
+
+_CGROUPS = Path("/sys/fs/cgroup")
+_LIMIT_FILES = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroups v2, and v1
+
+
+class MemoryUse(StrEnum):
+    """What memory is held for."""
+
+    REQUESTS = "requests"
+    """Messages that were received and not yet answered: parsed, or waiting."""
+    REPLIES = "replies"
+    """Replies that were promised or made, and have not left."""
+    BINDINGS = "bindings"
+    """Handles of packed streams."""
+    SNAPSHOTS = "snapshots"
+    """Snapshots that are being sent or received."""
+    ENDED = "ended_sequences"
+    """Last replies of sequences, for retries."""
+    REPLAY = "replay"
+    """Replies with many rows, for retries."""
+
+
+class MemoryBudget:
+    """The bytes that all peers together may make a server hold.
+
+    Args:
+        limit: most bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self.limit = limit
+        self.used = 0
+        """Bytes reserved now."""
+        self.by_use: dict[str, int] = dict.fromkeys(MemoryUse, 0)
+        """Bytes reserved now, by what they are for."""
+        self.waiting: deque[asyncio.Future[None]] = deque()
+        """Those who wait until something is released."""
+
+
+class MemoryAccount:
+    """What one peer makes a server hold.
+
+    Args:
+        budget: of the server.
+    """
+
+    __slots__ = ("_budget", "held")
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
+        self.held = 0
+        """Bytes reserved now."""
+
+    def fits(self, size: int) -> bool:
+        """Whether so many bytes more could be reserved now."""
+        budget = self._budget
+        return self.held + size <= budget.limit - budget.used
+
+    def reserve(self, use: MemoryUse, size: int) -> None:
+        """Reserves bytes.
+
+        Raises:
+            MemoryLimit: the peer would hold more than would be free; nothing was reserved.
+        """
+        budget = self._budget
+        if self.held + size > budget.limit - budget.used:
+            raise MemoryLimit(size, self.held, budget.limit - budget.used, budget.limit)
+        self.held += size
+        budget.used += size
+        budget.by_use[use] += size
+
+    def release(self, use: MemoryUse, size: int) -> None:
+        """Releases bytes that were reserved."""
+        budget = self._budget
+        self.held -= size
+        budget.used -= size
+        budget.by_use[use] -= size
+        if budget.waiting:
+            _wake(budget.waiting)
+
+    @contextmanager
+    def reserved(self, use: MemoryUse, size: int) -> Iterator[None]:
+        """Reserves bytes for the block.
+
+        Raises:
+            MemoryLimit: as `reserve`.
+        """
+        self.reserve(use, size)
+        try:
+            yield
+        finally:
+            self.release(use, size)
+
+    async def wait_for(self, size: int) -> None:
+        """Waits until so many bytes could be reserved; it reserves nothing."""
+        waiting = self._budget.waiting
+        while not self.fits(size):
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            waiting.append(future)
+            await future
+
+
+def limit_bytes(setting: str) -> int:
+    """The bytes of a limit such as "2GiB", or "25%" of the memory that this process may use."""
+    if setting.endswith("%"):
+        share = float(setting[:-1]) / 100
+        return max(SMALLEST_LIMIT, int(share * min(_machine_bytes(), _container_bytes())))
+    return int(TypeAdapter(ByteSize).validate_python(setting))
+
+
+def _machine_bytes() -> int:
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _container_bytes() -> float:
+    """The limit of the cgroup that this process sees as the root one; infinite if it has none."""
+    for name in _LIMIT_FILES:
+        try:
+            return int((_CGROUPS / name).read_text())
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return float("inf")
+
+
+def _wake(waiting: deque[asyncio.Future[None]]) -> None:
+    """Wakes all that wait: each looks again whether its bytes fit now."""
+    while waiting:
+        future = waiting.popleft()
+        if not future.done():
+            future.set_result(None)

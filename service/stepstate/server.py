@@ -39,8 +39,10 @@ from stepstate.transport import (
     Backend,
     PeerTable,
     RpcInterceptor,
+    SnapshotKeys,
     StepstateServicer,
     add_reflection,
+    read_keys,
 )
 from stepstate.uptime import HEARTBEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
@@ -59,6 +61,8 @@ LAST_CALLS_SECONDS = 0.5
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
 
+LAG_SECONDS = 0.05
+"""Between two measurements of how late the event loop is."""
 STORE_CHECK_SECONDS = 1.0
 """Between two checks of the store; the next one waits for the answer to the last."""
 TICK_SECONDS = 1.0
@@ -93,7 +97,9 @@ class ServerState(enum.Enum):
 class Server:
     """A server and its life: `start`, then `drain` (or `stop`)."""
 
-    def __init__(self, config: ServerConfig, catalog: Catalog, store: SessionStore) -> None:
+    def __init__(
+        self, config: ServerConfig, catalog: Catalog, *, store: SessionStore, keys: SnapshotKeys
+    ) -> None:
         use_one_thread()
         self.state = ServerState.STARTING
         self.address = ""
@@ -128,7 +134,7 @@ class Server:
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
         backend = Backend(self.sessions, self._metrics)
-        self._servicer = StepstateServicer(backend)
+        self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
         interceptor = RpcInterceptor(self._metrics, PeerTable(self.memory))
@@ -158,7 +164,13 @@ class Server:
         self.metrics_address = self._listen_metrics()
         self.address = self._listen_grpc()
         await self._grpc.start()
-        loops = (self._sweep, self._watch_store, self._tick, self._heartbeat)
+        loops = (
+            self._sweep,
+            self._watch_store,
+            self._tick,
+            self._heartbeat,
+            self._measure_lag,
+        )
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
         if self._store.durable:
             saving = self.sessions.writer.run(self._config.snapshot_interval)
@@ -322,6 +334,12 @@ class Server:
             await self._report_store_health()
             await asyncio.sleep(TICK_SECONDS)
 
+    async def _measure_lag(self) -> None:
+        while True:
+            due = time.perf_counter() + LAG_SECONDS
+            await asyncio.sleep(LAG_SECONDS)
+            self._metrics.loop_lag.observe(max(0.0, time.perf_counter() - due))
+
     async def _heartbeat(self) -> None:
         while True:
             await asyncio.sleep(HEARTBEAT_SECONDS)
@@ -347,6 +365,7 @@ async def build_server(config: ServerConfig) -> Server:
     Raises:
         ModelInvalid: there is no model to serve, or one can't be served.
         DeviceUnavailable: the device is not here.
+        SnapshotKeyInvalid: the keys of snapshots can't be read.
         StoreOpenError: the store is not to be had.
     """
     if config.device != "cpu":
@@ -354,7 +373,8 @@ async def build_server(config: ServerConfig) -> Server:
     catalog = load_catalog(config.models, skip_invalid=config.skip_invalid_models)
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
-    return Server(config, catalog, await _store(config))
+    keys = read_keys(config.snapshot_key)
+    return Server(config, catalog, store=await _store(config), keys=keys)
 
 
 @asynccontextmanager

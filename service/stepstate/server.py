@@ -111,7 +111,8 @@ class Server:
         self._max_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry()
         self._metrics = Metrics()
-        self._memory = MemoryBudget(limit_bytes(config.memory_limit))
+        self.memory = MemoryBudget(limit_bytes(config.memory_limit))
+        """What clients make it hold."""
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
             MetricsCollector(
@@ -124,9 +125,9 @@ class Server:
                     "queue_requests": config.queue_requests,
                     "queue_rows": config.queue_rows,
                     "replay_bytes": config.replay_bytes,
-                    "memory_bytes": self._memory.limit,
+                    "memory_bytes": self.memory.limit,
                 },
-                memory=self._memory,
+                memory=self.memory,
                 skipped_models=len(catalog.skipped),
             )
         )
@@ -136,7 +137,7 @@ class Server:
         self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, PeerTable(self._memory))
+        interceptor = RpcInterceptor(self._metrics, PeerTable(self.memory))
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
@@ -255,7 +256,7 @@ class Server:
                 ),
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
-                replay_memory=MemoryAccount(self._memory),
+                replay_memory=MemoryAccount(self.memory),
                 backlog_rows=config.backlog_rows,
             ),
             limits=Limits(

@@ -35,7 +35,6 @@ CODES = {
     errors.SnapshotModelMismatch: StatusCode.FAILED_PRECONDITION,
     errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
-    errors.SnapshotUntrusted: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotTooLarge: StatusCode.FAILED_PRECONDITION,
     errors.SessionUnreadable: StatusCode.DATA_LOSS,
     errors.StoreUnavailable: StatusCode.UNAVAILABLE,
@@ -54,7 +53,6 @@ NEVER_SENT = {
     errors.ModelInvalid,
     errors.DeviceUnavailable,
     errors.StoreOpenError,
-    errors.SnapshotKeyInvalid,
     errors.ListenError,
 }
 
@@ -88,11 +86,7 @@ def test_an_error_has_the_details_of_the_design(cls):
     wanted = {ErrorInfo}
     if issubclass(cls, errors.InvalidRequest):
         wanted.add(BadRequest)
-    if cls in (
-        errors.SnapshotModelMismatch,
-        errors.SnapshotUntrusted,
-        errors.ForecastImpossible,
-    ):
+    if cls in (errors.SnapshotModelMismatch, errors.ForecastImpossible):
         wanted.add(PreconditionFailure)
     if cls in (errors.SessionLimit, errors.MemoryLimit):
         wanted.add(QuotaFailure)

@@ -39,8 +39,10 @@ from stepstate.transport import (
     Backend,
     PeerTable,
     RpcInterceptor,
+    SnapshotKeys,
     StepstateServicer,
     add_reflection,
+    read_keys,
 )
 from stepstate.uptime import HEARTBEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
@@ -100,7 +102,9 @@ class ServerState(enum.Enum):
 class Server:
     """A server and its life: `start`, then `drain` (or `stop`)."""
 
-    def __init__(self, config: ServerConfig, catalog: Catalog, store: SessionStore) -> None:
+    def __init__(
+        self, config: ServerConfig, catalog: Catalog, *, store: SessionStore, keys: SnapshotKeys
+    ) -> None:
         use_one_thread()
         self.state = ServerState.STARTING
         self.address = ""
@@ -112,7 +116,8 @@ class Server:
         self._max_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry()
         self._metrics = Metrics()
-        self._memory = MemoryBudget(limit_bytes(config.memory_limit))
+        self.memory = MemoryBudget(limit_bytes(config.memory_limit))
+        """What clients make it hold."""
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
             MetricsCollector(
@@ -125,19 +130,19 @@ class Server:
                     "queue_requests": config.queue_requests,
                     "queue_rows": config.queue_rows,
                     "replay_bytes": config.replay_bytes,
-                    "memory_bytes": self._memory.limit,
+                    "memory_bytes": self.memory.limit,
                 },
-                memory=self._memory,
+                memory=self.memory,
                 skipped_models=len(catalog.skipped),
             )
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
         backend = Backend(self.sessions, self._metrics)
-        self._servicer = StepstateServicer(backend)
+        self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, PeerTable(self._memory))
+        interceptor = RpcInterceptor(self._metrics, PeerTable(self.memory))
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
@@ -256,7 +261,7 @@ class Server:
                 ),
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
-                replay_memory=MemoryAccount(self._memory),
+                replay_memory=MemoryAccount(self.memory),
                 backlog_rows=config.backlog_rows,
             ),
             limits=Limits(
@@ -365,6 +370,7 @@ async def build_server(config: ServerConfig) -> Server:
     Raises:
         ModelInvalid: there is no model to serve, or one can't be served.
         DeviceUnavailable: the device is not here.
+        SnapshotKeyInvalid: the keys of snapshots can't be read.
         StoreOpenError: the store is not to be had.
     """
     if config.device != "cpu":
@@ -372,7 +378,8 @@ async def build_server(config: ServerConfig) -> Server:
     catalog = load_catalog(config.models, skip_invalid=config.skip_invalid_models)
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
-    return Server(config, catalog, await _store(config))
+    keys = read_keys(config.snapshot_key)
+    return Server(config, catalog, store=await _store(config), keys=keys)
 
 
 @asynccontextmanager

@@ -19,7 +19,8 @@ from stepstate.models import EPOCH, Manifest, Model
 from stepstate.sessions import OpenOptions, ReplyTo, ResidentSession, Step, check_id
 from stepstate.stores import MissingPolicy
 from stepstate.transport.convert import REPLY_BYTES
-from stepstate.transport.steps import make_step, non_finite
+from stepstate.transport.interceptor import SENT
+from stepstate.transport.steps import STEP_BYTES, make_step, non_finite
 from stepstate.transport.triton.lengths import MAX_TEXT_BYTES, check_lengths
 from stepstate.transport.triton.tensors import (
     InputRows,
@@ -111,7 +112,7 @@ class InferCall:
             raise InvalidField("step_t", f"is {t}, but a sequence starts at 0")
         _flag(parameters, ASKS_FOR_FINAL)
         call = cls(head, session_id, start, end, t, _read(request, start=start))
-        if request.ByteSize() - call.held_bytes > MAX_TEXT_BYTES:  # else no field can be longer
+        if request.ByteSize() - call._value_bytes > MAX_TEXT_BYTES:  # else no field can be longer
             check_lengths(request)
         return call
 
@@ -134,6 +135,10 @@ class InferCall:
     @property
     def held_bytes(self) -> int:
         """About what it takes while it waits."""
+        return STEP_BYTES + self._value_bytes
+
+    @property
+    def _value_bytes(self) -> int:
         return len(self._body.tensor.data) if isinstance(self._body, InferBody) else 0
 
     @property
@@ -209,7 +214,7 @@ class InferCall:
             reply_to=reply_to,
             inspect=self._inspect,
         )
-        step.reply_bytes = max(step.reply_bytes, reply_bytes)
+        step.held_bytes = max(step.held_bytes, SENT * reply_bytes)
         return step
 
     def opening(self, model: Model, now: float) -> OpenOptions:

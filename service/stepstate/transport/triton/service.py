@@ -20,6 +20,7 @@ from stepstate.errors import InvalidField, ModelUnknown
 from stepstate.models import Model
 from stepstate.transport.bidi import Backend, StreamRegistry
 from stepstate.transport.convert import REPLY_BYTES
+from stepstate.transport.interceptor import MessageChannel
 from stepstate.transport.parts import parser
 from stepstate.transport.triton import metadata
 from stepstate.transport.triton.call import InferCall, RequestHead
@@ -121,8 +122,8 @@ class TritonService:
         async with self._sessions.hold(infer.session_id) as hold:
             return await self.sequences.apply(infer, hold)
 
-    async def ModelStreamInfer(self, _requests: object, context: Context) -> None:
-        await self._streams.serve(InferStream(self._backend, context, self.sequences))
+    async def ModelStreamInfer(self, messages: MessageChannel, context: Context) -> None:
+        await self._streams.serve(InferStream(self._backend, messages, self.sequences))
 
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context

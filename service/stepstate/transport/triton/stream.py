@@ -12,9 +12,11 @@ import secrets
 
 from tritonclient.grpc import service_pb2 as pb
 
-from stepstate.errors import Internal, NotFound, QueueFull, StepstateError
+from stepstate.budget import MemoryUse
+from stepstate.errors import Internal, MemoryLimit, NotFound, QueueFull, StepstateError
 from stepstate.sessions import Hold, ResidentSession, Step
-from stepstate.transport.bidi import Backend, BidiStream, MessageChannel
+from stepstate.transport.bidi import Backend, BidiStream
+from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.triton.call import FINAL, InferCall, RequestHead
 from stepstate.transport.triton.sequences import MAX_WAIT_SECONDS, SequenceService, not_started
 
@@ -61,6 +63,8 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
             self._accept(infer, session)
         except QueueFull:
             return False
+        except MemoryLimit:
+            raise
         except StepstateError as error:
             self._reject(infer, error)
         return True
@@ -74,26 +78,32 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
         self._reject(waiting, error)
 
     def _begin(self, infer: InferCall) -> None:
-        """Queues a request that starts or ends its sequence."""
+        """Queues a request that starts or ends its sequence.
+
+        Raises:
+            MemoryLimit.
+        """
+        size = infer.held_bytes
+        self._reserve(MemoryUse.REQUESTS, size)
         try:
             hold = self._sessions.hold(infer.session_id)
         except StepstateError as error:
+            self._release(MemoryUse.REQUESTS, size)
             self._reject(infer, error)
             return
-        size = infer.held_bytes
-        self._hold(size)
 
         def left(_: object) -> None:  # also if it never started
             hold.release()
-            self._hold(-size)
+            self._release(MemoryUse.REQUESTS, size)
 
         self._start(self._apply(infer, hold)).add_done_callback(left)
 
     async def _apply(self, infer: InferCall, hold: Hold) -> None:
         async with hold:
             try:
-                reply = await self._sequences.apply(infer, hold)
-                self._reply(pb.ModelStreamInferResponse(infer_response=reply))
+                response = await self._sequences.apply(infer, hold)
+                reply = pb.ModelStreamInferResponse(infer_response=response)
+                self._reply(reply, SENT * reply.ByteSize())
             except StepstateError as error:
                 # Its traceback leads back here: a reference cycle would keep the request.
                 self._reject(infer, error.with_traceback(None))
@@ -115,7 +125,7 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
         return response
 
     def _reject(self, infer: InferCall, error: StepstateError) -> None:
-        if not self._sessions.refuse(infer.session_id, error, _StreamReply(self, infer)):
+        if not self._refuse_in_order(infer.session_id, error, _StreamReply(self, infer)):
             self._reply(self._error(infer.head, error))
 
     def _error(self, head: RequestHead, error: StepstateError) -> pb.ModelStreamInferResponse:

@@ -34,6 +34,8 @@ _LIMIT_FILES = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroups v2, 
 class MemoryUse(StrEnum):
     """What memory is held for."""
 
+    CALLS = "calls"
+    """What is kept of each open call, beside its messages."""
     REQUESTS = "requests"
     """Messages that were received and not yet answered: parsed, or waiting."""
     REPLIES = "replies"

@@ -37,6 +37,7 @@ from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store
 from stepstate.transport import (
     Backend,
+    CallAdmission,
     PeerTable,
     RpcInterceptor,
     StepstateServicer,
@@ -124,11 +125,13 @@ class Server:
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        backend = Backend(self.sessions, self._metrics)
+        peers = PeerTable(self._memory, config.trusted_networks)
+        admission = CallAdmission(peers, self._metrics)
+        backend = Backend(self.sessions, self._metrics, admission)
         self._servicer = StepstateServicer(backend)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, PeerTable(self._memory))
+        interceptor = RpcInterceptor(self._metrics, admission)
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())

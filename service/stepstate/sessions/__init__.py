@@ -14,6 +14,7 @@ from stepstate.sessions.service import SessionService
 from stepstate.sessions.status import SessionStatus, SessionSummary
 from stepstate.sessions.table import Table
 from stepstate.sessions.types import (
+    Origin,
     PackedReplyTo,
     PackedStep,
     ReplyTo,
@@ -34,6 +35,7 @@ __all__ = [
     "Hold",
     "Limits",
     "OpenOptions",
+    "Origin",
     "OutputTrajectory",
     "PackedReplyTo",
     "PackedStep",

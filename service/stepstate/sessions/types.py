@@ -28,12 +28,29 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class Origin:
+    """Where requests come from: queues share their room between origins, and serve them in turn."""
+
+    __slots__ = ("queued_requests", "queued_rows")
+
+    def __init__(self) -> None:
+        self.queued_requests = 0
+        """Accepted requests of it without an outcome."""
+        self.queued_rows = 0
+        """Rows of these."""
+
+
 class ReplyTo(Protocol):
     """Where a step's outcome goes: a waiting call or a stream."""
 
     @property
     def cancelled(self) -> bool:
         """Nobody waits any more."""
+        ...
+
+    @property
+    def origin(self) -> Origin:
+        """Whose steps these are."""
         ...
 
     def deliver(self, step: Step) -> None:
@@ -47,6 +64,11 @@ class PackedReplyTo(Protocol):
     @property
     def cancelled(self) -> bool:
         """Nobody waits any more."""
+        ...
+
+    @property
+    def origin(self) -> Origin:
+        """Whose rows these are."""
         ...
 
     def deliver_pack(self, pack: PackedStep) -> None:

@@ -25,7 +25,9 @@ import grpc
 from stepstate.errors import Draining, QueueFull, StepstateError
 from stepstate.metrics import Metrics
 from stepstate.sessions import ResidentSession, SessionService, Step
+from stepstate.transport.admission import CallAdmission
 from stepstate.transport.interceptor import DecodeFailure
+from stepstate.transport.peers import current_peer
 
 log = logging.getLogger(__name__)
 
@@ -73,6 +75,7 @@ class Backend:
 
     sessions: SessionService
     metrics: Metrics
+    admission: CallAdmission
     replies: ReplyBudget = field(default_factory=ReplyBudget)
 
 
@@ -119,6 +122,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self, backend: Backend, messages: MessageChannel, *, patience_seconds: float = 0.0
     ) -> None:
         self.cancelled = False
+        self.origin = current_peer.get().origin
         self.refusals: Counter[str] = Counter()
         """Refused requests, by reason."""
         self._sessions = backend.sessions

@@ -23,7 +23,8 @@ from grpc._cython.cygrpc import ExecuteBatchError
 
 from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.metrics import Metrics, RpcMetrics
-from stepstate.transport.peers import PeerTable, current_peer
+from stepstate.transport.admission import KINDS, LONG, CallAdmission, CallKind
+from stepstate.transport.peers import current_peer
 from stepstate.transport.status import DETAILS_KEY, code_of, status_of
 
 log = logging.getLogger(__name__)
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
     Handler = grpc.RpcMethodHandler[Any, Any]
 
-_KINDS = {
+_GRPC_TYPES = {
     (False, False): "unary",
     (True, False): "client_stream",
     (False, True): "server_stream",
@@ -69,19 +70,19 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         metrics: counts the RPCs.
-        peers: knows who calls.
+        admission: counts the calls of each peer, and lets long ones wait.
     """
 
-    def __init__(self, metrics: Metrics, peers: PeerTable) -> None:
+    def __init__(self, metrics: Metrics, admission: CallAdmission) -> None:
         self._metrics = metrics
-        self._peers = peers
+        self._admission = admission
         self._wrapped: dict[str, Handler | None] = {}
 
     def expect(self, methods: Iterable[MethodDescriptor]) -> None:
         """Makes the metrics of RPCs before any is called."""
         for method in methods:
-            kind = _KINDS[method.client_streaming, method.server_streaming]
-            self._metrics.rpc(kind, method.containing_service.full_name, method.name)
+            grpc_type = _GRPC_TYPES[method.client_streaming, method.server_streaming]
+            self._metrics.rpc(grpc_type, method.containing_service.full_name, method.name)
 
     async def intercept_service(
         self,
@@ -100,8 +101,9 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     def _wrap(self, path: str, handler: Handler) -> Handler:
         _, service, method = path.split("/")
-        kind = _KINDS[handler.request_streaming, handler.response_streaming]
-        rpc = _Rpc(path, self._metrics, self._metrics.rpc(kind, service, method), self._peers)
+        grpc_type = _GRPC_TYPES[handler.request_streaming, handler.response_streaming]
+        counts = self._metrics.rpc(grpc_type, service, method)
+        rpc = _Rpc(path, KINDS[method], self._metrics, counts, admission=self._admission)
         # A handler of one request is one of a stream to gRPC: it would read the request before it
         # says whose it is.
         one, many = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
@@ -125,11 +127,20 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 class _Rpc:
     """Wraps the handler of one RPC."""
 
-    def __init__(self, path: str, metrics: Metrics, counts: RpcMetrics, peers: PeerTable) -> None:
+    def __init__(
+        self,
+        path: str,
+        kind: CallKind,
+        metrics: Metrics,
+        counts: RpcMetrics,
+        *,
+        admission: CallAdmission,
+    ) -> None:
         self._path = path
+        self._kind = kind
         self._metrics = metrics
         self._counts = counts
-        self._peers = peers
+        self._admission = admission
 
     def returning(
         self,
@@ -137,6 +148,8 @@ class _Rpc:
         read: Callable[[Any, Context], Awaitable[Any]],
     ) -> Callable[..., Any]:
         """Serves handlers that return their one response; `read` gives them their requests."""
+        if self._kind is LONG:
+            behavior = self._admission.in_turn(behavior)
 
         async def watched(requests: Any, context: Context) -> Any:
             async with self._watch(context):
@@ -193,10 +206,10 @@ class _Rpc:
     @asynccontextmanager
     async def _watch(self, context: Context) -> AsyncIterator[None]:
         self._counts.started += 1
-        current_peer.set(self._peers.join(context))
         started = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
+            current_peer.set(self._admission.begin(context, self._kind))
             yield
         except (asyncio.CancelledError, ExecuteBatchError):  # a write to a client that is gone
             code = grpc.StatusCode.CANCELLED

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.errors import StepstateError
-from stepstate.sessions import PackedStep, ResidentSession, Step
+from stepstate.sessions import Origin, PackedStep, ResidentSession, Step
 from stepstate.transport.bidi import Backend, BidiStream, MessageChannel
 from stepstate.transport.packed_request import HandleTable, PackedRequest, reply_bytes
 from stepstate.transport.status import status_of
@@ -88,7 +88,7 @@ class PackedStream(
         message.reply_bytes = reply_bytes(len(message), self._widest)
         self._reserve(message.reply_bytes)
         try:
-            self._sessions.accept(len(message), len(message))
+            self._sessions.accept(len(message), len(message), origin=self.origin)
         except StepstateError:
             self._release(message.reply_bytes)
             raise
@@ -157,7 +157,7 @@ class PackedStream(
 
     def _settle(self, rows: int) -> None:
         """Accepted rows are not submitted after all."""
-        self._sessions.settled(rows, rows)
+        self._sessions.settled(rows, rows, origin=self.origin)
 
     def _encode_failure(self, error: StepstateError) -> pb.StreamPackedResponse:
         return self._error(0, error)
@@ -184,6 +184,11 @@ class _PackedRows:
     def cancelled(self) -> bool:
         """See `PackedReplyTo`."""
         return self.stream.cancelled
+
+    @property
+    def origin(self) -> Origin:
+        """See `PackedReplyTo`."""
+        return self.stream.origin
 
     def deliver_pack(self, pack: PackedStep) -> None:
         """See `PackedReplyTo`."""
@@ -212,6 +217,11 @@ class _Row:
     def cancelled(self) -> bool:
         """See `ReplyTo`."""
         return self.stream.cancelled
+
+    @property
+    def origin(self) -> Origin:
+        """See `ReplyTo`."""
+        return self.stream.origin
 
     def deliver(self, step: Step) -> None:
         """See `ReplyTo`."""

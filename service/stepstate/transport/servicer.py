@@ -59,6 +59,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     def __init__(self, backend: Backend) -> None:
         self._backend = backend
         self._sessions = backend.sessions
+        self._models = [encode_model(model) for model in backend.sessions.catalog]
         # Of its own: steps are answered however slowly snapshots are moved.
         self._moving = ReplyBudget("bytes of snapshots that are being sent or received here")
         self._streams = StreamRegistry()
@@ -139,7 +140,8 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
 
     async def StreamExport(self, request: pb.StreamExportRequest, context: Context) -> None:
         session_id = request.session_id
-        snapshot, summary = await self._sessions.export(session_id)
+        async with self._backend.admission.turn():
+            snapshot, summary = await self._sessions.export(session_id)
         size = len(snapshot)
         if size > MAX_SNAPSHOT_BYTES:
             raise SnapshotTooLarge(session_id, size, MAX_SNAPSHOT_BYTES)
@@ -176,7 +178,8 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
                 part = following.data
             if len(data) != size:
                 raise InvalidField("data", f"has {len(data)} bytes in all, and size is {size}")
-            session = await self._sessions.restore(bytes(data), options)
+            async with self._backend.admission.turn():
+                session = await self._sessions.restore(bytes(data), options)
         finally:
             self._moving.release(len(data))
         return pb.StreamImportResponse(session=self._encoded(session))
@@ -206,14 +209,14 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        models = list(self._sessions.catalog)
+        models = self._models
         token = request.page_token or "0"  # the number of models on the pages before
         if not _DIGITS.fullmatch(token) or int(token) > len(models):
             raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
         first = int(token)
         page = ReplyPage[pb.Model]()
         for model in models[first : first + (request.page_size or len(models))]:
-            if not page.take(encode_model(model)):
+            if not page.take(model):
                 break
         after = first + len(page)
         following = str(after) if after < len(models) else ""

@@ -20,6 +20,7 @@ from stepstate.sessions import ID_LENGTH, Hold, ReplyTo, ResidentSession, Step
 from stepstate.stores import MissingPolicy
 from stepstate.transport.bidi import Backend, BidiStream
 from stepstate.transport.convert import REPLY_BYTES
+from stepstate.transport.peers import current_peer
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
@@ -72,6 +73,7 @@ class UnaryReply:
 
     def __init__(self) -> None:
         self.cancelled = False
+        self.origin = current_peer.get().origin
         self.reserved_bytes = 0
         """Of its reply."""
         self.outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()

@@ -13,7 +13,7 @@ import secrets
 from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.errors import Internal, NotFound, QueueFull, StepstateError
-from stepstate.sessions import Hold, ResidentSession, Step
+from stepstate.sessions import Hold, Origin, ResidentSession, Step
 from stepstate.transport.bidi import Backend, BidiStream, MessageChannel
 from stepstate.transport.triton.call import ASKS_FOR_FINAL, FINAL, InferCall
 from stepstate.transport.triton.sequences import MAX_WAIT_SECONDS, SequenceService, not_started
@@ -144,6 +144,11 @@ class _StreamReply:
     def cancelled(self) -> bool:
         """See `ReplyTo`."""
         return self._stream.cancelled
+
+    @property
+    def origin(self) -> Origin:
+        """See `ReplyTo`."""
+        return self._stream.origin
 
     def deliver(self, step: Step) -> None:
         """See `ReplyTo`."""

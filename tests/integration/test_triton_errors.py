@@ -83,6 +83,11 @@ def _malformed() -> dict[str, tuple[pb.ModelInferRequest, str]]:
     bad("start ahead", "starts at 0", sequence_start=True, step_t=4)
     bad("start of no model", "not loaded", sequence_start=True).model_name = "nothing"
     bad("start time", "ISO 8601", sequence_start=True, start_time="tomorrow")
+    for name, time in (
+        ("start before all time", "0001-01-01T00:00:00+14:00"),
+        ("start after all time", "9999-12-31T23:59:59-14:00"),
+    ):
+        bad(name, "years 1 to 9999", sequence_start=True, start_time=time)
     return made
 
 

@@ -176,8 +176,24 @@ class Rig:
             "rows": sessions.queued_rows,
             "slots": self.table.promised,
             "deferred handles": int(self.table.deferred_array.any()),
+            "leaked slots": self._leaked(),
         }
         return {what: count for what, count in counts.items() if count}
+
+    def _leaked(self) -> int:
+        """Slots of all models, and handles, that are neither free nor a session's, or both."""
+        table = self.table
+        taken = [("table", session.handle) for session in table]
+        taken += [("table", handle) for handle in table._free]  # noqa: SLF001 - see above
+        for key, scheduler in self.sessions.schedulers.items():
+            taken += [(key, one.slot) for one in table if one.scheduler is scheduler]
+            taken += [(key, slot) for slot in scheduler.engine._arena._free]  # noqa: SLF001
+        places = {
+            (name, place)
+            for name in ("table", *self.sessions.schedulers)
+            for place in range(table.limit)
+        }
+        return len(taken) - len(set(taken)) + len(places.symmetric_difference(taken))
 
     @property
     def tracker(self) -> Tracker:

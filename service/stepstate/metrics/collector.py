@@ -247,6 +247,9 @@ SERIES = (
     Series("stepstate_sessions", GAUGE, (*MODEL, "residency"), _sessions,
            "Open sessions, by the place of their state: resident (in memory) or spilled (in the "
            "store, or on another server; the count may be some seconds old)."),
+    Series("stepstate_slots_leaked", GAUGE, (), _one(lambda s: s.sessions.leaked_slots),
+           "Slots that are neither free nor a session's, checked every second: 0, or there is a "
+           "fault in the server."),
     Series("stepstate_queue_rows", GAUGE, MODEL, _scheduler(lambda s: s.queued_rows),
            "Rows accepted and not yet answered."),
     Series("stepstate_queue_requests", GAUGE, MODEL, _scheduler(lambda s: s.queued_requests),

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -181,11 +182,15 @@ class StepScheduler:
         """Bytes of cached long replies."""
         return self.window.long_bytes
 
-    def claim(self) -> int:
-        """Takes a slot with zero state and an empty replay window."""
+    @contextmanager
+    def claimed(self) -> Iterator[int]:
+        """A slot with zero state and an empty replay window; given back if the block raises."""
         slot = self.engine.claim()
-        self.window.clear(slot)
-        return slot
+        try:
+            yield slot
+        except BaseException:
+            self.release(slot)
+            raise
 
     def release(self, slot: int) -> None:
         """Gives a slot back."""

@@ -130,6 +130,7 @@ class SessionService:
             admission=self._admission,
         )
         self._forecaster = Forecaster(self._queues, self.table)
+        self._leaked_slots = 0
         # Called for every request: without a frame of this class between.
         self.find = self._queues.find
         self.submit = self._queues.submit
@@ -193,6 +194,11 @@ class SessionService:
     def unreadable_sessions(self) -> int:
         """Sessions in the store that can't be read, as far as they were met."""
         return len(self.survey.unreadable)
+
+    @property
+    def leaked_slots(self) -> int:
+        """Slots that are neither free nor a session's, at the last sweep: 0, but for a fault."""
+        return self._leaked_slots
 
     def default_idle_timeout(self, manifest: Manifest) -> float:
         """Seconds without a step after which a session of a model expires, if it asks for none."""
@@ -441,6 +447,9 @@ class SessionService:
         Raises:
             StoreUnavailable.
         """
+        # Here and not for a scrape, which reads while the loop changes the numbers.
+        claimed = sum(one.engine.used_slots for one in self.schedulers.values())
+        self._leaked_slots = self.table.leaked(claimed)
         ended = 0
         overdue = self.table.overdue(self._clock())
         for first in range(0, len(overdue), _EXPIRED_AT_ONCE):

@@ -62,6 +62,7 @@ NO_SESSIONS = SimpleNamespace(
     undurable_rows=0,
     orphaned_sessions=0,
     unreadable_sessions=0,
+    leaked_slots=0,
     store_up=True,
     store_failures={},
     disk_usage=None,

@@ -237,12 +237,10 @@ def _time(parameters: Parameters) -> datetime | None:
     """The parameter start_time: ISO 8601, UTC where it says no zone."""
     if "start_time" not in parameters:
         return None
-    text = parameters["start_time"].string_param
     try:
-        moment = datetime.fromisoformat(text)
+        return datetime.fromisoformat(parameters["start_time"].string_param)
     except ValueError as error:
         raise InvalidField("start_time", f"is not an ISO 8601 time: {error}") from error
-    return moment if moment.tzinfo else moment.replace(tzinfo=UTC)
 
 
 def _missing(parameters: Parameters) -> MissingPolicy:

@@ -222,7 +222,7 @@ class Rig:
         last_only: bool = False,
         origin: Origin | None = None,
     ) -> Caller:
-        """Submits rows x [T, D] and goes on at once; by default they have an origin of their own."""
+        """Submits rows x [T, D], by default from an origin of their own, and goes on at once."""
         caller = Caller(origin)
         self.sessions.submit(request(session, x, t, caller, inspect=inspect, last_only=last_only))
         return caller

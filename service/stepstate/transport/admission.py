@@ -70,7 +70,6 @@ KINDS = {
     "RepositoryIndex": LONG,
     # Health, reflection
     "Check": SHORT,
-    "List": LONG,
     "Watch": STREAM,
     "ServerReflectionInfo": STREAM,
 }
@@ -98,7 +97,8 @@ class CallAdmission:
         self._peers = peers
         self._metrics = metrics
         self._open = dict.fromkeys(CallKind, 0)
-        self._running = 0
+        self.running = 0
+        """Long calls that have their turn."""
         self._waiting: OrderedDict[Peer, deque[asyncio.Future[None]]] = OrderedDict()
         self._rounds = 0
 
@@ -158,7 +158,7 @@ class CallAdmission:
     async def _wait(self, peer: Peer) -> None:
         future = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(peer, deque()).append(future)
-        self._metrics.calls[LONG, "waiting"] += 1
+        self._count_waiting(1)
         self._start_next()
         try:
             await future
@@ -168,28 +168,30 @@ class CallAdmission:
             else:  # it was cancelled just after it got its turn
                 self._finish(peer)
             raise
-        finally:
-            self._metrics.calls[LONG, "waiting"] -= 1
 
     def _withdraw(self, peer: Peer, future: asyncio.Future[None]) -> None:
         futures = self._waiting.get(peer)
         if futures is not None and future in futures:
             futures.remove(future)
+            self._count_waiting(-1)
             if not futures:
                 del self._waiting[peer]
 
+    def _count_waiting(self, more: int) -> None:
+        self._metrics.calls[LONG, "waiting"] += more
+
     def _may_run(self, peer: Peer) -> bool:
-        return peer.running < MAX_RUNNING - self._running
+        return peer.running < MAX_RUNNING - self.running
 
     def _start(self, peer: Peer) -> None:
         peer.running += 1
-        self._running += 1
+        self.running += 1
         self._rounds = ROUNDS_BETWEEN
         asyncio.get_running_loop().call_soon(self._pass_round)
 
     def _finish(self, peer: Peer) -> None:
         peer.running -= 1
-        self._running -= 1
+        self.running -= 1
         self._start_next()
 
     def _pass_round(self) -> None:
@@ -214,6 +216,7 @@ class CallAdmission:
         """The first of a peer that waits; its next one is behind those of the others."""
         futures = self._waiting.pop(peer)
         future = futures.popleft()
+        self._count_waiting(-1)
         if futures:
             self._waiting[peer] = futures
         return future

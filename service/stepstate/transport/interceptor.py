@@ -153,6 +153,7 @@ class _Rpc:
 
         async def watched(requests: Any, context: Context) -> Any:
             async with self._watch(context):
+                self._admit(context)
                 return await behavior(await read(requests, context), context)
 
         return watched
@@ -165,6 +166,7 @@ class _Rpc:
 
             async def generated(requests: Any, context: Context) -> AsyncIterator[Any]:
                 async with self._watch(context):
+                    self._admit(context)
                     async for response in behavior(await read(requests, context), context):
                         yield response
 
@@ -172,6 +174,7 @@ class _Rpc:
 
         async def watched(requests: Any, context: Context) -> None:
             async with self._watch(context):
+                self._admit(context)
                 await behavior(await read(requests, context), context)
 
         return watched
@@ -203,13 +206,20 @@ class _Rpc:
 
         return encoded
 
+    def _admit(self, context: Context) -> None:
+        """Begins the call, before its request is read.
+
+        Raises:
+            TooManyCalls, MemoryLimit.
+        """
+        current_peer.set(self._admission.begin(context, self._kind))
+
     @asynccontextmanager
     async def _watch(self, context: Context) -> AsyncIterator[None]:
         self._counts.started += 1
         started = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
-            current_peer.set(self._admission.begin(context, self._kind))
             yield
         except (asyncio.CancelledError, ExecuteBatchError):  # a write to a client that is gone
             code = grpc.StatusCode.CANCELLED

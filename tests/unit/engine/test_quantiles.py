@@ -74,10 +74,8 @@ async def test_y_rises_by_every_way(rig):
         again = await rig.step(stepped, row, place)
         assert np.abs(outputs(step)[0] - y[place]).max() < CLOSE
         assert (again.replayed, again.y) == (True, step.y)
-        assert (
-            np.abs((await rig.send_pack([packed], row[None]).outcome()).y[0] - y[place]).max()
-            < CLOSE
-        )
+        pack = await rig.send_pack([packed], row[None]).outcome()
+        assert np.abs(pack.y[0] - y[place]).max() < CLOSE
     assert np.abs(await rig.y(primed, x[:8]) - y[:8]).max() < CLOSE
     assert np.abs(await rig.y(primed, x[8:], inspect=True) - y[8:]).max() < CLOSE
     for session in (stepped, primed, packed):

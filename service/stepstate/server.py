@@ -20,7 +20,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from stepstate.budget import MemoryBudget, limit_bytes
+from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
     EngineSettings,
@@ -245,6 +245,7 @@ class Server:
                 ),
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
+                replay_memory=MemoryAccount(self._memory),
                 backlog_rows=config.backlog_rows,
             ),
             limits=Limits(

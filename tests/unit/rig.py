@@ -16,12 +16,12 @@ from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions import (
     Limits,
     OpenOptions,
-    Origin,
     PackedStep,
     ResidentSession,
     RowBatch,
     SchedulerSettings,
     SessionService,
+    Source,
     Step,
 )
 from stepstate.stores import Durability, MemoryStore, MissingPolicy, SessionStore, StoredSession
@@ -50,9 +50,9 @@ class Clock:
 class Caller:
     """A `ReplyTo`: keeps the one outcome it was given."""
 
-    def __init__(self, origin: Origin | None = None) -> None:
+    def __init__(self, source: Source | None = None) -> None:
         self.cancelled = False
-        self.origin = origin or Origin()
+        self.source = source or Source()
         self.deliveries = 0
         self._outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
 
@@ -81,9 +81,9 @@ class Caller:
 class PackedCaller:
     """A `PackedReplyTo`: keeps the one outcome it was given."""
 
-    def __init__(self, origin: Origin | None = None) -> None:
+    def __init__(self, source: Source | None = None) -> None:
         self.cancelled = False
-        self.origin = origin or Origin()
+        self.source = source or Source()
         self._outcome: asyncio.Future[PackedStep] = asyncio.get_running_loop().create_future()
 
     def deliver_pack(self, pack: PackedStep) -> None:
@@ -221,21 +221,21 @@ class Rig:
         *,
         inspect: bool = False,
         last_only: bool = False,
-        origin: Origin | None = None,
+        source: Source | None = None,
     ) -> Caller:
-        """Submits rows x [T, D], by default from an origin of their own, and goes on at once."""
-        caller = Caller(origin)
+        """Submits rows x [T, D], by default from a source of their own, and goes on at once."""
+        caller = Caller(source)
         self.sessions.submit(request(session, x, t, caller, inspect=inspect, last_only=last_only))
         return caller
 
     def send_pack(
-        self, sessions: Sequence[ResidentSession], x: np.ndarray, origin: Origin | None = None
+        self, sessions: Sequence[ResidentSession], x: np.ndarray, source: Source | None = None
     ) -> PackedCaller:
         """Submits a row of each session, x [N, D], which all must take the fast path."""
-        caller = PackedCaller(origin)
+        caller = PackedCaller(source)
         handles = np.array([session.handle for session in sessions])
         batch = RowBatch(handles, self.table.generation_array[handles], None, x)
-        self.sessions.accept(len(x), len(x), origin=caller.origin)
+        self.sessions.accept(len(x), len(x), source=caller.source)
         assert self.scheduler.submit_pack(batch, caller).all()
         return caller
 

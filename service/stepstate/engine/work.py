@@ -30,8 +30,8 @@ class Caller(Protocol):
         ...
 
     @property
-    def origin(self) -> Hashable:
-        """Whose work it is: origins take turns."""
+    def source(self) -> Hashable:
+        """Whose work it is: sources take turns."""
         ...
 
 

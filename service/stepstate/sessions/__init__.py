@@ -14,7 +14,6 @@ from stepstate.sessions.service import SessionService
 from stepstate.sessions.status import SessionStatus, SessionSummary
 from stepstate.sessions.table import Table
 from stepstate.sessions.types import (
-    Origin,
     PackedReplyTo,
     PackedStep,
     ReplyTo,
@@ -24,6 +23,7 @@ from stepstate.sessions.types import (
     SessionObserver,
     SessionRef,
     SessionState,
+    Source,
     Step,
     StepObserver,
 )
@@ -35,7 +35,6 @@ __all__ = [
     "Hold",
     "Limits",
     "OpenOptions",
-    "Origin",
     "OutputTrajectory",
     "PackedReplyTo",
     "PackedStep",
@@ -52,6 +51,7 @@ __all__ = [
     "SessionState",
     "SessionStatus",
     "SessionSummary",
+    "Source",
     "Step",
     "StepObserver",
     "StepScheduler",

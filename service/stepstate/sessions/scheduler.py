@@ -40,12 +40,12 @@ from stepstate.sessions.context import Limits, SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.types import (
-    Origin,
     PackedReplyTo,
     PackedStep,
     ResidentSession,
     RowBatch,
     SessionBarrier,
+    Source,
     Step,
     unexpected,
 )
@@ -56,7 +56,7 @@ _WAITING = "waiting on this server, of which a client may have as many as are fr
 class Admission:
     """Counts accepted requests until they have their outcome, and refuses more than the limits.
 
-    An origin may have as many waiting as are free, so that a few greedy ones leave room for others
+    A source may have as many waiting as are free, so that a few greedy ones leave room for others
     (see `stepstate.budget`).
     """
 
@@ -64,7 +64,7 @@ class Admission:
         self.draining = False
         self.queued_requests = 0
         self.queued_rows = 0
-        self.own = Origin()
+        self.own = Source()
         """Of barriers, which are never refused."""
         self._max_requests = limits.queued_requests
         self._max_rows = limits.queued_rows
@@ -79,34 +79,34 @@ class Admission:
         if self.draining:
             raise Draining
 
-    def accept(self, requests: int, rows: int, *, origin: Origin) -> None:
-        """Accepts requests of an origin; `settled` is called for each.
+    def accept(self, requests: int, rows: int, *, source: Source) -> None:
+        """Accepts requests of a source; `settled` is called for each.
 
         Raises:
             Draining, QueueFull: nothing was accepted.
         """
         if self.draining:
             raise Draining
-        if origin.queued_requests >= self._max_requests - self.queued_requests:
+        if source.queued_requests >= self._max_requests - self.queued_requests:
             raise QueueFull(f"requests {_WAITING}", self._max_requests)
         queued = self.queued_rows
-        if queued and origin.queued_rows + rows > self._max_rows - queued:
+        if queued and source.queued_rows + rows > self._max_rows - queued:
             raise QueueFull(f"rows {_WAITING}", self._max_rows)
         self.queued_rows = queued + rows
-        origin.queued_rows += rows
-        self.count(requests, origin=origin)
+        source.queued_rows += rows
+        self.count(requests, source=source)
 
-    def count(self, requests: int, *, origin: Origin) -> None:
+    def count(self, requests: int, *, source: Source) -> None:
         """Counts requests without rows that only wait for their turn; they are never refused."""
         self.queued_requests += requests
-        origin.queued_requests += requests
+        source.queued_requests += requests
 
-    def settled(self, requests: int, rows: int, *, origin: Origin) -> None:
+    def settled(self, requests: int, rows: int, *, source: Source) -> None:
         """Accepted requests have their outcome; called before it is delivered."""
         self.queued_requests -= requests
         self.queued_rows -= rows
-        origin.queued_requests -= requests
-        origin.queued_rows -= rows
+        source.queued_requests -= requests
+        source.queued_rows -= rows
         if self.draining and not self.queued_requests:
             self._all_settled.set()
 
@@ -238,7 +238,7 @@ class StepScheduler:
             barrier.reach()
             return
         self.queued_requests += 1
-        self._admission.count(1, origin=self._admission.own)
+        self._admission.count(1, source=self._admission.own)
         self._enqueue(session, barrier)
 
     def _enqueue(self, session: ResidentSession, waiting: Step | SessionBarrier[Any]) -> None:
@@ -477,7 +477,7 @@ class StepScheduler:
         """Delivers an outcome."""
         self.queued_rows -= step.rows
         self.queued_requests -= 1
-        self._settled(1, step.rows, origin=step.reply_to.origin)
+        self._settled(1, step.rows, source=step.reply_to.source)
         step.reply_to.deliver(step)
 
     def _finish_pack(self, pack: PackedStep) -> None:
@@ -491,7 +491,7 @@ class StepScheduler:
                 pack.errors.append((row, session.lost))
         self.queued_rows -= len(pack)
         self.queued_requests -= len(pack)
-        self._settled(len(pack), len(pack), origin=pack.reply_to.origin)
+        self._settled(len(pack), len(pack), source=pack.reply_to.source)
         for handle in handles[table.awaited_array[handles]].tolist():
             session = table.at(handle)
             if session is not None:
@@ -519,7 +519,7 @@ class StepScheduler:
 
     def _reach(self, session: ResidentSession, barrier: SessionBarrier[Any]) -> None:
         self.queued_requests -= 1
-        self._settled(1, 0, origin=self._admission.own)
+        self._settled(1, 0, source=self._admission.own)
         if session.lost is not None:
             barrier.fail(session.lost)
         else:

@@ -28,16 +28,14 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class Origin:
-    """Where requests come from: queues share their room between origins, and serve them in turn."""
+@dataclass(slots=True, eq=False)
+class Source:
+    """Where requests come from: queues share their room between sources, and serve them in turn."""
 
-    __slots__ = ("queued_requests", "queued_rows")
-
-    def __init__(self) -> None:
-        self.queued_requests = 0
-        """Accepted requests of it without an outcome."""
-        self.queued_rows = 0
-        """Rows of these."""
+    queued_requests: int = 0
+    """Accepted requests of it without an outcome."""
+    queued_rows: int = 0
+    """Rows of these."""
 
 
 class ReplyTo(Protocol):
@@ -49,7 +47,7 @@ class ReplyTo(Protocol):
         ...
 
     @property
-    def origin(self) -> Origin:
+    def source(self) -> Source:
         """Whose steps these are."""
         ...
 
@@ -67,7 +65,7 @@ class PackedReplyTo(Protocol):
         ...
 
     @property
-    def origin(self) -> Origin:
+    def source(self) -> Source:
         """Whose rows these are."""
         ...
 

@@ -122,7 +122,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self, backend: Backend, messages: MessageChannel, *, patience_seconds: float = 0.0
     ) -> None:
         self.cancelled = False
-        self.origin = current_peer.get().origin
+        self.source = current_peer.get().source
         self.refusals: Counter[str] = Counter()
         """Refused requests, by reason."""
         self._sessions = backend.sessions

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.errors import StepstateError
-from stepstate.sessions import Origin, PackedStep, ResidentSession, Step
+from stepstate.sessions import PackedStep, ResidentSession, Source, Step
 from stepstate.transport.bidi import Backend, BidiStream, MessageChannel
 from stepstate.transport.packed_request import HandleTable, PackedRequest, reply_bytes
 from stepstate.transport.status import status_of
@@ -88,7 +88,7 @@ class PackedStream(
         message.reply_bytes = reply_bytes(len(message), self._widest)
         self._reserve(message.reply_bytes)
         try:
-            self._sessions.accept(len(message), len(message), origin=self.origin)
+            self._sessions.accept(len(message), len(message), source=self.source)
         except StepstateError:
             self._release(message.reply_bytes)
             raise
@@ -157,7 +157,7 @@ class PackedStream(
 
     def _settle(self, rows: int) -> None:
         """Accepted rows are not submitted after all."""
-        self._sessions.settled(rows, rows, origin=self.origin)
+        self._sessions.settled(rows, rows, source=self.source)
 
     def _encode_failure(self, error: StepstateError) -> pb.StreamPackedResponse:
         return self._error(0, error)
@@ -186,9 +186,9 @@ class _PackedRows:
         return self.stream.cancelled
 
     @property
-    def origin(self) -> Origin:
+    def source(self) -> Source:
         """See `PackedReplyTo`."""
-        return self.stream.origin
+        return self.stream.source
 
     def deliver_pack(self, pack: PackedStep) -> None:
         """See `PackedReplyTo`."""
@@ -219,9 +219,9 @@ class _Row:
         return self.stream.cancelled
 
     @property
-    def origin(self) -> Origin:
+    def source(self) -> Source:
         """See `ReplyTo`."""
-        return self.stream.origin
+        return self.stream.source
 
     def deliver(self, step: Step) -> None:
         """See `ReplyTo`."""

@@ -21,7 +21,7 @@ import grpc
 
 from stepstate.budget import MemoryAccount, MemoryBudget
 from stepstate.errors import TooManyCalls
-from stepstate.sessions import Origin
+from stepstate.sessions import Source
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
@@ -42,12 +42,12 @@ class Peer:
         memory: what it makes the server hold.
     """
 
-    __slots__ = ("calls", "memory", "name", "open", "origin", "running")
+    __slots__ = ("calls", "memory", "name", "open", "running", "source")
 
     def __init__(self, name: str, memory: MemoryAccount) -> None:
         self.name = name
         self.memory = memory
-        self.origin = Origin()
+        self.source = Source()
         """What it has in the queues of sessions."""
         self.calls = 0
         """RPCs that have not ended."""

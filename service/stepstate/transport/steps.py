@@ -73,7 +73,7 @@ class UnaryReply:
 
     def __init__(self) -> None:
         self.cancelled = False
-        self.origin = current_peer.get().origin
+        self.source = current_peer.get().source
         self.reserved_bytes = 0
         """Of its reply."""
         self.outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()

@@ -22,7 +22,7 @@ class Caller:
     """Waits for a request; a test may cancel it."""
 
     cancelled = False
-    origin = None
+    source = None
 
 
 class Desk:

@@ -42,6 +42,7 @@ CODES = {
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.QueueFull: StatusCode.UNAVAILABLE,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
     errors.Draining: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -88,7 +89,7 @@ def test_an_error_has_the_details_of_the_design(cls):
         wanted.add(BadRequest)
     if cls in (errors.SnapshotModelMismatch, errors.ForecastImpossible):
         wanted.add(PreconditionFailure)
-    if cls in (errors.SessionLimit, errors.MemoryLimit):
+    if cls in (errors.SessionLimit, errors.MemoryLimit, errors.TooManyCalls):
         wanted.add(QuotaFailure)
     if issubclass(cls, errors.Unavailable):
         wanted.add(RetryInfo)

@@ -13,7 +13,7 @@ import secrets
 from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.errors import Internal, NotFound, QueueFull, StepstateError
-from stepstate.sessions import Hold, Origin, ResidentSession, Step
+from stepstate.sessions import Hold, ResidentSession, Source, Step
 from stepstate.transport.bidi import Backend, BidiStream, MessageChannel
 from stepstate.transport.triton.call import ASKS_FOR_FINAL, FINAL, InferCall
 from stepstate.transport.triton.sequences import MAX_WAIT_SECONDS, SequenceService, not_started
@@ -146,9 +146,9 @@ class _StreamReply:
         return self._stream.cancelled
 
     @property
-    def origin(self) -> Origin:
+    def source(self) -> Source:
         """See `ReplyTo`."""
-        return self._stream.origin
+        return self._stream.source
 
     def deliver(self, step: Step) -> None:
         """See `ReplyTo`."""

@@ -60,6 +60,10 @@ LAST_CALLS_SECONDS = 0.5
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
 
+LAG_SECONDS = 0.05
+"""Between two measurements of how late the event loop is."""
+STORE_CHECK_SECONDS = 1.0
+"""Between two checks of the store; the next one waits for the answer to the last."""
 TICK_SECONDS = 1.0
 UPTIME = UptimeClock(time.monotonic)
 """Seconds in which this process ran: idle times are measured in it. Every server keeps it going."""
@@ -158,9 +162,14 @@ class Server:
         self.metrics_address = self._listen_metrics()
         self.address = self._listen_grpc()
         await self._grpc.start()
-        self._tasks = [
-            asyncio.create_task(loop()) for loop in (self._sweep, self._tick, self._heartbeat)
-        ]
+        loops = (
+            self._sweep,
+            self._watch_store,
+            self._tick,
+            self._heartbeat,
+            self._measure_lag,
+        )
+        self._tasks = [asyncio.create_task(loop()) for loop in loops]
         if self._store.durable:
             saving = self.sessions.writer.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))
@@ -302,18 +311,32 @@ class Server:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
-                await self.sessions.store.check()
                 await self.sessions.sweep()
             except StoreUnavailable:
                 pass  # noted where it was asked; health tells it
             except Exception:
                 log.exception("a sweep for expired sessions failed; the next one tries again")
-            await self._report_store_health()
+
+    async def _watch_store(self) -> None:
+        """Beside the sweeps, which may take long, and longest when the store does not answer."""
+        while True:
+            await asyncio.sleep(STORE_CHECK_SECONDS)
+            try:
+                await self.sessions.store.check()
+            except Exception:
+                log.exception("the store was not checked; the next check tries again")
 
     async def _tick(self) -> None:
         while True:
             UPTIME.heartbeat()
+            await self._report_store_health()
             await asyncio.sleep(TICK_SECONDS)
+
+    async def _measure_lag(self) -> None:
+        while True:
+            due = time.perf_counter() + LAG_SECONDS
+            await asyncio.sleep(LAG_SECONDS)
+            self._metrics.loop_lag.observe(max(0.0, time.perf_counter() - due))
 
     async def _heartbeat(self) -> None:
         while True:

@@ -81,8 +81,8 @@ MAX_RUNNING = 16
 """The store answers one after the other: so many of the longest pages delay a save by 0.1 s."""
 ROUNDS_BETWEEN = 4
 """Rounds of the event loop, as between two chunks of long requests (see `engine.engine`)."""
-CALL_BYTES = 16 * 2**10
-"""What gRPC and asyncio keep of a call."""
+CALL_BYTES = 32 * 2**10
+"""What gRPC and asyncio keep of an open call: 27 KiB, measured with 2,000 idle streams."""
 
 
 class CallAdmission:

@@ -150,6 +150,14 @@ class ServerConfig:
         "Most bytes of remembered replies with many rows.",
         "About a hundred of the longest replies.",
     )
+    snapshot_key: str = _setting(
+        "",
+        "File with secret keys, one a line. Exported snapshots are signed with the first, and "
+        "imports are refused that are signed with none of them. Empty: nothing is signed or "
+        "refused.",
+        "Whoever may import can open sessions, too; a key matters where snapshots pass through "
+        "other hands.",
+    )
     queue_requests: int = _setting(
         65_536,
         "Most accepted and unanswered requests.",

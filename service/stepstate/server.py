@@ -40,8 +40,10 @@ from stepstate.transport import (
     CallAdmission,
     PeerTable,
     RpcInterceptor,
+    SnapshotKeys,
     StepstateServicer,
     add_reflection,
+    read_keys,
 )
 from stepstate.uptime import HEARTBEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
@@ -96,7 +98,9 @@ class ServerState(enum.Enum):
 class Server:
     """A server and its life: `start`, then `drain` (or `stop`)."""
 
-    def __init__(self, config: ServerConfig, catalog: Catalog, store: SessionStore) -> None:
+    def __init__(
+        self, config: ServerConfig, catalog: Catalog, *, store: SessionStore, keys: SnapshotKeys
+    ) -> None:
         use_one_thread()
         self.state = ServerState.STARTING
         self.address = ""
@@ -132,7 +136,7 @@ class Server:
         peers = PeerTable(self._memory, config.trusted_networks)
         admission = CallAdmission(peers, self._metrics)
         backend = Backend(self.sessions, self._metrics, admission)
-        self._servicer = StepstateServicer(backend)
+        self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
         interceptor = RpcInterceptor(self._metrics, admission)
@@ -363,6 +367,7 @@ async def build_server(config: ServerConfig) -> Server:
     Raises:
         ModelInvalid: there is no model to serve, or one can't be served.
         DeviceUnavailable: the device is not here.
+        SnapshotKeyInvalid: the keys of snapshots can't be read.
         StoreOpenError: the store is not to be had.
     """
     if config.device != "cpu":
@@ -370,7 +375,8 @@ async def build_server(config: ServerConfig) -> Server:
     catalog = load_catalog(config.models, skip_invalid=config.skip_invalid_models)
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
-    return Server(config, catalog, await _store(config))
+    keys = read_keys(config.snapshot_key)
+    return Server(config, catalog, store=await _store(config), keys=keys)
 
 
 @asynccontextmanager

@@ -5,6 +5,7 @@ from stepstate.transport.bidi import Backend
 from stepstate.transport.interceptor import RpcInterceptor
 from stepstate.transport.peers import PeerTable
 from stepstate.transport.servicer import StepstateServicer, add_reflection
+from stepstate.transport.signatures import SnapshotKeys, read_keys
 
 __all__ = [
     "Backend",
@@ -13,4 +14,5 @@ __all__ = [
     "RpcInterceptor",
     "StepstateServicer",
     "add_reflection",
+    "read_keys",
 ]

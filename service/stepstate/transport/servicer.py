@@ -6,6 +6,7 @@ returns `StreamImport` takes.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import AsyncIterator
 from functools import partial
@@ -37,6 +38,7 @@ from stepstate.transport.convert import (
     forecast_reply_bytes,
 )
 from stepstate.transport.packed import PackedStream
+from stepstate.transport.signatures import SnapshotKeys
 from stepstate.transport.steps import StepStream, apply_step, decode_step, encode_step
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceServicer
@@ -54,10 +56,16 @@ _DIGITS = re.compile(r"[0-9]{1,9}")
 
 
 class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
-    """The RPCs of the contract; the contract has their documentation."""
+    """The RPCs of the contract; the contract has their documentation.
 
-    def __init__(self, backend: Backend) -> None:
+    Args:
+        backend: serves them.
+        keys: sign what is exported; by default nothing is signed.
+    """
+
+    def __init__(self, backend: Backend, keys: SnapshotKeys | None = None) -> None:
         self._backend = backend
+        self._keys = keys or SnapshotKeys()
         self._sessions = backend.sessions
         self._models = [encode_model(model) for model in backend.sessions.catalog]
         # Of its own: steps are answered however slowly snapshots are moved.
@@ -127,6 +135,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         self, request: pb.ExportSessionRequest, context: Context
     ) -> pb.ExportSessionResponse:
         snapshot, summary = await self._sessions.export(request.session_id)
+        snapshot = self._keys.signed(snapshot)
         reply = pb.ExportSessionResponse(snapshot=snapshot, session=encode_session(summary))
         if reply.ByteSize() > REPLY_BYTES:
             raise SnapshotTooLarge(request.session_id, len(snapshot), REPLY_BYTES)
@@ -135,13 +144,15 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def ImportSession(
         self, request: pb.ImportSessionRequest, context: Context
     ) -> pb.ImportSessionResponse:
-        session = await self._sessions.restore(request.snapshot, decode_import(request))
+        snapshot = self._keys.verified(request.snapshot)
+        session = await self._sessions.restore(snapshot, decode_import(request))
         return pb.ImportSessionResponse(session=self._encoded(session))
 
     async def StreamExport(self, request: pb.StreamExportRequest, context: Context) -> None:
         session_id = request.session_id
         async with self._backend.admission.turn():
             snapshot, summary = await self._sessions.export(session_id)
+            snapshot = await asyncio.to_thread(self._keys.signed, snapshot)
         size = len(snapshot)
         if size > MAX_SNAPSHOT_BYTES:
             raise SnapshotTooLarge(session_id, size, MAX_SNAPSHOT_BYTES)
@@ -179,7 +190,8 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
             if len(data) != size:
                 raise InvalidField("data", f"has {len(data)} bytes in all, and size is {size}")
             async with self._backend.admission.turn():
-                session = await self._sessions.restore(bytes(data), options)
+                snapshot = await asyncio.to_thread(self._keys.verified, bytes(data))
+                session = await self._sessions.restore(snapshot, options)
         finally:
             self._moving.release(len(data))
         return pb.StreamImportResponse(session=self._encoded(session))

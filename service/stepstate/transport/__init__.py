@@ -12,6 +12,7 @@ __all__ = [
     "CallAdmission",
     "PeerTable",
     "RpcInterceptor",
+    "SnapshotKeys",
     "StepstateServicer",
     "add_reflection",
     "read_keys",

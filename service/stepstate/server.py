@@ -112,7 +112,8 @@ class Server:
         self._max_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry()
         self._metrics = Metrics()
-        self._memory = MemoryBudget(limit_bytes(config.memory_limit))
+        self.memory = MemoryBudget(limit_bytes(config.memory_limit))
+        """What clients make it hold."""
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
             MetricsCollector(
@@ -125,15 +126,15 @@ class Server:
                     "queue_requests": config.queue_requests,
                     "queue_rows": config.queue_rows,
                     "replay_bytes": config.replay_bytes,
-                    "memory_bytes": self._memory.limit,
+                    "memory_bytes": self.memory.limit,
                 },
-                memory=self._memory,
+                memory=self.memory,
                 skipped_models=len(catalog.skipped),
             )
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        peers = PeerTable(self._memory, config.trusted_networks)
+        peers = PeerTable(self.memory, config.trusted_networks)
         admission = CallAdmission(peers, self._metrics)
         backend = Backend(self.sessions, self._metrics, admission)
         self._servicer = StepstateServicer(backend, keys)
@@ -258,7 +259,7 @@ class Server:
                 ),
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
-                replay_memory=MemoryAccount(self._memory),
+                replay_memory=MemoryAccount(self.memory),
                 backlog_rows=config.backlog_rows,
             ),
             limits=Limits(

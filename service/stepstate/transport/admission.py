@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from stepstate.budget import MemoryUse
+from stepstate.budget import CallMemory, MemoryUse, call_memory
 from stepstate.errors import TooManyCalls
 from stepstate.metrics import Metrics
 from stepstate.transport.peers import Peer, PeerTable, current_peer
@@ -102,19 +102,19 @@ class CallAdmission:
         self._waiting: OrderedDict[Peer, deque[asyncio.Future[None]]] = OrderedDict()
         self._rounds = 0
 
-    def begin(self, context: Context, kind: CallKind) -> Peer:
-        """Counts a call until gRPC is done with it; returns whose it is.
+    def begin(self, context: Context, kind: CallKind) -> None:
+        """Counts a call until gRPC is done with it: sets `current_peer` and `call_memory`.
 
         Raises:
             TooManyCalls, MemoryLimit: it is refused.
         """
         peer = self._peers.join(context)
-        admitted = False
+        memory = CallMemory(peer.memory)
+        counted = 0
 
         def end(_: object) -> None:
-            if admitted:
-                self._count(peer, kind, -1)
-                peer.memory.release(MemoryUse.CALLS, CALL_BYTES)
+            self._count(peer, kind, -counted)
+            memory.close()
             self._peers.leave(peer)
             self._metrics.peers = len(self._peers)
 
@@ -123,10 +123,11 @@ class CallAdmission:
         free = MAX_OPEN[kind] - self._open[kind]
         if peer.open[kind] >= free:
             raise TooManyCalls(f"open {kind} calls", peer.open[kind], free, MAX_OPEN[kind])
-        peer.memory.reserve(MemoryUse.CALLS, CALL_BYTES)
-        self._count(peer, kind, 1)
-        admitted = True
-        return peer
+        memory.reserve(MemoryUse.CALLS, CALL_BYTES)
+        counted = 1
+        self._count(peer, kind, counted)
+        current_peer.set(peer)
+        call_memory.set(memory)
 
     def _count(self, peer: Peer, kind: CallKind, more: int) -> None:
         peer.open[kind] += more

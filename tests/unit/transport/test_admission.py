@@ -22,7 +22,7 @@ from stepstate.metrics.counters import CALL_KINDS
 from stepstate.server import SERVICE
 from stepstate.transport import admission
 from stepstate.transport.admission import KINDS, LONG, MAX_RUNNING, SHORT, CallAdmission, CallKind
-from stepstate.transport.peers import PeerTable, current_peer
+from stepstate.transport.peers import PeerTable
 from stepstate.transport.triton.service import SERVICE as TRITON
 from stepstate.transport.triton.service import TritonService
 from tests.unit.transport.contexts import CallContext
@@ -77,7 +77,7 @@ class Calls:
     async def _called(self, peer: str) -> AsyncIterator[None]:
         context = CallContext(peer)
         try:
-            current_peer.set(self.admission.begin(context, LONG))
+            self.admission.begin(context, LONG)
             yield
         finally:
             context.end()

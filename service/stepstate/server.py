@@ -78,12 +78,17 @@ CHANNEL_OPTIONS = (
     # Find clients that vanished without a word within 80 s, and free what their streams hold.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Clients behind a NAT may ping as often as every 10 s, also between calls.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # One stream a session on one connection, for as many sessions as a large gateway has.
-    ("grpc.max_concurrent_streams", 65_536),
+    # Clients may ping as often as they like, and each ping is only answered. With a limit, gRPC
+    # ends the connection; while it can't, as the client reads nothing, it adds each further ping
+    # to one error, which it copies every time: that took its thread for seconds.
+    ("grpc.http2.max_ping_strikes", 0),
+    # What is not read stays with the client but for 64 KiB a call. The probe of bandwidth times
+    # delay raises that to megabytes for all calls of a fast connection.
+    ("grpc.http2.bdp_probe", 0),
 )
+ONLY_IDENTITY = 1
+"""Bit of grpc.compression_enabled_algorithms_bitset: messages as they are."""
 
 
 class ServerState(enum.Enum):
@@ -144,7 +149,7 @@ class Server:
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
-        self._grpc = grpc.aio.server(interceptors=[interceptor], options=list(CHANNEL_OPTIONS))
+        self._grpc = grpc.aio.server(interceptors=[interceptor], options=_channel_options(config))
         self._http: tuple[WSGIServer, Thread] | None = None
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
@@ -396,6 +401,13 @@ async def _store(config: ServerConfig) -> SessionStore:
     return await open_store(
         config.store, clock=UPTIME, unix_time=time.time, fsync=config.store_fsync
     )
+
+
+def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
+    options = [*CHANNEL_OPTIONS, ("grpc.max_concurrent_streams", config.max_concurrent_streams)]
+    if not config.allow_compressed_requests:
+        options.append(("grpc.compression_enabled_algorithms_bitset", ONLY_IDENTITY))
+    return options
 
 
 def _host_and_port(config: ServerConfig) -> str:

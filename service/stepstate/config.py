@@ -18,11 +18,15 @@ DURABILITIES = ("none", "async", "sync")
 WEIGHTS = ("float32", "bfloat16", "int8")
 MAX_SLOTS = 10_000_000
 """The arrays of the session table are allocated at start, about 100 bytes a session."""
+VARIABLES_ONLY = ("store_password",)
+"""Settings that are no options: every user of the machine can read the options of a process."""
 MAX_STREAMS = 2**31 - 1
 """HTTP/2 has no more."""
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:\s/\[\]]+):(\d{1,5})")
 _SIZE = re.compile(r"\d{1,9}(\.\d{1,9})?(%|[KMGT]i?B)|\d{1,15}")
+_PASSWORD = re.compile(r"://[^@/]*:[^@/]+@|[?&]password=")
+_SECRET = re.compile(rf"{_PASSWORD.pattern}|[?&]\w*password=")
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
@@ -30,16 +34,24 @@ class ConfigError(ValueError):
     """A setting has a value that can't be used."""
 
 
-def _setting(default: T, text: str, reason: str) -> T:
-    """A field with its text in `stepstate serve --help`, and the reason for its default."""
-    return field(default=default, metadata={"help": text, "reason": reason})
+def _setting(default: T, text: str, reason: str, *, shown: bool = True) -> T:
+    """A field with its text in `stepstate serve --help`, and the reason for its default.
+
+    Args:
+        default: its default.
+        text: what it is.
+        reason: why that is the default.
+        shown: whether `repr` shows its value; not what may be secret.
+    """
+    return field(default=default, repr=shown, metadata={"help": text, "reason": reason})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """The settings of a server, each with its help text and the reason for its default.
 
-    Each is also an option of `stepstate serve` and an environment variable STEPSTATE_....
+    Each is also an environment variable STEPSTATE_..., and an option of `stepstate serve` unless it
+    is one of `VARIABLES_ONLY`.
     """
 
     models: Path = _setting(
@@ -82,6 +94,19 @@ class ServerConfig:
         "redis+cluster://HOST:PORT, redis+sentinel://HOST:PORT/SERVICE, or memory: (they end "
         "with the process).",
         "A file in the working directory: sessions survive a restart without any setup.",
+        shown=False,
+    )
+    store_password: str = _setting(
+        "",
+        "Password of Redis. The user, if there is one, is in the URL: redis://USER@HOST:PORT/DB.",
+        "A Redis that only this server can reach needs none.",
+        shown=False,
+    )
+    store_password_file: str = _setting(
+        "",
+        "File with the password of Redis, such as a mounted secret; a line break at its end is not "
+        "part of it. Or set STEPSTATE_STORE_PASSWORD to the password itself.",
+        "A Redis that only this server can reach needs none.",
     )
     store_fsync: bool = _setting(
         False,  # noqa: FBT003 - a default
@@ -207,11 +232,21 @@ class ServerConfig:
         _check_address("metrics_listen", self.metrics_listen)
         _check_one_of("durability", self.durability, DURABILITIES)
         _check_one_of("weights", self.weights, WEIGHTS)
+        self._check_password()
         self._check_device()
         self._check_memory_limit()
         self._check_trusted_proxies()
         self._check_numbers()
         self._check_idle_timeouts()
+
+    def _check_password(self) -> None:
+        given = [n for n in ("store_password", "store_password_file") if getattr(self, n)]
+        if _PASSWORD.search(self.store):
+            given.insert(0, "the URL in store")
+        if len(given) > 1:
+            raise ConfigError(f"the store's password is in {' and '.join(given)}: give it once")
+        if given and not self.store.startswith("redis"):
+            raise ConfigError(f"{given[0]} is for Redis, and store is another one: leave it out")
 
     def _check_device(self) -> None:
         if not _DEVICE.fullmatch(self.device):
@@ -267,6 +302,11 @@ class ServerConfig:
                 f"idle_timeout is {self.idle_timeout:g} s, more than max_idle_timeout, "
                 f"{self.max_idle_timeout:g} s"
             )
+
+
+def has_secret(url: str) -> bool:
+    """Whether the URL of a store contains a password: of Redis, of its Sentinels or of a key."""
+    return _SECRET.search(url) is not None
 
 
 def split_address(address: str) -> tuple[str, int]:

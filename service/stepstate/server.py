@@ -34,7 +34,7 @@ from stepstate.errors import ListenError, StoreUnavailable
 from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
-from stepstate.stores import Durability, SessionStore, open_store
+from stepstate.stores import Durability, SessionStore, open_store, read_password
 from stepstate.transport import (
     Backend,
     CallAdmission,
@@ -398,8 +398,13 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
 
 
 async def _store(config: ServerConfig) -> SessionStore:
+    file = config.store_password_file
     return await open_store(
-        config.store, clock=UPTIME, unix_time=time.time, fsync=config.store_fsync
+        config.store,
+        password=read_password(file) if file else config.store_password,
+        clock=UPTIME,
+        unix_time=time.time,
+        fsync=config.store_fsync,
     )
 
 

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo serve test test-all lint types protos protos-check docs build train bench benchmarks clean
+.PHONY: help setup demo serve test test-all attacks lint types protos protos-check docs build train bench benchmarks clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -24,10 +24,13 @@ serve: setup ## Serve the shipped models on 127.0.0.1:50051
 	$(BIN)/stepstate serve --models models
 
 test: setup ## Run the tests that a change is made with (4 minutes; three processes, as many tests wait)
-	$(BIN)/pytest --numprocesses 3 -m 'not long' --hypothesis-profile quick
+	$(BIN)/pytest --numprocesses 3 -m 'not long and not attacks' --hypothesis-profile quick
 
 test-all: setup ## Run all tests: storms, outages, benchmarks and perf_analyzer too
-	$(BIN)/pytest
+	$(BIN)/pytest -m 'not (attacks and long)'
+
+attacks: setup ## Attack servers at full size and print the table of SECURITY.md (10 minutes)
+	$(BIN)/python -m tests.attacks
 
 lint: setup ## Check style, formatting and the layers of imports
 	$(BIN)/ruff check .

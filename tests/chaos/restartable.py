@@ -13,7 +13,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from tests.forked import Forked
-from tests.integration.wire import HANG
+from tests.integration.wire import HANG, sample, scrape
 from tests.processes import SERVING
 
 _BELOW_EPHEMERAL = (20_000, 32_000)
@@ -67,9 +67,14 @@ class Program:
         self.process.stdout.close()
         return status
 
+    @property
+    def running(self) -> bool:
+        """Whether it has begun, and not ended."""
+        return self.process is not None and self.process.poll() is None
+
     def kill_if_running(self) -> None:
         """Leaves nothing behind."""
-        if self.process is not None and self.process.poll() is None:
+        if self.running:
             self.kill()
 
 
@@ -110,8 +115,13 @@ class RestartableServer(Program):
 
     async def drained(self) -> None:
         """Ends it, as an orchestrator does."""
+        await self.lost_no_slot()
         status = await self.end()
         assert status == 0, f"exit status {status}: {self.log.read_text()}"
+
+    async def lost_no_slot(self) -> None:
+        """Each of its slots is free or a session's."""
+        assert sample(await scrape(self.metrics_address), "stepstate_slots_leaked") == 0
 
     def surprises(self) -> list[str]:
         """What it logged that no fault explains."""
@@ -127,6 +137,8 @@ async def restartable_server(
     try:
         await made.start()
         yield made
+        if made.running:
+            await made.lost_no_slot()
     finally:
         made.kill_if_running()
     assert not made.surprises(), made.log.read_text()

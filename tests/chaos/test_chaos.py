@@ -60,11 +60,12 @@ async def a_clean_session_works(address: str, network: Network) -> None:
 
 
 async def nothing_is_left(process: ServerProcess) -> None:
-    """No session and no queued row of a storm remains."""
+    """No session and no queued row of a storm remains, and no slot is lost."""
 
     async def so() -> bool:
         text = await scrape(process.metrics_url.split("/")[2])
-        return sample(text, "stepstate_queue_rows") == sample(text, "stepstate_sessions{") == 0
+        left = ("stepstate_queue_rows", "stepstate_sessions{", "stepstate_slots_leaked")
+        return all(sample(text, name) == 0 for name in left)
 
     await until(so)
 

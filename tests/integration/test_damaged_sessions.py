@@ -63,6 +63,14 @@ class Redis:
         self._server.command("RENAME", keys.session(other), keys.session(one))
         self._server.command("RENAME", "aside", keys.session(other))
 
+    def swap_snapshots(self, one: str, other: str) -> None:
+        swap = (
+            "local one = redis.call('HGET', KEYS[1], 's') "
+            "redis.call('HSET', KEYS[1], 's', redis.call('HGET', KEYS[2], 's')) "
+            "redis.call('HSET', KEYS[2], 's', one)"
+        )
+        self._server.command("EVAL", swap, "2", keys.session(one), keys.session(other))
+
 
 class File:
     """The same of a file of SQLite."""
@@ -85,6 +93,12 @@ class File:
         self.run("UPDATE sessions SET session_id = '-' WHERE session_id = ?", one)
         self.run("UPDATE sessions SET session_id = ? WHERE session_id = ?", one, other)
         self.run("UPDATE sessions SET session_id = ? WHERE session_id = '-'", other)
+
+    def swap_snapshots(self, one: str, other: str) -> None:
+        with closing(sqlite3.connect(self._path, isolation_level=None)) as file:
+            found = dict(file.execute("SELECT session_id, snapshot FROM sessions").fetchall())
+        for name, snapshot in ((one, found[other]), (other, found[one])):
+            self.run("UPDATE sessions SET snapshot = ? WHERE session_id = ?", snapshot, name)
 
 
 @pytest.fixture(params=["sqlite", pytest.param("redis", marks=pytest.mark.long)])
@@ -180,18 +194,17 @@ async def test_sessions_whose_rows_were_swapped_are_data_loss_and_not_taken_over
         assert len(server.sessions) == 2
 
 
-async def test_a_session_with_the_snapshot_of_another_is_data_loss(config: ServerConfig, tmp_path):
-    file = File(tmp_path / "other.db")
-    settings = replace(config, store=file.url)
+async def test_sessions_whose_snapshots_were_swapped_are_data_loss_and_not_taken_over(
+    settings: ServerConfig, place: File | Redis
+):
     await filled(settings)
-    file.run(
-        "UPDATE sessions SET snapshot = (SELECT snapshot FROM sessions WHERE session_id = 'a') "
-        "WHERE session_id = 'c'"
-    )
+    place.swap_snapshots("a", "c")
     async with running_server(settings) as server, raw_stub(server.address) as stub:
-        refusal = await refused(stub.Step(request("c", 3, draw(1))))
-        assert (refusal.code, refusal.reason) == (Code.DATA_LOSS, "SESSION_UNREADABLE")
-        assert (await stub.Step(request("a", 3, draw(1)))).t == 4
+        for name in ("a", "c"):
+            refusal = await refused(stub.Step(request(name, 3, draw(1))))
+            assert (refusal.code, refusal.reason) == (Code.DATA_LOSS, "SESSION_UNREADABLE")
+        assert (await stub.Step(request("b", 3, draw(1)))).t == 4
+        assert await gauge(server, "stepstate_session_takeovers_total") == 0
         closed = await stub.CloseSession(pb.CloseSessionRequest(session_id="c"))
         assert closed.session.t == 3
 

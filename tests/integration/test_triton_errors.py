@@ -67,8 +67,8 @@ def _malformed() -> dict[str, tuple[pb.ModelInferRequest, str]]:
     bad("empty id", "correlation ID", sequence_id="")
     bad("bool id", "neither", sequence_id=True)
     bad("largest id", "START", sequence_id=2**64 - 1)
-    bad("long id", "1 to 128", sequence_id="a" * 10_000_000)
-    bad("id", "session_id", sequence_id="no spaces, please")
+    bad("long id", "1 to 128", sequence_id="a" * 4_000)
+    bad("id", "sequence_id", sequence_id="no spaces, please")
     bad("flag", "bool", sequence_end="yes")
     bad("final flag", "bool", triton_enable_empty_final_response="yes")
     bad("step_t", "step_t", step_t=-1)
@@ -83,6 +83,11 @@ def _malformed() -> dict[str, tuple[pb.ModelInferRequest, str]]:
     bad("start ahead", "starts at 0", sequence_start=True, step_t=4)
     bad("start of no model", "not loaded", sequence_start=True).model_name = "nothing"
     bad("start time", "ISO 8601", sequence_start=True, start_time="tomorrow")
+    for name, time in (
+        ("start before all time", "0001-01-01T00:00:00+14:00"),
+        ("start after all time", "9999-12-31T23:59:59-14:00"),
+    ):
+        bad(name, "years 1 to 9999", sequence_start=True, start_time=time)
     return made
 
 

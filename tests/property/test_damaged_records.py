@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import json
-import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import closing, suppress
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,19 +22,17 @@ from hypothesis import strategies as st
 
 from stepstate import errors
 from stepstate.sessions.options import CopyOptions
-from stepstate.stores import Durability, SessionStore, open_store
-from stepstate.stores.redis import keys
-from stepstate.transport import Backend, StepstateServicer
+from stepstate.stores import Durability
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.networks import make_network
+from tests.property.homes import ODD, Door, FileHome, MemoryHome, RedisHome
 from tests.redis_process import RedisProcess, redis_process
-from tests.unit.rig import Clock, Lasting, Rig, model_of, opening, outputs
+from tests.unit.rig import Clock, model_of, opening
 
 NETWORK = make_network("lstm", hidden=8, seed=1)
 MODEL = model_of(NETWORK)
 X = np.random.default_rng(3).normal(size=(8, 3)).astype(np.float32)
 GOOD = ("b", "g", "z")
-ODD = "m"
 CLOSE = 1e-5
 DEEP = 100_000
 TYPED = (
@@ -115,49 +112,20 @@ digits = st.one_of(
 blobs = st.one_of(st.binary(max_size=60), st.text(max_size=20), st.integers(-(2**63), 2**63 - 1))
 
 
-class Door:
-    """A server on a store, without sockets."""
-
-    def __init__(self, store: SessionStore, clock: Clock, owner: str) -> None:
-        self.rig = Rig(MODEL, store=store, clock=clock, owner=owner)
-        self.native = StepstateServicer(Backend(self.rig.sessions, self.rig.metrics))
-
-    async def step(self, session_id: str, t: int) -> np.ndarray:
-        session = await self.rig.sessions.get(session_id)
-        return outputs(await self.rig.step(session, X[t], t))
-
-    async def listed(self) -> dict[str, int]:
-        found, token, pages = [], "", 0
-        while token or not pages:
-            page = await self.native.ListSessions(
-                pb.ListSessionsRequest(page_size=2, page_token=token), None
-            )
-            pb.ListSessionsResponse.FromString(page.SerializeToString())
-            found += page.sessions
-            token, pages = page.next_page_token, pages + 1
-            assert pages < 20
-        names = [session.session_id for session in found]
-        assert len(set(names)) == len(names)
-        return {session.session_id: session.status for session in found}
-
-    async def close(self, session_id: str) -> None:
-        await self.native.CloseSession(pb.CloseSessionRequest(session_id=session_id), None)
-
-
 async def survive(home: FileHome | RedisHome | MemoryHome, damage: object) -> None:
     """Damages one of four sessions between two servers, and looks what the second one does."""
     clock = Clock()
     clock.now = float(int(time.time()))
     store = await home.open(clock)
-    first = Door(store, clock, "first")
+    first = Door(MODEL, store=store, clock=clock, owner="first")
     await first.rig.sessions.start()
     for name in (*GOOD, ODD):
         await first.rig.open(name, durability=Durability.SYNC)
-        await first.step(name, 0)
+        await first.step(name, X[0], 0)
     await first.rig.sessions.drain()
     home.damage(damage)
 
-    second = Door(store, clock, "second")
+    second = Door(MODEL, store=store, clock=clock, owner="second")
     sessions = second.rig.sessions
     await sessions.start()
     await sessions.survey.look()
@@ -173,7 +141,7 @@ async def survive(home: FileHome | RedisHome | MemoryHome, damage: object) -> No
             await ask
     # Many at once: whatever the store does together, each has its own outcome.
     y = await asyncio.gather(
-        *(second.step(name, 1) for name in (GOOD[0], ODD, *GOOD[1:])), return_exceptions=True
+        *(second.step(name, X[1], 1) for name in (GOOD[0], ODD, *GOOD[1:])), return_exceptions=True
     )
     good = [y[0], *y[2:]]
     assert np.abs(np.concatenate(good) - NETWORK.offline(X[:2])[1]).max() <= CLOSE
@@ -193,62 +161,9 @@ async def survive(home: FileHome | RedisHome | MemoryHome, damage: object) -> No
     with pytest.raises(errors.NotFound):
         await sessions.get(ODD)
     await sessions.open(opening(ODD))
-    await second.step(ODD, 0)
+    await second.step(ODD, X[0], 0)
     await sessions.drain()
     await store.close()
-
-
-class FileHome:
-    """A file of SQLite."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path = folder / "sessions.db"
-
-    async def open(self, clock: Clock) -> SessionStore:
-        return await open_store(f"sqlite:{self.path}", clock=clock, unix_time=clock)
-
-    def damage(self, columns: dict[str, object]) -> None:
-        with closing(sqlite3.connect(self.path, isolation_level=None)) as file:
-            for name, value in columns.items():
-                # A text that is no UTF-8 can only be written so.
-                cast = "CAST(? AS TEXT)" if isinstance(value, bytearray) else "?"
-                given = bytes(value) if isinstance(value, bytearray) else value
-                file.execute(f"UPDATE sessions SET {name} = {cast} WHERE session_id = 'm'", [given])
-
-
-class RedisHome:
-    """A Redis."""
-
-    def __init__(self, server: RedisProcess) -> None:
-        self.server = server
-        server.command("FLUSHALL")
-
-    async def open(self, clock: Clock) -> SessionStore:
-        return await open_store(self.server.url, clock=clock, unix_time=clock)
-
-    def damage(self, fields: dict[str, bytes | None] | bytes) -> None:
-        key = keys.session(ODD)
-        with self.server.client() as client:
-            if isinstance(fields, bytes):
-                client.delete(key)
-                client.set(key, fields)
-                return
-            for name, value in fields.items():
-                if value is None:
-                    client.hdel(key, name)
-                else:
-                    client.hset(key, name, value)
-
-
-class MemoryHome:
-    """A store in memory that outlives its servers: of it only the snapshot is bytes."""
-
-    async def open(self, clock: Clock) -> SessionStore:
-        self._store = Lasting(clock)
-        return self._store
-
-    def damage(self, snapshot: bytes) -> None:
-        self._store.overwrite(ODD, snapshot)
 
 
 @pytest.fixture(scope="module")

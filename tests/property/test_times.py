@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, timedelta, timezone
 from itertools import pairwise
 
 import numpy as np
+from google.protobuf.timestamp_pb2 import Timestamp
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from stepstate.client.times import MAX_GAP_ROWS, RowClock, Times
 from stepstate.errors import InvalidField
+from stepstate.stores import to_utc
 
 START = datetime(2026, 1, 5, tzinfo=UTC)
+EARLY = datetime.min + timedelta(days=3)  # noqa: DTZ901 - the zone is drawn
+LATE = datetime.max - timedelta(days=3)  # noqa: DTZ901
 INTERVALS = [
     timedelta(milliseconds=100),
     timedelta(minutes=5),
@@ -76,3 +80,24 @@ def test_rows_are_placed_up_to_the_first_that_is_no_next_one(
             break
         t = found[-1] + 1
     assert found == [int(place) for place in places[: len(found)]]
+
+
+@given(
+    st.one_of(
+        st.datetimes(),
+        st.datetimes(max_value=EARLY),
+        st.datetimes(min_value=LATE),
+    ),
+    st.none() | st.integers(-24 * 60 + 1, 24 * 60 - 1),
+)
+def test_a_time_from_outside_is_refused_or_exists_wherever_it_is_shown(moment, minutes):
+    if minutes is not None:
+        moment = moment.replace(tzinfo=timezone(timedelta(minutes=minutes)))
+    try:
+        taken = to_utc(moment)
+    except ValueError:
+        assert not EARLY <= moment.replace(tzinfo=None) <= LATE
+        return
+    Timestamp().FromDatetime(taken)
+    for hours in (-23, 0, 23):
+        taken.astimezone(timezone(timedelta(hours=hours)))

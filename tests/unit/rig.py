@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from stepstate.budget import MemoryBudget
+from stepstate.budget import MemoryAccount, MemoryBudget
 from stepstate.engine import EngineSettings, use_one_thread
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.metrics import Metrics, MetricsCollector
@@ -16,9 +16,12 @@ from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions import (
     Limits,
     OpenOptions,
+    PackedStep,
     ResidentSession,
+    RowBatch,
     SchedulerSettings,
     SessionService,
+    Source,
     Step,
 )
 from stepstate.stores import Durability, MemoryStore, MissingPolicy, SessionStore, StoredSession
@@ -47,8 +50,9 @@ class Clock:
 class Caller:
     """A `ReplyTo`: keeps the one outcome it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source | None = None) -> None:
         self.cancelled = False
+        self.source = source or Source()
         self.deliveries = 0
         self._outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
 
@@ -72,6 +76,22 @@ class Caller:
     async def error(self) -> Exception | None:
         """The error of the outcome."""
         return (await asyncio.wait_for(self._outcome, 10)).error
+
+
+class PackedCaller:
+    """A `PackedReplyTo`: keeps the one outcome it was given."""
+
+    def __init__(self, source: Source | None = None) -> None:
+        self.cancelled = False
+        self.source = source or Source()
+        self._outcome: asyncio.Future[PackedStep] = asyncio.get_running_loop().create_future()
+
+    def deliver_pack(self, pack: PackedStep) -> None:
+        self._outcome.set_result(pack)
+
+    async def outcome(self) -> PackedStep:
+        """The rows with their outcome."""
+        return await asyncio.wait_for(self._outcome, 10)
 
 
 class Rig:
@@ -104,6 +124,7 @@ class Rig:
         durable = self.store.durable
         self.registry = CollectorRegistry()
         self.metrics = Metrics()
+        self.memory = MemoryBudget(2**30)
         self.sessions = SessionService(
             Catalog(models),
             self.store,
@@ -116,6 +137,7 @@ class Rig:
                 ),
                 replay_rows=replay_rows,
                 replay_bytes=replay_bytes,
+                replay_memory=MemoryAccount(self.memory),
                 backlog_rows=backlog_rows,
             ),
             limits=Limits(
@@ -133,7 +155,6 @@ class Rig:
             unix_time=unix_time or self.clock,
             observer=self.metrics,
         )
-        self.memory = MemoryBudget(2**30)
         self.table = self.sessions.table
         self.registry.register(
             MetricsCollector(self.metrics, self.sessions, limits={}, memory=self.memory)
@@ -156,8 +177,24 @@ class Rig:
             "rows": sessions.queued_rows,
             "slots": self.table.promised,
             "deferred handles": int(self.table.deferred_array.any()),
+            "leaked slots": self._leaked(),
         }
         return {what: count for what, count in counts.items() if count}
+
+    def _leaked(self) -> int:
+        """Slots of all models, and handles, that are neither free nor a session's, or both."""
+        table = self.table
+        taken = [("table", session.handle) for session in table]
+        taken += [("table", handle) for handle in table._free]  # noqa: SLF001 - see above
+        for key, scheduler in self.sessions.schedulers.items():
+            taken += [(key, one.slot) for one in table if one.scheduler is scheduler]
+            taken += [(key, slot) for slot in scheduler.engine._arena._free]  # noqa: SLF001
+        places = {
+            (name, place)
+            for name in ("table", *self.sessions.schedulers)
+            for place in range(table.limit)
+        }
+        return len(taken) - len(set(taken)) + len(places.symmetric_difference(taken))
 
     @property
     def tracker(self) -> Tracker:
@@ -184,10 +221,22 @@ class Rig:
         *,
         inspect: bool = False,
         last_only: bool = False,
+        source: Source | None = None,
     ) -> Caller:
-        """Submits rows x [T, D] and goes on at once."""
-        caller = Caller()
+        """Submits rows x [T, D], by default from a source of their own, and goes on at once."""
+        caller = Caller(source)
         self.sessions.submit(request(session, x, t, caller, inspect=inspect, last_only=last_only))
+        return caller
+
+    def send_pack(
+        self, sessions: Sequence[ResidentSession], x: np.ndarray, source: Source | None = None
+    ) -> PackedCaller:
+        """Submits a row of each session, x [N, D], which all must take the fast path."""
+        caller = PackedCaller(source)
+        handles = np.array([session.handle for session in sessions])
+        batch = RowBatch(handles, self.table.generation_array[handles], None, x)
+        self.sessions.accept(len(x), len(x), source=caller.source)
+        assert self.scheduler.submit_pack(batch, caller).all()
         return caller
 
     async def step(

@@ -17,6 +17,7 @@ tracking/   scores, interval widths and drift tests of a session's forecasts
 
 from stepstate.engine.accelerator import check_accelerator
 from stepstate.engine.arena import Layout
+from stepstate.engine.cells import TRACE_NAMES
 from stepstate.engine.engine import Engine, EngineSettings, Observer, use_one_thread
 from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Method, Plan
 from stepstate.engine.linear import Precision, has_instructions
@@ -26,6 +27,7 @@ from stepstate.engine.tracking.tracker import DriftStatus, ForecastQuality
 from stepstate.engine.work import CompletionSink, Floats, Layers, PackedWork, WorkItem
 
 __all__ = [
+    "TRACE_NAMES",
     "CompletionSink",
     "DriftStatus",
     "Engine",

@@ -100,9 +100,8 @@ class DeviceArena(Arena):
 
     def claim(self) -> int:
         """Takes a free slot, with a blank state. The caller has checked that one is free."""
-        slot = super().claim()
-        self.cells[slot].zero_()
-        return slot
+        self.cells[self._free[-1]].zero_()  # first: a device may fail, and then none is taken
+        return super().claim()
 
     def gather(self, slots: NDArray[np.int64]) -> Floats:
         """Copies the cells' states [B, Rc] of slots [B]."""

@@ -35,6 +35,15 @@ Trace = list[dict[str, Tensor]]
 """What each layer computed, by gate or state, the lowest layer first."""
 
 
+TRACE_NAMES = {
+    CellKind.LSTM: frozenset("ifgocmh"),
+    CellKind.GRU: frozenset("rznh"),
+    CellKind.RNN_TANH: frozenset("h"),
+    CellKind.RNN_RELU: frozenset("h"),
+}
+"""The names in a layer's trace: gates, candidates and states."""
+
+
 class Cell(Protocol):
     """A stacked recurrent network."""
 

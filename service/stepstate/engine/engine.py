@@ -183,9 +183,10 @@ class Engine(Generic[W, P]):
         part = self._tracker.upgraded(state[tracked_from:])
         return np.concatenate((state[:tracked_from], part))
 
-    def is_valid(self, state: Floats) -> bool:
-        """Whether the tracked part of a state [R] is one that the tracker can have written."""
-        return self._tracker is None or self._tracker.is_valid(state[self.layout.tracked_from :])
+    def is_valid(self, state: Floats, t: int) -> bool:
+        """Whether the tracked part of a state [R] is one that the tracker writes in t rows."""
+        part = state[self.layout.tracked_from :]
+        return self._tracker is None or self._tracker.is_valid(part, t)
 
     def read_states(self, slots: NDArray[np.int64]) -> Floats:
         """Copies of the states [B, R] in slots [B].

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from stepstate import __version__
 from stepstate.budget import MemoryBudget
 from stepstate.engine.tracking.scores import Score
+from stepstate.logging import DROPPED
 from stepstate.metrics.counters import Histogram, Metrics, ModelMetrics, RpcMetrics
 from stepstate.sessions import SessionService, StepScheduler
 from stepstate.stores import DiskUsage
@@ -189,6 +190,12 @@ SERIES = (
     Series("stepstate_memory_bytes", GAUGE, ("use",), _by(lambda s: s.memory.by_use),
            "Bytes that clients make the server hold, by what they are for; all together at most "
            'stepstate_limit{of="memory_bytes"}.'),
+    Series("stepstate_peers", GAUGE, (), _one(lambda s: s.counters.peers),
+           "Clients that have calls now: connections, and addresses behind trusted proxies."),
+    Series("stepstate_calls", GAUGE, ("kind", "state"),
+           lambda s: list(s.counters.calls.items()),
+           "Calls now, by kind (short, long, stream): open, and those of them that wait for their "
+           "turn."),
     Series("stepstate_models", GAUGE, ("state",),
            _by(lambda s: {"loaded": len(s.counters.models), "skipped": s.skipped_models}),
            "Models in the server's folder: loaded, or skipped because they can't be served."),
@@ -241,6 +248,9 @@ SERIES = (
     Series("stepstate_sessions", GAUGE, (*MODEL, "residency"), _sessions,
            "Open sessions, by the place of their state: resident (in memory) or spilled (in the "
            "store, or on another server; the count may be some seconds old)."),
+    Series("stepstate_slots_leaked", GAUGE, (), _one(lambda s: s.sessions.leaked_slots),
+           "Slots that are neither free nor a session's, checked every second: 0, or there is a "
+           "fault in the server."),
     Series("stepstate_queue_rows", GAUGE, MODEL, _scheduler(lambda s: s.queued_rows),
            "Rows accepted and not yet answered."),
     Series("stepstate_queue_requests", GAUGE, MODEL, _scheduler(lambda s: s.queued_requests),
@@ -289,6 +299,12 @@ SERIES = (
            "Free bytes on the volume of the sqlite store."),
     Series("stepstate_store_volume_bytes", GAUGE, (), _disk(lambda u: u.volume),
            "Size of the volume of the sqlite store."),
+    Series("stepstate_event_loop_lag_seconds", HISTOGRAM, (), _one(lambda s: s.counters.loop_lag),
+           "How late timers of the event loop are, measured 20 times a second. Nobody is answered "
+           "while something holds the loop."),
+    Series("stepstate_log_lines_dropped_total", COUNTER, ("cause",), _by(lambda _: DROPPED),
+           "Log lines that were not written: nobody reads standard error (queue_full), a place in "
+           "the code logged more than 10 in a second (rate_limit), or an error (failed)."),
     Series("grpc_server_started_total", COUNTER, RPC, _rpc(lambda r: r.started),
            "RPCs started."),
     Series("grpc_server_handled_total", COUNTER, (*RPC, "grpc_code"), _rpc_by_code,

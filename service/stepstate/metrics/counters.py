@@ -11,7 +11,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 
 from stepstate.errors import REASONS
 
@@ -20,6 +20,8 @@ SECONDS = (
     0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
     5.0, 10.0,
 )  # fmt: skip
+# Below a millisecond the loop's own timers are not exact.
+LAG_SECONDS = (0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 STAGES = ("queue", "compute", "total")
 # Series exist from the start, at 0: `increase()` would not see the first event of a new one.
@@ -33,6 +35,10 @@ GRPC_CODES = (
     "AlreadyExists", "PermissionDenied", "ResourceExhausted", "FailedPrecondition", "Aborted",
     "OutOfRange", "Unimplemented", "Internal", "Unavailable", "DataLoss", "Unauthenticated",
 )  # fmt: skip
+
+
+CALL_KINDS = ("short", "long", "stream")
+CALL_STATES = ("open", "waiting")
 
 
 class Histogram:
@@ -128,6 +134,10 @@ class Metrics:
         """By name and version."""
         self.rpcs = defaultdict[tuple[str, str, str], RpcMetrics](RpcMetrics)
         """By kind, service and method."""
+        self.peers = 0
+        """Clients that have calls now."""
+        self.calls = dict.fromkeys(product(CALL_KINDS, CALL_STATES), 0)
+        """Calls now, by kind: open, and those of them that wait for their turn."""
         self.refusals = dict.fromkeys(REASONS, 0)
         self.ends = dict.fromkeys(END_REASONS, 0)
         self.deletions = dict.fromkeys(DELETION_REASONS, 0)
@@ -136,6 +146,7 @@ class Metrics:
         self.snapshot_bytes = 0
         self.snapshot_seconds = Histogram(SECONDS)
         self.snapshot_failures = dict.fromkeys(NOT_SAVED, 0)
+        self.loop_lag = Histogram(LAG_SECONDS)
 
     def model(self, name: str, version: str) -> ModelMetrics:
         """The counters of one model."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import replace
 
 from stepstate.errors import (
@@ -30,6 +30,7 @@ from stepstate.sessions.options import (
 )
 from stepstate.sessions.queues import Hold, RequestQueues
 from stepstate.sessions.scheduler import Admission
+from stepstate.sessions.snapshots.checks import check_import
 from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.sweeper import ExpirySweeper
@@ -108,6 +109,7 @@ class SessionLifecycle:
         """See `SessionService.restore`."""
         self._admission.check_open()
         snapshot = self._loader.adapt(decode(data))
+        check_import(snapshot)
         if not options.session_id:
             options = replace(options, session_id=snapshot.record.session_id)
         async with self._queues.hold(options.session_id) as hold:
@@ -234,10 +236,10 @@ class SessionLifecycle:
         session_id = snapshot.record.session_id
         if self._table.get(session_id) is not None:
             await hold.finish(self._free_id(session_id))
-        with ExitStack() as counted:
-            counted.enter_context(self._counted_opening())
-            await self._loader.slots.reserve()
-            placing = self._store_and_place(snapshot, counted.pop_all())
+        async with AsyncExitStack() as held:
+            held.enter_context(self._counted_opening())
+            await held.enter_async_context(self._loader.slots.reserved())
+            placing = self._store_and_place(snapshot, held.pop_all())
         return await hold.finish(placing)
 
     async def _free_id(self, session_id: str) -> None:
@@ -254,21 +256,17 @@ class SessionLifecycle:
         elif session.left is None:
             raise SessionExists(session_id, self._table.t[session.handle])
 
-    async def _store_and_place(self, snapshot: Snapshot, counted: ExitStack) -> ResidentSession:
+    async def _store_and_place(self, snapshot: Snapshot, held: AsyncExitStack) -> ResidentSession:
         """Creates a session in the store, and in the reserved slot.
 
         Args:
             snapshot: what it starts from.
-            counted: closed when the counts have it, so that it never counts twice.
+            held: its slot, and its place in the count; given back when it has them itself.
         """
         record = snapshot.record
         expires_at = self._store.backend.now() + record.idle_timeout_seconds
-        with counted:
-            try:
-                epoch = await self._store_new(snapshot, expires_at)
-            except BaseException:
-                self._loader.slots.release()
-                raise
+        async with held:
+            epoch = await self._store_new(snapshot, expires_at)
             session = self._loader.place(snapshot, epoch, expires_at=expires_at)
             self._counts.opened(record.model_key)
         self._observer.opened(record.model, record.version)

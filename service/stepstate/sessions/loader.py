@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 
@@ -29,7 +28,8 @@ from stepstate.sessions.counts import StoreSurvey
 from stepstate.sessions.replay import ReplayState
 from stepstate.sessions.scheduler import Admission, StepScheduler
 from stepstate.sessions.slots import SlotAllocator
-from stepstate.sessions.snapshots.format import Snapshot, decode, extended, identity_of
+from stepstate.sessions.snapshots.checks import adapt
+from stepstate.sessions.snapshots.format import Snapshot, decode, identity_of
 from stepstate.sessions.sweeper import ExpirySweeper, expired_error
 from stepstate.sessions.types import ResidentSession
 from stepstate.stores import (
@@ -109,13 +109,9 @@ class SessionLoader:
             found = await backend.find(session_id)
             if not isinstance(found, StoredSession) or self._sweeper.is_past(found):
                 raise await self.missing_reason(found, session_id)
-        await self.slots.reserve()
-        try:
+        async with self.slots.reserved():
             entry, snapshot = await self._take(session_id)
-        except BaseException:
-            self.slots.release()
-            raise
-        session = self.place(snapshot, entry.epoch, expires_at=entry.expires_at)
+            session = self.place(snapshot, entry.epoch, expires_at=entry.expires_at)
         session.position_unknown = entry.owner != "" and session.bounded
         record = entry.record
         taken_over = entry.owner not in ("", self._owner)
@@ -125,23 +121,22 @@ class SessionLoader:
         """Makes a session resident in a reserved slot; `expires_at` by the store's clock."""
         record = snapshot.record
         scheduler = self.schedulers[record.model_key]
-        slot = scheduler.claim()
-        scheduler.engine.write_state(slot, snapshot.state)
-        scheduler.window.write(slot, snapshot.window)
         phase = 0 if record.start_time is None else scheduler.timeline.phase(record.start_time)
-        session = ResidentSession(record, scheduler, slot, phase)
-        session.epoch = epoch
-        session.identity = identity_of(record, self._owner)
-        self._table.add(
-            session,
-            t=snapshot.t,
-            durable_t=0 if record.durability is Durability.NONE else snapshot.t,
-            now=self._clock(),
-            expires_at=self._clock() + expires_at - self._store.backend.now(),
-        )
+        with scheduler.claimed() as slot:
+            scheduler.engine.write_state(slot, snapshot.state)
+            scheduler.window.write(slot, snapshot.window)
+            session = ResidentSession(record, scheduler, slot, phase)
+            session.epoch = epoch
+            session.identity = identity_of(record, self._owner)
+            self._table.add(
+                session,
+                t=snapshot.t,
+                durable_t=0 if record.durability is Durability.NONE else snapshot.t,
+                now=self._clock(),
+                expires_at=self._clock() + expires_at - self._store.backend.now(),
+            )
         if record.durability is Durability.NONE:
             self._table.touch_at[session.handle] = self._clock() + record.idle_timeout_seconds / 2
-        self.slots.take_up()
         self.survey.loaded(record.session_id)
         return session
 
@@ -160,13 +155,13 @@ class SessionLoader:
             # name is no better, it may come from an acquire whose answer was lost.
             raise await self._end_as_lost(entry)
         try:
-            snapshot = self.adapt(decode(data))
+            snapshot = decode(data)
+            if snapshot.record.session_id != session_id:
+                other = snapshot.record.session_id
+                raise self._unreadable(session_id, f"it has the snapshot of {other!r}")
+            return entry, self.adapt(snapshot)
         except SnapshotCorrupt as error:
             raise self._unreadable(session_id, error.problem) from error
-        if snapshot.record.session_id != session_id:
-            other = snapshot.record.session_id
-            raise self._unreadable(session_id, f"it has the snapshot of {other!r}")
-        return entry, snapshot
 
     def adapt(self, snapshot: Snapshot) -> Snapshot:
         """A snapshot whose state has the layout of its model here.
@@ -223,29 +218,6 @@ def blank_snapshot(record: SessionRecord, scheduler: StepScheduler, unix_time: f
     ring = np.zeros((0, manifest.input_width + manifest.output_width), np.float32)
     window = ReplayState(np.zeros(0, np.int64), ring, ())
     return Snapshot(record, 0, unix_time, scheduler.engine.blank(record.interval_level), window)
-
-
-def adapt(snapshot: Snapshot, scheduler: StepScheduler) -> Snapshot | None:
-    """A snapshot whose state has the layout of a model; None if it is of another model.
-
-    Raises:
-        SnapshotCorrupt: no session can have its state.
-    """
-    engine, manifest = scheduler.engine, scheduler.model.manifest
-    layout, state = engine.layout, engine.upgraded(snapshot.state)
-    if snapshot.window.ring.shape[1] != manifest.input_width + manifest.output_width:
-        return None
-    if len(state) not in (layout.cell, layout.width):
-        return None
-    if not np.isfinite(state[: layout.cell]).all():
-        raise SnapshotCorrupt("its state is not finite")
-    snapshot = replace(snapshot, state=state)
-    if len(state) < layout.width:  # of version 1
-        blank = engine.blank(snapshot.record.interval_level)
-        snapshot = extended(snapshot, layout, blank)
-    if not engine.is_valid(snapshot.state):
-        raise SnapshotCorrupt("what it tracks of forecasts can't be a session's")
-    return snapshot
 
 
 def error_for_ending(session_id: str, ending: Tombstone) -> StepstateError:

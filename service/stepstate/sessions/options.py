@@ -11,7 +11,7 @@ from stepstate.config import LONGEST_IDLE_SECONDS
 from stepstate.errors import InvalidField
 from stepstate.models import MAX_LEVEL, MIN_LEVEL, Manifest
 from stepstate.sessions.context import Limits
-from stepstate.stores import Durability, MissingPolicy, SessionRecord
+from stepstate.stores import Durability, MissingPolicy, SessionRecord, to_utc
 
 IDLE_INTERVALS = 5
 """Step intervals that a session may always be idle for: a daily series that has no rows on days
@@ -63,7 +63,7 @@ def make_record(options: OpenOptions, manifest: Manifest, limits: Limits) -> Ses
         version=manifest.version,
         fingerprint=manifest.fingerprint,
         idle_timeout_seconds=_idle_timeout(options.idle_timeout_seconds, manifest, limits),
-        start_time=options.start_time,
+        start_time=_start_time(options.start_time),
         open_time=datetime.now(UTC),
         durability=_durability(options.durability, limits),
         missing=options.missing,
@@ -113,6 +113,13 @@ def check_id(session_id: str) -> None:
             f"is {shown!r} ({len(session_id)} characters), expected 1 to {ID_LENGTH} of "
             "A-Z a-z 0-9 . _ : -",
         )
+
+
+def _start_time(wanted: datetime | None) -> datetime | None:
+    try:
+        return None if wanted is None else to_utc(wanted)
+    except ValueError as error:
+        raise InvalidField("start_time", str(error)) from error
 
 
 def _durability(wanted: Durability | None, limits: Limits) -> Durability:

@@ -130,6 +130,7 @@ class SessionService:
             admission=self._admission,
         )
         self._forecaster = Forecaster(self._queues, self.table)
+        self._leaked_slots = 0
         # Called for every request: without a frame of this class between.
         self.find = self._queues.find
         self.submit = self._queues.submit
@@ -194,6 +195,11 @@ class SessionService:
         """Sessions in the store that can't be read, as far as they were met."""
         return len(self.survey.unreadable)
 
+    @property
+    def leaked_slots(self) -> int:
+        """Slots that are neither free nor a session's, at the last sweep: 0, but for a fault."""
+        return self._leaked_slots
+
     def default_idle_timeout(self, manifest: Manifest) -> float:
         """Seconds without a step after which a session of a model expires, if it asks for none."""
         return default_idle_timeout(manifest, self._limits)
@@ -213,8 +219,12 @@ class SessionService:
         """
         return self.schedulers[model.key].submit_pack(rows, reply_to)
 
-    def refuse(self, session_id: str, error: StepstateError, reply_to: ReplyTo) -> bool:
+    def refuse(
+        self, session_id: str, error: StepstateError, reply_to: ReplyTo, *, held_bytes: int
+    ) -> bool:
         """Queues a refusal behind the session's steps, so that replies keep their order.
+
+        `held_bytes` is what its reply takes.
 
         Returns:
             False if there are none: the caller delivers it at once.
@@ -222,9 +232,9 @@ class SessionService:
         session = self.table.get(session_id)
         if session is None or not self.table.busy[session.handle]:
             return False
-        step = Step((), 0, False, False, reply_to, session, None, 0)  # noqa: FBT003 - a hot constructor
+        step = Step((), 0, False, False, reply_to, session, None, held_bytes)  # noqa: FBT003 - a hot constructor
         step.error = error
-        self._admission.count(1)
+        self._admission.count(1, source=reply_to.source)
         session.scheduler.submit(step)
         return True
 
@@ -313,15 +323,25 @@ class SessionService:
         found = await self._lifecycle.close_stored(session_id)
         return found if isinstance(found, UnreadableSession) else self._summaries.stored(found)
 
-    async def export(self, session_id: str) -> tuple[bytes, SessionSummary]:
+    async def export(
+        self, session_id: str, *, reserve: Callable[[int], None] = lambda _: None
+    ) -> tuple[bytes, SessionSummary]:
         """A session's snapshot after the steps accepted so far, and its status then.
 
+        Args:
+            session_id: of the session.
+            reserve: called with the size of the snapshot, before anything else is done.
+
         Raises:
-            as `get`.
+            as `get`, and what `reserve` raises.
         """
-        return await self._queues.after_steps(
-            session_id, lambda session: (self.writer.snapshot(session), self.summary(session))
-        )
+
+        def snapshot(session: ResidentSession) -> tuple[bytes, SessionSummary]:
+            data = self.writer.snapshot(session)
+            reserve(len(data))
+            return data, self.summary(session)
+
+        return await self._queues.after_steps(session_id, snapshot)
 
     async def reset_accuracy(self, session_id: str) -> SessionSummary:
         """Resets the scores of a session's forecasts, after the steps accepted so far.
@@ -441,6 +461,9 @@ class SessionService:
         Raises:
             StoreUnavailable.
         """
+        # Here and not for a scrape, which reads while the loop changes the numbers.
+        claimed = sum(one.engine.used_slots for one in self.schedulers.values())
+        self._leaked_slots = self.table.leaked(claimed)
         ended = 0
         overdue = self.table.overdue(self._clock())
         for first in range(0, len(overdue), _EXPIRED_AT_ONCE):

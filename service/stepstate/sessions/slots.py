@@ -1,12 +1,15 @@
 """Slots of the arena: reserved in turn; the longest idle sessions are spilled to make room.
 
-Rule 1: a reserved slot is taken up or released, whatever happens to who waited.
+Rule 1: a slot is reserved for the length of a block, which takes it up by `Table.add` or not.
+        Whatever the block raises, the reservation ends.
 Rule 2: a session is spilled only when the store has all of it, and its lease is given up.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from itertools import islice
 
 from stepstate.errors import QueueFull, SessionLimit
@@ -36,14 +39,22 @@ class SlotAllocator:
         self._durable = context.store.backend.durable
         self._spilling: asyncio.Task[int] | None = None
 
-    async def reserve(self) -> None:
-        """Reserves a slot, spilling others if there is none, until `take_up` or `release`.
+    @asynccontextmanager
+    async def reserved(self) -> AsyncIterator[None]:
+        """Reserves a slot for the block, spilling others if there is none.
 
         Raises:
             SessionLimit: the store can't take any.
             QueueFull: all resident sessions are busy.
             StoreUnavailable.
         """
+        await self._reserve()
+        try:
+            yield
+        finally:
+            self._table.withdraw()  # a session that was added has its place now
+
+    async def _reserve(self) -> None:
         table = self._table
         if not self._durable and not table.has_place:
             raise SessionLimit(table.limit)
@@ -56,19 +67,11 @@ class SlotAllocator:
                 await place
         except BaseException as error:
             if place.done() and not place.cancelled() and place.exception() is None:
-                self.release()  # it was promised, and nobody takes it up
+                table.withdraw()  # it was promised, and nobody takes it up
             if isinstance(error, TimeoutError):
                 busy = "resident sessions, all of them busy,"
                 raise QueueFull(busy, table.limit, 0.5) from None
             raise
-
-    def release(self) -> None:
-        """Releases a reserved slot."""
-        self._table.withdraw()
-
-    def take_up(self) -> None:
-        """A session has taken a reserved slot."""
-        self._table.promised -= 1
 
     def _spill_soon(self) -> None:
         if self._table.promises and self._spilling is None:

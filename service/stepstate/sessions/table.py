@@ -5,7 +5,8 @@ Rule 2: a handle is a session's place in the arrays while it is resident; then i
 Rule 3: whoever keeps a handle keeps its generation too. Another generation means that the session
         is gone or takes no steps now: look it up again.
 Rule 4: every transition of a session's state is made here.
-Rule 5: a place is promised before a session is loaded; a promise is taken up or withdrawn.
+Rule 5: a place is promised before a session is loaded, and the promise is withdrawn when the
+        session has it, or won't come.
 
 The arrays are read in two ways: `t[handle]` on a memoryview is a plain int at once, and the NumPy
 array on the same memory takes a whole micro-batch.
@@ -109,6 +110,13 @@ class Table:
         """Places without a session."""
         return len(self._free)
 
+    def leaked(self, claimed: int) -> int:
+        """How many places, and of `claimed` slots of the engines, are neither free nor a session's.
+
+        Anything but 0 is a fault.
+        """
+        return abs(self.limit - self.free - len(self)) + abs(claimed - len(self))
+
     @property
     def has_place(self) -> bool:
         """Whether `promise` gives a place at once."""
@@ -122,7 +130,7 @@ class Table:
         return place
 
     def withdraw(self) -> None:
-        """Takes a promised place back."""
+        """Takes a promise back: its session has the place by now, or does not come."""
         self.promised -= 1
         self._grant()
 
@@ -137,8 +145,7 @@ class Table:
         self, session: ResidentSession, *, t: int, durable_t: int, now: float, expires_at: float
     ) -> None:
         """Adds a session whose id is not resident; there is a place."""
-        handle = self._free.pop()
-        session.handle = handle
+        session.handle = handle = self._free[-1]
         self.t[handle] = t
         self.durable_t[handle] = durable_t
         self.idle_timeout_array[handle] = session.record.idle_timeout_seconds
@@ -151,6 +158,7 @@ class Table:
         self.saved_behind_array[handle] = session.record.durability is Durability.ASYNC
         self.by_id[session.session_id] = session
         self._by_handle[handle] = session
+        self._free.pop()  # last: what raises before takes nothing
 
     # The life of a session
 

@@ -1,10 +1,11 @@
 """Stores: where sessions are kept beyond the arena."""
 
 from stepstate.stores.base import SessionStore
-from stepstate.stores.factory import open_store
+from stepstate.stores.factory import open_store, read_password
 from stepstate.stores.memory import MemoryStore
 from stepstate.stores.sqlite import SqliteStore
 from stepstate.stores.types import (
+    MAX_T,
     DiskUsage,
     Durability,
     EndReason,
@@ -15,9 +16,11 @@ from stepstate.stores.types import (
     StoredSession,
     Tombstone,
     UnreadableSession,
+    to_utc,
 )
 
 __all__ = [
+    "MAX_T",
     "DiskUsage",
     "Durability",
     "EndReason",
@@ -32,4 +35,6 @@ __all__ = [
     "Tombstone",
     "UnreadableSession",
     "open_store",
+    "read_password",
+    "to_utc",
 ]

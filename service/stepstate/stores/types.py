@@ -34,6 +34,9 @@ LAST_SECONDS = 2**53 / MICROS
 """The latest time that an index of sessions can hold."""
 MAX_EPOCH = 2**62
 """Below SQLite's largest integer, so that there is room for the epochs that follow."""
+FIRST_TIME = datetime(1, 1, 2, tzinfo=UTC)
+LAST_TIME = datetime(9999, 12, 30, tzinfo=UTC)
+"""A day within what `datetime` can hold, so that these times exist in every time zone."""
 MAX_OWNER_LENGTH = 1024
 """Characters; longer than any server's name."""
 
@@ -71,22 +74,24 @@ class EndReason(enum.Enum):
     LOST = "lost"
 
 
-def _utc(moment: datetime) -> datetime:
-    """A time in UTC, where all arithmetic with it is done.
+def to_utc(moment: datetime) -> datetime:
+    """A time in UTC, where all arithmetic with it is done; without a zone it is UTC already.
+
+    The one check of times that come from outside: requests, snapshots, and what a store has.
 
     Raises:
-        ValueError: in UTC it is before the year 1 or after 9999.
+        ValueError: it is not between `FIRST_TIME` and `LAST_TIME`.
     """
-    try:
-        return moment.astimezone(UTC)
-    except OverflowError:
-        raise ValueError("is before the year 1 or after 9999") from None
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    if not FIRST_TIME <= aware <= LAST_TIME:
+        raise ValueError("is not in the years 1 to 9999 (UTC), or on their first or last day")
+    return aware.astimezone(UTC)
 
 
 Id = Annotated[str, Field(min_length=1, max_length=256)]
 Name = Annotated[str, Field(max_length=256)]
 Seconds = Annotated[float, Field(gt=0, le=MAX_IDLE_SECONDS, allow_inf_nan=False)]
-Moment = Annotated[AwareDatetime, AfterValidator(_utc)]
+Moment = Annotated[AwareDatetime, AfterValidator(to_utc)]
 Share = Annotated[float, Field(gt=0, lt=1, allow_inf_nan=False)]
 
 
@@ -128,7 +133,10 @@ class SessionRecord:
         Raises:
             ValueError: it is not such a text.
         """
-        return _RECORDS.validate_json(text)
+        try:
+            return _RECORDS.validate_json(text)
+        except ValidationError as error:
+            raise ValueError(_problem(error)) from None
 
 
 def _json_value(value: datetime | enum.Enum) -> str:
@@ -247,7 +255,7 @@ def decode_session(
             delete_at=None if delete is None else _integer("delete", delete, MAX_MICROS) / MICROS,
         )
     except ValueError as error:
-        return UnreadableSession(session_id, _problem(error))
+        return UnreadableSession(session_id, str(error)[:_PROBLEM_LENGTH])
 
 
 def decode_tombstone(reason: object, t: object, idle_timeout_seconds: object) -> Tombstone | None:
@@ -293,10 +301,8 @@ def _text(name: str, value: object, length: int) -> str:
     return text
 
 
-def _problem(error: ValueError) -> str:
+def _problem(error: ValidationError) -> str:
     """What is wrong, in one line, without the damaged value: it may contain anything."""
-    if not isinstance(error, ValidationError):
-        return str(error)[:_PROBLEM_LENGTH]
     first = error.errors(include_url=False, include_context=False, include_input=False)[0]
     where = "".join(f"{part} of " for part in first["loc"][:1])
-    return f"{where}its record: {first['msg']}"[:_PROBLEM_LENGTH]
+    return f"{where}its record: {first['msg']}"

@@ -6,6 +6,7 @@ Steps have a module of their own, `steps`.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any, TypeVar
@@ -34,6 +35,8 @@ from stepstate.stores import Durability, MissingPolicy, UnreadableSession
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import array_of, put_floats
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 M = TypeVar("M", pb.Session, pb.Model)
@@ -107,9 +110,22 @@ def decode_import(request: pb.ImportSessionRequest | pb.StreamImportRequest) -> 
 
 
 def encode_session(summary: SessionSummary | UnreadableSession) -> pb.Session:
-    """A session's state: what it was opened with, and where it is now."""
-    if isinstance(summary, UnreadableSession):
-        return pb.Session(session_id=summary.session_id, status=pb.SESSION_STATUS_UNREADABLE)
+    """A session's state: what it was opened with, and where it is now.
+
+    One with a value that the contract can't hold is shown as unreadable, beside the others.
+    """
+    if not isinstance(summary, UnreadableSession):
+        try:
+            return _session(summary)
+        except (ValueError, OverflowError):
+            log.exception(
+                "a session can't be shown", extra={"session_id": summary.record.session_id}
+            )
+            summary = UnreadableSession(summary.record.session_id, "")
+    return pb.Session(session_id=summary.session_id, status=pb.SESSION_STATUS_UNREADABLE)
+
+
+def _session(summary: SessionSummary) -> pb.Session:
     record, now = summary.record, datetime.now(UTC)
     return pb.Session(
         session_id=record.session_id,

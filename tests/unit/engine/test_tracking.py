@@ -234,12 +234,17 @@ def test_each_target_has_the_interval_that_its_own_output_promises():
         ("last", math.inf),
         ("block", 1.5),
         ("median", -1.0),
+        (_ALARMS, 101.0),
+        (_SINCE, 100.0),
+        ("scaled by", 3e38),
+        ("life", 201.0),
     ],
 )
 def test_an_impossible_tracked_part_is_not_valid(where, value):
+    """After 100 rows."""
     tracker = tracker_of()
     part = tracker.blank(None)
-    assert tracker.is_valid(part)
+    assert tracker.is_valid(part, 100)
     target = tracker.targets[0]
     places = {
         "head": 0,
@@ -251,7 +256,7 @@ def test_an_impossible_tracked_part_is_not_valid(where, value):
         "median": target.horizons[1].place + MEDIAN,
     }
     part[places[where] if isinstance(where, str) else target.place + where] = value
-    assert not tracker.is_valid(part)
+    assert not tracker.is_valid(part, 100)
 
 
 def figures_of(errors: np.ndarray, truths: np.ndarray) -> tuple[float, float]:

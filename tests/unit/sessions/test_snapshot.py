@@ -13,8 +13,8 @@ import pytest
 
 from stepstate.engine.tracking.scores import SCORES
 from stepstate.errors import SnapshotCorrupt
-from stepstate.sessions.loader import adapt
 from stepstate.sessions.replay import CachedReply, ReplayState
+from stepstate.sessions.snapshots.checks import adapt
 from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.stores import Durability, SessionRecord
 from tests.offline import forecasting_network
@@ -193,5 +193,5 @@ def test_a_forged_session_of_version_2_is_corrupt_or_sound(make_rig, place, valu
         adapted = adapt(replace(old, state=state), rig.scheduler)
     except SnapshotCorrupt:
         return
-    assert rig.scheduler.engine.is_valid(adapted.state)
+    assert rig.scheduler.engine.is_valid(adapted.state, adapted.t)
     assert not np.isinf(adapted.state).any()

@@ -193,12 +193,12 @@ def accuracy(output: str, horizon: int, part: list[float], least: float) -> Hori
     )
 
 
-def is_valid(part: list[float]) -> bool:
-    """Whether the numbers of a horizon are possible."""
+def is_valid(part: list[float], t: int) -> bool:
+    """Whether the numbers of a horizon are possible after t rows."""
     counts = [part[SCALE_N], *(part[at + n] for at in (LIFE, LAST, BLOCK) for n in _COUNTS)]
     return (
         all(map(math.isfinite, part))
-        and all(count.is_integer() for count in counts)
+        and all(count.is_integer() and count <= 2 * t for count in counts)  # float32 rounds up
         and min(part[SCALE:]) >= 0
     )
 

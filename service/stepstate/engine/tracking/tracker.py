@@ -207,15 +207,16 @@ class Tracker:
                 place += width
         return part
 
-    def is_valid(self, part: Floats) -> bool:
-        """Whether `observe` can have written a tracked part [Q]: a snapshot may hold anything.
+    def is_valid(self, part: Floats, t: int) -> bool:
+        """Whether `observe` can have written a tracked part [Q] in t rows: anything may be in one.
 
-        A count below 0 would make the forward fail that the session shares with others.
+        A count below 0 would make the forward fail that the session shares with others, and one
+        that is too large can't be sent, so the list that the session is in would fail.
         """
         return (
             MIN_LEVEL <= self.level(part) <= MAX_LEVEL
-            and all(_valid_target(target, part) for target in self.targets)
-            and all(valid_scores(part[each.scores].tolist()) for each in self._horizons)
+            and all(_valid_target(target, part, t) for target in self.targets)
+            and all(valid_scores(part[each.scores].tolist(), t) for each in self._horizons)
         )
 
     def new_totals(self) -> ScoreTotals:
@@ -420,14 +421,15 @@ def _count(score: Score, error: float, usual: float, unit: float) -> None:
         score.scaled_error += min(usual / unit, SPIKE)
 
 
-def _valid_target(target: TrackedOutput, part: Floats) -> bool:
-    """Whether the numbers of a target in a tracked part [Q] are possible."""
+def _valid_target(target: TrackedOutput, part: Floats, t: int) -> bool:
+    """Whether the numbers of a target in a tracked part [Q] are possible after t rows."""
     low, high, alarms, since = part[target.place : target.place + _TEST].tolist()
-    counts = (alarms,) if math.isnan(since) else (alarms, since)
+    known = (alarms,) if math.isnan(since) else (alarms, since)
     return (
         0 < low < math.inf
         and 0 < high < math.inf
-        and all(count >= 0 and count.is_integer() for count in counts)
+        and all(0 <= count <= t and count.is_integer() for count in known)
+        and since != t  # an alarm in the row before this one is 0 rows ago
         and target.test.is_valid(part[target.test_part])
     )
 

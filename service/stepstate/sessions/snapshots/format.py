@@ -27,17 +27,27 @@ import struct
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Annotated
 
 import numpy as np
+from pydantic import Field, TypeAdapter, ValidationError
 
 from stepstate.engine import Floats, Layers, Layout
 from stepstate.errors import SnapshotCorrupt
 from stepstate.sessions.replay import CachedReply, ReplayState
-from stepstate.stores import SessionRecord
+from stepstate.stores import MAX_T, SessionRecord
 
 MAGIC = b"STEPSNAP"
 VERSION = 3
 
+MAX_JSON_BYTES = 65_536
+"""Of the identity, or of the names in a reply: a server writes half of that at most."""
+MAX_REPLIES = 10_000
+"""More than a replay window holds."""
+
+_Size = Annotated[int, Field(ge=0, strict=True)]
+_IDENTITY = TypeAdapter(tuple[str, str])
+_SHAPES = TypeAdapter(list[list[tuple[str, _Size, _Size]]])
 _START = struct.Struct("<8sHH")
 _HEAD = struct.Struct("<8sHH6I2Qd")
 _REPLY = struct.Struct("<Q3I16s")
@@ -111,7 +121,9 @@ def decode(data: bytes) -> Snapshot:
         )
     try:
         snapshot = reader(data)
-    except (ValueError, KeyError, TypeError, RecursionError, struct.error) as error:
+    except ValidationError as error:  # its text has the values, which may be anything
+        raise SnapshotCorrupt("its parts do not fit together") from error
+    except (ValueError, struct.error) as error:
         raise SnapshotCorrupt(f"its parts do not fit together ({error})") from error
     _check(snapshot)
     return snapshot
@@ -123,7 +135,7 @@ def _check(snapshot: Snapshot) -> None:
     if np.isinf(snapshot.state).any() or not math.isfinite(snapshot.stepped_at):
         raise SnapshotCorrupt("its state or its time is not finite")
     stamps = snapshot.window.stamps
-    if snapshot.t >= 2**53 or (stamps < 1).any() or (stamps > snapshot.t).any():
+    if snapshot.t >= MAX_T or (stamps < 1).any() or (stamps > snapshot.t).any():
         raise SnapshotCorrupt("it remembers rows that it can't have applied")
 
 
@@ -148,15 +160,15 @@ def _read(data: bytes) -> Snapshot:
     parts = _HEAD.unpack_from(data)
     identity_length, state_width, rows, width, replies, _, t, epoch, stepped_at = parts[3:]
     cursor = _Cursor(data, _HEAD.size, len(data) - _CRC.size)
-    record, owner = json.loads(cursor.take(identity_length))
+    record, owner = _IDENTITY.validate_json(cursor.take(_short(identity_length)))
+    if replies > MAX_REPLIES:
+        raise ValueError(f"it has {replies} replies")
     state = cursor.floats(state_width)
     stamps = np.frombuffer(cursor.take(8 * rows), "<i8")
     ring = cursor.floats(rows * width).reshape(rows, width)
     window = ReplayState(stamps, ring, tuple(_read_reply(cursor) for _ in range(replies)))
     cursor.end()
-    return Snapshot(
-        SessionRecord.from_json(record), t, stepped_at, state, window, str(owner), epoch
-    )
+    return Snapshot(SessionRecord.from_json(record), t, stepped_at, state, window, owner, epoch)
 
 
 _READERS: dict[int, Callable[[bytes], Snapshot]] = {1: _read, 2: _read, 3: _read}
@@ -194,7 +206,7 @@ def _encode_reply(reply: CachedReply) -> list[bytes]:
 
 def _read_reply(cursor: _Cursor) -> CachedReply:
     t, rows, y_length, names_length, digest = _REPLY.unpack(cursor.take(_REPLY.size))
-    names = cursor.take(names_length)
+    names = cursor.take(_short(names_length))
     y = cursor.take(y_length)
     layers: Layers | None = None
     if names:
@@ -203,9 +215,15 @@ def _read_reply(cursor: _Cursor) -> CachedReply:
                 name: cursor.floats(length * width).reshape(length, width)
                 for name, length, width in layer
             }
-            for layer in json.loads(names)
+            for layer in _SHAPES.validate_json(names)
         ]
     return CachedReply(t, rows, y, layers, digest)
+
+
+def _short(length: int) -> int:
+    if length > MAX_JSON_BYTES:
+        raise ValueError(f"a text has {length} bytes")
+    return length
 
 
 def _f32(values: Floats) -> bytes:

@@ -1,0 +1,72 @@
+"""Runs attacks at full size and prints the table of SECURITY.md: `python -m tests.attacks`.
+
+`python -m tests.attacks NAME ...` runs those whose names contain one of the words.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tests.attacks.attack import Attack
+from tests.attacks.catalog import ATTACKS
+from tests.attacks.harness import MIB, Ground, Report, under_attack
+
+HEADER = (
+    "| attack | peak over the start, MiB | after 10 s, MiB | p99 ÷ alone | honest errors "
+    "| sessions lost | served again after, s |\n|---|---|---|---|---|---|---|"
+)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Returns the number of attacks that harmed somebody."""
+    parser = argparse.ArgumentParser(prog="python -m tests.attacks", description=__doc__)
+    parser.add_argument("words", nargs="*", help="parts of names; none: all attacks")
+    parser.add_argument("--short", action="store_true", help="at the size of `make test-all`")
+    chosen = parser.parse_args(arguments)
+    print(HEADER, flush=True)
+    harmful = 0
+    for attack in selected(chosen.words):
+        report = run(attack, short=chosen.short)
+        print(row(report), flush=True)
+        for problem in report.problems():
+            print(f"{report.attack}: {problem}", file=sys.stderr, flush=True)
+        harmful += bool(report.problems())
+    return harmful
+
+
+def selected(words: Sequence[str]) -> Iterator[Attack]:
+    """The attacks whose names contain one of the words."""
+    for attack in ATTACKS:
+        if not words or any(word in attack.name for word in words):
+            yield attack
+
+
+def run(attack: Attack, *, short: bool) -> Report:
+    """Runs an attack in a folder of its own."""
+    with tempfile.TemporaryDirectory(prefix="stepstate-attack-") as name:
+        count = attack.short if short and attack.short is not None else attack.count
+        return asyncio.run(under_attack(attack, count, Ground.of(Path(name)), short=short))
+
+
+def row(report: Report) -> str:
+    """A report as a row of the table."""
+    lost = len(report.lost) + len(report.broken)
+    figures = (
+        report.attack.replace("_", " "),
+        f"{report.peak / MIB:.0f}",
+        f"{report.rest / MIB:.0f}",
+        f"{report.p99 / report.alone_p99:.1f}",
+        str(len(report.errors)),
+        str(lost),
+        f"{report.served_again:.1f}",
+    )
+    return f"| {' | '.join(figures)} |"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

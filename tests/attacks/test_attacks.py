@@ -1,0 +1,37 @@
+"""What one client does costs nobody else a session, an answer, or the server its memory.
+
+`make attacks` runs every attack at full size and prints the table of SECURITY.md.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.attacks.attack import Attack
+from tests.attacks.catalog import ATTACKS
+from tests.attacks.harness import Ground, under_attack
+
+pytestmark = pytest.mark.attacks
+
+
+@pytest.fixture
+def ground(tmp_path: Path) -> Ground:
+    return Ground.of(tmp_path)
+
+
+def cases() -> list[object]:
+    made = []
+    for attack in ATTACKS:
+        marks = [pytest.mark.long] if attack.short is None else []
+        made.append(pytest.param(attack, marks=marks, id=attack.name))
+    return made
+
+
+@pytest.mark.parametrize("attack", cases())
+async def test_an_attack_harms_nobody_else(attack: Attack, ground: Ground):
+    count = attack.count if attack.short is None else attack.short
+    report = await under_attack(attack, count, ground, short=True)
+    print(report)
+    assert not report.problems(), report

@@ -15,6 +15,7 @@ MAX_NUMBER = 2**40
 LONGEST_IDLE_SECONDS = 100 * 366 * 86_400.0
 """A century: beyond it the time of expiry overflows."""
 DURABILITIES = ("none", "async", "sync")
+TRANSPORTS = ("lean", "grpcio")
 WEIGHTS = ("float32", "bfloat16", "int8")
 MAX_SLOTS = 10_000_000
 """The arrays of the session table are allocated at start, about 100 bytes a session."""
@@ -69,6 +70,11 @@ class ServerConfig:
         "127.0.0.1:50051",
         "host:port for gRPC. Port 0 means any free port.",
         "Loopback: the server does not authenticate clients, so no other machine should reach it.",
+    )
+    transport: str = _setting(
+        "lean",
+        "The gRPC server: lean, Stepstate's own, or grpcio.",
+        "It costs a fraction of the CPU, and bounds what each connection can hold.",
     )
     max_concurrent_streams: int = _setting(
         1024,
@@ -231,6 +237,7 @@ class ServerConfig:
         _check_address("listen", self.listen)
         _check_address("metrics_listen", self.metrics_listen)
         _check_one_of("durability", self.durability, DURABILITIES)
+        _check_one_of("transport", self.transport, TRANSPORTS)
         _check_one_of("weights", self.weights, WEIGHTS)
         self._check_password()
         self._check_device()

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from threading import Thread
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
 
 import grpc
@@ -31,6 +31,7 @@ from stepstate.engine import (
     use_one_thread,
 )
 from stepstate.errors import ListenError, StoreUnavailable
+from stepstate.h2grpc import H2Server, Http2Limits
 from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
@@ -149,7 +150,7 @@ class Server:
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
-        self._grpc = grpc.aio.server(interceptors=[interceptor], options=_channel_options(config))
+        self._grpc = _transport(config, interceptor)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
@@ -406,6 +407,14 @@ async def _store(config: ServerConfig) -> SessionStore:
         unix_time=time.time,
         fsync=config.store_fsync,
     )
+
+
+def _transport(config: ServerConfig, interceptor: RpcInterceptor) -> Any:
+    """The gRPC server that was chosen: both take the same servicers."""
+    if config.transport == "grpcio":
+        return grpc.aio.server(interceptors=[interceptor], options=_channel_options(config))
+    limits = Http2Limits(concurrent_streams=config.max_concurrent_streams)
+    return H2Server([interceptor], limits=limits)
 
 
 def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:

@@ -11,7 +11,8 @@ import numpy as np
 from stepstate.models import Model
 from stepstate.stores import SessionStore, open_store
 from stepstate.stores.redis import keys
-from stepstate.transport import Backend, StepstateServicer
+from stepstate.transport import Backend, PeerTable, StepstateServicer
+from stepstate.transport.admission import CallAdmission, CallKind
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.redis_process import RedisProcess
 from tests.unit.rig import Clock, Lasting, Rig, outputs
@@ -20,12 +21,29 @@ ODD = "m"
 """The id of the session that is damaged."""
 
 
+class Call:
+    """The context of a call that does not end before its test."""
+
+    def peer(self) -> str:
+        return "ipv4:127.0.0.1:1"
+
+    def add_done_callback(self, callback: object) -> None:
+        """It is never called."""
+
+
+def backend_of(rig: Rig) -> Backend:
+    """What serves the calls of this task, without a socket."""
+    admission = CallAdmission(PeerTable(rig.memory), rig.metrics)
+    admission.begin(Call(), CallKind.SHORT)
+    return Backend(rig.sessions, rig.metrics, admission)
+
+
 class Door:
     """A server of some models on a store, without sockets."""
 
     def __init__(self, *models: Model, store: SessionStore, clock: Clock, owner: str) -> None:
         self.rig = Rig(*models, store=store, clock=clock, owner=owner)
-        self.native = StepstateServicer(Backend(self.rig.sessions, self.rig.metrics))
+        self.native = StepstateServicer(backend_of(self.rig))
 
     async def step(self, session_id: str, x: np.ndarray, t: int) -> np.ndarray:
         session = await self.rig.sessions.get(session_id)

@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 
 from stepstate.errors import StepstateError
 from stepstate.stores import Durability
-from stepstate.transport import Backend, StepstateServicer
+from stepstate.transport import StepstateServicer
 from stepstate.transport.bidi import AnyStream
 from stepstate.transport.packed import PackedStream
 from stepstate.transport.steps import StepStream
@@ -34,6 +34,7 @@ from tests.integration.packed import packed
 from tests.integration.triton import infer, tensor
 from tests.integration.wire import refusal_of
 from tests.networks import make_network
+from tests.property.homes import backend_of
 from tests.unit.rig import Clock, Lasting, Rig, model_of, opening
 
 NETWORK = make_network("ordered", hidden=4, layers=1, seed=13)
@@ -156,7 +157,7 @@ class Doors:
     asked: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
-        backend = Backend(self.rig.sessions, self.rig.metrics)
+        backend = backend_of(self.rig)
         self.native = StepstateServicer(backend)
         self.triton = TritonService(backend)
         self.wires = {kind: Wire() for kind in STREAMS}

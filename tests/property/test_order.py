@@ -20,6 +20,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepstate.budget import MemoryAccount
 from stepstate.errors import StepstateError
 from stepstate.stores import Durability
 from stepstate.transport import StepstateServicer
@@ -143,6 +144,12 @@ class Wire:
     async def read(self) -> Any:
         return await self._sent.get()
 
+    def decode(self, data: Any) -> Any:
+        """Messages do not become bytes here."""
+        return data
+
+    encode = decode
+
     async def write(self, message: Any) -> None:
         self.replies.append(message)
 
@@ -159,7 +166,7 @@ class Doors:
     def __post_init__(self) -> None:
         backend = backend_of(self.rig)
         self.native = StepstateServicer(backend)
-        self.triton = TritonService(backend)
+        self.triton = TritonService(backend, MemoryAccount(self.rig.memory))
         self.wires = {kind: Wire() for kind in STREAMS}
         streams: list[AnyStream] = [
             StepStream(backend, self.wires["StreamSteps"]),

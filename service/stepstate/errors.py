@@ -22,12 +22,14 @@
     ├── RowsMissing             raised by the client: rows to be sent again are no longer kept
     ├── SnapshotModelMismatch   a snapshot of a model that is not loaded here
     ├── SnapshotCorrupt         bytes that are not a whole snapshot
+    ├── SnapshotUntrusted       a snapshot that no server with a key of this one's has signed
     ├── SnapshotTooLarge        a snapshot that no message can hold
     ├── SessionUnreadable       what the store has of a session can't be read
     ├── SessionLimit            no room for one more session
     ├── Unavailable             try again, after retry_after_seconds
     │   ├── QueueFull
     │   ├── MemoryLimit         the client makes the server hold too many bytes
+    │   ├── TooManyCalls        the client has too many calls under way
     │   ├── Draining
     │   ├── StoreUnavailable    the store does not answer, or can't write
     │   └── ServerUnreachable   raised by the client: no answer from the server
@@ -38,6 +40,7 @@
         ├── ModelInvalid        a model's folder can't be served
         ├── DeviceUnavailable   there is no such device
         ├── StoreOpenError      the store can't be opened
+        ├── SnapshotKeyInvalid  the keys of snapshots can't be read
         └── ListenError         an address can't be listened on
 
 An error holds fields and composes its message from them: what, which id, what
@@ -343,6 +346,17 @@ class SnapshotCorrupt(StepstateError, reason="SNAPSHOT_CORRUPT"):
 
 
 @dataclass(eq=False)
+class SnapshotUntrusted(StepstateError, reason="SNAPSHOT_UNTRUSTED"):
+    """A snapshot without a signature that this server accepts."""
+
+    message = (
+        "the snapshot is not accepted: {problem}; export it from a server whose --snapshot-key "
+        "begins with a key that this server has, too"
+    )
+    problem: str
+
+
+@dataclass(eq=False)
 class SnapshotTooLarge(StepstateError, reason="SNAPSHOT_TOO_LARGE"):
     """A snapshot that is larger than a message can hold."""
 
@@ -409,6 +423,21 @@ class MemoryLimit(Unavailable, reason="MEMORY_LIMIT"):
         "limit is --memory-limit)"
     )
     size: int
+    held: int
+    free: int
+    limit: int
+    retry_after_seconds: float = 0.5
+
+
+@dataclass(eq=False)
+class TooManyCalls(Unavailable, reason="TOO_MANY_CALLS"):
+    """A client has as many calls under way as it may."""
+
+    message = (
+        "{what}: this client has {held}, and may have as many as are free, {free} of {limit}; "
+        "nothing was applied: retry after {retry_after_seconds:g} s, and have fewer under way"
+    )
+    what: str
     held: int
     free: int
     limit: int
@@ -523,6 +552,18 @@ class StoreOpenError(StartError):
 
     message = "store {store}: {problem}"
     store: str
+    problem: str
+
+
+@dataclass(eq=False)
+class SnapshotKeyInvalid(StartError):
+    """The file with the keys that sign snapshots can't be used."""
+
+    message = (
+        "--snapshot-key {file}: {problem}; write one key a line, such as from "
+        "`openssl rand -hex 32`"
+    )
+    file: str
     problem: str
 
 

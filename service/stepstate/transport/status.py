@@ -39,9 +39,11 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotTooLarge: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
+    errors.SnapshotUntrusted: StatusCode.FAILED_PRECONDITION,
     errors.SessionUnreadable: StatusCode.DATA_LOSS,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -57,11 +59,13 @@ _FIELDS: dict[type[errors.StepstateError], str] = {
 _QUOTAS: dict[type[errors.StepstateError], str] = {
     errors.SessionLimit: "server:sessions",
     errors.MemoryLimit: "client:memory",
+    errors.TooManyCalls: "client:calls",
 }
 """Whose quota of what is used up."""
 _RETRYABLE = (
     errors.QueueFull,
     errors.MemoryLimit,
+    errors.TooManyCalls,
     errors.Draining,
     errors.StoreUnavailable,
 )
@@ -101,6 +105,8 @@ def _details(error: errors.StepstateError) -> Iterator[Message]:
         yield QuotaFailure(violations=[quota])
     if isinstance(error, errors.ForecastImpossible):
         yield _precondition("FORECAST", error.subject, error)
+    if isinstance(error, errors.SnapshotUntrusted):
+        yield _precondition("SIGNATURE", "snapshot", error)
     if isinstance(error, errors.SnapshotModelMismatch):
         yield _precondition("MODEL", error.model, error)
     if isinstance(error, _RETRYABLE):

@@ -35,6 +35,7 @@ CODES = {
     errors.SnapshotModelMismatch: StatusCode.FAILED_PRECONDITION,
     errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
+    errors.SnapshotUntrusted: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotTooLarge: StatusCode.FAILED_PRECONDITION,
     errors.SessionUnreadable: StatusCode.DATA_LOSS,
     errors.StoreUnavailable: StatusCode.UNAVAILABLE,
@@ -42,6 +43,7 @@ CODES = {
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.QueueFull: StatusCode.UNAVAILABLE,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
     errors.Draining: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -53,6 +55,7 @@ NEVER_SENT = {
     errors.ModelInvalid,
     errors.DeviceUnavailable,
     errors.StoreOpenError,
+    errors.SnapshotKeyInvalid,
     errors.ListenError,
 }
 
@@ -86,9 +89,13 @@ def test_an_error_has_the_details_of_the_design(cls):
     wanted = {ErrorInfo}
     if issubclass(cls, errors.InvalidRequest):
         wanted.add(BadRequest)
-    if cls in (errors.SnapshotModelMismatch, errors.ForecastImpossible):
+    if cls in (
+        errors.SnapshotModelMismatch,
+        errors.SnapshotUntrusted,
+        errors.ForecastImpossible,
+    ):
         wanted.add(PreconditionFailure)
-    if cls in (errors.SessionLimit, errors.MemoryLimit):
+    if cls in (errors.SessionLimit, errors.MemoryLimit, errors.TooManyCalls):
         wanted.add(QuotaFailure)
     if issubclass(cls, errors.Unavailable):
         wanted.add(RetryInfo)

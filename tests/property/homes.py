@@ -11,31 +11,14 @@ import numpy as np
 from stepstate.models import Model
 from stepstate.stores import SessionStore, open_store
 from stepstate.stores.redis import keys
-from stepstate.transport import Backend, PeerTable, StepstateServicer
-from stepstate.transport.admission import CallAdmission, CallKind
+from stepstate.transport import StepstateServicer
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.redis_process import RedisProcess
 from tests.unit.rig import Clock, Lasting, Rig, outputs
+from tests.unit.transport.contexts import called
 
 ODD = "m"
 """The id of the session that is damaged."""
-
-
-class Call:
-    """The context of a call that does not end before its test."""
-
-    def peer(self) -> str:
-        return "ipv4:127.0.0.1:1"
-
-    def add_done_callback(self, callback: object) -> None:
-        """It is never called."""
-
-
-def backend_of(rig: Rig) -> Backend:
-    """What serves the calls of this task, without a socket."""
-    admission = CallAdmission(PeerTable(rig.memory), rig.metrics)
-    admission.begin(Call(), CallKind.SHORT)
-    return Backend(rig.sessions, rig.metrics, admission)
 
 
 class Door:
@@ -43,7 +26,7 @@ class Door:
 
     def __init__(self, *models: Model, store: SessionStore, clock: Clock, owner: str) -> None:
         self.rig = Rig(*models, store=store, clock=clock, owner=owner)
-        self.native = StepstateServicer(backend_of(self.rig))
+        self.native = StepstateServicer(called(self.rig))
 
     async def step(self, session_id: str, x: np.ndarray, t: int) -> np.ndarray:
         session = await self.rig.sessions.get(session_id)

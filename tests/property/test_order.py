@@ -35,8 +35,8 @@ from tests.integration.packed import packed
 from tests.integration.triton import infer, tensor
 from tests.integration.wire import refusal_of
 from tests.networks import make_network
-from tests.property.homes import backend_of
 from tests.unit.rig import Clock, Lasting, Rig, model_of, opening
+from tests.unit.transport.contexts import called
 
 NETWORK = make_network("ordered", hidden=4, layers=1, seed=13)
 NETWORK.manifest["outputs"] = [{"name": name, "horizons": [1]} for name in ("y0", "y1")]
@@ -134,21 +134,16 @@ class Arrival:
 
 
 class Wire:
-    """The two sides of a streaming call, without a wire."""
+    """The two sides of a streaming call, without a wire: messages are not encoded."""
 
     def __init__(self) -> None:
+        self.decode = self.encode = lambda message: message
         self._sent: asyncio.Queue[Any] = asyncio.Queue()
         self.replies: list[Any] = []
         self.send = self._sent.put_nowait
 
     async def read(self) -> Any:
         return await self._sent.get()
-
-    def decode(self, data: Any) -> Any:
-        """Messages do not become bytes here."""
-        return data
-
-    encode = decode
 
     async def write(self, message: Any) -> None:
         self.replies.append(message)
@@ -164,7 +159,7 @@ class Doors:
     asked: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
-        backend = backend_of(self.rig)
+        backend = called(self.rig)
         self.native = StepstateServicer(backend)
         self.triton = TritonService(backend, MemoryAccount(self.rig.memory))
         self.wires = {kind: Wire() for kind in STREAMS}

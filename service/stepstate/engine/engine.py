@@ -281,10 +281,10 @@ class Engine(Generic[W, P]):
                 batch = self._take()
                 if batch is not None:
                     self._step(batch)
-                if self._requests and self._chunk_due():
+                if self._requests.kinds and self._chunk_due():
                     self._advance()
         finally:  # the next turn comes whatever the sink raises
-            if self._queue or self._packs or self._backlog or self._requests:
+            if self._queue or self._packs or self._backlog.turns or self._requests.kinds:
                 asyncio.get_running_loop().call_soon(self._turn)
             else:
                 self._awake = False
@@ -305,13 +305,13 @@ class Engine(Generic[W, P]):
         large for the price of a poll, and a session alone never waits.
         """
         queued = len(self._queue)
-        arriving = self._seen < queued < self._batch_rows and not self._backlog
+        arriving = self._seen < queued < self._batch_rows and not self._backlog.turns
         self._seen = queued if arriving else 1
         return arriving
 
     def _take(self) -> MicroBatch[W, P] | None:
         """All singles and one pack, if that is all there is; else up to the limit, in turn."""
-        if self._backlog or len(self._queue) > self._batch_rows or len(self._packs) > 1:
+        if self._backlog.turns or len(self._queue) > self._batch_rows or len(self._packs) > 1:
             singles, packed = self._take_in_turn()
         else:
             singles, packed = list(self._queue), list(self._packs)
@@ -346,7 +346,7 @@ class Engine(Generic[W, P]):
         works: list[W] = []
         packs: list[P] = []
         room = self._batch_rows
-        while room > 0 and backlog:
+        while room > 0 and backlog.turns:
             item, rows = backlog.first()
             if isinstance(item, WorkItem):
                 works.append(item)

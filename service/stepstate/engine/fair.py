@@ -28,35 +28,33 @@ class FairQueue(Generic[T]):
 
     def __init__(self) -> None:
         self._items: dict[Hashable, deque[tuple[T, int]]] = {}
-        self._turns: list[tuple[int, int, Hashable]] = []
-        """A heap: when the first item of a source is due, in rows; a number to break ties."""
+        self.turns: list[tuple[int, int, Hashable]] = []
+        """A heap, empty if nothing waits: when the first item of a source is due, in rows; a number
+        to break ties; the source."""
         self._now = 0
         self._numbers = count()
-
-    def __bool__(self) -> bool:
-        return bool(self._turns)
 
     def put(self, source: Hashable, item: T, rows: int) -> None:
         """Queues an item behind those of its source."""
         items = self._items.get(source)
         if items is None:
             items = self._items[source] = deque()
-            heappush(self._turns, (self._now + rows, next(self._numbers), source))
+            heappush(self.turns, (self._now + rows, next(self._numbers), source))
         items.append((item, rows))
 
     def first(self) -> tuple[T, int]:
         """The item whose turn it is, and its rows."""
-        return self._items[self._turns[0][2]][0]
+        return self._items[self.turns[0][2]][0]
 
     def take(self) -> None:
         """Removes the item whose turn it is."""
-        self._now, _, source = self._turns[0]
+        self._now, _, source = self.turns[0]
         items = self._items[source]
         items.popleft()
         if items:
-            heapreplace(self._turns, (self._now + items[0][1], next(self._numbers), source))
+            heapreplace(self.turns, (self._now + items[0][1], next(self._numbers), source))
         else:
-            heappop(self._turns)
+            heappop(self.turns)
             del self._items[source]
 
 
@@ -64,14 +62,12 @@ class RequestQueue(Generic[W]):
     """Long requests, by kind and source: kinds take turns, and so do the sources of one kind."""
 
     def __init__(self) -> None:
-        self._kinds: dict[Hashable, dict[Hashable, deque[ChunkedRequest[W]]]] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._kinds)
+        self.kinds: dict[Hashable, dict[Hashable, deque[ChunkedRequest[W]]]] = {}
+        """Empty if nothing waits."""
 
     def put(self, request: ChunkedRequest[W]) -> None:
         """Queues a request behind those of its kind and source."""
-        sources = self._kinds.setdefault(request.kind, {})
+        sources = self.kinds.setdefault(request.kind, {})
         sources.setdefault(request.work.reply_to.source, deque()).append(request)
 
     def take(self, most: int) -> list[ChunkedRequest[W]]:
@@ -79,8 +75,8 @@ class RequestQueue(Generic[W]):
 
         So sources with many requests get no more rows of the chunk than those with one.
         """
-        kind = next(iter(self._kinds))
-        sources = self._kinds.pop(kind)
+        kind = next(iter(self.kinds))
+        sources = self.kinds.pop(kind)
         chosen = list(islice(sources, most))
         each = min(most // len(chosen), *(len(sources[source]) for source in chosen))
         taken = []
@@ -90,5 +86,5 @@ class RequestQueue(Generic[W]):
             if waiting:
                 sources[source] = waiting  # behind the others
         if sources:
-            self._kinds[kind] = sources
+            self.kinds[kind] = sources
         return taken

@@ -21,7 +21,7 @@ ITEMS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), max_size=60)
 
 def drain(queue: FairQueue[tuple[int, int]]) -> list[tuple[int, int]]:
     taken = []
-    while queue:
+    while queue.turns:
         item, rows = queue.first()
         assert rows == item[1]
         queue.take()
@@ -60,7 +60,7 @@ def test_one_row_of_a_source_that_had_nothing_waiting_is_next(greedy):
         queue.take()
     queue.put("small", "small", 1)
     order = []
-    while queue:
+    while queue.turns:
         order.append(queue.first()[0])
         queue.take()
     assert order.index("small") <= 1

@@ -7,8 +7,8 @@ nothing of Stepstate.
 `call` serves one RPC, and `server` is the shell of sockets, tasks and timers.
 """
 
-from stepstate.h2grpc.call import MessageCall
+from stepstate.h2grpc.call import Call, MessageSink
 from stepstate.h2grpc.limits import Http2Limits
 from stepstate.h2grpc.server import H2Server
 
-__all__ = ["H2Server", "Http2Limits", "MessageCall"]
+__all__ = ["Call", "H2Server", "Http2Limits", "MessageSink"]

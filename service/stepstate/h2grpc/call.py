@@ -1,8 +1,8 @@
-"""One RPC, in the two ways that it can be served.
+"""One RPC: a servicer's method that runs in a task, with the context that `grpc.aio` gives it.
 
-`MessageCall` is a call whose messages are handed over one by one where they are read: no task, no
-coroutine. `ServicerCall` runs a servicer's method in a task, with the context that `grpc.aio`
-gives it; its behaviour is that of `grpc.aio`, whose servicers run here unchanged.
+Its behaviour is that of `grpc.aio`, whose servicers run here unchanged. There is one thing more: a
+method may hand the messages over to a `MessageSink` (`Call.attach`), which then gets each where it
+is read, and answers by `Call.send`. That takes no task and no coroutine for each message.
 """
 
 from __future__ import annotations
@@ -64,8 +64,24 @@ class CallHost(Protocol):
         ...
 
 
-class MessageCall:
-    """A call, as the `Receiver` of its stream. Subclasses take its messages.
+class MessageSink(Protocol):
+    """Takes the messages of a call where they are read. It raises nothing."""
+
+    def received(self, payload: bytes) -> None:
+        """A message has come."""
+        ...
+
+    def half_closed(self) -> None:
+        """The last message has come."""
+        ...
+
+    def writable(self) -> None:
+        """All that was sent has left, after `Call.queued_bytes` was more than 0."""
+        ...
+
+
+class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
+    """A call: the `Receiver` of its stream, and the context of its servicer's method.
 
     Args:
         stream: its stream.
@@ -85,110 +101,7 @@ class MessageCall:
         self._compress = False
         self._done = False
         self._callbacks: list[Callable[[Any], None]] = []
-        self._timer = None
-        if deadline is not None:
-            self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
-
-    # What comes on the stream: see `Receiver`
-
-    def message(self, payload: bytes) -> None:
-        """See `Receiver`."""
-        raise NotImplementedError
-
-    def half_closed(self) -> None:
-        """See `Receiver`."""
-        raise NotImplementedError
-
-    def cancel(self) -> None:
-        """The call has ended in another way than by `finish`: its client, its deadline, a fault."""
-
-    def unreadable(self, reason: str, *, too_large: bool) -> None:
-        """See `Receiver`."""
-        code = grpc.StatusCode.RESOURCE_EXHAUSTED if too_large else grpc.StatusCode.INTERNAL
-        self.finish(code, reason)
-        self.cancel()
-
-    def reset(self) -> None:
-        """See `Receiver`."""
-        self.cancel()
-        self.finished()
-
-    def writable(self) -> None:
-        """See `Receiver`."""
-
-    def finished(self) -> None:
-        """See `Receiver`."""
-        if self._done:
-            return
-        self._done = True
-        if self._timer is not None:
-            self._timer.cancel()
-        for callback in self._callbacks:
-            callback(self)
-        self._callbacks.clear()
-
-    def _expire(self) -> None:
-        self._stream.drop_queue()
-        self.finish(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
-        self.cancel()
-
-    # What goes out
-
-    def start(self, metadata: Any = ()) -> None:
-        """Sends the headers of the response, once."""
-        self._started = True
-        block = GRPC_HEADERS
-        if self._compress:
-            block += literal(b"grpc-encoding", b"gzip")
-        self._stream.start(block + encode_metadata(metadata or ()))
-
-    def send(self, payload: bytes) -> None:
-        """Sends a message."""
-        if not self._started:
-            self.start()
-        self._stream.send(payload)
-
-    def finish(self, code: Any = 0, details: str = "", trailing: Any = ()) -> None:
-        """Ends the call with a status, after the messages before it."""
-        number: int = code.value[0] if isinstance(code, grpc.StatusCode) else int(code)
-        try:
-            block = encode_status(number, details) + encode_metadata(trailing or ())
-        except (ValueError, UnicodeEncodeError) as error:
-            block = encode_status(13, f"trailing metadata: {error}")
-        self._stream.finish(block if self._started else GRPC_HEADERS + block)
-
-    # What is known of it
-
-    def peer(self) -> str:
-        """The client's address."""
-        return self._host.peer
-
-    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
-        """What is known of the client by TLS."""
-        return self._host.auth_context()
-
-    def time_remaining(self) -> float | None:
-        """Seconds until the deadline; None: there is none."""
-        if self._deadline is None:
-            return None
-        return max(0.0, self._deadline - asyncio.get_running_loop().time())
-
-    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
-        """Calls back when the call has ended, and what it sent has left."""
-        self._callbacks.append(callback)
-
-    def done(self) -> bool:
-        """Whether it has ended."""
-        return self._done
-
-
-class ServicerCall(MessageCall, grpc.aio.ServicerContext):  # type: ignore[type-arg]
-    """A call that a servicer's method serves in a task; see `MessageCall` for its arguments."""
-
-    def __init__(
-        self, stream: Http2Stream, request: Request, host: CallHost, deadline: float | None
-    ) -> None:
-        super().__init__(stream, request, host, deadline)
+        self._sink: MessageSink | None = None
         self._metadata: Metadata | None = None
         self._inbox: deque[bytes] = deque()
         self._inbox_bytes = 0
@@ -202,11 +115,18 @@ class ServicerCall(MessageCall, grpc.aio.ServicerContext):  # type: ignore[type-
         self._code: Any = None
         self._details = ""
         self._trailing: Any = ()
-        self._task = asyncio.get_running_loop().create_task(self._run())
+        loop = asyncio.get_running_loop()
+        self._timer = None if deadline is None else loop.call_at(deadline, self._expire)
+        self._task = loop.create_task(self._run())
         host.running(self._task)
+
+    # What comes on the stream: see `Receiver`
 
     def message(self, payload: bytes) -> None:
         """See `Receiver`."""
+        if self._sink is not None:
+            self._sink.received(payload)
+            return
         self._inbox.append(payload)
         self._inbox_bytes += len(payload)
         if len(self._inbox) > INBOX_MESSAGES or self._inbox_bytes > INBOX_BYTES:
@@ -216,21 +136,76 @@ class ServicerCall(MessageCall, grpc.aio.ServicerContext):  # type: ignore[type-
     def half_closed(self) -> None:
         """See `Receiver`."""
         self._peer_ended = True
+        if self._sink is not None:
+            self._sink.half_closed()
         _wake(self._reader)
 
     def writable(self) -> None:
         """See `Receiver`."""
+        if self._sink is not None:
+            self._sink.writable()
         _wake(self._writer)
 
-    def cancel(self) -> None:
-        """See `MessageCall`."""
+    def unreadable(self, reason: str, *, too_large: bool) -> None:
+        """See `Receiver`."""
+        code = grpc.StatusCode.RESOURCE_EXHAUSTED if too_large else grpc.StatusCode.INTERNAL
+        self._finish(code, reason)
         self._task.cancel()
+
+    def reset(self) -> None:
+        """See `Receiver`."""
+        self._task.cancel()
+        self.finished()
 
     def finished(self) -> None:
         """See `Receiver`."""
+        if self._done:
+            return
+        self._done = True
+        self._sink = None
         self._inbox.clear()
         _wake(self._writer)
-        super().finished()
+        if self._timer is not None:
+            self._timer.cancel()
+        for callback in self._callbacks:
+            callback(self)
+        self._callbacks.clear()
+
+    def _expire(self) -> None:
+        self._stream.drop_queue()
+        self._finish(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
+        self._task.cancel()
+
+    # Messages without tasks
+
+    def attach(self, sink: MessageSink) -> None:
+        """Hands all messages over to a sink from now on, those that wait first."""
+        self._sink = sink
+        while self._inbox and self._sink is not None:
+            sink.received(self._inbox.popleft())
+        self._inbox_bytes = 0
+        self._stream.resume()
+        if self._peer_ended:
+            sink.half_closed()
+
+    def send(self, payload: bytes) -> None:
+        """Sends a response that is bytes already."""
+        if not self._started:
+            self.start()
+        self._stream.send(payload)
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of responses that wait for a window."""
+        return self._stream.queued_bytes
+
+    def pause(self) -> None:
+        """Takes no more messages than the client may send already."""
+        self._stream.pause()
+
+    def resume(self) -> None:
+        """Takes more messages again."""
+        self._stream.resume()
 
     # The context: see `grpc.aio.ServicerContext`
 
@@ -267,6 +242,14 @@ class ServicerCall(MessageCall, grpc.aio.ServicerContext):  # type: ignore[type-
         self._next_plain = False
         self._sent += 1
         self._stream.send(payload, compressed=compressed)
+
+    def start(self, metadata: Any = ()) -> None:
+        """Sends the headers of the response, once."""
+        self._started = True
+        block = GRPC_HEADERS
+        if self._compress:
+            block += literal(b"grpc-encoding", b"gzip")
+        self._stream.start(block + encode_metadata(metadata or ()))
 
     async def send_initial_metadata(self, initial_metadata: Any) -> None:
         """Sends the headers of the response."""
@@ -328,6 +311,28 @@ class ServicerCall(MessageCall, grpc.aio.ServicerContext):  # type: ignore[type-
         """Sends the next response as it is."""
         self._next_plain = True
 
+    def peer(self) -> str:
+        """The client's address."""
+        return self._host.peer
+
+    def auth_context(self) -> Mapping[str, Iterable[bytes]]:
+        """What is known of the client by TLS."""
+        return self._host.auth_context()
+
+    def time_remaining(self) -> float | None:
+        """Seconds until the deadline; None: there is none."""
+        if self._deadline is None:
+            return None
+        return max(0.0, self._deadline - asyncio.get_running_loop().time())
+
+    def add_done_callback(self, callback: Callable[[Any], None]) -> None:
+        """Calls back when the call has ended, and what it sent has left."""
+        self._callbacks.append(callback)
+
+    def done(self) -> bool:
+        """Whether it has ended."""
+        return self._done
+
     def peer_identities(self) -> Iterable[bytes] | None:
         """Of the client's certificate."""
         key = self.peer_identity_key()
@@ -350,7 +355,7 @@ class ServicerCall(MessageCall, grpc.aio.ServicerContext):  # type: ignore[type-
         except grpc.aio.AbortError:
             self._conclude(grpc.StatusCode.UNKNOWN, self._details)
         except asyncio.CancelledError:
-            self.finish(grpc.StatusCode.CANCELLED)
+            self._finish(grpc.StatusCode.CANCELLED)
             raise
         except Exception as error:
             log.exception("a servicer's method raised")
@@ -362,17 +367,17 @@ class ServicerCall(MessageCall, grpc.aio.ServicerContext):  # type: ignore[type-
         try:
             metadata = self.invocation_metadata()
         except ValueError as error:
-            self.finish(grpc.StatusCode.INTERNAL, f"metadata: {error}")
+            self._finish(grpc.StatusCode.INTERNAL, f"metadata: {error}")
             return
         handler = await self._host.handler(self._request.path.decode("latin-1"), metadata)
         if handler is None:
-            self.finish(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
+            self._finish(grpc.StatusCode.UNIMPLEMENTED, "Method not found!")
             return
         self._deserialize = handler.request_deserializer
         self._serialize = handler.response_serializer
         request: Any = _Requests(self)
         if not handler.request_streaming and (request := await self.read()) is grpc.aio.EOF:
-            self.finish(grpc.StatusCode.UNIMPLEMENTED, "the call has no request")
+            self._finish(grpc.StatusCode.UNIMPLEMENTED, "the call has no request")
             return
         if handler.response_streaming:
             await self._write_all(handler.stream_stream or handler.unary_stream, request)
@@ -390,9 +395,18 @@ class ServicerCall(MessageCall, grpc.aio.ServicerContext):  # type: ignore[type-
         else:
             await behavior(request, self)
 
+    def _finish(self, code: Any = 0, details: str = "", trailing: Any = ()) -> None:
+        """Ends the call with a status, after the messages before it."""
+        number: int = code.value[0] if isinstance(code, grpc.StatusCode) else int(code)
+        try:
+            block = encode_status(number, details) + encode_metadata(trailing or ())
+        except (ValueError, UnicodeEncodeError) as error:
+            block = encode_status(13, f"trailing metadata: {error}")
+        self._stream.finish(block if self._started else GRPC_HEADERS + block)
+
     def _conclude(self, code: grpc.StatusCode, details: str) -> None:
         """Ends the call with the status that was set, or with this one."""
-        self.finish(self._code or code, details, self._trailing)
+        self._finish(self._code or code, details, self._trailing)
 
 
 class _Requests:
@@ -400,7 +414,7 @@ class _Requests:
 
     __slots__ = ("_call",)
 
-    def __init__(self, call: ServicerCall) -> None:
+    def __init__(self, call: Call) -> None:
         self._call = call
 
     def __aiter__(self) -> AsyncIterator[Any]:

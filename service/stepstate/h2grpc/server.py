@@ -8,13 +8,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
 
-from stepstate.h2grpc.call import CallHost, Handler, MessageCall, ServicerCall
+from stepstate.h2grpc.call import Call, Handler
 from stepstate.h2grpc.connection import Http2Connection
 from stepstate.h2grpc.headers import (
     GRPC_HEADERS,
@@ -31,10 +31,6 @@ from stepstate.h2grpc.stream import Http2Stream, Receiver
 READ_AHEAD = 2**18
 WRITE_BUFFER_BYTES = 2**18
 """What a client may leave unread in the server's own buffer: beyond it, it is not read either."""
-
-
-MessageMethod = Callable[[Http2Stream, Request, CallHost, float | None], MessageCall]
-"""Makes the call of a stream; the arguments are those of `MessageCall`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +68,6 @@ class H2Server:
         self.connections: set[_ServerProtocol] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self._interceptors = tuple(interceptors)
-        self.methods: dict[bytes, MessageMethod] = {}
-        """The methods whose messages are taken where they are read, by path."""
         self._generic: list[grpc.GenericRpcHandler] = []
         self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
         self._listeners: list[asyncio.Server] = []
@@ -92,10 +86,6 @@ class H2Server:
         self, service_name: str, method_handlers: Mapping[str, grpc.RpcMethodHandler]
     ) -> None:
         """See `grpc.aio.Server`; generated code calls it beside `add_generic_rpc_handlers`."""
-
-    def add_message_method(self, path: str, method: MessageMethod) -> None:
-        """Serves a method by a `MessageCall` for each call; it is not intercepted."""
-        self.methods[path.encode()] = method
 
     async def handler(self, path: str, metadata: Metadata) -> Handler | None:
         """The handler of a method, through the interceptors; None: there is none."""
@@ -312,8 +302,7 @@ class _ServerProtocol(asyncio.Protocol):
             block = GRPC_HEADERS + encode_status(13, "grpc-timeout can't be read")
             return _Refusal(stream, block)
         deadline = None if seconds is None else self._loop.time() + seconds
-        make = self._server.methods.get(request.path, ServicerCall)
-        return make(stream, request, self, deadline)
+        return Call(stream, request, self, deadline)
 
     def write_soon(self) -> None:
         """See `Host`."""

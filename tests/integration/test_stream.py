@@ -374,7 +374,7 @@ async def test_a_stream_that_comes_while_streams_end_is_refused(server: Server, 
     await opened(stub, "a")
     async with raw_stub(server.address, ("grpc.http2.bdp_probe", 0)) as slow:
         unread = slow.StreamSteps()
-        for _ in range(100):
+        for _ in range(60):
             await unread.write(request("a", None, draw(100), inspect=True))
         await asyncio.sleep(0.5)
         await queued(stub, "a", 0)

@@ -188,6 +188,10 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
         if self._peer_ended:
             sink.half_closed()
 
+    def detach(self) -> None:
+        """Hands no more messages over."""
+        self._sink = None
+
     def send(self, payload: bytes) -> None:
         """Sends a response that is bytes already."""
         if not self._started:

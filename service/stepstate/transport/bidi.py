@@ -13,14 +13,13 @@ What a request means is up to the subclasses of `BidiStream`.
 from __future__ import annotations
 
 import asyncio
+import contextvars
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Coroutine
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
-
-import grpc
 
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Draining, MemoryLimit, StepstateError
@@ -90,14 +89,19 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._memory = call_memory.get()
         self._messages = messages
         self._patience_seconds = patience_seconds
+        self._context = contextvars.copy_context()  # of the call, for its tasks
+        self._done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._unanswered = 0
         self._unanswered_rows = 0  # of packed messages
         self._held_bytes = 0  # of requests that wait, and of replies
         self._ready: deque[tuple[A, None, int] | tuple[None, D, int]] = deque()
         self._waiting_loads: set[_PendingLoad[W]] = set()
-        self._reader: asyncio.Task[None] | None = None
-        self._writer_waits: asyncio.Future[None] | None = None
-        self._reader_waits: asyncio.Future[None] | None = None
+        self._leaving = 0  # bytes of the reply that waits to leave
+        self._inbox: deque[bytes] = deque()  # requests that came while it was paused
+        self._paused = False
+        self._stalled = False  # until there is memory
+        self._flushing = False
+        self._ended = False  # the client has sent its last request
         self._draining = False
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -131,34 +135,166 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         Raises:
             Draining: the server stops; everything accepted was answered.
         """
-        self._reader = asyncio.create_task(self._read())
-        self._reader.add_done_callback(lambda _: _wake(self._writer_waits))
         try:
-            # In a task of its own a wake-up does not pass through the coroutines that await `run`.
-            await asyncio.create_task(self._write(self._reader))
+            self._messages.attach(self)
+            await self._done
         finally:
             self.cancelled = True
-            self._reader.cancel()
+            self._messages.detach()
             for task in self._tasks:
                 task.cancel()
             # A traceback that leads here is part of a reference cycle: no reply may be in it.
             self._ready.clear()
+            self._inbox.clear()
             self._drop_waiting()
         if self._draining:
             raise Draining
-        self._reader.result()
 
     def drain(self) -> None:
         """Reads no more; `run` ends when everything accepted is answered."""
-        self._draining = True
-        if self._reader is not None:
-            self._reader.cancel()
+        self._draining = self._ended = True
+        self._pause()
+        self._inbox.clear()
+        self._end_if_answered()
 
     def deliver(self, outcome: D) -> None:
         """Answers a request that was accepted."""
         if not self.cancelled:
             self._ready.append((None, outcome, outcome.held_bytes))
-            _wake(self._writer_waits)
+            self._flush()
+
+    # Requests
+
+    def received(self, payload: bytes) -> None:
+        """See `MessageSink`: takes a request, or keeps it while the call is paused."""
+        if self._paused:
+            self._inbox.append(payload)
+            return
+        try:
+            self._take_bytes(payload)
+        except Exception as error:
+            self._fail(error)
+
+    def half_closed(self) -> None:
+        """See `MessageSink`."""
+        self._ended = True
+        self._end_if_answered()
+
+    def _take_bytes(self, data: bytes) -> None:
+        request = self._messages.decode(data)
+        if isinstance(request, DecodeFailure):
+            self._reply(self._encode_failure(request.error))
+        elif (missing := self._missing_bytes(request)) is not None:
+            self._stall(request, missing)
+            return
+        self._count_taken()
+
+    def _count_taken(self) -> None:
+        self._unanswered += 1
+        if self._is_full():
+            self._pause()
+        elif not self._memory.fits(0):
+            self._stall(None, 0)
+
+    def _is_full(self) -> bool:
+        """Whether it has as much under way as one call may have."""
+        return (
+            self._unanswered >= MAX_UNANSWERED
+            or self._unanswered_rows >= MAX_ROWS
+            or self._held_bytes > MAX_BYTES
+        )
+
+    def _missing_bytes(self, request: Q) -> int | None:
+        """Takes a request; the bytes that there has to be room for, if it can't be taken now."""
+        try:
+            self._take(request)
+        except MemoryLimit as full:
+            return full.size
+        return None
+
+    def _pause(self) -> None:
+        if not self._paused:
+            self._paused = True
+            self._messages.pause()
+
+    def _stall(self, request: Q | None, missing: int) -> None:
+        """Reads no more until there is memory for a request, or for any."""
+        self._stalled = True
+        self._pause()
+        self._start(self._wait_for_memory(request, missing))
+
+    async def _wait_for_memory(self, request: Q | None, missing: int | None) -> None:
+        while missing is not None:
+            await self._memory.wait_for(missing)
+            missing = None if request is None else self._missing_bytes(request)
+        self._stalled = False
+        if request is not None:
+            self._count_taken()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        """Takes requests again, if it was paused and need not be."""
+        if not self._paused or self._stalled or self._draining or self._is_full():
+            return
+        self._paused = False
+        while self._inbox and not self._paused:
+            self._take_bytes(self._inbox.popleft())
+        if not self._paused:
+            self._messages.resume()
+            self._end_if_answered()
+
+    def _end_if_answered(self) -> None:
+        finished = self._ended and not self._unanswered and not self._inbox and not self._stalled
+        if finished and not self._done.done():
+            self._done.set_result(None)
+
+    def _fail(self, error: Exception) -> None:
+        """Ends the call: an error that nobody expects."""
+        if not self._done.done():
+            self._done.set_exception(error)
+
+    # Replies
+
+    def writable(self) -> None:
+        """See `MessageSink`: the reply that waited has left."""
+        if self._leaving and not self._messages.queued_bytes:
+            size, self._leaving = self._leaving, 0
+            self._answered(size)
+            self._flush()
+
+    def _flush(self) -> None:
+        """Sends the replies that are ready, as far as the client takes them."""
+        if self._flushing:
+            return
+        self._flushing = True
+        messages, ready = self._messages, self._ready
+        try:
+            while ready and not self._leaving:
+                data, size = self._next_reply()
+                messages.send(data)
+                if messages.queued_bytes:
+                    self._leaving = size
+                else:
+                    self._answered(size)
+        except Exception as error:
+            self._fail(error)
+        finally:
+            self._flushing = False
+
+    def _next_reply(self) -> tuple[bytes, int]:
+        """The bytes of the next reply, and what was reserved: all else of it is dropped."""
+        reply, outcome, size = self._ready.popleft()
+        if outcome is not None:
+            reply = self._encode(outcome)
+        return self._messages.encode(reply), size
+
+    def _answered(self, size: int) -> None:
+        """A reply has left."""
+        self._unanswered -= 1
+        self._release(MemoryUse.REPLIES, size)
+        self._end_if_answered()
+
+    # What waits
 
     def resume(self, load: _PendingLoad[W], session: ResidentSession) -> None:
         """The session of a waiting request is loaded; on QueueFull it is called again."""
@@ -208,7 +344,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         """Sends a reply, which takes `size` bytes, after those before it."""
         self._charge(MemoryUse.REPLIES, size)
         self._ready.append((reply, None, size))
-        _wake(self._writer_waits)
+        self._flush()
 
     def _reserve(self, use: MemoryUse, size: int) -> None:
         """Reserves bytes of the call.
@@ -228,7 +364,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         """Releases bytes of the call."""
         self._memory.release(use, size)
         self._held_bytes -= size
-        _wake(self._reader_waits)
+        if self._paused:
+            self._go_on()
 
     def _submit(self, step: Step) -> None:
         """Submits a step whose `reply_to` leads here.
@@ -245,63 +382,10 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs something concurrently, until it ends or the call does."""
-        task = asyncio.create_task(work)
+        task = asyncio.get_running_loop().create_task(work, context=self._context)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
-
-    async def _read(self) -> None:
-        """Takes requests until there are no more."""
-        read, decode, fits = self._messages.read, self._messages.decode, self._memory.fits
-        while (data := await read()) is not grpc.aio.EOF:
-            request = decode(data)
-            del data  # an idle stream keeps nothing of its last request
-            if isinstance(request, DecodeFailure):
-                self._reply(self._encode_failure(request.error))
-            else:
-                while (missing := self._missing_bytes(request)) is not None:
-                    await self._memory.wait_for(missing)
-            del request
-            self._unanswered += 1
-            while (
-                self._unanswered >= MAX_UNANSWERED
-                or self._unanswered_rows >= MAX_ROWS
-                or self._held_bytes > MAX_BYTES
-            ):
-                self._reader_waits = asyncio.get_running_loop().create_future()
-                await self._reader_waits
-            if not fits(0):
-                await self._memory.wait_for(0)
-
-    def _missing_bytes(self, request: Q) -> int | None:
-        """Takes a request; the bytes that there has to be room for, if it can't be taken now."""
-        try:
-            self._take(request)
-        except MemoryLimit as full:
-            return full.size
-        return None
-
-    def _next_reply(self) -> tuple[bytes, int]:
-        """The bytes of the next reply, and what was reserved: all else of it is dropped."""
-        reply, outcome, size = self._ready.popleft()
-        if outcome is not None:
-            reply = self._encode(outcome)
-        return self._messages.encode(reply), size
-
-    async def _write(self, reader: asyncio.Task[None]) -> None:
-        """Sends replies until the last request has its own."""
-        ready, write = self._ready, self._messages.write
-        while True:
-            while ready:
-                data, size = self._next_reply()
-                await write(data)
-                del data
-                self._unanswered -= 1
-                self._release(MemoryUse.REPLIES, size)
-            if reader.done() and not self._unanswered:
-                return
-            self._writer_waits = asyncio.get_running_loop().create_future()
-            await self._writer_waits
 
 
 @dataclass(slots=True, eq=False)
@@ -361,8 +445,3 @@ class StreamRegistry:
             stream.drain()
         if self.open:
             await self._all_ended.wait()
-
-
-def _wake(waiter: asyncio.Future[None] | None) -> None:
-    if waiter is not None and not waiter.done():
-        waiter.set_result(None)

@@ -25,9 +25,11 @@ from grpc._cython.cygrpc import ExecuteBatchError
 
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Internal, InvalidField, StepstateError
+from stepstate.h2grpc import Call, MessageSink
 from stepstate.metrics import Metrics, RpcMetrics
 from stepstate.transport.admission import KINDS, LONG, CallAdmission, CallKind
 from stepstate.transport.peers import current_peer
+from stepstate.transport.pump import Pump
 from stepstate.transport.receiving import Receiver
 from stepstate.transport.status import DETAILS_KEY, code_of, status_of
 
@@ -71,7 +73,8 @@ REQUEST_BYTES = 4096
 class MessageChannel:
     """The messages of an RPC with many requests, which come as bytes.
 
-    As an iterator, it receives them with others in turn, and decodes them.
+    As an iterator, it receives them with others in turn, and decodes them. Attached to a sink, it
+    hands each over when it comes, and `send` answers.
 
     Args:
         context: of the RPC.
@@ -80,18 +83,33 @@ class MessageChannel:
     """
 
     def __init__(self, context: Context, codec: _Codec, receiver: Receiver) -> None:
+        self._context = context
         self._receiver = receiver
-        self.read: Callable[[], Awaitable[Any]] = context.read
-        """Receives the bytes of the next request, or `grpc.aio.EOF`."""
+        self._pipe: Any = context if isinstance(context, Call) else Pump(context)
         self.decode, self.encode = codec
-        self.write: Callable[[bytes], Awaitable[None]] = context.write
-        """Sends a reply; it is gone when this returns."""
+        self.send = self._pipe.send
+        self.pause = self._pipe.pause
+        self.resume = self._pipe.resume
+
+    @property
+    def queued_bytes(self) -> int:
+        """Bytes of the replies that have not left."""
+        queued: int = self._pipe.queued_bytes
+        return queued
+
+    def attach(self, sink: MessageSink) -> None:
+        """Hands all requests over to a sink."""
+        self._pipe.attach(sink)
+
+    def detach(self) -> None:
+        """Hands no more requests over."""
+        self._pipe.detach()
 
     def __aiter__(self) -> MessageChannel:
         return self
 
     async def __anext__(self) -> Any:
-        data = await self._receiver.read(current_peer.get().receiving, self.read)
+        data = await self._receiver.read(current_peer.get().receiving, self._context.read)
         if data is grpc.aio.EOF:
             raise StopAsyncIteration
         return _well_formed(self.decode(data))

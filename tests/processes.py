@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from tests.forked import Forked
 
@@ -25,21 +26,25 @@ class ServerProcess:
 
 
 @contextmanager
-def server_process(*options: str) -> Iterator[ServerProcess]:
+def server_process(*options: str, log: Path | None = None) -> Iterator[ServerProcess]:
     """Runs `stepstate serve` on free ports until the block ends, then drains it.
 
     Unless told otherwise it keeps its sessions in a file of its own.
+
+    Args:
+        options: of the command.
+        log: a file for its stderr; None: ours.
     """
     with tempfile.TemporaryDirectory(prefix="stepstate-store-") as folder:
         defaults = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
         defaults += ["--store", f"sqlite:{folder}/sessions.db"]
-        with _running([*defaults, *options]) as server:
+        with _running([*defaults, *options], log) as server:
             yield server
 
 
 @contextmanager
-def _running(options: list[str]) -> Iterator[ServerProcess]:
-    process = Forked(options)
+def _running(options: list[str], log: Path | None) -> Iterator[ServerProcess]:
+    process = Forked(options, log)
     try:
         line = process.stdout.readline()
         match = SERVING.search(line)

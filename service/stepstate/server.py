@@ -20,7 +20,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from stepstate.budget import MemoryBudget, limit_bytes
+from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
     EngineSettings,
@@ -59,6 +59,10 @@ LAST_CALLS_SECONDS = 0.5
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
 
+LAG_SECONDS = 0.05
+"""Between two measurements of how late the event loop is."""
+STORE_CHECK_SECONDS = 1.0
+"""Between two checks of the store; the next one waits for the answer to the last."""
 TICK_SECONDS = 1.0
 UPTIME = UptimeClock(time.monotonic)
 """Seconds in which this process ran: idle times are measured in it. Every server keeps it going."""
@@ -155,9 +159,14 @@ class Server:
         self.metrics_address = self._listen_metrics()
         self.address = self._listen_grpc()
         await self._grpc.start()
-        self._tasks = [
-            asyncio.create_task(loop()) for loop in (self._sweep, self._tick, self._heartbeat)
-        ]
+        loops = (
+            self._sweep,
+            self._watch_store,
+            self._tick,
+            self._heartbeat,
+            self._measure_lag,
+        )
+        self._tasks = [asyncio.create_task(loop()) for loop in loops]
         if self._store.durable:
             saving = self.sessions.writer.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))
@@ -242,6 +251,7 @@ class Server:
                 ),
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
+                replay_memory=MemoryAccount(self._memory),
                 backlog_rows=config.backlog_rows,
             ),
             limits=Limits(
@@ -298,18 +308,32 @@ class Server:
         while True:
             await asyncio.sleep(SWEEP_SECONDS)
             try:
-                await self.sessions.store.check()
                 await self.sessions.sweep()
             except StoreUnavailable:
                 pass  # noted where it was asked; health tells it
             except Exception:
                 log.exception("a sweep for expired sessions failed; the next one tries again")
-            await self._report_store_health()
+
+    async def _watch_store(self) -> None:
+        """Beside the sweeps, which may take long, and longest when the store does not answer."""
+        while True:
+            await asyncio.sleep(STORE_CHECK_SECONDS)
+            try:
+                await self.sessions.store.check()
+            except Exception:
+                log.exception("the store was not checked; the next check tries again")
 
     async def _tick(self) -> None:
         while True:
             UPTIME.heartbeat()
+            await self._report_store_health()
             await asyncio.sleep(TICK_SECONDS)
+
+    async def _measure_lag(self) -> None:
+        while True:
+            due = time.perf_counter() + LAG_SECONDS
+            await asyncio.sleep(LAG_SECONDS)
+            self._metrics.loop_lag.observe(max(0.0, time.perf_counter() - due))
 
     async def _heartbeat(self) -> None:
         while True:

@@ -86,3 +86,23 @@ async def test_a_server_that_comes_back_to_a_read_only_database_does_not_start_u
         await server.start()
         await clients.progress(1)
         Outcome(1, await clients.finish(networks["lstm"])).check()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("parts", [("-wal",), ("-shm",), ("-wal", "-shm")], ids="".join)
+async def test_files_that_are_deleted_beside_the_database_of_a_server_that_is_killed_cost_no_row(
+    tmp_path: Path, model_root: Path, networks: dict[str, Network], parts: tuple[str, ...]
+):
+    """A step after the deletion is all that the server needs to notice it."""
+    ground = Ground(tmp_path, model_root, networks["lstm"], SESSIONS, faults=1)
+    path = tmp_path / "sessions.db"
+    async with ground.serve(f"sqlite:{path}") as server, fleet(server.address) as clients:
+        await clients.launch(SESSIONS, ("async", "sync"))
+        for _ in range(2):
+            await clients.progress(1)
+            for part in parts:
+                path.with_name(path.name + part).unlink()
+            await clients.progress(1)
+            server.kill()
+            await server.start()
+        Outcome(2, await clients.finish(networks["lstm"])).check()

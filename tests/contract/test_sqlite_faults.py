@@ -18,6 +18,7 @@ import pytest
 from stepstate.errors import StoreOpenError, StoreUnavailable
 from stepstate.stores import SaveResult
 from stepstate.stores.sqlite import file as session_file
+from stepstate.stores.sqlite import reserve, writer_thread, writes
 from tests.contract import store_writer
 from tests.stores import CLOSED, FileHome, acquire, create, saving
 
@@ -164,7 +165,7 @@ async def test_a_store_that_is_opened_on_a_full_disk_is_read_and_written_when_th
 
 
 async def test_a_wal_is_bounded_however_long_a_reader_reads(home, monkeypatch):
-    monkeypatch.setattr(session_file, "MAX_WAL_BYTES", 2**20)
+    monkeypatch.setattr(reserve, "MAX_WAL_BYTES", 2**20)
     store = await home.open()
     epoch = await create(home, store, "a")
     other = sqlite3.connect(home.path, isolation_level=None)
@@ -182,7 +183,7 @@ async def test_a_wal_is_bounded_however_long_a_reader_reads(home, monkeypatch):
 @pytest.fixture
 def kept_from_writing(home, monkeypatch):
     """Fills the WAL of a store up to its bound, and keeps it from being written back."""
-    monkeypatch.setattr(session_file, "MAX_WAL_BYTES", 2**20)
+    monkeypatch.setattr(reserve, "MAX_WAL_BYTES", 2**20)
     other = sqlite3.connect(home.path, isolation_level=None)
 
     async def fill(store, epoch):
@@ -260,8 +261,7 @@ async def test_a_file_that_was_made_read_only_says_so_and_goes_on_when_it_is_not
     assert await store.save([saving(home, "a", epoch)]) == [SaveResult.DONE]
 
 
-async def test_a_deleted_file_is_made_anew_and_its_sessions_are_missing(home, monkeypatch):
-    monkeypatch.setattr(session_file, "LOOK_SECONDS", 0.0)
+async def test_a_deleted_file_is_made_anew_and_its_sessions_are_missing(home):
     store = await home.open()
     epoch = await create(home, store, "a")
     for part in home.path.parent.iterdir():
@@ -273,6 +273,154 @@ async def test_a_deleted_file_is_made_anew_and_its_sessions_are_missing(home, mo
         await store.find("a")
     home.path.parent.mkdir()
     assert await store.find("a") is None
+
+
+PARTS = [("-wal",), ("-shm",), ("-wal", "-shm")]
+
+
+@pytest.mark.parametrize("parts", PARTS, ids="".join)
+async def test_what_was_acknowledged_into_a_wal_that_was_deleted_survives_kill_9(home, parts):
+    """What was committed before the server noticed, too: it has the deleted file open."""
+    last = writes_while_deleted(home, parts)
+    store = await home.open()
+    for name in store_writer.SESSIONS:
+        entry, snapshot = await acquire(store, name)
+        assert entry.t >= last
+        assert snapshot == store_writer.snapshot(entry.t)
+
+
+def writes_while_deleted(home: FileHome, parts: tuple[str, ...]) -> int:
+    """Deletes files beside the database of a writer, then kills it; returns its last t."""
+    command = [sys.executable, "-m", store_writer.__name__, home.url]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
+        for _ in range(5):
+            for _ in range(20):
+                writer.stdout.readline()
+            delete(home.path, *parts)
+        lines = [writer.stdout.readline() for _ in range(30)]
+        writer.kill()
+        lines += writer.stdout.readlines()
+    return int(next(line for line in reversed(lines) if line.endswith("\n")))
+
+
+def delete(path: Path, *parts: str) -> None:
+    """Deletes files beside a database."""
+    for part in parts:
+        path.with_name(path.name + part).unlink(missing_ok=True)  # it may just be opened anew
+
+
+@pytest.fixture
+def as_it_commits(monkeypatch):
+    """Something that happens once, when the next group of writes is committed and not confirmed."""
+    todo = []
+
+    def write(*args, **kwargs):
+        writes.write(*args, **kwargs)
+        while todo:
+            todo.pop()()
+
+    monkeypatch.setattr(writer_thread, "write", write)
+    return todo
+
+
+@pytest.mark.parametrize("parts", PARTS, ids="".join)
+async def test_a_commit_is_acknowledged_when_it_is_where_a_restart_finds_it(
+    home, parts, as_it_commits, tmp_path
+):
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    as_it_commits.append(lambda: delete(home.path, *parts))
+    assert await store.save([saving(home, "a", epoch, t=7)]) == [SaveResult.DONE]
+    as_killed = FileHome(shutil.copytree(home.path.parent, tmp_path / "copy") / home.path.name)
+    assert (await (await as_killed.open()).find("a")).t == 7
+    await as_killed.close()
+    assert await store.save([saving(home, "a", epoch, t=8)]) == [SaveResult.DONE]
+
+
+async def test_a_commit_to_a_file_that_is_deleted_meanwhile_is_not_acknowledged(
+    home, as_it_commits
+):
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    as_it_commits.append(home.path.unlink)
+    with pytest.raises(StoreUnavailable, match="deleted or replaced") as refused:
+        await store.save([saving(home, "a", epoch, t=7)])
+    assert refused.value.cause == "io"
+    assert await store.save([saving(home, "a", epoch, t=7)]) == [SaveResult.MISSING]
+
+
+async def test_a_commit_beside_the_new_files_of_another_process_is_not_acknowledged(
+    home, as_it_commits
+):
+    """The other one goes on, and the database is whole."""
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    command = [sys.executable, "-m", store_writer.__name__, home.url]
+
+    def replace() -> None:
+        delete(home.path, "-wal", "-shm")
+        others.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
+        others[0].stdout.readline()
+
+    others: list[subprocess.Popen] = []
+    as_it_commits.append(replace)
+    with pytest.raises(StoreUnavailable, match="deleted or replaced"):
+        await store.save([saving(home, "a", epoch, t=7)])
+    await create(home, store, "b")
+    others[0].kill()
+    others[0].communicate()
+    for name in store_writer.SESSIONS:
+        entry, snapshot = await acquire(store, name)
+        assert snapshot == store_writer.snapshot(entry.t)
+    with closing(sqlite3.connect(home.path)) as reader:
+        assert reader.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+
+async def test_a_deleted_wal_that_another_process_still_reads_is_kept_until_it_ends(home):
+    store = await home.open()
+    epoch = await create(home, store, "a")
+    other = sqlite3.connect(home.path, isolation_level=None)
+    other.execute("BEGIN")
+    other.execute("SELECT count(*) FROM sessions").fetchone()
+    delete(home.path, "-wal")
+    for _ in range(3):
+        with pytest.raises(StoreUnavailable, match="end that process") as refused:
+            await store.save([saving(home, "a", epoch, t=7)])
+        assert refused.value.cause == "wal"
+    other.close()
+    assert await store.save([saving(home, "a", epoch, t=8)]) == [SaveResult.DONE]
+
+
+@pytest.fixture
+def read_only():
+    """Makes a folder, or a file, read-only by a mount, where mounting is permitted."""
+    mounted = []
+
+    def mount(place: Path) -> None:
+        for options in (("--bind", place, place), ("-o", "remount,bind,ro", place)):
+            if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
+                pytest.skip("mounting is not permitted here")
+            mounted.append(place)
+
+    yield mount
+    for place in set(mounted):
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.mark.parametrize("parts", [(), ("-wal",), ("-wal", "-shm"), ("-wal", "-shm", "-reserve")])
+@pytest.mark.parametrize("what", ["folder", "file"])
+async def test_what_may_only_be_read_is_refused_at_the_start_whatever_is_beside_it(
+    home, read_only, what, parts, tmp_path
+):
+    store = await home.open()
+    await create(home, store, "a")
+    copy = tmp_path / "copy" / home.path.name
+    copy.parent.mkdir()
+    for part in ("", *parts):
+        shutil.copy(f"{home.path}{part}", f"{copy}{part}")
+    read_only(copy.parent if what == "folder" else copy)
+    with pytest.raises(StoreOpenError, match="see that the server may write there"):
+        await FileHome(copy).open()
 
 
 async def test_a_lock_of_another_process_is_waited_for_and_then_told(home, monkeypatch):

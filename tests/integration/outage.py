@@ -33,7 +33,9 @@ from tests.networks import Network
 
 SESSIONS = 6
 OUTAGE_SECONDS = 4.0
-"""Several sweeps of the server, so that an outage that reads take for ended shows."""
+"""Several checks of the store, so that an outage that reads take for ended shows."""
+SAMPLES = 50
+"""Of the metric during an outage."""
 
 
 class Stepping:
@@ -105,6 +107,18 @@ class Load:
             return sample(text, "stepstate_store_up") == 1 and self.healthy[-1]
 
         await until(so)
+
+    async def stays_away(self) -> None:
+        """Waits until steps are refused and health says so; then nothing says otherwise."""
+        async with asyncio.timeout(2 * HANG):
+            while not self.refusals or self.healthy[-1]:
+                await asyncio.sleep(0.01)
+        healthy = len(self.healthy)
+        for _ in range(SAMPLES):
+            text = await scrape(self.server.metrics_address)
+            assert sample(text, "stepstate_store_up") == 0
+            await asyncio.sleep(OUTAGE_SECONDS / SAMPLES)
+        assert not any(self.healthy[healthy:])
 
     def check(self, network: Network) -> None:
         """Each row was applied once, with the numbers of the offline run."""

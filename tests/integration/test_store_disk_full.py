@@ -9,13 +9,19 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import grpc
 import pytest
 
 from stepstate.config import ServerConfig
+from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.outage import OUTAGE_SECONDS, Load, load, outages
+from tests.integration.prometheus import eventually, running_prometheus
 from tests.integration.wire import HANG, sample, scrape
 from tests.networks import Network
+from tests.processes import server_process
 
 pytestmark = pytest.mark.long  # outages, each as long as a real one
 
@@ -61,13 +67,10 @@ def names(folder: Path) -> list[str]:
 async def away(clients: Load, *, opening: bool = False) -> None:
     """Waits until steps are refused, and a while longer; new sessions may make the file grow."""
     async with asyncio.timeout(2 * HANG):
-        while not clients.refusals:
-            if opening:
-                await clients.open_more(20)
+        while opening and not clients.refusals:
+            await clients.open_more(20)
             await asyncio.sleep(0.01)
-    await asyncio.sleep(OUTAGE_SECONDS)
-    text = await scrape(clients.server.metrics_address)
-    assert sample(text, "stepstate_store_up") == 0
+    await clients.stays_away()
 
 
 async def test_a_disk_that_a_reader_filled_is_used_again_when_the_reader_is_gone(
@@ -121,3 +124,29 @@ async def test_a_disk_filled_by_a_reader_and_by_others_needs_only_the_reader_to_
         await clients.progress(20)
         await clients.healthy_again()
         clients.check(network)
+
+
+def test_the_alert_on_a_full_disk_fires_and_nothing_takes_it_back(disk: Path, model_root: Path):
+    """Reads succeed all the time."""
+    opening = pb.OpenSessionRequest(session_id="a", model="lstm", durability=pb.DURABILITY_SYNC)
+    steps = (pb.StepRequest(session_id="a", t=t, x=[0.1, 0.2, 0.3]) for t in range(10**6))
+    options = ("--models", str(model_root), "--store", f"sqlite:{disk / 'sessions.db'}")
+    with (
+        server_process(*options) as server,
+        TemporaryDirectory() as folder,
+        running_prometheus(Path(folder), server) as prometheus,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = StepstateServiceStub(channel)
+        stub.OpenSession(opening)
+        fill(disk)
+        with pytest.raises(grpc.RpcError, match="disk is full"):
+            list(map(stub.Step, steps))
+
+        def firing() -> bool:
+            assert len(stub.ListSessions(pb.ListSessionsRequest()).sessions) == 1
+            alert = 'ALERTS{alertname="StepstateStoreAway", alertstate="firing"}'
+            return prometheus.value(alert) == 1
+
+        eventually(firing, seconds=90)
+        assert prometheus.value("max_over_time(stepstate_store_up[25s])") == 0

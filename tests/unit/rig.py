@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from prometheus_client import CollectorRegistry
 
-from stepstate.budget import MemoryBudget
+from stepstate.budget import MemoryAccount, MemoryBudget
 from stepstate.engine import EngineSettings, use_one_thread
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.metrics import Metrics, MetricsCollector
@@ -104,6 +104,7 @@ class Rig:
         durable = self.store.durable
         self.registry = CollectorRegistry()
         self.metrics = Metrics()
+        self.memory = MemoryBudget(2**30)
         self.sessions = SessionService(
             Catalog(models),
             self.store,
@@ -116,6 +117,7 @@ class Rig:
                 ),
                 replay_rows=replay_rows,
                 replay_bytes=replay_bytes,
+                replay_memory=MemoryAccount(self.memory),
                 backlog_rows=backlog_rows,
             ),
             limits=Limits(
@@ -133,7 +135,6 @@ class Rig:
             unix_time=unix_time or self.clock,
             observer=self.metrics,
         )
-        self.memory = MemoryBudget(2**30)
         self.table = self.sessions.table
         self.registry.register(
             MetricsCollector(self.metrics, self.sessions, limits={}, memory=self.memory)

@@ -16,7 +16,7 @@ import click
 from stepstate.cli.common import INTERRUPTED, option
 from stepstate.config import ConfigError, ServerConfig
 from stepstate.errors import StartError
-from stepstate.logging import configure_logs
+from stepstate.logging import logs_on_stderr
 from stepstate.loop import ServerLoop, set_up_grpc
 
 if TYPE_CHECKING:
@@ -54,12 +54,11 @@ def serve_command(log_level: str, log_format: str, **settings: Any) -> None:
     SIGINT (Ctrl-C) and SIGHUP (a terminal that closes) also drain. The exit status is 0 after a
     complete drain, and 1 if it was cut short or the server could not start.
     """
-    configure_logs(log_level, log_format)
     try:
         config = ServerConfig(**settings)
     except ConfigError as error:
         raise click.ClickException(str(error)) from error
-    with _interruptible_start():
+    with logs_on_stderr(log_level, log_format), _interruptible_start():
         drained = _run(config)
     sys.exit(0 if drained else 1)
 

@@ -22,6 +22,7 @@ from prometheus_client.registry import Collector
 from stepstate import __version__
 from stepstate.budget import MemoryBudget
 from stepstate.engine.tracking.scores import Score
+from stepstate.logging import DROPPED
 from stepstate.metrics.counters import Histogram, Metrics, ModelMetrics, RpcMetrics
 from stepstate.sessions import SessionService, StepScheduler
 from stepstate.stores import DiskUsage
@@ -292,6 +293,12 @@ SERIES = (
            "Free bytes on the volume of the sqlite store."),
     Series("stepstate_store_volume_bytes", GAUGE, (), _disk(lambda u: u.volume),
            "Size of the volume of the sqlite store."),
+    Series("stepstate_event_loop_lag_seconds", HISTOGRAM, (), _one(lambda s: s.counters.loop_lag),
+           "How late timers of the event loop are, measured 20 times a second. Nobody is answered "
+           "while something holds the loop."),
+    Series("stepstate_log_lines_dropped_total", COUNTER, ("cause",), _by(lambda _: DROPPED),
+           "Log lines that were not written: nobody reads standard error (queue_full), a place in "
+           "the code logged more than 10 in a second (rate_limit), or an error (failed)."),
     Series("grpc_server_started_total", COUNTER, RPC, _rpc(lambda r: r.started),
            "RPCs started."),
     Series("grpc_server_handled_total", COUNTER, (*RPC, "grpc_code"), _rpc_by_code,

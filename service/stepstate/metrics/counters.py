@@ -20,6 +20,8 @@ SECONDS = (
     0.000_1, 0.000_25, 0.000_5, 0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5,
     5.0, 10.0,
 )  # fmt: skip
+# Below a millisecond the loop's own timers are not exact.
+LAG_SECONDS = (0.001, 0.002_5, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
 ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 STAGES = ("queue", "compute", "total")
 # Series exist from the start, at 0: `increase()` would not see the first event of a new one.
@@ -136,6 +138,7 @@ class Metrics:
         self.snapshot_bytes = 0
         self.snapshot_seconds = Histogram(SECONDS)
         self.snapshot_failures = dict.fromkeys(NOT_SAVED, 0)
+        self.loop_lag = Histogram(LAG_SECONDS)
 
     def model(self, name: str, version: str) -> ModelMetrics:
         """The counters of one model."""

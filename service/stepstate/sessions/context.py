@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from stepstate.budget import MemoryAccount
 from stepstate.engine import EngineSettings
 from stepstate.models import Catalog
 from stepstate.sessions.monitored_store import MonitoredStore
@@ -40,6 +41,8 @@ class SchedulerSettings:
     """Most single rows in the replay window of a session."""
     replay_bytes: int
     """Bound for the cached long replies of all sessions of a model."""
+    replay_memory: MemoryAccount
+    """They are counted there, of all models together."""
     backlog_rows: int
     """Most rows of an async session that are applied and not saved."""
 

@@ -1,6 +1,8 @@
 """The store, and whether it can be written, for health and metrics.
 
-Rule 1: any call that fails, a read too, means that the store is away.
+Rule 1: any call that fails, a read too, means that the store is away. Only a fault that may be that
+        of one session leaves it to a small write at the next check: a damaged session that its
+        client asks for again and again is no outage.
 Rule 2: only a write that reached all of the store means that it is back, and only when nothing
         has failed for a while. A replica, a full disk and a cluster without one of its nodes
         answer reads, and some writes.
@@ -21,6 +23,8 @@ PROBE_SECONDS = 5.0
 """Between two probes of a store that is up: one small write, so that an idle server notices."""
 STEADY_SECONDS = 3.0
 """Without a failure until a store counts as back: one that fails now and then does not."""
+CORRUPT = "corrupt"
+"""The cause that may lie in one session: damaged pages of the file."""
 
 T = TypeVar("T")
 
@@ -52,7 +56,11 @@ class MonitoredStore:
         try:
             return await answer
         except StoreUnavailable as error:
-            self._note(error)
+            self._count(error)
+            if error.cause == CORRUPT:
+                self._probe_at = self._clock()
+            else:
+                self._fail(error)
             raise
 
     async def check(self) -> None:
@@ -63,7 +71,8 @@ class MonitoredStore:
         try:
             await self.backend.probe()
         except StoreUnavailable as error:
-            self._note(error)
+            self._count(error)
+            self._fail(error)
             return
         if not self.up and self._clock() - self._failed_at >= STEADY_SECONDS:
             log.warning("the store is back")
@@ -74,10 +83,13 @@ class MonitoredStore:
         self._closed = True
         await self.backend.close()
 
-    def _note(self, error: StoreUnavailable) -> None:
+    def _count(self, error: StoreUnavailable) -> None:
+        if not self._closed:
+            self.failures[error.cause] += 1
+
+    def _fail(self, error: StoreUnavailable) -> None:
         if self._closed:
             return
-        self.failures[error.cause] += 1
         self._failed_at = self._clock()
         if self.up:
             log.warning("the store is away", extra={"problem": error.problem})

@@ -3,7 +3,11 @@
 Replies to single rows are in one ring a slot, as [x | y] rows of an array: a micro-batch is
 stored in two writes, and a snapshot is one copy. x itself is kept, not a digest of it, so that
 a retry and a mismatch are told apart exactly. Replies to requests with many rows, or with
-`inspect`, are kept whole, within a bound in bytes for all sessions: the oldest are evicted.
+`inspect`, are kept whole, within a bound in bytes for all sessions.
+
+Beyond the bound, replies that are not the last of their session go first, the oldest first: what
+the others do costs no session its last reply. When only last replies are left, the largest goes,
+so that many large ones never push a small one out.
 
 D inputs, O outputs, W rows in a ring, B rows in a micro-batch.
 """
@@ -18,6 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from stepstate.budget import MemoryAccount, MemoryUse
 from stepstate.engine.work import Floats, Layers, WorkItem
 
 RING_BYTES = 65_536
@@ -68,10 +73,18 @@ class ReplayWindow:
         rows: W, if `RING_BYTES` holds so many; else what it holds, but at least
             `ROWS_IN_FLIGHT` of them.
         long_bytes: bound for the replies with many rows, all slots together.
+        memory: these replies are reserved there, too.
     """
 
     def __init__(
-        self, capacity: int, *, input_width: int, output_width: int, rows: int, long_bytes: int
+        self,
+        capacity: int,
+        *,
+        input_width: int,
+        output_width: int,
+        rows: int,
+        long_bytes: int,
+        memory: MemoryAccount,
     ) -> None:
         width = input_width + output_width
         self.rows = min(rows, max(ROWS_IN_FLIGHT, RING_BYTES // (4 * width)))
@@ -80,15 +93,22 @@ class ReplayWindow:
         # t + 1 of the row in each place of the ring; 0: none.
         self._stamps: NDArray[np.int64] = np.zeros(capacity * self.rows, np.int64)
         self._long: dict[int, deque[CachedReply]] = {}
-        self._by_age: dict[CachedReply, None] = {}  # the oldest first
+        self._superseded: dict[CachedReply, None] = {}  # the first to be so first
+        # Of each slot's last reply: bytes (0: none), and its number among all.
+        self._last_bytes: NDArray[np.int64] = np.zeros(capacity, np.int64)
+        self._last_number: NDArray[np.int64] = np.zeros(capacity, np.int64)
+        self._kept = 0
         self._long_limit = long_bytes
+        self._memory = memory
+        self._reserved = 0
         self.long_bytes = 0
 
     def clear(self, slot: int) -> None:
         """Empties the window of a slot."""
         self._stamps[slot * self.rows : (slot + 1) * self.rows] = 0
-        for reply in self._long.pop(slot, ()):
+        for reply in tuple(self._long.get(slot, ())):
             self._evict(reply)
+        self._reserve()
 
     def add_rows(
         self, slots: NDArray[np.int64], t: NDArray[np.int64], x: Floats, y: Floats
@@ -111,17 +131,21 @@ class ReplayWindow:
         self._keep(work.slot, CachedReply(t, work.rows, y, layers, _digest(work)))
 
     def _keep(self, slot: int, reply: CachedReply) -> None:
+        if reply.nbytes > self._long_limit:
+            return
         reply.slot = slot
         replies = self._long.setdefault(slot, deque())
+        if replies:
+            self._superseded[replies[-1]] = None
         replies.append(reply)
-        self._by_age[reply] = None
+        self._kept += 1
+        self._last_bytes[slot], self._last_number[slot] = reply.nbytes, self._kept
         self.long_bytes += reply.nbytes
         if len(replies) > self.rows:
-            self._evict(replies.popleft())
-        while self.long_bytes > self._long_limit:
-            oldest = next(iter(self._by_age))
-            self._long[oldest.slot].remove(oldest)
-            self._evict(oldest)
+            self._evict(replies[0])
+        while self._is_full():
+            self._evict(next(iter(self._superseded), None) or self._largest_last())
+        self._reserve()
 
     def find(self, work: WorkItem, t: int) -> CachedReply | None:
         """The reply to this same request, if it is cached."""
@@ -177,9 +201,33 @@ class ReplayWindow:
             return None
         return CachedReply(t, 1, row[self._input_width :].tobytes())
 
+    def _is_full(self) -> bool:
+        more = self.long_bytes - self._reserved
+        over = self.long_bytes > self._long_limit
+        return over or (more > 0 and not self._memory.fits(more))
+
+    def _largest_last(self) -> CachedReply:
+        """The largest reply that is the last of its slot; the oldest of several."""
+        slots = np.flatnonzero(self._last_bytes == self._last_bytes.max())
+        return self._long[int(slots[self._last_number[slots].argmin()])][-1]
+
     def _evict(self, reply: CachedReply) -> None:
-        del self._by_age[reply]
+        """Drops a reply: a superseded one, or the only one of its slot."""
+        replies = self._long[reply.slot]
+        replies.remove(reply)
+        self._superseded.pop(reply, None)
+        if not replies:
+            del self._long[reply.slot]
+            self._last_bytes[reply.slot] = 0
         self.long_bytes -= reply.nbytes
+
+    def _reserve(self) -> None:
+        """Reserves what is kept by now."""
+        more, self._reserved = self.long_bytes - self._reserved, self.long_bytes
+        if more > 0:
+            self._memory.reserve(MemoryUse.REPLAY, more)
+        elif more < 0:
+            self._memory.release(MemoryUse.REPLAY, -more)
 
 
 def _digest(work: WorkItem) -> bytes:

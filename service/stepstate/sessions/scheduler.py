@@ -151,6 +151,7 @@ class StepScheduler:
             output_width=manifest.output_width,
             rows=settings.replay_rows,
             long_bytes=settings.replay_bytes,
+            memory=settings.replay_memory,
         )
 
     @property

@@ -27,6 +27,9 @@ class HalfAway(MemoryStore):
             raise StoreUnavailable("it is a replica", cause="readonly")
         return await super().save(saves)
 
+    async def find(self, session_id):
+        raise StoreUnavailable("database disk image is malformed", cause="corrupt")
+
 
 @pytest.fixture
 def clock() -> Clock:
@@ -97,3 +100,47 @@ async def test_an_idle_server_notices_that_its_store_cant_be_written(
     await link.check()
     assert not link.up
     assert store.probes == 2
+
+
+async def damaged(link: MonitoredStore) -> None:
+    with pytest.raises(StoreUnavailable):
+        await link.ask(link.backend.find("damaged"))
+
+
+async def test_a_damaged_session_that_is_asked_for_on_and_on_is_no_outage(
+    link: MonitoredStore, store: HalfAway, clock: Clock, caplog: pytest.LogCaptureFixture
+):
+    for _ in range(20):
+        await damaged(link)
+        await link.check()
+        assert link.up
+        clock.advance(1.0)
+    assert link.failures["corrupt"] == store.probes == 20
+    assert told(caplog) == []
+
+
+async def test_a_failure_that_may_be_of_one_session_has_the_store_probed_at_the_next_check(
+    link: MonitoredStore, store: HalfAway, clock: Clock
+):
+    await link.check()
+    clock.advance(0.1)
+    store.read_only = True
+    await damaged(link)
+    await link.check()
+    assert not link.up
+
+
+async def test_a_damaged_session_does_not_prolong_an_outage(
+    link: MonitoredStore, store: HalfAway, clock: Clock
+):
+    store.read_only = True
+    await fails(link)
+    store.read_only = False
+    for _ in range(int(STEADY_SECONDS)):
+        await damaged(link)
+        await link.check()
+        assert not link.up
+        clock.advance(1.0)
+    await damaged(link)
+    await link.check()
+    assert link.up

@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from stepstate.budget import MemoryAccount, MemoryBudget, MemoryUse
 from stepstate.client._protocol.steps import WINDOW
 from stepstate.engine import WorkItem
 from stepstate.sessions.replay import RING_BYTES, ReplayWindow
@@ -22,8 +23,22 @@ def work(x: object, slot: int = 0, *, inspect: bool = False, last_only: bool = F
     return made
 
 
-def window(long_bytes: int = 10_000) -> ReplayWindow:
-    return ReplayWindow(SLOTS, input_width=D, output_width=OUT, rows=W, long_bytes=long_bytes)
+def window(
+    long_bytes: int = 10_000,
+    *,
+    capacity: int = SLOTS,
+    width: int = D,
+    rows: int = W,
+    memory: MemoryBudget | None = None,
+) -> ReplayWindow:
+    return ReplayWindow(
+        capacity,
+        input_width=width,
+        output_width=OUT,
+        rows=rows,
+        long_bytes=long_bytes,
+        memory=MemoryAccount(memory or MemoryBudget(2**30)),
+    )
 
 
 def x_at(t: int) -> np.ndarray:
@@ -132,15 +147,51 @@ def test_one_inspected_row_is_remembered_with_its_layers():
     assert kept.long_bytes == 1 + 64
 
 
-def test_long_replies_beyond_the_bytes_push_out_the_oldest_of_any_slot():
+def test_long_replies_beyond_the_bytes_push_out_the_oldest_that_is_not_the_last_of_its_slot():
     size = 2 * OUT * 4
-    kept = window(long_bytes=3 * size)
-    for slot in range(4):
-        add_long(kept, 10 + slot, 2, slot)
-        assert kept.long_bytes <= 3 * size
-    assert [kept.covers(slot, 10 + slot) for slot in range(4)] == [False, True, True, True]
+    kept = window(long_bytes=4 * size)
+    for t, slot in ((10, 0), (12, 1), (14, 1), (16, 0), (18, 2), (20, 3)):
+        add_long(kept, t, 2, slot)
+        assert kept.long_bytes <= 4 * size
+    assert [t for t in range(10, 22, 2) if any(kept.covers(s, t) for s in range(4))] == [
+        *(14, 16, 18, 20)
+    ]
     assert kept.find(long_request(10, 2, 0), 10) is None
-    assert kept.find(long_request(13, 2, 3), 13) is not None
+    assert kept.find(long_request(16, 2, 0), 16) is not None
+
+
+def test_when_only_last_replies_are_left_the_oldest_of_the_largest_goes():
+    size = 2 * OUT * 4
+    kept = window(long_bytes=5 * size)
+    for slot, rows in enumerate((1, 4, 4, 2)):
+        add_long(kept, 0, rows, slot)
+    assert [kept.covers(slot, 0) for slot in range(4)] == [True, False, True, True]
+
+
+def test_forged_large_replies_cost_no_other_session_its_last_one():
+    kept = window(long_bytes=256, capacity=40)
+    add_long(kept, 0, 2, 0)
+    for slot in range(1, 40):
+        for t in range(0, 120, 4):
+            add_long(kept, t, 3 + t % 7, slot)
+    assert kept.find(long_request(0, 2, 0), 0) is not None
+    assert kept.long_bytes <= 256
+
+
+def test_replies_are_counted_in_the_memory_of_the_server_and_kept_as_long_as_there_is_some():
+    memory = MemoryBudget(1_000)
+    others = MemoryAccount(memory)
+    kept = window(memory=memory)
+    for slot in range(4):
+        add_long(kept, 0, 10, slot)
+        assert memory.by_use[MemoryUse.REPLAY] == memory.used == kept.long_bytes == 80 * (slot + 1)
+    others.reserve(MemoryUse.REQUESTS, 300)
+    add_long(kept, 10, 10, 3)  # half of what is left
+    assert kept.long_bytes == 320
+    assert [kept.covers(3, t) for t in (0, 10)] == [False, True]
+    for slot in range(4):
+        kept.clear(slot)
+    assert (kept.long_bytes, memory.by_use[MemoryUse.REPLAY]) == (0, 0)
 
 
 def test_a_long_reply_larger_than_the_bound_is_not_kept():
@@ -173,14 +224,14 @@ def test_clear_forgets_one_slot_wholly_and_no_other():
 
 
 @pytest.mark.parametrize(
-    ("width", "asked", "rows"), [(10, 32, 32), (511, 64, 32), (1023, 32, 16), (1, 1, 1)]
+    ("width", "asked", "rows"), [(10, 32, 32), (510, 64, 32), (1022, 32, 16), (1, 1, 1)]
 )
 def test_a_ring_stays_within_its_bytes_however_wide_its_rows(width, asked, rows):
-    kept = ReplayWindow(2, input_width=width, output_width=1, rows=asked, long_bytes=0)
+    kept = window(width=width, rows=asked)
     assert kept.rows == rows
-    assert rows * (width + 1) * 4 <= RING_BYTES
+    assert rows * (width + OUT) * 4 <= RING_BYTES
 
 
 def test_a_ring_holds_what_a_client_has_in_flight_however_wide_its_rows():
-    kept = ReplayWindow(2, input_width=9_999, output_width=1, rows=32, long_bytes=0)
+    kept = window(width=9_999, rows=32)
     assert kept.rows == WINDOW

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sqlite3
 import time
 from pathlib import Path
@@ -397,3 +398,54 @@ async def test_a_reserve_that_cant_be_made_is_named_in_the_error(home, foreign_r
     """Before, it was reported as a full disk, and only at the first write."""
     with pytest.raises(StoreOpenError, match=rf"directory.*{foreign_reserve.name}"):
         await home.open()
+
+
+def modes(folder: Path) -> dict[str, int]:
+    return {one.name: one.stat().st_mode & 0o777 for one in folder.iterdir()}
+
+
+FILES = ["sessions.db", "sessions.db-wal", "sessions.db-shm", "sessions.db-reserve"]
+
+
+@pytest.fixture
+def umask(request):
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+@pytest.mark.parametrize("umask", [0, 0o022, 0o777], indirect=True, ids=oct)
+async def test_new_files_are_for_the_user_of_the_server_only(home, umask, caplog):
+    await home.open()
+    assert modes(home.path.parent) == dict.fromkeys(FILES, 0o600)
+    assert caplog.messages == []
+
+
+async def test_a_file_that_is_made_anew_is_private_too(home, store):
+    for part in FILES:
+        home.path.with_name(part).unlink()
+    await store.probe()
+    assert modes(home.path.parent) == dict.fromkeys(FILES, 0o600)
+
+
+@pytest.mark.parametrize("umask", [0o022], indirect=True, ids=oct)
+@pytest.mark.parametrize(("mode", "warnings"), [(0o644, 1), (0o660, 0)])
+async def test_a_file_that_is_there_keeps_its_mode_and_those_beside_it_get_it(
+    home, umask, mode, warnings, caplog
+):
+    home.path.touch()
+    home.path.chmod(mode)
+    home.path.parent.chmod(0o755)
+    await home.open()
+    assert modes(home.path.parent) == dict.fromkeys(FILES, mode)
+    assert len([one for one in caplog.messages if "other users" in one]) == warnings
+
+
+async def test_a_file_that_others_may_read_in_a_folder_they_may_not_enter_is_no_warning(
+    home, caplog
+):
+    home.path.touch()
+    home.path.chmod(0o644)
+    home.path.parent.chmod(0o700)
+    await home.open()
+    assert caplog.messages == []

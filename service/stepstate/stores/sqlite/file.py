@@ -1,15 +1,16 @@
-"""The file of a store, and the room that it needs on its disk.
+"""The file of a store: opened, and opened again after it broke or was deleted.
 
-The file is opened, and opened again after it broke or was deleted.
+SQLite has two more files beside it while it is open: the WAL, where commits are until a checkpoint
+copies them into the database, and its index, the `-shm`. Whoever deletes or replaces one of the
+three separates the server from what others find under these names, and SQLite does not notice:
+commits still succeed, and are gone with the process.
 
-SQLite writes to its WAL first, and copies it into the database later, in a checkpoint, for which
-the database may have to grow. On a disk that the WAL has filled it can't grow, and no room is ever
-freed again. So a second file beside the database, the reserve, keeps room for a checkpoint.
-
-Rule 1: the reserve is at least as large as the WAL. A write that would break this is refused.
-Rule 2: when a checkpoint has no room, the reserve is deleted for it, and made again after it.
-Rule 3: once the disk was full, nothing is written before the WAL is copied, the reserve is there
-        again and as much is free besides; so writes don't alternate between success and failure.
+Rule 1: the three files are looked at before each operation, and after each commit before it is
+        acknowledged.
+Rule 2: commits in a WAL that was deleted are copied into the database from the open file, so none
+        is lost as long as the process lives; then the files are opened again.
+Rule 3: a commit that was written while the database was deleted, or another process made new
+        files, is not acknowledged.
 """
 
 from __future__ import annotations
@@ -18,12 +19,14 @@ import errno
 import logging
 import os
 import sqlite3
+import stat
 import time
 from contextlib import suppress
 from pathlib import Path
 
 from stepstate.errors import StoreOpenError
-from stepstate.stores.sqlite.schema import NotAStepstateFile, configure, prepare
+from stepstate.stores.sqlite.reserve import OutOfSpace, Reserve
+from stepstate.stores.sqlite.schema import NotAStepstateFile, configure, prepare, probe
 from stepstate.stores.types import DiskUsage
 from stepstate.uptime import UptimeClock
 
@@ -32,37 +35,36 @@ log = logging.getLogger(__name__)
 BUSY_SECONDS = 2.0
 """How long another process on the same file may take for its own transaction."""
 LOOK_SECONDS = 1.0
-"""How often to check that the file is still there: writes to a deleted one succeed."""
+"""How often to look at the size of the reserve."""
 OLDEST_SQLITE = (3, 33, 0)
 """The first with UPDATE ... FROM."""
-ROW_BYTES = 8 * 4096
-"""Without its snapshot: pages of its table, its indexes and its tombstone, some of which split."""
-RESERVE_BYTES = 16 * 2**20
-"""The minimum; on a small disk a sixteenth of it."""
-MAX_WAL_BYTES = 2**30
-"""Beyond it writes are refused: a reader that keeps so much from being copied is one that was
-left behind rather than a slow one."""
+PRIVATE = 0o600
+"""The mode of a new file: sessions are the data of their clients. SQLite gives it to the others
+beside it."""
 
 _KEPT = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_FULL)
 """Errors after which the connection still works."""
+_KEPT_FROM_COPYING = (
+    "its WAL was deleted, and can't be copied into the database while another process reads that: "
+    "end that process"
+)
 _NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 """The latter for a quota that is used up."""
-_OS_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+Identity = tuple[int, int] | None
+"""Device and inode of a file; None: it is not there."""
 
 
-class OutOfSpace(sqlite3.OperationalError):
-    """Nothing is written, because it might never be copied into the database.
+class FileReplaced(sqlite3.OperationalError):
+    """The file was deleted or replaced while something was written to it."""
 
-    Args:
-        cause: full or wal, as in `errors.STORE_CAUSES`.
-        problem: what is wrong, and what to do next.
-    """
+    sqlite_errorcode = sqlite3.SQLITE_IOERR
 
-    sqlite_errorcode = sqlite3.SQLITE_FULL
-
-    def __init__(self, cause: str, problem: str) -> None:
-        super().__init__(problem)
-        self.cause = cause
+    def __init__(self) -> None:
+        super().__init__(
+            "the database or a file beside it was deleted or replaced while the server wrote to "
+            "it: leave them alone while a server runs"
+        )
 
 
 class SessionFile:
@@ -84,7 +86,10 @@ class SessionFile:
         self._fsync = fsync
         self._connection: sqlite3.Connection | None = None
         self._reserve = Reserve(path)
-        self._inode = (0, 0)
+        self._parts: tuple[str, ...] = ()
+        """The paths of the database, its WAL and its index."""
+        self._opened: list[Identity] = []
+        """What they were when they were opened."""
         self._looked_at = 0.0
 
     def open(self) -> None:
@@ -97,7 +102,9 @@ class SessionFile:
             _check_place(self.path)
             self._check_writable(self._open())
         except (sqlite3.Error, OSError) as error:
+            self.close()
             raise StoreOpenError(f"sqlite:{self.path}", _problem(error)) from error
+        self._check_mode()
 
     def connection(self, *, rows: int = 0, size: int = 0) -> sqlite3.Connection:
         """The connection, opened again if necessary, with room on the disk for a write.
@@ -110,13 +117,21 @@ class SessionFile:
             sqlite3.Error, OSError: it can't be opened, there is too little room, or the room
                 can't be determined; nothing may be written.
         """
-        if self._connection is not None and self._is_gone():
-            log.warning("the file of sessions is gone: it is made anew", extra=self._where())
-            self.close()
+        self._look()
         connection = self._connection or self._open()
         if rows:
             self._reserve.ensure(connection, rows, size)
         return connection
+
+    def confirm(self) -> None:
+        """Makes sure that the commit that was just done is where others, and a restart, find it.
+
+        Raises:
+            FileReplaced: it is not, or that is unknown.
+            sqlite3.Error: it is in a WAL that was deleted and can't be copied now.
+        """
+        if not self._look():
+            raise FileReplaced
 
     def recover(self, error: Exception) -> None:
         """Rolls back, and closes a connection that may not work any more."""
@@ -145,6 +160,10 @@ class SessionFile:
             connection.close()
 
     def _open(self) -> sqlite3.Connection:
+        real = os.path.realpath(self.path)  # SQLite has the others there, if it is a link
+        with suppress(OSError):  # it is there; or SQLite says why it can't be made
+            os.mknod(real, stat.S_IFREG | PRIVATE)
+            os.chmod(real, PRIVATE)  # noqa: PTH101 (the umask may have taken some of it)
         connection = sqlite3.connect(
             self.path, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False
         )
@@ -152,199 +171,75 @@ class SessionFile:
             self.clock.set(prepare(connection, self.clock()))
             configure(connection, fsync=self._fsync, busy_seconds=BUSY_SECONDS)
             self._reserve.open()
-            status = self.path.stat()
         except BaseException:
             connection.close()
             raise
-        self._inode = (status.st_dev, status.st_ino)
+        self._parts = (str(self.path), f"{real}-wal", f"{real}-shm")
+        self._opened = [_identity(part) for part in self._parts]
         self._looked_at = time.monotonic()
         self._connection = connection
         return connection
 
     def _check_writable(self, connection: sqlite3.Connection) -> None:
-        """Refuses a read-only file: a server could do nothing with it."""
+        """Refuses a file that can't be written: a server could do nothing with it.
+
+        Only a write shows it: on a read-only file SQLite makes BEGIN IMMEDIATE a plain BEGIN.
+        """
         try:
-            connection.execute("BEGIN IMMEDIATE")
-            connection.execute("ROLLBACK")
+            probe(connection)
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:  # else another one writes it
-                self.close()
+            # Later it can, if another process writes it now, or there is no room.
+            if error.sqlite_errorcode & 0xFF not in _KEPT and not self._reserve.full:
                 raise
 
-    def _is_gone(self) -> bool:
-        now = time.monotonic()
-        if now - self._looked_at < LOOK_SECONDS:
-            return False
-        self._looked_at = now
-        try:
-            status = os.stat(self.path)  # noqa: PTH116 (hot: Path.stat takes longer)
-        except OSError:
+    def _check_mode(self) -> None:
+        """Warns if other users can read the file; a new one is private."""
+        mode = self.path.stat().st_mode
+        if mode & 0o006 and self.path.parent.stat().st_mode & 0o001:
+            log.warning(
+                "other users of this machine can read the sessions: chmod o-rwx the files",
+                extra={"path": str(self.path), "mode": f"{mode & 0o777:04o}"},
+            )
+
+    def _look(self) -> bool:
+        """Leaves files of which one was deleted or replaced.
+
+        Returns:
+            Whether the database has all that was committed before.
+        """
+        if self._connection is None:
             return True
-        self._reserve.look()
-        return (status.st_dev, status.st_ino) != self._inode
+        now = [_identity(part) for part in self._parts]
+        if now == self._opened and None not in now:
+            self._look_at_reserve()
+            return True
+        return self._leave(self._connection, now)
 
-    def _where(self) -> dict[str, str]:
-        return {"path": str(self.path)}
-
-
-class Reserve:
-    """The reserve of one database.
-
-    Args:
-        database: its path; the reserve is `database`-reserve.
-    """
-
-    def __init__(self, database: Path) -> None:
-        self.full = False
-        """Whether a write failed because the disk was full, and there was no room since."""
-        database = Path(os.path.realpath(database))  # where SQLite has its WAL, if it is a link
-        self._database = database
-        self._path = Path(f"{database}-reserve")
-        self._wal = f"{database}-wal"
-        self._min_bytes = 0
-        self._held = 0
-
-    def open(self) -> None:
-        """Makes the reserve, if there is room.
-
-        Raises:
-            OSError: it can't be made, for another reason.
-        """
-        volume = os.statvfs(self._database.parent)
-        self._min_bytes = min(RESERVE_BYTES, volume.f_blocks * volume.f_frsize // 16)
-        self.full |= not self._grow(self._wal_bytes())
-
-    def delete(self) -> None:
-        """Frees the room."""
-        self._held = 0
-        with suppress(OSError):
-            self._path.unlink()
-
-    def look(self) -> None:
-        """Reads the size that it has now, and shrinks it to what a shorter WAL needs."""
-        self._held = _size(self._path)
-        wanted = self._size_for(self._wal_bytes())
-        if self._held > 2 * wanted:
-            with suppress(OSError):
-                os.truncate(self._path, wanted)
-            self._held = _size(self._path)
-
-    def ensure(self, connection: sqlite3.Connection, rows: int, size: int) -> None:
-        """Makes sure that a write has room, and can be copied into the database later.
-
-        Args:
-            connection: to the database.
-            rows: how many rows are written.
-            size: the bytes of their snapshots.
-
-        Raises:
-            OutOfSpace: there is no room.
-            sqlite3.Error: the WAL can't be copied now.
-            OSError: the reserve can't be made.
-        """
-        if not self.full:
-            if self._wal_bytes() + size + rows * ROW_BYTES <= self._held:
-                return
-            if self._has_room(rows, size, spare=self._min_bytes // 4):
-                return
-        self.full = True
-        emptied = self._copy_wal(connection)
-        self.look()
-        if not self._has_room(rows, size, spare=self._min_bytes):
-            raise _out_of_space(0 if emptied else self._wal_bytes())
-        self.full = False
-
-    def usage(self) -> DiskUsage | None:
-        """What is used and free; None: the files are gone. May be called from any thread."""
-        try:
-            volume = os.statvfs(self._database.parent)
-        except OSError:
-            return None
-        return DiskUsage(
-            database=_size(self._database),
-            wal=self._wal_bytes(),
-            reserve=_size(self._path),
-            free=volume.f_bavail * volume.f_frsize,
-            volume=volume.f_blocks * volume.f_frsize,
+    def _leave(self, connection: sqlite3.Connection, now: list[Identity]) -> bool:
+        changed = [i for i, there in enumerate(now) if there is None or there != self._opened[i]]
+        # Where there is a new one, another process may use it: nothing may be copied beside it.
+        whole = 0 not in changed and all(now[i] is None for i in changed)
+        if whole and not self._reserve.copy_wal(connection):
+            raise OutOfSpace("wal", _KEPT_FROM_COPYING)
+        log.warning(
+            "files of the store were deleted or replaced: they are opened or made anew",
+            extra={"files": [self._parts[i] for i in changed], "commits_lost": not whole},
         )
+        self.close()
+        return whole
 
-    def _has_room(self, rows: int, size: int, *, spare: int) -> bool:
-        """Whether both the reserve and the WAL can grow for a write, with `spare` bytes left."""
-        wal = self._wal_bytes()
-        # Many rows write each page once, so no more pages than there are.
-        size += min(rows * ROW_BYTES, _size(self._database) + wal + ROW_BYTES)
-        fits = wal <= MAX_WAL_BYTES and self._grow(wal + size)
-        return fits and self._free_bytes() >= size + spare
-
-    def _wal_bytes(self) -> int:
-        return _size(self._wal)
-
-    def _free_bytes(self) -> int:
-        volume = os.statvfs(self._database.parent)
-        return volume.f_bavail * volume.f_frsize
-
-    def _size_for(self, wal: int) -> int:
-        """The WAL and a quarter of the minimum, so that not every write has to grow it."""
-        return max(self._min_bytes, wal + self._min_bytes // 4)
-
-    def _grow(self, wal: int) -> bool:
-        """Makes the reserve large enough for a WAL; returns whether there was room.
-
-        Raises:
-            OSError: it can't be made, for another reason.
-        """
-        wanted = self._size_for(wal)
-        try:
-            with self._path.open("ab") as file:
-                before = file.tell()
-                try:
-                    if before < wanted:
-                        os.posix_fallocate(file.fileno(), 0, wanted)
-                except OSError:
-                    file.truncate(before)  # some file systems keep the part that there was room for
-                    raise
-        except OSError as error:
-            if error.errno not in _OS_NO_ROOM:
-                raise
-            return False
-        self._held = max(before, wanted)
-        return True
-
-    def _copy_wal(self, connection: sqlite3.Connection) -> bool:
-        """Copies as much of the WAL as readers allow; returns whether it is empty now."""
-        (timeout,) = connection.execute("PRAGMA busy_timeout").fetchone()
-        connection.execute("PRAGMA busy_timeout = 0")  # don't wait for readers
-        try:
-            try:
-                return _checkpoint(connection)
-            except sqlite3.OperationalError:
-                self.delete()
-                return _checkpoint(connection)
-        finally:
-            connection.execute(f"PRAGMA busy_timeout = {timeout}")
+    def _look_at_reserve(self) -> None:
+        if time.monotonic() - self._looked_at >= LOOK_SECONDS:
+            self._looked_at = time.monotonic()
+            self._reserve.look()
 
 
-def _out_of_space(wal: int) -> OutOfSpace:
-    """An error about a WAL of so many bytes that could not be emptied; 0: the disk is full."""
-    if not wal:
-        return OutOfSpace("full", "the disk is full: make room on it, or enlarge it")
-    return OutOfSpace(
-        "wal",
-        f"another process has read or written the database for so long that {wal:,} bytes of its "
-        "WAL can't be written back, and there is no room for more: end that process",
-    )
-
-
-def _checkpoint(connection: sqlite3.Connection) -> bool:
-    (busy, _, _) = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
-    return not busy
-
-
-def _size(path: str | Path) -> int:
+def _identity(path: str) -> Identity:
     try:
-        return os.stat(path).st_size  # noqa: PTH116 (hot: Path.stat takes longer)
+        found = os.stat(path)  # noqa: PTH116 (hot: Path.stat takes longer)
     except OSError:
-        return 0
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _check_place(path: Path) -> None:
@@ -363,7 +258,7 @@ def _check_place(path: Path) -> None:
 def _problem(error: Exception) -> str:
     """SQLite's message, and what to do about it."""
     name = getattr(error, "sqlite_errorname", "")
-    if isinstance(error, PermissionError):
+    if isinstance(error, OSError) and error.errno in _NOT_OURS:
         return f"{error.strerror}: {_OTHER_ADVICE}"
     if isinstance(error, NotAStepstateFile | sqlite3.NotSupportedError) or not name:
         return str(error)
@@ -380,3 +275,4 @@ _ADVICE = {
     "SQLITE_CORRUPT": "move it away, or bring back a copy",
 }
 _OTHER_ADVICE = "see that the server may write there, or give another path"
+_NOT_OURS = (errno.EACCES, errno.EPERM, errno.EROFS)

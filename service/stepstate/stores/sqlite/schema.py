@@ -141,6 +141,7 @@ def configure(connection: sqlite3.Connection, *, fsync: bool, busy_seconds: floa
     # A statement of many rows has a journal of its own, which goes to a temporary file
     # beyond 64 KiB; a container may have no folder for that.
     connection.execute("PRAGMA temp_store = MEMORY")
+    connection.execute("PRAGMA user_version")  # the first read makes the WAL and its index
 
 
 def _use_wal(connection: sqlite3.Connection, busy_seconds: float) -> None:

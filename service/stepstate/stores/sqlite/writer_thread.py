@@ -21,7 +21,8 @@ from threading import Thread
 from typing import Any, TypeVar
 
 from stepstate.errors import StoreUnavailable
-from stepstate.stores.sqlite.file import OutOfSpace, SessionFile
+from stepstate.stores.sqlite.file import SessionFile
+from stepstate.stores.sqlite.reserve import OutOfSpace
 from stepstate.stores.sqlite.writes import Create, Expire, SaveOne, Write, write
 
 T = TypeVar("T")
@@ -147,6 +148,7 @@ class WriterThread:
             size = sum(map(_snapshot_bytes, writes))
             connection = self.file.connection(rows=len(writes), size=size)
             write(connection, writes, now=self.file.clock(), unix_time=self._unix_time())
+            self.file.confirm()
         except Exception as error:  # noqa: BLE001 (the callers get it)
             self.file.recover(error)
             return error

@@ -8,6 +8,9 @@ A peer may hold as much as would still be free (the dynamic threshold of A. K. C
 E. L. Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998): alone it
 gets half of the limit, two greedy peers get a third each, and whoever needs little gets it at
 once. So no share has to be set aside for peers that are not there.
+
+`CallMemory` is what one RPC holds of its peer's account: what is left of it when the RPC is done is
+released then, whatever has happened to it.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from enum import StrEnum
 from pathlib import Path
 
@@ -27,12 +31,19 @@ from stepstate.errors import MemoryLimit
 SMALLEST_LIMIT = 64 * 2**20
 """Bytes: room for two of the longest messages beside short ones."""
 
+WAKE_SECONDS = 0.01
+"""Those who wait for room are looked at together, at most so often: a release stays cheap."""
+
 _CGROUPS = Path("/sys/fs/cgroup")
 _LIMIT_FILES = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroups v2, and v1
 
 
 class MemoryUse(StrEnum):
     """What memory is held for."""
+
+    __hash__ = (
+        str.__hash__
+    )  # that of `Enum` is a function in Python: these are keys on the hot path
 
     REQUESTS = "requests"
     """Messages that were received and not yet answered: parsed, or waiting."""
@@ -61,8 +72,21 @@ class MemoryBudget:
         """Bytes reserved now."""
         self.by_use: dict[str, int] = dict.fromkeys(MemoryUse, 0)
         """Bytes reserved now, by what they are for."""
-        self.waiting: deque[asyncio.Future[None]] = deque()
-        """Those who wait until something is released."""
+        self.waiting: dict[MemoryAccount, None] = {}
+        """The accounts that somebody waits for."""
+        self._wake_scheduled = False
+
+    def schedule_wake(self) -> None:
+        """Looks soon whether those who wait can go on, now that something was released."""
+        if not self._wake_scheduled:
+            self._wake_scheduled = True
+            asyncio.get_running_loop().call_later(WAKE_SECONDS, self._wake)
+
+    def _wake(self) -> None:
+        self._wake_scheduled = False
+        for account in list(self.waiting):
+            if account.wake():
+                del self.waiting[account]
 
 
 class MemoryAccount:
@@ -72,10 +96,11 @@ class MemoryAccount:
         budget: of the server.
     """
 
-    __slots__ = ("_budget", "held")
+    __slots__ = ("_budget", "_waiting", "held")
 
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self.held = 0
         """Bytes reserved now."""
 
@@ -97,6 +122,13 @@ class MemoryAccount:
         budget.used += size
         budget.by_use[use] += size
 
+    def charge(self, use: MemoryUse, size: int) -> None:
+        """Counts bytes that are here already, whether they fit or not."""
+        budget = self._budget
+        self.held += size
+        budget.used += size
+        budget.by_use[use] += size
+
     def release(self, use: MemoryUse, size: int) -> None:
         """Releases bytes that were reserved."""
         budget = self._budget
@@ -104,7 +136,7 @@ class MemoryAccount:
         budget.used -= size
         budget.by_use[use] -= size
         if budget.waiting:
-            _wake(budget.waiting)
+            budget.schedule_wake()
 
     @contextmanager
     def reserved(self, use: MemoryUse, size: int) -> Iterator[None]:
@@ -120,12 +152,88 @@ class MemoryAccount:
             self.release(use, size)
 
     async def wait_for(self, size: int) -> None:
-        """Waits until so many bytes could be reserved; it reserves nothing."""
-        waiting = self._budget.waiting
+        """Waits until so many bytes could be reserved; it reserves nothing.
+
+        Those who wait for the same account go on in the order in which they came.
+        """
         while not self.fits(size):
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            waiting.append(future)
+            self._waiting.append((size, future))
+            self._budget.waiting[self] = None
             await future
+
+    def wake(self) -> bool:
+        """Lets those go on whose bytes fit now; returns whether nobody waits any more."""
+        promised = 0
+        while self._waiting:
+            size, future = self._waiting[0]
+            if not future.done():
+                if not self.fits(2 * promised + size):
+                    return False
+                promised += size
+                future.set_result(None)
+            self._waiting.popleft()
+        return True
+
+
+class CallMemory:
+    """What one RPC makes a server hold.
+
+    Args:
+        account: of its peer.
+    """
+
+    __slots__ = ("_account", "_by_use", "_closed", "held")
+
+    def __init__(self, account: MemoryAccount) -> None:
+        self._account = account
+        self._by_use: dict[str, int] = dict.fromkeys(MemoryUse, 0)
+        self._closed = False
+        self.held = 0
+        """Bytes reserved now."""
+
+    def fits(self, size: int) -> bool:
+        """See `MemoryAccount.fits`."""
+        return self._account.fits(size)
+
+    def reserve(self, use: MemoryUse, size: int) -> None:
+        """See `MemoryAccount.reserve`; once the RPC is done, nothing is counted."""
+        if not self._closed:
+            self._account.reserve(use, size)
+            self._by_use[use] += size
+            self.held += size
+
+    def charge(self, use: MemoryUse, size: int) -> None:
+        """See `MemoryAccount.charge`."""
+        if not self._closed:
+            self._account.charge(use, size)
+            self._by_use[use] += size
+            self.held += size
+
+    def release(self, use: MemoryUse, size: int) -> None:
+        """Releases bytes before the RPC is done."""
+        if not self._closed:
+            self._account.release(use, size)
+            self._by_use[use] -= size
+            self.held -= size
+
+    def resize(self, use: MemoryUse, size: int) -> None:
+        """Counts as many bytes as there turned out to be."""
+        self.charge(use, size - self._by_use[use])
+
+    async def wait_for(self, size: int) -> None:
+        """See `MemoryAccount.wait_for`."""
+        await self._account.wait_for(size)
+
+    def close(self) -> None:
+        """Releases what is left: the RPC is done."""
+        for use in MemoryUse:
+            self.release(use, self._by_use[use])
+        self._closed = True
+
+
+call_memory: ContextVar[CallMemory] = ContextVar("call_memory")
+"""What the RPC holds that this task serves."""
 
 
 def limit_bytes(setting: str) -> int:
@@ -148,11 +256,3 @@ def _container_bytes() -> float:
         except (OSError, ValueError):  # no such file, or "max"
             continue
     return float("inf")
-
-
-def _wake(waiting: deque[asyncio.Future[None]]) -> None:
-    """Wakes all that wait: each looks again whether its bytes fit now."""
-    while waiting:
-        future = waiting.popleft()
-        if not future.done():
-            future.set_result(None)

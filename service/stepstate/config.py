@@ -17,6 +17,8 @@ DURABILITIES = ("none", "async", "sync")
 WEIGHTS = ("float32", "bfloat16", "int8")
 MAX_SLOTS = 10_000_000
 """The arrays of the session table are allocated at start, about 100 bytes a session."""
+MAX_STREAMS = 2**31 - 1
+"""HTTP/2 has no more."""
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:\s/\[\]]+):(\d{1,5})")
 _SIZE = re.compile(r"\d{1,9}(\.\d{1,9})?(%|[KMGT]i?B)|\d{1,15}")
@@ -54,6 +56,19 @@ class ServerConfig:
         "127.0.0.1:50051",
         "host:port for gRPC. Port 0 means any free port.",
         "Loopback: the server does not authenticate clients, so no other machine should reach it.",
+    )
+    max_concurrent_streams: int = _setting(
+        1024,
+        "Most calls of one connection at a time; further ones wait in the client. A StreamSteps "
+        "call is one for as long as it is open.",
+        "Resetting as many calls as fast as possible delays others by less than a second; with "
+        "65,536 it was half a minute.",
+    )
+    allow_compressed_requests: bool = _setting(
+        False,  # noqa: FBT003 - a default
+        "Accept requests that are compressed with gzip or deflate.",
+        "gRPC inflates a message before it checks its size: 4 MB become 4 GB. Only for clients "
+        "that are trusted.",
     )
     metrics_listen: str = _setting(
         "127.0.0.1:9464",
@@ -149,6 +164,14 @@ class ServerConfig:
         "Most bytes of remembered replies with many rows.",
         "About a hundred of the longest replies.",
     )
+    snapshot_key: str = _setting(
+        "",
+        "File with secret keys, one a line. Exported snapshots are signed with the first, and "
+        "imports are refused that are signed with none of them. Empty: nothing is signed or "
+        "refused.",
+        "Whoever may import can open sessions, too; a key matters where snapshots pass through "
+        "other hands.",
+    )
     queue_requests: int = _setting(
         65_536,
         "Most accepted and unanswered requests.",
@@ -207,8 +230,9 @@ class ServerConfig:
                 raise ConfigError(
                     f"{setting.name} is {value}, expected more than 0 and at most {MAX_NUMBER}"
                 )
-        if self.slots > MAX_SLOTS:
-            raise ConfigError(f"slots is {self.slots}, at most {MAX_SLOTS}")
+        for name, most in (("slots", MAX_SLOTS), ("max_concurrent_streams", MAX_STREAMS)):
+            if getattr(self, name) > most:
+                raise ConfigError(f"{name} is {getattr(self, name)}, at most {most}")
 
     def _check_idle_timeouts(self) -> None:
         for name in ("max_idle_timeout", "expired_grace"):

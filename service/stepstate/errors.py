@@ -22,6 +22,7 @@
     ├── RowsMissing             raised by the client: rows to be sent again are no longer kept
     ├── SnapshotModelMismatch   a snapshot of a model that is not loaded here
     ├── SnapshotCorrupt         bytes that are not a whole snapshot
+    ├── SnapshotUntrusted       a snapshot that no server with a key of this one's has signed
     ├── SnapshotTooLarge        a snapshot that no message can hold
     ├── SessionUnreadable       what the store has of a session can't be read
     ├── SessionLimit            no room for one more session
@@ -38,6 +39,7 @@
         ├── ModelInvalid        a model's folder can't be served
         ├── DeviceUnavailable   there is no such device
         ├── StoreOpenError      the store can't be opened
+        ├── SnapshotKeyInvalid  the keys of snapshots can't be read
         └── ListenError         an address can't be listened on
 
 An error holds fields and composes its message from them: what, which id, what
@@ -343,6 +345,17 @@ class SnapshotCorrupt(StepstateError, reason="SNAPSHOT_CORRUPT"):
 
 
 @dataclass(eq=False)
+class SnapshotUntrusted(StepstateError, reason="SNAPSHOT_UNTRUSTED"):
+    """A snapshot without a signature that this server accepts."""
+
+    message = (
+        "the snapshot is not accepted: {problem}; export it from a server whose --snapshot-key "
+        "begins with a key that this server has, too"
+    )
+    problem: str
+
+
+@dataclass(eq=False)
 class SnapshotTooLarge(StepstateError, reason="SNAPSHOT_TOO_LARGE"):
     """A snapshot that is larger than a message can hold."""
 
@@ -523,6 +536,18 @@ class StoreOpenError(StartError):
 
     message = "store {store}: {problem}"
     store: str
+    problem: str
+
+
+@dataclass(eq=False)
+class SnapshotKeyInvalid(StartError):
+    """The file with the keys that sign snapshots can't be used."""
+
+    message = (
+        "--snapshot-key {file}: {problem}; write one key a line, such as from "
+        "`openssl rand -hex 32`"
+    )
+    file: str
     problem: str
 
 

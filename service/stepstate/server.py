@@ -39,8 +39,10 @@ from stepstate.transport import (
     Backend,
     PeerTable,
     RpcInterceptor,
+    SnapshotKeys,
     StepstateServicer,
     add_reflection,
+    read_keys,
 )
 from stepstate.uptime import HEARTBEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
@@ -75,12 +77,17 @@ CHANNEL_OPTIONS = (
     # Find clients that vanished without a word within 80 s, and free what their streams hold.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
-    # Clients behind a NAT may ping as often as every 10 s, also between calls.
-    ("grpc.http2.min_recv_ping_interval_without_data_ms", 10_000),
     ("grpc.keepalive_permit_without_calls", 1),
-    # One stream a session on one connection, for as many sessions as a large gateway has.
-    ("grpc.max_concurrent_streams", 65_536),
+    # Clients may ping as often as they like, and each ping is only answered. With a limit, gRPC
+    # ends the connection; while it can't, as the client reads nothing, it adds each further ping
+    # to one error, which it copies every time: that took its thread for seconds.
+    ("grpc.http2.max_ping_strikes", 0),
+    # What is not read stays with the client but for 64 KiB a call. The probe of bandwidth times
+    # delay raises that to megabytes for all calls of a fast connection.
+    ("grpc.http2.bdp_probe", 0),
 )
+ONLY_IDENTITY = 1
+"""Bit of grpc.compression_enabled_algorithms_bitset: messages as they are."""
 
 
 class ServerState(enum.Enum):
@@ -95,7 +102,9 @@ class ServerState(enum.Enum):
 class Server:
     """A server and its life: `start`, then `drain` (or `stop`)."""
 
-    def __init__(self, config: ServerConfig, catalog: Catalog, store: SessionStore) -> None:
+    def __init__(
+        self, config: ServerConfig, catalog: Catalog, *, store: SessionStore, keys: SnapshotKeys
+    ) -> None:
         use_one_thread()
         self.state = ServerState.STARTING
         self.address = ""
@@ -107,7 +116,8 @@ class Server:
         self._max_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry()
         self._metrics = Metrics()
-        self._memory = MemoryBudget(limit_bytes(config.memory_limit))
+        self.memory = MemoryBudget(limit_bytes(config.memory_limit))
+        """What clients make it hold."""
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
             MetricsCollector(
@@ -120,23 +130,23 @@ class Server:
                     "queue_requests": config.queue_requests,
                     "queue_rows": config.queue_rows,
                     "replay_bytes": config.replay_bytes,
-                    "memory_bytes": self._memory.limit,
+                    "memory_bytes": self.memory.limit,
                 },
-                memory=self._memory,
+                memory=self.memory,
                 skipped_models=len(catalog.skipped),
             )
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
         backend = Backend(self.sessions, self._metrics)
-        self._servicer = StepstateServicer(backend)
+        self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, PeerTable(self._memory))
+        interceptor = RpcInterceptor(self._metrics, PeerTable(self.memory))
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
-        self._grpc = grpc.aio.server(interceptors=[interceptor], options=list(CHANNEL_OPTIONS))
+        self._grpc = grpc.aio.server(interceptors=[interceptor], options=_channel_options(config))
         self._http: tuple[WSGIServer, Thread] | None = None
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
@@ -251,7 +261,7 @@ class Server:
                 ),
                 replay_rows=config.replay_rows,
                 replay_bytes=config.replay_bytes,
-                replay_memory=MemoryAccount(self._memory),
+                replay_memory=MemoryAccount(self.memory),
                 backlog_rows=config.backlog_rows,
             ),
             limits=Limits(
@@ -360,6 +370,7 @@ async def build_server(config: ServerConfig) -> Server:
     Raises:
         ModelInvalid: there is no model to serve, or one can't be served.
         DeviceUnavailable: the device is not here.
+        SnapshotKeyInvalid: the keys of snapshots can't be read.
         StoreOpenError: the store is not to be had.
     """
     if config.device != "cpu":
@@ -367,7 +378,8 @@ async def build_server(config: ServerConfig) -> Server:
     catalog = load_catalog(config.models, skip_invalid=config.skip_invalid_models)
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
-    return Server(config, catalog, await _store(config))
+    keys = read_keys(config.snapshot_key)
+    return Server(config, catalog, store=await _store(config), keys=keys)
 
 
 @asynccontextmanager
@@ -386,6 +398,13 @@ async def _store(config: ServerConfig) -> SessionStore:
     return await open_store(
         config.store, clock=UPTIME, unix_time=time.time, fsync=config.store_fsync
     )
+
+
+def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
+    options = [*CHANNEL_OPTIONS, ("grpc.max_concurrent_streams", config.max_concurrent_streams)]
+    if not config.allow_compressed_requests:
+        options.append(("grpc.compression_enabled_algorithms_bitset", ONLY_IDENTITY))
+    return options
 
 
 def _host_and_port(config: ServerConfig) -> str:

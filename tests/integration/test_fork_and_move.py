@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 
+import grpc
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -14,7 +16,9 @@ from click.testing import CliRunner, Result
 from stepstate import errors
 from stepstate.cli import main
 from stepstate.client import AsyncClient
-from stepstate.server import Server
+from stepstate.config import ServerConfig
+from stepstate.server import Server, running_server
+from stepstate.v1 import stepstate_pb2 as pb
 from tests.chaos.faults import relay
 from tests.integration.clients import Connect
 from tests.integration.restarts import SELDOM, StartRestartable, kill_and_restart
@@ -23,6 +27,8 @@ from tests.integration.wire import (
     TOLERANCE,
     draw,
     largest_difference,
+    raw_stub,
+    refused,
 )
 from tests.networks import Network
 
@@ -99,6 +105,44 @@ async def test_a_snapshot_moves_a_session_to_another_server(
         rest = (await source.info("a")).t
     assert rest == 30
     assert largest_difference(got, network.offline(x[:30])) <= TOLERANCE
+
+
+async def test_servers_with_keys_take_only_what_one_of_them_has_signed(
+    config: ServerConfig, server: Server, connect: Connect, tmp_path: Path
+):
+    """Through both pairs of RPCs; the second server is about to have a new key."""
+    for name, keys in (("one", ["a" * 32]), ("two", ["b" * 32, "a" * 32])):
+        (tmp_path / name).write_text("\n".join(keys))
+        (tmp_path / name).chmod(0o600)
+    one, two = (
+        replace(config, store="memory:", snapshot_key=str(tmp_path / name))
+        for name in ("one", "two")
+    )
+    async with (
+        running_server(one) as first,
+        running_server(two) as second,
+        connect(first.address) as source,
+        connect(second.address) as target,
+        connect(server.address) as without_keys,
+    ):
+        session = await source.open("lstm", session_id="a")
+        await session.step(draw(5))
+        snapshot = await source.export("a")
+        async with raw_stub(first.address) as stub:
+            exported = await stub.ExportSession(pb.ExportSessionRequest(session_id="a"))
+        assert exported.snapshot == snapshot
+        for client in (target, without_keys):
+            assert (await client.restore(snapshot)).t == 5
+        async with raw_stub(second.address) as stub:
+            for data in (snapshot[40:], snapshot[:-1] + b"?"):
+                refusal = await refused(stub.ImportSession(pb.ImportSessionRequest(snapshot=data)))
+                assert (refusal.code, refusal.reason) == (
+                    grpc.StatusCode.FAILED_PRECONDITION,
+                    "SNAPSHOT_UNTRUSTED",
+                )
+        for unsigned in (await without_keys.export("a"), await target.export("a")):
+            with pytest.raises(errors.SnapshotUntrusted):
+                await source.restore(unsigned, session_id="b")
 
 
 async def test_a_lost_reply_of_a_fork_does_not_fork_twice(server: Server, connect: Connect):

@@ -19,7 +19,6 @@ from stepstate.client import AsyncClient, Client
 from stepstate.config import ServerConfig
 from stepstate.models import write_model
 from stepstate.server import SERVICE, Server, running_server
-from stepstate.transport import bidi
 from stepstate.transport.servicer import MAX_SNAPSHOT_BYTES
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
@@ -257,17 +256,18 @@ async def test_a_snapshot_that_is_announced_and_does_not_come_holds_up_no_steps(
             await call.write(pb.StreamImportRequest(size=MAX_SNAPSHOT_BYTES, data=part))
         assert (await plain.Step(request("a", 0, draw(1)))).t == 1
         snapshot = (await plain.ExportSession(pb.ExportSessionRequest(session_id="a"))).snapshot
-        whole = len(snapshot) + len(calls) * len(part)
-        monkeypatch.setattr(bidi, "MAX_BUDGET_BYTES", whole - 1)
+        # Each part is there twice when all are put together; and as much must be free as is held.
+        whole = 2 * (len(snapshot) + 2 * len(calls) * len(part))
+        monkeypatch.setattr(large.memory, "limit", whole - 1)
         refusal = await refused(plain.StreamImport(parts_of(snapshot, session_id="b")))
-        assert "bytes of snapshots" in refusal.message
-        monkeypatch.setattr(bidi, "MAX_BUDGET_BYTES", whole)
+        assert (refusal.code, refusal.reason) == (Code.RESOURCE_EXHAUSTED, "MEMORY_LIMIT")
+        monkeypatch.setattr(large.memory, "limit", whole)
         moved = await plain.StreamImport(parts_of(snapshot, session_id="b"))
         assert moved.session.t == 1
         for call in calls:
             call.cancel()
         await until(lambda: no_more_of(large, "StreamImport"))
-        monkeypatch.setattr(bidi, "MAX_BUDGET_BYTES", len(snapshot))
+        monkeypatch.setattr(large.memory, "limit", 2 * len(snapshot))
         assert (await plain.StreamImport(parts_of(snapshot, session_id="c"))).session.t == 1
     assert "Traceback" not in caplog.text
 

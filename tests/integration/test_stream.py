@@ -15,10 +15,10 @@ import grpc
 import numpy as np
 import pytest
 
+from stepstate.budget import MemoryUse
 from stepstate.client import AsyncClient
 from stepstate.server import Server, running_server
 from stepstate.sessions import Step
-from stepstate.transport import bidi
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.chaos.faults import relay
@@ -331,27 +331,14 @@ async def test_a_stream_goes_on_after_in_band_refusals_of_a_full_queue(config, n
     assert max(differences) <= TOLERANCE
 
 
-async def reserves_at_most(most: int, stub: Stub, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether the replies that a server has accepted and not sent are at most so many bytes.
-
-    Where they are more, the next step is refused for them, before it is for any other queue.
-    """
-    monkeypatch.setattr(bidi, "MAX_BUDGET_BYTES", most + 1_000)
-    call = stub.Step(request("probe", None, draw(1)))
-    await call.code()
-    monkeypatch.undo()
-    return "bytes of unread replies" not in (await call.details() or "")
-
-
 LARGE = draw(4_000)
 """Rows whose reply is long."""
 
 
 async def test_an_abandoned_stream_leaves_nothing_to_the_garbage_collector(
-    server: Server, stub: Stub, monkeypatch: pytest.MonkeyPatch
+    server: Server, stub: Stub
 ):
-    for name in ("a", "probe"):
-        await opened(stub, name)
+    await opened(stub, "a")
     gc.collect()
     async with raw_stub(server.address) as abandoning:
         call = abandoning.StreamSteps()
@@ -361,14 +348,11 @@ async def test_an_abandoned_stream_leaves_nothing_to_the_garbage_collector(
         call.cancel()
         await asyncio.sleep(0.2)
     assert not [o for o in gc.get_objects() if type(o) is Step]
-    assert await reserves_at_most(0, stub, monkeypatch)
+    assert server.memory.used == server.memory.by_use[MemoryUse.REPLAY]
 
 
-async def test_unread_replies_of_a_stream_are_bounded_in_bytes(
-    stub: Stub, other_stub: Stub, monkeypatch: pytest.MonkeyPatch
-):
-    for name in ("a", "probe"):
-        await opened(stub, name)
+async def test_unread_replies_of_a_stream_are_bounded_in_bytes(server: Server, stub: Stub):
+    await opened(stub, "a")
     call = stub.StreamSteps()
 
     async def flood() -> None:
@@ -376,10 +360,10 @@ async def test_unread_replies_of_a_stream_are_bounded_in_bytes(
             await call.write(request("a", None, LARGE))
 
     flooding = asyncio.create_task(flood())
-    while await reserves_at_most(4 * 2**20, other_stub, monkeypatch):
+    while server.memory.used <= 4 * 2**20:
         await asyncio.sleep(0.05)
     for _ in range(20):
-        assert await reserves_at_most(10 * 2**20, other_stub, monkeypatch)
+        assert server.memory.used <= 10 * 2**20
         await asyncio.sleep(0.1)
     flooding.cancel()
     call.cancel()

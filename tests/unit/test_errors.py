@@ -65,6 +65,8 @@ WHAT_NEXT = {
     errors.RowsMissing: "from your own records",
     errors.SnapshotModelMismatch: "serve that very model version",
     errors.SnapshotCorrupt: "from its source again",
+    errors.SnapshotKeyInvalid: "write one key a line",
+    errors.SnapshotUntrusted: "export it from a server whose --snapshot-key",
     errors.SnapshotTooLarge: "in parts",
     errors.SessionUnreadable: "or close it (stepstate sessions close",
     errors.StoreUnavailable: "a retry with the same t",

@@ -50,8 +50,9 @@ def test_a_server_sets_grpc_up_before_it_is_imported(
     assert _python(_IMPORTS, *module).stdout == f"{set_up}\n"
 
 
-def test_grpc_knows_what_it_is_told() -> None:
+def test_grpc_knows_what_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     """It would log an experiment that it has no more: then the setting has to go."""
+    monkeypatch.setenv("GRPC_VERBOSITY", "ERROR")
     assert _python("import stepstate.cli.serve, grpc; grpc.server(None)").stderr == ""
 
 

@@ -259,6 +259,7 @@ class ClientAPI(ConnectionAPI):
 
         Raises:
             SnapshotCorrupt, SnapshotModelMismatch: it is damaged, or of another model.
+            SnapshotUntrusted: it is not signed with a key that the server has.
             SessionExists: the id is open. If a first reply was lost, this snapshot may have opened
                 it: `session` returns it with its t.
             InvalidField: an argument can't be accepted.

@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.errors import QueueFull, StepstateError
+from stepstate.errors import MemoryLimit, QueueFull, StepstateError
 from stepstate.sessions.context import SessionContext
 from stepstate.sessions.loader import SessionLoader
 from stepstate.sessions.options import check_id
@@ -276,7 +276,7 @@ class RequestQueues:
             session = await self.get(session_id, hold=hold)
             try:
                 return act(session)
-            except QueueFull:
+            except (QueueFull, MemoryLimit):
                 if asyncio.get_running_loop().time() >= deadline:
                     raise
             await asyncio.sleep(RETRY_SECONDS)
@@ -410,7 +410,7 @@ def served(waiter: Waiter, session: ResidentSession) -> bool:
     """Whether a request has been served, with an error too; else it has to be tried again."""
     try:
         waiter.found(session)
-    except QueueFull as full:
+    except (QueueFull, MemoryLimit) as full:
         if asyncio.get_running_loop().time() < waiter.deadline:
             return False
         waiter.failed(full.with_traceback(None))

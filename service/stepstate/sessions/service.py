@@ -219,8 +219,12 @@ class SessionService:
         """
         return self.schedulers[model.key].submit_pack(rows, reply_to)
 
-    def refuse(self, session_id: str, error: StepstateError, reply_to: ReplyTo) -> bool:
+    def refuse(
+        self, session_id: str, error: StepstateError, reply_to: ReplyTo, *, held_bytes: int
+    ) -> bool:
         """Queues a refusal behind the session's steps, so that replies keep their order.
+
+        `held_bytes` is what its reply takes.
 
         Returns:
             False if there are none: the caller delivers it at once.
@@ -228,7 +232,7 @@ class SessionService:
         session = self.table.get(session_id)
         if session is None or not self.table.busy[session.handle]:
             return False
-        step = Step((), 0, False, False, reply_to, session, None, 0)  # noqa: FBT003 - a hot constructor
+        step = Step((), 0, False, False, reply_to, session, None, held_bytes)  # noqa: FBT003 - a hot constructor
         step.error = error
         self._admission.count(1)
         session.scheduler.submit(step)
@@ -319,15 +323,25 @@ class SessionService:
         found = await self._lifecycle.close_stored(session_id)
         return found if isinstance(found, UnreadableSession) else self._summaries.stored(found)
 
-    async def export(self, session_id: str) -> tuple[bytes, SessionSummary]:
+    async def export(
+        self, session_id: str, *, reserve: Callable[[int], None] = lambda _: None
+    ) -> tuple[bytes, SessionSummary]:
         """A session's snapshot after the steps accepted so far, and its status then.
 
+        Args:
+            session_id: of the session.
+            reserve: called with the size of the snapshot, before anything else is done.
+
         Raises:
-            as `get`.
+            as `get`, and what `reserve` raises.
         """
-        return await self._queues.after_steps(
-            session_id, lambda session: (self.writer.snapshot(session), self.summary(session))
-        )
+
+        def snapshot(session: ResidentSession) -> tuple[bytes, SessionSummary]:
+            data = self.writer.snapshot(session)
+            reserve(len(data))
+            return data, self.summary(session)
+
+        return await self._queues.after_steps(session_id, snapshot)
 
     async def reset_accuracy(self, session_id: str) -> SessionSummary:
         """Resets the scores of a session's forecasts, after the steps accepted so far.

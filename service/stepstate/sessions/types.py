@@ -146,8 +146,8 @@ class Step(WorkItem):
     session: ResidentSession
     t: int | None
     """Rows applied before it, as its client counts; None: the session's own t."""
-    reply_bytes: int
-    """About what its outcome takes in memory."""
+    held_bytes: int
+    """About what it takes in memory, with its reply, until that has left."""
     t_after: int = field(init=False, default=0)
     durable_t: int = field(init=False, default=0)
     y: bytes = field(init=False, default=b"")

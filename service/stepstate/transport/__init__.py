@@ -4,5 +4,14 @@ from stepstate.transport.bidi import Backend
 from stepstate.transport.interceptor import RpcInterceptor
 from stepstate.transport.peers import PeerTable
 from stepstate.transport.servicer import StepstateServicer, add_reflection
+from stepstate.transport.signatures import SnapshotKeys, read_keys
 
-__all__ = ["Backend", "PeerTable", "RpcInterceptor", "StepstateServicer", "add_reflection"]
+__all__ = [
+    "Backend",
+    "PeerTable",
+    "RpcInterceptor",
+    "SnapshotKeys",
+    "StepstateServicer",
+    "add_reflection",
+    "read_keys",
+]

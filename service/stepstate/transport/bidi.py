@@ -1,8 +1,8 @@
 """Bidirectional calls: requests in, replies out as they are ready, both bounded.
 
 Rule 1: a call has at most `MAX_UNANSWERED` accepted requests without a reply, and about `MAX_ROWS`
-        packed rows and `MAX_BYTES` of requests and replies. Beyond that it is not read, and HTTP/2
-        flow control holds the client back.
+        packed rows and `MAX_BYTES` of requests and replies; all of it is part of what its peer may
+        hold. Beyond that it is not read, and HTTP/2 flow control holds the client back.
 Rule 2: when a call ends, what it has waiting and did not start is never applied.
 Rule 3: a request whose session has to be loaded first waits in the queue of that session. It holds
         up no other session: the call is read on.
@@ -17,15 +17,16 @@ import logging
 from abc import ABC, abstractmethod
 from collections import Counter, deque
 from collections.abc import Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 import grpc
 
-from stepstate.errors import Draining, QueueFull, StepstateError
+from stepstate.budget import MemoryUse, call_memory
+from stepstate.errors import Draining, MemoryLimit, StepstateError
 from stepstate.metrics import Metrics
-from stepstate.sessions import ResidentSession, SessionService, Step
-from stepstate.transport.interceptor import DecodeFailure
+from stepstate.sessions import ReplyTo, ResidentSession, SessionService, Step
+from stepstate.transport.interceptor import DecodeFailure, MessageChannel
 
 log = logging.getLogger(__name__)
 
@@ -35,36 +36,8 @@ MAX_ROWS = 16_384
 """Of packed messages: 64 of the largest forwards."""
 MAX_BYTES = 8 * 2**20
 """Two of the longest replies."""
-MAX_BUDGET_BYTES = 256 * 2**20
-"""Of all calls: some sixty of the longest replies, or a million short ones."""
-
-
-class ReplyBudget:
-    """Bytes of replies accepted and not yet handed to gRPC, of all calls together.
-
-    A client that does not read must not fill memory.
-
-    Args:
-        what: the bytes that are counted, for a person.
-    """
-
-    def __init__(self, what: str = "bytes of unread replies on this server") -> None:
-        self.used = 0
-        self._what = what
-
-    def reserve(self, count: int) -> None:
-        """Reserves the bytes of a reply.
-
-        Raises:
-            QueueFull: too many are reserved already.
-        """
-        if self.used and self.used + count > MAX_BUDGET_BYTES:
-            raise QueueFull(self._what, MAX_BUDGET_BYTES)
-        self.used += count
-
-    def release(self, count: int) -> None:
-        """Releases the bytes of a reply that was sent, or never will be."""
-        self.used -= count
+REFUSAL_BYTES = 2048
+"""Of a reply that says why a request was refused, with what it takes to keep it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,27 +46,14 @@ class Backend:
 
     sessions: SessionService
     metrics: Metrics
-    replies: ReplyBudget = field(default_factory=ReplyBudget)
-
-
-class MessageChannel(Protocol):
-    """The two directions of a call."""
-
-    async def read(self) -> Any:
-        """The next request, `DecodeFailure` for bytes that are no message, or `grpc.aio.EOF`."""
-        ...
-
-    async def write(self, message: Any) -> None:
-        """Sends a reply."""
-        ...
 
 
 class Outcome(Protocol):
     """A request that is done."""
 
     @property
-    def reply_bytes(self) -> int:
-        """Bytes of its reply, as they were reserved when it was accepted."""
+    def held_bytes(self) -> int:
+        """Bytes reserved when it was accepted: for itself and its reply."""
         ...
 
 
@@ -123,14 +83,13 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         """Refused requests, by reason."""
         self._sessions = backend.sessions
         self._metrics = backend.metrics
-        self._budget = backend.replies
+        self._memory = call_memory.get()
         self._messages = messages
         self._patience_seconds = patience_seconds
         self._unanswered = 0
         self._unanswered_rows = 0  # of packed messages
-        self._reply_bytes = 0
-        self._held_bytes = 0
-        self._ready: deque[tuple[A, None] | tuple[None, D]] = deque()
+        self._held_bytes = 0  # of requests that wait, and of replies
+        self._ready: deque[tuple[A, None, int] | tuple[None, D, int]] = deque()
         self._waiting_loads: set[_PendingLoad[W]] = set()
         self._reader: asyncio.Task[None] | None = None
         self._writer_waits: asyncio.Future[None] | None = None
@@ -140,7 +99,11 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
 
     @abstractmethod
     def _take(self, request: Q) -> None:
-        """Accepts or refuses a request, or lets it wait; raises nothing."""
+        """Accepts or refuses a request, or lets it wait.
+
+        Raises:
+            MemoryLimit: there is no room for it; nothing was done, and it will be called again.
+        """
 
     @abstractmethod
     def _accept(self, waiting: W, session: ResidentSession) -> None:
@@ -176,7 +139,6 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
                 task.cancel()
             # A traceback that leads here is part of a reference cycle: no reply may be in it.
             self._ready.clear()
-            self._budget.release(self._reply_bytes)
             self._drop_waiting()
         if self._draining:
             raise Draining
@@ -191,7 +153,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     def deliver(self, outcome: D) -> None:
         """Answers a request that was accepted."""
         if not self.cancelled:
-            self._ready.append((None, outcome))
+            self._ready.append((None, outcome, outcome.held_bytes))
             _wake(self._writer_waits)
 
     def resume(self, load: _PendingLoad[W], session: ResidentSession) -> None:
@@ -199,21 +161,25 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         if load in self._waiting_loads:
             self._accept(load.request, session)
             self._waiting_loads.discard(load)
-            self._hold(-load.size)
+            self._release(MemoryUse.REQUESTS, load.size)
 
     def fail(self, load: _PendingLoad[W], error: StepstateError) -> None:
         """A waiting request can't be served."""
         if load in self._waiting_loads:
             self._waiting_loads.discard(load)
-            self._hold(-load.size)
+            self._release(MemoryUse.REQUESTS, load.size)
             self._refuse(load.request, error)
 
     def _wait(self, session_id: str, request: W, size: int) -> None:
-        """Queues a request of `size` bytes for its session, which `find` did not give."""
+        """Queues a request of `size` bytes for its session, which `find` did not give.
+
+        Raises:
+            MemoryLimit.
+        """
+        self._reserve(MemoryUse.REQUESTS, size)
         deadline = asyncio.get_running_loop().time() + self._patience_seconds
         load = _PendingLoad(self, session_id, request, size, deadline)
         self._waiting_loads.add(load)
-        self._hold(size)
         self._sessions.wait(session_id, load)
 
     def _drop_waiting(self) -> int:
@@ -223,47 +189,55 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._sessions.drop(load.session_id, load)
         return len(dropped)
 
+    def _refuse_in_order(self, session_id: str, error: StepstateError, reply_to: ReplyTo) -> bool:
+        """Delivers a refusal after the session's steps; False: there are none to wait for."""
+        refused = self._sessions.refuse(session_id, error, reply_to, held_bytes=REFUSAL_BYTES)
+        if refused:
+            self._charge(MemoryUse.REPLIES, REFUSAL_BYTES)
+        return refused
+
     def _count_refusal(self, error: StepstateError) -> None:
         self.refusals[error.reason] += 1
         self._metrics.refused(error.reason)
 
-    def _reply(self, reply: A) -> None:
-        """Sends a reply after those before it."""
-        self._ready.append((reply, None))
+    def _reply(self, reply: A, size: int = REFUSAL_BYTES) -> None:
+        """Sends a reply, which takes `size` bytes, after those before it."""
+        self._charge(MemoryUse.REPLIES, size)
+        self._ready.append((reply, None, size))
         _wake(self._writer_waits)
 
-    def _reserve(self, size: int) -> None:
-        """Reserves the bytes of a reply.
+    def _reserve(self, use: MemoryUse, size: int) -> None:
+        """Reserves bytes of the call.
 
         Raises:
-            QueueFull.
+            MemoryLimit.
         """
-        self._budget.reserve(size)
-        self._reply_bytes += size
+        self._memory.reserve(use, size)
+        self._held_bytes += size
 
-    def _release(self, size: int) -> None:
-        """Releases the bytes of a reply."""
-        self._budget.release(size)
-        self._reply_bytes -= size
+    def _charge(self, use: MemoryUse, size: int) -> None:
+        """Counts bytes that are here already, whether there is room or not."""
+        self._memory.charge(use, size)
+        self._held_bytes += size
+
+    def _release(self, use: MemoryUse, size: int) -> None:
+        """Releases bytes of the call."""
+        self._memory.release(use, size)
+        self._held_bytes -= size
+        _wake(self._reader_waits)
 
     def _submit(self, step: Step) -> None:
         """Submits a step whose `reply_to` leads here.
 
         Raises:
-            Draining, QueueFull: nothing was accepted.
+            Draining, QueueFull, MemoryLimit: nothing was accepted.
         """
-        self._reserve(step.reply_bytes)
+        self._reserve(MemoryUse.REPLIES, step.held_bytes)
         try:
             self._sessions.submit(step)
         except StepstateError:
-            self._release(step.reply_bytes)
+            self._release(MemoryUse.REPLIES, step.held_bytes)
             raise
-
-    def _hold(self, size: int) -> None:
-        """Counts the bytes of a request that waits; less than 0: it waits no more."""
-        self._held_bytes += size
-        if size < 0:
-            _wake(self._reader_waits)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         """Runs something concurrently, until it ends or the call does."""
@@ -274,34 +248,52 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
 
     async def _read(self) -> None:
         """Takes requests until there are no more."""
-        read = self._messages.read
-        while (request := await read()) is not grpc.aio.EOF:
+        read, decode, fits = self._messages.read, self._messages.decode, self._memory.fits
+        while (data := await read()) is not grpc.aio.EOF:
+            request = decode(data)
+            del data  # an idle stream keeps nothing of its last request
             if isinstance(request, DecodeFailure):
                 self._reply(self._encode_failure(request.error))
             else:
-                self._take(request)
+                while (missing := self._missing_bytes(request)) is not None:
+                    await self._memory.wait_for(missing)
+            del request
             self._unanswered += 1
             while (
                 self._unanswered >= MAX_UNANSWERED
                 or self._unanswered_rows >= MAX_ROWS
-                or self._reply_bytes + self._held_bytes > MAX_BYTES
+                or self._held_bytes > MAX_BYTES
             ):
                 self._reader_waits = asyncio.get_running_loop().create_future()
                 await self._reader_waits
+            if not fits(0):
+                await self._memory.wait_for(0)
+
+    def _missing_bytes(self, request: Q) -> int | None:
+        """Takes a request; the bytes that there has to be room for, if it can't be taken now."""
+        try:
+            self._take(request)
+        except MemoryLimit as full:
+            return full.size
+        return None
+
+    def _next_reply(self) -> tuple[bytes, int]:
+        """The bytes of the next reply, and what was reserved: all else of it is dropped."""
+        reply, outcome, size = self._ready.popleft()
+        if outcome is not None:
+            reply = self._encode(outcome)
+        return self._messages.encode(reply), size
 
     async def _write(self, reader: asyncio.Task[None]) -> None:
         """Sends replies until the last request has its own."""
         ready, write = self._ready, self._messages.write
         while True:
             while ready:
-                reply, outcome = ready.popleft()
-                if outcome is None:
-                    await write(reply)
-                else:
-                    await write(self._encode(outcome))
-                    self._release(outcome.reply_bytes)
+                data, size = self._next_reply()
+                await write(data)
+                del data
                 self._unanswered -= 1
-                _wake(self._reader_waits)
+                self._release(MemoryUse.REPLIES, size)
             if reader.done() and not self._unanswered:
                 return
             self._writer_waits = asyncio.get_running_loop().create_future()

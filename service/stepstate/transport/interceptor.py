@@ -1,7 +1,9 @@
-"""Around every RPC: its metrics, and errors as statuses.
+"""Around every RPC: its peer and memory, its metrics, and errors as statuses.
 
 Every `StepstateError` leaves with its code and details. Anything else that a handler raises becomes
 INTERNAL with an id that is also in the log: never UNKNOWN, never a traceback on the wire.
+
+gRPC hands requests over as bytes, so that they are counted before they are decoded.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 from grpc._cython.cygrpc import ExecuteBatchError
 
+from stepstate.budget import CallMemory, MemoryUse, call_memory
 from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.metrics import Metrics, RpcMetrics
 from stepstate.transport.peers import PeerTable, current_peer
@@ -32,6 +35,7 @@ if TYPE_CHECKING:
     from stepstate.transport.peers import Context
 
     Handler = grpc.RpcMethodHandler[Any, Any]
+    _Codec = tuple[Callable[[bytes], Any], Callable[[Any], bytes]]
 
 _KINDS = {
     (False, False): "unary",
@@ -53,15 +57,46 @@ class DecodeFailure:
         return InvalidField("message", f"can't be parsed ({self.detail}): is the proto file old?")
 
 
-def well_formed(message: Any) -> Any:
-    """The message.
+DECODED = 3
+"""Bytes that a request of one byte takes while it is served: received, decoded, and copied."""
+SENT = 2
+"""Bytes that a reply of one byte takes until it has left: here, and as gRPC's copy."""
+REQUEST_BYTES = 4096
+"""What the shortest request takes beside."""
 
-    Raises:
-        InvalidField: it is a `DecodeFailure`.
+
+class MessageChannel:
+    """The messages of an RPC with many requests, which come as bytes.
+
+    As an iterator, it decodes them.
+
+    Args:
+        context: of the RPC.
+        decode: a request from its bytes; `DecodeFailure` if they are none.
+        encode: the bytes of a reply.
     """
-    if isinstance(message, DecodeFailure):
-        raise message.error
-    return message
+
+    def __init__(
+        self,
+        context: Context,
+        decode: Callable[[bytes], Any],
+        encode: Callable[[Any], bytes],
+    ) -> None:
+        self.read: Callable[[], Awaitable[Any]] = context.read
+        """Receives the bytes of the next request, or `grpc.aio.EOF`."""
+        self.decode = decode
+        self.encode = encode
+        self.write: Callable[[bytes], Awaitable[None]] = context.write
+        """Sends a reply; it is gone when this returns."""
+
+    def __aiter__(self) -> MessageChannel:
+        return self
+
+    async def __anext__(self) -> Any:
+        data = await self.read()
+        if data is grpc.aio.EOF:
+            raise StopAsyncIteration
+        return _well_formed(self.decode(data))
 
 
 class RpcInterceptor(grpc.aio.ServerInterceptor):
@@ -101,23 +136,20 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     def _wrap(self, path: str, handler: Handler) -> Handler:
         _, service, method = path.split("/")
         kind = _KINDS[handler.request_streaming, handler.response_streaming]
-        rpc = _Rpc(path, self._metrics, self._metrics.rpc(kind, service, method), self._peers)
+        counts = self._metrics.rpc(kind, service, method)
+        rpc = _Rpc(path, self._metrics, counts, self._peers, _codec(counts, handler))
         # A handler of one request is one of a stream to gRPC: it would read the request before it
         # says whose it is.
         one, many = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
         behaviors: tuple[tuple[Any, Any, Any, Any], ...] = (
-            (one, handler.unary_unary, rpc.returning, _only_request),
-            (many, handler.unary_stream, rpc.writing, _only_request),
-            (one, handler.stream_unary, rpc.returning, _all_requests),
-            (many, handler.stream_stream, rpc.writing, _all_requests),
+            (one, handler.unary_unary, rpc.returning, rpc.only_request),
+            (many, handler.unary_stream, rpc.writing, rpc.only_request),
+            (one, handler.stream_unary, rpc.returning, rpc.all_requests),
+            (many, handler.stream_stream, rpc.writing, rpc.all_requests),
         )
         for make, behavior, wrap, requests in behaviors:
             if behavior is not None:
-                wrapped: Handler = make(
-                    wrap(behavior, requests),
-                    rpc.decoder(handler.request_deserializer),
-                    rpc.encoder(handler.response_serializer),
-                )
+                wrapped: Handler = make(wrap(behavior, requests), None, rpc.encode)
                 return wrapped
         raise NotImplementedError(f"{path} has no handler")
 
@@ -125,75 +157,79 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 class _Rpc:
     """Wraps the handler of one RPC."""
 
-    def __init__(self, path: str, metrics: Metrics, counts: RpcMetrics, peers: PeerTable) -> None:
+    def __init__(
+        self,
+        path: str,
+        metrics: Metrics,
+        counts: RpcMetrics,
+        peers: PeerTable,
+        codec: _Codec,
+    ) -> None:
         self._path = path
         self._metrics = metrics
         self._counts = counts
         self._peers = peers
+        self.decode, self.encode = codec
 
     def returning(
         self,
         behavior: Callable[..., Awaitable[Any]],
-        read: Callable[[Any, Context], Awaitable[Any]],
+        read: Callable[[Context], Awaitable[Any]],
     ) -> Callable[..., Any]:
         """Serves handlers that return their one response; `read` gives them their requests."""
 
-        async def watched(requests: Any, context: Context) -> Any:
+        async def watched(_: object, context: Context) -> Any:
             async with self._watch(context):
-                return await behavior(await read(requests, context), context)
+                reply = self.encode(await behavior(await read(context), context))
+                call_memory.get().resize(MemoryUse.REPLIES, SENT * len(reply))
+                return reply
 
         return watched
 
     def writing(
-        self, behavior: Callable[..., Any], read: Callable[[Any, Context], Awaitable[Any]]
+        self, behavior: Callable[..., Any], read: Callable[[Context], Awaitable[Any]]
     ) -> Callable[..., Any]:
         """Serves handlers that use `context.write`, and async generators."""
         if inspect.isasyncgenfunction(behavior):
 
-            async def generated(requests: Any, context: Context) -> AsyncIterator[Any]:
+            async def generated(_: object, context: Context) -> AsyncIterator[Any]:
                 async with self._watch(context):
-                    async for response in behavior(await read(requests, context), context):
+                    async for response in behavior(await read(context), context):
                         yield response
 
             return generated
 
-        async def watched(requests: Any, context: Context) -> None:
+        async def watched(_: object, context: Context) -> None:
             async with self._watch(context):
-                await behavior(await read(requests, context), context)
+                await behavior(await read(context), context)
 
         return watched
 
-    def decoder(self, decode: Callable[[bytes], Any] | None) -> Callable[[bytes], Any]:
-        """A deserializer that counts and never raises.
+    async def only_request(self, context: Context) -> Any:
+        """The request of an RPC that has one.
 
-        gRPC would answer UNKNOWN, and end a stream unseen.
+        Raises:
+            MemoryLimit: its peer holds too much.
+            InvalidField: it can't be parsed, or did not come.
         """
-        counts = self._counts
+        data = await context.read()
+        if data is grpc.aio.EOF:
+            raise InvalidField("message", "is missing: the call ended before its request")
+        call_memory.get().reserve(MemoryUse.REQUESTS, DECODED * len(data) + REQUEST_BYTES)
+        return _well_formed(self.decode(data))
 
-        def decoded(data: bytes) -> Any:
-            counts.received += 1
-            try:
-                return data if decode is None else decode(data)
-            except DecodeError as error:
-                return DecodeFailure(str(error))
-
-        return decoded
-
-    def encoder(self, encode: Callable[[Any], bytes] | None) -> Callable[[Any], bytes]:
-        """A serializer that counts."""
-        counts = self._counts
-
-        def encoded(message: Any) -> bytes:
-            counts.sent += 1
-            data: bytes = message if encode is None else encode(message)
-            return data
-
-        return encoded
+    async def all_requests(self, context: Context) -> MessageChannel:
+        """The requests of an RPC that has many."""
+        return MessageChannel(context, self.decode, self.encode)
 
     @asynccontextmanager
     async def _watch(self, context: Context) -> AsyncIterator[None]:
         self._counts.started += 1
-        current_peer.set(self._peers.join(context))
+        peer = self._peers.join(context)
+        memory = CallMemory(peer.memory)
+        context.add_done_callback(lambda _: memory.close())  # type: ignore[arg-type] # a protocol's name
+        current_peer.set(peer)
+        call_memory.set(memory)
         started = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
@@ -220,26 +256,40 @@ class _Rpc:
             self._counts.seconds.observe(time.perf_counter() - started)
 
 
-async def _only_request(_: object, context: Context) -> Any:
-    """The request of an RPC that has one.
+def _codec(counts: RpcMetrics, handler: Handler) -> _Codec:
+    """A deserializer and a serializer that count.
+
+    The deserializer never raises, so that one bad message does not end a stream.
+    """
+    decode, encode = handler.request_deserializer, handler.response_serializer
+    assert encode is not None, "a handler of messages"
+
+    def decoded(data: bytes) -> Any:
+        counts.received += 1
+        try:
+            return data if decode is None else decode(data)
+        except DecodeError as error:
+            return DecodeFailure(str(error))
+
+    def encoded(message: Any) -> bytes:
+        if isinstance(message, bytes):  # encoded before it was given to gRPC
+            return message
+        counts.sent += 1
+        data: bytes = encode(message)
+        return data
+
+    return decoded, encoded
+
+
+def _well_formed(message: Any) -> Any:
+    """The message.
 
     Raises:
-        InvalidField: it can't be parsed, or did not come.
+        InvalidField: it is a `DecodeFailure`.
     """
-    request = await context.read()
-    if request is grpc.aio.EOF:
-        raise InvalidField("message", "is missing: the call ended before its request")
-    return well_formed(request)
-
-
-async def _all_requests(_: object, context: Context) -> AsyncIterator[Any]:
-    """The requests of an RPC with many, for handlers that do not use `context.read`."""
-    return _each_request(context)
-
-
-async def _each_request(context: Context) -> AsyncIterator[Any]:
-    while (request := await context.read()) is not grpc.aio.EOF:
-        yield well_formed(request)
+    if isinstance(message, DecodeFailure):
+        raise message.error
+    return message
 
 
 def _refuse(context: Context, error: StepstateError) -> None:

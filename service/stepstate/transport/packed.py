@@ -10,17 +10,30 @@ Rule 3: a row that can't take the fast path (see `sessions.RowBatch`) becomes a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.errors import StepstateError
+from stepstate.budget import MemoryUse
+from stepstate.errors import MemoryLimit, StepstateError
 from stepstate.sessions import PackedStep, ResidentSession, Step
-from stepstate.transport.bidi import Backend, BidiStream, MessageChannel
-from stepstate.transport.packed_request import HandleTable, PackedRequest, reply_bytes
+from stepstate.transport.bidi import Backend, BidiStream
+from stepstate.transport.convert import REPLY_BYTES
+from stepstate.transport.interceptor import SENT, MessageChannel
+from stepstate.transport.packed_request import (
+    HandleMeaning,
+    HandleTable,
+    PackedRequest,
+    reply_bytes,
+)
 from stepstate.transport.status import status_of
+from stepstate.transport.steps import STEP_BYTES
 from stepstate.v1 import stepstate_pb2 as pb
+
+ROW_ERROR_BYTES = 2048
+"""Of the error of a row, and of its status in the reply."""
 
 
 class PackedStream(
@@ -32,7 +45,7 @@ class PackedStream(
         super().__init__(backend, messages)
         models = backend.sessions.catalog
         self._widest = max((model.manifest.output_width for model in models), default=0)
-        self._handles = HandleTable.empty()
+        self._handles = HandleTable()
         self._in_engine = np.zeros(0, np.bool_)  # by handle: a row of it is on the fast path
         self._deferred: list[PackedRequest] = []
 
@@ -41,7 +54,7 @@ class PackedStream(
         message = part.message
         self._in_engine[message.handles[part.rows]] = False
         message.put_pack(part.rows, pack)
-        self.finish(message)
+        self._finish(message, len(pack.errors))
         if self._deferred:
             deferred, self._deferred = self._deferred, []
             for message in deferred:
@@ -57,44 +70,79 @@ class PackedStream(
             for row in rows.tolist():
                 self._start_row(_Row(self, message, row))
 
-    def finish(self, message: PackedRequest) -> None:
-        """Answers a message if all its rows have their outcome."""
+    def finish_row(self, row: _Row, step: Step) -> None:
+        """Takes the outcome of a row that was a step of its own."""
+        row.message.put_step(row.place, step)
+        self._finish(row.message, step.error is not None)
+
+    def _finish(self, message: PackedRequest, errors: int = 0) -> None:
+        """Answers a message if all its rows have their outcome; so many more have an error now."""
+        if errors:
+            self._grow(message, errors * ROW_ERROR_BYTES)
         if not message.left:
             self._unanswered_rows -= len(message)
-            self._hold(-message.batch.x.nbytes)
             self.deliver(message)
+
+    def _grow(self, message: PackedRequest, size: int) -> None:
+        """Counts bytes that a message takes in addition."""
+        self._charge(MemoryUse.REPLIES, size)
+        message.held_bytes += size
 
     def _take(self, request: pb.StreamPackedRequest) -> None:
         try:
+            before = self._bind(request.bindings)
+        except StepstateError as error:  # MemoryLimit too: bindings stay, so waiting may not help
+            self._reply(self._error(request.id, error))
+            return
+        try:
             message = self._accept_message(request)
         except StepstateError as error:
+            self._unbind(before)
+            if isinstance(error, MemoryLimit):
+                raise
             self._reply(self._error(request.id, error))
             return
         self._unanswered_rows += len(message)
-        self._hold(message.batch.x.nbytes)
         if len(message):
             self._start_rows(message)
         else:
-            self.finish(message)
+            self._finish(message)
+
+    def _bind(self, bindings: Sequence[pb.Binding]) -> HandleMeaning | None:
+        """Adds bindings; returns what their handles meant before.
+
+        Raises:
+            InvalidField, MemoryLimit: nothing was changed.
+        """
+        if not bindings:
+            return None
+        handles, memory = self._handles, self._memory
+        memory.reserve(MemoryUse.BINDINGS, handles.growth(bindings))
+        before = handles.bind(bindings)
+        memory.resize(MemoryUse.BINDINGS, handles.nbytes)
+        more = len(handles) - len(self._in_engine)
+        self._in_engine = np.pad(self._in_engine, (0, more))
+        return before
+
+    def _unbind(self, before: HandleMeaning | None) -> None:
+        if before is not None:
+            self._handles.put_back(before)
+            self._memory.resize(MemoryUse.BINDINGS, self._handles.nbytes)
 
     def _accept_message(self, request: pb.StreamPackedRequest) -> PackedRequest:
         """Reads a message and accepts its rows.
 
         Raises:
-            InvalidField, Draining, QueueFull: nothing of it was accepted.
+            InvalidField, Draining, QueueFull, MemoryLimit: nothing of it was accepted.
         """
-        handles = self._handles.bind(request.bindings)
-        message = PackedRequest.read(request, handles)
-        message.reply_bytes = reply_bytes(len(message), self._widest)
-        self._reserve(message.reply_bytes)
+        message = PackedRequest.read(request, self._handles)
+        message.held_bytes += SENT * min(reply_bytes(len(message), self._widest), REPLY_BYTES)
+        self._reserve(MemoryUse.REPLIES, message.held_bytes)
         try:
             self._sessions.accept(len(message), len(message))
         except StepstateError:
-            self._release(message.reply_bytes)
+            self._release(MemoryUse.REPLIES, message.held_bytes)
             raise
-        if len(handles) > len(self._in_engine):
-            self._in_engine = np.pad(self._in_engine, (0, len(handles) - len(self._in_engine)))
-        self._handles = handles
         return message
 
     def _start_rows(self, message: PackedRequest) -> None:
@@ -132,7 +180,8 @@ class PackedStream(
         """Submits a row as a step, or queues it for its session."""
         session = self._sessions.find(row.session_id)
         if session is None:
-            self._wait(row.session_id, row, 0)  # its message holds the bytes
+            self._grow(row.message, STEP_BYTES)
+            self._wait(row.session_id, row, 0)
             return
         try:
             self._accept(row, session)
@@ -148,7 +197,7 @@ class PackedStream(
     def _refuse(self, waiting: _Row, error: StepstateError) -> None:
         waiting.message.put_error(waiting.place, error)
         self._settle(1)
-        self.finish(waiting.message)
+        self._finish(waiting.message, errors=1)
 
     def _drop_waiting(self) -> int:
         dropped = super()._drop_waiting()
@@ -216,5 +265,4 @@ class _Row:
     def deliver(self, step: Step) -> None:
         """See `ReplyTo`."""
         if not self.stream.cancelled:
-            self.message.put_step(self.place, step)
-            self.stream.finish(self.message)
+            self.stream.finish_row(self, step)

@@ -5,7 +5,8 @@ N rows of a message, D inputs, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,83 +23,115 @@ from stepstate.v1 import stepstate_pb2 as pb
 MAX_ROWS = 4096
 """Sixteen of the largest forwards; and the reply stays readable if every row is refused."""
 MAX_HANDLES = 262_144
-"""Of a stream; their table then takes some 8 MB."""
+"""Of a stream; their table then takes some 8 MB beside the ids."""
+HANDLE_BYTES = 32
+"""Of a handle in the table, with what a stream keeps of it."""
+ROW_BYTES = 128
+"""What a message takes for a row, beside its x and its reply."""
 REPLAYED, IMPUTED, FALLBACK = 1, 2, 4
 _LARGEST_T = 2**63 - 1
+
+
+@dataclass(frozen=True, slots=True)
+class HandleMeaning:
+    """What some handles [K] mean: see `HandleTable`."""
+
+    handles: NDArray[np.int64]
+    ids: NDArray[np.object_]
+    refs: NDArray[np.int64]
+    bound: NDArray[np.bool_]
 
 
 class HandleTable:
     """The sessions of one stream by the handles that its client has bound.
 
-    Args:
-        ids: by handle; None: not bound. The list does not change: messages that wait keep the
-            meaning that their handles had when they came.
-        refs: [2, handles], `SessionRef` as handle in the session table and generation; 0: none.
-        bound: [handles]: whether there is an id.
+    A message looks its rows up when it is read, so it keeps the meaning that its handles have then.
     """
 
-    def __init__(
-        self, ids: Sequence[str | None], refs: NDArray[np.int64], bound: NDArray[np.bool_]
-    ) -> None:
-        self.ids = ids
-        self._refs = refs
-        self._bound = bound
-
-    @classmethod
-    def empty(cls) -> HandleTable:
-        """That of a new stream."""
-        return cls((), np.zeros((2, 0), np.int64), np.zeros(0, np.bool_))
+    def __init__(self) -> None:
+        self._ids: NDArray[np.object_] = np.zeros(0, np.object_)
+        self._refs: NDArray[np.int64] = np.zeros((2, 0), np.int64)  # as `SessionRef`; 0: none
+        self._bound: NDArray[np.bool_] = np.zeros(0, np.bool_)
+        self._id_bytes = 0
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self._ids)
 
-    def bind(self, bindings: Iterable[pb.Binding]) -> HandleTable:
-        """A table with these bindings in addition.
+    @property
+    def nbytes(self) -> int:
+        """What it takes in memory."""
+        return HANDLE_BYTES * len(self) + self._id_bytes
+
+    def growth(self, bindings: Sequence[pb.Binding]) -> int:
+        """How many bytes more it takes with these bindings, at most.
 
         Raises:
             InvalidField: a handle is too large.
         """
-        new = {binding.handle: binding.session_id for binding in bindings}
-        if not new:
-            return self
-        largest = max(new)
+        largest = max(binding.handle for binding in bindings)
         if largest >= MAX_HANDLES:
             raise InvalidField(
                 "bindings",
                 f"has handle {largest}, expected less than {MAX_HANDLES}: use those of closed "
                 "sessions again, or open another stream",
             )
-        more = max(0, largest + 1 - len(self))
-        ids = [*self.ids, *([None] * more)]
-        for handle, session_id in new.items():
-            ids[handle] = session_id
-        refs = np.pad(self._refs, ((0, 0), (0, more)))
-        refs[:, list(new)] = 0
-        bound = np.pad(self._bound, (0, more))
-        bound[list(new)] = True
-        return HandleTable(ids, refs, bound)
+        ids = sum(_id_bytes(binding.session_id) for binding in bindings)
+        return HANDLE_BYTES * (self._length(largest) - len(self)) + ids
+
+    def bind(self, bindings: Sequence[pb.Binding]) -> HandleMeaning:
+        """Adds bindings; returns what their handles meant, for `put_back`."""
+        new = {binding.handle: binding.session_id for binding in bindings}
+        more = self._length(max(new)) - len(self)
+        if more:
+            self._ids = np.concatenate((self._ids, np.full(more, None, np.object_)))
+            self._refs = np.pad(self._refs, ((0, 0), (0, more)))
+            self._bound = np.pad(self._bound, (0, more))
+        handles, ids = np.fromiter(new, np.int64), np.array([*new.values()], np.object_)
+        before = HandleMeaning(
+            handles, self._ids[handles], self._refs[:, handles], self._bound[handles]
+        )
+        none, all_bound = np.zeros((2, len(new)), np.int64), np.ones(len(new), np.bool_)
+        self.put_back(HandleMeaning(handles, ids, none, all_bound))
+        return before
+
+    def put_back(self, meaning: HandleMeaning) -> None:
+        """Gives handles [K] the meaning that they had."""
+        handles = meaning.handles
+        self._id_bytes += sum(map(_id_bytes, meaning.ids)) - sum(map(_id_bytes, self._ids[handles]))
+        self._ids[handles] = meaning.ids
+        self._refs[:, handles] = meaning.refs
+        self._bound[handles] = meaning.bound
 
     def put_ref(self, handle: int, session_id: str, ref: SessionRef | None) -> None:
         """Keeps the reference to the session of a handle, if the handle is still bound to it."""
-        if ref is not None and self.ids[handle] == session_id:
+        if ref is not None and self._ids[handle] == session_id:
             self._refs[:, handle] = ref.handle, ref.generation
 
-    def batch(self, handles: NDArray[np.int64], t: NDArray[np.int64] | None, x: Floats) -> RowBatch:
-        """Rows [N] of handles, with the references that are known.
+    def ids(self, handles: NDArray[np.int64]) -> NDArray[np.object_]:
+        """The session ids of handles [N].
 
         Raises:
-            InvalidField: a handle is not bound.
+            InvalidField: one is not bound.
         """
-        bound = handles < len(self)
-        bound[bound] = self._bound[handles[bound]]
-        if not bound.all():
+        known = handles < len(self)
+        if known.all():
+            known = self._bound[handles]
+        if not known.all():
             raise InvalidField(
                 "handles",
-                f"has {handles[bound.argmin()]} for row {bound.argmin()}, which is not bound to a "
+                f"has {handles[known.argmin()]} for row {known.argmin()}, which is not bound to a "
                 "session: send a binding with it, or before it",
             )
-        table_handles, generations = self._refs[:, handles]
-        return RowBatch(table_handles, generations, t, x)
+        ids: NDArray[np.object_] = self._ids[handles]
+        return ids
+
+    def refs(self, handles: NDArray[np.int64]) -> NDArray[np.int64]:
+        """References [2, N] to the sessions of bound handles [N], as far as they are known."""
+        return self._refs[:, handles]
+
+    def _length(self, largest: int) -> int:
+        """How long it is with this handle: it grows in powers of two."""
+        return max(len(self), 1 << largest.bit_length())
 
 
 class PackedRequest:
@@ -108,7 +141,7 @@ class PackedRequest:
         request_id: the client's id of the message.
         handles: of each row, as the stream has bound them.
         batch: the rows.
-        ids: of the sessions, by handle.
+        ids: [N], of their sessions.
     """
 
     def __init__(
@@ -116,7 +149,7 @@ class PackedRequest:
         request_id: int,
         handles: NDArray[np.int64],
         batch: RowBatch,
-        ids: Sequence[str | None],
+        ids: NDArray[np.object_],
     ) -> None:
         count = len(handles)
         self.handles = handles
@@ -127,8 +160,8 @@ class PackedRequest:
         """Rows that have not started."""
         self.left = count
         """Rows without an outcome."""
-        self.reply_bytes = 0
-        """Reserved for the reply."""
+        self.held_bytes = ROW_BYTES * count + batch.x.nbytes
+        """What it takes, with its reply as far as that is known."""
         self.errors: dict[int, StepstateError] = {}
         """Why rows were refused."""
         self._request_id = request_id
@@ -159,15 +192,16 @@ class PackedRequest:
         if len(x) % max(1, count) or (len(x) > 0) != (count > 0):
             raise InvalidField("x", f"holds {len(x)} values, not {count} rows of the same width")
         x = x.reshape(count, -1) if count else x.reshape(0, 0)
-        return cls(request.id, handles, table.batch(handles, t, x.copy()), table.ids)
+        ids = table.ids(handles)
+        in_table, generations = table.refs(handles)
+        return cls(request.id, handles, RowBatch(in_table, generations, t, x.copy()), ids)
 
     def __len__(self) -> int:
         return len(self.handles)
 
     def session_id(self, row: int) -> str:
         """Of a row."""
-        session_id: str | None = self._ids[self.handles[row]]
-        assert session_id is not None, "only bound handles make a message"
+        session_id: str = self._ids[row]
         return session_id
 
     def fits(self, model: Model) -> bool:
@@ -270,6 +304,13 @@ class PackedRequest:
 def reply_bytes(rows: int, output_width: int) -> int:
     """Bytes of the columns of a reply."""
     return rows * (4 * output_width + 17)
+
+
+def _id_bytes(session_id: str | None) -> int:
+    """What an id takes; None: a handle that is not bound."""
+    if session_id is None:
+        return 0
+    return 64 + len(session_id) * (1 if session_id.isascii() else 4)
 
 
 def _column(data: bytes, field: str, dtype: str) -> np.ndarray:

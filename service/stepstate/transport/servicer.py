@@ -6,8 +6,8 @@ returns `StreamImport` takes.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import AsyncIterator
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import grpc
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
+from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import (
     InvalidField,
     SessionUnreadable,
@@ -22,7 +23,7 @@ from stepstate.errors import (
     SnapshotTooLarge,
 )
 from stepstate.sessions import ResidentSession
-from stepstate.transport.bidi import Backend, ReplyBudget, StreamRegistry
+from stepstate.transport.bidi import Backend, StreamRegistry
 from stepstate.transport.convert import (
     REPLY_BYTES,
     ReplyPage,
@@ -36,7 +37,9 @@ from stepstate.transport.convert import (
     encode_session,
     forecast_reply_bytes,
 )
+from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.packed import PackedStream
+from stepstate.transport.signatures import SnapshotKeys
 from stepstate.transport.steps import StepStream, apply_step, decode_step, encode_step
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceServicer
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
 
 PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
 PART_BYTES = 2**20
+LISTED_BYTES = 4096
+"""What a session takes while it is listed: its record, and its part of the reply."""
 MAX_SNAPSHOT_BYTES = 256 * 2**20
 """As many bytes as the replay windows of all sessions have by default."""
 REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
@@ -54,13 +59,17 @@ _DIGITS = re.compile(r"[0-9]{1,9}")
 
 
 class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
-    """The RPCs of the contract; the contract has their documentation."""
+    """The RPCs of the contract; the contract has their documentation.
 
-    def __init__(self, backend: Backend) -> None:
+    Args:
+        backend: serves them.
+        keys: sign what is exported; by default nothing is signed.
+    """
+
+    def __init__(self, backend: Backend, keys: SnapshotKeys | None = None) -> None:
         self._backend = backend
+        self._keys = keys or SnapshotKeys()
         self._sessions = backend.sessions
-        # Of its own: steps are answered however slowly snapshots are moved.
-        self._moving = ReplyBudget("bytes of snapshots that are being sent or received here")
         self._streams = StreamRegistry()
 
     async def OpenSession(
@@ -81,6 +90,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         size = request.page_size or PAGE_SIZE
         if size > MAX_PAGE_SIZE:
             raise InvalidField("page_size", f"is {size}, expected at most {MAX_PAGE_SIZE}")
+        call_memory.get().reserve(MemoryUse.REPLIES, size * LISTED_BYTES)
         while True:
             found, following = await self._sessions.page(
                 request.page_token, size, request.model, expired=request.show_expired
@@ -125,7 +135,11 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def ExportSession(
         self, request: pb.ExportSessionRequest, context: Context
     ) -> pb.ExportSessionResponse:
-        snapshot, summary = await self._sessions.export(request.session_id)
+        memory = call_memory.get()
+        snapshot, summary = await self._sessions.export(
+            request.session_id, reserve=lambda size: memory.reserve(MemoryUse.REPLIES, SENT * size)
+        )
+        snapshot = self._keys.signed(snapshot)
         reply = pb.ExportSessionResponse(snapshot=snapshot, session=encode_session(summary))
         if reply.ByteSize() > REPLY_BYTES:
             raise SnapshotTooLarge(request.session_id, len(snapshot), REPLY_BYTES)
@@ -134,27 +148,29 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def ImportSession(
         self, request: pb.ImportSessionRequest, context: Context
     ) -> pb.ImportSessionResponse:
-        session = await self._sessions.restore(request.snapshot, decode_import(request))
+        snapshot = self._keys.verified(request.snapshot)
+        session = await self._sessions.restore(snapshot, decode_import(request))
         return pb.ImportSessionResponse(session=self._encoded(session))
 
     async def StreamExport(self, request: pb.StreamExportRequest, context: Context) -> None:
         session_id = request.session_id
-        snapshot, summary = await self._sessions.export(session_id)
+        memory = call_memory.get()
+        memory.reserve(MemoryUse.REPLIES, SENT * PART_BYTES)
+        snapshot, summary = await self._sessions.export(
+            session_id, reserve=lambda size: memory.reserve(MemoryUse.SNAPSHOTS, 2 * size)
+        )
+        snapshot = await asyncio.to_thread(self._keys.signed, snapshot)
         size = len(snapshot)
         if size > MAX_SNAPSHOT_BYTES:
             raise SnapshotTooLarge(session_id, size, MAX_SNAPSHOT_BYTES)
-        self._moving.reserve(size)
-        try:
-            reply = pb.StreamExportResponse(session=encode_session(summary), size=size)
-            for first in range(0, size, PART_BYTES):
-                reply.data = snapshot[first : first + PART_BYTES]
-                await context.write(reply)
-                reply = pb.StreamExportResponse()
-        finally:
-            self._moving.release(size)
+        reply = pb.StreamExportResponse(session=encode_session(summary), size=size)
+        for first in range(0, size, PART_BYTES):
+            reply.data = snapshot[first : first + PART_BYTES]
+            await context.write(reply)
+            reply = pb.StreamExportResponse()
 
     async def StreamImport(
-        self, requests: AsyncIterator[pb.StreamImportRequest], context: Context
+        self, requests: MessageChannel, context: Context
     ) -> pb.StreamImportResponse:
         first = await anext(requests, None)
         if first is None:
@@ -165,20 +181,21 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
                 "size",
                 f"is {size}, expected the bytes of the snapshot, at most {MAX_SNAPSHOT_BYTES}",
             )
-        options, part = decode_import(first), first.data
-        try:
-            while len(data) <= size:
-                self._moving.reserve(len(part))  # what has come, not what is announced
-                data += part
-                following = await anext(requests, None)
-                if following is None:
-                    break
-                part = following.data
-            if len(data) != size:
-                raise InvalidField("data", f"has {len(data)} bytes in all, and size is {size}")
-            session = await self._sessions.restore(bytes(data), options)
-        finally:
-            self._moving.release(len(data))
+        options, part, memory = decode_import(first), first.data, call_memory.get()
+        while len(data) <= size:
+            memory.reserve(MemoryUse.SNAPSHOTS, 2 * len(part))  # what has come, and later a copy
+            data += part
+            del part
+            following = await anext(requests, None)
+            if following is None:
+                break
+            part = following.data
+        if len(data) != size:
+            raise InvalidField("data", f"has {len(data)} bytes in all, and size is {size}")
+        snapshot = bytes(data)
+        data.clear()
+        snapshot = await asyncio.to_thread(self._keys.verified, snapshot)
+        session = await self._sessions.restore(snapshot, options)
         return pb.StreamImportResponse(session=self._encoded(session))
 
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
@@ -188,20 +205,16 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
             raise step.error
         return encode_step(step)
 
-    async def StreamSteps(self, _requests: object, context: Context) -> None:
-        await self._streams.serve(StepStream(self._backend, context))
+    async def StreamSteps(self, messages: MessageChannel, context: Context) -> None:
+        await self._streams.serve(StepStream(self._backend, messages))
 
-    async def StreamPacked(self, _requests: object, context: Context) -> None:
-        await self._streams.serve(PackedStream(self._backend, context))
+    async def StreamPacked(self, messages: MessageChannel, context: Context) -> None:
+        await self._streams.serve(PackedStream(self._backend, messages))
 
     async def Forecast(self, request: pb.ForecastRequest, context: Context) -> pb.ForecastResponse:
         results = await self._sessions.forecast(request.session_id, decode_forecast(request))
-        size = forecast_reply_bytes(results)
-        self._backend.replies.reserve(size)
-        try:
-            return await encode_forecasts(request.session_id, results)
-        finally:
-            self._backend.replies.release(size)
+        call_memory.get().reserve(MemoryUse.REPLIES, SENT * forecast_reply_bytes(results))
+        return await encode_forecasts(request.session_id, results)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
@@ -215,6 +228,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         for model in models[first : first + (request.page_size or len(models))]:
             if not page.take(encode_model(model)):
                 break
+        call_memory.get().reserve(MemoryUse.REPLIES, SENT * page.size)
         after = first + len(page)
         following = str(after) if after < len(models) else ""
         return pb.ListModelsResponse(models=page, next_page_token=following)

@@ -39,6 +39,7 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotTooLarge: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
+    errors.SnapshotUntrusted: StatusCode.FAILED_PRECONDITION,
     errors.SessionUnreadable: StatusCode.DATA_LOSS,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
@@ -101,6 +102,8 @@ def _details(error: errors.StepstateError) -> Iterator[Message]:
         yield QuotaFailure(violations=[quota])
     if isinstance(error, errors.ForecastImpossible):
         yield _precondition("FORECAST", error.subject, error)
+    if isinstance(error, errors.SnapshotUntrusted):
+        yield _precondition("SIGNATURE", "snapshot", error)
     if isinstance(error, errors.SnapshotModelMismatch):
         yield _precondition("MODEL", error.model, error)
     if isinstance(error, _RETRYABLE):

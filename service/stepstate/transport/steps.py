@@ -14,12 +14,14 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import InvalidField, NonFiniteInput, StepstateError
 from stepstate.models import Manifest, Model
 from stepstate.sessions import ID_LENGTH, Hold, ReplyTo, ResidentSession, Step
 from stepstate.stores import MissingPolicy
 from stepstate.transport.bidi import Backend, BidiStream
 from stepstate.transport.convert import REPLY_BYTES
+from stepstate.transport.interceptor import SENT
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
@@ -28,6 +30,10 @@ REQUEST_VALUES = 4_000_000
 """What the longest message holds; `advance` must not ask for more in ten bytes."""
 REQUEST_ROWS = 100_000
 """About ten weeks of minutes in one request; more history goes in several."""
+
+STEP_BYTES = 1024
+"""What a step takes, beside its values."""
+_VALUE_BYTES = 4
 
 _Y = pb.StepResponse.Y_FIELD_NUMBER
 _LAYER_FIELDS = {field.name: field.number for field in pb.LayerTrace.DESCRIPTOR.fields}
@@ -39,7 +45,7 @@ class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepReques
     def _take(self, request: pb.StepRequest) -> None:
         session = self._sessions.find(request.session_id)
         if session is None:
-            self._wait(request.session_id, request, 4 * len(request.x))
+            self._wait(request.session_id, request, STEP_BYTES + request.ByteSize())
             return
         try:
             self._submit(decode_step(request, session, self))
@@ -51,7 +57,7 @@ class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepReques
 
     def _refuse(self, waiting: pb.StepRequest, error: StepstateError) -> None:
         session_id = waiting.session_id
-        if not self._sessions.refuse(session_id, error, self):
+        if not self._refuse_in_order(session_id, error, self):
             self._reply(self._error(session_id[:ID_LENGTH], error))
 
     def _encode_failure(self, error: StepstateError) -> pb.StepResponse:
@@ -72,8 +78,8 @@ class UnaryReply:
 
     def __init__(self) -> None:
         self.cancelled = False
-        self.reserved_bytes = 0
-        """Of its reply."""
+        self.held_bytes = 0
+        """Of its step, once that is accepted."""
         self.outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
 
     def deliver(self, step: Step) -> None:
@@ -92,6 +98,8 @@ async def apply_step(
 ) -> Step:
     """Applies the step of a unary call in its session's turn; returns it with its outcome.
 
+    What it reserves is released when this returns: whoever makes the reply counts that.
+
     Args:
         backend: serves it.
         session_id: of the session.
@@ -102,17 +110,17 @@ async def apply_step(
     Raises:
         StepstateError: it was not accepted.
     """
-    sessions, budget, call = backend.sessions, backend.replies, UnaryReply()
+    sessions, memory, call = backend.sessions, call_memory.get(), UnaryReply()
 
     def accept(session: ResidentSession) -> None:
         step = make(session, call)
-        budget.reserve(step.reply_bytes)
+        memory.reserve(MemoryUse.REPLIES, step.held_bytes)
         try:
             sessions.submit(step)
         except StepstateError:
-            budget.release(step.reply_bytes)
+            memory.release(MemoryUse.REPLIES, step.held_bytes)
             raise
-        call.reserved_bytes = step.reply_bytes
+        call.held_bytes = step.held_bytes
 
     try:
         await sessions.in_turn(session_id, accept, patience_seconds=patience_seconds, hold=hold)
@@ -121,7 +129,7 @@ async def apply_step(
         call.cancelled = True
         raise
     finally:
-        budget.release(call.reserved_bytes)
+        memory.release(MemoryUse.REPLIES, call.held_bytes)
 
 
 def decode_step(request: pb.StepRequest, session: ResidentSession, reply_to: ReplyTo) -> Step:
@@ -179,7 +187,8 @@ def make_step(
     reply_bytes = 4 * model.manifest.output_width
     if rows > 1 or inspect:
         reply_bytes = _reply_bytes(model, rows, 1 if last_only else rows, inspect=inspect)
-    step = Step(x, rows, inspect, last_only, reply_to, session, t, reply_bytes)
+    held_bytes = STEP_BYTES + SENT * reply_bytes + _VALUE_BYTES * len(x)
+    step = Step(x, rows, inspect, last_only, reply_to, session, t, held_bytes)
     if missing_rows:
         step.missing_rows = missing_rows
         step.impute = session.record.missing is MissingPolicy.IMPUTE

@@ -264,7 +264,8 @@ class StepstateServiceServicer(object):
     def ImportSession(self, request, context):
         """Opens a session from a snapshot. Its idle time starts again. A request
         holds at most 16 MiB: StreamImport takes a larger snapshot in parts.
-        Errors: DATA_LOSS SNAPSHOT_CORRUPT; FAILED_PRECONDITION SNAPSHOT_MODEL_MISMATCH;
+        Errors: DATA_LOSS SNAPSHOT_CORRUPT; FAILED_PRECONDITION SNAPSHOT_MODEL_MISMATCH,
+        SNAPSHOT_UNTRUSTED (the server has keys, and has signed it with none of them);
         those of OpenSession.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)

@@ -35,6 +35,7 @@ CODES = {
     errors.SnapshotModelMismatch: StatusCode.FAILED_PRECONDITION,
     errors.ForecastImpossible: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotCorrupt: StatusCode.DATA_LOSS,
+    errors.SnapshotUntrusted: StatusCode.FAILED_PRECONDITION,
     errors.SnapshotTooLarge: StatusCode.FAILED_PRECONDITION,
     errors.SessionUnreadable: StatusCode.DATA_LOSS,
     errors.StoreUnavailable: StatusCode.UNAVAILABLE,
@@ -53,6 +54,7 @@ NEVER_SENT = {
     errors.ModelInvalid,
     errors.DeviceUnavailable,
     errors.StoreOpenError,
+    errors.SnapshotKeyInvalid,
     errors.ListenError,
 }
 
@@ -86,7 +88,11 @@ def test_an_error_has_the_details_of_the_design(cls):
     wanted = {ErrorInfo}
     if issubclass(cls, errors.InvalidRequest):
         wanted.add(BadRequest)
-    if cls in (errors.SnapshotModelMismatch, errors.ForecastImpossible):
+    if cls in (
+        errors.SnapshotModelMismatch,
+        errors.SnapshotUntrusted,
+        errors.ForecastImpossible,
+    ):
         wanted.add(PreconditionFailure)
     if cls in (errors.SessionLimit, errors.MemoryLimit):
         wanted.add(QuotaFailure)

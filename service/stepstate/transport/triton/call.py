@@ -15,6 +15,7 @@ from stepstate.models import EPOCH, Manifest, Model
 from stepstate.sessions import OpenOptions, ReplyTo, ResidentSession, Step
 from stepstate.stores import MissingPolicy
 from stepstate.transport.convert import REPLY_BYTES
+from stepstate.transport.interceptor import SENT
 from stepstate.transport.steps import make_step, non_finite
 from stepstate.transport.triton.tensors import (
     ONLY_Y,
@@ -136,7 +137,7 @@ class InferCall:
             reply_to=reply_to,
             inspect=self._inspect,
         )
-        step.reply_bytes = max(step.reply_bytes, reply_bytes)
+        step.held_bytes = max(step.held_bytes, SENT * reply_bytes)
         return step
 
     def opening(self, model: Model, now: float) -> OpenOptions:

@@ -138,7 +138,7 @@ class SequenceService:
         return step
 
     def _remember_ended(self, infer: InferCall, step: Step) -> None:
-        if infer.t is None or step.reply_bytes > MAX_ENDED_BYTES:
+        if infer.t is None or len(step.y) > MAX_ENDED_BYTES:
             return
         self._ended[infer.session_id] = (infer, step)
         if len(self._ended) > MAX_ENDED:

@@ -16,6 +16,7 @@ from tritonclient.grpc import service_pb2 as pb
 from stepstate.errors import ModelUnknown
 from stepstate.models import Model
 from stepstate.transport.bidi import Backend, StreamRegistry
+from stepstate.transport.interceptor import MessageChannel
 from stepstate.transport.triton import metadata
 from stepstate.transport.triton.call import InferCall
 from stepstate.transport.triton.sequences import SequenceService
@@ -108,8 +109,8 @@ class TritonService:
         async with self._sessions.hold(infer.session_id) as hold:
             return infer.reply(await self.sequences.apply(infer, hold))
 
-    async def ModelStreamInfer(self, _requests: object, context: Context) -> None:
-        await self._streams.serve(InferStream(self._backend, context, self.sequences))
+    async def ModelStreamInfer(self, messages: MessageChannel, context: Context) -> None:
+        await self._streams.serve(InferStream(self._backend, messages, self.sequences))
 
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context

@@ -12,9 +12,11 @@ import secrets
 
 from tritonclient.grpc import service_pb2 as pb
 
-from stepstate.errors import Internal, NotFound, QueueFull, StepstateError
+from stepstate.budget import MemoryUse
+from stepstate.errors import Internal, MemoryLimit, NotFound, QueueFull, StepstateError
 from stepstate.sessions import Hold, ResidentSession, Step
-from stepstate.transport.bidi import Backend, BidiStream, MessageChannel
+from stepstate.transport.bidi import Backend, BidiStream
+from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.triton.call import ASKS_FOR_FINAL, FINAL, InferCall
 from stepstate.transport.triton.sequences import MAX_WAIT_SECONDS, SequenceService, not_started
 
@@ -59,6 +61,8 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
             self._accept(infer, session)
         except QueueFull:
             return False
+        except MemoryLimit:
+            raise
         except StepstateError as error:
             self._reject(infer, error)
         return True
@@ -79,18 +83,23 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
             self._reject(infer, error)
             return
         size = infer.request.ByteSize()
-        self._hold(size)
+        try:
+            self._reserve(MemoryUse.REQUESTS, size)
+        except MemoryLimit:
+            hold.release()
+            raise
 
         def left(_: object) -> None:  # also if it never started
             hold.release()
-            self._hold(-size)
+            self._release(MemoryUse.REQUESTS, size)
 
         self._start(self._apply(infer, hold)).add_done_callback(left)
 
     async def _apply(self, infer: InferCall, hold: Hold) -> None:
         async with hold:
             try:
-                self._reply(self._applied(infer, await self._sequences.apply(infer, hold)))
+                reply = self._applied(infer, await self._sequences.apply(infer, hold))
+                self._reply(reply, SENT * reply.ByteSize())
             except StepstateError as error:
                 # Its traceback leads back here: a reference cycle would keep the request.
                 self._reject(infer, error.with_traceback(None))
@@ -116,7 +125,7 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
         return response
 
     def _reject(self, infer: InferCall, error: StepstateError) -> None:
-        if not self._sessions.refuse(infer.session_id, error, _StreamReply(self, infer)):
+        if not self._refuse_in_order(infer.session_id, error, _StreamReply(self, infer)):
             self._reply(self._error(infer.request, error))
 
     def _error(

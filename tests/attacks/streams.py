@@ -1,4 +1,4 @@
-"""Streams of every kind that come and go: nothing of them may stay."""
+"""Streams of every kind, and calls, that come and go: nothing of them may stay."""
 
 from __future__ import annotations
 
@@ -61,11 +61,10 @@ async def triton(channel: grpc.aio.Channel) -> grpc.aio.Call:
 
 
 async def exported(channel: grpc.aio.Channel) -> grpc.aio.Call:
-    """Exports a session, and one that does not exist."""
-    stub = StepstateServiceStub(channel)
-    async for _ in stub.StreamExport(pb.StreamExportRequest(session_id=ONE)):
-        pass
-    return stub.StreamExport(pb.StreamExportRequest(session_id=NONE))
+    """Exports a session."""
+    stream = StepstateServiceStub(channel).StreamExport(pb.StreamExportRequest(session_id=ONE))
+    await stream.read()
+    return stream
 
 
 async def imported(channel: grpc.aio.Channel) -> grpc.aio.Call:
@@ -80,7 +79,13 @@ async def nothing(channel: grpc.aio.Channel) -> grpc.aio.Call:
     return StepstateServiceStub(channel).ListModels(pb.ListModelsRequest())
 
 
-KINDS: tuple[Kind, ...] = (steps, packed, triton, exported, imported)
+async def calls(channel: grpc.aio.Channel) -> grpc.aio.Call:
+    """Steps a session by a call, with 10,000 rows."""
+    ask = pb.StepRequest(session_id=ONE, x=10_000 * ROW, last_only=True)
+    return StepstateServiceStub(channel).Step(ask)
+
+
+KINDS: tuple[Kind, ...] = (calls, steps, packed, triton, exported, imported)
 
 
 async def come_and_go(address: str, kind: Kind, count: int, *, in_order: bool) -> None:

@@ -242,8 +242,11 @@ def configuration() -> str:
         kind = "path" if isinstance(field.default, Path) else type(field.default).__name__
         text, reason = _plain(field.metadata["help"]), _plain(field.metadata["reason"])
         default = f"`{field.default}`" if field.default != "" else "empty"
+        is_option = field.name not in config.VARIABLES_ONLY
+        heading = f"--{option}" if is_option else f"STEPSTATE_{variable}"
+        also = f"`STEPSTATE_{variable}`, {kind}" if is_option else f"No option, {kind}"
         parts += [
-            f"## `--{option}`\n\n`STEPSTATE_{variable}`, {kind}\n\n{text}\n\n",
+            f"## `{heading}`\n\n{also}\n\n{text}\n\n",
             f"Default: {default}. {reason}\n\n",
         ]
     return "".join(parts)

@@ -45,6 +45,8 @@ class MemoryUse(StrEnum):
         str.__hash__
     )  # that of `Enum` is a function in Python: these are keys on the hot path
 
+    CALLS = "calls"
+    """What is kept of each open call, beside its messages."""
     REQUESTS = "requests"
     """Messages that were received and not yet answered: parsed, or waiting."""
     REPLIES = "replies"

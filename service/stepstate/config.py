@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,11 +18,15 @@ DURABILITIES = ("none", "async", "sync")
 WEIGHTS = ("float32", "bfloat16", "int8")
 MAX_SLOTS = 10_000_000
 """The arrays of the session table are allocated at start, about 100 bytes a session."""
+VARIABLES_ONLY = ("store_password",)
+"""Settings that are no options: every user of the machine can read the options of a process."""
 MAX_STREAMS = 2**31 - 1
 """HTTP/2 has no more."""
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:.%]+\]|[^:\s/\[\]]+):(\d{1,5})")
 _SIZE = re.compile(r"\d{1,9}(\.\d{1,9})?(%|[KMGT]i?B)|\d{1,15}")
+_PASSWORD = re.compile(r"://[^@/]*:[^@/]+@|[?&]password=")
+_SECRET = re.compile(rf"{_PASSWORD.pattern}|[?&]\w*password=")
 _DEVICE = re.compile(r"cpu|cuda(:\d{1,3})?")
 
 
@@ -29,16 +34,24 @@ class ConfigError(ValueError):
     """A setting has a value that can't be used."""
 
 
-def _setting(default: T, text: str, reason: str) -> T:
-    """A field with its text in `stepstate serve --help`, and the reason for its default."""
-    return field(default=default, metadata={"help": text, "reason": reason})
+def _setting(default: T, text: str, reason: str, *, shown: bool = True) -> T:
+    """A field with its text in `stepstate serve --help`, and the reason for its default.
+
+    Args:
+        default: its default.
+        text: what it is.
+        reason: why that is the default.
+        shown: whether `repr` shows its value; not what may be secret.
+    """
+    return field(default=default, repr=shown, metadata={"help": text, "reason": reason})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """The settings of a server, each with its help text and the reason for its default.
 
-    Each is also an option of `stepstate serve` and an environment variable STEPSTATE_....
+    Each is also an environment variable STEPSTATE_..., and an option of `stepstate serve` unless it
+    is one of `VARIABLES_ONLY`.
     """
 
     models: Path = _setting(
@@ -81,6 +94,19 @@ class ServerConfig:
         "redis+cluster://HOST:PORT, redis+sentinel://HOST:PORT/SERVICE, or memory: (they end "
         "with the process).",
         "A file in the working directory: sessions survive a restart without any setup.",
+        shown=False,
+    )
+    store_password: str = _setting(
+        "",
+        "Password of Redis. The user, if there is one, is in the URL: redis://USER@HOST:PORT/DB.",
+        "A Redis that only this server can reach needs none.",
+        shown=False,
+    )
+    store_password_file: str = _setting(
+        "",
+        "File with the password of Redis, such as a mounted secret; a line break at its end is not "
+        "part of it. Or set STEPSTATE_STORE_PASSWORD to the password itself.",
+        "A Redis that only this server can reach needs none.",
     )
     store_fsync: bool = _setting(
         False,  # noqa: FBT003 - a default
@@ -189,6 +215,12 @@ class ServerConfig:
         "on top of the models and the slots.",
         "The rest is for states, models, the store's cache and the other programs.",
     )
+    trusted_proxies: str = _setting(
+        "",
+        "Addresses and networks of proxies, separated by commas, such as 10.0.0.7,fd00::/8. Calls "
+        "through them are those of the address that they name in x-forwarded-for.",
+        "None: anyone can send that header, and each connection is a client of its own.",
+    )
     drain_seconds: float = _setting(
         30.0,
         "Seconds to finish accepted steps after SIGTERM.",
@@ -200,10 +232,21 @@ class ServerConfig:
         _check_address("metrics_listen", self.metrics_listen)
         _check_one_of("durability", self.durability, DURABILITIES)
         _check_one_of("weights", self.weights, WEIGHTS)
+        self._check_password()
         self._check_device()
         self._check_memory_limit()
+        self._check_trusted_proxies()
         self._check_numbers()
         self._check_idle_timeouts()
+
+    def _check_password(self) -> None:
+        given = [n for n in ("store_password", "store_password_file") if getattr(self, n)]
+        if _PASSWORD.search(self.store):
+            given.insert(0, "the URL in store")
+        if len(given) > 1:
+            raise ConfigError(f"the store's password is in {' and '.join(given)}: give it once")
+        if given and not self.store.startswith("redis"):
+            raise ConfigError(f"{given[0]} is for Redis, and store is another one: leave it out")
 
     def _check_device(self) -> None:
         if not _DEVICE.fullmatch(self.device):
@@ -220,6 +263,20 @@ class ServerConfig:
             raise ConfigError(f"memory_limit is {text!r}, expected such as 2GiB, 500MB or 25%")
         if text.endswith("%") and not 0 < float(text[:-1]) <= 100:
             raise ConfigError(f"memory_limit is {text}, expected more than 0% and at most 100%")
+
+    def _check_trusted_proxies(self) -> None:
+        try:
+            _ = self.trusted_networks
+        except ValueError as error:
+            raise ConfigError(
+                f"trusted_proxies: {error}; expected addresses and networks, separated by commas, "
+                "such as 10.0.0.7,fd00::/8"
+            ) from error
+
+    @property
+    def trusted_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The networks of `trusted_proxies`; an address is one of its own."""
+        return tuple(ip_network(part.strip()) for part in self.trusted_proxies.split(",") if part)
 
     def _check_numbers(self) -> None:
         for setting in fields(self):
@@ -245,6 +302,11 @@ class ServerConfig:
                 f"idle_timeout is {self.idle_timeout:g} s, more than max_idle_timeout, "
                 f"{self.max_idle_timeout:g} s"
             )
+
+
+def has_secret(url: str) -> bool:
+    """Whether the URL of a store contains a password: of Redis, of its Sentinels or of a key."""
+    return _SECRET.search(url) is not None
 
 
 def split_address(address: str) -> tuple[str, int]:

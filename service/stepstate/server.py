@@ -34,9 +34,10 @@ from stepstate.errors import ListenError, StoreUnavailable
 from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
-from stepstate.stores import Durability, SessionStore, open_store
+from stepstate.stores import Durability, SessionStore, open_store, read_password
 from stepstate.transport import (
     Backend,
+    CallAdmission,
     PeerTable,
     RpcInterceptor,
     SnapshotKeys,
@@ -138,11 +139,13 @@ class Server:
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        backend = Backend(self.sessions, self._metrics)
+        peers = PeerTable(self.memory, config.trusted_networks)
+        admission = CallAdmission(peers, self._metrics)
+        backend = Backend(self.sessions, self._metrics, admission)
         self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, PeerTable(self.memory))
+        interceptor = RpcInterceptor(self._metrics, admission)
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
@@ -395,8 +398,13 @@ async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
 
 
 async def _store(config: ServerConfig) -> SessionStore:
+    file = config.store_password_file
     return await open_store(
-        config.store, clock=UPTIME, unix_time=time.time, fsync=config.store_fsync
+        config.store,
+        password=read_password(file) if file else config.store_password,
+        clock=UPTIME,
+        unix_time=time.time,
+        fsync=config.store_fsync,
     )
 
 

@@ -190,6 +190,12 @@ SERIES = (
     Series("stepstate_memory_bytes", GAUGE, ("use",), _by(lambda s: s.memory.by_use),
            "Bytes that clients make the server hold, by what they are for; all together at most "
            'stepstate_limit{of="memory_bytes"}.'),
+    Series("stepstate_peers", GAUGE, (), _one(lambda s: s.counters.peers),
+           "Clients that have calls now: connections, and addresses behind trusted proxies."),
+    Series("stepstate_calls", GAUGE, ("kind", "state"),
+           lambda s: list(s.counters.calls.items()),
+           "Calls now, by kind (short, long, stream): open, and those of them that wait for their "
+           "turn."),
     Series("stepstate_models", GAUGE, ("state",),
            _by(lambda s: {"loaded": len(s.counters.models), "skipped": s.skipped_models}),
            "Models in the server's folder: loaded, or skipped because they can't be served."),

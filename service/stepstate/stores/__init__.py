@@ -1,7 +1,7 @@
 """Stores: where sessions are kept beyond the arena."""
 
 from stepstate.stores.base import SessionStore
-from stepstate.stores.factory import open_store
+from stepstate.stores.factory import open_store, read_password
 from stepstate.stores.memory import MemoryStore
 from stepstate.stores.sqlite import SqliteStore
 from stepstate.stores.types import (
@@ -35,5 +35,6 @@ __all__ = [
     "Tombstone",
     "UnreadableSession",
     "open_store",
+    "read_password",
     "to_utc",
 ]

@@ -24,6 +24,7 @@ async def open_store(
     clock: Callable[[], float],
     unix_time: Callable[[], float] = time.time,
     fsync: bool = False,
+    password: str = "",
 ) -> SessionStore:
     """Opens the store that a URL names.
 
@@ -35,6 +36,7 @@ async def open_store(
         unix_time: seconds since 1970, for epochs and for the start of a new store's clock; may
             be called from a thread.
         fsync: whether a commit of sqlite waits for the disk. Redis has its own configuration.
+        password: of Redis, if it is not in the URL; empty: there is none.
 
     Raises:
         StoreOpenError: there is no such store.
@@ -49,8 +51,27 @@ async def open_store(
     if scheme in REDIS and rest.startswith("//"):
         from stepstate.stores.redis import open_redis  # noqa: PLC0415 - 0.1 s of CPU, only here
 
-        return await open_redis(url, clock=clock, unix_time=unix_time)
+        return await open_redis(url, clock=clock, unix_time=unix_time, password=password)
     raise StoreOpenError(repr(scheme), f"no such kind of store, expected {KINDS}")
+
+
+def read_password(path: str) -> str:
+    """The password in a file, without the line break at its end.
+
+    Raises:
+        StoreOpenError: there is none.
+    """
+    try:
+        password = Path(path).read_text().rstrip("\r\n")
+    except OSError as error:
+        problem = str(error.strerror)
+    except UnicodeDecodeError:
+        problem = "it is not UTF-8"
+    else:
+        if password:
+            return password
+        problem = "it is empty"
+    raise StoreOpenError(f"password in {path}", f"{problem}: write the password of Redis there")
 
 
 def _path(url: str, rest: str) -> Path:

@@ -1,5 +1,6 @@
 """The gRPC APIs of a server: decode, one call into `SessionService`, encode."""
 
+from stepstate.transport.admission import CallAdmission
 from stepstate.transport.bidi import Backend
 from stepstate.transport.interceptor import RpcInterceptor
 from stepstate.transport.peers import PeerTable
@@ -8,6 +9,7 @@ from stepstate.transport.signatures import SnapshotKeys, read_keys
 
 __all__ = [
     "Backend",
+    "CallAdmission",
     "PeerTable",
     "RpcInterceptor",
     "SnapshotKeys",

@@ -23,10 +23,10 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 from grpc._cython.cygrpc import ExecuteBatchError
 
-from stepstate.budget import CallMemory, MemoryUse, call_memory
+from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.metrics import Metrics, RpcMetrics
-from stepstate.transport.peers import PeerTable, current_peer
+from stepstate.transport.admission import KINDS, LONG, CallAdmission, CallKind
 from stepstate.transport.status import DETAILS_KEY, code_of, status_of
 
 log = logging.getLogger(__name__)
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
     _Codec = tuple[Callable[[bytes], Any], Callable[[Any], bytes]]
 
-_KINDS = {
+_GRPC_TYPES = {
     (False, False): "unary",
     (True, False): "client_stream",
     (False, True): "server_stream",
@@ -104,19 +104,19 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         metrics: counts the RPCs.
-        peers: knows who calls.
+        admission: counts the calls of each peer, and lets long ones wait.
     """
 
-    def __init__(self, metrics: Metrics, peers: PeerTable) -> None:
+    def __init__(self, metrics: Metrics, admission: CallAdmission) -> None:
         self._metrics = metrics
-        self._peers = peers
+        self._admission = admission
         self._wrapped: dict[str, Handler | None] = {}
 
     def expect(self, methods: Iterable[MethodDescriptor]) -> None:
         """Makes the metrics of RPCs before any is called."""
         for method in methods:
-            kind = _KINDS[method.client_streaming, method.server_streaming]
-            self._metrics.rpc(kind, method.containing_service.full_name, method.name)
+            grpc_type = _GRPC_TYPES[method.client_streaming, method.server_streaming]
+            self._metrics.rpc(grpc_type, method.containing_service.full_name, method.name)
 
     async def intercept_service(
         self,
@@ -135,9 +135,16 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     def _wrap(self, path: str, handler: Handler) -> Handler:
         _, service, method = path.split("/")
-        kind = _KINDS[handler.request_streaming, handler.response_streaming]
-        counts = self._metrics.rpc(kind, service, method)
-        rpc = _Rpc(path, self._metrics, counts, self._peers, _codec(counts, handler))
+        grpc_type = _GRPC_TYPES[handler.request_streaming, handler.response_streaming]
+        counts = self._metrics.rpc(grpc_type, service, method)
+        rpc = _Rpc(
+            path,
+            KINDS[method],
+            self._admission,
+            metrics=self._metrics,
+            counts=counts,
+            codec=_codec(counts, handler),
+        )
         # A handler of one request is one of a stream to gRPC: it would read the request before it
         # says whose it is.
         one, many = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
@@ -160,15 +167,18 @@ class _Rpc:
     def __init__(
         self,
         path: str,
+        kind: CallKind,
+        admission: CallAdmission,
+        *,
         metrics: Metrics,
         counts: RpcMetrics,
-        peers: PeerTable,
         codec: _Codec,
     ) -> None:
         self._path = path
+        self._kind = kind
         self._metrics = metrics
         self._counts = counts
-        self._peers = peers
+        self._admission = admission
         self.decode, self.encode = codec
 
     def returning(
@@ -177,9 +187,12 @@ class _Rpc:
         read: Callable[[Context], Awaitable[Any]],
     ) -> Callable[..., Any]:
         """Serves handlers that return their one response; `read` gives them their requests."""
+        if self._kind is LONG:
+            behavior = self._admission.in_turn(behavior)
 
         async def watched(_: object, context: Context) -> Any:
             async with self._watch(context):
+                self._admission.begin(context, self._kind)
                 reply = self.encode(await behavior(await read(context), context))
                 call_memory.get().resize(MemoryUse.REPLIES, SENT * len(reply))
                 return reply
@@ -194,6 +207,7 @@ class _Rpc:
 
             async def generated(_: object, context: Context) -> AsyncIterator[Any]:
                 async with self._watch(context):
+                    self._admission.begin(context, self._kind)
                     async for response in behavior(await read(context), context):
                         yield response
 
@@ -201,6 +215,7 @@ class _Rpc:
 
         async def watched(_: object, context: Context) -> None:
             async with self._watch(context):
+                self._admission.begin(context, self._kind)
                 await behavior(await read(context), context)
 
         return watched
@@ -225,11 +240,6 @@ class _Rpc:
     @asynccontextmanager
     async def _watch(self, context: Context) -> AsyncIterator[None]:
         self._counts.started += 1
-        peer = self._peers.join(context)
-        memory = CallMemory(peer.memory)
-        context.add_done_callback(lambda _: memory.close())  # type: ignore[arg-type] # a protocol's name
-        current_peer.set(peer)
-        call_memory.set(memory)
         started = time.perf_counter()
         code = grpc.StatusCode.OK
         try:

@@ -70,6 +70,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         self._backend = backend
         self._keys = keys or SnapshotKeys()
         self._sessions = backend.sessions
+        self._models = [encode_model(model) for model in backend.sessions.catalog]
         self._streams = StreamRegistry()
 
     async def OpenSession(
@@ -156,10 +157,11 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         session_id = request.session_id
         memory = call_memory.get()
         memory.reserve(MemoryUse.REPLIES, SENT * PART_BYTES)
-        snapshot, summary = await self._sessions.export(
-            session_id, reserve=lambda size: memory.reserve(MemoryUse.SNAPSHOTS, 2 * size)
-        )
-        snapshot = await asyncio.to_thread(self._keys.signed, snapshot)
+        async with self._backend.admission.turn():
+            snapshot, summary = await self._sessions.export(
+                session_id, reserve=lambda size: memory.reserve(MemoryUse.SNAPSHOTS, 2 * size)
+            )
+            snapshot = await asyncio.to_thread(self._keys.signed, snapshot)
         size = len(snapshot)
         if size > MAX_SNAPSHOT_BYTES:
             raise SnapshotTooLarge(session_id, size, MAX_SNAPSHOT_BYTES)
@@ -192,10 +194,11 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
             part = following.data
         if len(data) != size:
             raise InvalidField("data", f"has {len(data)} bytes in all, and size is {size}")
-        snapshot = bytes(data)
-        data.clear()
-        snapshot = await asyncio.to_thread(self._keys.verified, snapshot)
-        session = await self._sessions.restore(snapshot, options)
+        async with self._backend.admission.turn():
+            snapshot = bytes(data)
+            data.clear()
+            snapshot = await asyncio.to_thread(self._keys.verified, snapshot)
+            session = await self._sessions.restore(snapshot, options)
         return pb.StreamImportResponse(session=self._encoded(session))
 
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
@@ -219,14 +222,14 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        models = list(self._sessions.catalog)
+        models = self._models
         token = request.page_token or "0"  # the number of models on the pages before
         if not _DIGITS.fullmatch(token) or int(token) > len(models):
             raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
         first = int(token)
         page = ReplyPage[pb.Model]()
         for model in models[first : first + (request.page_size or len(models))]:
-            if not page.take(encode_model(model)):
+            if not page.take(model):
                 break
         call_memory.get().reserve(MemoryUse.REPLIES, SENT * page.size)
         after = first + len(page)

@@ -22,6 +22,7 @@ from stepstate.stores import MissingPolicy
 from stepstate.transport.bidi import Backend, BidiStream
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import SENT
+from stepstate.transport.peers import current_peer
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
@@ -78,6 +79,7 @@ class UnaryReply:
 
     def __init__(self) -> None:
         self.cancelled = False
+        self.source = current_peer.get().source
         self.held_bytes = 0
         """Of its step, once that is accepted."""
         self.outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()

@@ -28,6 +28,7 @@ LABELS = {
     "file",
     "of",
     "use",
+    "kind",
     "residency",
     "output",
     "horizon",

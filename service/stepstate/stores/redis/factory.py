@@ -42,13 +42,18 @@ _OPTIONS: Mapping[str, Any] = {
 }
 
 
-def _options() -> dict[str, Any]:
+def _options(password: str) -> dict[str, Any]:
     """The options of a client, which does not retry by itself."""
-    return {**_OPTIONS, "retry": Retry(NoBackoff(), 0)}
+    given = {"password": password} if password else {}  # else that of the URL
+    return {**_OPTIONS, **given, "retry": Retry(NoBackoff(), 0)}
 
 
 async def open_redis(
-    url: str, *, clock: Callable[[], float], unix_time: Callable[[], float] = time.time
+    url: str,
+    *,
+    clock: Callable[[], float],
+    unix_time: Callable[[], float] = time.time,
+    password: str = "",
 ) -> RedisStore:
     """Opens a store on the Redis, or the cluster, that a URL names.
 
@@ -63,11 +68,12 @@ async def open_redis(
             `&sentinel_username=`.
         clock: monotonic seconds.
         unix_time: seconds since 1970.
+        password: of Redis, if it is not in the URL; empty: there is none.
 
     Raises:
         StoreOpenError: the URL can't be read, or Redis refuses what it says.
     """
-    connection = _connection(url)
+    connection = _connection(url, password)
     name = f"{url.partition(':')[0]}://{connection.place}"
     try:
         problem = _check(name, await _info(connection), is_cluster=connection.is_cluster)
@@ -86,16 +92,16 @@ async def open_redis(
     return RedisStore(connection, clock=clock, unix_time=unix_time)
 
 
-def _connection(url: str) -> RedisConnection:
+def _connection(url: str, password: str) -> RedisConnection:
     scheme, _, rest = url.partition("://")
     try:
         urls = _urls(scheme, rest)
         if scheme.endswith("+sentinel"):
-            return _sentinel_connection(urls)
+            return _sentinel_connection(urls, _options(password))
         place = ",".join(f"{host}:{port}" for host, port in map(_address, urls))
         if scheme.endswith("+cluster"):
-            return ClusterConnection(_cluster(urls), place)
-        return SingleConnection(Redis.from_url(urls[0], **_options()), place)
+            return ClusterConnection(_cluster(urls, _options(password)), place)
+        return SingleConnection(Redis.from_url(urls[0], **_options(password)), place)
     except (ValueError, TypeError, *AWAY):
         # Without its text, which may contain a part of the password.
         sentinels = "[,HOST:PORT...]/SERVICE[/DB]" if scheme.endswith("+sentinel") else ""
@@ -106,20 +112,20 @@ def _connection(url: str) -> RedisConnection:
         ) from None
 
 
-def _cluster(urls: Sequence[str]) -> RedisCluster:
+def _cluster(urls: Sequence[str], options: Mapping[str, Any]) -> RedisCluster:
     nodes = [ClusterNode(*_address(url), **_OPTIONS) for url in urls[1:]]
     return RedisCluster.from_url(
-        urls[0], startup_nodes=nodes, require_full_coverage=False, **_options()
+        urls[0], startup_nodes=nodes, require_full_coverage=False, **options
     )
 
 
-def _sentinel_connection(urls: Sequence[str]) -> RedisConnection:
+def _sentinel_connection(urls: Sequence[str], common: Mapping[str, Any]) -> RedisConnection:
     """A connection to the primary of a service; the hosts of its URLs are Sentinels."""
     sentinels = [_address(url, SENTINEL_PORT) for url in urls]
     service, _, db = urlsplit(urls[0]).path.strip("/").partition("/")
     if not service:
         raise ValueError(urls[0])
-    options: dict[str, Any] = {**parse_url(urls[0]), **_options(), "db": int(db or 0)}
+    options: dict[str, Any] = {**parse_url(urls[0]), **common, "db": int(db or 0)}
     del options["host"]  # of a Sentinel, as the port
     options.pop("port", None)
     ask = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
@@ -180,7 +186,10 @@ def _refusal(error: BaseException) -> str:
     """What to say about an error that stays until a person acts; empty: it may pass."""
     cause = error.__cause__ or error
     if isinstance(cause, AuthenticationError | AuthorizationError):
-        return f"{cause}: see the user and password of its URL"
+        return (
+            f"{cause}: see the user in its URL, and the password in the file of "
+            "--store-password-file or in STEPSTATE_STORE_PASSWORD"
+        )
     if "Cluster mode is not enabled" in str(error):
         return "it is no cluster: write redis://"
     return str(error) if type(error) is ResponseError else ""

@@ -14,7 +14,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.budget import MemoryUse
 from stepstate.errors import Internal, MemoryLimit, NotFound, QueueFull, StepstateError
-from stepstate.sessions import Hold, ResidentSession, Step
+from stepstate.sessions import Hold, ResidentSession, Source, Step
 from stepstate.transport.bidi import Backend, BidiStream
 from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.triton.call import ASKS_FOR_FINAL, FINAL, InferCall
@@ -153,6 +153,11 @@ class _StreamReply:
     def cancelled(self) -> bool:
         """See `ReplyTo`."""
         return self._stream.cancelled
+
+    @property
+    def source(self) -> Source:
+        """See `ReplyTo`."""
+        return self._stream.source
 
     def deliver(self, step: Step) -> None:
         """See `ReplyTo`."""

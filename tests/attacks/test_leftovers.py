@@ -72,7 +72,7 @@ async def _count_until_killed(folder: Path, connection: Connection) -> None:
         models=ground.models,
         listen="127.0.0.1:0",
         metrics_listen="127.0.0.1:0",
-        store=f"sqlite:{ground.store}",
+        store="memory:",  # the cursors of sqlite leave some weak references for a while
     )
     memory = Memory(os.getpid())
     async with running_server(settings) as server:

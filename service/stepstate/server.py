@@ -245,7 +245,7 @@ class Server:
             else:
                 log.warning("Triton's clients are not served: %s", error)
             return None
-        return TritonService(backend)
+        return TritonService(backend, MemoryAccount(self.memory))
 
     def _wire_sessions(self, catalog: Catalog) -> SessionService:
         config = self._config

@@ -49,12 +49,13 @@ _GRPC_TYPES = {
 class DecodeFailure:
     """Stands for bytes that are no message of the RPC's type, until they are answered."""
 
-    detail: str
+    field: str
+    problem: str
 
     @property
     def error(self) -> InvalidField:
         """What the client is answered."""
-        return InvalidField("message", f"can't be parsed ({self.detail}): is the proto file old?")
+        return InvalidField(self.field, self.problem)
 
 
 DECODED = 3
@@ -279,7 +280,10 @@ def _codec(counts: RpcMetrics, handler: Handler) -> _Codec:
         try:
             return data if decode is None else decode(data)
         except DecodeError as error:
-            return DecodeFailure(str(error))
+            problem = f"can't be parsed ({error}): is the proto file old?"
+            return DecodeFailure("message", problem)
+        except InvalidField as error:
+            return DecodeFailure(error.field, error.problem)
 
     def encoded(message: Any) -> bytes:
         if isinstance(message, bytes):  # encoded before it was given to gRPC

@@ -115,7 +115,7 @@ class Server:
         self._precision = Precision(config.weights)
         self._slots = min(config.slots, config.max_sessions)
         self._max_sessions = config.max_sessions if store.durable else self._slots
-        self._registry = CollectorRegistry()
+        self._registry = CollectorRegistry(support_collectors_without_names=True)
         self._metrics = Metrics()
         self.memory = MemoryBudget(limit_bytes(config.memory_limit))
         """What clients make it hold."""

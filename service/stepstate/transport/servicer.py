@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from stepstate.transport.peers import Context
 
 PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
+MODEL_NAME_LENGTH = 64
+"""As in manifests."""
 PART_BYTES = 2**20
 LISTED_BYTES = 4096
 """What a session takes while it is listed: its record, and its part of the reply."""
@@ -91,6 +93,11 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         size = request.page_size or PAGE_SIZE
         if size > MAX_PAGE_SIZE:
             raise InvalidField("page_size", f"is {size}, expected at most {MAX_PAGE_SIZE}")
+        if len(request.model) > MODEL_NAME_LENGTH:
+            raise InvalidField(
+                "model",
+                f"has {len(request.model)} characters, expected at most {MODEL_NAME_LENGTH}",
+            )
         call_memory.get().reserve(MemoryUse.REPLIES, size * LISTED_BYTES)
         while True:
             found, following = await self._sessions.page(

@@ -32,6 +32,8 @@ REQUEST_VALUES = 4_000_000
 REQUEST_ROWS = 100_000
 """About ten weeks of minutes in one request; more history goes in several."""
 
+ADVANCE_REPLY_BYTES = 2**18
+"""Of the outputs of all rows of `advance`, which is a request of some ten bytes."""
 STEP_BYTES = 1024
 """What a step takes, beside its values."""
 _VALUE_BYTES = 4
@@ -259,6 +261,14 @@ def _missing_values(request: pb.StepRequest, session: ResidentSession) -> np.nda
             "advance",
             f"is {rows}; of {session.model.key} at most {REQUEST_VALUES // width} a request",
         )
+    if not request.last_only:
+        reply_bytes = _reply_bytes(session.model, rows, rows, inspect=request.inspect)
+        if rows > 1 and reply_bytes > ADVANCE_REPLY_BYTES:
+            raise InvalidField(
+                "advance",
+                f"asks for {reply_bytes} bytes of outputs, more than {ADVANCE_REPLY_BYTES}: set "
+                "last_only, or send fewer rows a request",
+            )
     return np.full(rows * width, np.nan, np.float32)
 
 

@@ -7,11 +7,10 @@ from contextlib import contextmanager
 
 from stepstate.errors import InvalidField, QueueFull, StepstateError
 from stepstate.models import OutputSpec
-from stepstate.sessions.forecasting.scenarios import ForecastRequest
+from stepstate.sessions.forecasting.scenarios import MAX_HORIZON, ForecastRequest
 
 MAX_SESSIONS = 10_000
 MAX_SCENARIOS = 1_000
-MAX_HORIZON = 10_000
 MAX_LEVELS = 100
 NAME_LENGTH = 128
 """Characters of a scenario's name: as for a session's id."""

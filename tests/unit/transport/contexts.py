@@ -1,8 +1,15 @@
-"""What gRPC says of a call, without gRPC."""
+"""Calls without gRPC: what it says of one, and servers that are called directly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from stepstate.transport import Backend, CallAdmission, PeerTable
+from stepstate.transport.admission import STREAM
+
+if TYPE_CHECKING:
+    from tests.unit.rig import Rig
 
 
 class CallContext:
@@ -25,3 +32,10 @@ class CallContext:
     def end(self) -> None:
         for callback in self._callbacks:
             callback(self)
+
+
+def called(rig: Rig) -> Backend:
+    """What serves the sessions of a rig, in a call of which this task and those it starts are."""
+    admission = CallAdmission(PeerTable(rig.memory), rig.metrics)
+    admission.begin(CallContext("peer"), STREAM)
+    return Backend(rig.sessions, rig.metrics, admission)

@@ -53,7 +53,7 @@ class Trimmer:
     async def look(self) -> None:
         """Trims if that is worth it. What stays after it is no reason to trim again."""
         if self._unexplained() > self._before + MAX_GROWTH:
-            gc.collect(1)  # not the oldest objects, of which there may be many
+            gc.collect(0)  # the youngest objects: more would take too long
             await asyncio.to_thread(self._trim)
             self._before = self._unexplained()
         else:

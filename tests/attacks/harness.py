@@ -182,7 +182,7 @@ async def _attack(
 ) -> None:
     target = Target(server.address, server.metrics_address, ground.store)
     memory = Memory(server.process.pid)
-    await _in_process(warm_up, target, 64)
+    await _in_process(warm_up, target, 256)
     with honest_client(target.address) as honest:
         await asyncio.sleep(CALM_SECONDS)
         start, before = time.monotonic(), memory.now()

@@ -17,8 +17,24 @@ WARM_UP_SECONDS, SECONDS = 1.0, 4.0
 
 
 async def warm_up(target: Target, count: int) -> None:
-    """A second of load, after which a server has what it needs for steps."""
-    await _busy(target, count, WARM_UP_SECONDS)
+    """Has the server compute batches of every size up to this: torch keeps memory for each."""
+    async with raw_stub(target.address) as stub:
+        stream = stub.StreamPacked()
+        message = pb.StreamPackedRequest()
+        for place in range(count):
+            name = f"warm-{place}"
+            await stub.OpenSession(pb.OpenSessionRequest(session_id=name, model=MODEL))
+            message.bindings.add(handle=place, session_id=name)
+        for size in range(1, count + 1):
+            message.handles = np.arange(size, dtype="<u4").tobytes()
+            message.x = bytes(4 * INPUTS * size)
+            await stream.write(message)
+            await stream.read()
+            message.ClearField("bindings")
+        stream.cancel()
+        for place in range(count):
+            await stub.CloseSession(pb.CloseSessionRequest(session_id=f"warm-{place}"))
+    await _busy(target, 64, WARM_UP_SECONDS)
 
 
 async def honest_load(target: Target, count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, fields
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from pathlib import Path
 from typing import TypeVar
 
@@ -210,9 +211,15 @@ class ServerConfig:
     memory_limit: str = _setting(
         "25%",
         "Most bytes that clients may make the server hold in requests, replies, bindings and "
-        "snapshots: such as 2GiB, or a share of the memory of the machine or container. It comes "
-        "on top of the models and the slots.",
+        "snapshots: such as 2GiB, or a share of the memory of the machine or container; at least "
+        "128 MiB. It comes on top of the models and the slots.",
         "The rest is for states, models, the store's cache and the other programs.",
+    )
+    trusted_proxies: str = _setting(
+        "",
+        "Addresses and networks of proxies, separated by commas, such as 10.0.0.7,fd00::/8. Calls "
+        "through them are those of the address that they name in x-forwarded-for.",
+        "None: anyone can send that header, and each connection is a client of its own.",
     )
     drain_seconds: float = _setting(
         30.0,
@@ -228,6 +235,7 @@ class ServerConfig:
         self._check_password()
         self._check_device()
         self._check_memory_limit()
+        self._check_trusted_proxies()
         self._check_numbers()
         self._check_idle_timeouts()
 
@@ -255,6 +263,20 @@ class ServerConfig:
             raise ConfigError(f"memory_limit is {text!r}, expected such as 2GiB, 500MB or 25%")
         if text.endswith("%") and not 0 < float(text[:-1]) <= 100:
             raise ConfigError(f"memory_limit is {text}, expected more than 0% and at most 100%")
+
+    def _check_trusted_proxies(self) -> None:
+        try:
+            _ = self.trusted_networks
+        except ValueError as error:
+            raise ConfigError(
+                f"trusted_proxies: {error}; expected addresses and networks, separated by commas, "
+                "such as 10.0.0.7,fd00::/8"
+            ) from error
+
+    @property
+    def trusted_networks(self) -> tuple[IPv4Network | IPv6Network, ...]:
+        """The networks of `trusted_proxies`; an address is one of its own."""
+        return tuple(ip_network(part.strip()) for part in self.trusted_proxies.split(",") if part)
 
     def _check_numbers(self) -> None:
         for setting in fields(self):

@@ -29,6 +29,7 @@
     ├── Unavailable             try again, after retry_after_seconds
     │   ├── QueueFull
     │   ├── MemoryLimit         the client makes the server hold too many bytes
+    │   ├── TooManyCalls        the client has too many calls under way
     │   ├── Draining
     │   ├── StoreUnavailable    the store does not answer, or can't write
     │   └── ServerUnreachable   raised by the client: no answer from the server
@@ -422,6 +423,21 @@ class MemoryLimit(Unavailable, reason="MEMORY_LIMIT"):
         "limit is --memory-limit)"
     )
     size: int
+    held: int
+    free: int
+    limit: int
+    retry_after_seconds: float = 0.5
+
+
+@dataclass(eq=False)
+class TooManyCalls(Unavailable, reason="TOO_MANY_CALLS"):
+    """A client has as many calls under way as it may."""
+
+    message = (
+        "{what}: this client has {held}, and may have as many as are free, {free} of {limit}; "
+        "nothing was applied: retry after {retry_after_seconds:g} s, and have fewer under way"
+    )
+    what: str
     held: int
     free: int
     limit: int

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from stepstate.client import AsyncClient
+from stepstate.client._protocol import packed
 from stepstate.errors import (
     InvalidField,
     NonFiniteInput,
@@ -56,6 +57,19 @@ async def test_a_pack_gives_the_numbers_of_the_offline_network(
             np.array([await session.step(x[0, 0]) for session in sessions]),
         ]
     assert differences(y[:20], x, network) <= TOLERANCE
+
+
+async def test_a_pack_binds_its_sessions_in_several_messages(
+    server: Server, connect: Connect, network: Network, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(packed, "MAX_BINDINGS", 3)
+    x = series(10, 1)
+    async with (
+        connect(server.address) as client,
+        client.packed(await crowd(client, 10)) as pack,
+    ):
+        told = await pack.step(x[:, 0])
+    assert differences([told.y], x, network) <= TOLERANCE
 
 
 async def test_sessions_may_come_in_any_order_several_times_and_more_than_a_message_takes(

@@ -136,6 +136,17 @@ async def test_advancing_imputes_and_says_so(stub):
     assert (list(again.y), again.imputed_rows) == (list(skipped.y), 4)
 
 
+async def test_ten_bytes_do_not_ask_for_megabytes(stub: Stub):
+    """All outputs of 30,000 missing rows are refused before they are computed."""
+    await opened(stub, "a", missing=pb.MISSING_POLICY_HOLD)
+    skip = pb.StepRequest(session_id="a", advance=30_000)
+    error = await refused(stub.Step(skip))
+    assert (error.code, error.field) == (Code.INVALID_ARGUMENT, "advance")
+    assert "set last_only" in error.message
+    skip.advance, skip.last_only = 300, True
+    assert (await stub.Step(skip)).t == 300
+
+
 async def test_steps_go_on_while_many_forecasts_are_made(stub):
     """Long roll-outs run in pieces: a step in between is answered before they end."""
     await opened(stub, "a")

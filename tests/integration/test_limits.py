@@ -75,19 +75,20 @@ async def test_a_slot_used_again_begins_from_zero_state(
 @pytest.mark.parametrize(
     ("limits", "told"),
     [
-        ({"queue_requests": 3}, {"limit": "3"}),
-        ({"queue_rows": BLOCKER_ROWS + 2}, {"limit": str(BLOCKER_ROWS + 2)}),
+        ({"queue_requests": 5}, {"limit": "5"}),
+        ({"queue_rows": 2 * BLOCKER_ROWS + 4}, {"limit": str(2 * BLOCKER_ROWS + 4)}),
     ],
 )
-async def test_a_full_queue_refuses_and_serves_again_when_it_is_not(
+async def test_a_client_that_filled_its_half_of_the_queue_is_refused_until_it_is_not_full(
     config: ServerConfig, networks: dict[str, Network], limits, told
 ):
     async with (
         running_server(limited(config, **limits)) as server,
         raw_stub(server.address) as stub,
+        raw_stub(server.address) as other_stub,
     ):
-        await opened(stub, "a")
-        await opened(stub, "b")
+        for name in "abc":
+            await opened(stub, name)
         long = asyncio.ensure_future(stub.Step(blocker("a", rows=BLOCKER_ROWS)))
         await queued(stub, "a", 1)
         waiting = [asyncio.ensure_future(stub.Step(request("a", None, draw(1)))) for _ in range(2)]
@@ -99,6 +100,7 @@ async def test_a_full_queue_refuses_and_serves_again_when_it_is_not(
             assert refusal.metadata.items() >= told.items()
             assert refusal.retry_seconds is not None
             assert refusal.retry_seconds > 0
+        assert (await other_stub.Step(request("c", 0, draw(1)))).t == 1  # of another client
         assert not long.done()
         await asyncio.gather(long, *waiting)
         reply = await stub.Step(request("b", 0, draw(2)))

@@ -110,6 +110,14 @@ MALFORMED: dict[str, tuple[str, Callable[[pb.StreamPackedRequest], None]]] = {
         "bindings",
         lambda m: m.bindings.add(handle=262_144, session_id="s0"),
     ),
+    "too many bindings": (
+        "bindings",
+        lambda m: m.bindings.extend([pb.Binding(handle=2, session_id="s0")] * 16_383),
+    ),
+    "an id that is too long": (
+        "bindings",
+        lambda m: m.bindings.add(handle=2, session_id="s" * 129),
+    ),
     "too many rows": (
         "handles",
         lambda m: (

@@ -13,10 +13,12 @@ from tritonclient.grpc import aio, model_config_pb2
 from tritonclient.grpc import service_pb2 as pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from stepstate.budget import MemoryUse
 from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
 from stepstate.errors import SessionClosed
 from stepstate.server import Server, running_server
+from stepstate.transport.triton.ended import MAX_ENDED, MAX_ENDED_BYTES
 from tests.integration.triton import (
     exchange,
     infer,
@@ -338,3 +340,35 @@ async def test_statistics_count_what_was_stepped(triton: GRPCInferenceServiceStu
     assert [part.count for part in (*parts, stats.compute_output)] == [10] * 5
     assert stats.success.ns >= stats.compute_infer.ns > 0
     assert after.last_inference > 1e12
+
+
+async def test_the_end_of_a_sequence_is_remembered_whatever_others_end(
+    triton: GRPCInferenceServiceStub, server: Server
+):
+    x = draw(1)
+    last = infer("lstm", "mine", x, step_t=0, sequence_start=True, sequence_end=True)
+    first = await triton.ModelInfer(last)
+    async with triton_stub(server.address) as other:
+        await exchange(
+            other,
+            [
+                infer("lstm", one, x, step_t=0, sequence_start=True, sequence_end=True)
+                for one in range(1, MAX_ENDED + 10)
+            ],
+        )
+    last.id = "again"
+    again = await triton.ModelInfer(last)
+    assert (again.id, again.parameters["replayed"].bool_param) == ("again", True)
+    assert again.raw_output_contents == first.raw_output_contents
+    assert server.memory.by_use[MemoryUse.ENDED] <= MAX_ENDED_BYTES
+
+
+async def test_a_new_sequence_of_another_model_is_no_retry_of_an_ended_one(
+    triton: GRPCInferenceServiceStub,
+):
+    flags = {"step_t": 0, "sequence_start": True, "sequence_end": True}
+    await triton.ModelInfer(infer("lstm", "a", draw(1), **flags))
+    for model in ("gru", "lstm"):
+        reply = await triton.ModelInfer(infer(model, "a", draw(1, seed=1), **flags))
+        assert reply.model_name == model
+        assert not reply.parameters["replayed"].bool_param

@@ -53,10 +53,9 @@ def tensor(response: pb.ModelInferResponse, name: str = "y") -> np.ndarray:
 
 @asynccontextmanager
 async def triton_stub(address: str) -> AsyncIterator[GRPCInferenceServiceStub]:
-    """A raw stub, for what no client would send."""
-    async with grpc.aio.insecure_channel(
-        address, options=[("grpc.max_send_message_length", 64 * 2**20)]
-    ) as channel:
+    """A raw stub on a connection of its own, for what no client would send."""
+    own = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", 64 * 2**20)]
+    async with grpc.aio.insecure_channel(address, options=own) as channel:
         yield GRPCInferenceServiceStub(channel)
 
 

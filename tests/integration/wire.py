@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 from google.rpc import error_details_pb2, status_pb2
 
+from stepstate.metrics.pages import SHARED_SECONDS
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
@@ -172,7 +173,8 @@ async def raw_stub(address: str, *options: tuple[str, int]) -> AsyncIterator[Ste
 
 
 async def scrape(metrics_address: str) -> str:
-    """The text of the metrics endpoint."""
+    """The text of the metrics endpoint, as of now."""
+    await asyncio.sleep(SHARED_SECONDS)  # else it may be an earlier one
 
     def get() -> str:
         with urllib.request.urlopen(f"http://{metrics_address}/metrics", timeout=HANG) as reply:

@@ -11,10 +11,11 @@ import numpy as np
 from stepstate.models import Model
 from stepstate.stores import SessionStore, open_store
 from stepstate.stores.redis import keys
-from stepstate.transport import Backend, StepstateServicer
+from stepstate.transport import StepstateServicer
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.redis_process import RedisProcess
 from tests.unit.rig import Clock, Lasting, Rig, outputs
+from tests.unit.transport.contexts import called
 
 ODD = "m"
 """The id of the session that is damaged."""
@@ -25,7 +26,7 @@ class Door:
 
     def __init__(self, *models: Model, store: SessionStore, clock: Clock, owner: str) -> None:
         self.rig = Rig(*models, store=store, clock=clock, owner=owner)
-        self.native = StepstateServicer(Backend(self.rig.sessions, self.rig.metrics))
+        self.native = StepstateServicer(called(self.rig))
 
     async def step(self, session_id: str, x: np.ndarray, t: int) -> np.ndarray:
         session = await self.rig.sessions.get(session_id)

@@ -135,6 +135,9 @@ async def survive(home: FileHome | RedisHome | MemoryHome, damage: object) -> No
         sessions.get(ODD),
         sessions.open(opening(ODD)),
         sessions.fork(ODD, CopyOptions("copy", None, None)),
+        sessions.restore_expired(ODD),
+        sessions.reset_accuracy(ODD),
+        sessions.page("", 10, "", expired=True),
         second.native.GetSession(pb.GetSessionRequest(session_id=ODD), None),
     ):
         with suppress(*TYPED):

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepstate.sessions import ForecastRequest, ResidentSession, RowBatch, Scenario
+from stepstate.sessions import ForecastRequest, ResidentSession, Scenario
 from tests.networks import Network, make_network
 from tests.reference import Series
 from tests.unit.rig import Rig, model_of
@@ -105,21 +105,7 @@ class Pair:
 
     async def pack(self, row: np.ndarray) -> np.ndarray:
         """y [1, O] of a row that goes straight."""
-        done = asyncio.get_running_loop().create_future()
-
-        class ReplyTo:
-            cancelled = False
-
-            def deliver_pack(self, pack) -> None:
-                done.set_result(pack)
-
-        handles = np.array([self.session.handle])
-        generations = self.rig.table.generation_array[handles]
-        self.rig.sessions.accept(1, 1)
-        assert self.rig.scheduler.submit_pack(
-            RowBatch(handles, generations, None, row), ReplyTo()
-        ).all()
-        pack = await done
+        pack = await self.rig.send_pack([self.session], row).outcome()
         assert not pack.errors
         return pack.y
 

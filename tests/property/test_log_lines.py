@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 import logging
 import sys
@@ -30,7 +29,7 @@ values = st.recursive(
 )
 keys = st.one_of(st.from_regex(r"[a-z_]{1,12}", fullmatch=True), texts)
 extras = st.dictionaries(keys, values, max_size=40)
-TEXT, JSON = renderer("text", io.StringIO()), renderer("json", io.StringIO())
+TEXT, JSON = renderer("text", terminal=False), renderer("json", terminal=False)
 
 
 class Away(Exception):

@@ -20,9 +20,10 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepstate.budget import MemoryAccount
 from stepstate.errors import StepstateError
 from stepstate.stores import Durability
-from stepstate.transport import Backend, StepstateServicer
+from stepstate.transport import StepstateServicer
 from stepstate.transport.bidi import AnyStream
 from stepstate.transport.packed import PackedStream
 from stepstate.transport.steps import StepStream
@@ -35,6 +36,7 @@ from tests.integration.triton import infer, tensor
 from tests.integration.wire import refusal_of
 from tests.networks import make_network
 from tests.unit.rig import Clock, Lasting, Rig, model_of, opening
+from tests.unit.transport.contexts import called
 
 NETWORK = make_network("ordered", hidden=4, layers=1, seed=13)
 NETWORK.manifest["outputs"] = [{"name": name, "horizons": [1]} for name in ("y0", "y1")]
@@ -132,9 +134,10 @@ class Arrival:
 
 
 class Wire:
-    """The two sides of a streaming call, without a wire."""
+    """The two sides of a streaming call, without a wire: messages are not encoded."""
 
     def __init__(self) -> None:
+        self.decode = self.encode = lambda message: message
         self._sent: asyncio.Queue[Any] = asyncio.Queue()
         self.replies: list[Any] = []
         self.send = self._sent.put_nowait
@@ -156,9 +159,9 @@ class Doors:
     asked: dict[str, list[tuple[int, str]]] = field(default_factory=lambda: defaultdict(list))
 
     def __post_init__(self) -> None:
-        backend = Backend(self.rig.sessions, self.rig.metrics)
+        backend = called(self.rig)
         self.native = StepstateServicer(backend)
-        self.triton = TritonService(backend)
+        self.triton = TritonService(backend, MemoryAccount(self.rig.memory))
         self.wires = {kind: Wire() for kind in STREAMS}
         streams: list[AnyStream] = [
             StepStream(backend, self.wires["StreamSteps"]),

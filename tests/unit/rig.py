@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from prometheus_client import CollectorRegistry
@@ -16,9 +16,12 @@ from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions import (
     Limits,
     OpenOptions,
+    PackedStep,
     ResidentSession,
+    RowBatch,
     SchedulerSettings,
     SessionService,
+    Source,
     Step,
 )
 from stepstate.stores import Durability, MemoryStore, MissingPolicy, SessionStore, StoredSession
@@ -47,8 +50,9 @@ class Clock:
 class Caller:
     """A `ReplyTo`: keeps the one outcome it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, source: Source | None = None) -> None:
         self.cancelled = False
+        self.source = source or Source()
         self.deliveries = 0
         self._outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
 
@@ -72,6 +76,22 @@ class Caller:
     async def error(self) -> Exception | None:
         """The error of the outcome."""
         return (await asyncio.wait_for(self._outcome, 10)).error
+
+
+class PackedCaller:
+    """A `PackedReplyTo`: keeps the one outcome it was given."""
+
+    def __init__(self, source: Source | None = None) -> None:
+        self.cancelled = False
+        self.source = source or Source()
+        self._outcome: asyncio.Future[PackedStep] = asyncio.get_running_loop().create_future()
+
+    def deliver_pack(self, pack: PackedStep) -> None:
+        self._outcome.set_result(pack)
+
+    async def outcome(self) -> PackedStep:
+        """The rows with their outcome."""
+        return await asyncio.wait_for(self._outcome, 10)
 
 
 class Rig:
@@ -201,10 +221,22 @@ class Rig:
         *,
         inspect: bool = False,
         last_only: bool = False,
+        source: Source | None = None,
     ) -> Caller:
-        """Submits rows x [T, D] and goes on at once."""
-        caller = Caller()
+        """Submits rows x [T, D], by default from a source of their own, and goes on at once."""
+        caller = Caller(source)
         self.sessions.submit(request(session, x, t, caller, inspect=inspect, last_only=last_only))
+        return caller
+
+    def send_pack(
+        self, sessions: Sequence[ResidentSession], x: np.ndarray, source: Source | None = None
+    ) -> PackedCaller:
+        """Submits a row of each session, x [N, D], which all must take the fast path."""
+        caller = PackedCaller(source)
+        handles = np.array([session.handle for session in sessions])
+        batch = RowBatch(handles, self.table.generation_array[handles], None, x)
+        self.sessions.accept(len(x), len(x), source=caller.source)
+        assert self.scheduler.submit_pack(batch, caller).all()
         return caller
 
     async def step(

@@ -73,6 +73,7 @@ WHAT_NEXT = {
     errors.SessionLimit: "--max-sessions",
     errors.QueueFull: "retry after 0.3 s",
     errors.MemoryLimit: "retry after 0.3 s, read the replies",
+    errors.TooManyCalls: "retry after 0.3 s, and have fewer under way",
     errors.Draining: "retry on another server",
     errors.ServerUnreachable: "sent again safely",
     errors.Cancelled: "send the same request",

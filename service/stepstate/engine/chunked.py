@@ -86,6 +86,11 @@ class ChunkedRequest(Generic[W]):
         return self.overflowed or self.error is not None
 
     @property
+    def ended(self) -> bool:
+        """Whether none of its rows is to be run any more."""
+        return self.over or not self.left
+
+    @property
     def left(self) -> int:
         """Rows still to run."""
         return self.work.rows - self.done

@@ -6,6 +6,10 @@ Rule 3: an item changes its slot's state as a whole, in one scatter, or not at a
 Rule 4: nothing waits for a timer. A turn takes all that is queued, up to the
         batch limit, as soon as a round of the event loop brings no more; what
         arrives while it computes is for the next turn.
+Rule 5: what is more than the limit is taken from its sources in turn (see
+        `fair`). So a source with 10,000 waiting rows delays the row of another
+        by one micro-batch, and one with 100 long requests gets no more rows of
+        a chunk than one with a single one.
 
 A turn is one micro-batch of single rows, then one chunk of the requests with
 many rows, so that neither holds up the other. It runs on the event loop:
@@ -22,7 +26,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
@@ -32,6 +35,7 @@ from numpy.typing import NDArray
 from stepstate.engine.accelerator import place_states
 from stepstate.engine.arena import Layout
 from stepstate.engine.chunked import Chunk, ChunkedRequest, compute_chunk
+from stepstate.engine.fair import FairQueue, RequestQueue
 from stepstate.engine.forecast.intervals import quantiles_of
 from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Plan, Rollout
 from stepstate.engine.forward import Forward, ForwardResult
@@ -40,7 +44,7 @@ from stepstate.engine.linear import Precision
 from stepstate.engine.network import Network
 from stepstate.engine.tracking.scores import ScoreTotals
 from stepstate.engine.tracking.tracker import ForecastQuality, Tracker
-from stepstate.engine.work import CompletionSink, Floats, MicroBatch, P, W
+from stepstate.engine.work import CompletionSink, Floats, MicroBatch, P, W, WorkItem
 from stepstate.models import Model, Timeline
 
 ROUNDS_TO_A_CHUNK = 4
@@ -129,7 +133,8 @@ class Engine(Generic[W, P]):
         self._chunk_rows = settings.chunk_rows
         self._queue: deque[W] = deque()
         self._packs: deque[P] = deque()
-        self._requests: deque[ChunkedRequest[W]] = deque()
+        self._backlog: FairQueue[W | P] = FairQueue()
+        self._requests: RequestQueue[W] = RequestQueue()
         self._awake = False
         self._rounds = 0
         self._seen = 1  # singles queued when a turn was last due
@@ -254,7 +259,7 @@ class Engine(Generic[W, P]):
         if work.single:
             self._queue.append(work)
         else:
-            self._requests.append(ChunkedRequest(work, self.layout, self._tracker))
+            self._requests.put(ChunkedRequest(work, self.layout, self._tracker))
         self._wake()
 
     def submit_pack(self, pack: P) -> None:
@@ -276,10 +281,10 @@ class Engine(Generic[W, P]):
                 batch = self._take()
                 if batch is not None:
                     self._step(batch)
-                if self._requests and self._chunk_due():
+                if self._requests.kinds and self._chunk_due():
                     self._advance()
         finally:  # the next turn comes whatever the sink raises
-            if self._queue or self._packs or self._requests:
+            if self._queue or self._packs or self._backlog.turns or self._requests.kinds:
                 asyncio.get_running_loop().call_soon(self._turn)
             else:
                 self._awake = False
@@ -300,33 +305,58 @@ class Engine(Generic[W, P]):
         large for the price of a poll, and a session alone never waits.
         """
         queued = len(self._queue)
-        arriving = self._seen < queued < self._batch_rows
+        arriving = self._seen < queued < self._batch_rows and not self._backlog.turns
         self._seen = queued if arriving else 1
         return arriving
 
     def _take(self) -> MicroBatch[W, P] | None:
-        """Singles up to the limit, then packs: at least one, however little room is left."""
+        """All singles and one pack, if that is all there is; else up to the limit, in turn."""
+        if self._backlog.turns or len(self._queue) > self._batch_rows or len(self._packs) > 1:
+            singles, packed = self._take_in_turn()
+        else:
+            singles, packed = list(self._queue), list(self._packs)
+            self._queue.clear()
+            self._packs.clear()
         works: list[W] = []
-        queue = self._queue
-        while queue and len(works) < self._batch_rows:
-            work = queue.popleft()
+        for work in singles:
             if work.reply_to.cancelled:
                 self._sink.dropped(work)
             else:
                 works.append(work)
-        packs = self._take_packs(self._batch_rows - len(works)) if self._packs else ()
-        return MicroBatch(works, packs) if works or packs else None
-
-    def _take_packs(self, room: int) -> list[P]:
         packs: list[P] = []
-        while self._packs and (not packs or len(self._packs[0]) <= room):
-            pack = self._packs.popleft()
+        for pack in packed:
             if pack.reply_to.cancelled:
                 self._sink.dropped_pack(pack)
             else:
                 packs.append(pack)
-                room -= len(pack)
-        return packs
+        return MicroBatch(works, packs) if works or packs else None
+
+    def _take_in_turn(self) -> tuple[list[W], list[P]]:
+        """Singles and packs up to the limit; the first pack is taken however little room is left.
+
+        What its caller does not wait for any more counts, so that a turn does not drop 10,000 rows.
+        """
+        backlog = self._backlog
+        while self._queue:
+            work = self._queue.popleft()
+            backlog.put(work.reply_to.source, work, 1)
+        while self._packs:
+            pack = self._packs.popleft()
+            backlog.put(pack.reply_to.source, pack, len(pack))
+        works: list[W] = []
+        packs: list[P] = []
+        room = self._batch_rows
+        while room > 0 and backlog.turns:
+            item, rows = backlog.first()
+            if isinstance(item, WorkItem):
+                works.append(item)
+            elif rows <= room or not packs:
+                packs.append(item)
+            else:
+                break
+            room -= rows
+            backlog.take()
+        return works, packs
 
     def _step(self, batch: MicroBatch[W, P]) -> None:
         started = time.perf_counter()
@@ -393,48 +423,66 @@ class Engine(Generic[W, P]):
                 self._sink.overflowed(works[place])
 
     def _advance(self) -> None:
-        """Runs one chunk of the long requests at the head of their queue."""
+        """Runs one chunk of long requests.
+
+        If some end early, the others go on with the rows that are left, once: requests with two
+        rows must not keep others at two rows a chunk.
+        """
         requests = self._take_requests()
         if not requests:
             return
-        self._run_chunk(requests)
+        room = self._chunk_rows - self._run_chunk(requests, self._chunk_rows)
+        going = [request for request in requests if not request.ended]
+        if len(going) <= room and 0 < len(going) < len(requests):
+            self._run_chunk(going, room)
         for request in requests:
-            if request.left and not request.over:
-                self._requests.append(request)  # for its next chunk
-            else:
+            if not request.ended:
+                self._requests.put(request)  # for its next chunk
+        for request in requests:
+            if request.ended:
                 self._report_request(request)
 
     def _take_requests(self) -> list[ChunkedRequest[W]]:
-        """Takes at most `chunk_rows` requests, all of one kind, and drops the cancelled ones."""
-        requests: list[ChunkedRequest[W]] = []
-        kind = self._requests[0].kind
-        for request in list(islice(self._requests, self._chunk_rows)):
+        """Takes the requests of the next chunk, and drops the cancelled ones."""
+        requests = []
+        for request in self._requests.take(self._chunk_rows):
             if request.work.reply_to.cancelled:
-                self._requests.remove(request)
                 self._sink.dropped(request.work)
-            elif request.kind == kind:
-                self._requests.remove(request)
+            else:
                 requests.append(request)
         return requests
 
-    def _run_chunk(self, requests: list[ChunkedRequest[W]]) -> None:
+    def _run_chunk(self, requests: list[ChunkedRequest[W]], rows: int) -> int:
         """Runs the next rows of requests of one kind, on copies of their states.
 
         An exception ends the request that it is raised for.
+
+        Args:
+            requests: at least one.
+            rows: most rows of all of them together, if that is one for each.
+
+        Returns:
+            How many rows it ran.
         """
-        for some, chunks in isolated(requests, self._compute, ChunkedRequest.fail):
+        before = sum(request.done for request in requests)
+
+        def compute(some: Sequence[ChunkedRequest[W]]) -> list[Chunk]:
+            return self._compute(some, rows)
+
+        for some, chunks in isolated(requests, compute, ChunkedRequest.fail):
             for request, chunk in zip(some, chunks, strict=True):
                 try:
                     request.take(chunk)
                 except Exception as error:  # noqa: BLE001 - a surprise must not stop the loop
                     request.fail(error)
+        return sum(request.done for request in requests) - before
 
-    def _compute(self, requests: Sequence[ChunkedRequest[W]]) -> list[Chunk]:
+    def _compute(self, requests: Sequence[ChunkedRequest[W]], rows: int) -> list[Chunk]:
         for request in requests:
             if not request.begun:
                 state = self._arena.read(np.array([request.work.slot]))[0]
                 request.begin(state, self._imputer)
-        return compute_chunk(requests, self._network, self._imputer, self._chunk_rows)
+        return compute_chunk(requests, self._network, self._imputer, rows)
 
     def _report_request(self, request: ChunkedRequest[W]) -> None:
         """Writes the state of a request that is done, and gives the sink its outcome."""

@@ -9,7 +9,7 @@ T rows of one request, B rows of different slots, D inputs, O outputs, H hidden 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
@@ -27,6 +27,11 @@ class Caller(Protocol):
     @property
     def cancelled(self) -> bool:
         """It does not wait any more."""
+        ...
+
+    @property
+    def source(self) -> Hashable:
+        """Whose work it is: sources take turns."""
         ...
 
 

@@ -12,6 +12,7 @@ or controls a terminal. Only a traceback in text format has lines of its own, ea
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import threading
 from collections.abc import Iterator
@@ -24,6 +25,9 @@ from stepstate.logging.writer import DROPPED, LineQueue, LineWriter
 __all__ = ["DROPPED", "LINES_PER_SECOND", "MAX_LINE_BYTES", "logs_on_stderr"]
 
 log = logging.getLogger(__name__)
+
+STDERR = 2
+"""Its file descriptor."""
 
 
 @contextmanager
@@ -38,7 +42,7 @@ def logs_on_stderr(level: str, style: str) -> Iterator[None]:
             Text has colours on a terminal, unless NO_COLOR is set.
     """
     limit = LineLimit()
-    writer = LineWriter(sys.stderr.fileno(), renderer(style, sys.stderr), limit)
+    writer = LineWriter(STDERR, renderer(style, terminal=os.isatty(STDERR)), limit)
     root = logging.getLogger()
     root.handlers[:] = [LineQueue(writer.lines, limit)]
     root.setLevel(level)

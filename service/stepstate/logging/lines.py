@@ -7,7 +7,6 @@ import math
 import os
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import TextIO
 
 import structlog
 
@@ -60,12 +59,12 @@ def line_of(entry: Entry, render: Render) -> bytes:
     raise ValueError("the name of the logger is too long")
 
 
-def renderer(style: str, file: TextIO) -> Render:
+def renderer(style: str, *, terminal: bool) -> Render:
     """What makes the text of a line: see `logs_on_stderr`."""
-    if style == "json" or (style == "auto" and not file.isatty()):
+    if style == "json" or (style == "auto" and not terminal):
         to_json = structlog.processors.JSONRenderer()
         return lambda entry: str(to_json(None, "", dict(entry))).replace("\x7f", r"\u007f")
-    colors = file.isatty() and "NO_COLOR" not in os.environ
+    colors = terminal and "NO_COLOR" not in os.environ
     to_text = structlog.dev.ConsoleRenderer(colors=colors)
     return lambda entry: to_text(None, "", _printable_entry(entry))
 

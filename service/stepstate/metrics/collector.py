@@ -7,6 +7,7 @@ event of a new one.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -26,6 +27,8 @@ from stepstate.logging import DROPPED
 from stepstate.metrics.counters import Histogram, Metrics, ModelMetrics, RpcMetrics
 from stepstate.sessions import SessionService, StepScheduler
 from stepstate.stores import DiskUsage
+
+log = logging.getLogger(__name__)
 
 Value = float | Histogram
 Samples = Iterable[tuple[Sequence[str], Value]]
@@ -58,10 +61,19 @@ class MetricsCollector(Collector):
         self.limits = limits
         self.memory = memory
         self.skipped_models = skipped_models
+        self.failures = 0
+        """Series that could not be read."""
 
     def collect(self) -> Iterator[Metric]:
-        """All series with their samples."""
-        return (_family(series, series.read(self)) for series in SERIES)
+        """All series with their samples; those that can't be read now, without any."""
+        for series in SERIES:
+            try:
+                family = _family(series, series.read(self))
+            except Exception:
+                log.exception("a series can't be read", extra={"series": series.name})
+                self.failures += 1
+                family = _family(series, ())
+            yield family
 
 
 Read = Callable[[MetricsCollector], Samples]
@@ -83,11 +95,17 @@ def _family(series: Series, samples: Samples) -> Metric:
     make = CounterMetricFamily if series.type == "counter" else GaugeMetricFamily
     numbers = make(series.name, series.help, labels=series.labels)
     for labels, value in samples:
+        texts = [_encodable(label) for label in labels]
         if isinstance(value, Histogram):
-            histograms.add_metric(labels, *value.samples())
+            histograms.add_metric(texts, *value.samples())
         else:
-            numbers.add_metric(labels, value)
+            numbers.add_metric(texts, float(value))
     return histograms if series.type == "histogram" else numbers
+
+
+def _encodable(label: str) -> str:
+    """A label as text that can be encoded, whatever a damaged record had."""
+    return str(label).encode("utf-8", "backslashreplace").decode()
 
 
 def _one(value: Callable[[MetricsCollector], Value]) -> Read:
@@ -190,6 +208,12 @@ SERIES = (
     Series("stepstate_memory_bytes", GAUGE, ("use",), _by(lambda s: s.memory.by_use),
            "Bytes that clients make the server hold, by what they are for; all together at most "
            'stepstate_limit{of="memory_bytes"}.'),
+    Series("stepstate_peers", GAUGE, (), _one(lambda s: s.counters.peers),
+           "Clients that have calls now: connections, and addresses behind trusted proxies."),
+    Series("stepstate_calls", GAUGE, ("kind", "state"),
+           lambda s: list(s.counters.calls.items()),
+           "Calls now, by kind (short, long, stream): open, and those of them that wait for their "
+           "turn."),
     Series("stepstate_models", GAUGE, ("state",),
            _by(lambda s: {"loaded": len(s.counters.models), "skipped": s.skipped_models}),
            "Models in the server's folder: loaded, or skipped because they can't be served."),
@@ -299,6 +323,8 @@ SERIES = (
     Series("stepstate_log_lines_dropped_total", COUNTER, ("cause",), _by(lambda _: DROPPED),
            "Log lines that were not written: nobody reads standard error (queue_full), a place in "
            "the code logged more than 10 in a second (rate_limit), or an error (failed)."),
+    Series("stepstate_metrics_failures_total", COUNTER, (), _one(lambda s: s.failures),
+           "Series that could not be read for a scrape, and had no samples in it; see the log."),
     Series("grpc_server_started_total", COUNTER, RPC, _rpc(lambda r: r.started),
            "RPCs started."),
     Series("grpc_server_handled_total", COUNTER, (*RPC, "grpc_code"), _rpc_by_code,

@@ -11,7 +11,7 @@ import time
 from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, product
 
 from stepstate.errors import REASONS
 
@@ -35,6 +35,10 @@ GRPC_CODES = (
     "AlreadyExists", "PermissionDenied", "ResourceExhausted", "FailedPrecondition", "Aborted",
     "OutOfRange", "Unimplemented", "Internal", "Unavailable", "DataLoss", "Unauthenticated",
 )  # fmt: skip
+
+
+CALL_KINDS = ("short", "long", "stream")
+CALL_STATES = ("open", "waiting")
 
 
 class Histogram:
@@ -130,6 +134,10 @@ class Metrics:
         """By name and version."""
         self.rpcs = defaultdict[tuple[str, str, str], RpcMetrics](RpcMetrics)
         """By kind, service and method."""
+        self.peers = 0
+        """Clients that have calls now."""
+        self.calls = dict.fromkeys(product(CALL_KINDS, CALL_STATES), 0)
+        """Calls now, by kind: open, and those of them that wait for their turn."""
         self.refusals = dict.fromkeys(REASONS, 0)
         self.ends = dict.fromkeys(END_REASONS, 0)
         self.deletions = dict.fromkeys(DELETION_REASONS, 0)

@@ -1,25 +1,103 @@
-"""The HTTP server of the metrics port: /metrics for Prometheus, and /healthz."""
+"""The HTTP server of the metrics port: /metrics for Prometheus, and /healthz.
+
+Its threads compete with the event loop for Python's lock. So connections are taken one by one
+with a pause, a new one ends the oldest if there are too many, and none lasts long.
+"""
 
 from __future__ import annotations
 
 import socket
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from http.client import LineTooLong
+from io import BufferedIOBase
 from socketserver import ThreadingMixIn
-from threading import Thread
+from threading import Lock, Thread
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry
 
-Application = Callable[[dict[str, Any], Any], Iterable[bytes]]
+from stepstate.metrics.pages import Environ, SharedPages, StartResponse
+
+MAX_CONNECTIONS = 64
+CONNECTION_SECONDS = 10.0
+"""Prometheus gives up after as long."""
+ACCEPT_SECONDS = 0.01
+"""Between two connections. A request takes half a millisecond, and Prometheus makes one in 15 s."""
+MAX_HEAD_BYTES = 16_384
+
+Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 _TEXT = ("Content-Type", "text/plain; charset=utf-8")
 
 
-class _ThreadingServer(ThreadingMixIn, WSGIServer):
+class _BoundedServer(ThreadingMixIn, WSGIServer):
+    """A thread for each connection, few connections at a time, and none for long."""
+
     daemon_threads = True  # a scrape that hangs does not delay the stop
+    request_queue_size = 128
+
+    def server_activate(self) -> None:
+        self._open = OrderedDict[socket.socket, float]()
+        """By the time of their start."""
+        self._lock = Lock()
+        super().server_activate()
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._cut(lambda: len(self._open) >= MAX_CONNECTIONS)
+        with self._lock:
+            self._open[request] = time.monotonic()
+        super().process_request(request, client_address)
+        time.sleep(ACCEPT_SECONDS)
+
+    def service_actions(self) -> None:
+        """Is called at least twice a second."""
+        start = time.monotonic() - CONNECTION_SECONDS
+        self._cut(lambda: bool(self._open) and next(iter(self._open.values())) < start)
+
+    def shutdown_request(self, request: Any) -> None:
+        with self._lock:
+            self._open.pop(request, None)
+        super().shutdown_request(request)
+
+    def handle_error(self, *_: object) -> None:
+        """Does not print that a client is gone; `SharedPages` logs errors of ours."""
+
+    def _cut(self, too_many: Callable[[], bool]) -> None:
+        """Ends the oldest connections: their threads, which read or write, find them closed."""
+        with self._lock:
+            while too_many():
+                oldest, _ = self._open.popitem(last=False)
+                with suppress(OSError):
+                    oldest.shutdown(socket.SHUT_RDWR)
+
+
+class _BoundedHead(BufferedIOBase):
+    """The file of a request; a head that is too long is an error."""
+
+    def __init__(self, file: BufferedIOBase) -> None:
+        self._file = file
+        self._left = MAX_HEAD_BYTES
+
+    def readline(self, size: int | None = None, /) -> bytes:
+        line = self._file.readline(self._left + 1 if size is None else min(size, self._left + 1))
+        self._left -= len(line)
+        if self._left < 0:
+            raise LineTooLong("head of the request")
+        return line
+
+    def close(self) -> None:
+        super().close()
+        self._file.close()
 
 
 class _QuietHandler(WSGIRequestHandler):
+    def setup(self) -> None:
+        super().setup()
+        self.rfile = _BoundedHead(self.rfile)
+
     def log_message(self, *_: object) -> None:
         """Does not log requests."""
 
@@ -40,10 +118,10 @@ def start_http(
     """
     family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
 
-    class MetricsServer(_ThreadingServer):
+    class MetricsServer(_BoundedServer):
         address_family = family
 
-    app = _application(make_wsgi_app(registry), serving)
+    app = _application(SharedPages(registry), serving)
     server = make_server(host, port, app, MetricsServer, handler_class=_QuietHandler)
     thread = Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
@@ -51,7 +129,7 @@ def start_http(
 
 
 def _application(metrics: Application, serving: Callable[[], bool]) -> Application:
-    def answer(environ: dict[str, Any], start_response: Any) -> Iterable[bytes]:
+    def answer(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
         if path == "/metrics":
             return metrics(environ, start_response)

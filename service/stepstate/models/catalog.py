@@ -28,6 +28,9 @@ class Catalog:
         self.skipped = tuple(skipped)
         ordered = sorted(models, key=lambda m: (m.manifest.name, int(m.manifest.version)))
         self._models = {model.key: model for model in ordered}
+        self._versions: dict[str, dict[str, Model]] = {}
+        for model in ordered:
+            self._versions.setdefault(model.manifest.name, {})[model.manifest.version] = model
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
@@ -39,18 +42,16 @@ class Catalog:
             ModelUnknown: it is not loaded.
             InvalidField: no name, and several models are loaded.
         """
-        names = {model.manifest.name for model in self}
+        names = self._versions
         if not name and len(names) != 1:
             raise InvalidField("model", f"is empty; name one of: {', '.join(sorted(names))}")
         wanted = name or next(iter(names))
-        found = [
-            model
-            for model in self
-            if model.manifest.name == wanted and version in ("", model.manifest.version)
-        ]
-        if not found:
+        versions = names.get(wanted, {})
+        newest = next(reversed(versions.values()), None)
+        found = versions.get(version) if version else newest
+        if found is None:
             raise ModelUnknown(wanted[:64], version[:64], ", ".join(self._models))
-        return found[-1]
+        return found
 
 
 def load_catalog(root: Path, *, skip_invalid: bool = False) -> Catalog:

@@ -24,6 +24,8 @@ from stepstate.models.tensors import WEIGHTS, Tensors, tensor_shapes
 
 MAX_MANIFEST_BYTES = 16 * 2**20
 """Thousands of columns with their horizons take 1 MiB."""
+MAX_MANIFEST_VALUES = 500_000
+"""Numbers, texts, lists and objects: more than the largest manifest has, and read at once."""
 _SPARE_WEIGHT_BYTES = 16 * 2**20
 """For the header, and for unknown tensors, so that the error can name them."""
 
@@ -82,8 +84,14 @@ def load_model(folder: Path | str) -> Model:
 
 def _read_manifest(folder: Path) -> dict[str, object]:
     path = folder / MANIFEST
+    text = _read(path, MAX_MANIFEST_BYTES)
+    values = sum(map(text.count, (b"[", b"{", b",")))
+    if values > MAX_MANIFEST_VALUES:
+        raise ModelInvalid(
+            str(path), f"has about {values} values, expected at most {MAX_MANIFEST_VALUES}"
+        )
     try:
-        document = json.loads(_read(path, MAX_MANIFEST_BYTES))
+        document = json.loads(text)
     except RecursionError as error:
         raise ModelInvalid(str(path), "is nested too deeply to be a manifest") from error
     except ValueError as error:

@@ -23,6 +23,7 @@ from stepstate.sessions.types import (
     SessionObserver,
     SessionRef,
     SessionState,
+    Source,
     Step,
     StepObserver,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "SessionState",
     "SessionStatus",
     "SessionSummary",
+    "Source",
     "Step",
     "StepObserver",
     "StepScheduler",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 from stepstate.errors import (
@@ -236,9 +236,9 @@ class SessionLifecycle:
         session_id = snapshot.record.session_id
         if self._table.get(session_id) is not None:
             await hold.finish(self._free_id(session_id))
-        async with AsyncExitStack() as held:
+        with ExitStack() as held:
             held.enter_context(self._counted_opening())
-            await held.enter_async_context(self._loader.slots.reserved())
+            held.enter_context(await self._loader.slots.reserve())
             placing = self._store_and_place(snapshot, held.pop_all())
         return await hold.finish(placing)
 
@@ -256,7 +256,7 @@ class SessionLifecycle:
         elif session.left is None:
             raise SessionExists(session_id, self._table.t[session.handle])
 
-    async def _store_and_place(self, snapshot: Snapshot, held: AsyncExitStack) -> ResidentSession:
+    async def _store_and_place(self, snapshot: Snapshot, held: ExitStack) -> ResidentSession:
         """Creates a session in the store, and in the reserved slot.
 
         Args:
@@ -265,7 +265,7 @@ class SessionLifecycle:
         """
         record = snapshot.record
         expires_at = self._store.backend.now() + record.idle_timeout_seconds
-        async with held:
+        with held:
             epoch = await self._store_new(snapshot, expires_at)
             session = self._loader.place(snapshot, epoch, expires_at=expires_at)
             self._counts.opened(record.model_key)

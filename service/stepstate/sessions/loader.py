@@ -109,7 +109,7 @@ class SessionLoader:
             found = await backend.find(session_id)
             if not isinstance(found, StoredSession) or self._sweeper.is_past(found):
                 raise await self.missing_reason(found, session_id)
-        async with self.slots.reserved():
+        with await self.slots.reserve():
             entry, snapshot = await self._take(session_id)
             session = self.place(snapshot, entry.epoch, expires_at=entry.expires_at)
         session.position_unknown = entry.owner != "" and session.bounded

@@ -181,7 +181,7 @@ class RequestQueues:
         Raises:
             Draining, QueueFull: nothing was accepted.
         """
-        self._admission.accept(1, step.rows)
+        self._admission.accept(1, step.rows, source=step.reply_to.source)
         step.session.scheduler.submit(step)
 
     def arrive(self, session_id: str, waiter: Waiter) -> None:

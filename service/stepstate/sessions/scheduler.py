@@ -45,18 +45,27 @@ from stepstate.sessions.types import (
     ResidentSession,
     RowBatch,
     SessionBarrier,
+    Source,
     Step,
     unexpected,
 )
 
+_WAITING = "waiting on this server, of which a client may have as many as are free"
+
 
 class Admission:
-    """Counts accepted requests until they have their outcome, and refuses more than the limits."""
+    """Counts accepted requests until they have their outcome, and refuses more than the limits.
+
+    A source may have as many waiting as are free, so that a few greedy ones leave room for others
+    (see `stepstate.budget`).
+    """
 
     def __init__(self, limits: Limits) -> None:
         self.draining = False
         self.queued_requests = 0
         self.queued_rows = 0
+        self.own = Source()
+        """Of barriers, which are never refused."""
         self._max_requests = limits.queued_requests
         self._max_rows = limits.queued_rows
         self._all_settled = asyncio.Event()
@@ -70,29 +79,34 @@ class Admission:
         if self.draining:
             raise Draining
 
-    def accept(self, requests: int, rows: int) -> None:
-        """Accepts requests; `settled` is called for each.
+    def accept(self, requests: int, rows: int, *, source: Source) -> None:
+        """Accepts requests of a source; `settled` is called for each.
 
         Raises:
             Draining, QueueFull: nothing was accepted.
         """
         if self.draining:
             raise Draining
-        if self.queued_requests >= self._max_requests:
-            raise QueueFull("requests waiting on this server", self._max_requests)
-        if self.queued_rows and self.queued_rows + rows > self._max_rows:
-            raise QueueFull("rows waiting on this server", self._max_rows)
-        self.queued_requests += requests
-        self.queued_rows += rows
+        if source.queued_requests >= self._max_requests - self.queued_requests:
+            raise QueueFull(f"requests {_WAITING}", self._max_requests)
+        queued = self.queued_rows
+        if queued and source.queued_rows + rows > self._max_rows - queued:
+            raise QueueFull(f"rows {_WAITING}", self._max_rows)
+        self.queued_rows = queued + rows
+        source.queued_rows += rows
+        self.count(requests, source=source)
 
-    def count(self, requests: int) -> None:
+    def count(self, requests: int, *, source: Source) -> None:
         """Counts requests without rows that only wait for their turn; they are never refused."""
         self.queued_requests += requests
+        source.queued_requests += requests
 
-    def settled(self, requests: int, rows: int) -> None:
+    def settled(self, requests: int, rows: int, *, source: Source) -> None:
         """Accepted requests have their outcome; called before it is delivered."""
         self.queued_requests -= requests
         self.queued_rows -= rows
+        source.queued_requests -= requests
+        source.queued_rows -= rows
         if self.draining and not self.queued_requests:
             self._all_settled.set()
 
@@ -224,7 +238,7 @@ class StepScheduler:
             barrier.reach()
             return
         self.queued_requests += 1
-        self._admission.count(1)
+        self._admission.count(1, source=self._admission.own)
         self._enqueue(session, barrier)
 
     def _enqueue(self, session: ResidentSession, waiting: Step | SessionBarrier[Any]) -> None:
@@ -463,7 +477,7 @@ class StepScheduler:
         """Delivers an outcome."""
         self.queued_rows -= step.rows
         self.queued_requests -= 1
-        self._settled(1, step.rows)
+        self._settled(1, step.rows, source=step.reply_to.source)
         step.reply_to.deliver(step)
 
     def _finish_pack(self, pack: PackedStep) -> None:
@@ -477,7 +491,7 @@ class StepScheduler:
                 pack.errors.append((row, session.lost))
         self.queued_rows -= len(pack)
         self.queued_requests -= len(pack)
-        self._settled(len(pack), len(pack))
+        self._settled(len(pack), len(pack), source=pack.reply_to.source)
         for handle in handles[table.awaited_array[handles]].tolist():
             session = table.at(handle)
             if session is not None:
@@ -505,7 +519,7 @@ class StepScheduler:
 
     def _reach(self, session: ResidentSession, barrier: SessionBarrier[Any]) -> None:
         self.queued_requests -= 1
-        self._settled(1, 0)
+        self._settled(1, 0, source=self._admission.own)
         if session.lost is not None:
             barrier.fail(session.lost)
         else:

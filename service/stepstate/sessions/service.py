@@ -58,6 +58,7 @@ from stepstate.stores import (
 log = logging.getLogger(__name__)
 
 _SAVED_AT_ONCE = 500
+_LISTED_AT_ONCE = 128
 _EXPIRED_AT_ONCE = 32  # about a millisecond of work in one turn of the loop
 _PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:-]{0,160}|~([0-9A-F]{2}){1,600}")
 
@@ -234,7 +235,7 @@ class SessionService:
             return False
         step = Step((), 0, False, False, reply_to, session, None, held_bytes)  # noqa: FBT003 - a hot constructor
         step.error = error
-        self._admission.count(1)
+        self._admission.count(1, source=reply_to.source)
         session.scheduler.submit(step)
         return True
 
@@ -252,15 +253,23 @@ class SessionService:
         return self.table.t[session.handle]
 
     async def forecast(
-        self, session_ids: Sequence[str], request: ForecastRequest
+        self,
+        session_ids: Sequence[str],
+        request: ForecastRequest,
+        *,
+        reserve: Callable[[int], None] = lambda _: None,
     ) -> list[list[SessionForecast] | StepstateError]:
         """For each session its forecasts, one for each scenario, or why there are none.
 
+        Args:
+            session_ids: of the sessions.
+            request: what is asked for.
+            reserve: called with the bytes of what is made, before it is.
+
         Raises:
-            InvalidField: no session could be forecast like that.
-            QueueFull.
+            InvalidField: no session could be forecast like that; and what `reserve` raises.
         """
-        return await self._forecaster.forecast(session_ids, request)
+        return await self._forecaster.forecast(session_ids, request, reserve)
 
     # The life of sessions
 
@@ -423,7 +432,9 @@ class SessionService:
         page = self.store.backend.page(token, size, model, expired=expired)
         entries, following = await self.store.ask(page)
         listed: list[SessionSummary | UnreadableSession] = []
-        for entry in entries:
+        for place, entry in enumerate(entries):
+            if place % _LISTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
             session = self.table.usable(entry.session_id, self._clock())
             if session is not None:
                 listed.append(self.summary(session))

@@ -8,8 +8,8 @@ Rule 2: a session is spilled only when the store has all of it, and its lease is
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import islice
 
 from stepstate.errors import QueueFull, SessionLimit
@@ -39,22 +39,25 @@ class SlotAllocator:
         self._durable = context.store.backend.durable
         self._spilling: asyncio.Task[int] | None = None
 
-    @asynccontextmanager
-    async def reserved(self) -> AsyncIterator[None]:
-        """Reserves a slot for the block, spilling others if there is none.
+    async def reserve(self) -> AbstractContextManager[None]:
+        """Reserves a slot for a block, spilling others if there is none.
 
         Raises:
             SessionLimit: the store can't take any.
             QueueFull: all resident sessions are busy.
             StoreUnavailable.
         """
-        await self._reserve()
+        await self._wait_for_place()
+        return self._reserved()
+
+    @contextmanager
+    def _reserved(self) -> Iterator[None]:
         try:
             yield
         finally:
             self._table.withdraw()  # a session that was added has its place now
 
-    async def _reserve(self) -> None:
+    async def _wait_for_place(self) -> None:
         table = self._table
         if not self._durable and not table.has_place:
             raise SessionLimit(table.limit)

@@ -28,12 +28,27 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+@dataclass(slots=True, eq=False)
+class Source:
+    """Where requests come from: queues share their room between sources, and serve them in turn."""
+
+    queued_requests: int = 0
+    """Accepted requests of it without an outcome."""
+    queued_rows: int = 0
+    """Rows of these."""
+
+
 class ReplyTo(Protocol):
     """Where a step's outcome goes: a waiting call or a stream."""
 
     @property
     def cancelled(self) -> bool:
         """Nobody waits any more."""
+        ...
+
+    @property
+    def source(self) -> Source:
+        """Whose steps these are."""
         ...
 
     def deliver(self, step: Step) -> None:
@@ -47,6 +62,11 @@ class PackedReplyTo(Protocol):
     @property
     def cancelled(self) -> bool:
         """Nobody waits any more."""
+        ...
+
+    @property
+    def source(self) -> Source:
+        """Whose rows these are."""
         ...
 
     def deliver_pack(self, pack: PackedStep) -> None:

@@ -26,7 +26,9 @@ from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Draining, MemoryLimit, StepstateError
 from stepstate.metrics import Metrics
 from stepstate.sessions import ReplyTo, ResidentSession, SessionService, Step
+from stepstate.transport.admission import CallAdmission
 from stepstate.transport.interceptor import DecodeFailure, MessageChannel
+from stepstate.transport.peers import current_peer
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +48,7 @@ class Backend:
 
     sessions: SessionService
     metrics: Metrics
+    admission: CallAdmission
 
 
 class Outcome(Protocol):
@@ -79,6 +82,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self, backend: Backend, messages: MessageChannel, *, patience_seconds: float = 0.0
     ) -> None:
         self.cancelled = False
+        self.source = current_peer.get().source
         self.refusals: Counter[str] = Counter()
         """Refused requests, by reason."""
         self._sessions = backend.sessions

@@ -23,10 +23,12 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 from grpc._cython.cygrpc import ExecuteBatchError
 
-from stepstate.budget import CallMemory, MemoryUse, call_memory
+from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.metrics import Metrics, RpcMetrics
-from stepstate.transport.peers import PeerTable, current_peer
+from stepstate.transport.admission import KINDS, LONG, CallAdmission, CallKind
+from stepstate.transport.peers import current_peer
+from stepstate.transport.receiving import Receiver
 from stepstate.transport.status import DETAILS_KEY, code_of, status_of
 
 log = logging.getLogger(__name__)
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
     _Codec = tuple[Callable[[bytes], Any], Callable[[Any], bytes]]
 
-_KINDS = {
+_GRPC_TYPES = {
     (False, False): "unary",
     (True, False): "client_stream",
     (False, True): "server_stream",
@@ -49,12 +51,13 @@ _KINDS = {
 class DecodeFailure:
     """Stands for bytes that are no message of the RPC's type, until they are answered."""
 
-    detail: str
+    field: str
+    problem: str
 
     @property
     def error(self) -> InvalidField:
         """What the client is answered."""
-        return InvalidField("message", f"can't be parsed ({self.detail}): is the proto file old?")
+        return InvalidField(self.field, self.problem)
 
 
 DECODED = 3
@@ -68,24 +71,19 @@ REQUEST_BYTES = 4096
 class MessageChannel:
     """The messages of an RPC with many requests, which come as bytes.
 
-    As an iterator, it decodes them.
+    As an iterator, it receives them with others in turn, and decodes them.
 
     Args:
         context: of the RPC.
-        decode: a request from its bytes; `DecodeFailure` if they are none.
-        encode: the bytes of a reply.
+        codec: a request from its bytes, or `DecodeFailure`; and the bytes of a reply.
+        receiver: for the iterator.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        decode: Callable[[bytes], Any],
-        encode: Callable[[Any], bytes],
-    ) -> None:
+    def __init__(self, context: Context, codec: _Codec, receiver: Receiver) -> None:
+        self._receiver = receiver
         self.read: Callable[[], Awaitable[Any]] = context.read
         """Receives the bytes of the next request, or `grpc.aio.EOF`."""
-        self.decode = decode
-        self.encode = encode
+        self.decode, self.encode = codec
         self.write: Callable[[bytes], Awaitable[None]] = context.write
         """Sends a reply; it is gone when this returns."""
 
@@ -93,7 +91,7 @@ class MessageChannel:
         return self
 
     async def __anext__(self) -> Any:
-        data = await self.read()
+        data = await self._receiver.read(current_peer.get().receiving, self.read)
         if data is grpc.aio.EOF:
             raise StopAsyncIteration
         return _well_formed(self.decode(data))
@@ -104,19 +102,21 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     Args:
         metrics: counts the RPCs.
-        peers: knows who calls.
+        admission: counts the calls of each peer, and lets long ones wait.
+        receiver: receives their requests.
     """
 
-    def __init__(self, metrics: Metrics, peers: PeerTable) -> None:
+    def __init__(self, metrics: Metrics, admission: CallAdmission, receiver: Receiver) -> None:
         self._metrics = metrics
-        self._peers = peers
+        self._admission = admission
+        self._receiver = receiver
         self._wrapped: dict[str, Handler | None] = {}
 
     def expect(self, methods: Iterable[MethodDescriptor]) -> None:
         """Makes the metrics of RPCs before any is called."""
         for method in methods:
-            kind = _KINDS[method.client_streaming, method.server_streaming]
-            self._metrics.rpc(kind, method.containing_service.full_name, method.name)
+            grpc_type = _GRPC_TYPES[method.client_streaming, method.server_streaming]
+            self._metrics.rpc(grpc_type, method.containing_service.full_name, method.name)
 
     async def intercept_service(
         self,
@@ -135,9 +135,17 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
 
     def _wrap(self, path: str, handler: Handler) -> Handler:
         _, service, method = path.split("/")
-        kind = _KINDS[handler.request_streaming, handler.response_streaming]
-        counts = self._metrics.rpc(kind, service, method)
-        rpc = _Rpc(path, self._metrics, counts, self._peers, _codec(counts, handler))
+        grpc_type = _GRPC_TYPES[handler.request_streaming, handler.response_streaming]
+        counts = self._metrics.rpc(grpc_type, service, method)
+        rpc = _Rpc(
+            path,
+            KINDS[method],
+            self._admission,
+            self._receiver,
+            metrics=self._metrics,
+            counts=counts,
+            codec=_codec(counts, handler),
+        )
         # A handler of one request is one of a stream to gRPC: it would read the request before it
         # says whose it is.
         one, many = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
@@ -160,16 +168,22 @@ class _Rpc:
     def __init__(
         self,
         path: str,
+        kind: CallKind,
+        admission: CallAdmission,
+        receiver: Receiver,
+        *,
         metrics: Metrics,
         counts: RpcMetrics,
-        peers: PeerTable,
         codec: _Codec,
     ) -> None:
         self._path = path
+        self._kind = kind
         self._metrics = metrics
         self._counts = counts
-        self._peers = peers
-        self.decode, self.encode = codec
+        self._admission = admission
+        self._receiver = receiver
+        self._codec = codec
+        self._decode, self.encode = codec
 
     def returning(
         self,
@@ -177,9 +191,12 @@ class _Rpc:
         read: Callable[[Context], Awaitable[Any]],
     ) -> Callable[..., Any]:
         """Serves handlers that return their one response; `read` gives them their requests."""
+        if self._kind is LONG:
+            behavior = self._admission.in_turn(behavior)
 
         async def watched(_: object, context: Context) -> Any:
             async with self._watch(context):
+                self._admission.begin(context, self._kind, _when_done)
                 reply = self.encode(await behavior(await read(context), context))
                 call_memory.get().resize(MemoryUse.REPLIES, SENT * len(reply))
                 return reply
@@ -194,6 +211,7 @@ class _Rpc:
 
             async def generated(_: object, context: Context) -> AsyncIterator[Any]:
                 async with self._watch(context):
+                    self._admission.begin(context, self._kind, _when_done)
                     async for response in behavior(await read(context), context):
                         yield response
 
@@ -201,6 +219,7 @@ class _Rpc:
 
         async def watched(_: object, context: Context) -> None:
             async with self._watch(context):
+                self._admission.begin(context, self._kind, _when_done)
                 await behavior(await read(context), context)
 
         return watched
@@ -209,27 +228,22 @@ class _Rpc:
         """The request of an RPC that has one.
 
         Raises:
-            MemoryLimit: its peer holds too much.
+            MemoryLimit: its peer holds too much, or it came slowly and others waited.
             InvalidField: it can't be parsed, or did not come.
         """
-        data = await context.read()
+        data = await self._receiver.read(current_peer.get().receiving, context.read)
         if data is grpc.aio.EOF:
             raise InvalidField("message", "is missing: the call ended before its request")
         call_memory.get().reserve(MemoryUse.REQUESTS, DECODED * len(data) + REQUEST_BYTES)
-        return _well_formed(self.decode(data))
+        return _well_formed(self._decode(data))
 
     async def all_requests(self, context: Context) -> MessageChannel:
         """The requests of an RPC that has many."""
-        return MessageChannel(context, self.decode, self.encode)
+        return MessageChannel(context, self._codec, self._receiver)
 
     @asynccontextmanager
     async def _watch(self, context: Context) -> AsyncIterator[None]:
         self._counts.started += 1
-        peer = self._peers.join(context)
-        memory = CallMemory(peer.memory)
-        context.add_done_callback(lambda _: memory.close())  # type: ignore[arg-type] # a protocol's name
-        current_peer.set(peer)
-        call_memory.set(memory)
         started = time.perf_counter()
         code = grpc.StatusCode.OK
         try:
@@ -245,12 +259,14 @@ class _Rpc:
             self._metrics.refused(error.reason)
             log.info("refused: %s", error, extra={"rpc": self._path, "reason": error.reason})
             _refuse(context, error)
-        except Exception:
+            _drop_frames(error)
+        except Exception as error:
             internal = Internal(secrets.token_hex(8))
             code = grpc.StatusCode.INTERNAL
             self._metrics.refused(internal.reason)
             log.exception("an RPC failed", extra={"rpc": self._path, "error_id": internal.error_id})
             _refuse(context, internal)
+            _drop_frames(error)
         finally:
             self._counts.handled[_go_name(code)] += 1
             self._counts.seconds.observe(time.perf_counter() - started)
@@ -269,7 +285,10 @@ def _codec(counts: RpcMetrics, handler: Handler) -> _Codec:
         try:
             return data if decode is None else decode(data)
         except DecodeError as error:
-            return DecodeFailure(str(error))
+            problem = f"can't be parsed ({error}): is the proto file old?"
+            return DecodeFailure("message", problem)
+        except InvalidField as error:
+            return DecodeFailure(error.field, error.problem)
 
     def encoded(message: Any) -> bytes:
         if isinstance(message, bytes):  # encoded before it was given to gRPC
@@ -290,6 +309,26 @@ def _well_formed(message: Any) -> Any:
     if isinstance(message, DecodeFailure):
         raise message.error
     return message
+
+
+def _when_done(callback: Callable[[object], None]) -> None:
+    """Calls a function when gRPC is done with the RPC that this task serves.
+
+    `context.add_done_callback` does so too, but it makes a reference cycle of each RPC.
+    """
+    task = asyncio.current_task()
+    assert task is not None, "gRPC has one for each RPC"
+    task.add_done_callback(callback)
+
+
+def _drop_frames(error: BaseException | None) -> None:
+    """Cuts the reference cycles of an error: its traceback leads to frames that may lead to it.
+
+    They would keep requests and replies until the next garbage collection.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
 
 
 def _refuse(context: Context, error: StepstateError) -> None:

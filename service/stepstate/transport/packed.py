@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from stepstate.budget import MemoryUse
 from stepstate.errors import MemoryLimit, StepstateError
-from stepstate.sessions import PackedStep, ResidentSession, Step
+from stepstate.sessions import PackedStep, ResidentSession, Source, Step
 from stepstate.transport.bidi import Backend, BidiStream
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import SENT, MessageChannel
@@ -139,7 +139,7 @@ class PackedStream(
         message.held_bytes += SENT * min(reply_bytes(len(message), self._widest), REPLY_BYTES)
         self._reserve(MemoryUse.REPLIES, message.held_bytes)
         try:
-            self._sessions.accept(len(message), len(message))
+            self._sessions.accept(len(message), len(message), source=self.source)
         except StepstateError:
             self._release(MemoryUse.REPLIES, message.held_bytes)
             raise
@@ -206,7 +206,7 @@ class PackedStream(
 
     def _settle(self, rows: int) -> None:
         """Accepted rows are not submitted after all."""
-        self._sessions.settled(rows, rows)
+        self._sessions.settled(rows, rows, source=self.source)
 
     def _encode_failure(self, error: StepstateError) -> pb.StreamPackedResponse:
         return self._error(0, error)
@@ -233,6 +233,11 @@ class _PackedRows:
     def cancelled(self) -> bool:
         """See `PackedReplyTo`."""
         return self.stream.cancelled
+
+    @property
+    def source(self) -> Source:
+        """See `PackedReplyTo`."""
+        return self.stream.source
 
     def deliver_pack(self, pack: PackedStep) -> None:
         """See `PackedReplyTo`."""
@@ -261,6 +266,11 @@ class _Row:
     def cancelled(self) -> bool:
         """See `ReplyTo`."""
         return self.stream.cancelled
+
+    @property
+    def source(self) -> Source:
+        """See `ReplyTo`."""
+        return self.stream.source
 
     def deliver(self, step: Step) -> None:
         """See `ReplyTo`."""

@@ -14,7 +14,15 @@ from numpy.typing import NDArray
 from stepstate.engine import Floats
 from stepstate.errors import InvalidField, StepstateError
 from stepstate.models import Model
-from stepstate.sessions import PackedStep, ReplyTo, ResidentSession, RowBatch, SessionRef, Step
+from stepstate.sessions import (
+    ID_LENGTH,
+    PackedStep,
+    ReplyTo,
+    ResidentSession,
+    RowBatch,
+    SessionRef,
+    Step,
+)
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.status import status_of
 from stepstate.transport.steps import make_step
@@ -24,6 +32,8 @@ MAX_ROWS = 4096
 """Sixteen of the largest forwards; and the reply stays readable if every row is refused."""
 MAX_HANDLES = 262_144
 """Of a stream; their table then takes some 8 MB beside the ids."""
+MAX_BINDINGS = 16_384
+"""Of a message: some 50 ms of work, in which nobody else is served."""
 HANDLE_BYTES = 32
 """Of a handle in the table, with what a stream keeps of it."""
 ROW_BYTES = 128
@@ -66,14 +76,26 @@ class HandleTable:
         """How many bytes more it takes with these bindings, at most.
 
         Raises:
-            InvalidField: a handle is too large.
+            InvalidField: there are too many, a handle is too large, or an id too long.
         """
+        if len(bindings) > MAX_BINDINGS:
+            raise InvalidField(
+                "bindings",
+                f"holds {len(bindings)}, expected at most {MAX_BINDINGS}: send several messages",
+            )
         largest = max(binding.handle for binding in bindings)
         if largest >= MAX_HANDLES:
             raise InvalidField(
                 "bindings",
                 f"has handle {largest}, expected less than {MAX_HANDLES}: use those of closed "
                 "sessions again, or open another stream",
+            )
+        longest = max(bindings, key=lambda binding: len(binding.session_id))
+        if len(longest.session_id) > ID_LENGTH:
+            raise InvalidField(
+                "bindings",
+                f"has an id of {len(longest.session_id)} characters for handle {longest.handle}, "
+                f"expected at most {ID_LENGTH}",
             )
         ids = sum(_id_bytes(binding.session_id) for binding in bindings)
         return HANDLE_BYTES * (self._length(largest) - len(self)) + ids

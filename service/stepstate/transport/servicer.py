@@ -48,6 +48,8 @@ if TYPE_CHECKING:
     from stepstate.transport.peers import Context
 
 PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
+MODEL_NAME_LENGTH = 64
+"""As in manifests."""
 PART_BYTES = 2**20
 LISTED_BYTES = 4096
 """What a session takes while it is listed: its record, and its part of the reply."""
@@ -70,6 +72,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         self._backend = backend
         self._keys = keys or SnapshotKeys()
         self._sessions = backend.sessions
+        self._models = [encode_model(model) for model in backend.sessions.catalog]
         self._streams = StreamRegistry()
 
     async def OpenSession(
@@ -90,6 +93,11 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         size = request.page_size or PAGE_SIZE
         if size > MAX_PAGE_SIZE:
             raise InvalidField("page_size", f"is {size}, expected at most {MAX_PAGE_SIZE}")
+        if len(request.model) > MODEL_NAME_LENGTH:
+            raise InvalidField(
+                "model",
+                f"has {len(request.model)} characters, expected at most {MODEL_NAME_LENGTH}",
+            )
         call_memory.get().reserve(MemoryUse.REPLIES, size * LISTED_BYTES)
         while True:
             found, following = await self._sessions.page(
@@ -156,10 +164,11 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         session_id = request.session_id
         memory = call_memory.get()
         memory.reserve(MemoryUse.REPLIES, SENT * PART_BYTES)
-        snapshot, summary = await self._sessions.export(
-            session_id, reserve=lambda size: memory.reserve(MemoryUse.SNAPSHOTS, 2 * size)
-        )
-        snapshot = await asyncio.to_thread(self._keys.signed, snapshot)
+        async with self._backend.admission.turn():
+            snapshot, summary = await self._sessions.export(
+                session_id, reserve=lambda size: memory.reserve(MemoryUse.SNAPSHOTS, 2 * size)
+            )
+            snapshot = await asyncio.to_thread(self._keys.signed, snapshot)
         size = len(snapshot)
         if size > MAX_SNAPSHOT_BYTES:
             raise SnapshotTooLarge(session_id, size, MAX_SNAPSHOT_BYTES)
@@ -192,10 +201,11 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
             part = following.data
         if len(data) != size:
             raise InvalidField("data", f"has {len(data)} bytes in all, and size is {size}")
-        snapshot = bytes(data)
-        data.clear()
-        snapshot = await asyncio.to_thread(self._keys.verified, snapshot)
-        session = await self._sessions.restore(snapshot, options)
+        async with self._backend.admission.turn():
+            snapshot = bytes(data)
+            data.clear()
+            snapshot = await asyncio.to_thread(self._keys.verified, snapshot)
+            session = await self._sessions.restore(snapshot, options)
         return pb.StreamImportResponse(session=self._encoded(session))
 
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
@@ -212,21 +222,24 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         await self._streams.serve(PackedStream(self._backend, messages))
 
     async def Forecast(self, request: pb.ForecastRequest, context: Context) -> pb.ForecastResponse:
-        results = await self._sessions.forecast(request.session_id, decode_forecast(request))
-        call_memory.get().reserve(MemoryUse.REPLIES, SENT * forecast_reply_bytes(results))
+        reserve = partial(call_memory.get().reserve, MemoryUse.REPLIES)
+        results = await self._sessions.forecast(
+            request.session_id, decode_forecast(request), reserve=reserve
+        )
+        reserve(SENT * forecast_reply_bytes(results))
         return await encode_forecasts(request.session_id, results)
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        models = list(self._sessions.catalog)
+        models = self._models
         token = request.page_token or "0"  # the number of models on the pages before
         if not _DIGITS.fullmatch(token) or int(token) > len(models):
             raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
         first = int(token)
         page = ReplyPage[pb.Model]()
         for model in models[first : first + (request.page_size or len(models))]:
-            if not page.take(encode_model(model)):
+            if not page.take(model):
                 break
         call_memory.get().reserve(MemoryUse.REPLIES, SENT * page.size)
         after = first + len(page)

@@ -43,6 +43,7 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.SessionUnreadable: StatusCode.DATA_LOSS,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -58,11 +59,13 @@ _FIELDS: dict[type[errors.StepstateError], str] = {
 _QUOTAS: dict[type[errors.StepstateError], str] = {
     errors.SessionLimit: "server:sessions",
     errors.MemoryLimit: "client:memory",
+    errors.TooManyCalls: "client:calls",
 }
 """Whose quota of what is used up."""
 _RETRYABLE = (
     errors.QueueFull,
     errors.MemoryLimit,
+    errors.TooManyCalls,
     errors.Draining,
     errors.StoreUnavailable,
 )

@@ -22,6 +22,7 @@ from stepstate.stores import MissingPolicy
 from stepstate.transport.bidi import Backend, BidiStream
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import SENT
+from stepstate.transport.peers import current_peer
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
@@ -31,6 +32,8 @@ REQUEST_VALUES = 4_000_000
 REQUEST_ROWS = 100_000
 """About ten weeks of minutes in one request; more history goes in several."""
 
+ADVANCE_REPLY_BYTES = 2**18
+"""Of the outputs of all rows of `advance`, which is a request of some ten bytes."""
 STEP_BYTES = 1024
 """What a step takes, beside its values."""
 _VALUE_BYTES = 4
@@ -78,14 +81,16 @@ class UnaryReply:
 
     def __init__(self) -> None:
         self.cancelled = False
+        self.source = current_peer.get().source
         self.held_bytes = 0
         """Of its step, once that is accepted."""
-        self.outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
+        # It does not hold the step, which leads back here.
+        self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def deliver(self, step: Step) -> None:
+    def deliver(self, step: Step) -> None:  # noqa: ARG002 - it has its outcome now
         """See `ReplyTo`."""
-        if not self.outcome.done():
-            self.outcome.set_result(step)
+        if not self.answered.done():
+            self.answered.set_result(None)
 
 
 async def apply_step(
@@ -112,7 +117,7 @@ async def apply_step(
     """
     sessions, memory, call = backend.sessions, call_memory.get(), UnaryReply()
 
-    def accept(session: ResidentSession) -> None:
+    def accept(session: ResidentSession) -> Step:
         step = make(session, call)
         memory.reserve(MemoryUse.REPLIES, step.held_bytes)
         try:
@@ -121,13 +126,18 @@ async def apply_step(
             memory.release(MemoryUse.REPLIES, step.held_bytes)
             raise
         call.held_bytes = step.held_bytes
+        return step
 
     try:
-        await sessions.in_turn(session_id, accept, patience_seconds=patience_seconds, hold=hold)
-        return await call.outcome
+        step = await sessions.in_turn(
+            session_id, accept, patience_seconds=patience_seconds, hold=hold
+        )
+        await call.answered
     except asyncio.CancelledError:
         call.cancelled = True
         raise
+    else:
+        return step
     finally:
         memory.release(MemoryUse.REPLIES, call.held_bytes)
 
@@ -257,6 +267,14 @@ def _missing_values(request: pb.StepRequest, session: ResidentSession) -> np.nda
             "advance",
             f"is {rows}; of {session.model.key} at most {REQUEST_VALUES // width} a request",
         )
+    if not request.last_only:
+        reply_bytes = _reply_bytes(session.model, rows, rows, inspect=request.inspect)
+        if rows > 1 and reply_bytes > ADVANCE_REPLY_BYTES:
+            raise InvalidField(
+                "advance",
+                f"asks for {reply_bytes} bytes of outputs, more than {ADVANCE_REPLY_BYTES}: set "
+                "last_only, or send fewer rows a request",
+            )
     return np.full(rows * width, np.nan, np.float32)
 
 

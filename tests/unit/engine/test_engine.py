@@ -22,6 +22,7 @@ class Caller:
     """Waits for a request; a test may cancel it."""
 
     cancelled = False
+    source = None
 
 
 class Desk:

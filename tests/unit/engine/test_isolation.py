@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from stepstate.engine import PackedWork
 from stepstate.engine.accelerator import DeviceForward
 from stepstate.engine.engine import isolated
 from stepstate.engine.imputation import Imputer
 from stepstate.engine.network import Network
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.errors import Internal
-from stepstate.sessions import ForecastRequest, RowBatch
+from stepstate.sessions import ForecastRequest
 from stepstate.sessions.forecasting.origins import OriginCopier
 from tests.accelerators import ACCELERATORS, there
 from tests.networks import make_network
@@ -45,17 +44,6 @@ def test_items_that_raise_are_found_and_the_others_run_once(count, share):
     assert [place for some, _ in parts for place in some] == ran
     assert all(ran_rows == len(some) for some, ran_rows in parts)
     assert failed.keys() == guilty
-
-
-class PackReplies:
-    """A `PackedReplyTo` that keeps the one outcome it is given."""
-
-    cancelled = False
-    pack: PackedWork | None = None
-
-    def deliver_pack(self, pack) -> None:
-        assert self.pack is None
-        self.pack = pack
 
 
 def poisoned(real: Callable, place: int) -> Callable:
@@ -175,20 +163,15 @@ async def test_a_packed_row_that_raises_fails_alone(make, monkeypatch, fault):
     x = np.stack([history(100 + place)[0] for place in range(SESSIONS)])
     sent = x.copy()
     sent[sorted(guilty), 0] = GUILTY
-    replies = [PackReplies(), PackReplies()]
     parts = [np.arange(10, 25), np.arange(25, 40)]
     with monkeypatch.context() as patch:
         FAULTS[fault](patch)
         callers = [rig.send(sessions[place], sent[place]) for place in range(10)]
-        for reply_to, part in zip(replies, parts, strict=True):
-            handles = np.array([sessions[place].handle for place in part])
-            rig.sessions.accept(len(part), len(part))
-            columns = RowBatch(handles, rig.table.generation_array[handles], None, sent[part])
-            assert rig.scheduler.submit_pack(columns, reply_to).all()
+        packs = [rig.send_pack([sessions[place] for place in part], sent[part]) for part in parts]
         for place, caller in enumerate(callers):
             assert isinstance(await caller.error(), Internal if place in guilty else type(None))
-    for reply_to, part in zip(replies, parts, strict=True):
-        pack = reply_to.pack
+    for caller, part in zip(packs, parts, strict=True):
+        pack = await caller.outcome()
         assert {int(part[row]) for row, _ in pack.errors} == guilty & set(part.tolist())
         assert all(isinstance(error, Internal) for _, error in pack.errors)
         for row, place in enumerate(part.tolist()):

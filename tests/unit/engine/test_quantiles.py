@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import copy
 
 import numpy as np
@@ -10,7 +9,7 @@ import pytest
 
 from stepstate.engine.forecast.intervals import quantiles_of
 from stepstate.engine.forecast.rollout import HorizonForecast, Method
-from stepstate.sessions import ForecastRequest, RowBatch
+from stepstate.sessions import ForecastRequest
 from stepstate.transport.triton.tensors import outputs_of
 from tests import offline
 from tests.accelerators import ACCELERATORS, there
@@ -66,22 +65,6 @@ def wanted(x: np.ndarray) -> np.ndarray:
     return np.concatenate([np.sort(raw, axis=2).reshape(-1, 6), y[:, 6:]], axis=1)
 
 
-async def pack(rig: Rig, session, row: np.ndarray) -> np.ndarray:
-    done = asyncio.get_running_loop().create_future()
-
-    class ReplyTo:
-        cancelled = False
-
-        def deliver_pack(self, pack) -> None:
-            done.set_result(pack.y)
-
-    handles = np.array([session.handle])
-    columns = RowBatch(handles, rig.table.generation_array[handles], None, row[None])
-    rig.sessions.accept(1, 1)
-    assert rig.scheduler.submit_pack(columns, ReplyTo()).all()
-    return (await done)[0]
-
-
 async def test_y_rises_by_every_way(rig):
     x = rows(12)
     y = wanted(x)
@@ -91,7 +74,8 @@ async def test_y_rises_by_every_way(rig):
         again = await rig.step(stepped, row, place)
         assert np.abs(outputs(step)[0] - y[place]).max() < CLOSE
         assert (again.replayed, again.y) == (True, step.y)
-        assert np.abs(await pack(rig, packed, row) - y[place]).max() < CLOSE
+        pack = await rig.send_pack([packed], row[None]).outcome()
+        assert np.abs(pack.y[0] - y[place]).max() < CLOSE
     assert np.abs(await rig.y(primed, x[:8]) - y[:8]).max() < CLOSE
     assert np.abs(await rig.y(primed, x[8:], inspect=True) - y[8:]).max() < CLOSE
     for session in (stepped, primed, packed):

@@ -36,16 +36,15 @@ def _restored(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 class Stderr:
     """A pipe, or a terminal, as standard error."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, terminal: bool = False) -> None:
-        self.reading, self.writing = pty.openpty() if terminal else os.pipe()
+    def __init__(self, *, terminal: bool = False) -> None:
+        self.reading, self._writing = pty.openpty() if terminal else os.pipe()
         os.set_blocking(self.reading, False)
-        self._file = os.fdopen(self.writing, "w", closefd=False)
-        self._monkeypatch = monkeypatch
+        self._before = os.dup(2)
 
     @contextmanager
     def logs(self, style: str = "json") -> Iterator[None]:
         """Logs to it in the block."""
-        self._monkeypatch.setattr(sys, "stderr", self._file)
+        os.dup2(self._writing, 2)
         with logs_on_stderr("INFO", style):
             yield
 
@@ -65,14 +64,16 @@ class Stderr:
         """Closes both ends, when nobody writes any more."""
         while any(thread.name == "logs" for thread in threading.enumerate()):
             self.read()
+        os.dup2(self._before, 2)
         with suppress(OSError):
             os.close(self.reading)
-        os.close(self.writing)
+        os.close(self._writing)
+        os.close(self._before)
 
 
 @pytest.fixture
-def stderr(monkeypatch: pytest.MonkeyPatch) -> Iterator[Stderr]:
-    with closing(Stderr(monkeypatch)) as pipe:
+def stderr() -> Iterator[Stderr]:
+    with closing(Stderr()) as pipe:
         yield pipe
 
 
@@ -86,7 +87,7 @@ def test_text_has_colours_on_a_terminal_only(
     monkeypatch.delenv("NO_COLOR", raising=False)
     if variable:
         monkeypatch.setenv(variable, "1")
-    with closing(Stderr(monkeypatch, terminal=place == "terminal")) as stderr:
+    with closing(Stderr(terminal=place == "terminal")) as stderr:
         with stderr.logs("text"):
             log.info("hello")
         written = stderr.read()

@@ -28,6 +28,7 @@ LABELS = {
     "file",
     "of",
     "use",
+    "kind",
     "residency",
     "output",
     "horizon",
@@ -169,6 +170,41 @@ def test_refused_requests_and_ended_sessions_are_counted_by_reason(metrics, regi
     assert found["stepstate_requests_refused_total", "reason=STEP_AHEAD"] == 1
     assert found["stepstate_sessions_closed_total", "reason=expired"] == 2
     assert found["stepstate_sessions_opened_total", "model=m", "version=1"] == 1
+
+
+class Broken:
+    """Sessions of which nothing can be read."""
+
+    def __getattr__(self, name: str) -> object:
+        raise ValueError(name)
+
+
+def test_a_series_that_can_not_be_read_takes_no_other_with_it(metrics, registry, caplog):
+    broken = CollectorRegistry()
+    broken.register(MetricsCollector(metrics, Broken(), limits={}, memory=MemoryBudget(1)))
+    metrics.model("m", "1").opened += 2
+    found, whole = exposed(broken), exposed(registry)
+    assert found["stepstate_sessions_opened_total", "model=m", "version=1"] == 2
+    missing = {key[0] for key in whole.keys() - found.keys()}
+    assert {"stepstate_expired_sessions", "stepstate_store_up"} <= missing
+    assert found["stepstate_metrics_failures_total",] == len(caplog.records) > 0
+    assert {record.series for record in caplog.records} >= missing - {"stepstate_limit"}
+
+
+@pytest.mark.parametrize("version", [1, None, "\ud800", "a\nb", '"} 1', b"x"])
+def test_a_label_of_any_kind_leaves_the_page_whole(metrics, registry, version):
+    """As a damaged record may have it."""
+    before = exposed(registry)
+    metrics.restored("m", version, taken_over=False)
+    found = exposed(registry)
+    assert before.items() <= {**found, **dict.fromkeys(_counts_of_models(found), 0)}.items()
+    restores = {key for key in found if key[0] == "stepstate_session_restores_total"}
+    assert [found[key] for key in restores] == [1]
+    assert found["stepstate_metrics_failures_total",] == 0
+
+
+def _counts_of_models(found: dict[tuple[str, ...], float]) -> list[tuple[str, ...]]:
+    return [key for key in found if key[0] == "stepstate_models"]
 
 
 async def test_the_gauges_are_those_of_the_lane(rig, network):

@@ -58,6 +58,14 @@ def test_a_manifest_that_is_nested_without_end_is_refused_in_words(folder, depth
     refused(folder, MANIFEST, "nested")
 
 
+@pytest.mark.parametrize("many", ["[]", "{}", "1", '""'])
+def test_a_manifest_of_millions_of_values_is_not_parsed(folder, monkeypatch, many):
+    text = (folder / MANIFEST).read_text()
+    (folder / MANIFEST).write_text(f'{text.rstrip()[:-1]}, "x": [{",".join([many] * 1_000_000)}]}}')
+    monkeypatch.setattr(json, "loads", lambda _: pytest.fail("it was parsed"))
+    refused(folder, MANIFEST, "values")
+
+
 def test_what_is_given_to_be_written_is_bounded_too(network, tmp_path):
     deep: list[object] = []
     for _ in range(100_000):

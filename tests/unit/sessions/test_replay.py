@@ -14,6 +14,7 @@ SLOTS = 5
 
 class Caller:
     cancelled = False
+    source = None
 
 
 def work(x: object, slot: int = 0, *, inspect: bool = False, last_only: bool = False) -> WorkItem:

@@ -43,6 +43,7 @@ CODES = {
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.QueueFull: StatusCode.UNAVAILABLE,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
     errors.Draining: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -94,7 +95,7 @@ def test_an_error_has_the_details_of_the_design(cls):
         errors.ForecastImpossible,
     ):
         wanted.add(PreconditionFailure)
-    if cls in (errors.SessionLimit, errors.MemoryLimit):
+    if cls in (errors.SessionLimit, errors.MemoryLimit, errors.TooManyCalls):
         wanted.add(QuotaFailure)
     if issubclass(cls, errors.Unavailable):
         wanted.add(RetryInfo)

@@ -32,6 +32,8 @@ MESSAGE_ROWS = 4096
 """A server's limit for one message."""
 MESSAGE_BYTES = 8 * 2**20
 """Half of a server's limit for one message: fewer rows of many inputs fit."""
+MAX_BINDINGS = 16_384
+"""A server's limit for one message."""
 IMPUTED, FALLBACK = 2, 4
 
 
@@ -83,12 +85,15 @@ class PackMembers(Generic[S]):
             raise InvalidField("sessions", "name a session twice; `which` can do that in a step")
         return cls(list(sessions), model, np.zeros(len(sessions), np.bool_))
 
-    def bindings(self) -> pb.StreamPackedRequest:
-        """The message that tells the server the handles."""
-        request = pb.StreamPackedRequest()
-        for handle, session in enumerate(self.sessions):
-            request.bindings.add(handle=handle, session_id=session.session_id)
-        return request
+    def bindings(self) -> Iterator[pb.StreamPackedRequest]:
+        """The messages that tell the server the handles."""
+        handles = range(len(self.sessions))
+        for first in handles[::MAX_BINDINGS]:
+            request = pb.StreamPackedRequest()
+            for handle in handles[first : first + MAX_BINDINGS]:
+                session_id = self.sessions[handle].session_id
+                request.bindings.add(handle=handle, session_id=session_id)
+            yield request
 
 
 @dataclass(slots=True, eq=False)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import count
 from typing import TYPE_CHECKING, Self
 
@@ -94,11 +94,11 @@ class AsyncPack(PackAPI):
 class _Stream:
     """One StreamPacked call, on which the sessions' handles are bound."""
 
-    def __init__(self, client: AsyncConnection, bindings: pb.StreamPackedRequest) -> None:
+    def __init__(self, client: AsyncConnection, bindings: Iterable[pb.StreamPackedRequest]) -> None:
         self.error: StepstateError | None = None
         self._target = client.target
         self._call: Call = client.stub.StreamPacked()
-        self._first: pb.StreamPackedRequest | None = bindings
+        self._first = iter(bindings)
         self._ids = count(1)
         self._replies: dict[int, asyncio.Future[pb.StreamPackedResponse]] = {}
         self._sending = asyncio.Lock()
@@ -117,8 +117,7 @@ class _Stream:
         self._replies[message.request.id] = reply
         try:
             async with self._sending:
-                if self._first is not None:
-                    bindings, self._first = self._first, None
+                for bindings in self._first:
                     await self._call.write(bindings)
                 await self._call.write(message.request)
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):

@@ -93,10 +93,11 @@ class Pack(PackAPI):
 
     def _connect(self) -> _Stream:
         stream = self._stream = RequestStream(self._client.stub.StreamPacked, self._client.target)
-        stream.send(self._members.bindings())
-        bound = stream.receive()
-        if bound.HasField("error"):
-            raise convert.from_status(bound.error)
+        for bindings in self._members.bindings():
+            stream.send(bindings)
+            bound = stream.receive()
+            if bound.HasField("error"):
+                raise convert.from_status(bound.error)
         return stream
 
     def _send(self, stream: _Stream, message: RowsInFlight) -> int:

@@ -16,6 +16,8 @@ from stepstate.errors import ForecastImpossible, InvalidField
 from stepstate.models import Manifest
 from stepstate.sessions.types import Scheduler
 
+MAX_HORIZON = 10_000
+
 
 @dataclass(frozen=True, slots=True)
 class Scenario:
@@ -88,7 +90,7 @@ def _rows(manifest: Manifest, index: int, scenario: Scenario) -> Floats:
     """A scenario's rows [P, D].
 
     Raises:
-        InvalidField: it is not whole rows, or not finite.
+        InvalidField: it is not whole rows, has too many, or is not finite.
     """
     field, width = f"scenarios[{index}].x", manifest.input_width
     count = len(scenario.x)
@@ -98,6 +100,8 @@ def _rows(manifest: Manifest, index: int, scenario: Scenario) -> Floats:
             f"holds {count} values; {manifest.name}/{manifest.version} takes rows of {width}: send "
             f"P * {width} values, P = 1 or more",
         )
+    if count > MAX_HORIZON * width:
+        raise InvalidField(field, f"holds {count // width} rows, expected at most {MAX_HORIZON}")
     if np.isinf(scenario.x).any():
         raise InvalidField(field, "holds an infinite value; NaN is the model's own forecast")
     return scenario.x.reshape(-1, width)

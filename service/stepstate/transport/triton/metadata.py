@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+
 from tritonclient.grpc import model_config_pb2 as config_pb
 from tritonclient.grpc import service_pb2 as pb
 
 from stepstate import __version__
 from stepstate.metrics import Histogram, ModelMetrics
-from stepstate.models import Model
+from stepstate.models import Catalog, Manifest, Model
 from stepstate.transport.triton.tensors import INPUT, OUTPUT
 
 NAME = "stepstate"
@@ -20,7 +23,33 @@ def server_metadata() -> pb.ServerMetadataResponse:
     return pb.ServerMetadataResponse(name=NAME, version=__version__, extensions=EXTENSIONS)
 
 
-def metadata(model: Model, versions: list[str]) -> pb.ModelMetadataResponse:
+class Descriptions:
+    """What does not change while a server runs: made once, however often it is asked for.
+
+    Args:
+        catalog: the models.
+        idle_timeout: the default of a model, in seconds.
+    """
+
+    def __init__(self, catalog: Catalog, idle_timeout: Callable[[Manifest], float]) -> None:
+        versions: dict[str, list[str]] = defaultdict(list)
+        for model in catalog:
+            versions[model.manifest.name].append(model.manifest.version)
+        self.metadata: Mapping[str, pb.ModelMetadataResponse] = {
+            model.key: _metadata(model, versions[model.manifest.name]) for model in catalog
+        }
+        """By the key of the model."""
+        self.configs: Mapping[str, pb.ModelConfigResponse] = {
+            model.key: _config(model, idle_timeout(model.manifest)) for model in catalog
+        }
+        """By the key of the model."""
+        self.index = pb.RepositoryIndexResponse()
+        for model in catalog:
+            name, version = model.manifest.name, model.manifest.version
+            self.index.models.add(name=name, version=version, state="READY")
+
+
+def _metadata(model: Model, versions: list[str]) -> pb.ModelMetadataResponse:
     """Shapes begin with a dimension for rows: a request has one, or T of them in order."""
     manifest = model.manifest
     response = pb.ModelMetadataResponse(name=manifest.name, versions=versions, platform=NAME)
@@ -29,7 +58,7 @@ def metadata(model: Model, versions: list[str]) -> pb.ModelMetadataResponse:
     return response
 
 
-def config(model: Model, idle_timeout_seconds: float) -> pb.ModelConfigResponse:
+def _config(model: Model, idle_timeout_seconds: float) -> pb.ModelConfigResponse:
     """The configuration that Triton would have for it: a sequence model."""
     manifest = model.manifest
     found = config_pb.ModelConfig(name=manifest.name, platform=NAME, backend=NAME, max_batch_size=1)

@@ -12,32 +12,38 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from functools import partial
+
+from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.errors import NotFound, SequenceNotStarted, SessionExists, StepMismatch
 from stepstate.sessions import Hold, ResidentSession, Step
 from stepstate.transport.bidi import Backend
+from stepstate.transport.peers import current_peer
 from stepstate.transport.steps import apply_step
 from stepstate.transport.triton.call import InferCall
+from stepstate.transport.triton.ended import EndedSequence, EndedSequences
 
 log = logging.getLogger(__name__)
 
 MAX_WAIT_SECONDS = 10.0
 """For a full queue; then the error says that it is full."""
 RETRY_SECONDS = 0.02
-MAX_ENDED, MAX_ENDED_BYTES = 1024, 16_384
-"""Last steps that are kept after the end of their session, and the longest such reply."""
 
 
 class SequenceService:
-    """Starts, steps and ends sequences."""
+    """Starts, steps and ends sequences.
 
-    def __init__(self, backend: Backend) -> None:
+    Args:
+        backend: serves the requests.
+        ended: remembers ended ones.
+    """
+
+    def __init__(self, backend: Backend, ended: EndedSequences) -> None:
         self._sessions = backend.sessions
         self._metrics = backend.metrics
         self._apply = partial(apply_step, backend, patience_seconds=MAX_WAIT_SECONDS)
-        self._ended: OrderedDict[str, tuple[InferCall, Step]] = OrderedDict()
+        self._ended = ended
 
     async def step(self, infer: InferCall) -> Step:
         """Applies the rows of a request that neither starts nor ends its sequence.
@@ -53,7 +59,7 @@ class SequenceService:
             raise step.error
         return step
 
-    async def apply(self, infer: InferCall, hold: Hold) -> Step:
+    async def apply(self, infer: InferCall, hold: Hold) -> pb.ModelInferResponse:
         """Starts the sequence if it is to start, applies the rows, and ends it if it is to end.
 
         Args:
@@ -76,10 +82,11 @@ class SequenceService:
             if infer.start and step.session.open and not self._sessions.t(step.session):
                 await self._sessions.close(infer.session_id, hold=hold)
             raise step.error
+        reply = infer.reply(step)
         if infer.end:
             await self._sessions.close(infer.session_id, hold=hold)
-            self._remember_ended(infer, step)
-        return step
+            self._remember_ended(infer, step, reply)
+        return reply
 
     async def _start(self, infer: InferCall, hold: Hold) -> Step:
         await self._open(infer, hold, restart=infer.t is None)
@@ -95,8 +102,7 @@ class SequenceService:
         Raises:
             InvalidField: the id is that of a session of another model; as `SessionService.open`.
         """
-        request = infer.request
-        model = self._sessions.catalog.find(request.model_name, request.model_version)
+        model = self._sessions.catalog.find(infer.head.model, infer.head.version)
         opening = infer.opening(model, time.time())
         deadline = asyncio.get_running_loop().time() + MAX_WAIT_SECONDS
         while True:
@@ -106,7 +112,7 @@ class SequenceService:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
             else:
-                self._ended.pop(infer.session_id, None)
+                self._ended.discard(infer.session_id)
                 return
             try:
                 session = await self._sessions.get(infer.session_id, hold=hold)
@@ -126,25 +132,29 @@ class SequenceService:
             extra={"session": session.session_id, "model": record.model, "t": t},
         )
 
-    def _retry_of_end(self, infer: InferCall) -> Step | None:
-        """The step that ended the sequence, if this is a retry of its request."""
-        before, step = self._ended.get(infer.session_id, (None, None))
-        if before is None or step is None or infer.t is None or before.t != infer.t:
+    def _retry_of_end(self, infer: InferCall) -> pb.ModelInferResponse | None:
+        """The reply that ended the sequence, if this is a retry of its request."""
+        ended = self._ended.get(infer.session_id)
+        if ended is None or infer.t is None or ended.t != infer.t:
             return None
-        manifest = step.session.model.manifest
-        if infer.payload(manifest) != before.payload(manifest):
+        reply = pb.ModelInferResponse.FromString(ended.reply)
+        model = self._sessions.catalog.find(reply.model_name, reply.model_version)
+        if infer.head.model not in ("", reply.model_name):
             return None
-        step.replayed = True
-        return step
+        if infer.digest(model.manifest) != ended.digest:
+            return None
+        reply.id = infer.head.request_id
+        reply.parameters["replayed"].bool_param = True
+        return reply
 
-    def _remember_ended(self, infer: InferCall, step: Step) -> None:
-        if infer.t is None or len(step.y) > MAX_ENDED_BYTES:
+    def _remember_ended(self, infer: InferCall, step: Step, reply: pb.ModelInferResponse) -> None:
+        if infer.t is None:
             return
-        self._ended[infer.session_id] = (infer, step)
-        if len(self._ended) > MAX_ENDED:
-            self._ended.popitem(last=False)
+        digest = infer.digest(step.session.model.manifest)
+        ended = EndedSequence(current_peer.get().name, infer.t, digest, reply.SerializeToString())
+        self._ended.add(infer.session_id, ended)
 
 
 def not_started(infer: InferCall, gone: NotFound) -> SequenceNotStarted:
     """The refusal of a request that has no session."""
-    return SequenceNotStarted(infer.session_id[:64], infer.request.model_name[:64], str(gone))
+    return SequenceNotStarted(infer.session_id, infer.head.model[:64], str(gone))

@@ -5,20 +5,27 @@ What is not here (repository control, shared memory, traces, log settings) is UN
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import asyncio
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
+from google.protobuf.message import Message
 from google.protobuf.message_factory import GetMessageClass
 from tritonclient.grpc import service_pb2 as pb
 
-from stepstate.errors import ModelUnknown
+from stepstate.budget import MemoryAccount
+from stepstate.errors import InvalidField, ModelUnknown
 from stepstate.models import Model
 from stepstate.transport.bidi import Backend, StreamRegistry
+from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import MessageChannel
+from stepstate.transport.parts import parser
 from stepstate.transport.triton import metadata
-from stepstate.transport.triton.call import InferCall
+from stepstate.transport.triton.call import InferCall, RequestHead
+from stepstate.transport.triton.ended import EndedSequences
+from stepstate.transport.triton.lengths import VALUES, check_lengths
 from stepstate.transport.triton.sequences import SequenceService
 from stepstate.transport.triton.stream import InferStream
 
@@ -27,18 +34,28 @@ if TYPE_CHECKING:
 
 
 SERVICE = pb.DESCRIPTOR.services_by_name["GRPCInferenceService"]
+MODELS_AT_ONCE = 100
+"""Whose statistics are read before others take turns: about a millisecond."""
 
 
 class TritonService:
-    """The RPCs; Triton's protocol documents them."""
+    """The RPCs; Triton's protocol documents them.
+
+    Args:
+        backend: serves them.
+        memory: counts what ended sequences take.
+    """
 
     name: str = SERVICE.full_name
 
-    def __init__(self, backend: Backend) -> None:
+    def __init__(self, backend: Backend, memory: MemoryAccount) -> None:
         self._backend = backend
         self._sessions = backend.sessions
-        self.sequences = SequenceService(backend)
+        self.sequences = SequenceService(backend, EndedSequences(memory))
         self._streams = StreamRegistry()
+        self._descriptions = metadata.Descriptions(
+            self._sessions.catalog, self._sessions.default_idle_timeout
+        )
 
     def methods(self) -> Iterator[MethodDescriptor]:
         """The RPCs that are offered."""
@@ -56,7 +73,7 @@ class TritonService:
             )
             handlers[method.name] = make(
                 getattr(self, method.name),
-                GetMessageClass(method.input_type).FromString,
+                _parser(GetMessageClass(method.input_type)),
                 GetMessageClass(method.output_type).SerializeToString,
             )
         generic = grpc.method_handlers_generic_handler(self.name, handlers)
@@ -89,25 +106,21 @@ class TritonService:
     async def ModelMetadata(
         self, request: pb.ModelMetadataRequest, context: Context
     ) -> pb.ModelMetadataResponse:
-        model = self._model(request.name, request.version)
-        name = model.manifest.name
-        versions = [m.manifest.version for m in self._sessions.catalog if m.manifest.name == name]
-        return metadata.metadata(model, versions)
+        return self._descriptions.metadata[self._model(request.name, request.version).key]
 
     async def ModelConfig(
         self, request: pb.ModelConfigRequest, context: Context
     ) -> pb.ModelConfigResponse:
-        model = self._model(request.name, request.version)
-        return metadata.config(model, self._sessions.default_idle_timeout(model.manifest))
+        return self._descriptions.configs[self._model(request.name, request.version).key]
 
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
-        infer = InferCall.of(request)
+        infer = InferCall.of(request, RequestHead.of(request))
         if infer.plain:
             return infer.reply(await self.sequences.step(infer))
         async with self._sessions.hold(infer.session_id) as hold:
-            return infer.reply(await self.sequences.apply(infer, hold))
+            return await self.sequences.apply(infer, hold)
 
     async def ModelStreamInfer(self, messages: MessageChannel, context: Context) -> None:
         await self._streams.serve(InferStream(self._backend, messages, self.sequences))
@@ -117,24 +130,22 @@ class TritonService:
     ) -> pb.ModelStatisticsResponse:
         if request.name:
             self._model(request.name, request.version)
-        return pb.ModelStatisticsResponse(
-            model_stats=[
-                metadata.model_statistics(model, self._backend.metrics.model(name, version))
-                for model in self._sessions.catalog
-                for name, version in ((model.manifest.name, model.manifest.version),)
-                if request.name in ("", name) and request.version in ("", version)
-            ]
-        )
+        reply = pb.ModelStatisticsResponse()
+        for place, model in enumerate(self._sessions.catalog, 1):
+            name, version = model.manifest.name, model.manifest.version
+            if request.name in ("", name) and request.version in ("", version):
+                counted = self._backend.metrics.model(name, version)
+                reply.model_stats.append(metadata.model_statistics(model, counted))
+            if place % MODELS_AT_ONCE == 0:
+                await asyncio.sleep(0)
+        if reply.ByteSize() > REPLY_BYTES:
+            raise InvalidField("name", "is empty, and all models do not fit a reply: name one")
+        return reply
 
     async def RepositoryIndex(
         self, request: pb.RepositoryIndexRequest, context: Context
     ) -> pb.RepositoryIndexResponse:
-        response = pb.RepositoryIndexResponse()
-        for model in self._sessions.catalog:
-            response.models.add(
-                name=model.manifest.name, version=model.manifest.version, state="READY"
-            )
-        return response
+        return self._descriptions.index
 
     async def drain(self) -> None:
         """See `StreamRegistry.drain`."""
@@ -142,3 +153,17 @@ class TritonService:
 
     def _model(self, name: str, version: str) -> Model:
         return self._sessions.catalog.find(name, version)
+
+
+def _parser(request: type[Message]) -> Callable[[bytes], Message]:
+    """The deserializer of a request; see `InferCall.of` for the lengths in a ModelInferRequest."""
+    parse = parser(request, VALUES)
+    if request is pb.ModelInferRequest:
+        return parse
+
+    def parse_short(data: bytes) -> Message:
+        message = parse(data)
+        check_lengths(message)
+        return message
+
+    return parse_short

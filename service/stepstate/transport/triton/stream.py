@@ -14,16 +14,17 @@ from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.budget import MemoryUse
 from stepstate.errors import Internal, MemoryLimit, NotFound, QueueFull, StepstateError
-from stepstate.sessions import Hold, ResidentSession, Step
+from stepstate.sessions import Hold, ResidentSession, Source, Step
 from stepstate.transport.bidi import Backend, BidiStream
 from stepstate.transport.interceptor import SENT, MessageChannel
-from stepstate.transport.triton.call import ASKS_FOR_FINAL, FINAL, InferCall
+from stepstate.transport.triton.call import FINAL, InferCall, RequestHead
 from stepstate.transport.triton.sequences import MAX_WAIT_SECONDS, SequenceService, not_started
 
 log = logging.getLogger(__name__)
 
 MAX_TEXT = 1024
-"""Characters of an error, and of what it echoes."""
+"""Characters of an error."""
+_NO_HEAD = RequestHead("", "", "", final=False)
 
 
 class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, Step, InferCall]):
@@ -42,15 +43,16 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
         self._sequences = sequences
 
     def _take(self, request: pb.ModelInferRequest) -> None:
+        head = RequestHead.of(request)
         try:
-            infer = InferCall.of(request)
+            infer = InferCall.of(request, head)
         except StepstateError as error:
-            self._reply(self._error(request, error))
+            self._reply(self._error(head, error))
             return
         if not infer.plain:
             self._begin(infer)
         elif not self._accept_now(infer):
-            self._wait(infer.session_id, infer, request.ByteSize())
+            self._wait(infer.session_id, infer, infer.held_bytes)
 
     def _accept_now(self, infer: InferCall) -> bool:
         """Accepts or refuses a request if its session takes steps now; False: it has to wait."""
@@ -76,18 +78,19 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
         self._reject(waiting, error)
 
     def _begin(self, infer: InferCall) -> None:
-        """Queues a request that starts or ends its sequence."""
+        """Queues a request that starts or ends its sequence.
+
+        Raises:
+            MemoryLimit.
+        """
+        size = infer.held_bytes
+        self._reserve(MemoryUse.REQUESTS, size)
         try:
             hold = self._sessions.hold(infer.session_id)
         except StepstateError as error:
+            self._release(MemoryUse.REQUESTS, size)
             self._reject(infer, error)
             return
-        size = infer.request.ByteSize()
-        try:
-            self._reserve(MemoryUse.REQUESTS, size)
-        except MemoryLimit:
-            hold.release()
-            raise
 
         def left(_: object) -> None:  # also if it never started
             hold.release()
@@ -98,7 +101,8 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
     async def _apply(self, infer: InferCall, hold: Hold) -> None:
         async with hold:
             try:
-                reply = self._applied(infer, await self._sequences.apply(infer, hold))
+                response = await self._sequences.apply(infer, hold)
+                reply = pb.ModelStreamInferResponse(infer_response=response)
                 self._reply(reply, SENT * reply.ByteSize())
             except StepstateError as error:
                 # Its traceback leads back here: a reference cycle would keep the request.
@@ -109,33 +113,27 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
                 self._reject(infer, internal)
 
     def _encode_failure(self, error: StepstateError) -> pb.ModelStreamInferResponse:
-        return self._error(pb.ModelInferRequest(), error)
+        return self._error(_NO_HEAD, error)
 
     def _encode(self, outcome: Step) -> pb.ModelStreamInferResponse:
         assert isinstance(outcome.reply_to, _StreamReply)
         infer = outcome.reply_to.infer
         if outcome.error is not None:
-            return self._error(infer.request, outcome.error)
-        return self._applied(infer, outcome)
-
-    @staticmethod
-    def _applied(infer: InferCall, step: Step) -> pb.ModelStreamInferResponse:
+            return self._error(infer.head, outcome.error)
         response = pb.ModelStreamInferResponse()
-        infer.put_reply(response.infer_response, step)
+        infer.put_reply(response.infer_response, outcome)
         return response
 
     def _reject(self, infer: InferCall, error: StepstateError) -> None:
         if not self._refuse_in_order(infer.session_id, error, _StreamReply(self, infer)):
-            self._reply(self._error(infer.request, error))
+            self._reply(self._error(infer.head, error))
 
-    def _error(
-        self, request: pb.ModelInferRequest, error: StepstateError
-    ) -> pb.ModelStreamInferResponse:
+    def _error(self, head: RequestHead, error: StepstateError) -> pb.ModelStreamInferResponse:
         self._count_refusal(error)
         response = pb.ModelStreamInferResponse(error_message=str(error)[:MAX_TEXT])
-        response.infer_response.id = request.id[:MAX_TEXT]
-        response.infer_response.model_name = request.model_name[:MAX_TEXT]
-        if ASKS_FOR_FINAL in request.parameters:
+        response.infer_response.id = head.request_id
+        response.infer_response.model_name = head.model
+        if head.final:
             response.infer_response.parameters[FINAL].bool_param = True
         return response
 
@@ -153,6 +151,11 @@ class _StreamReply:
     def cancelled(self) -> bool:
         """See `ReplyTo`."""
         return self._stream.cancelled
+
+    @property
+    def source(self) -> Source:
+        """See `ReplyTo`."""
+        return self._stream.source
 
     def deliver(self, step: Step) -> None:
         """See `ReplyTo`."""

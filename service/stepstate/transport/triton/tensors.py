@@ -40,6 +40,20 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(slots=True, eq=False)
+class InputTensor:
+    """The one tensor of a request, as it came."""
+
+    model: str
+    """The name in the request, for errors."""
+    dtype: np.dtype
+    shape: Sequence[int]
+    raw: bool
+    """Its values came as bytes; else one by one."""
+    data: bytes
+    """Its values, little-endian."""
+
+
+@dataclass(slots=True, eq=False)
 class InputRows:
     """x of a request."""
 
@@ -52,23 +66,22 @@ class InputRows:
     """Its shape is [D]: the outputs have no dimension for rows either."""
 
 
-def decode_rows(request: pb.ModelInferRequest, manifest: Manifest) -> InputRows:
-    """x of a request, as float32.
+def read_tensor(request: pb.ModelInferRequest) -> InputTensor:
+    """The tensor x of a request.
 
     Raises:
-        InvalidField: it is not one tensor x of whole rows.
+        InvalidField: there is another one, or none.
     """
-    inputs = request.inputs  # each access to a field of a message makes an object
+    inputs, model = request.inputs, request.model_name  # each access to a field makes an object
     if len(inputs) != 1:
         raise InvalidField(
-            "inputs",
-            f"expected 1 inputs but got {len(inputs)} inputs for model {manifest.name!r}",
+            "inputs", f"expected 1 inputs but got {len(inputs)} inputs for model {model!r}"
         )
     tensor = inputs[0]
     if tensor.name != INPUT:
         raise InvalidField(
             "inputs",
-            f"unexpected inference input {tensor.name[:64]!r} for model {manifest.name!r}, "
+            f"unexpected inference input {tensor.name[:64]!r} for model {model!r}, "
             f"expected {INPUT!r}",
         )
     dtype = _DTYPES.get(tensor.datatype)
@@ -76,11 +89,22 @@ def decode_rows(request: pb.ModelInferRequest, manifest: Manifest) -> InputRows:
         raise InvalidField(
             "inputs",
             f"inference input {INPUT!r} data-type is {tensor.datatype[:64]!r}, but model "
-            f"{manifest.name!r} expects 'FP32' ('FP64' and 'FP16' are converted)",
+            f"{model!r} expects 'FP32' ('FP64' and 'FP16' are converted)",
         )
-    shape = tensor.shape[:]
-    count, flat = _count(shape, manifest), len(shape) == 1
-    data = _data(request, tensor, dtype, count * manifest.input_width)
+    raw, data = _data(request, tensor, dtype)
+    return InputTensor(model, dtype, tensor.shape[:], raw, data)
+
+
+def decode_rows(tensor: InputTensor, manifest: Manifest) -> InputRows:
+    """x of a request, as float32.
+
+    Raises:
+        InvalidField: it is not whole rows of the model.
+    """
+    dtype, data = tensor.dtype, tensor.data
+    count, flat = _count(tensor.shape, manifest), len(tensor.shape) == 1
+    if len(data) != count * manifest.input_width * dtype.itemsize:
+        raise _wrong_size(tensor, count * manifest.input_width)
     if count == 1 and dtype is _FP32:
         row = unpack(f"<{len(data) // 4}f", data)  # a seventh of what an array takes
         return InputRows(row, 1, math.isfinite(sum(row)), flat)
@@ -105,39 +129,44 @@ def _count(shape: Sequence[int], manifest: Manifest) -> int:
     return count
 
 
+def _wrong_size(tensor: InputTensor, count: int) -> InvalidField:
+    """Why a tensor is refused whose shape has `count` values, and which has others."""
+    size = len(tensor.data)
+    if tensor.raw:
+        return InvalidField(
+            "raw_input_contents",
+            f"unexpected total byte size {size} for input {INPUT!r}, expecting "
+            f"{count * tensor.dtype.itemsize}",
+        )
+    return InvalidField(
+        "inputs",
+        f"unexpected number of values {size // tensor.dtype.itemsize} for input {INPUT!r}, "
+        f"expecting {count} (FP16 comes in raw_input_contents only)",
+    )
+
+
 def _data(
-    request: pb.ModelInferRequest,
-    tensor: pb.ModelInferRequest.InferInputTensor,
-    dtype: np.dtype,
-    count: int,
-) -> bytes:
-    """The values of the one tensor, which is raw or typed."""
+    request: pb.ModelInferRequest, tensor: pb.ModelInferRequest.InferInputTensor, dtype: np.dtype
+) -> tuple[bool, bytes]:
+    """Whether the values of the one tensor came as bytes, and these."""
     if len(tensor.parameters) and "shared_memory_region" in tensor.parameters:
         raise InvalidField("inputs", "shared memory is not supported: send the tensor's contents")
     raw = request.raw_input_contents
     if not raw:
-        typed = _typed(tensor)
-        if len(typed) != count:
-            raise InvalidField(
-                "inputs",
-                f"unexpected number of values {len(typed)} for input {INPUT!r}, expecting {count} "
-                "(FP16 comes in raw_input_contents only)",
-            )
-        return np.array(typed, dtype).tobytes()
+        return False, np.array(_typed(tensor), dtype).tobytes()
     if tensor.HasField("contents"):
         raise InvalidField(
             "inputs",
             "contents field must not be specified when using raw_input_contents for "
-            f"{INPUT!r} for model {request.model_name[:64]!r}",
+            f"{INPUT!r} for model {request.model_name!r}",
         )
-    data: bytes = raw[0]
-    if len(raw) != 1 or len(data) != count * dtype.itemsize:
+    if len(raw) != 1:
         raise InvalidField(
             "raw_input_contents",
             f"unexpected total byte size {sum(map(len, raw))} in {len(raw)} buffers for input "
-            f"{INPUT!r}, expecting {count * dtype.itemsize} in 1",
+            f"{INPUT!r}, expecting 1",
         )
-    return data
+    return True, raw[0]
 
 
 def _typed(tensor: pb.ModelInferRequest.InferInputTensor) -> Sequence[float]:

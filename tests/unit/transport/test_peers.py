@@ -1,0 +1,102 @@
+"""Whose a call is: the connection, or the client that a trusted proxy names."""
+
+from __future__ import annotations
+
+from ipaddress import ip_address, ip_network
+
+import pytest
+
+from stepstate.budget import MemoryBudget
+from stepstate.config import ConfigError, ServerConfig
+from stepstate.errors import TooManyCalls
+from stepstate.transport import peers
+from stepstate.transport.peers import PeerTable, address_of, client_name
+from tests.unit.transport.contexts import CallContext
+
+PROXY = "ipv4:10.0.0.7:51724"
+TRUSTED = (ip_network("10.0.0.0/24"), ip_network("fd00::/8"))
+
+
+@pytest.mark.parametrize(
+    ("connection", "address"),
+    [
+        ("ipv4:127.0.0.1:51724", "127.0.0.1"),
+        ("ipv6:[::1]:51724", "::1"),
+        ("ipv6:%5B::1%5D:51724", "::1"),
+        ("ipv6:%5Bfe80::1%25eth0%5D:51724", "fe80::1"),
+        ("ipv6:%5B::ffff:10.0.0.7%5D:51724", "10.0.0.7"),
+        ("unix:/run/stepstate.sock", None),
+        ("unix:", None),
+        ("unix-abstract:10.0.0.7:1", None),
+        ("ipv4:somewhere:80", None),
+        ("", None),
+    ],
+)
+def test_the_address_of_a_connection(connection, address):
+    assert address_of(connection) == (address and ip_address(address))
+
+
+@pytest.mark.parametrize(
+    ("headers", "name"),
+    [
+        (["203.0.113.9"], "forwarded:203.0.113.9"),
+        (["198.51.100.1, 203.0.113.9"], "forwarded:203.0.113.9"),  # the first the client wrote
+        (["198.51.100.1", "203.0.113.9"], "forwarded:203.0.113.9"),
+        (["203.0.113.9, 10.0.0.8,10.0.0.9"], "forwarded:203.0.113.9"),  # over two more proxies
+        (["203.0.113.9, fd00::8"], "forwarded:203.0.113.9"),
+        (["2001:DB8:0::9"], "forwarded:2001:db8::9"),
+        (["::ffff:203.0.113.9"], "forwarded:203.0.113.9"),
+        (["10.0.0.8"], PROXY),  # of the proxy itself
+        ([], PROXY),
+        ([""], PROXY),
+        (["unknown"], PROXY),
+        (["203.0.113.9, unknown"], PROXY),
+        (["203.0.113.9,"], PROXY),
+        (["junk, 203.0.113.9"], "forwarded:203.0.113.9"),
+        (["9" * 8000], PROXY),
+    ],
+)
+def test_a_trusted_proxy_names_the_client(headers, name):
+    metadata = [("user-agent", "x"), *(("x-forwarded-for", value) for value in headers)]
+    assert client_name(PROXY, metadata, TRUSTED) == name
+
+
+@pytest.mark.parametrize(
+    "connection", ["ipv4:10.0.1.7:51724", "ipv6:%5B::1%5D:1", "unix:", "unix:/run/a"]
+)
+def test_who_is_not_trusted_can_name_nobody(connection):
+    assert client_name(connection, [("x-forwarded-for", "203.0.113.9")], TRUSTED) == connection
+
+
+def test_a_peer_is_known_while_it_has_calls():
+    table = PeerTable(MemoryBudget(2**30), MemoryBudget(2**30), TRUSTED)
+    first = table.join(CallContext(PROXY, forwarded_for="203.0.113.9"))
+    again = table.join(CallContext("ipv4:10.0.0.8:1", forwarded_for="203.0.113.9"))
+    other = table.join(CallContext("ipv4:192.0.2.1:1", forwarded_for="203.0.113.9"))
+    assert first is again
+    assert other is not first
+    assert len(table) == 2
+    table.leave(first)
+    table.leave(other)
+    assert len(table) == 1
+    table.leave(again)
+    assert not len(table)
+
+
+def test_there_are_only_so_many(monkeypatch):
+    monkeypatch.setattr(peers, "MAX_PEERS", 3)
+    table = PeerTable(MemoryBudget(2**30), MemoryBudget(2**30), TRUSTED)
+    known = [table.join(CallContext(PROXY, forwarded_for=f"203.0.113.{n}")) for n in range(3)]
+    with pytest.raises(TooManyCalls, match="clients of this server"):
+        table.join(CallContext(PROXY, forwarded_for="203.0.113.9"))
+    assert table.join(CallContext(PROXY, forwarded_for="203.0.113.1")) is known[1]
+    table.leave(known[0])
+    table.join(CallContext(PROXY, forwarded_for="203.0.113.9"))
+
+
+def test_trusted_proxies_are_addresses_and_networks():
+    config = ServerConfig(trusted_proxies="10.0.0.7, fd00::/8,")
+    assert config.trusted_networks == (ip_network("10.0.0.7/32"), ip_network("fd00::/8"))
+    for wrong in ("10.0.0.7/24", "envoy", "10.0.0.7;10.0.0.8", "10.0.0.0/33"):
+        with pytest.raises(ConfigError, match="trusted_proxies"):
+            ServerConfig(trusted_proxies=wrong)

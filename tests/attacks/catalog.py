@@ -35,6 +35,8 @@ ATTACKS = (
     Attack(starvation.waiting_rows, count=10_000, short=10_000),
     Attack(starvation.waiting_packed_rows, count=24_000, short=12_000),
     Attack(connections.pings, count=200_000, short=60_000),
+    Attack(connections.pings_unread, count=1_000, short=1_000),
+    Attack(connections.answers_unasked, count=100, short=100),
     Attack(connections.resets, count=100_000, short=30_000),
     Attack(connections.connections_left_half_open, count=5_000, short=500),
 )

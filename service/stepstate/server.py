@@ -47,6 +47,7 @@ from stepstate.transport import (
     add_reflection,
     read_keys,
 )
+from stepstate.trim import Trimmer
 from stepstate.uptime import HEARTBEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
@@ -181,6 +182,7 @@ class Server:
             self._tick,
             self._heartbeat,
             self._measure_lag,
+            Trimmer(lambda: self.memory.used).run,
         )
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
         if self._store.durable:

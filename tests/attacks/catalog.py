@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from tests.attacks import connections, memory, records, starvation
+from tests.attacks import connections, load, memory, records, starvation
 from tests.attacks.attack import Attack
 
 INFO = ("--log-level", "INFO")
 
+HONEST_LOAD = Attack(load.honest_load, count=64)
+"""What the latencies beside attacks are compared with."""
 ATTACKS = (
     Attack(records.odd_start_times, count=8, short=4),
     Attack(records.odd_snapshots, count=2, short=1),

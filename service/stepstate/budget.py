@@ -28,8 +28,8 @@ from pydantic import ByteSize, TypeAdapter
 
 from stepstate.errors import MemoryLimit
 
-SMALLEST_LIMIT = 64 * 2**20
-"""Bytes: room for two of the longest messages beside short ones."""
+SMALLEST_LIMIT = 128 * 2**20
+"""Bytes: room for the longest message while it is received and served, beside short ones."""
 
 WAKE_SECONDS = 0.01
 """Those who wait for room are looked at together, at most so often: a release stays cheap."""
@@ -41,9 +41,7 @@ _LIMIT_FILES = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroups v2, 
 class MemoryUse(StrEnum):
     """What memory is held for."""
 
-    __hash__ = (
-        str.__hash__
-    )  # that of `Enum` is a function in Python: these are keys on the hot path
+    __hash__ = str.__hash__  # that of `Enum` is in Python, and these are keys on the hot path
 
     CALLS = "calls"
     """What is kept of each open call, beside its messages."""
@@ -239,11 +237,16 @@ call_memory: ContextVar[CallMemory] = ContextVar("call_memory")
 
 
 def limit_bytes(setting: str) -> int:
-    """The bytes of a limit such as "2GiB", or "25%" of the memory that this process may use."""
+    """The bytes of a limit such as "2GiB", or "25%" of the memory that this process may use.
+
+    They are at least `SMALLEST_LIMIT`.
+    """
     if setting.endswith("%"):
         share = float(setting[:-1]) / 100
-        return max(SMALLEST_LIMIT, int(share * min(_machine_bytes(), _container_bytes())))
-    return int(TypeAdapter(ByteSize).validate_python(setting))
+        size = int(share * min(_machine_bytes(), _container_bytes()))
+    else:
+        size = int(TypeAdapter(ByteSize).validate_python(setting))
+    return max(SMALLEST_LIMIT, size)
 
 
 def _machine_bytes() -> int:

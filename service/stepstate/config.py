@@ -211,8 +211,8 @@ class ServerConfig:
     memory_limit: str = _setting(
         "25%",
         "Most bytes that clients may make the server hold in requests, replies, bindings and "
-        "snapshots: such as 2GiB, or a share of the memory of the machine or container. It comes "
-        "on top of the models and the slots.",
+        "snapshots: such as 2GiB, or a share of the memory of the machine or container; at least "
+        "128 MiB. It comes on top of the models and the slots.",
         "The rest is for states, models, the store's cache and the other programs.",
     )
     trusted_proxies: str = _setting(

@@ -36,9 +36,11 @@ from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store, read_password
 from stepstate.transport import (
+    MAX_MESSAGE_BYTES,
     Backend,
     CallAdmission,
     PeerTable,
+    Receiver,
     RpcInterceptor,
     SnapshotKeys,
     StepstateServicer,
@@ -73,8 +75,7 @@ UPTIME = UptimeClock(time.monotonic)
 CHANNEL_OPTIONS = (
     # With it two servers could share a port unseen, each with half of the sessions.
     ("grpc.so_reuseport", 0),
-    # The longest request, 100,000 rows of 40 inputs.
-    ("grpc.max_receive_message_length", 16 * 2**20),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # Find clients that vanished without a word within 80 s, and free what their streams hold.
     ("grpc.keepalive_time_ms", 60_000),
     ("grpc.keepalive_timeout_ms", 20_000),
@@ -117,8 +118,10 @@ class Server:
         self._max_sessions = config.max_sessions if store.durable else self._slots
         self._registry = CollectorRegistry(support_collectors_without_names=True)
         self._metrics = Metrics()
-        self.memory = MemoryBudget(limit_bytes(config.memory_limit))
-        """What clients make it hold."""
+        memory_limit = limit_bytes(config.memory_limit)
+        receiver = Receiver(memory_limit)
+        self.memory = MemoryBudget(memory_limit - receiver.budget.limit)
+        """What clients make it hold, beside what is being received."""
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
             MetricsCollector(
@@ -139,13 +142,13 @@ class Server:
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        peers = PeerTable(self.memory, config.trusted_networks)
+        peers = PeerTable(self.memory, receiver.budget, config.trusted_networks)
         admission = CallAdmission(peers, self._metrics)
         backend = Backend(self.sessions, self._metrics, admission)
         self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, admission)
+        interceptor = RpcInterceptor(self._metrics, admission, receiver)
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())

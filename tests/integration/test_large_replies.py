@@ -19,6 +19,7 @@ from stepstate.client import AsyncClient, Client
 from stepstate.config import ServerConfig
 from stepstate.models import write_model
 from stepstate.server import SERVICE, Server, running_server
+from stepstate.transport.admission import CALL_BYTES
 from stepstate.transport.servicer import MAX_SNAPSHOT_BYTES
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
@@ -256,8 +257,8 @@ async def test_a_snapshot_that_is_announced_and_does_not_come_holds_up_no_steps(
             await call.write(pb.StreamImportRequest(size=MAX_SNAPSHOT_BYTES, data=part))
         assert (await plain.Step(request("a", 0, draw(1)))).t == 1
         snapshot = (await plain.ExportSession(pb.ExportSessionRequest(session_id="a"))).snapshot
-        # Each part is there twice when all are put together; and as much must be free as is held.
-        whole = 2 * (len(snapshot) + 2 * len(calls) * len(part))
+        # The snapshot is there twice when it is put together; and as much must be free as is held.
+        whole = 2 * (len(snapshot) + large.memory.used + CALL_BYTES)
         monkeypatch.setattr(large.memory, "limit", whole - 1)
         refusal = await refused(plain.StreamImport(parts_of(snapshot, session_id="b")))
         assert (refusal.code, refusal.reason) == (Code.RESOURCE_EXHAUSTED, "MEMORY_LIMIT")
@@ -267,7 +268,7 @@ async def test_a_snapshot_that_is_announced_and_does_not_come_holds_up_no_steps(
         for call in calls:
             call.cancel()
         await until(lambda: no_more_of(large, "StreamImport"))
-        monkeypatch.setattr(large.memory, "limit", 2 * len(snapshot))
+        monkeypatch.setattr(large.memory, "limit", 2 * (len(snapshot) + CALL_BYTES))
         assert (await plain.StreamImport(parts_of(snapshot, session_id="c"))).session.t == 1
     assert "Traceback" not in caplog.text
 

@@ -252,15 +252,23 @@ class SessionService:
         return self.table.t[session.handle]
 
     async def forecast(
-        self, session_ids: Sequence[str], request: ForecastRequest
+        self,
+        session_ids: Sequence[str],
+        request: ForecastRequest,
+        *,
+        reserve: Callable[[int], None] = lambda _: None,
     ) -> list[list[SessionForecast] | StepstateError]:
         """For each session its forecasts, one for each scenario, or why there are none.
 
+        Args:
+            session_ids: of the sessions.
+            request: what is asked for.
+            reserve: called with the bytes of what is made, before it is.
+
         Raises:
-            InvalidField: no session could be forecast like that.
-            QueueFull.
+            InvalidField: no session could be forecast like that; and what `reserve` raises.
         """
-        return await self._forecaster.forecast(session_ids, request)
+        return await self._forecaster.forecast(session_ids, request, reserve)
 
     # The life of sessions
 

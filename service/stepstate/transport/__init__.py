@@ -4,13 +4,16 @@ from stepstate.transport.admission import CallAdmission
 from stepstate.transport.bidi import Backend
 from stepstate.transport.interceptor import RpcInterceptor
 from stepstate.transport.peers import PeerTable
+from stepstate.transport.receiving import MAX_MESSAGE_BYTES, Receiver
 from stepstate.transport.servicer import StepstateServicer, add_reflection
 from stepstate.transport.signatures import SnapshotKeys, read_keys
 
 __all__ = [
+    "MAX_MESSAGE_BYTES",
     "Backend",
     "CallAdmission",
     "PeerTable",
+    "Receiver",
     "RpcInterceptor",
     "SnapshotKeys",
     "StepstateServicer",

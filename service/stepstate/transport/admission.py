@@ -102,8 +102,18 @@ class CallAdmission:
         self._waiting: OrderedDict[Peer, deque[asyncio.Future[None]]] = OrderedDict()
         self._rounds = 0
 
-    def begin(self, context: Context, kind: CallKind) -> None:
+    def begin(
+        self,
+        context: Context,
+        kind: CallKind,
+        when_done: Callable[[Callable[[object], None]], None],
+    ) -> None:
         """Counts a call until gRPC is done with it: sets `current_peer` and `call_memory`.
+
+        Args:
+            context: of the call.
+            kind: how long it takes.
+            when_done: has a function called when gRPC is done with it.
 
         Raises:
             TooManyCalls, MemoryLimit: it is refused.
@@ -118,7 +128,7 @@ class CallAdmission:
             self._peers.leave(peer)
             self._metrics.peers = len(self._peers)
 
-        context.add_done_callback(end)  # type: ignore[arg-type] # a protocol's name
+        when_done(end)
         self._metrics.peers = len(self._peers)
         free = MAX_OPEN[kind] - self._open[kind]
         if peer.open[kind] >= free:

@@ -27,6 +27,8 @@ from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.metrics import Metrics, RpcMetrics
 from stepstate.transport.admission import KINDS, LONG, CallAdmission, CallKind
+from stepstate.transport.peers import current_peer
+from stepstate.transport.receiving import Receiver
 from stepstate.transport.status import DETAILS_KEY, code_of, status_of
 
 log = logging.getLogger(__name__)
@@ -69,24 +71,19 @@ REQUEST_BYTES = 4096
 class MessageChannel:
     """The messages of an RPC with many requests, which come as bytes.
 
-    As an iterator, it decodes them.
+    As an iterator, it receives them with others in turn, and decodes them.
 
     Args:
         context: of the RPC.
-        decode: a request from its bytes; `DecodeFailure` if they are none.
-        encode: the bytes of a reply.
+        codec: a request from its bytes, or `DecodeFailure`; and the bytes of a reply.
+        receiver: for the iterator.
     """
 
-    def __init__(
-        self,
-        context: Context,
-        decode: Callable[[bytes], Any],
-        encode: Callable[[Any], bytes],
-    ) -> None:
+    def __init__(self, context: Context, codec: _Codec, receiver: Receiver) -> None:
+        self._receiver = receiver
         self.read: Callable[[], Awaitable[Any]] = context.read
         """Receives the bytes of the next request, or `grpc.aio.EOF`."""
-        self.decode = decode
-        self.encode = encode
+        self.decode, self.encode = codec
         self.write: Callable[[bytes], Awaitable[None]] = context.write
         """Sends a reply; it is gone when this returns."""
 
@@ -94,7 +91,7 @@ class MessageChannel:
         return self
 
     async def __anext__(self) -> Any:
-        data = await self.read()
+        data = await self._receiver.read(current_peer.get().receiving, self.read)
         if data is grpc.aio.EOF:
             raise StopAsyncIteration
         return _well_formed(self.decode(data))
@@ -106,11 +103,13 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
     Args:
         metrics: counts the RPCs.
         admission: counts the calls of each peer, and lets long ones wait.
+        receiver: receives their requests.
     """
 
-    def __init__(self, metrics: Metrics, admission: CallAdmission) -> None:
+    def __init__(self, metrics: Metrics, admission: CallAdmission, receiver: Receiver) -> None:
         self._metrics = metrics
         self._admission = admission
+        self._receiver = receiver
         self._wrapped: dict[str, Handler | None] = {}
 
     def expect(self, methods: Iterable[MethodDescriptor]) -> None:
@@ -142,6 +141,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             path,
             KINDS[method],
             self._admission,
+            self._receiver,
             metrics=self._metrics,
             counts=counts,
             codec=_codec(counts, handler),
@@ -170,6 +170,7 @@ class _Rpc:
         path: str,
         kind: CallKind,
         admission: CallAdmission,
+        receiver: Receiver,
         *,
         metrics: Metrics,
         counts: RpcMetrics,
@@ -180,7 +181,9 @@ class _Rpc:
         self._metrics = metrics
         self._counts = counts
         self._admission = admission
-        self.decode, self.encode = codec
+        self._receiver = receiver
+        self._codec = codec
+        self._decode, self.encode = codec
 
     def returning(
         self,
@@ -193,7 +196,7 @@ class _Rpc:
 
         async def watched(_: object, context: Context) -> Any:
             async with self._watch(context):
-                self._admission.begin(context, self._kind)
+                self._admission.begin(context, self._kind, _when_done)
                 reply = self.encode(await behavior(await read(context), context))
                 call_memory.get().resize(MemoryUse.REPLIES, SENT * len(reply))
                 return reply
@@ -208,7 +211,7 @@ class _Rpc:
 
             async def generated(_: object, context: Context) -> AsyncIterator[Any]:
                 async with self._watch(context):
-                    self._admission.begin(context, self._kind)
+                    self._admission.begin(context, self._kind, _when_done)
                     async for response in behavior(await read(context), context):
                         yield response
 
@@ -216,7 +219,7 @@ class _Rpc:
 
         async def watched(_: object, context: Context) -> None:
             async with self._watch(context):
-                self._admission.begin(context, self._kind)
+                self._admission.begin(context, self._kind, _when_done)
                 await behavior(await read(context), context)
 
         return watched
@@ -225,18 +228,18 @@ class _Rpc:
         """The request of an RPC that has one.
 
         Raises:
-            MemoryLimit: its peer holds too much.
+            MemoryLimit: its peer holds too much, or it came slowly and others waited.
             InvalidField: it can't be parsed, or did not come.
         """
-        data = await context.read()
+        data = await self._receiver.read(current_peer.get().receiving, context.read)
         if data is grpc.aio.EOF:
             raise InvalidField("message", "is missing: the call ended before its request")
         call_memory.get().reserve(MemoryUse.REQUESTS, DECODED * len(data) + REQUEST_BYTES)
-        return _well_formed(self.decode(data))
+        return _well_formed(self._decode(data))
 
     async def all_requests(self, context: Context) -> MessageChannel:
         """The requests of an RPC that has many."""
-        return MessageChannel(context, self.decode, self.encode)
+        return MessageChannel(context, self._codec, self._receiver)
 
     @asynccontextmanager
     async def _watch(self, context: Context) -> AsyncIterator[None]:
@@ -256,12 +259,14 @@ class _Rpc:
             self._metrics.refused(error.reason)
             log.info("refused: %s", error, extra={"rpc": self._path, "reason": error.reason})
             _refuse(context, error)
-        except Exception:
+            _drop_frames(error)
+        except Exception as error:
             internal = Internal(secrets.token_hex(8))
             code = grpc.StatusCode.INTERNAL
             self._metrics.refused(internal.reason)
             log.exception("an RPC failed", extra={"rpc": self._path, "error_id": internal.error_id})
             _refuse(context, internal)
+            _drop_frames(error)
         finally:
             self._counts.handled[_go_name(code)] += 1
             self._counts.seconds.observe(time.perf_counter() - started)
@@ -304,6 +309,26 @@ def _well_formed(message: Any) -> Any:
     if isinstance(message, DecodeFailure):
         raise message.error
     return message
+
+
+def _when_done(callback: Callable[[object], None]) -> None:
+    """Calls a function when gRPC is done with the RPC that this task serves.
+
+    `context.add_done_callback` does so too, but it makes a reference cycle of each RPC.
+    """
+    task = asyncio.current_task()
+    assert task is not None, "gRPC has one for each RPC"
+    task.add_done_callback(callback)
+
+
+def _drop_frames(error: BaseException | None) -> None:
+    """Cuts the reference cycles of an error: its traceback leads to frames that may lead to it.
+
+    They would keep requests and replies until the next garbage collection.
+    """
+    while error is not None:
+        error.__traceback__ = None
+        error = error.__context__
 
 
 def _refuse(context: Context, error: StepstateError) -> None:

@@ -40,13 +40,15 @@ class Peer:
     Args:
         name: for the log.
         memory: what it makes the server hold.
+        receiving: what it takes while requests of it are received.
     """
 
-    __slots__ = ("calls", "memory", "name", "open", "running", "source")
+    __slots__ = ("calls", "memory", "name", "open", "receiving", "running", "source")
 
-    def __init__(self, name: str, memory: MemoryAccount) -> None:
+    def __init__(self, name: str, memory: MemoryAccount, receiving: MemoryAccount) -> None:
         self.name = name
         self.memory = memory
+        self.receiving = receiving
         self.source = Source()
         """What it has in the queues of sessions."""
         self.calls = 0
@@ -66,11 +68,18 @@ class PeerTable:
 
     Args:
         memory: what they may hold together.
+        receiving: what may be taken while their requests are received.
         trusted_proxies: networks of proxies that say whose calls they forward.
     """
 
-    def __init__(self, memory: MemoryBudget, trusted_proxies: Sequence[Network] = ()) -> None:
+    def __init__(
+        self,
+        memory: MemoryBudget,
+        receiving: MemoryBudget,
+        trusted_proxies: Sequence[Network] = (),
+    ) -> None:
         self._memory = memory
+        self._receiving = receiving
         self._trusted = tuple(trusted_proxies)
         self._peers: dict[str, Peer] = {}
 
@@ -90,7 +99,8 @@ class PeerTable:
         if peer is None:
             if len(self._peers) >= MAX_PEERS:
                 raise TooManyCalls("clients of this server", 0, 0, MAX_PEERS)
-            peer = self._peers[name] = Peer(name, MemoryAccount(self._memory))
+            accounts = MemoryAccount(self._memory), MemoryAccount(self._receiving)
+            peer = self._peers[name] = Peer(name, *accounts)
         peer.calls += 1
         return peer
 

@@ -222,8 +222,11 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         await self._streams.serve(PackedStream(self._backend, messages))
 
     async def Forecast(self, request: pb.ForecastRequest, context: Context) -> pb.ForecastResponse:
-        results = await self._sessions.forecast(request.session_id, decode_forecast(request))
-        call_memory.get().reserve(MemoryUse.REPLIES, SENT * forecast_reply_bytes(results))
+        reserve = partial(call_memory.get().reserve, MemoryUse.REPLIES)
+        results = await self._sessions.forecast(
+            request.session_id, decode_forecast(request), reserve=reserve
+        )
+        reserve(SENT * forecast_reply_bytes(results))
         return await encode_forecasts(request.session_id, results)
 
     async def ListModels(

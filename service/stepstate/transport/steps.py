@@ -84,12 +84,13 @@ class UnaryReply:
         self.source = current_peer.get().source
         self.held_bytes = 0
         """Of its step, once that is accepted."""
-        self.outcome: asyncio.Future[Step] = asyncio.get_running_loop().create_future()
+        # It does not hold the step, which leads back here.
+        self.answered: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
-    def deliver(self, step: Step) -> None:
+    def deliver(self, step: Step) -> None:  # noqa: ARG002 - it has its outcome now
         """See `ReplyTo`."""
-        if not self.outcome.done():
-            self.outcome.set_result(step)
+        if not self.answered.done():
+            self.answered.set_result(None)
 
 
 async def apply_step(
@@ -116,7 +117,7 @@ async def apply_step(
     """
     sessions, memory, call = backend.sessions, call_memory.get(), UnaryReply()
 
-    def accept(session: ResidentSession) -> None:
+    def accept(session: ResidentSession) -> Step:
         step = make(session, call)
         memory.reserve(MemoryUse.REPLIES, step.held_bytes)
         try:
@@ -125,13 +126,18 @@ async def apply_step(
             memory.release(MemoryUse.REPLIES, step.held_bytes)
             raise
         call.held_bytes = step.held_bytes
+        return step
 
     try:
-        await sessions.in_turn(session_id, accept, patience_seconds=patience_seconds, hold=hold)
-        return await call.outcome
+        step = await sessions.in_turn(
+            session_id, accept, patience_seconds=patience_seconds, hold=hold
+        )
+        await call.answered
     except asyncio.CancelledError:
         call.cancelled = True
         raise
+    else:
+        return step
     finally:
         memory.release(MemoryUse.REPLIES, call.held_bytes)
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import partial
 
 import numpy as np
 import pytest
 
-from stepstate.errors import (
-    InvalidField,
-    QueueFull,
-)
+from stepstate.budget import MemoryAccount, MemoryBudget, MemoryUse
+from stepstate.errors import InvalidField, MemoryLimit
 from stepstate.sessions import ForecastRequest, Scenario
 from stepstate.sessions.forecasting import limits
 from stepstate.transport.convert import (
@@ -32,14 +31,17 @@ def rig(make_rig, sensor) -> Rig:
     return make_rig(model_of(sensor), replay_rows=64)
 
 
-async def test_calls_under_way_are_bounded_by_their_bytes(rig, monkeypatch):
+async def test_calls_reserve_what_they_take(rig):
     """A session counts once, with the whole of its state; what is refused can be asked again."""
     await stepped(rig, await rig.open(), rows(3))
     state_bytes = 4 * rig.scheduler.engine.layout.width
-    monkeypatch.setattr(f"{BOUNDS}.MAX_BYTES", state_bytes + 2_000)
-    calls = [rig.sessions.forecast(["a"] * 9, ForecastRequest(1, (), ())) for _ in range(3)]
+    account = MemoryAccount(MemoryBudget(2 * (state_bytes + 2_000)))
+    reserve = partial(account.reserve, MemoryUse.REPLIES)
+    request = ForecastRequest(1, (), ())
+    calls = [rig.sessions.forecast(["a"] * 9, request, reserve=reserve) for _ in range(3)]
     found = await asyncio.gather(*calls, return_exceptions=True)
-    assert [type(one) for one in found] == [list, QueueFull, QueueFull]
+    assert [type(one) for one in found] == [list, MemoryLimit, MemoryLimit]
+    assert state_bytes < account.held < state_bytes + 2_500  # of the first only
     (forecast,) = await told(rig, horizon=1)
     assert forecast.t == 3
 

@@ -26,7 +26,7 @@ class CallContext:
     def invocation_metadata(self) -> tuple[tuple[str, str], ...]:
         return self._metadata
 
-    def add_done_callback(self, callback: Callable[[object], None]) -> None:
+    def when_done(self, callback: Callable[[object], None]) -> None:
         self._callbacks.append(callback)
 
     def end(self) -> None:

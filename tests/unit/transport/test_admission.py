@@ -34,7 +34,7 @@ class Calls:
     def __init__(self, limit: int = 2**30) -> None:
         self.memory = MemoryBudget(limit)
         self.metrics = Metrics()
-        self.peers = PeerTable(self.memory)
+        self.peers = PeerTable(self.memory, MemoryBudget(limit))
         self.admission = CallAdmission(self.peers, self.metrics)
         self.order: list[str] = []
         self.running: Counter[str] = Counter()
@@ -43,7 +43,7 @@ class Calls:
     def open(self, peer: str, kind: CallKind = LONG) -> CallContext:
         context = CallContext(peer)
         try:
-            self.admission.begin(context, kind)
+            self.admission.begin(context, kind, context.when_done)
         except (TooManyCalls, MemoryLimit):
             context.end()
             raise
@@ -77,7 +77,7 @@ class Calls:
     async def _called(self, peer: str) -> AsyncIterator[None]:
         context = CallContext(peer)
         try:
-            self.admission.begin(context, LONG)
+            self.admission.begin(context, LONG, context.when_done)
             yield
         finally:
             context.end()

@@ -69,7 +69,7 @@ def test_who_is_not_trusted_can_name_nobody(connection):
 
 
 def test_a_peer_is_known_while_it_has_calls():
-    table = PeerTable(MemoryBudget(2**30), TRUSTED)
+    table = PeerTable(MemoryBudget(2**30), MemoryBudget(2**30), TRUSTED)
     first = table.join(CallContext(PROXY, forwarded_for="203.0.113.9"))
     again = table.join(CallContext("ipv4:10.0.0.8:1", forwarded_for="203.0.113.9"))
     other = table.join(CallContext("ipv4:192.0.2.1:1", forwarded_for="203.0.113.9"))
@@ -85,7 +85,7 @@ def test_a_peer_is_known_while_it_has_calls():
 
 def test_there_are_only_so_many(monkeypatch):
     monkeypatch.setattr(peers, "MAX_PEERS", 3)
-    table = PeerTable(MemoryBudget(2**30), TRUSTED)
+    table = PeerTable(MemoryBudget(2**30), MemoryBudget(2**30), TRUSTED)
     known = [table.join(CallContext(PROXY, forwarded_for=f"203.0.113.{n}")) for n in range(3)]
     with pytest.raises(TooManyCalls, match="clients of this server"):
         table.join(CallContext(PROXY, forwarded_for="203.0.113.9"))

@@ -22,13 +22,14 @@ from stepstate.engine import Floats, ForecastOrigins, HorizonForecast
 from stepstate.errors import InvalidField, StepstateError
 from stepstate.models import Manifest, OutputSpec
 from stepstate.sessions.forecasting.limits import (
-    ForecastBudget,
+    Reserve,
     check_bytes,
     check_fed_rows,
     check_request,
     error_bytes,
     forecast_bytes,
     text_bytes,
+    within_call,
 )
 from stepstate.sessions.forecasting.origins import Origin, OriginCopier
 from stepstate.sessions.forecasting.scenarios import (
@@ -103,34 +104,33 @@ class Forecaster:
 
     def __init__(self, queues: RequestQueues, table: Table) -> None:
         self._copier = OriginCopier(queues, table)
-        self._budget = ForecastBudget()
         self._short = asyncio.Lock()
         self._long = asyncio.Lock()
 
     async def forecast(
-        self, session_ids: Sequence[str], request: ForecastRequest
+        self, session_ids: Sequence[str], request: ForecastRequest, reserve: Reserve
     ) -> list[list[SessionForecast] | StepstateError]:
         """See `SessionService.forecast`."""
         check_request(session_ids, request)
-        with self._budget.of_call() as reserve:
-            reserve(sum(scenario.x.nbytes for scenario in request.scenarios))
-            origins = await self._copier.copy(dict.fromkeys(session_ids), reserve)
-            results: dict[str, _Result] = {
-                name: one for name, one in origins.items() if isinstance(one, StepstateError)
-            }
-            models = []
-            for scheduler, its in _by_scheduler(origins).items():
-                try:
-                    models.append(await _model_origins(scheduler, its, request))
-                except StepstateError as error:
-                    failure = error.with_traceback(None)
-                    results.update({origin.session_id: failure for origin in its})
-            check_fed_rows(sum(model.fed_rows for model in models))
-            size = _reply_bytes(session_ids, request, results, models)
-            check_bytes(len(session_ids), size)
-            reserve(size)
-            for model in models:
-                results.update(await self._roll_forward(model, request))
+        reserve = within_call(reserve)
+        reserve(sum(scenario.x.nbytes for scenario in request.scenarios))
+        origins = await self._copier.copy(dict.fromkeys(session_ids), reserve)
+        results: dict[str, _Result] = {
+            name: one for name, one in origins.items() if isinstance(one, StepstateError)
+        }
+        models = []
+        for scheduler, its in _by_scheduler(origins).items():
+            try:
+                models.append(await _model_origins(scheduler, its, request))
+            except StepstateError as error:
+                failure = error.with_traceback(None)
+                results.update({origin.session_id: failure for origin in its})
+        check_fed_rows(sum(model.fed_rows for model in models))
+        size = _reply_bytes(session_ids, request, results, models)
+        check_bytes(len(session_ids), size)
+        reserve(size)
+        for model in models:
+            results.update(await self._roll_forward(model, request))
         return [results[session_id] for session_id in session_ids]
 
     async def _roll_forward(

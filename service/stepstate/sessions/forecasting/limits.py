@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
-from stepstate.errors import InvalidField, QueueFull, StepstateError
+from stepstate.errors import InvalidField, StepstateError
 from stepstate.models import OutputSpec
 from stepstate.sessions.forecasting.scenarios import MAX_HORIZON, ForecastRequest
 
@@ -19,7 +18,7 @@ MAX_REPLY_BYTES = 4_000_000
 MAX_FED_ROWS = 200_000
 """Rows fed back in one call, of all sessions and scenarios: some seconds of work."""
 MAX_BYTES = 256 * 2**20
-"""Of all calls at a time: each holds its scenarios, copies of states, and forecasts."""
+"""Of a call: its scenarios, copies of states, and forecasts."""
 
 _MESSAGE_BYTES = 60
 """At most, of a forecast's times, tags and lengths on the wire."""
@@ -29,39 +28,29 @@ _ERROR_BYTES = 256
 """At most, of an error's status without its texts."""
 
 
-class ForecastBudget:
-    """The bytes that all calls under way hold together."""
+Reserve = Callable[[int], None]
+"""Reserves bytes for a call."""
 
-    def __init__(self) -> None:
-        self._used = 0
 
-    @contextmanager
-    def of_call(self) -> Iterator[Callable[[int], None]]:
-        """A function that reserves bytes for one call; they are released when the call ends.
+def within_call(reserve: Reserve) -> Reserve:
+    """Reserves bytes for one call, as long as they are not more than a call may have.
 
-        It raises:
-            InvalidField: the call alone needs more than there is.
-            QueueFull: other calls hold too much.
-        """
-        held = 0
+    It raises InvalidField if they are, and what `reserve` raises.
+    """
+    held = 0
 
-        def reserve(count: int) -> None:
-            nonlocal held
-            if held + count > MAX_BYTES:
-                raise InvalidField(
-                    "session_id",
-                    f"names sessions whose states take more than {MAX_BYTES} bytes together: ask "
-                    "for fewer at once",
-                )
-            if self._used + count > MAX_BYTES:
-                raise QueueFull("bytes of forecasts under way on this server", MAX_BYTES)
-            held += count
-            self._used += count
+    def reserve_within(count: int) -> None:
+        nonlocal held
+        held += count
+        if held > MAX_BYTES:
+            raise InvalidField(
+                "session_id",
+                f"names sessions whose states take more than {MAX_BYTES} bytes together: ask "
+                "for fewer at once",
+            )
+        reserve(count)
 
-        try:
-            yield reserve
-        finally:
-            self._used -= held
+    return reserve_within
 
 
 def error_bytes(error: StepstateError) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from stepstate.engine import Floats
 from stepstate.errors import ForecastImpossible, StepstateError
+from stepstate.sessions.forecasting.limits import Reserve
 from stepstate.sessions.queues import RequestQueues, WaitingCall
 from stepstate.sessions.table import Table
 from stepstate.sessions.types import ResidentSession, SessionBarrier, unexpected
@@ -18,9 +19,6 @@ COPIES_PER_TURN = 500
 """Copies in one turn of the event loop."""
 MAX_LOADS = 64
 """Sessions that one call loads at a time."""
-
-Reserve = Callable[[int], None]
-"""See `MemoryBudget.of_call`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +58,7 @@ class OriginCopier:
         Every session has its place in its queue before anything is waited for.
 
         Raises:
-            InvalidField, QueueFull: there is no memory for the copies.
+            InvalidField, MemoryLimit: there is no memory for the copies.
         """
         loading = asyncio.Semaphore(MAX_LOADS)
         found: dict[str, Origin | StepstateError] = {}

@@ -1,0 +1,78 @@
+"""How many requests are received at once.
+
+gRPC says how long a message is when it has all of it. Until a call is read, its client can send no
+more than 64 KiB; then, all of the message. So each read counts as one of the longest message, and
+when too many are under way, calls wait before they are read. Streams of steps can't be counted
+like that: they always read, and most are idle.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from itertools import islice
+from typing import Any
+
+from stepstate.budget import MemoryAccount, MemoryBudget, MemoryUse
+from stepstate.errors import MemoryLimit
+
+MAX_MESSAGE_BYTES = 16 * 2**20
+"""The longest request, 100,000 rows of 40 inputs."""
+READ_BYTES = 2 * MAX_MESSAGE_BYTES
+"""What it takes while it is received: gRPC's parts of it, then the whole."""
+SHARE = 4
+"""The part of the memory limit that messages being received may take is one of so many."""
+STALLED_SECONDS = 0.5
+"""A read that took so long already is ended if others wait: its client may send nothing at all."""
+
+
+class Receiver:
+    """Receives the requests of calls that have one, or a few long ones.
+
+    Args:
+        memory_limit: bytes that clients may make the server hold.
+    """
+
+    def __init__(self, memory_limit: int) -> None:
+        self.budget = MemoryBudget(max(memory_limit // SHARE, READ_BYTES))
+        """For messages that are being received."""
+        self._since: dict[asyncio.Timeout, float] = {}  # of the reads, the oldest first
+        self._look: asyncio.TimerHandle | None = None
+
+    async def read(self, account: MemoryAccount, receive: Callable[[], Awaitable[Any]]) -> Any:
+        """What `receive` returns, once the peer with this account may receive.
+
+        Raises:
+            MemoryLimit: it took long, and others wait.
+        """
+        if not account.fits(READ_BYTES):
+            self._look_soon()
+            await account.wait_for(READ_BYTES)
+        account.reserve(MemoryUse.REQUESTS, READ_BYTES)
+        limit = asyncio.timeout(None)
+        self._since[limit] = asyncio.get_running_loop().time()
+        try:
+            async with limit:
+                return await receive()
+        except TimeoutError:
+            held, budget = account.held, self.budget
+            free = budget.limit - budget.used
+            raise MemoryLimit(READ_BYTES, held, free, budget.limit) from None
+        finally:
+            del self._since[limit]
+            account.release(MemoryUse.REQUESTS, READ_BYTES)
+
+    def _look_soon(self) -> None:
+        if self._look is None:
+            loop = asyncio.get_running_loop()
+            self._look = loop.call_later(STALLED_SECONDS, self._end_stalled)
+
+    def _end_stalled(self) -> None:
+        """Ends the oldest reads, one for each peer that waits."""
+        self._look = None
+        now, waiting = asyncio.get_running_loop().time(), len(self.budget.waiting)
+        for limit, since in islice(self._since.items(), waiting):
+            if since <= now - STALLED_SECONDS:
+                limit.reschedule(now)
+        if waiting:
+            self._look_soon()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -30,6 +32,16 @@ FLAGS = (
     {"sequence_end": True, "step_t": 1},
     {"step_t": 1},
     {},
+)
+STREAMS = 10
+REQUEST_MODULES = (
+    "stepstate.sessions.queues",
+    "stepstate.sessions.types",
+    "stepstate.transport.bidi",
+    "stepstate.transport.steps",
+    "stepstate.transport.triton.call",
+    "stepstate.transport.triton.stream",
+    "stepstate.transport.triton.tensors",
 )
 KEPT = (MemoryUse.ENDED, MemoryUse.REPLAY)
 """What a server keeps for retries, whoever has gone."""
@@ -136,3 +148,42 @@ async def test_a_start_by_one_client_restarts_what_another_steps(
         y = tensor(reply.infer_response)
         assert min(largest_difference(y, row[None]) for row in want) <= TOLERANCE
     await idle(server)
+
+
+async def leave_streams(address: str) -> None:
+    """Opens streams with sequences that are open, ended and waiting, and breaks the connection."""
+    async with triton_stub(address) as stub:
+        for place in range(STREAMS):
+            call = stub.ModelStreamInfer()
+            for flags in ({"sequence_start": True}, {}, {"sequence_end": True, "step_t": 1}):
+                await call.write(infer("lstm", f"ended-{place}", draw(1), **flags))
+            await call.write(infer("lstm", f"open-{place}", draw(1), sequence_start=True))
+            for _ in range(4):
+                assert not (await call.read()).error_message
+            for _ in range(4):  # in the queue of a session that is busy, and of one that restarts
+                await call.write(infer("lstm", "busy", draw(300)))
+                await call.write(infer("lstm", f"open-{place}", draw(1), sequence_start=True))
+
+
+def own_objects() -> Counter[str]:
+    """Objects of requests and streams that Python's collector would have to find."""
+    found = (type(one) for one in gc.get_objects())
+    return Counter(one.__qualname__ for one in found if one.__module__ in REQUEST_MODULES)
+
+
+async def test_streams_left_by_their_client_leave_nothing_to_the_garbage_collector(
+    triton: GRPCInferenceServiceStub, server: Server
+):
+    await triton.ModelInfer(infer("lstm", "busy", draw(1), sequence_start=True))
+    await leave_streams(server.address)  # caches are filled
+    await idle(server)
+    gc.collect()
+    before = own_objects()
+    gc.disable()
+    try:
+        await leave_streams(server.address)
+        await idle(server)
+        left = own_objects() - before
+    finally:
+        gc.enable()
+    assert not left

@@ -16,7 +16,7 @@ from tests.networks import Network
 
 SESSIONS = 8
 ROWS = 40
-ANSWER_SECONDS = 30.0
+ANSWER_SECONDS = 15.0
 DURABILITIES = (pb.DURABILITY_ASYNC, pb.DURABILITY_SYNC)
 
 
@@ -55,6 +55,16 @@ class Bystanders:
     @staticmethod
     def _request(name: str) -> pb.StepRequest:
         return pb.StepRequest(session_id=name, t=0, x=rows(name, ROWS).ravel())
+
+
+async def answers(address: str) -> bool:
+    """Whether a server answers at all."""
+    async with raw_stub(address) as stub:
+        try:
+            await stub.ListModels(pb.ListModelsRequest(), timeout=ANSWER_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            return error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+    return True
 
 
 async def broken(address: str, metrics_address: str, network: Network) -> list[str]:

@@ -2,7 +2,8 @@
 
 Rule 1: a call has at most `MAX_UNANSWERED` accepted requests without a reply, and about `MAX_ROWS`
         packed rows and `MAX_BYTES` of requests and replies; all of it is part of what its peer may
-        hold. Beyond that it is not read, and HTTP/2 flow control holds the client back.
+        hold, and of the requests that its peer may have in the engine (`Source`). Beyond that it
+        is not read, and HTTP/2 flow control holds the client back.
 Rule 2: when a call ends, what it has waiting and did not start is never applied.
 Rule 3: a request whose session has to be loaded first waits in the queue of that session. It holds
         up no other session: the call is read on.
@@ -25,7 +26,13 @@ import grpc
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Draining, MemoryLimit, StepstateError
 from stepstate.metrics import Metrics
-from stepstate.sessions import ReplyTo, ResidentSession, SessionService, Step
+from stepstate.sessions import (
+    MAX_SOURCE_RUNNING,
+    ReplyTo,
+    ResidentSession,
+    SessionService,
+    Step,
+)
 from stepstate.transport.admission import CallAdmission
 from stepstate.transport.interceptor import DecodeFailure, MessageChannel
 from stepstate.transport.peers import current_peer
@@ -272,6 +279,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
                 await self._reader_waits
             if not fits(0):
                 await self._memory.wait_for(0)
+            if self.source.running >= MAX_SOURCE_RUNNING:
+                await self.source.wait_for_room()
 
     def _missing_bytes(self, request: Q) -> int | None:
         """Takes a request; the bytes that there has to be room for, if it can't be taken now."""

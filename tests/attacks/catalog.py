@@ -27,6 +27,8 @@ ATTACKS = (
     Attack(starvation.streams_not_read, count=1_000, short=200),
     Attack(starvation.lists_of_models, count=100, short=20),
     Attack(starvation.scrapers, count=64, short=64),
+    Attack(starvation.scrapers_of_other_series, count=64, short=16),
+    Attack(starvation.scrapes_left_half_open, count=1_000, short=200),
     Attack(
         starvation.refusals_while_nobody_reads_the_log,
         count=10_000,

@@ -138,14 +138,15 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         Raises:
             Draining: the server stops; everything accepted was answered.
         """
-        self._reader = asyncio.create_task(self._read())
-        self._reader.add_done_callback(lambda _: _wake(self._writer_waits))
+        reader = self._reader = asyncio.create_task(self._read())
+        reader.add_done_callback(lambda _: _wake(self._writer_waits))
         try:
             # In a task of its own a wake-up does not pass through the coroutines that await `run`.
-            await asyncio.create_task(self._write(self._reader))
+            await asyncio.create_task(self._write(reader))
         finally:
             self.cancelled = True
-            self._reader.cancel()
+            reader.cancel()
+            self._reader = None  # its error's traceback leads here: no circle
             for task in self._tasks:
                 task.cancel()
             # A traceback that leads here is part of a reference cycle: no reply may be in it.
@@ -153,7 +154,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._drop_waiting()
         if self._draining:
             raise Draining
-        self._reader.result()
+        reader.result()
 
     def drain(self) -> None:
         """Reads no more; `run` ends when everything accepted is answered."""

@@ -17,7 +17,6 @@ released then, whatever has happened to it.
 from __future__ import annotations
 
 import asyncio
-import ctypes
 import os
 from collections import deque
 from collections.abc import Iterator
@@ -35,8 +34,6 @@ SMALLEST_LIMIT = 128 * 2**20
 
 WAKE_SECONDS = 0.01
 """Those who wait for room are looked at together, at most so often: a release stays cheap."""
-TRIM_SECONDS, TRIM_BYTES = 0.25, 16 * 2**20
-"""How often is looked, and for how much less, whether freed memory is returned: it takes 30 ms."""
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _LIMIT_FILES = ("memory.max", "memory/memory.limit_in_bytes")  # of cgroups v2, and v1
@@ -245,18 +242,6 @@ class CallMemory:
 
 call_memory: ContextVar[CallMemory] = ContextVar("call_memory")
 """What the RPC holds that this task serves."""
-
-
-async def return_freed(budget: MemoryBudget) -> None:
-    """Returns memory to the system when peers hold much less than before: malloc would keep it."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    most = 0
-    while trim is not None:
-        await asyncio.sleep(TRIM_SECONDS)
-        most = max(most, budget.used)
-        if most - budget.used >= TRIM_BYTES:
-            await asyncio.to_thread(trim, 0)
-            most = budget.used
 
 
 def limit_bytes(setting: str) -> int:

@@ -20,7 +20,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes, return_freed
+from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
     EngineSettings,
@@ -185,7 +185,6 @@ class Server:
             Trimmer(lambda: self.memory.used).run,
         )
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
-        self._tasks.append(asyncio.create_task(return_freed(self.memory)))
         if self._store.durable:
             saving = self.sessions.writer.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))

@@ -17,6 +17,15 @@ from tests.networks import Network
 SESSIONS = 8
 ROWS = 40
 ANSWER_SECONDS = 15.0
+ZERO = (
+    "stepstate_queue_rows",
+    "stepstate_slots_leaked",
+    *(
+        f'stepstate_memory_bytes{{use="{use}"}}'
+        for use in ("requests", "replies", "bindings", "snapshots")
+    ),
+)
+"""Series that are 0 when no client is there."""
 DURABILITIES = (pb.DURABILITY_ASYNC, pb.DURABILITY_SYNC)
 
 
@@ -119,11 +128,7 @@ async def _counts(metrics_address: str) -> str:
     """The metrics are there, and say that nothing is left."""
     for _ in range(50):  # what a client left is cleared when its connection's end is noticed
         text = await scrape(metrics_address)
-        left = {
-            name: sample(text, name)
-            for name in ("stepstate_queue_rows", "stepstate_slots_leaked")
-            if sample(text, name)
-        }
+        left = {name: sample(text, name) for name in ZERO if sample(text, name)}
         if not left:
             return ""
         await asyncio.sleep(0.1)

@@ -16,15 +16,20 @@ from contextlib import suppress
 from pathlib import Path
 
 TRIM_SECONDS = 2.0
-"""Between two looks: after a flood, trimming takes some 20 ms of a thread."""
+"""Between two looks: after a flood, trimming takes some 30 ms of a thread."""
 MAX_GROWTH = 16 * 2**20
-"""Bytes of growth that are not worth it."""
+"""Bytes that are not worth it."""
+MAX_PAUSE = 31
+"""Looks that are skipped when trimming does not help: about a minute."""
 
 _STATM = Path("/proc/self/statm")
 
 
 class Trimmer:
-    """Trims when a process has grown by more than what it holds for clients.
+    """Trims while a process takes more than it did, beyond what it holds for clients.
+
+    It does that ever more rarely while it does not help, as when sessions take the memory, until
+    clients hold much less than before.
 
     Args:
         held: bytes that it holds for clients.
@@ -42,7 +47,10 @@ class Trimmer:
         self._held = held
         self._resident = resident or resident_bytes
         self._trim = trim or _malloc_trim
-        self._before = self._unexplained()
+        self._most_held = held()
+        self._lowest = self._resident() - self._most_held
+        self._pause = 0
+        self._skipped = 0
 
     async def run(self) -> None:
         """Looks again and again, until it is cancelled."""
@@ -51,16 +59,22 @@ class Trimmer:
             await self.look()
 
     async def look(self) -> None:
-        """Trims if that is worth it. What stays after it is no reason to trim again."""
-        if self._unexplained() > self._before + MAX_GROWTH:
-            gc.collect(0)  # the youngest objects: more would take too long
-            await asyncio.to_thread(self._trim)
-            self._before = self._unexplained()
-        else:
-            self._before = min(self._before, self._unexplained())
-
-    def _unexplained(self) -> int:
-        return self._resident() - self._held()
+        """Trims if that is worth it."""
+        held, resident = self._held(), self._resident()
+        self._lowest = min(self._lowest, resident - held)
+        self._most_held = max(self._most_held, held)
+        if self._most_held - held > MAX_GROWTH:
+            self._most_held, self._pause = held, 0
+        if resident - held - self._lowest <= MAX_GROWTH:
+            return
+        if self._skipped < self._pause:
+            self._skipped += 1
+            return
+        gc.collect(0)  # the youngest objects: more would take too long
+        await asyncio.to_thread(self._trim)
+        helped = resident - self._resident() > MAX_GROWTH
+        self._pause = 0 if helped else min(2 * self._pause + 1, MAX_PAUSE)
+        self._skipped = 0
 
 
 def resident_bytes() -> int:

@@ -43,7 +43,7 @@ ATTACK_SECONDS = 30.0
 """Then the attacker gives up."""
 UNREAD_SECONDS = 15.0
 """From the start of a server whose log nobody reads, until somebody does."""
-MAX_P99_SECONDS = 2.0
+MAX_P99_SECONDS = 5.0
 """Of the honest client beside an attack; generous, as the machine may be busy with other tests."""
 
 

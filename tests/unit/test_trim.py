@@ -35,26 +35,26 @@ async def test_what_clients_hold_is_no_reason_to_trim():
     assert process.trims == 1
 
 
-async def test_what_stays_is_trimmed_once():
+async def test_what_stays_is_trimmed_ever_more_rarely():
     process = Process()
     trimmer = process.trimmer()
     process.resident = process.kept = process.kept + 2 * MAX_GROWTH
-    for _ in range(3):
+    for _ in range(100):
         await trimmer.look()
-    assert process.trims == 1
+    assert process.trims == 1 + 1 + 1 + 1 + 1 + 2  # after 1, 3, 7, 15, 31, 31 skipped looks
 
 
-async def test_after_a_fall_less_growth_is_noticed():
+async def test_memory_in_use_at_the_first_look_is_given_back_when_clients_hold_less():
     process = Process()
     trimmer = process.trimmer()
-    process.resident = process.kept = process.kept + 2 * MAX_GROWTH
+    process.resident, process.held = process.resident + 6 * MAX_GROWTH, 3 * MAX_GROWTH
+    process.kept = process.resident
+    for _ in range(40):
+        await trimmer.look()
+    process.kept, process.held = 10 * MAX_GROWTH, 0
+    before = process.trims
     await trimmer.look()
-    process.kept -= 2 * MAX_GROWTH
-    process.resident = process.kept
-    await trimmer.look()
-    process.resident += 2 * MAX_GROWTH
-    await trimmer.look()
-    assert process.trims == 2
+    assert (process.trims, process.resident) == (before + 1, process.kept)
 
 
 async def test_freed_blocks_between_others_are_given_back():

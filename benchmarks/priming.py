@@ -38,7 +38,7 @@ class PrimingPlan:
     """The latency of others while a session is primed with history, and the rate of that."""
 
     rows: int = option(100_000, click.IntRange(1, 1_000_000), "Rows of history.")
-    others: int = option(16, click.IntRange(1, 10_000), "Sessions that are stepped meanwhile.")
+    others: int = option(16, click.IntRange(1, 1_000), "Sessions that are stepped meanwhile.")
     rate: float = option(50.0, click.FloatRange(0.1, 10_000.0), "Steps a second of each of them.")
     rounds: int = option(3, click.IntRange(1, 100), "Primed sessions, one after the other.")
 

@@ -6,8 +6,9 @@ first, and releases them when it is really gone.
 
 A peer may hold as much as would still be free (the dynamic threshold of A. K. Choudhury and
 E. L. Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998): alone it
-gets half of the limit, two greedy peers get a third each, and whoever needs little gets it at
-once. So no share has to be set aside for peers that are not there.
+gets half, two greedy peers get a third each. So no share has to be set aside for peers that are not
+there. But what one peer after the other takes and never gives back leaves half as much each time:
+so a quarter of the limit is kept for peers that hold little.
 
 `CallMemory` is what one RPC holds of its peer's account: what is left of it when the RPC is done is
 released then, whatever has happened to it.
@@ -68,6 +69,10 @@ class MemoryBudget:
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
+        self.shared = limit - limit // 4
+        """Of the limit, for peers that hold more than little."""
+        self.little = limit // 512
+        """So much a peer may hold as long as anything is free."""
         self.used = 0
         """Bytes reserved now."""
         self.by_use: dict[str, int] = dict.fromkeys(MemoryUse, 0)
@@ -106,8 +111,10 @@ class MemoryAccount:
 
     def fits(self, size: int) -> bool:
         """Whether so many bytes more could be reserved now."""
-        budget = self._budget
-        return self.held + size <= budget.limit - budget.used
+        budget, total = self._budget, self.held + size
+        return total <= budget.shared - budget.used or (
+            total <= budget.little and size <= budget.limit - budget.used
+        )
 
     def reserve(self, use: MemoryUse, size: int) -> None:
         """Reserves bytes.
@@ -116,8 +123,9 @@ class MemoryAccount:
             MemoryLimit: the peer would hold more than would be free; nothing was reserved.
         """
         budget = self._budget
-        if self.held + size > budget.limit - budget.used:
-            raise MemoryLimit(size, self.held, budget.limit - budget.used, budget.limit)
+        if self.held + size > budget.shared - budget.used and not self.fits(size):
+            free = max(0, budget.shared - budget.used)
+            raise MemoryLimit(size, self.held, free, budget.limit)
         self.held += size
         budget.used += size
         budget.by_use[use] += size
@@ -183,39 +191,32 @@ class CallMemory:
         account: of its peer.
     """
 
-    __slots__ = ("_account", "_by_use", "_closed", "held")
+    __slots__ = ("_account", "_by_use", "_closed", "fits")
 
     def __init__(self, account: MemoryAccount) -> None:
         self._account = account
         self._by_use: dict[str, int] = dict.fromkeys(MemoryUse, 0)
         self._closed = False
-        self.held = 0
-        """Bytes reserved now."""
-
-    def fits(self, size: int) -> bool:
+        self.fits = account.fits
         """See `MemoryAccount.fits`."""
-        return self._account.fits(size)
 
     def reserve(self, use: MemoryUse, size: int) -> None:
         """See `MemoryAccount.reserve`; once the RPC is done, nothing is counted."""
         if not self._closed:
             self._account.reserve(use, size)
             self._by_use[use] += size
-            self.held += size
 
     def charge(self, use: MemoryUse, size: int) -> None:
         """See `MemoryAccount.charge`."""
         if not self._closed:
             self._account.charge(use, size)
             self._by_use[use] += size
-            self.held += size
 
     def release(self, use: MemoryUse, size: int) -> None:
         """Releases bytes before the RPC is done."""
         if not self._closed:
             self._account.release(use, size)
             self._by_use[use] -= size
-            self.held -= size
 
     def resize(self, use: MemoryUse, size: int) -> None:
         """Counts as many bytes as there turned out to be."""

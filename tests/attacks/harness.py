@@ -9,18 +9,19 @@ from __future__ import annotations
 import asyncio
 import os
 import resource
+import subprocess
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 from stepstate.config import ServerConfig
 from tests.attacks.attack import Attack, Script, Target
 from tests.attacks.honest import honest_client
-from tests.attacks.load import busy
+from tests.attacks.load import warm_up
 from tests.attacks.networks import write_networks
-from tests.attacks.others import Bystanders, broken
+from tests.attacks.others import Bystanders, answers, broken
 from tests.attacks.processes import Memory, in_child
 from tests.chaos.restartable import RestartableServer
 from tests.networks import Network
@@ -38,8 +39,11 @@ CALM_SECONDS = 1.5
 """How long the honest client is alone before the attack."""
 REST_SECONDS = 10.0
 """After the attack, until memory is measured."""
-ATTACK_SECONDS = 150.0
-MAX_P99_SECONDS = 2.0
+ATTACK_SECONDS = 30.0
+"""Then the attacker gives up."""
+UNREAD_SECONDS = 15.0
+"""From the start of a server whose log nobody reads, until somebody does."""
+MAX_P99_SECONDS = 5.0
 """Of the honest client beside an attack; generous, as the machine may be busy with other tests."""
 
 
@@ -106,16 +110,25 @@ async def under_attack(attack: Attack, count: int, ground: Ground, *, short: boo
         others = Bystanders(server.address)
         await others.open()
         await _attack(attack.script, count, server, ground, report, short=short)
-        if server.process.poll() is not None:
-            report.broken.append(f"the server ended with status {server.process.poll()}")
+        if (status := server.process.poll()) is not None or not await answers(server.address):
+            report.broken.append(f"the server ended with status {status}; None: it does not answer")
+            server.kill_if_running()
             await server.start()
         await _look(report, server, others, ground.network, "")
-        await server.end()
-        await server.start()
+        await _restart(server, report)
         await _look(report, server, others, ground.network, ", after a restart")
         if attack.log_is_read:
             report.broken += [f"logged: {line[:500]}" for line in server.surprises()[:3]]
     return report
+
+
+async def _restart(server: RestartableServer, report: Report) -> None:
+    try:
+        await server.end()
+    except subprocess.TimeoutExpired:
+        report.broken.append("SIGTERM does not end the server")
+        server.kill()
+    await server.start()
 
 
 async def _look(
@@ -133,22 +146,29 @@ async def _limited_server(ground: Ground, attack: Attack) -> AsyncIterator[Resta
     if "memory_limit" in {one.name for one in fields(ServerConfig)}:
         settings += ["--memory-limit", str(MEMORY_LIMIT)]
     log = ground.folder / "server.log"
-    pipe = None if attack.log_is_read else _unread(log)
-    server = RestartableServer(*settings, *attack.options, log=log)
-    try:
-        await server.start()
-        resource.prlimit(server.process.pid, resource.RLIMIT_AS, (SAFETY_NET, SAFETY_NET))
-        yield server
-    finally:
-        server.kill_if_running()
-        if pipe is not None:
-            os.close(pipe)
+    with nullcontext() if attack.log_is_read else _full_pipe(log):
+        server = RestartableServer(*settings, *attack.options, log=log)
+        try:
+            await server.start()
+            resource.prlimit(server.process.pid, resource.RLIMIT_AS, (SAFETY_NET, SAFETY_NET))
+            yield server
+        finally:
+            server.kill_if_running()
 
 
-def _unread(path: Path) -> int:
-    """Makes a pipe that nobody reads."""
+@contextmanager
+def _full_pipe(path: Path) -> Iterator[None]:
+    """A pipe that somebody reads only when the server has been waiting for seconds."""
     os.mkfifo(path)
-    return os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    pipe = os.open(path, os.O_RDWR | os.O_NONBLOCK)
+    loop = asyncio.get_running_loop()
+    later = loop.call_later(UNREAD_SECONDS, loop.add_reader, pipe, os.read, pipe, 2**16)
+    try:
+        yield
+    finally:
+        later.cancel()
+        loop.remove_reader(pipe)
+        os.close(pipe)
 
 
 async def _attack(
@@ -162,7 +182,7 @@ async def _attack(
 ) -> None:
     target = Target(server.address, server.metrics_address, ground.store)
     memory = Memory(server.process.pid)
-    await _in_process(busy, target, 8)  # a warm-up
+    await _in_process(warm_up, target, 256)
     with honest_client(target.address) as honest:
         await asyncio.sleep(CALM_SECONDS)
         start, before = time.monotonic(), memory.now()
@@ -185,14 +205,19 @@ async def _attack(
 async def _in_process(script: Script, target: Target, count: int) -> str:
     """Runs a script in a process, which then is gone; returns why it failed."""
     with in_child(_run, script, target, count) as attacker:
-        await asyncio.to_thread(attacker.join, ATTACK_SECONDS)
+        await asyncio.to_thread(attacker.join, 2 * ATTACK_SECONDS)
         if attacker.exitcode == 0:
             return ""
         return f"the attacker ended with status {attacker.exitcode}; None: it did not end"
 
 
 def _run(script: Script, target: Target, count: int) -> None:
-    asyncio.run(script(target, count))
+    async def until_it_gives_up() -> None:
+        with suppress(TimeoutError):  # a server may well let it wait
+            async with asyncio.timeout(ATTACK_SECONDS):
+                await script(target, count)
+
+    asyncio.run(until_it_gives_up())
 
 
 async def _rest(memory: Memory, before: int, *, short: bool) -> int:

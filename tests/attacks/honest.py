@@ -24,7 +24,7 @@ from tests.networks import Network
 
 SESSIONS = 4
 PERIOD_SECONDS = 0.04
-ANSWER_SECONDS = 60.0
+ANSWER_SECONDS = 40.0
 """A step without an answer after this is an error."""
 MODEL, INPUTS = "lstm", 3
 

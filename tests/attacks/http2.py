@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from google.protobuf.message import Message
 from h2.config import H2Configuration
@@ -66,13 +66,12 @@ class RawConnection:
         while view:
             if self.closed or stream in self.ended:
                 return
-            room = min(
-                self._http.local_flow_control_window(stream), self._http.max_outbound_frame_size
-            )
+            room = self._room(stream)
             if room <= 0:
                 await self.flush()
-                self._changed.clear()
-                await self._changed.wait()
+                if self._room(stream) <= 0:
+                    self._changed.clear()
+                    await self._changed.wait()
                 continue
             part, view = view[:room], view[room:]
             self._http.send_data(stream, bytes(part), end_stream=end and not view)
@@ -80,14 +79,6 @@ class RawConnection:
                 self._writer.write(self._http.data_to_send())
             else:
                 await self.flush()
-
-    async def call(
-        self, path: str, message: Message | bytes, headers: Headers = (), *, end: bool = True
-    ) -> int:
-        """Sends a call with one request; returns its stream."""
-        stream = self.open(path, headers)
-        await self.send(stream, frame(message), end=end)
-        return stream
 
     async def flush(self) -> None:
         """Hands to the kernel what was sent."""
@@ -104,14 +95,21 @@ class RawConnection:
 
     async def read(self) -> None:
         """Takes what the server sends, until it closes the connection."""
-        with suppress(OSError):
+        try:
             while data := await self._reader.read(2**18):
                 for event in self._http.receive_data(data):
                     self._handle(event)
                 self._writer.write(self._http.data_to_send())
                 self._changed.set()
-        self.closed = True
-        self._changed.set()
+        except OSError:
+            pass
+        finally:
+            self.closed = True
+            self._changed.set()
+
+    def _room(self, stream: int) -> int:
+        window = self._http.local_flow_control_window(stream)
+        return min(window, self._http.max_outbound_frame_size)
 
     def _handle(self, event: object) -> None:
         if isinstance(event, DataReceived):

@@ -111,11 +111,13 @@ async def ended_triton_sequences(target: Target, count: int) -> None:
     for place in range(count):
         async with raw_connection(target.address) as connection:
             stream = connection.open(f"{TRITON}/ModelInfer")
-            await connection.send(stream, _with_long_id(place, sequence_end=True), end=True)
+            await connection.send(
+                stream, _with_long_id(place, sequence_end=True, step_t=0), end=True
+            )
             await connection.until_ended([stream])
 
 
-def _with_long_id(place: int, **parameters: bool) -> bytes:
+def _with_long_id(place: int, **parameters: object) -> bytes:
     return frame(
         infer(
             MODEL,

@@ -16,7 +16,16 @@ from tests.networks import Network
 
 SESSIONS = 8
 ROWS = 40
-ANSWER_SECONDS = 30.0
+ANSWER_SECONDS = 15.0
+ZERO = (
+    "stepstate_queue_rows",
+    "stepstate_slots_leaked",
+    *(
+        f'stepstate_memory_bytes{{use="{use}"}}'
+        for use in ("requests", "replies", "bindings", "snapshots")
+    ),
+)
+"""Series that are 0 when no client is there."""
 DURABILITIES = (pb.DURABILITY_ASYNC, pb.DURABILITY_SYNC)
 
 
@@ -55,6 +64,16 @@ class Bystanders:
     @staticmethod
     def _request(name: str) -> pb.StepRequest:
         return pb.StepRequest(session_id=name, t=0, x=rows(name, ROWS).ravel())
+
+
+async def answers(address: str) -> bool:
+    """Whether a server answers at all."""
+    async with raw_stub(address) as stub:
+        try:
+            await stub.ListModels(pb.ListModelsRequest(), timeout=ANSWER_SECONDS)
+        except grpc.aio.AioRpcError as error:
+            return error.code() is not grpc.StatusCode.DEADLINE_EXCEEDED
+    return True
 
 
 async def broken(address: str, metrics_address: str, network: Network) -> list[str]:
@@ -109,11 +128,7 @@ async def _counts(metrics_address: str) -> str:
     """The metrics are there, and say that nothing is left."""
     for _ in range(50):  # what a client left is cleared when its connection's end is noticed
         text = await scrape(metrics_address)
-        left = {
-            name: sample(text, name)
-            for name in ("stepstate_queue_rows", "stepstate_slots_leaked")
-            if sample(text, name)
-        }
+        left = {name: sample(text, name) for name in ZERO if sample(text, name)}
         if not left:
             return ""
         await asyncio.sleep(0.1)

@@ -60,18 +60,45 @@ async def scrapers(target: Target, count: int) -> None:
 
     64 of them took the p99 of others from 18 ms to 1.5 s.
     """
+    await asyncio.gather(*(_scrape(target, "/metrics") for _ in range(count)))
+
+
+async def scrapers_of_other_series(target: Target, count: int) -> None:
+    """Reads other series on each of as many connections, over and over: none can share a page."""
+    paths = (f"/metrics?name[]=stepstate_step_seconds_bucket&name[]={n}" for n in range(count))
+    await asyncio.gather(*(_scrape(target, path) for path in paths))
+
+
+async def scrapes_left_half_open(target: Target, count: int) -> None:
+    """Opens as many connections to the metrics port, and sends on them half of a request or none.
+
+    Each kept a thread for good. Prometheus must still get its page.
+    """
     host, _, port = target.metrics_address.rpartition(":")
+    writers = []
+    for place in range(count):
+        _, writer = await asyncio.open_connection(host, int(port))
+        writer.write(b"GET /metr" if place % 2 else b"")
+        writers.append(writer)
+    assert b"200 OK" in (await _page(target, "/metrics"))[:20]
+    for writer in writers:
+        writer.close()
+
+
+async def _scrape(target: Target, path: str) -> None:
     end = time.monotonic() + SECONDS
+    while time.monotonic() < end:
+        with suppress(OSError):
+            await _page(target, path)
 
-    async def scrape() -> None:
-        while time.monotonic() < end:
-            with suppress(OSError):
-                reader, writer = await asyncio.open_connection(host, int(port))
-                writer.write(b"GET /metrics HTTP/1.0\r\n\r\n")
-                await reader.read(-1)
-                writer.close()
 
-    await asyncio.gather(*(scrape() for _ in range(count)))
+async def _page(target: Target, path: str) -> bytes:
+    host, _, port = target.metrics_address.rpartition(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    writer.write(f"GET {path} HTTP/1.0\r\n\r\n".encode())
+    page = await reader.read(-1)
+    writer.close()
+    return page
 
 
 async def refusals_while_nobody_reads_the_log(target: Target, count: int) -> None:
@@ -82,9 +109,11 @@ async def refusals_while_nobody_reads_the_log(target: Target, count: int) -> Non
     """
     ask = pb.GetSessionRequest(session_id="none")
     async with raw_stub(target.address) as stub:
-        for _ in range(0, count, CALLS):
-            calls = [stub.GetSession(ask, timeout=SECONDS) for _ in range(CALLS)]
-            await asyncio.gather(*calls, return_exceptions=True)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(2 * SECONDS):
+                for _ in range(0, count, CALLS):
+                    calls = [stub.GetSession(ask) for _ in range(CALLS)]
+                    await asyncio.gather(*calls, return_exceptions=True)
 
 
 async def waiting_rows(target: Target, count: int) -> None:

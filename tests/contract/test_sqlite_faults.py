@@ -9,8 +9,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import pytest
 from stepstate.errors import StoreOpenError, StoreUnavailable
 from stepstate.stores import SaveResult
 from stepstate.stores.sqlite import file as session_file
-from stepstate.stores.sqlite import reserve, writer_thread, writes
+from stepstate.stores.sqlite import reserve, watch, writer_thread, writes
 from tests.contract import store_writer
 from tests.stores import CLOSED, FileHome, acquire, create, saving
 
@@ -261,7 +262,8 @@ async def test_a_file_that_was_made_read_only_says_so_and_goes_on_when_it_is_not
     assert await store.save([saving(home, "a", epoch)]) == [SaveResult.DONE]
 
 
-async def test_a_deleted_file_is_made_anew_and_its_sessions_are_missing(home):
+async def test_a_deleted_file_is_made_anew_and_its_sessions_are_missing(home, monkeypatch):
+    monkeypatch.setattr(session_file, "FRESH_SECONDS", 0.0)
     store = await home.open()
     epoch = await create(home, store, "a")
     for part in home.path.parent.iterdir():
@@ -278,29 +280,52 @@ async def test_a_deleted_file_is_made_anew_and_its_sessions_are_missing(home):
 PARTS = [("-wal",), ("-shm",), ("-wal", "-shm")]
 
 
+WRITERS = [("s",), pytest.param(("s", "other"), marks=pytest.mark.long)]
+
+
 @pytest.mark.parametrize("parts", PARTS, ids="".join)
-async def test_what_was_acknowledged_into_a_wal_that_was_deleted_survives_kill_9(home, parts):
-    """What was committed before the server noticed, too: it has the deleted file open."""
-    last = writes_while_deleted(home, parts)
+@pytest.mark.parametrize("names", WRITERS, ids="+".join)
+async def test_what_was_acknowledged_into_a_wal_that_was_deleted_survives_kill_9(
+    home, names, parts
+):
+    """What was committed before a server noticed, too: it has the deleted file open."""
+    last = writes_while_deleted(home, names, parts)
     store = await home.open()
-    for name in store_writer.SESSIONS:
-        entry, snapshot = await acquire(store, name)
-        assert entry.t >= last
-        assert snapshot == store_writer.snapshot(entry.t)
+    for writer in names:
+        for name in store_writer.sessions(writer):
+            entry, snapshot = await acquire(store, name)
+            assert entry.t >= last[writer]
+            assert snapshot == store_writer.snapshot(entry.t)
+    with closing(sqlite3.connect(home.path)) as reader:
+        assert reader.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
 
-def writes_while_deleted(home: FileHome, parts: tuple[str, ...]) -> int:
-    """Deletes files beside the database of a writer, then kills it; returns its last t."""
+def writes_while_deleted(home: FileHome, names: tuple[str, ...], parts: tuple[str, ...]) -> dict:
+    """Deletes files beside the database of writers, then kills them; returns their last t."""
     command = [sys.executable, "-m", store_writer.__name__, home.url]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as writer:
-        for _ in range(5):
-            for _ in range(20):
-                writer.stdout.readline()
+    told = {name: home.path.with_name(f"{name}.out") for name in names}
+    with ExitStack() as stack:
+        for name, file in told.items():
+            out = stack.enter_context(file.open("w"))
+            writer = stack.enter_context(subprocess.Popen([*command, name], stdout=out))
+            stack.callback(writer.kill)
+        for _ in range(4):
+            wait_for_more(told)
             delete(home.path, *parts)
-        lines = [writer.stdout.readline() for _ in range(30)]
-        writer.kill()
-        lines += writer.stdout.readlines()
-    return int(next(line for line in reversed(lines) if line.endswith("\n")))
+        wait_for_more(told)
+    return {name: last_line(file.read_text()) for name, file in told.items()}
+
+
+def wait_for_more(told: dict[str, Path]) -> None:
+    """Waits until every writer has saved 20 times more."""
+    goals = {file: last_line(file.read_text()) + 20 for file in told.values()}
+    while any(last_line(file.read_text()) < goal for file, goal in goals.items()):
+        time.sleep(0.01)
+
+
+def last_line(text: str) -> int:
+    """The number on the last whole line; 0: there is none."""
+    return int(text.rpartition("\n")[0].rpartition("\n")[2] or 0)
 
 
 def delete(path: Path, *parts: str) -> None:
@@ -388,6 +413,21 @@ async def test_a_deleted_wal_that_another_process_still_reads_is_kept_until_it_e
             await store.save([saving(home, "a", epoch, t=7)])
         assert refused.value.cause == "wal"
     other.close()
+    assert await store.save([saving(home, "a", epoch, t=8)]) == [SaveResult.DONE]
+
+
+async def test_a_deleted_wal_is_not_acknowledged_into_while_another_server_does_not_notice(
+    home, monkeypatch
+):
+    monkeypatch.setattr(watch, "LOCK_SECONDS", 0.2)
+    store, other = await home.open(), await home.open()
+    epoch = await create(home, store, "a")
+    delete(home.path, "-wal")
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable, match="another server still uses it") as refused:
+            await store.save([saving(home, "a", epoch, t=7)])
+        assert refused.value.cause == "busy"
+    await other.close()
     assert await store.save([saving(home, "a", epoch, t=8)]) == [SaveResult.DONE]
 
 

@@ -172,7 +172,8 @@ def test_dashboard_and_data_source_agree() -> None:
 def test_alerts_near_a_limit_compare_with_the_one_that_the_server_tells(exposed: str) -> None:
     told = set(re.findall(r'^stepstate_limit\{of="(\w+)"\}', exposed, re.MULTILINE))
     asked = set(re.findall(r'stepstate_limit\{[^}]*of="(\w+)"', "\n".join(_alert_expressions())))
-    assert asked == {"sessions", "queue_requests", "queue_rows", "backlog_rows"}
+    limits = {"sessions", "queue_requests", "queue_rows", "backlog_rows", "memory_bytes"}
+    assert asked == limits
     assert asked <= told
 
 

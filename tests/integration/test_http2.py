@@ -16,6 +16,7 @@ from tritonclient.utils import InferenceServerException
 
 from stepstate.config import ServerConfig
 from stepstate.server import running_server
+from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.wire import draw, opened, raw_stub, request
 
@@ -89,6 +90,15 @@ async def test_a_stream_beyond_the_maximum_waits_until_another_ends(config: Serv
         streams[0].cancel()
         await waiting
         assert (await streams[2].read()).replayed
+
+
+@pytest.mark.parametrize("length", [20_000, 1_000_000])
+async def test_metadata_has_a_limit(config: ServerConfig, length: int):
+    async with running_server(config) as server, raw_stub(server.address) as stub:
+        long = stub.ListModels(pb.ListModelsRequest(), metadata=(("x-long", "x" * length),))
+        assert await long.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "metadata size exceeds" in await long.details()
+        assert (await stub.ListModels(pb.ListModelsRequest())).models
 
 
 async def test_pings_are_answered_however_many(config: ServerConfig):

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from grpc import StatusCode as Code
 
+from stepstate.budget import MemoryUse
 from stepstate.client import AsyncClient, Client
 from stepstate.config import ServerConfig
 from stepstate.models import write_model
@@ -257,20 +258,26 @@ async def test_a_snapshot_that_is_announced_and_does_not_come_holds_up_no_steps(
             await call.write(pb.StreamImportRequest(size=MAX_SNAPSHOT_BYTES, data=part))
         assert (await plain.Step(request("a", 0, draw(1)))).t == 1
         snapshot = (await plain.ExportSession(pb.ExportSessionRequest(session_id="a"))).snapshot
+        await until(lambda: only_calls(large, len(calls)))
         # The snapshot is there twice when it is put together; and as much must be free as is held.
         whole = 2 * (len(snapshot) + large.memory.used + CALL_BYTES)
-        monkeypatch.setattr(large.memory, "limit", whole - 1)
+        monkeypatch.setattr(large.memory, "little", 0)
+        monkeypatch.setattr(large.memory, "shared", whole - 1)
         refusal = await refused(plain.StreamImport(parts_of(snapshot, session_id="b")))
         assert (refusal.code, refusal.reason) == (Code.RESOURCE_EXHAUSTED, "MEMORY_LIMIT")
-        monkeypatch.setattr(large.memory, "limit", whole)
+        monkeypatch.setattr(large.memory, "shared", whole)
         moved = await plain.StreamImport(parts_of(snapshot, session_id="b"))
         assert moved.session.t == 1
         for call in calls:
             call.cancel()
         await until(lambda: no_more_of(large, "StreamImport"))
-        monkeypatch.setattr(large.memory, "limit", 2 * (len(snapshot) + CALL_BYTES))
+        monkeypatch.setattr(large.memory, "shared", 2 * (len(snapshot) + CALL_BYTES))
         assert (await plain.StreamImport(parts_of(snapshot, session_id="c"))).session.t == 1
     assert "Traceback" not in caplog.text
+
+
+async def only_calls(server: Server, count: int) -> bool:
+    return server.memory.by_use[MemoryUse.CALLS] == count * CALL_BYTES
 
 
 async def no_more_of(server: Server, method: str) -> bool:

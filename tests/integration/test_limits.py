@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import time
 
 import grpc
 import numpy as np
@@ -268,3 +269,14 @@ async def test_malformed_bytes_are_an_invalid_argument_of_their_own_call(
         first, second = [reply async for reply in stream]
         assert refusal_in(first).field == "message"
         assert second.t == 1
+
+
+async def test_what_holds_the_event_loop_is_measured(server: Server):
+    def late(text: str) -> float:
+        """How often it was more than a quarter of a second late."""
+        name = "stepstate_event_loop_lag_seconds"
+        return sample(text, f"{name}_count") - sample(text, f'{name}_bucket{{le="0.25"}}')
+
+    before = late(await scrape(server.metrics_address))
+    time.sleep(0.5)  # noqa: ASYNC251 - on purpose: the server is in this loop
+    assert late(await scrape(server.metrics_address)) == before + 1

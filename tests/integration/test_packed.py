@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from stepstate.server import running_server
+from stepstate.transport import packed as packed_stream
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.packed import (
@@ -197,6 +198,30 @@ async def test_a_row_waits_for_a_long_request_of_its_session_and_other_messages_
     assert second.t.tolist() == [3, 3]
     assert first.t.tolist() == [BLOCKER_ROWS + 2, 2, 2]
     assert (await long).t == BLOCKER_ROWS + 1
+
+
+async def test_a_large_message_takes_several_forwards_and_keeps_the_order_of_rows(
+    config, network: Network, monkeypatch
+):
+    """Two rows of each of 40 sessions in one message, parts and forwards of 16 rows."""
+    monkeypatch.setattr(packed_stream, "PART_ROWS", 16)
+    limited = replace(config, batch_rows=16)
+    x = series(40, 2)
+    async with running_server(limited) as server, raw_stub(server.address) as stub:
+        names = await crowd(stub, 40)
+        rows = np.concatenate((x[:, 0], x[:, 1]))
+        talk = Conversation(stub)
+        told = await talk.ask(packed([*range(40)] * 2, [0] * 40 + [1] * 40, rows, bind=names))
+        assert not told.errors
+        assert told.t.tolist() == [1] * 40 + [2] * 40
+        for place in range(40):
+            offline = network.offline(x[place])
+            assert largest_difference(told.y[[place, 40 + place]], offline) <= TOLERANCE
+        text = await scrape(server.metrics_address)
+        assert sample(text, 'stepstate_microbatch_rows_count{model="lstm",version="1"}') >= 5
+        assert sample(
+            text, 'stepstate_microbatch_rows_bucket{le="16.0",model="lstm",version="1"}'
+        ) == sample(text, 'stepstate_microbatch_rows_count{model="lstm",version="1"}')
 
 
 async def test_more_sessions_than_slots_are_loaded_and_spilled_in_turn(config, network):

@@ -217,3 +217,22 @@ async def test_outputs_that_no_reply_can_hold_are_refused(
     del request.outputs[500:]
     reply = await triton.ModelInfer(request)
     assert reply.ByteSize() < 4 * 2**20
+
+
+async def test_the_names_of_outputs_count_while_a_request_waits(
+    triton: GRPCInferenceServiceStub, server: Server
+):
+    """A name of 9 bytes takes 13 on the wire, and 70 here."""
+    await triton.ModelInfer(infer("lstm", "a", draw(1), sequence_start=True))
+    many = infer("lstm", "a", draw(1))
+    for _ in range(1_000):
+        many.outputs.add(name="quantiles")
+    call = triton.ModelStreamInfer()
+    before = server.memory.used
+    await call.write(infer("lstm", "a", draw(2_000), sequence_start=True))
+    for _ in range(10):
+        await call.write(many)
+    async with asyncio.timeout(10):
+        while server.memory.used < before + 10 * 1_000 * 70:
+            await asyncio.sleep(0)
+    call.cancel()

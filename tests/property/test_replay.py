@@ -26,7 +26,7 @@ class Sessions:
 
     def __init__(self, memory: int, other: int) -> None:
         self.budget = MemoryBudget(memory)
-        MemoryAccount(self.budget).reserve(MemoryUse.REQUESTS, min(other, memory))
+        MemoryAccount(self.budget).reserve(MemoryUse.REQUESTS, min(other, self.budget.shared))
         self.window = ReplayWindow(
             SLOTS,
             input_width=1,

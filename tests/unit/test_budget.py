@@ -28,8 +28,18 @@ def test_greedy_peers_share_and_leave_as_much_as_each_has(greedy: int) -> None:
     held = [fill(MemoryAccount(budget)) for _ in range(greedy)]
     assert budget.used == sum(held) < LIMIT
     first = MemoryAccount(MemoryBudget(LIMIT))
-    assert fill(first) == LIMIT // 2
-    MemoryAccount(budget).reserve(MemoryUse.REQUESTS, 1)  # one who needs little gets it
+    assert fill(first) == budget.shared // 2
+
+
+def test_peers_that_hold_little_find_room_however_many_greedy_ones_came_before() -> None:
+    budget = MemoryBudget(1_000_000)
+    for _ in range(60):
+        fill(MemoryAccount(budget))
+    others = [MemoryAccount(budget) for _ in range(50)]
+    for other in others:
+        other.reserve(MemoryUse.REQUESTS, budget.little)
+        assert not other.fits(1)
+    assert budget.used <= budget.limit
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.sampled_from(MemoryUse), st.integers(0, 400))))

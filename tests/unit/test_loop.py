@@ -5,10 +5,13 @@ from __future__ import annotations
 import array
 import asyncio
 import fcntl
+import hashlib
 import os
 import socket
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +20,7 @@ import pytest
 
 from benchmarks import echo
 from stepstate import loop
-from stepstate.loop import ServerLoop
+from stepstate.loop import CHECK_SECONDS, Pollers, ServerLoop
 
 _IMPORTS = """
 import os, sys
@@ -98,6 +101,58 @@ def test_another_loop_of_the_process_may_take_the_bytes_first(
         loop.handle_all(signals, array.array("i", [0]), lambda: signals.recv(1))
         with pytest.raises(BlockingIOError):
             signals.recv(1)
+
+
+def test_another_thread_polls_when_all_that_do_are_stuck_and_only_then() -> None:
+    """Stuck: it runs and does not wait."""
+    stuck, ended, started = threading.Event(), threading.Event(), threading.Semaphore(0)
+
+    def _poll_wrapper() -> None:
+        started.release()
+        while not ended.is_set():
+            if stuck.is_set():  # without Python's lock, for which it would wait
+                hashlib.pbkdf2_hmac("sha256", b"", b"", 1_000_000)
+            else:
+                time.sleep(0.001)
+
+    first = threading.Thread(target=_poll_wrapper)
+    first.start()
+    pollers = Pollers(_poll_wrapper)
+    try:
+        assert started.acquire(timeout=60)
+        _check_for(pollers, seconds=0.3)  # it runs, and waits
+        assert not started.acquire(blocking=False)
+        stuck.set()
+        pollers.check()
+        while not started.acquire(timeout=CHECK_SECONDS):
+            pollers.check()
+        stuck.clear()
+        _check_for(pollers, seconds=0.3)
+        assert not started.acquire(blocking=False)
+    finally:
+        ended.set()
+        first.join()
+
+
+def _check_for(pollers: Pollers, *, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        pollers.check()
+        time.sleep(CHECK_SECONDS / 10)
+
+
+def test_grpc_polls_in_this_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its method is known by name only: without it, nobody would help when its thread is stuck."""
+    looked_at: list[str] = []
+
+    def is_stuck(_: Pollers, thread: threading.Thread) -> bool:
+        looked_at.append(thread.name)
+        return False
+
+    monkeypatch.setattr(Pollers, "_is_stuck", is_stuck)
+    with asyncio.Runner(loop_factory=ServerLoop) as runner:
+        runner.run(_talk())
+    assert looked_at
 
 
 def test_other_readers_get_every_byte() -> None:

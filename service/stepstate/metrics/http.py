@@ -14,7 +14,7 @@ from contextlib import suppress
 from http.client import LineTooLong
 from io import BufferedIOBase
 from socketserver import ThreadingMixIn
-from threading import Lock, Thread
+from threading import Lock, Semaphore, Thread
 from typing import Any
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
@@ -39,14 +39,16 @@ class _BoundedServer(ThreadingMixIn, WSGIServer):
     daemon_threads = True  # a scrape that hangs does not delay the stop
     request_queue_size = 128
 
-    def server_activate(self) -> None:
+    def __init__(self, address: tuple[str, int], handler: type[WSGIRequestHandler]) -> None:
         self._open = OrderedDict[socket.socket, float]()
         """By the time of their start."""
         self._lock = Lock()
-        super().server_activate()
+        self._threads_left = Semaphore(MAX_CONNECTIONS)
+        super().__init__(address, handler)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         self._cut(lambda: len(self._open) >= MAX_CONNECTIONS)
+        self._threads_left.acquire()  # of the one that was cut, or of one that waits for a page
         with self._lock:
             self._open[request] = time.monotonic()
         super().process_request(request, client_address)
@@ -61,6 +63,7 @@ class _BoundedServer(ThreadingMixIn, WSGIServer):
         with self._lock:
             self._open.pop(request, None)
         super().shutdown_request(request)
+        self._threads_left.release()
 
     def handle_error(self, *_: object) -> None:
         """Does not print that a client is gone; `SharedPages` logs errors of ours."""

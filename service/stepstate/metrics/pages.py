@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, Semaphore
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -27,10 +27,15 @@ SHARED_SECONDS = 0.1
 """For so long after it is made, a page answers requests; and so long no other page is made."""
 MAX_PAGES = 8
 """That are kept: a format, compressed or not, all series or some."""
+MAX_UNUSUAL = 4
+"""Requests that may wait for an unusual page: some of the series, or another version of a format.
+There are any number of such pages, and each of them delays Prometheus."""
 SAMPLES_AT_ONCE = 50
 """Half a millisecond."""
 PAUSE_SECONDS = 0.001
 """Enough for the event loop to get Python's lock, which `time.sleep(0)` mostly keeps."""
+
+_TEXT = ("Content-Type", "text/plain; charset=utf-8")
 
 Environ = dict[str, Any]
 StartResponse = Callable[[str, list[tuple[str, str]]], object]
@@ -55,18 +60,29 @@ class SharedPages:
         """The last page of each variant, the newest last."""
         self._made_at = 0.0
         self._lock = Lock()
+        self._unusual = Semaphore(MAX_UNUSUAL)
 
     def __call__(self, environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         """Answers a request; see PEP 3333."""
         if environ["REQUEST_METHOD"] != "GET":
             rejected: Iterable[bytes] = self._app(environ, start_response)
             return rejected
-        page = self._page(environ)
+        variant = _variant(environ)
+        page = self._page(variant, environ) if _is_usual(variant) else self._unusual_page(environ)
         start_response(page.status, page.headers)
         return [page.body]
 
-    def _page(self, environ: Environ) -> _Page:
-        variant = _variant(environ)
+    def _unusual_page(self, environ: Environ) -> _Page:
+        if not self._unusual.acquire(blocking=False):
+            head = [_TEXT, ("Retry-After", "1")]
+            busy = b"others ask for some of the series too: ask again, or for all of them\n"
+            return _Page("503 Service Unavailable", head, busy, time.monotonic())
+        try:
+            return self._page(_variant(environ), environ)
+        finally:
+            self._unusual.release()
+
+    def _page(self, variant: Variant, environ: Environ) -> _Page:
         with self._lock:  # who comes while the page is made finds it made
             page = self.kept.get(variant)
             if page is None or time.monotonic() > page.made_at + SHARED_SECONDS:
@@ -84,8 +100,7 @@ class SharedPages:
             body = b"".join(self._app(environ, lambda *answer: head.append(answer)))
         except Exception:
             log.exception("the metrics could not be shown")
-            error = [("Content-Type", "text/plain; charset=utf-8")]
-            return _Page("500 Internal Server Error", error, b"see the log\n", time.monotonic())
+            return _Page("500 Internal Server Error", [_TEXT], b"see the log\n", time.monotonic())
         return _Page(*head[0], body, time.monotonic())
 
 
@@ -94,6 +109,11 @@ def _variant(environ: Environ) -> Variant:
     names = parse_qs(environ.get("QUERY_STRING", "")).get("name[]", ())
     compressed = gzip_accepted(environ.get("HTTP_ACCEPT_ENCODING", ""))
     return content_type, compressed, frozenset(names)
+
+
+def _is_usual(variant: Variant) -> bool:
+    content_type, _, names = variant
+    return not names and ("version=0.0.4" in content_type or "version=1.0.0" in content_type)
 
 
 class _Paced(Collector):

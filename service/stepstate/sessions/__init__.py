@@ -14,6 +14,7 @@ from stepstate.sessions.service import SessionService
 from stepstate.sessions.status import SessionStatus, SessionSummary
 from stepstate.sessions.table import Table
 from stepstate.sessions.types import (
+    MAX_SOURCE_RUNNING,
     PackedReplyTo,
     PackedStep,
     ReplyTo,
@@ -30,6 +31,7 @@ from stepstate.sessions.types import (
 
 __all__ = [
     "ID_LENGTH",
+    "MAX_SOURCE_RUNNING",
     "CopyOptions",
     "ForecastRequest",
     "Hold",

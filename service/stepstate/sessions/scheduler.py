@@ -227,6 +227,7 @@ class StepScheduler:
         slots, phase = table.slot_array[rows.handles], table.phase_array[rows.handles] + at
         pack = PackedStep(rows, slots, at, phase, reply_to=reply_to)
         table.busy_array[pack.handles] = True
+        reply_to.source.running += len(pack)
         self.queued_rows += len(pack)
         self.queued_requests += len(pack)
         self.engine.submit_pack(pack)
@@ -269,6 +270,7 @@ class StepScheduler:
         else:
             step.phase = session.phase + t
             step.at = t
+            step.reply_to.source.running += 1
             self._busy[session.handle] = True
             self.engine.submit(step)
 
@@ -335,6 +337,7 @@ class StepScheduler:
         for place, (step, before) in enumerate(zip(works, t.tolist(), strict=True)):
             step.t_after = before + 1
             step.y = outputs[place * width : (place + 1) * width]
+            step.reply_to.source.finished(1)
             if step.session.sync:
                 unsaved.append(step)
             else:
@@ -351,6 +354,7 @@ class StepScheduler:
         failed: Mapping[int, Exception],
     ) -> None:
         """See `CompletionSink`: commits rows of many sessions."""
+        pack.reply_to.source.finished(len(pack))
         handles, slots, t, x = pack.handles, pack.slots, pack.at, pack.x
         pack.y = y
         if finite is not None:
@@ -377,6 +381,7 @@ class StepScheduler:
 
     def _stepped_one(self, step: Step, x: Floats, y: Floats) -> None:
         """`stepped` for one row, by plain numbers: here arrays cost more than the cell."""
+        step.reply_to.source.finished(1)
         table, handle, t = self._table, step.session.handle, step.at
         table.t[handle] = step.t_after = t + 1
         table.expires_at[handle] = self._clock() + step.session.record.idle_timeout_seconds
@@ -390,6 +395,7 @@ class StepScheduler:
 
     def finished(self, work: Step, y: Floats, layers: Layers | None) -> None:
         """See `CompletionSink`: commits a request with many rows, or with `inspect`."""
+        work.reply_to.source.finished(1)
         session, table = work.session, self._table
         t = table.t[session.handle]
         work.t_after = table.t[session.handle] = t + work.rows
@@ -420,16 +426,19 @@ class StepScheduler:
 
     def dropped(self, work: Step) -> None:
         """See `CompletionSink`: nobody waits for it."""
+        work.reply_to.source.finished(1)
         self._observer.ended("cancelled")
         self._finish(work)
 
     def dropped_pack(self, pack: PackedStep) -> None:
         """See `CompletionSink`: nobody waits for it."""
+        pack.reply_to.source.finished(len(pack))
         self._observer.ended("cancelled", len(pack))
         self._finish_pack(pack)
 
     def overflowed(self, work: Step) -> None:
         """See `CompletionSink`: refuses rows whose result float32 can't hold."""
+        work.reply_to.source.finished(1)
         session = work.session
         work.error = NonFiniteResult(session.session_id, self._table.t[session.handle])
         self._observer.ended("refused")
@@ -437,6 +446,7 @@ class StepScheduler:
 
     def failed(self, work: Step, error: Exception) -> None:
         """See `CompletionSink`: the forward raised."""
+        work.reply_to.source.finished(1)
         work.error = unexpected("a forward failed", error, work.session.session_id)
         self._observer.ended("failed")
         self._finish(work)

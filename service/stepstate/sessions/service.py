@@ -58,6 +58,7 @@ from stepstate.stores import (
 log = logging.getLogger(__name__)
 
 _SAVED_AT_ONCE = 500
+_LISTED_AT_ONCE = 128
 _EXPIRED_AT_ONCE = 32  # about a millisecond of work in one turn of the loop
 _PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:-]{0,160}|~([0-9A-F]{2}){1,600}")
 
@@ -431,7 +432,9 @@ class SessionService:
         page = self.store.backend.page(token, size, model, expired=expired)
         entries, following = await self.store.ask(page)
         listed: list[SessionSummary | UnreadableSession] = []
-        for entry in entries:
+        for place, entry in enumerate(entries):
+            if place % _LISTED_AT_ONCE == 0:
+                await asyncio.sleep(0)
             session = self.table.usable(entry.session_id, self._clock())
             if session is not None:
                 listed.append(self.summary(session))

@@ -27,6 +27,10 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+MAX_SOURCE_RUNNING = 1024
+"""Requests of a source: four of the largest forwards. Its streams are not read beyond that, so that
+what it sends waits at its side."""
+
 
 @dataclass(slots=True, eq=False)
 class Source:
@@ -36,6 +40,33 @@ class Source:
     """Accepted requests of it without an outcome."""
     queued_rows: int = 0
     """Rows of these."""
+    running: int = 0
+    """Requests of it that the engine has."""
+    _readers: deque[asyncio.Future[None]] = field(default_factory=deque)
+
+    async def wait_for_room(self) -> None:
+        """Waits while the engine has so many of its requests that one more would only wait."""
+        while self.running >= MAX_SOURCE_RUNNING:
+            future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._readers.append(future)
+            try:
+                await future
+            finally:
+                self._wake_one()  # in its turn: it may have nothing to read, or be cancelled
+
+    def finished(self, requests: int) -> None:
+        """The engine is done with requests of it."""
+        self.running -= requests
+        if self._readers:
+            self._wake_one()
+
+    def _wake_one(self) -> None:
+        """Wakes one reader if there is room: 1,000 at once would hold up others."""
+        while self._readers and self.running < MAX_SOURCE_RUNNING:
+            future = self._readers.popleft()
+            if not future.done():
+                future.set_result(None)
+                return
 
 
 class ReplyTo(Protocol):

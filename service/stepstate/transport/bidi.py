@@ -2,7 +2,8 @@
 
 Rule 1: a call has at most `MAX_UNANSWERED` accepted requests without a reply, and about `MAX_ROWS`
         packed rows and `MAX_BYTES` of requests and replies; all of it is part of what its peer may
-        hold. Beyond that it is not read, and HTTP/2 flow control holds the client back.
+        hold, and of the requests that its peer may have in the engine (`Source`). Beyond that it
+        is not read, and HTTP/2 flow control holds the client back.
 Rule 2: when a call ends, what it has waiting and did not start is never applied.
 Rule 3: a request whose session has to be loaded first waits in the queue of that session. It holds
         up no other session: the call is read on.
@@ -24,7 +25,13 @@ from typing import Any, Generic, Protocol, TypeVar
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Draining, MemoryLimit, StepstateError
 from stepstate.metrics import Metrics
-from stepstate.sessions import ReplyTo, ResidentSession, SessionService, Step
+from stepstate.sessions import (
+    MAX_SOURCE_RUNNING,
+    ReplyTo,
+    ResidentSession,
+    SessionService,
+    Step,
+)
 from stepstate.transport.admission import CallAdmission
 from stepstate.transport.interceptor import DecodeFailure, MessageChannel
 from stepstate.transport.peers import current_peer
@@ -185,7 +192,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         if isinstance(request, DecodeFailure):
             self._reply(self._encode_failure(request.error))
         elif (missing := self._missing_bytes(request)) is not None:
-            self._stall(request, missing)
+            self._stall(self._take_when_it_fits(request, missing))
             return
         self._count_taken()
 
@@ -194,7 +201,9 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         if self._is_full():
             self._pause()
         elif not self._memory.fits(0):
-            self._stall(None, 0)
+            self._stall(self._memory.wait_for(0))
+        elif self.source.running >= MAX_SOURCE_RUNNING:
+            self._stall(self.source.wait_for_room())
 
     def _is_full(self) -> bool:
         """Whether it has as much under way as one call may have."""
@@ -217,20 +226,22 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._paused = True
             self._messages.pause()
 
-    def _stall(self, request: Q | None, missing: int) -> None:
-        """Reads no more until there is memory for a request, or for any."""
+    def _stall(self, until: Coroutine[Any, Any, None]) -> None:
+        """Reads no more until something is done."""
         self._stalled = True
         self._pause()
-        self._start(self._wait_for_memory(request, missing))
+        self._start(self._go_on_after(until))
 
-    async def _wait_for_memory(self, request: Q | None, missing: int | None) -> None:
+    async def _go_on_after(self, until: Coroutine[Any, Any, None]) -> None:
+        await until
+        self._stalled = False
+        self._go_on()
+
+    async def _take_when_it_fits(self, request: Q, missing: int | None) -> None:
         while missing is not None:
             await self._memory.wait_for(missing)
-            missing = None if request is None else self._missing_bytes(request)
-        self._stalled = False
-        if request is not None:
-            self._count_taken()
-        self._go_on()
+            missing = self._missing_bytes(request)
+        self._unanswered += 1
 
     def _go_on(self) -> None:
         """Takes requests again, if it was paused and need not be."""

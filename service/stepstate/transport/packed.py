@@ -32,6 +32,9 @@ from stepstate.transport.status import status_of
 from stepstate.transport.steps import STEP_BYTES
 from stepstate.v1 import stepstate_pb2 as pb
 
+PART_ROWS = 256
+"""Rows that go to the engine together, where they are not taken apart: as --batch-rows by default,
+so that the 4,096 rows of a message do not hold up the rows of others for 16 forwards."""
 ROW_ERROR_BYTES = 2048
 """Of the error of a row, and of its status in the reply."""
 
@@ -166,6 +169,14 @@ class PackedStream(
 
     def _submit_rows(self, message: PackedRequest, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Submits the rows [N] that can take the fast path; returns which these are."""
+        submitted = np.zeros(len(rows), np.bool_)
+        for first in range(0, len(rows), PART_ROWS):
+            part = slice(first, first + PART_ROWS)
+            submitted[part] = self._submit_part(message, rows[part])
+        return submitted
+
+    def _submit_part(self, message: PackedRequest, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """`_submit_rows` for rows that may share a forward."""
         batch = message.batch if len(rows) == len(message) else message.batch.some(rows)
         model = message.model or self._sessions.packed_model(batch)
         if model is None or not message.fits(model):

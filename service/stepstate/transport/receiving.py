@@ -18,11 +18,9 @@ from stepstate.errors import MemoryLimit
 
 MAX_MESSAGE_BYTES = 16 * 2**20
 """The longest request, 100,000 rows of 40 inputs."""
-READ_BYTES = 2 * MAX_MESSAGE_BYTES
-"""What it takes while it is received: gRPC's parts of it, then the whole."""
 SHARE = 4
 """The part of the memory limit that messages being received may take is one of so many."""
-STALLED_SECONDS = 0.5
+STALLED_SECONDS = 2.0
 """A read that took so long already is ended if others wait: its client may send nothing at all."""
 
 
@@ -34,7 +32,7 @@ class Receiver:
     """
 
     def __init__(self, memory_limit: int) -> None:
-        self.budget = MemoryBudget(max(memory_limit // SHARE, READ_BYTES))
+        self.budget = MemoryBudget(max(memory_limit // SHARE, 2 * MAX_MESSAGE_BYTES))
         """For messages that are being received."""
         self._since: dict[asyncio.Timeout, float] = {}  # of the reads, the oldest first
         self._look: asyncio.TimerHandle | None = None
@@ -45,10 +43,10 @@ class Receiver:
         Raises:
             MemoryLimit: it took long, and others wait.
         """
-        if not account.fits(READ_BYTES):
+        if not account.fits(MAX_MESSAGE_BYTES):
             self._look_soon()
-            await account.wait_for(READ_BYTES)
-        account.reserve(MemoryUse.REQUESTS, READ_BYTES)
+            await account.wait_for(MAX_MESSAGE_BYTES)
+        account.reserve(MemoryUse.REQUESTS, MAX_MESSAGE_BYTES)
         limit = asyncio.timeout(None)
         self._since[limit] = asyncio.get_running_loop().time()
         try:
@@ -57,10 +55,10 @@ class Receiver:
         except TimeoutError:
             held, budget = account.held, self.budget
             free = budget.limit - budget.used
-            raise MemoryLimit(READ_BYTES, held, free, budget.limit) from None
+            raise MemoryLimit(MAX_MESSAGE_BYTES, held, free, budget.limit) from None
         finally:
             del self._since[limit]
-            account.release(MemoryUse.REQUESTS, READ_BYTES)
+            account.release(MemoryUse.REQUESTS, MAX_MESSAGE_BYTES)
 
     def _look_soon(self) -> None:
         if self._look is None:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from stepstate.budget import MemoryUse, call_memory
-from stepstate.errors import InvalidField, NonFiniteInput, StepstateError
+from stepstate.errors import InvalidField, MemoryLimit, NonFiniteInput, StepstateError
 from stepstate.models import Manifest, Model
 from stepstate.sessions import ID_LENGTH, Hold, ReplyTo, ResidentSession, Step
 from stepstate.stores import MissingPolicy
@@ -52,6 +52,8 @@ class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepReques
             return
         try:
             self._submit(decode_step(request, session, self))
+        except MemoryLimit:  # it is taken later
+            raise
         except StepstateError as error:
             self._refuse(request, error)
 

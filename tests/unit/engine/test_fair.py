@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from stepstate.engine.fair import FairQueue
 from stepstate.errors import QueueFull
-from stepstate.sessions import Source
+from stepstate.sessions import MAX_SOURCE_RUNNING, Source
 from tests.networks import make_network
 from tests.unit.rig import Rig, model_of
 
@@ -163,3 +163,32 @@ async def test_a_source_may_have_as_many_waiting_as_are_free():
     assert 5 <= fill(Source()) <= 10
     last = rig.send(sessions[-1], x, source=Source())
     await last.outcome()
+
+
+async def test_readers_of_a_source_wait_for_room_in_the_engine_and_are_woken_one_by_one():
+    source = Source(running=MAX_SOURCE_RUNNING)
+    readers = [asyncio.create_task(source.wait_for_room()) for _ in range(10)]
+    await asyncio.sleep(0)
+    readers[0].cancel()
+    source.finished(3)
+    readers[1].cancel()  # just after it was woken
+    for round_number in range(8):
+        assert sum(task.done() for task in readers) <= 2 + 2 * round_number  # not all at once
+        await asyncio.sleep(0)
+    await asyncio.wait_for(asyncio.gather(*readers[2:]), 5)
+
+
+async def test_what_the_engine_has_of_a_source_is_counted_whatever_becomes_of_it():
+    rig = rig_of(batch_rows=4, chunk_rows=4)
+    sessions = await opened(rig, 12, "s")
+    source, x = Source(), np.zeros((3, 3), np.float32)
+    callers = [rig.send(session, x[0], source=source) for session in sessions[:6]]
+    callers += [rig.send(session, x, source=source) for session in sessions[6:9]]
+    pack = rig.send_pack(sessions[9:], x, source)
+    assert source.running == 12
+    callers[1].cancelled = callers[7].cancelled = True
+    callers.append(rig.send(sessions[0], x[0], t=9, source=source))  # refused: never there
+    for caller in callers:
+        await caller.error()
+    await pack.outcome()
+    assert source.running == 0

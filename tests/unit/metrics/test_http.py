@@ -171,6 +171,26 @@ def test_connections_left_half_open_keep_nobody_out_and_few_threads(port: Port):
         connected.close()
 
 
+def test_pages_that_nobody_shares_keep_few_threads_and_no_scraper_out(
+    port: Port, monkeypatch: pytest.MonkeyPatch
+):
+    """Some are told to ask again; all series are to be had meanwhile."""
+    before = threading.active_count()
+    port.collector.go_on.clear()
+    requests = [f"GET /metrics?name[]=x{n} HTTP/1.1\r\n\r\n" for n in range(HALF_OPEN)]
+    held = [port.connect(request.encode()) for request in requests]
+    everything = port.connect(b"GET /metrics HTTP/1.1\r\n\r\n")
+    assert threading.active_count() - before <= http.MAX_CONNECTIONS + 1
+    monkeypatch.setattr(pages, "SHARED_SECONDS", 0.0)
+    port.collector.go_on.set()
+    assert b"other 1.5" in read(everything)
+    statuses = [read(connected).split(b" ")[1] for connected in held]
+    assert statuses.count(b"200") >= pages.MAX_UNUSUAL
+    assert statuses.count(b"503") == HALF_OPEN - statuses.count(b"200") > 0
+    for connected in [*held, everything]:
+        connected.close()
+
+
 @pytest.mark.parametrize("request_", [b"", b"GET /met", b"GET /metrics HTTP/1.1\r\nA: b\r\n"])
 def test_a_connection_ends_after_a_time_whatever_it_waits_for(
     port: Port, monkeypatch: pytest.MonkeyPatch, request_: bytes

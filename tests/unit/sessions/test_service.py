@@ -189,6 +189,25 @@ async def test_pages_give_every_open_session_once(rig):
     assert sorted(seen) == ["a", "c", "d", "e"]
 
 
+async def test_others_take_turns_while_a_long_page_is_listed(make_rig):
+    rig = make_rig(max_sessions=600)
+    for number in range(600):
+        await rig.open(f"s{number}")
+    turns = 0
+
+    async def count() -> None:
+        nonlocal turns
+        while True:
+            await asyncio.sleep(0)
+            turns += 1
+
+    counting = asyncio.create_task(count())
+    page, _ = await rig.sessions.page("", 1_000, "")
+    counting.cancel()
+    assert len(page) == 600
+    assert turns >= 4
+
+
 async def test_a_page_can_be_of_one_model(make_rig, networks):
     rig = make_rig(model_of(networks["lstm"]), model_of(networks["gru"]))
     for name, model in (("a", "gru"), ("b", "lstm"), ("c", "gru")):

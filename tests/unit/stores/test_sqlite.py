@@ -217,9 +217,9 @@ async def test_a_commit_waits_for_the_disk_if_fsync_is_set(tmp_path):
             tmp_path / f"{fsync}.db", fsync=fsync, clock=UptimeClock(time.time)
         )
         opened.open()
-        connection = opened.connection()
-        assert connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
-        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+        with opened.use() as connection:
+            assert connection.execute("PRAGMA synchronous").fetchone() == (synchronous,)
+            assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
         opened.close()
 
 
@@ -340,7 +340,8 @@ async def test_temporary_data_stays_in_memory(tmp_path):
         tmp_path / "sessions.db", fsync=False, clock=UptimeClock(time.time)
     )
     file.open()
-    assert file.connection().execute("PRAGMA temp_store").fetchone() == (2,)
+    with file.use() as connection:
+        assert connection.execute("PRAGMA temp_store").fetchone() == (2,)
     file.close()
 
 
@@ -424,7 +425,7 @@ async def test_new_files_are_for_the_user_of_the_server_only(home, umask, caplog
 async def test_a_file_that_is_made_anew_is_private_too(home, store):
     for part in FILES:
         home.path.with_name(part).unlink()
-    await store.probe()
+    assert await store.find("a") is None
     assert modes(home.path.parent) == dict.fromkeys(FILES, 0o600)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from stepstate.budget import MemoryBudget
 from stepstate.transport import Backend, CallAdmission, PeerTable
 from stepstate.transport.admission import STREAM
 
@@ -36,6 +37,7 @@ class CallContext:
 
 def called(rig: Rig) -> Backend:
     """What serves the sessions of a rig, in a call of which this task and those it starts are."""
-    admission = CallAdmission(PeerTable(rig.memory), rig.metrics)
-    admission.begin(CallContext("peer"), STREAM)
+    admission = CallAdmission(PeerTable(rig.memory, MemoryBudget(2**20)), rig.metrics)
+    context = CallContext("peer")
+    admission.begin(context, STREAM, context.when_done)
     return Backend(rig.sessions, rig.metrics, admission)

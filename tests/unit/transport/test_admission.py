@@ -135,7 +135,7 @@ def test_greedy_peers_leave_room_for_others(monkeypatch, kind, greedy):
 def test_calls_count_against_memory():
     calls = Calls(limit=1000 * admission.CALL_BYTES)
     opened = calls.fill("greedy", SHORT)
-    assert len(opened) == 500
+    assert len(opened) == 375  # half of three quarters
     for context in opened:
         context.end()
     calls.check_empty()

@@ -71,7 +71,7 @@ def test_floods_of_endings_leave_the_last_ones_of_others(kept, flooding):
 def test_without_free_memory_the_oldest_make_room(monkeypatch):
     monkeypatch.setattr(ended, "MAX_ENDED_BYTES", 2**40)
     size = one().size
-    budget = MemoryBudget(10 * size)
+    budget = MemoryBudget(14 * size)  # of which a quarter is for those who hold little
     other, kept = MemoryAccount(budget), EndedSequences(MemoryAccount(budget))
     for place in range(9):
         kept.add(str(place), one())

@@ -34,7 +34,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from stepstate.engine import Floats, Layers, Layout
 from stepstate.errors import SnapshotCorrupt
-from stepstate.sessions.replay import CachedReply, ReplayState
+from stepstate.sessions.replay import SNAPSHOT_BYTES, CachedReply, ReplayState
 from stepstate.stores import MAX_T, SessionRecord
 
 MAGIC = b"STEPSNAP"
@@ -160,9 +160,9 @@ def _read(data: bytes) -> Snapshot:
     parts = _HEAD.unpack_from(data)
     identity_length, state_width, rows, width, replies, _, t, epoch, stepped_at = parts[3:]
     cursor = _Cursor(data, _HEAD.size, len(data) - _CRC.size)
-    record, owner = _IDENTITY.validate_json(cursor.take(_short(identity_length)))
-    if replies > MAX_REPLIES:
-        raise ValueError(f"it has {replies} replies")
+    identity = cursor.take(_bounded("identity", identity_length, MAX_JSON_BYTES))
+    record, owner = _IDENTITY.validate_json(identity)
+    _bounded("replies", replies, MAX_REPLIES)
     state = cursor.floats(state_width)
     stamps = np.frombuffer(cursor.take(8 * rows), "<i8")
     ring = cursor.floats(rows * width).reshape(rows, width)
@@ -206,8 +206,8 @@ def _encode_reply(reply: CachedReply) -> list[bytes]:
 
 def _read_reply(cursor: _Cursor) -> CachedReply:
     t, rows, y_length, names_length, digest = _REPLY.unpack(cursor.take(_REPLY.size))
-    names = cursor.take(_short(names_length))
-    y = cursor.take(y_length)
+    names = cursor.take(_bounded("names in a reply", names_length, MAX_JSON_BYTES))
+    y = cursor.take(_bounded("reply", y_length, SNAPSHOT_BYTES))
     layers: Layers | None = None
     if names:
         layers = [
@@ -220,10 +220,10 @@ def _read_reply(cursor: _Cursor) -> CachedReply:
     return CachedReply(t, rows, y, layers, digest)
 
 
-def _short(length: int) -> int:
-    if length > MAX_JSON_BYTES:
-        raise ValueError(f"a text has {length} bytes")
-    return length
+def _bounded(what: str, size: int, most: int) -> int:
+    if size > most:
+        raise ValueError(f"{what}: {size}, at most {most}")
+    return size
 
 
 def _f32(values: Floats) -> bytes:

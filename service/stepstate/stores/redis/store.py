@@ -44,6 +44,8 @@ SWEEP_SECONDS = 60.0
 """How often old tombstones are deleted."""
 TOMBSTONES_AT_ONCE = 256
 PERSISTED_AT_ONCE = 256
+READ_AT_ONCE = 64
+"""A millisecond of work in one turn of the loop."""
 
 _NO_LIMIT = 2**53
 """More members than there are."""
@@ -315,11 +317,13 @@ class RedisStore(SessionStore):
         replies = await self._each(scripts.ENTRIES, where)
         sessions: list[tuple[str, StoredSession | UnreadableSession]] = []
         others: list[str] = []
-        for member, reply in zip(members, replies, strict=True):
+        for place, (member, reply) in enumerate(zip(members, replies, strict=True)):
             if reply and text_of(reply[-1]) == keys.model_of(member):
                 sessions.append((member, read_session(keys.id_of(member), reply)))
             else:
                 others.append(member)
+            if place % READ_AT_ONCE == 0:
+                await asyncio.sleep(0)
         tidied = await self._ask_all([commands.tidy(member) for member in others])
         problem = "its model is not the one it is kept by"
         return sessions + [

@@ -1,11 +1,6 @@
 """The file of a store: opened, and opened again after it broke or was deleted.
 
-SQLite has two more files beside it while it is open: the WAL, where commits are until a checkpoint
-copies them into the database, and its index, the `-shm`. Whoever deletes or replaces one of the
-three separates the server from what others find under these names, and SQLite does not notice:
-commits still succeed, and are gone with the process.
-
-Rule 1: the three files are looked at before each operation, and after each commit before it is
+Rule 1: the files are looked at before an operation, and after each commit before it is
         acknowledged.
 Rule 2: commits in a WAL that was deleted are copied into the database from the open file, so none
         is lost as long as the process lives; then the files are opened again.
@@ -21,12 +16,14 @@ import os
 import sqlite3
 import stat
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from stepstate.errors import StoreOpenError
 from stepstate.stores.sqlite.reserve import OutOfSpace, Reserve
 from stepstate.stores.sqlite.schema import NotAStepstateFile, configure, prepare, probe
+from stepstate.stores.sqlite.watch import FileReplaced, Files, FileWatch, close_apart
 from stepstate.stores.types import DiskUsage
 from stepstate.uptime import UptimeClock
 
@@ -34,7 +31,9 @@ log = logging.getLogger(__name__)
 
 BUSY_SECONDS = 2.0
 """How long another process on the same file may take for its own transaction."""
-LOOK_SECONDS = 1.0
+FRESH_SECONDS = 0.01
+"""How long a look counts: writes that follow each other look after each commit only."""
+MEASURE_SECONDS = 1.0
 """How often to look at the size of the reserve."""
 OLDEST_SQLITE = (3, 33, 0)
 """The first with UPDATE ... FROM."""
@@ -50,21 +49,6 @@ _KEPT_FROM_COPYING = (
 )
 _NO_ROOM = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR)
 """The latter for a quota that is used up."""
-
-Identity = tuple[int, int] | None
-"""Device and inode of a file; None: it is not there."""
-
-
-class FileReplaced(sqlite3.OperationalError):
-    """The file was deleted or replaced while something was written to it."""
-
-    sqlite_errorcode = sqlite3.SQLITE_IOERR
-
-    def __init__(self) -> None:
-        super().__init__(
-            "the database or a file beside it was deleted or replaced while the server wrote to "
-            "it: leave them alone while a server runs"
-        )
 
 
 class SessionFile:
@@ -86,11 +70,9 @@ class SessionFile:
         self._fsync = fsync
         self._connection: sqlite3.Connection | None = None
         self._reserve = Reserve(path)
-        self._parts: tuple[str, ...] = ()
-        """The paths of the database, its WAL and its index."""
-        self._opened: list[Identity] = []
-        """What they were when they were opened."""
+        self._watch: FileWatch | None = None
         self._looked_at = 0.0
+        self._measured_at = 0.0
 
     def open(self) -> None:
         """Opens the file for the first time.
@@ -106,8 +88,11 @@ class SessionFile:
             raise StoreOpenError(f"sqlite:{self.path}", _problem(error)) from error
         self._check_mode()
 
-    def connection(self, *, rows: int = 0, size: int = 0) -> sqlite3.Connection:
-        """The connection, opened again if necessary, with room on the disk for a write.
+    @contextmanager
+    def use(self, *, rows: int = 0, size: int = 0) -> Iterator[sqlite3.Connection]:
+        """The connection for one operation, opened again if necessary, with room for a write.
+
+        At the end of the block a commit is confirmed: others, and a restart, find it.
 
         Args:
             rows: how many rows are to be written; 0: the connection is only read.
@@ -116,21 +101,17 @@ class SessionFile:
         Raises:
             sqlite3.Error, OSError: it can't be opened, there is too little room, or the room
                 can't be determined; nothing may be written.
+            FileReplaced: what was committed may be lost.
         """
-        self._look()
+        self._share()
+        if not rows or time.monotonic() - self._looked_at > FRESH_SECONDS:
+            self._look()
         connection = self._connection or self._open()
+        self._share()
         if rows:
             self._reserve.ensure(connection, rows, size)
-        return connection
-
-    def confirm(self) -> None:
-        """Makes sure that the commit that was just done is where others, and a restart, find it.
-
-        Raises:
-            FileReplaced: it is not, or that is unknown.
-            sqlite3.Error: it is in a WAL that was deleted and can't be copied now.
-        """
-        if not self._look():
+        yield connection
+        if rows and not self._look():
             raise FileReplaced
 
     def recover(self, error: Exception) -> None:
@@ -155,12 +136,14 @@ class SessionFile:
     def close(self) -> None:
         """Closes the connection; the last one to a file copies its WAL into the database."""
         connection, self._connection = self._connection, None
-        if connection is not None:
+        watch, self._watch = self._watch, None
+        if connection is not None and watch is not None:
+            watch.close()
             self._reserve.delete()  # to make room for that
             connection.close()
 
     def _open(self) -> sqlite3.Connection:
-        real = os.path.realpath(self.path)  # SQLite has the others there, if it is a link
+        real = os.path.realpath(self.path)
         with suppress(OSError):  # it is there; or SQLite says why it can't be made
             os.mknod(real, stat.S_IFREG | PRIVATE)
             os.chmod(real, PRIVATE)  # noqa: PTH101 (the umask may have taken some of it)
@@ -171,12 +154,11 @@ class SessionFile:
             self.clock.set(prepare(connection, self.clock()))
             configure(connection, fsync=self._fsync, busy_seconds=BUSY_SECONDS)
             self._reserve.open()
+            self._watch = FileWatch(self.path)
         except BaseException:
             connection.close()
             raise
-        self._parts = (str(self.path), f"{real}-wal", f"{real}-shm")
-        self._opened = [_identity(part) for part in self._parts]
-        self._looked_at = time.monotonic()
+        self._looked_at = self._measured_at = time.monotonic()
         self._connection = connection
         return connection
 
@@ -201,45 +183,46 @@ class SessionFile:
                 extra={"path": str(self.path), "mode": f"{mode & 0o777:04o}"},
             )
 
+    def _share(self) -> None:
+        if self._watch is not None:
+            self._watch.share()
+
     def _look(self) -> bool:
-        """Leaves files of which one was deleted or replaced.
+        """Moves to new files if one was deleted or replaced.
 
         Returns:
             Whether the database has all that was committed before.
         """
-        if self._connection is None:
+        connection, watch = self._connection, self._watch
+        if connection is None or watch is None:
             return True
-        now = [_identity(part) for part in self._parts]
-        if now == self._opened and None not in now:
+        self._looked_at = time.monotonic()
+        if watch.look() is Files.THERE:
             self._look_at_reserve()
             return True
-        return self._leave(self._connection, now)
+        return self._move(connection, watch)
 
-    def _leave(self, connection: sqlite3.Connection, now: list[Identity]) -> bool:
-        changed = [i for i, there in enumerate(now) if there is None or there != self._opened[i]]
-        # Where there is a new one, another process may use it: nothing may be copied beside it.
-        whole = 0 not in changed and all(now[i] is None for i in changed)
+    def _move(self, connection: sqlite3.Connection, watch: FileWatch) -> bool:
+        whole = watch.wait_alone()
         if whole and not self._reserve.copy_wal(connection):
             raise OutOfSpace("wal", _KEPT_FROM_COPYING)
-        log.warning(
-            "files of the store were deleted or replaced: they are opened or made anew",
-            extra={"files": [self._parts[i] for i in changed], "commits_lost": not whole},
-        )
-        self.close()
+        log.warning("files of the store were deleted or replaced", extra={"path": str(self.path)})
+        self._connection = self._watch = None
+        try:
+            self._reserve.delete()
+            if whole:
+                connection.close()
+            else:
+                close_apart(connection, self.path)
+            self._open()
+        finally:
+            watch.close()
         return whole
 
     def _look_at_reserve(self) -> None:
-        if time.monotonic() - self._looked_at >= LOOK_SECONDS:
-            self._looked_at = time.monotonic()
+        if self._looked_at - self._measured_at >= MEASURE_SECONDS:
+            self._measured_at = self._looked_at
             self._reserve.look()
-
-
-def _identity(path: str) -> Identity:
-    try:
-        found = os.stat(path)  # noqa: PTH116 (hot: Path.stat takes longer)
-    except OSError:
-        return None
-    return found.st_dev, found.st_ino
 
 
 def _check_place(path: Path) -> None:

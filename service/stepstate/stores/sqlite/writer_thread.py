@@ -146,9 +146,8 @@ class WriterThread:
         try:
             writes = [one for op in ops for one in op.writes]
             size = sum(map(_snapshot_bytes, writes))
-            connection = self.file.connection(rows=len(writes), size=size)
-            write(connection, writes, now=self.file.clock(), unix_time=self._unix_time())
-            self.file.confirm()
+            with self.file.use(rows=len(writes), size=size) as connection:
+                write(connection, writes, now=self.file.clock(), unix_time=self._unix_time())
         except Exception as error:  # noqa: BLE001 (the callers get it)
             self.file.recover(error)
             return error
@@ -158,7 +157,8 @@ class WriterThread:
         for op in ops:
             assert op.call is not None
             try:
-                op.call(self.file.connection(rows=op.rows))
+                with self.file.use(rows=op.rows) as connection:
+                    op.call(connection)
             except Exception as error:  # noqa: BLE001 (the caller gets it)
                 self.file.recover(error)
                 op.error = self._store_error(error)

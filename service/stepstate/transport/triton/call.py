@@ -39,6 +39,8 @@ ASKS_FOR_FINAL = "triton_enable_empty_final_response"
 _UNSIGNED = 2**64
 _KINDS_OF_ID = ("int64_param", "uint64_param", "string_param")
 _FEW_OUTPUTS = 16
+_NAME_BYTES = MAX_TEXT_BYTES + 64
+"""Of the name of an output, with what Python takes for a text; short ones take 60."""
 
 Parameters = Mapping[str, "pb.InferParameter"]
 
@@ -135,7 +137,11 @@ class InferCall:
     @property
     def held_bytes(self) -> int:
         """About what it takes while it waits."""
-        return STEP_BYTES + self._value_bytes
+        return STEP_BYTES + self._value_bytes + self._names_bytes
+
+    @property
+    def _names_bytes(self) -> int:
+        return _NAME_BYTES * len(self._body.outputs) if isinstance(self._body, InferBody) else 0
 
     @property
     def _value_bytes(self) -> int:
@@ -214,7 +220,7 @@ class InferCall:
             reply_to=reply_to,
             inspect=self._inspect,
         )
-        step.held_bytes = max(step.held_bytes, SENT * reply_bytes)
+        step.held_bytes = max(step.held_bytes, SENT * reply_bytes) + self._names_bytes
         return step
 
     def opening(self, model: Model, now: float) -> OpenOptions:

@@ -111,6 +111,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         self._admission = admission
         self._receiver = receiver
         self._wrapped: dict[str, Handler | None] = {}
+        # What gRPC itself logs: a filter is added once, however many servers a process has.
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_client_is_there)
 
     def expect(self, methods: Iterable[MethodDescriptor]) -> None:
         """Makes the metrics of RPCs before any is called."""
@@ -350,3 +352,8 @@ def _go_name(code: grpc.StatusCode) -> str:
     if code is grpc.StatusCode.CANCELLED:
         return "Canceled"
     return str(code.name).title().replace("_", "")
+
+
+def _client_is_there(record: logging.LogRecord) -> bool:
+    """Whether a line of gRPC is not just about a reply to a client that has left."""
+    return not (record.exc_info and isinstance(record.exc_info[1], ExecuteBatchError))

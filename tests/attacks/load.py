@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 
+import grpc
 import numpy as np
 
 from stepstate.v1 import stepstate_pb2 as pb
@@ -14,11 +16,18 @@ from tests.attacks.honest import INPUTS, MODEL
 from tests.integration.wire import raw_stub
 
 WARM_UP_SECONDS, SECONDS = 1.0, 4.0
+LARGE_MESSAGES = 8
 
 
 async def warm_up(target: Target, count: int) -> None:
-    """Has the server compute batches of every size up to this: torch keeps memory for each."""
+    """Has the server compute batches of every size up to this: torch keeps memory for each.
+
+    It also receives some of the largest messages.
+    """
     async with raw_stub(target.address) as stub:
+        for _ in range(LARGE_MESSAGES):
+            with suppress(grpc.aio.AioRpcError):  # it is no snapshot
+                await stub.ImportSession(pb.ImportSessionRequest(snapshot=bytes(15 * 2**20)))
         stream = stub.StreamPacked()
         message = pb.StreamPackedRequest()
         for place in range(count):

@@ -191,39 +191,32 @@ class CallMemory:
         account: of its peer.
     """
 
-    __slots__ = ("_account", "_by_use", "_closed", "held")
+    __slots__ = ("_account", "_by_use", "_closed", "fits")
 
     def __init__(self, account: MemoryAccount) -> None:
         self._account = account
         self._by_use: dict[str, int] = dict.fromkeys(MemoryUse, 0)
         self._closed = False
-        self.held = 0
-        """Bytes reserved now."""
-
-    def fits(self, size: int) -> bool:
+        self.fits = account.fits
         """See `MemoryAccount.fits`."""
-        return self._account.fits(size)
 
     def reserve(self, use: MemoryUse, size: int) -> None:
         """See `MemoryAccount.reserve`; once the RPC is done, nothing is counted."""
         if not self._closed:
             self._account.reserve(use, size)
             self._by_use[use] += size
-            self.held += size
 
     def charge(self, use: MemoryUse, size: int) -> None:
         """See `MemoryAccount.charge`."""
         if not self._closed:
             self._account.charge(use, size)
             self._by_use[use] += size
-            self.held += size
 
     def release(self, use: MemoryUse, size: int) -> None:
         """Releases bytes before the RPC is done."""
         if not self._closed:
             self._account.release(use, size)
             self._by_use[use] -= size
-            self.held -= size
 
     def resize(self, use: MemoryUse, size: int) -> None:
         """Counts as many bytes as there turned out to be."""

@@ -45,12 +45,13 @@ from stepstate.transport import (
     SnapshotKeys,
     StepstateServicer,
     add_reflection,
+    add_service,
+    parse_stepstate,
     read_keys,
 )
 from stepstate.trim import Trimmer
 from stepstate.uptime import HEARTBEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
-from stepstate.v1.stepstate_pb2_grpc import add_StepstateServiceServicer_to_server
 
 if TYPE_CHECKING:
     from stepstate.transport.triton import TritonService
@@ -165,7 +166,7 @@ class Server:
         Raises:
             ListenError: an address is taken, or not ours.
         """
-        add_StepstateServiceServicer_to_server(self._servicer, self._grpc)
+        add_service(self._grpc, SERVICE, self._servicer, parse_stepstate)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         services = [SERVICE.full_name]
         if self._triton is not None:

@@ -5,7 +5,8 @@ from stepstate.transport.bidi import Backend
 from stepstate.transport.interceptor import RpcInterceptor
 from stepstate.transport.peers import PeerTable
 from stepstate.transport.receiving import MAX_MESSAGE_BYTES, Receiver
-from stepstate.transport.servicer import StepstateServicer, add_reflection
+from stepstate.transport.registration import add_reflection, add_service, parse_stepstate
+from stepstate.transport.servicer import StepstateServicer
 from stepstate.transport.signatures import SnapshotKeys, read_keys
 
 __all__ = [
@@ -18,5 +19,7 @@ __all__ = [
     "SnapshotKeys",
     "StepstateServicer",
     "add_reflection",
+    "add_service",
+    "parse_stepstate",
     "read_keys",
 ]

@@ -48,6 +48,8 @@ REPLY_BYTES = 4_000_000
 """A client with gRPC's default limit of 4 MiB can read every reply."""
 ENCODED_AT_ONCE = 16_384
 """Bytes of a long reply that are encoded before others take turns: a millisecond or two."""
+LISTED_AT_ONCE = 64
+"""Sessions of a page, for the same: the shortest has 70 bytes, and takes 12 microseconds."""
 _ITEM_BYTES = 8
 """The tag and the length of an item of a list, at most."""
 _TOKEN_BYTES = 512
@@ -170,10 +172,10 @@ class ReplyPage(list[M]):
 async def encode_page(found: Sequence[SessionSummary | UnreadableSession]) -> ReplyPage[pb.Session]:
     """As many sessions as fit; others take turns in between."""
     page, encoded = ReplyPage[pb.Session](), 0
-    for summary in found:
+    for place, summary in enumerate(found, 1):
         if not page.take(encode_session(summary)):
             break
-        if page.size - encoded >= ENCODED_AT_ONCE:
+        if page.size - encoded >= ENCODED_AT_ONCE or place % LISTED_AT_ONCE == 0:
             encoded = page.size
             await asyncio.sleep(0)
     return page

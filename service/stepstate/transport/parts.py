@@ -17,7 +17,7 @@ from google.protobuf.message import Message
 from stepstate.errors import InvalidField
 
 MAX_REST_BYTES = 64 * 2**10
-"""Of a message without its values; what is not longer in all is not looked at."""
+"""Of a message without its values, if nothing else is said."""
 PART_BYTES = 16
 """Each part counts as at least so much: no part takes less in memory."""
 _VARINT_LENGTH = 10
@@ -26,40 +26,44 @@ _VARINT, _FIXED64, _LENGTH, _FIXED32 = 0, 1, 2, 5  # protobuf.dev/programming-gu
 M = TypeVar("M", bound=Message)
 
 
-def parser(message: type[M], values: Container[str] = ()) -> Callable[[bytes], M]:
+def parser(
+    message: type[M], values: Container[str] = (), rest_bytes: int = MAX_REST_BYTES
+) -> Callable[[bytes], M]:
     """A deserializer that refuses a message with too many parts, or too long ones.
 
     Args:
         message: its type.
         values: the full names of the fields that may be long.
+        rest_bytes: what all else may take; a message that is not longer is not looked at.
     """
     descriptor: Descriptor = message.DESCRIPTOR  # type: ignore[assignment] # there are two kinds
 
     def parse(data: bytes) -> M:
-        if len(data) > MAX_REST_BYTES:
-            check_parts(data, descriptor, values)
+        if len(data) > rest_bytes:
+            check_parts(data, descriptor, values, rest_bytes)
         return message.FromString(data)
 
     return parse
 
 
-def check_parts(data: bytes, message: Descriptor, values: Container[str]) -> None:
+def check_parts(data: bytes, message: Descriptor, values: Container[str], rest_bytes: int) -> None:
     """Refuses a message that is long beside its values.
 
     Raises:
         InvalidField: it names the field that was one too many, or too long.
     """
     with suppress(IndexError):  # it is cut: the parser says so
-        _Walk(data, values).over(0, len(data), message, "")
+        _Walk(data, values, rest_bytes).over(0, len(data), message, "")
 
 
 class _Walk:
     """Over the parts of a message on the wire, as far as they fit."""
 
-    def __init__(self, data: bytes, values: Container[str]) -> None:
+    def __init__(self, data: bytes, values: Container[str], rest_bytes: int) -> None:
         self._data = data
         self._values = values
-        self._left = MAX_REST_BYTES
+        self._rest_bytes = rest_bytes
+        self._left = rest_bytes
 
     def over(self, at: int, end: int, message: Descriptor, where: str) -> None:
         """Walks over a message that is at `at` to `end` of the data."""
@@ -73,9 +77,9 @@ class _Walk:
             if self._left < 0:
                 raise InvalidField(
                     name,
-                    f"makes the request longer than {MAX_REST_BYTES} bytes beside the values of "
-                    f"its tensors (each part counts as at least {PART_BYTES}): send fewer and "
-                    "shorter names, ids and parameters",
+                    f"makes the request longer than {self._rest_bytes} bytes beside its values "
+                    f"(each part counts as at least {PART_BYTES}): send fewer and shorter names, "
+                    "ids and parameters",
                 )
 
 

@@ -11,10 +11,6 @@ import re
 from functools import partial
 from typing import TYPE_CHECKING
 
-import grpc
-from grpc_health.v1 import health
-from grpc_reflection.v1alpha import reflection, reflection_pb2
-
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import (
     InvalidField,
@@ -55,7 +51,6 @@ LISTED_BYTES = 4096
 """What a session takes while it is listed: its record, and its part of the reply."""
 MAX_SNAPSHOT_BYTES = 256 * 2**20
 """As many bytes as the replay windows of all sessions have by default."""
-REFLECTION_V1 = "grpc.reflection.v1.ServerReflection"
 
 _DIGITS = re.compile(r"[0-9]{1,9}")
 
@@ -256,21 +251,3 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
 
     def _encoded(self, session: ResidentSession) -> pb.Session:
         return encode_session(self._sessions.summary(session))
-
-
-def add_reflection(server: grpc.aio.Server, *services: str) -> None:
-    """Adds server reflection, v1 and v1alpha, so that grpcurl and its like need no proto file.
-
-    grpcio-reflection has v1alpha only. The messages of v1 are the same on the
-    wire, so one servicer answers for both names.
-    """
-    names = (*services, health.SERVICE_NAME, REFLECTION_V1, reflection.SERVICE_NAME)
-    servicer = reflection.aio.ReflectionServicer(names)
-    method = grpc.stream_stream_rpc_method_handler(
-        servicer.ServerReflectionInfo,
-        reflection_pb2.ServerReflectionRequest.FromString,
-        reflection_pb2.ServerReflectionResponse.SerializeToString,
-    )
-    for name in (REFLECTION_V1, reflection.SERVICE_NAME):
-        handler = grpc.method_handlers_generic_handler(name, {"ServerReflectionInfo": method})
-        server.add_generic_rpc_handlers((handler,))

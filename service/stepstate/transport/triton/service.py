@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import Message
-from google.protobuf.message_factory import GetMessageClass
 from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.budget import MemoryAccount
@@ -22,6 +21,7 @@ from stepstate.transport.bidi import Backend, StreamRegistry
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import MessageChannel
 from stepstate.transport.parts import parser
+from stepstate.transport.registration import add_service, offered
 from stepstate.transport.triton import metadata
 from stepstate.transport.triton.call import InferCall, RequestHead
 from stepstate.transport.triton.ended import EndedSequences
@@ -59,25 +59,11 @@ class TritonService:
 
     def methods(self) -> Iterator[MethodDescriptor]:
         """The RPCs that are offered."""
-        return (method for method in SERVICE.methods if hasattr(self, method.name))
+        return offered(SERVICE, self)
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        """Registers the RPCs that are offered: gRPC itself answers UNIMPLEMENTED for the others."""
-        handlers = {}
-        for method in self.methods():
-            streams = method.client_streaming
-            make = (
-                grpc.stream_stream_rpc_method_handler
-                if streams
-                else grpc.unary_unary_rpc_method_handler
-            )
-            handlers[method.name] = make(
-                getattr(self, method.name),
-                _parser(GetMessageClass(method.input_type)),
-                GetMessageClass(method.output_type).SerializeToString,
-            )
-        generic = grpc.method_handlers_generic_handler(self.name, handlers)
-        server.add_generic_rpc_handlers((generic,))
+        """Registers the RPCs that are offered."""
+        add_service(server, SERVICE, self, _parser)
 
     async def ServerLive(
         self, request: pb.ServerLiveRequest, context: Context

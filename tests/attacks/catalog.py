@@ -19,7 +19,7 @@ ATTACKS = (
     Attack(memory.bindings_of_a_megabyte, count=1_800, short=600),
     Attack(memory.tables_of_unread_messages, count=1_024, short=300),
     Attack(memory.exports_not_read, count=1_000, short=150),
-    Attack(memory.replies_not_read, count=30_000, short=8_000, allocators_keep=82 * MIB),
+    Attack(memory.replies_not_read, count=30_000, short=3_000, allocators_keep=82 * MIB),
     Attack(memory.triton_ids_of_15_megabytes, count=200, short=40),
     Attack(memory.ended_triton_sequences, count=100, short=30),
     Attack(memory.missing_rows, count=1_000, short=200),

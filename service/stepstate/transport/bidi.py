@@ -36,6 +36,7 @@ from stepstate.sessions import (
 from stepstate.transport.admission import CallAdmission
 from stepstate.transport.interceptor import DecodeFailure, MessageChannel
 from stepstate.transport.peers import current_peer
+from stepstate.transport.shares import cost_of
 
 log = logging.getLogger(__name__)
 
@@ -89,11 +90,13 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self, backend: Backend, messages: MessageChannel, *, patience_seconds: float = 0.0
     ) -> None:
         self.cancelled = False
-        self.source = current_peer.get().source
+        self._peer = current_peer.get()
+        self.source = self._peer.source
         self.refusals: Counter[str] = Counter()
         """Refused requests, by reason."""
         self._sessions = backend.sessions
         self._metrics = backend.metrics
+        self._shares = backend.admission.shares
         self._memory = call_memory.get()
         self._messages = messages
         self._patience_seconds = patience_seconds
@@ -261,7 +264,10 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     async def _read(self) -> None:
         """Takes requests until there are no more."""
         read, decode, fits = self._messages.read, self._messages.decode, self._memory.fits
+        take, peer = self._shares.take, self._peer
         while (data := await read()) is not grpc.aio.EOF:
+            if (turn := take(peer, cost_of(data))) is not None:
+                await turn
             request = decode(data)
             del data  # an idle stream keeps nothing of its last request
             if isinstance(request, DecodeFailure):

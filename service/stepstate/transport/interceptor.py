@@ -29,6 +29,7 @@ from stepstate.metrics import Metrics, RpcMetrics
 from stepstate.transport.admission import KINDS, LONG, CallAdmission, CallKind
 from stepstate.transport.peers import current_peer
 from stepstate.transport.receiving import Receiver
+from stepstate.transport.shares import CALL_COST, cost_of
 from stepstate.transport.status import DETAILS_KEY, code_of, status_of
 
 log = logging.getLogger(__name__)
@@ -233,9 +234,12 @@ class _Rpc:
             MemoryLimit: its peer holds too much, or it came slowly and others waited.
             InvalidField: it can't be parsed, or did not come.
         """
-        data = await self._receiver.read(current_peer.get().receiving, context.read)
+        peer = current_peer.get()
+        data = await self._receiver.read(peer.receiving, context.read)
         if data is grpc.aio.EOF:
             raise InvalidField("message", "is missing: the call ended before its request")
+        if (turn := self._admission.shares.take(peer, CALL_COST + cost_of(data))) is not None:
+            await turn
         call_memory.get().reserve(MemoryUse.REQUESTS, DECODED * len(data) + REQUEST_BYTES)
         return _well_formed(self._decode(data))
 

@@ -367,7 +367,8 @@ class StreamRegistry:
             if not self.open:
                 self._all_ended.set()
             if stream.refusals:
-                log.info("a stream had refused steps", extra={"refused": dict(stream.refusals)})
+                refused = ", ".join(f"{why}: {count}" for why, count in stream.refusals.items())
+                log.info("a stream had refused steps", extra={"refused": refused})
 
     async def drain(self) -> None:
         """Ends every stream as soon as what it had accepted is answered, and waits for that."""

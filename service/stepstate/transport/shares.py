@@ -18,7 +18,7 @@ from stepstate.transport.peers import Peer, PeerTable
 
 ROUND_COST = 16
 """Of the messages of all peers in one round: a millisecond or two of work."""
-COST_BYTES = 2**14
+COST_BYTES = 2**10
 """Bytes of a message that cost as much as a short message in all."""
 CALL_COST = 4
 """Of a call with one request, beside its bytes: as a message of a stream costs 1."""

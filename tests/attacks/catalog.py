@@ -23,7 +23,7 @@ ATTACKS = (
     Attack(memory.triton_ids_of_15_megabytes, count=200, short=40),
     Attack(memory.ended_triton_sequences, count=100, short=30),
     Attack(memory.missing_rows, count=1_000, short=200),
-    Attack(memory.requests_of_16_megabytes, count=100, short=40),
+    Attack(memory.requests_of_16_megabytes, count=100, short=40, allocators_keep=16 * MIB),
     Attack(memory.gzip_bomb, count=64, short=16),
     Attack(starvation.streams_not_read, count=1_000, short=200, allocators_keep=64 * MIB),
     Attack(starvation.lists_of_models, count=100, short=20),

@@ -17,7 +17,7 @@ from pathlib import Path
 
 TRIM_SECONDS = 2.0
 """Between two looks: after a flood, trimming takes some 30 ms of a thread."""
-MAX_GROWTH = 16 * 2**20
+MAX_GROWTH = 8 * 2**20
 """Bytes that are not worth it."""
 PAUSE = 3
 """Looks that are skipped when trimming did not help: then it takes a millisecond or two."""

@@ -94,10 +94,12 @@ def running_stepstate(
         checkout: whose package it runs; None: the installed one.
     """
     where = ["--listen", "127.0.0.1:0", "--metrics-listen", "127.0.0.1:0"]
-    what = ["--models", str(_models(folder)), "--store", store, "--log-level", "WARNING"]
+    what = ["--models", str(_models(folder)), "--log-level", "WARNING"]
     command = _python("stepstate.cli", "serve", *where, *what, *options)
-    path = {} if checkout is None else {"PYTHONPATH": str(checkout.resolve() / "service")}
-    with _running(command, _announced, path) as launched:
+    variables = {"STEPSTATE_STORE": store}  # it may hold a password, which `ps` would show
+    if checkout is not None:
+        variables["PYTHONPATH"] = str(checkout.resolve() / "service")
+    with _running(command, _announced, variables) as launched:
         yield launched
 
 

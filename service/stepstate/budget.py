@@ -19,8 +19,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from contextvars import ContextVar
 from enum import StrEnum
 from pathlib import Path
@@ -145,19 +143,6 @@ class MemoryAccount:
         budget.by_use[use] -= size
         if budget.waiting:
             budget.schedule_wake()
-
-    @contextmanager
-    def reserved(self, use: MemoryUse, size: int) -> Iterator[None]:
-        """Reserves bytes for the block.
-
-        Raises:
-            MemoryLimit: as `reserve`.
-        """
-        self.reserve(use, size)
-        try:
-            yield
-        finally:
-            self.release(use, size)
 
     async def wait_for(self, size: int) -> None:
         """Waits until so many bytes could be reserved; it reserves nothing.

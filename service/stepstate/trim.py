@@ -17,10 +17,10 @@ from pathlib import Path
 
 TRIM_SECONDS = 2.0
 """Between two looks: after a flood, trimming takes some 30 ms of a thread."""
-MAX_GROWTH = 16 * 2**20
+MAX_GROWTH = 8 * 2**20
 """Bytes that are not worth it."""
-MAX_PAUSE = 31
-"""Looks that are skipped when trimming does not help: about a minute."""
+PAUSE = 3
+"""Looks that are skipped when trimming did not help: then it takes a millisecond or two."""
 
 _STATM = Path("/proc/self/statm")
 
@@ -28,8 +28,8 @@ _STATM = Path("/proc/self/statm")
 class Trimmer:
     """Trims while a process takes more than it did, beyond what it holds for clients.
 
-    It does that ever more rarely while it does not help, as when sessions take the memory, until
-    clients hold much less than before.
+    That may not help: sessions may have taken the memory, or it is still in use. So it is tried
+    again and again, but more rarely.
 
     Args:
         held: bytes that it holds for clients.
@@ -47,10 +47,8 @@ class Trimmer:
         self._held = held
         self._resident = resident or resident_bytes
         self._trim = trim or _malloc_trim
-        self._most_held = held()
-        self._lowest = self._resident() - self._most_held
-        self._pause = 0
-        self._skipped = 0
+        self._lowest = self._resident() - held()
+        self._skip = 0
 
     async def run(self) -> None:
         """Looks again and again, until it is cancelled."""
@@ -60,21 +58,18 @@ class Trimmer:
 
     async def look(self) -> None:
         """Trims if that is worth it."""
-        held, resident = self._held(), self._resident()
-        self._lowest = min(self._lowest, resident - held)
-        self._most_held = max(self._most_held, held)
-        if self._most_held - held > MAX_GROWTH:
-            self._most_held, self._pause = held, 0
-        if resident - held - self._lowest <= MAX_GROWTH:
+        resident = self._resident()
+        beyond = resident - self._held()
+        self._lowest = min(self._lowest, beyond)
+        if beyond <= self._lowest + MAX_GROWTH:
             return
-        if self._skipped < self._pause:
-            self._skipped += 1
+        if self._skip:
+            self._skip -= 1
             return
         gc.collect(0)  # the youngest objects: more would take too long
         await asyncio.to_thread(self._trim)
-        helped = resident - self._resident() > MAX_GROWTH
-        self._pause = 0 if helped else min(2 * self._pause + 1, MAX_PAUSE)
-        self._skipped = 0
+        if resident - self._resident() <= MAX_GROWTH:
+            self._skip = PAUSE
 
 
 def resident_bytes() -> int:

@@ -16,6 +16,8 @@ from tests.attacks.attack import Attack
 from tests.attacks.catalog import ATTACKS, HONEST_LOAD
 from tests.attacks.harness import MIB, Ground, Report, under_attack
 
+UNNOTICED_SECONDS = 0.1
+"""Too little to tell from noise."""
 COLUMNS = (
     "attack",
     "peak over the start, MiB",
@@ -41,10 +43,19 @@ def main(arguments: Sequence[str]) -> int:
     for attack in selected(chosen.words):
         report = run(attack, short=chosen.short)
         print(row(report, reference), flush=True)
-        for problem in report.problems():
+        problems = [*report.problems(), *slower(report, reference)]
+        for problem in problems:
             print(f"{report.attack}: {problem}", file=sys.stderr, flush=True)
-        harmful += bool(report.problems())
+        harmful += bool(problems)
     return harmful
+
+
+def slower(report: Report, reference: Report) -> list[str]:
+    """Whether the honest client waited for longer than twice what honest load costs it."""
+    bound = max(2 * reference.p99, UNNOTICED_SECONDS)
+    if report.p99 <= bound:
+        return []
+    return [f"honest p99: {report.p99:.2f} s, beside honest load {reference.p99:.2f} s"]
 
 
 def selected(words: Sequence[str]) -> Iterator[Attack]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tests.attacks import connections, load, memory, records, starvation
 from tests.attacks.attack import Attack
 
+MIB = 2**20
 INFO = ("--log-level", "INFO")
 
 HONEST_LOAD = Attack(load.honest_load, count=64)
@@ -18,13 +19,13 @@ ATTACKS = (
     Attack(memory.bindings_of_a_megabyte, count=1_800, short=600),
     Attack(memory.tables_of_unread_messages, count=1_024, short=300),
     Attack(memory.exports_not_read, count=1_000, short=150),
-    Attack(memory.replies_not_read, count=30_000, short=8_000),
+    Attack(memory.replies_not_read, count=30_000, short=3_000, allocators_keep=82 * MIB),
     Attack(memory.triton_ids_of_15_megabytes, count=200, short=40),
     Attack(memory.ended_triton_sequences, count=100, short=30),
     Attack(memory.missing_rows, count=1_000, short=200),
-    Attack(memory.requests_of_16_megabytes, count=100, short=40),
+    Attack(memory.requests_of_16_megabytes, count=100, short=40, allocators_keep=16 * MIB),
     Attack(memory.gzip_bomb, count=64, short=16),
-    Attack(starvation.streams_not_read, count=1_000, short=200),
+    Attack(starvation.streams_not_read, count=1_000, short=200, allocators_keep=64 * MIB),
     Attack(starvation.lists_of_models, count=100, short=20),
     Attack(starvation.scrapers, count=64, short=64),
     Attack(starvation.scrapers_of_other_series, count=64, short=16),

@@ -4,21 +4,41 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import suppress
 
+import grpc
 import numpy as np
 
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.attacks.attack import Target
 from tests.attacks.honest import INPUTS, MODEL
-from tests.integration.wire import raw_stub
+from tests.integration.wire import opened, raw_stub
 
 WARM_UP_SECONDS, SECONDS = 1.0, 4.0
+LARGE_MESSAGES, LONG_REPLIES = 8, 40
+LONGEST_GAP = 10_000
+"""Missing rows of a request, at most."""
 
 
 async def warm_up(target: Target, count: int) -> None:
-    """Has the server compute batches of every size up to this: torch keeps memory for each."""
+    """Has the server compute batches of every size up to this: torch keeps memory for each.
+
+    It also receives some of the largest messages and makes some of the longest replies, read by
+    their client: the first of them take memory that stays, hardly more with each.
+    """
     async with raw_stub(target.address) as stub:
+        for _ in range(LARGE_MESSAGES):
+            with suppress(grpc.aio.AioRpcError):  # it is no snapshot
+                await stub.ImportSession(pb.ImportSessionRequest(snapshot=bytes(15 * 2**20)))
+        await opened(stub, "warm-gap", missing=pb.MISSING_POLICY_HOLD)
+        gaps = stub.StreamSteps()
+        for _ in range(LONG_REPLIES):
+            await gaps.write(pb.StepRequest(session_id="warm-gap", advance=LONGEST_GAP))
+        for _ in range(LONG_REPLIES):
+            await gaps.read()
+        gaps.cancel()
+        await stub.CloseSession(pb.CloseSessionRequest(session_id="warm-gap"))
         stream = stub.StreamPacked()
         message = pb.StreamPackedRequest()
         for place in range(count):

@@ -27,6 +27,8 @@ ODD_TIMES = (
 )
 ODD_NUMBERS = (-1, 2**53, 2**62, 2**63 - 1, -(2**63))
 DEEP = 100_000
+FORGED_BYTES = (15 * 2**20, 3_900_000)
+"""Of remembered replies: more than any reply has, and as much as one may have."""
 
 
 async def odd_start_times(target: Target, count: int) -> None:
@@ -120,10 +122,15 @@ async def forged_replies(target: Target, count: int) -> None:
     """
     async with raw_stub(target.address) as stub:
         good = await exported(stub, "forged", MODEL)
-        for size in (15 * 2**20, 3_900_000):
+        for size in FORGED_BYTES:
             forged = forge.with_reply(good, size)
             for place in range(count):
                 await imported(stub, f"forged-{size}-{place}", forged)
+        for size in FORGED_BYTES:  # an open session may keep its last reply
+            for place in range(count):
+                with suppress(grpc.aio.AioRpcError):
+                    ask = pb.CloseSessionRequest(session_id=f"forged-{size}-{place}")
+                    await stub.CloseSession(ask)
 
 
 async def exported(stub: StepstateServiceStub, name: str, model: str) -> bytes:

@@ -14,6 +14,7 @@ from benchmarks.idle import IdleSessions
 from benchmarks.procstat import counters, series
 from benchmarks.servers import ServerProcess, bench_folder, running_stepstate
 from benchmarks.sessions import SessionOptions
+from stepstate.metrics.pages import SHARED_SECONDS
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
@@ -59,11 +60,13 @@ def test_every_session_is_opened_stepped_and_closed(
     first = idle.first(2)
     first.close()
     assert set(sessions(server)) == set(idle.names) - set(first.names)
+    time.sleep(SHARED_SECONDS)
     closed = counters(server.metrics_url)["stepstate_sessions_closed_total"]
     rest = idle.first(count)
     rest.names = idle.names[2:]
     rest.close()
     assert sessions(server) == {}
+    time.sleep(SHARED_SECONDS)
     assert counters(server.metrics_url)["stepstate_sessions_closed_total"] == closed + count - 2
 
 

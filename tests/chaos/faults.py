@@ -254,7 +254,7 @@ async def huge_ids(address: str) -> None:
                 await refused_somehow(call)
             await stream.write(pb.StepRequest(session_id=name, x=[0.0] * 3))
             reply = await stream.read()
-            assert len(reply.session_id) == 128
+            assert reply.HasField("error")
         stream.cancel()
 
 

@@ -16,6 +16,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from stepstate.config import ServerConfig
 from stepstate.models import write_model
 from stepstate.server import Server, running_server
+from stepstate.stores.types import LAST_TIME
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.wire import (
@@ -105,7 +106,7 @@ async def test_a_start_time_that_is_no_time_is_an_invalid_field(stub: Stub, bad:
 @pytest.mark.parametrize("year", [1, 1969, 9999])
 async def test_a_start_time_may_be_any_time(stub: Stub, year: int):
     moment = Timestamp()
-    moment.FromDatetime(datetime(year, 1, 1, tzinfo=UTC))
+    moment.FromDatetime(datetime(year, 1, 2, tzinfo=UTC))
     reply = await stub.OpenSession(opening(start_time=moment))
     assert reply.session.start_time == moment
 
@@ -206,9 +207,8 @@ async def test_every_model_is_listed_once_by_name(stub: Stub, networks: dict[str
 
 
 async def test_a_start_time_at_the_end_of_time_is_told_back(server):
-    latest = datetime(9999, 12, 31, 23, 59, 59, 999_999, tzinfo=UTC)
     asked = Timestamp()
-    asked.FromDatetime(latest)
+    asked.FromDatetime(LAST_TIME)
     async with raw_stub(server.address) as stub:
         opened = await stub.OpenSession(pb.OpenSessionRequest(model="lstm", start_time=asked))
         assert opened.session.start_time == asked

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Awaitable
 
 import grpc
 import numpy as np
 import pytest
 
+from stepstate.server import Server
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
+from tests.attacks.http2 import frame, raw_connection
 from tests.integration.wire import (
     TOLERANCE,
     blocker,
@@ -143,3 +146,16 @@ async def test_a_close_that_is_cancelled_still_closes(stub: Stub):
         ("SESSION_CLOSED", "0"),  # while it is closing
         ("SESSION_CLOSED", "1500"),
     }
+
+
+async def test_a_client_that_leaves_without_its_reply_is_no_error_in_the_log(
+    server: Server, caplog: pytest.LogCaptureFixture
+):
+    ask = frame(pb.ListModelsRequest())
+    async with raw_connection(server.address, window=0) as connection:
+        stream = connection.open("/stepstate.v1.StepstateService/ListModels")
+        await connection.send(stream, ask, end=True)
+        await connection.flush()
+        await asyncio.sleep(0.3)
+    await asyncio.sleep(0.3)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]

@@ -137,13 +137,15 @@ class Wire:
     """The two sides of a streaming call, without a wire: messages are not encoded."""
 
     def __init__(self) -> None:
-        self.decode = self.encode = lambda message: message
+        self.encode = lambda message: message
+        self.decode = lambda data: data[0]
         self._sent: asyncio.Queue[Any] = asyncio.Queue()
         self.replies: list[Any] = []
         self.send = self._sent.put_nowait
 
     async def read(self) -> Any:
-        return await self._sent.get()
+        message = await self._sent.get()
+        return message if message is grpc.aio.EOF else (message,)  # of some length, as bytes are
 
     async def write(self, message: Any) -> None:
         self.replies.append(message)

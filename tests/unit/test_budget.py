@@ -78,14 +78,6 @@ async def test_whoever_waits_goes_on_when_there_is_room() -> None:
     await asyncio.wait_for(waiting, 5)
 
 
-def test_a_block_releases_what_it_reserved() -> None:
-    account = MemoryAccount(MemoryBudget(LIMIT))
-    with pytest.raises(KeyError), account.reserved(MemoryUse.SNAPSHOTS, 300):
-        assert account.held == 300
-        raise KeyError
-    assert account.held == 0
-
-
 def test_a_limit_is_a_size_or_a_share() -> None:
     assert limit_bytes("2GiB") == 2 * 2**30
     assert limit_bytes("500MB") == 500_000_000

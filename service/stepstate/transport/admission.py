@@ -22,6 +22,7 @@ from stepstate.budget import CallMemory, MemoryUse, call_memory
 from stepstate.errors import TooManyCalls
 from stepstate.metrics import Metrics
 from stepstate.transport.peers import Peer, PeerTable, current_peer
+from stepstate.transport.shares import LoopShares
 
 if TYPE_CHECKING:
     from stepstate.transport.peers import Context
@@ -94,6 +95,8 @@ class CallAdmission:
     """
 
     def __init__(self, peers: PeerTable, metrics: Metrics) -> None:
+        self.shares = LoopShares(peers)
+        """Shares the event loop between the peers."""
         self._peers = peers
         self._metrics = metrics
         self._open = dict.fromkeys(CallKind, 0)
@@ -126,10 +129,10 @@ class CallAdmission:
             self._count(peer, kind, -counted)
             memory.close()
             self._peers.leave(peer)
-            self._metrics.peers = len(self._peers)
+            self._metrics.peers = self._peers.count
 
         when_done(end)
-        self._metrics.peers = len(self._peers)
+        self._metrics.peers = self._peers.count
         free = MAX_OPEN[kind] - self._open[kind]
         if peer.open[kind] >= free:
             raise TooManyCalls(f"open {kind} calls", peer.open[kind], free, MAX_OPEN[kind])

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import functools
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter, deque
@@ -35,6 +36,7 @@ from stepstate.sessions import (
 from stepstate.transport.admission import CallAdmission
 from stepstate.transport.interceptor import DecodeFailure, MessageChannel
 from stepstate.transport.peers import current_peer
+from stepstate.transport.shares import cost_of
 
 log = logging.getLogger(__name__)
 
@@ -88,11 +90,13 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self, backend: Backend, messages: MessageChannel, *, patience_seconds: float = 0.0
     ) -> None:
         self.cancelled = False
-        self.source = current_peer.get().source
+        self._peer = current_peer.get()
+        self.source = self._peer.source
         self.refusals: Counter[str] = Counter()
         """Refused requests, by reason."""
         self._sessions = backend.sessions
         self._metrics = backend.metrics
+        self._shares = backend.admission.shares
         self._memory = call_memory.get()
         self._messages = messages
         self._patience_seconds = patience_seconds
@@ -105,6 +109,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._waiting_loads: set[_PendingLoad[W]] = set()
         self._leaving = 0  # bytes of the reply that waits to leave
         self._inbox: deque[bytes] = deque()  # requests that came while it was paused
+        self._turn: asyncio.Future[None] | None = None  # of the request that waits for it
         self._paused = False
         self._stalled = False  # until there is memory
         self._flushing = False
@@ -148,6 +153,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         finally:
             self.cancelled = True
             self._messages.detach()
+            if self._turn is not None:
+                self._turn.cancel()
             for task in self._tasks:
                 task.cancel()
             # A traceback that leads here is part of a reference cycle: no reply may be in it.
@@ -175,20 +182,41 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     def received(self, payload: bytes) -> None:
         """See `MessageSink`: takes a request, or keeps it while the call is paused."""
         if self._paused:
+            self._charge(MemoryUse.REQUESTS, len(payload))
             self._inbox.append(payload)
-            return
-        try:
-            self._take_bytes(payload)
-        except Exception as error:
-            self._fail(error)
+        else:
+            self._take_in_turn(payload)
 
     def half_closed(self) -> None:
         """See `MessageSink`."""
         self._ended = True
         self._end_if_answered()
 
+    def _take_in_turn(self, data: bytes) -> None:
+        """Takes a request, now or when its peer may have it handled."""
+        turn = self._shares.take(self._peer, cost_of(data))
+        if turn is None:
+            self._take_bytes(data)
+            return
+        self._turn = turn
+        self._stalled = True
+        self._pause()
+        turn.add_done_callback(functools.partial(self._take_now, data))
+
+    def _take_now(self, data: bytes, turn: asyncio.Future[None]) -> None:
+        """Its turn has come; or the call has ended."""
+        if not turn.cancelled():
+            self._stalled = False
+            self._take_bytes(data)
+            self._go_on()
+
     def _take_bytes(self, data: bytes) -> None:
-        request = self._messages.decode(data)
+        try:
+            self._take_decoded(self._messages.decode(data))
+        except Exception as error:
+            self._fail(error)
+
+    def _take_decoded(self, request: Q | DecodeFailure) -> None:
         if isinstance(request, DecodeFailure):
             self._reply(self._encode_failure(request.error))
         elif (missing := self._missing_bytes(request)) is not None:
@@ -249,7 +277,10 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             return
         self._paused = False
         while self._inbox and not self._paused:
-            self._take_bytes(self._inbox.popleft())
+            data = self._inbox.popleft()
+            self._memory.release(MemoryUse.REQUESTS, len(data))
+            self._held_bytes -= len(data)
+            self._take_in_turn(data)
         if not self._paused:
             self._messages.resume()
             self._end_if_answered()
@@ -446,7 +477,8 @@ class StreamRegistry:
             if not self.open:
                 self._all_ended.set()
             if stream.refusals:
-                log.info("a stream had refused steps", extra={"refused": dict(stream.refusals)})
+                refused = ", ".join(f"{why}: {count}" for why, count in stream.refusals.items())
+                log.info("a stream had refused steps", extra={"refused": refused})
 
     async def drain(self) -> None:
         """Ends every stream as soon as what it had accepted is answered, and waits for that."""

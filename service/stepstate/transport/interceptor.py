@@ -31,6 +31,7 @@ from stepstate.transport.admission import KINDS, LONG, CallAdmission, CallKind
 from stepstate.transport.peers import current_peer
 from stepstate.transport.pump import Pump
 from stepstate.transport.receiving import Receiver
+from stepstate.transport.shares import CALL_COST, cost_of
 from stepstate.transport.status import DETAILS_KEY, code_of, status_of
 
 log = logging.getLogger(__name__)
@@ -129,6 +130,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         self._admission = admission
         self._receiver = receiver
         self._wrapped: dict[str, Handler | None] = {}
+        # What gRPC itself logs: a filter is added once, however many servers a process has.
+        logging.getLogger("grpc._cython.cygrpc").addFilter(_client_is_there)
 
     def expect(self, methods: Iterable[MethodDescriptor]) -> None:
         """Makes the metrics of RPCs before any is called."""
@@ -249,9 +252,12 @@ class _Rpc:
             MemoryLimit: its peer holds too much, or it came slowly and others waited.
             InvalidField: it can't be parsed, or did not come.
         """
-        data = await self._receiver.read(current_peer.get().receiving, context.read)
+        peer = current_peer.get()
+        data = await self._receiver.read(peer.receiving, context.read)
         if data is grpc.aio.EOF:
             raise InvalidField("message", "is missing: the call ended before its request")
+        if (turn := self._admission.shares.take(peer, CALL_COST + cost_of(data))) is not None:
+            await turn
         call_memory.get().reserve(MemoryUse.REQUESTS, DECODED * len(data) + REQUEST_BYTES)
         return _well_formed(self._decode(data))
 
@@ -368,3 +374,8 @@ def _go_name(code: grpc.StatusCode) -> str:
     if code is grpc.StatusCode.CANCELLED:
         return "Canceled"
     return str(code.name).title().replace("_", "")
+
+
+def _client_is_there(record: logging.LogRecord) -> bool:
+    """Whether a line of gRPC is not just about a reply to a client that has left."""
+    return not (record.exc_info and isinstance(record.exc_info[1], ExecuteBatchError))

@@ -9,7 +9,8 @@ A peer is known while it has calls.
 
 from __future__ import annotations
 
-from collections import Counter
+import asyncio
+from collections import Counter, deque
 from collections.abc import Sequence
 from contextvars import ContextVar
 from functools import lru_cache
@@ -43,7 +44,9 @@ class Peer:
         receiving: what it takes while requests of it are received.
     """
 
-    __slots__ = ("calls", "memory", "name", "open", "receiving", "running", "source")
+    __slots__ = (
+        "calls", "credit", "memory", "name", "open", "receiving", "running", "source", "turns",
+    )  # fmt: skip
 
     def __init__(self, name: str, memory: MemoryAccount, receiving: MemoryAccount) -> None:
         self.name = name
@@ -57,6 +60,10 @@ class Peer:
         """The same, by kind."""
         self.running = 0
         """Long calls of it that have their turn."""
+        self.credit = 1
+        """What it may still have handled in this round of the loop; see `shares`."""
+        self.turns: deque[tuple[int, asyncio.Future[None]]] = deque()
+        """Its messages that wait for another round, with what each costs."""
 
 
 current_peer: ContextVar[Peer] = ContextVar("current_peer")
@@ -82,9 +89,8 @@ class PeerTable:
         self._receiving = receiving
         self._trusted = tuple(trusted_proxies)
         self._peers: dict[str, Peer] = {}
-
-    def __len__(self) -> int:
-        return len(self._peers)
+        self.count = 0
+        """Peers that have calls."""
 
     def join(self, context: Context) -> Peer:
         """The peer of an RPC that begins; it `leave`s when gRPC is done with the RPC.
@@ -101,6 +107,7 @@ class PeerTable:
                 raise TooManyCalls("clients of this server", 0, 0, MAX_PEERS)
             accounts = MemoryAccount(self._memory), MemoryAccount(self._receiving)
             peer = self._peers[name] = Peer(name, *accounts)
+            self.count += 1
         peer.calls += 1
         return peer
 
@@ -109,6 +116,7 @@ class PeerTable:
         peer.calls -= 1
         if not peer.calls:
             del self._peers[peer.name]
+            self.count -= 1
 
 
 def client_name(

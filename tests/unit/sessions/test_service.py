@@ -220,7 +220,7 @@ async def test_a_page_can_be_of_one_model(make_rig, networks):
 async def test_a_refusal_keeps_its_place_behind_the_steps_before_it(rig, x):
     session = await rig.open("a")
     step, refusal = rig.send(session, x[:4], 0), Caller()
-    assert rig.sessions.refuse("a", StepAhead("a", 9, 0), refusal)
+    assert rig.sessions.refuse("a", StepAhead("a", 9, 0), refusal, held_bytes=0)
     assert not refusal.answered
     await step.outcome()
     assert isinstance(await refusal.error(), StepAhead)
@@ -230,8 +230,8 @@ async def test_a_refusal_keeps_its_place_behind_the_steps_before_it(rig, x):
 async def test_a_refusal_with_nothing_before_it_is_the_callers_to_deliver(rig):
     await rig.open("a")
     refusal = Caller()
-    assert not rig.sessions.refuse("a", StepAhead("a", 9, 0), refusal)
-    assert not rig.sessions.refuse("never", SessionUnknown("never"), refusal)
+    assert not rig.sessions.refuse("a", StepAhead("a", 9, 0), refusal, held_bytes=0)
+    assert not rig.sessions.refuse("never", SessionUnknown("never"), refusal, held_bytes=0)
     assert not refusal.answered
 
 

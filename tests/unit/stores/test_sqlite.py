@@ -6,6 +6,7 @@ import asyncio
 import os
 import sqlite3
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,49 @@ async def test_more_saves_than_a_statement_takes_are_all_written(home, store):
     saves = [saving(home, *pair, t=4) for pair in zip(names, epochs, strict=True)]
     assert await store.save(saves) == [SaveResult.DONE] * len(names)
     assert {entry.t for entry in (await store.page("", 1000))[0]} == {4}
+
+
+class RacedConnection(sqlite3.Connection):
+    """Lets another server do something just before one of its statements."""
+
+    before = 0
+    other_server = staticmethod(lambda: None)
+
+    def execute(self, *statement):
+        if self.before == 0:
+            self.other_server()
+        self.before -= 1
+        return super().execute(*statement)
+
+
+@pytest.mark.parametrize("kind", ["save", "expire"])
+@pytest.mark.parametrize("beside", [[], ["held too"], ["stale"], ["held too", "stale"]])
+@pytest.mark.parametrize("before", range(6))
+async def test_a_save_is_done_if_and_only_if_it_says_so_whenever_another_server_takes_the_session(
+    home, store, kind, beside, before
+):
+    epochs = {name: await create(home, store, name) for name in ("taken", "held too", "stale")}
+    await acquire(store, "stale", owner="B")
+    make = {
+        "save": lambda save: writes.SaveOne(save.session_id, save),
+        "expire": lambda save: writes.Expire(save.session_id, save, home.clock()),
+    }[kind]
+    saves = [make(saving(home, name, epochs[name])) for name in ("taken", *beside)]
+    connection = sqlite3.connect(home.path, factory=RacedConnection, isolation_level=None)
+    other = sqlite3.connect(home.path, timeout=0, isolation_level=None)
+    now = {"now": home.clock(), "unix_time": home.clock()}
+
+    def take() -> None:
+        with suppress(sqlite3.OperationalError):  # locked
+            writes.write(other, [writes.Acquire("taken", "B", {FINGERPRINT})], **now)
+
+    connection.before, connection.other_server = before, take
+    writes.write(connection, saves, **now)
+    for one in saves:
+        stored = await store.find(one.session_id)
+        assert (stored.t == 1) == (one.result is SaveResult.DONE), (one.session_id, one.result)
+    connection.close()
+    other.close()
 
 
 async def test_the_file_does_not_grow_with_sessions_that_come_and_go(home, store):

@@ -83,7 +83,7 @@ class Calls:
             context.end()
 
     def check_empty(self) -> None:
-        assert not len(self.peers)
+        assert not self.peers.count
         assert not self.memory.used
         assert not any(self.metrics.calls.values())
         assert not self.metrics.peers

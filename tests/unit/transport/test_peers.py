@@ -75,12 +75,12 @@ def test_a_peer_is_known_while_it_has_calls():
     other = table.join(CallContext("ipv4:192.0.2.1:1", forwarded_for="203.0.113.9"))
     assert first is again
     assert other is not first
-    assert len(table) == 2
+    assert table.count == 2
     table.leave(first)
     table.leave(other)
-    assert len(table) == 1
+    assert table.count == 1
     table.leave(again)
-    assert not len(table)
+    assert not table.count
 
 
 def test_there_are_only_so_many(monkeypatch):

@@ -150,13 +150,13 @@ def write(
         sqlite3.Error: nothing was written, or that is unknown; the transaction may be open.
     """
     transaction = _Transaction(connection, now, unix_time)
-    rounds = _rounds(writes)
-    saves = _of(SaveOne, writes)
-    if len(rounds) == 1 and len(saves) == len(writes) <= ROWS_AT_ONCE:
-        transaction.save(saves)  # one statement is its own transaction
+    if len(writes) == 1 and isinstance(writes[0], SaveOne):
+        # One statement is its own transaction. With more saves it is not known which of them it
+        # did: before the epochs are looked at, another server may take what was saved.
+        transaction.save([writes[0]])
         return
     connection.execute("BEGIN IMMEDIATE")
-    for some in rounds:
+    for some in _rounds(writes):
         transaction.save(_of(SaveOne, some))
         transaction.expire(_of(Expire, some))
         transaction.change([one for one in some if not isinstance(one, SaveOne | Expire)])

@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stepstate.budget import MemoryBudget
+from stepstate.transport.peers import Peer, PeerTable
+from stepstate.transport.shares import COST_BYTES, ROUND_COST, LoopShares, cost_of
+from tests.unit.transport.contexts import CallContext
+
+
+def joined(count: int) -> tuple[LoopShares, list[Peer]]:
+    table = PeerTable(MemoryBudget(2**30), MemoryBudget(2**30))
+    return LoopShares(table), [table.join(CallContext(f"peer {n}")) for n in range(count)]
+
+
+async def handled(shares: LoopShares, peer: Peer, costs: list[int], rounds: list[int]) -> None:
+    """Takes messages that have all come; notes the round of the loop in which each is handled."""
+    for cost in costs:
+        turn = shares.take(peer, cost)
+        if turn is not None:
+            await turn
+        rounds.append(len(ROUNDS))
+
+
+ROUNDS: list[None] = []
+
+
+async def counting_rounds() -> None:
+    while True:
+        ROUNDS.append(None)
+        await asyncio.sleep(0)
+
+
+async def in_rounds(costs: list[list[int]]) -> list[list[int]]:
+    """In which rounds the messages of each peer are handled."""
+    ROUNDS.clear()
+    shares, peers = joined(len(costs))
+    counter = asyncio.create_task(counting_rounds())
+    rounds: list[list[int]] = [[] for _ in costs]
+    works = zip(peers, costs, rounds, strict=True)
+    await asyncio.gather(*(handled(shares, *work) for work in works))
+    counter.cancel()
+    return rounds
+
+
+async def test_a_peer_alone_pays_nothing() -> None:
+    (rounds,) = await in_rounds([[1] * 10_000])
+    assert len(set(rounds)) == 1
+
+
+@pytest.mark.parametrize("others", [1, 3, 40])
+async def test_a_flood_leaves_each_round_to_the_others(others: int) -> None:
+    flood, *rest = await in_rounds([[1] * 1000, *([1] * 5 for _ in range(others))])
+    share = max(1, ROUND_COST // (1 + others))
+    assert max(Counter(flood).values()) <= share
+    assert max(map(max, rest)) <= 8  # while the flood takes a thousand rounds, or its share of it
+    assert max(flood) >= 1000 // share
+
+
+async def test_a_long_message_is_handled_at_once_and_paid_back() -> None:
+    cost = cost_of(bytes(16 * 2**20))
+    assert cost == 1 + 16 * 2**20 // COST_BYTES
+    long, short = await in_rounds([[cost, 1], [1, 1]])
+    assert long[0] <= 1
+    assert long[1] - long[0] >= cost // (ROUND_COST // 2)
+    assert max(short) <= 4
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 3000), max_size=8), min_size=2, max_size=5),
+    st.sets(st.tuples(st.integers(0, 4), st.integers(0, 7))),
+)
+def test_every_message_has_its_turn_whatever_is_cancelled(
+    costs: list[list[int]], cancelled: set[tuple[int, int]]
+) -> None:
+    async def run() -> None:
+        shares, peers = joined(len(costs))
+        tasks = {}
+        for place, (peer, all_costs) in enumerate(zip(peers, costs, strict=True)):
+            for number, cost in enumerate(all_costs):
+                work = handled(shares, peer, [cost], [])
+                tasks[place, number] = asyncio.create_task(work)
+        await asyncio.sleep(0)
+        for key in cancelled & tasks.keys():
+            tasks[key].cancel()
+        done = await asyncio.wait_for(asyncio.gather(*tasks.values(), return_exceptions=True), 20)
+        kept = [outcome for key, outcome in zip(tasks, done, strict=True) if key not in cancelled]
+        assert not any(kept)
+        async with asyncio.timeout(20):
+            while any(peer.turns for peer in peers):  # those that were cancelled
+                await asyncio.sleep(0)
+
+    asyncio.run(run())

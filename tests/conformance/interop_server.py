@@ -1,4 +1,6 @@
-"""gRPC's interoperability server on the lean transport: interop_server.py --port N [--tls CERT KEY].
+"""gRPC's interoperability server on the lean transport.
+
+Usage: interop_server.py --port N [--tls CERT KEY]
 
 What each call does is in
 https://github.com/grpc/grpc/blob/master/doc/interop-test-descriptions.md, section "Server".
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import ssl
+import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -25,8 +28,6 @@ ECHO_TRAILING = "x-grpc-test-echo-trailing-bin"
 
 def stubs() -> tuple[Any, Any]:
     """The messages and the service, compiled when they are needed."""
-    import sys
-
     sys.path.insert(0, str(Path(__file__).parent))
     return grpc.protos_and_services(PROTO)
 

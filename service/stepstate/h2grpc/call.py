@@ -81,7 +81,7 @@ class MessageSink(Protocol):
 
 
 class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
-    """A call: the `Receiver` of its stream, and the context of its servicer's method.
+    """A call: the `StreamReceiver` of its stream, and the context of its servicer's method.
 
     Args:
         stream: its stream.
@@ -120,10 +120,10 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
         self._task = loop.create_task(self._run())
         host.running(self._task)
 
-    # What comes on the stream: see `Receiver`
+    # What comes on the stream: see `StreamReceiver`
 
     def message(self, payload: bytes) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
         if self._sink is not None:
             self._sink.received(payload)
             return
@@ -134,31 +134,31 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
         _wake(self._reader)
 
     def half_closed(self) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
         self._peer_ended = True
         if self._sink is not None:
             self._sink.half_closed()
         _wake(self._reader)
 
     def writable(self) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
         if self._sink is not None:
             self._sink.writable()
         _wake(self._writer)
 
     def unreadable(self, reason: str, *, too_large: bool) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
         code = grpc.StatusCode.RESOURCE_EXHAUSTED if too_large else grpc.StatusCode.INTERNAL
         self._finish(code, reason)
         self._task.cancel()
 
     def reset(self) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
         self._task.cancel()
         self.finished()
 
     def finished(self) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
         if self._done:
             return
         self._done = True
@@ -323,7 +323,7 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
         """What is known of the client by TLS."""
         return self._host.auth_context()
 
-    def time_remaining(self) -> float | None:
+    def time_remaining(self) -> float | None:  # type: ignore[override]
         """Seconds until the deadline; None: there is none."""
         if self._deadline is None:
             return None

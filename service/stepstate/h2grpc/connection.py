@@ -46,7 +46,7 @@ from stepstate.h2grpc.frames import (
 )
 from stepstate.h2grpc.headers import Request, check_request, check_trailers
 from stepstate.h2grpc.limits import Cost, Earning, Http2Limits, WorkMeter
-from stepstate.h2grpc.stream import PREFIX_BYTES, Http2Stream, Receiver
+from stepstate.h2grpc.stream import PREFIX_BYTES, Http2Stream, StreamReceiver
 
 _MESSAGE_BYTES = HEADER_BYTES + PREFIX_BYTES
 _unpack_message = Struct(">IBIBI").unpack_from  # a frame's header, and a message's prefix
@@ -57,7 +57,7 @@ _ALIVE_PING = b"alive? \n"
 class Host(Protocol):
     """Owns a connection."""
 
-    def accept(self, stream: Http2Stream, request: Request) -> Receiver:
+    def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
         """A client begins a stream."""
         ...
 
@@ -293,7 +293,7 @@ class Http2Connection:
         if end - position < HEADER_BYTES or not self._begun:
             return position
         word, flags, stream_id = unpack_header(data, position)
-        kind, length = word & 0xFF, word >> 8
+        kind, length = word & 0xFF, int(word >> 8)
         if length > DEFAULT_FRAME_BYTES:
             raise ConnectionFailure(ErrorCode.FRAME_SIZE_ERROR, f"a frame of {length} bytes")
         stop = position + HEADER_BYTES + length

@@ -10,7 +10,7 @@ import socket
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import grpc
 
@@ -26,7 +26,7 @@ from stepstate.h2grpc.headers import (
     timeout_of,
 )
 from stepstate.h2grpc.limits import Http2Limits
-from stepstate.h2grpc.stream import Http2Stream, Receiver
+from stepstate.h2grpc.stream import Http2Stream, StreamReceiver
 
 READ_AHEAD = 2**18
 WRITE_BUFFER_BYTES = 2**18
@@ -34,7 +34,7 @@ WRITE_BUFFER_BYTES = 2**18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Times:
+class ConnectionTimes:
     """Seconds after which a connection is looked at, or ended."""
 
     handshake: float = 20.0
@@ -61,10 +61,10 @@ class H2Server:
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         *,
         limits: Http2Limits | None = None,
-        times: Times | None = None,
+        times: ConnectionTimes | None = None,
     ) -> None:
         self.limits = limits or Http2Limits()
-        self.times = times or Times()
+        self.times = times or ConnectionTimes()
         self.connections: set[_ServerProtocol] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self._interceptors = tuple(interceptors)
@@ -83,7 +83,7 @@ class H2Server:
         self._generic += generic_rpc_handlers
 
     def add_registered_method_handlers(
-        self, service_name: str, method_handlers: Mapping[str, grpc.RpcMethodHandler]
+        self, service_name: str, method_handlers: Mapping[str, grpc.RpcMethodHandler[Any, Any]]
     ) -> None:
         """See `grpc.aio.Server`; generated code calls it beside `add_generic_rpc_handlers`."""
 
@@ -176,7 +176,7 @@ class H2Server:
             self._keeper.cancel()
         self._stopped.set()
 
-    async def wait_for_termination(self, timeout: float | None = None) -> bool:
+    async def wait_for_termination(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109
         """Waits until it has stopped; returns whether it timed out."""
         try:
             await asyncio.wait_for(self._stopped.wait(), timeout)
@@ -193,7 +193,7 @@ class H2Server:
                 connection.look(now)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Details:
     """`grpc.HandlerCallDetails`."""
 
@@ -202,7 +202,7 @@ class _Details:
 
 
 class _Refusal:
-    """The `Receiver` of a request that is answered without a call, once all of it has come.
+    """The `StreamReceiver` of a request that is answered without a call, once all of it has come.
 
     Args:
         stream: its stream.
@@ -217,26 +217,26 @@ class _Refusal:
         stream.discard()
 
     def message(self, payload: bytes) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
 
     def half_closed(self) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
         asyncio.get_running_loop().call_soon(self._answer)
 
     def _answer(self) -> None:
         self._stream.answer(self._block, b"this is a gRPC server\n")
 
     def unreadable(self, reason: str, *, too_large: bool) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
 
     def reset(self) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
 
     def writable(self) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
 
     def finished(self) -> None:
-        """See `Receiver`."""
+        """See `StreamReceiver`."""
 
 
 class _ServerProtocol(asyncio.Protocol):
@@ -256,13 +256,12 @@ class _ServerProtocol(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See `asyncio.Protocol`."""
-        assert isinstance(transport, asyncio.Transport) or True
-        self._transport = transport  # type: ignore[assignment]
+        self._transport = stream = cast("asyncio.Transport", transport)
         self.peer = _peer_of(transport.get_extra_info("peername"))
         sock = transport.get_extra_info("socket")
         if sock is not None and sock.family in (socket.AF_INET, socket.AF_INET6):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        self._transport.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
+        stream.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._server.connections.add(self)
         self._flush()
 
@@ -289,7 +288,7 @@ class _ServerProtocol(asyncio.Protocol):
 
     # The HTTP/2 state: see `Host`
 
-    def accept(self, stream: Http2Stream, request: Request) -> Receiver:
+    def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
         """See `Host`."""
         if request.method != b"POST":
             return _Refusal(stream, STATUS_405)
@@ -308,11 +307,11 @@ class _ServerProtocol(asyncio.Protocol):
         """See `Host`."""
         self._loop.call_soon(self._flush)
 
-    def reserve(self, stream: Http2Stream, size: int) -> bool:
+    def reserve(self, _stream: Http2Stream, _size: int) -> bool:
         """See `Host`."""
         return True
 
-    def release(self, size: int) -> None:
+    def release(self, _size: int) -> None:
         """See `Host`."""
 
     def _flush(self) -> None:

@@ -1,7 +1,7 @@
 """One HTTP/2 stream of a connection: its windows, its messages in both directions, and its end.
 
 Rule 1: what does not fit into the windows waits in the stream's queue, in order. Whoever sends
-        asks `queued_bytes`, and `Receiver.writable` says when the queue is empty.
+        asks `queued_bytes`, and `StreamReceiver.writable` says when the queue is empty.
 Rule 2: a message longer than the window is received only when there is memory for all of it.
 Rule 3: a stream ends in both directions at once: with trailers, or with RST_STREAM.
 """
@@ -37,7 +37,7 @@ _MESSAGE = Struct(">IBIBI").pack  # a DATA frame with one whole message: its hea
 _GZIP = 31  # zlib's name for gzip's format, with the largest window
 
 
-class Receiver(Protocol):
+class StreamReceiver(Protocol):
     """Takes what comes on a stream. It raises nothing, and may end the stream at any time."""
 
     def message(self, payload: bytes) -> None:
@@ -129,7 +129,7 @@ class Http2Stream:
         "send_window",
     )
 
-    receiver: Receiver
+    receiver: StreamReceiver
     """Takes what comes; the connection sets it before anything can."""
 
     def __init__(

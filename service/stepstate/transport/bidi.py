@@ -213,7 +213,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     def _take_bytes(self, data: bytes) -> None:
         try:
             self._take_decoded(self._messages.decode(data))
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the call ends with it)
             self._fail(error)
 
     def _take_decoded(self, request: Q | DecodeFailure) -> None:
@@ -318,7 +318,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
                     self._leaving = size
                 else:
                     self._answered(size)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001 (the call ends with it)
             self._fail(error)
         finally:
             self._flushing = False

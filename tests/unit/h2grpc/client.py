@@ -16,7 +16,7 @@ from stepstate.h2grpc.connection import Http2Connection
 from stepstate.h2grpc.frames import ErrorCode
 from stepstate.h2grpc.headers import GRPC_HEADERS, Request, encode_status
 from stepstate.h2grpc.limits import Http2Limits
-from stepstate.h2grpc.stream import Http2Stream, Receiver
+from stepstate.h2grpc.stream import Http2Stream, StreamReceiver
 
 HEADERS = [
     (":method", "POST"),
@@ -74,7 +74,7 @@ class EchoHost:
     waiting: list[Http2Stream] = field(default_factory=list)
     asked: int = 0
 
-    def accept(self, stream: Http2Stream, request: Request) -> Receiver:
+    def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
         self.calls[stream.id] = echo = Echo(stream)
         return echo
 

@@ -47,7 +47,7 @@ def recorded(payloads: list[list[bytes]], *, padded: bool) -> bytes:
     st.booleans(),
 )
 def test_bytes_may_be_cut_anywhere(
-    payloads: list[list[bytes]], cuts: list[int], padded: bool
+    payloads: list[list[bytes]], cuts: list[int], *, padded: bool
 ) -> None:
     data, client = recorded(payloads, padded=padded), Client()
     position = turn = 0
@@ -185,7 +185,7 @@ def test_a_flood_ends_its_connection_alone(name: str) -> None:
     client.open()
     client.open(end=True)
     client.exchange()
-    for count in range(2 * CREDIT):
+    for count in range(2 * CREDIT):  # noqa: B007
         client.server.receive(raw)
         client.server.take_output() if not client.server.ended else None
         if client.server.ended:
@@ -199,7 +199,7 @@ def test_a_flood_ends_its_connection_alone(name: str) -> None:
 
 def test_resets_in_the_same_read_cost_most() -> None:
     client = Client()
-    for count in range(CREDIT):
+    for count in range(CREDIT):  # noqa: B007
         stream_id = client.open()
         client.h2.reset_stream(stream_id)
         client.server.receive(client.h2.data_to_send())
@@ -210,7 +210,7 @@ def test_resets_in_the_same_read_cost_most() -> None:
 
 def test_faults_that_make_the_server_reset_are_charged_too() -> None:
     client = Client()
-    for count in range(CREDIT):
+    for count in range(CREDIT):  # noqa: B007
         stream_id = client.open()
         client.exchange()
         client.server.receive(window_update(stream_id, 0))

@@ -42,9 +42,9 @@ def recorded(payloads: list[list[bytes]], *, padded: bool) -> bytes:
 
 
 @given(
-    st.lists(st.lists(st.binary(max_size=300), max_size=5), min_size=1, max_size=5),
-    st.lists(st.integers(1, 60), min_size=1),
-    st.booleans(),
+    payloads=st.lists(st.lists(st.binary(max_size=300), max_size=5), min_size=1, max_size=5),
+    cuts=st.lists(st.integers(1, 60), min_size=1),
+    padded=st.booleans(),
 )
 def test_bytes_may_be_cut_anywhere(
     payloads: list[list[bytes]], cuts: list[int], *, padded: bool

@@ -6,7 +6,15 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 
 from benchmarks.report import Table, spread_text
-from benchmarks.results import Measurement, Spread, median_round, rate_of, ratio, spread
+from benchmarks.results import (
+    Figure,
+    Measurement,
+    cpu_of,
+    median_round,
+    rate_of,
+    ratio,
+    spread,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,11 +32,11 @@ class Results:
     load: str
     rounds: Mapping[str, Sequence[Measurement]]
 
-    def rate_ratio(self, contender: str, baseline: str) -> Spread | None:
-        """Steps a second over those of another, round by round; None: one did not take part."""
-        if contender not in self.rounds or baseline not in self.rounds:
-            return None
-        return ratio(self.rounds[contender], self.rounds[baseline], rate_of)
+    def ratio_text(self, contender: str, baseline: str, of: Figure) -> str:
+        """A figure over that of another, round by round, if both took part."""
+        if contender == baseline or not {contender, baseline} <= self.rounds.keys():
+            return "–"
+        return spread_text(ratio(self.rounds[contender], self.rounds[baseline], of))
 
 
 def run_contest(contest: Contest, rounds: int, log: Callable[[str], None]) -> Results:
@@ -49,7 +57,8 @@ def results_table(results: Sequence[Results], baseline: str) -> Table:
         results: of all loads.
         baseline: the contender that the others are compared with.
     """
-    heads = ("load", "what", "steps/s", "p50 ms", "p99 ms", "CPU µs", f"rate ÷ {baseline}'s")
+    ratios = (f"rate ÷ {baseline}'s", f"CPU ÷ {baseline}'s")
+    heads = ("load", "what", "steps/s", "p50 ms", "p99 ms", "CPU µs", *ratios)
     notes = (
         "CPU is the server's, for one step. Latency is a message's. Rates and ratios are medians",
         "(least–most) of the rounds, a ratio within its round; all else is of the median round by",
@@ -61,7 +70,6 @@ def results_table(results: Sequence[Results], baseline: str) -> Table:
 def _rows(found: Results, baseline: str) -> Iterator[list[str]]:
     for name, rounds in found.rounds.items():
         middle = median_round(rounds)
-        over = None if name == baseline else found.rate_ratio(name, baseline)
         yield [
             found.load,
             name,
@@ -69,7 +77,8 @@ def _rows(found: Results, baseline: str) -> Iterator[list[str]]:
             _latency(middle, "50"),
             _latency(middle, "99"),
             f"{middle.cpu_us_per_step:.1f}",
-            "–" if over is None else spread_text(over),
+            found.ratio_text(name, baseline, rate_of),
+            found.ratio_text(name, baseline, cpu_of),
         ]
 
 
@@ -94,14 +103,14 @@ def bars_table(results: Sequence[Results], bars: Sequence[Bar]) -> Table:
     by_load = {found.load: found for found in results}
     rows: list[list[str]] = []
     for bar in bars:
-        if bar.load not in by_load:
-            continue
-        reached = by_load[bar.load].rate_ratio(bar.contender, bar.baseline)
-        if reached is not None:
+        found = by_load.get(bar.load)
+        if found is not None and {bar.contender, bar.baseline} <= found.rounds.keys():
             what = f"{bar.contender} ÷ {bar.baseline}"
-            wanted = (f"{bar.at_least:g}", f"{bar.aim:g}")
-            rows.append([bar.load, what, *wanted, spread_text(reached)])
-    return Table(("load", "steps/s", "at least", "aimed at", "measured"), rows, ())
+            reached = (
+                found.ratio_text(bar.contender, bar.baseline, of) for of in (rate_of, cpu_of)
+            )
+            rows.append([bar.load, what, f"{bar.at_least:g}", f"{bar.aim:g}", *reached])
+    return Table(("load", "what", "rate, at least", "aimed at", "measured", "CPU"), rows, ())
 
 
 def as_figures(results: Sequence[Results]) -> list[dict[str, object]]:

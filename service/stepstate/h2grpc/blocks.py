@@ -2,7 +2,8 @@
 
 A block is bounded in four ways: frames (CONTINUATION floods, CVE-2024-27316), bytes as they come,
 bytes of the list that HPACK makes of them (its bombs, CVE-2016-6581), and the work that decoding
-is. Sources: RFC 9113, sections 4.3, 6.2 and 6.10; RFC 7541 (HPACK).
+is. A list that is only longer than was announced costs its own call alone. Sources: RFC 9113,
+sections 4.3, 6.2 and 6.10; RFC 7541 (HPACK).
 """
 
 from __future__ import annotations
@@ -34,6 +35,11 @@ class HeaderBlock:
     depends_on_itself: bool
     """Its priority is malformed like that (RFC 7540, section 5.3.1)."""
 
+    @property
+    def list_bytes(self) -> int:
+        """Its size as SETTINGS_MAX_HEADER_LIST_SIZE counts it (RFC 9113, section 6.5.2)."""
+        return sum(len(name) + len(value) + 32 for name, value in self.fields)
+
 
 class HeaderReader:
     """Reads the header blocks of a connection.
@@ -50,7 +56,7 @@ class HeaderReader:
         """The block that has begun and not ended: no other frame may come before its end."""
         self._limits = limits
         self._meter = meter
-        self._decoder = Decoder(limits.header_list_bytes)
+        self._decoder = Decoder(limits.header_block_bytes)
 
     def headers(self, flags: int, stream_id: int, payload: bytes) -> HeaderBlock | None:
         """Takes a HEADERS frame; returns the block if that is all of it.
@@ -82,22 +88,22 @@ class HeaderReader:
         block.data += payload
         block.frames += 1
         if len(block.data) > limits.header_block_bytes or block.frames > limits.header_frames:
-            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "a header block is too long")
+            raise _too_long(stream_id)
         return self._end(block) if flags & Flag.END_HEADERS else None
 
     def _end(self, block: _PartialBlock) -> HeaderBlock:
         self.partial = None
-        fields = self._decode(bytes(block.data))
+        fields = self._decode(block.stream_id, bytes(block.data))
         return HeaderBlock(block.stream_id, fields, block.end_stream, block.looped)
 
-    def _decode(self, data: bytes) -> Headers:
+    def _decode(self, stream_id: int, data: bytes) -> Headers:
         self._meter.charge(len(data) // BYTES_PER_CREDIT)
         if _table_updates(data) > MAX_TABLE_UPDATES:
             raise ConnectionFailure(ErrorCode.COMPRESSION_ERROR, "too many updates of the table")
         try:
             fields = self._decoder.decode(data, raw=True)
         except OversizedHeaderListError:
-            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "headers are too long") from None
+            raise _too_long(stream_id) from None
         except (HPACKError, ValueError, IndexError):
             raise ConnectionFailure(ErrorCode.COMPRESSION_ERROR) from None
         return [(bytes(name), bytes(value)) for name, value in fields]
@@ -114,6 +120,13 @@ class _PartialBlock:
         self.end_stream = end_stream
         self.looped = looped
         self.frames = 1
+
+
+def _too_long(stream_id: int) -> ConnectionFailure:
+    """Ends the connection: what is not decoded is missing in HPACK's table."""
+    return ConnectionFailure(
+        ErrorCode.ENHANCE_YOUR_CALM, "a header block is too long", stream_id=stream_id
+    )
 
 
 def depends_on_itself(stream_id: int, priority: bytes) -> bool:

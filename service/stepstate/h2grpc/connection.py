@@ -32,6 +32,7 @@ from stepstate.h2grpc.frames import (
     Flag,
     FrameType,
     Setting,
+    frame,
     goaway,
     ping,
     read_number,
@@ -44,10 +45,12 @@ from stepstate.h2grpc.frames import (
 )
 from stepstate.h2grpc.headers import (
     DEFAULT_TABLE_BYTES,
+    GRPC_HEADERS,
     NO_TABLE,
     Request,
     check_request,
     check_trailers,
+    encode_status,
 )
 from stepstate.h2grpc.limits import TOO_MUCH_WORK, Cost, Earning, Http2Limits, PingMeter, WorkMeter
 from stepstate.h2grpc.stream import PREFIX_BYTES, Http2Stream, StreamReceiver
@@ -253,6 +256,9 @@ class Http2Connection:
         try:
             self._receive(self._rest + data if self._rest else data)
         except ConnectionFailure as failure:
+            if failure.stream_id:
+                self._last_id = max(self._last_id, failure.stream_id)  # not to be tried again
+                self.send(rst_stream(failure.stream_id, failure.code))
             self.end(failure.code, failure.debug)
 
     def _receive(self, data: bytes) -> None:
@@ -332,9 +338,9 @@ class Http2Connection:
         return stop
 
     def _finish_read(self, messages: int, taken: int) -> None:
-        """Counts the messages that were taken in the loop, and those that were sent since."""
+        """Counts the messages that were taken in the loop, and the replies since the last read."""
         self._opened_now.clear()
-        earned = messages + self.sent_messages - self._paid_messages
+        earned = self.sent_messages - self._paid_messages
         if earned:
             self._paid_messages = self.sent_messages
             self.meter.earn(earned * Earning.MESSAGE)
@@ -428,6 +434,9 @@ class Http2Connection:
             return
         if len(self.streams) >= self.limits.concurrent_streams:
             raise StreamFailure(ErrorCode.REFUSED_STREAM)
+        if block.list_bytes > self.limits.header_list_bytes:
+            self._refuse_long_headers(block)
+            return
         request = check_request(block.fields)
         if block.end_stream and request.content_length:
             raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
@@ -437,6 +446,18 @@ class Http2Connection:
         stream.receiver = self._host.accept(stream, request)
         if block.end_stream and stream.open_in:
             stream.end_receiving()
+
+    def _refuse_long_headers(self, block: HeaderBlock) -> None:
+        """Answers RESOURCE_EXHAUSTED, as gRPC's servers do."""
+        self.meter.charge(Cost.RESET)
+        text = f"metadata size exceeds the limit: {block.list_bytes} bytes, at most "
+        text += f"{self.limits.header_list_bytes}"
+        flags = Flag.END_HEADERS | Flag.END_STREAM
+        answer = GRPC_HEADERS + encode_status(8, text)
+        self.send(frame(FrameType.HEADERS, flags, block.stream_id, answer))
+        if not block.end_stream:
+            self.send(rst_stream(block.stream_id, ErrorCode.NO_ERROR))
+            self._note_early(block.stream_id)
 
     def _take_trailers(self, block: HeaderBlock) -> None:
         stream = self.streams.get(block.stream_id)
@@ -470,10 +491,14 @@ class Http2Connection:
         if stream is None:
             self.meter.charge(Cost.FRAME)
             return
-        abrupt = stream_id in self._opened_now
-        self.meter.charge(Cost.ABRUPT_RESET if abrupt else Cost.RESET)
+        self.meter.charge(self._cost_of_reset(stream))
         stream.close(early=False)
         stream.receiver.reset()
+
+    def _cost_of_reset(self, stream: Http2Stream) -> Cost:
+        if stream.id in self._opened_now:
+            return Cost.ABRUPT_RESET
+        return Cost.FRAME if stream.answered else Cost.RESET
 
     def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
         self.meter.charge(Cost.FRAME)

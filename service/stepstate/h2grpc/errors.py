@@ -11,12 +11,14 @@ class ConnectionFailure(Exception):
     Args:
         code: why.
         debug: the same for a person; it is sent.
+        stream_id: the stream whose call did it, and ends with the same code; 0: none.
     """
 
-    def __init__(self, code: ErrorCode, debug: str = "") -> None:
+    def __init__(self, code: ErrorCode, debug: str = "", *, stream_id: int = 0) -> None:
         super().__init__(code, debug)
         self.code = code
         self.debug = debug
+        self.stream_id = stream_id
 
 
 class StreamFailure(Exception):

@@ -2,10 +2,11 @@
 
 A client can make a server work without making a call: by PING, SETTINGS, PRIORITY and empty frames,
 by streams that it opens and resets, or by resets that it makes the server send. Each has a cost
-(`Cost`), and a connection has credit for it. Messages and finished calls bring credit back. So a
-client that is busy with calls is never ended for its control frames, however fast it is, and one
-that only sends control frames is ended after a fixed amount of work, however slowly the machine
-runs: nothing here depends on time.
+(`Cost`), and a connection has credit for it. Replies and finished calls bring credit back; what
+the client sends does not, as 5 bytes are a message. So a client that is busy with calls is never
+ended for its control frames, however fast it is, nor for deadlines that pass, and one that only
+sends control frames is ended after a fixed amount of work, however slowly the machine runs:
+nothing here depends on time.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ class Cost(IntEnum):
 
     FRAME = 1
     """A frame that does nothing: PING, SETTINGS, PRIORITY, empty DATA, an unknown type, a
-    WINDOW_UPDATE or RST_STREAM of a stream that has ended."""
+    WINDOW_UPDATE or RST_STREAM of a stream that has ended; or the end of a stream that had an
+    answer."""
     PIECE = 2
     """A DATA frame that this side had to cut short, as the window was tiny."""
     RESET = 10
-    """A stream that the client reset, or that this side had to reset for its faults."""
+    """A stream that the client reset before the answer began, or that this side had to end for
+    its faults."""
     ABRUPT_RESET = 50
     """A stream that the client reset in the same read that opened it: no client waits so short."""
 
@@ -39,8 +42,8 @@ class Earning(IntEnum):
     """What brings credit back."""
 
     MESSAGE = 4
-    """A message that the client sent."""
-    CALL = 20
+    """A reply, or a large piece of one."""
+    CALL = 30
     """A call that ended with a status."""
 
 
@@ -56,10 +59,10 @@ class Http2Limits:
     the rest as soon as its length is known and there is memory for it."""
     connection_window: int = 16 * 2**20
     """The same of all streams. It is given back for every byte that comes, whatever the stream."""
-    header_block_bytes: int = 16_384
-    """Of a call, compressed, in all its frames."""
     header_list_bytes: int = 16_384
-    """Of a call, as SETTINGS_MAX_HEADER_LIST_SIZE counts them."""
+    """Of a call, as SETTINGS_MAX_HEADER_LIST_SIZE counts them: a call with more is refused."""
+    header_block_bytes: int = 65_536
+    """Of a call, in its frames and as they are decoded: more ends the connection."""
     header_frames: int = 8
     """HEADERS and CONTINUATION of a call."""
     ping_interval_seconds: float = 5.0

@@ -34,20 +34,31 @@ def message(payload: bytes) -> bytes:
 
 
 class Echo:
-    """Answers each message with itself, and ends the stream when the client does."""
+    """Answers each message with itself, and ends the stream when the client does.
 
-    def __init__(self, stream: Http2Stream) -> None:
+    Args:
+        stream: its stream.
+        answers: if not, it only takes what comes.
+    """
+
+    def __init__(self, stream: Http2Stream, *, answers: bool = True) -> None:
         self.stream = stream
+        self._answers = answers
         self.messages: list[bytes] = []
         self.ended: list[str] = []
 
     def message(self, payload: bytes) -> None:
         self.messages.append(payload)
-        self.stream.start(GRPC_HEADERS)
-        self.stream.send(payload)
+        if self._answers:
+            self.stream.start(GRPC_HEADERS)
+            self.stream.send(payload)
 
     def half_closed(self) -> None:
         self.ended.append("half_closed")
+        if self._answers:
+            self.finish()
+
+    def finish(self) -> None:
         self.stream.start(GRPC_HEADERS)
         self.stream.finish(encode_status(0))
 
@@ -70,12 +81,13 @@ class EchoHost:
     """A `Host` whose memory has `room` bytes."""
 
     room: int = 2**40
+    answers: bool = True
     calls: dict[int, Echo] = field(default_factory=dict)
     waiting: list[Http2Stream] = field(default_factory=list)
     asked: int = 0
 
     def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
-        self.calls[stream.id] = echo = Echo(stream)
+        self.calls[stream.id] = echo = Echo(stream, answers=self.answers)
         return echo
 
     def write_soon(self) -> None:

@@ -16,6 +16,7 @@ import grpc
 
 from stepstate.h2grpc.call import Call, Handler
 from stepstate.h2grpc.connection import Http2Connection
+from stepstate.h2grpc.frames import ErrorCode
 from stepstate.h2grpc.headers import (
     GRPC_HEADERS,
     STATUS_405,
@@ -26,11 +27,16 @@ from stepstate.h2grpc.headers import (
     timeout_of,
 )
 from stepstate.h2grpc.limits import Http2Limits
+from stepstate.h2grpc.listening import BACKLOG, listen
 from stepstate.h2grpc.stream import Http2Stream, StreamReceiver
+from stepstate.h2grpc.tls import ALPN, INSECURE, auth_context_of
 
 READ_AHEAD = 2**18
 WRITE_BUFFER_BYTES = 2**18
 """What a client may leave unread in the server's own buffer: beyond it, it is not read either."""
+
+IPV4_MAPPED = "::ffff:"
+"""What an address of IPv4 begins with on a socket of IPv6 (RFC 4291, section 2.5.5.2)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,6 +118,9 @@ class H2Server:
     def add_insecure_port(self, address: str) -> int:
         """Listens at host:port without TLS; returns the port.
 
+        Args:
+            address: see `listen`.
+
         Raises:
             RuntimeError: it can't.
         """
@@ -120,26 +129,21 @@ class H2Server:
     def add_secure_port(self, address: str, context: ssl.SSLContext) -> int:
         """Listens at host:port with TLS; returns the port.
 
+        Args:
+            address: see `listen`.
+            context: of a server, with its certificate. It is told to negotiate HTTP/2.
+
         Raises:
             RuntimeError: it can't.
         """
-        context.set_alpn_protocols(["h2"])
+        context.set_alpn_protocols([ALPN])
         return self._listen(address, context)
 
     def _listen(self, address: str, context: ssl.SSLContext | None) -> int:
-        host, _, port = address.rpartition(":")
-        try:
-            family, kind, protocol, _, where = socket.getaddrinfo(
-                host.strip("[]"), int(port), type=socket.SOCK_STREAM
-            )[0]
-            listener = socket.socket(family, kind, protocol)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(where)
-        except OSError as error:
-            raise RuntimeError(f"can't listen at {address}: {error}") from error
-        self._sockets.append((listener, context))
-        found: int = listener.getsockname()[1]
-        return found
+        listeners = listen(address)
+        self._sockets += ((listener, context) for listener in listeners)
+        port: int = listeners[0].getsockname()[1]
+        return port
 
     async def start(self) -> None:
         """Begins to serve."""
@@ -151,14 +155,17 @@ class H2Server:
                     lambda: _ServerProtocol(self),
                     sock=listener,
                     ssl=context,
-                    backlog=1024,
+                    backlog=BACKLOG,
                     ssl_handshake_timeout=timeout,
                 )
             )
+        self._sockets.clear()
         self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self, grace: float | None) -> None:
         """Accepts no more, and ends all calls that are not done after `grace` seconds."""
+        for unused, _ in self._sockets:
+            unused.close()
         for listener in self._listeners:
             listener.close()
         for connection in list(self.connections):
@@ -244,6 +251,7 @@ class _ServerProtocol(asyncio.Protocol):
 
     def __init__(self, server: H2Server) -> None:
         self.peer = ""
+        self._auth_context = INSECURE
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -263,6 +271,11 @@ class _ServerProtocol(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         stream.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._server.connections.add(self)
+        tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        if tls is not None:
+            self._auth_context = auth_context_of(tls)
+            if tls.selected_alpn_protocol() != ALPN:
+                self._http2.end(ErrorCode.PROTOCOL_ERROR, "TLS without h2 by ALPN: no HTTP/2")
         self._flush()
 
     def data_received(self, data: bytes) -> None:
@@ -335,7 +348,7 @@ class _ServerProtocol(asyncio.Protocol):
 
     def auth_context(self) -> Mapping[str, Iterable[bytes]]:
         """See `CallHost`."""
-        return {}
+        return self._auth_context
 
     # Its life
 
@@ -380,8 +393,8 @@ def _is_grpc(content_type: bytes) -> bool:
 
 def _peer_of(name: Any) -> str:
     """A client's address as gRPC writes it."""
-    if isinstance(name, tuple) and len(name) == 2:
-        return f"ipv4:{name[0]}:{name[1]}"
+    if isinstance(name, tuple) and (len(name) == 2 or name[0].startswith(IPV4_MAPPED)):
+        return f"ipv4:{name[0].removeprefix(IPV4_MAPPED)}:{name[1]}"
     if isinstance(name, tuple):
         return f"ipv6:[{name[0]}]:{name[1]}"
     return f"unix:{name or ''}"

@@ -112,6 +112,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._turn: asyncio.Future[None] | None = None  # of the request that waits for it
         self._paused = False
         self._stalled = False  # until there is memory
+        self._goes_on = False  # soon
         self._flushing = False
         self._ended = False  # the client has sent its last request
         self._draining = False
@@ -271,9 +272,16 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             missing = self._missing_bytes(request)
         self._unanswered += 1
 
+    def _go_on_soon(self) -> None:
+        """Takes requests again, once what is being done is done: it may deliver others first."""
+        if not self._goes_on:
+            self._goes_on = True
+            asyncio.get_running_loop().call_soon(self._go_on)
+
     def _go_on(self) -> None:
         """Takes requests again, if it was paused and need not be."""
-        if not self._paused or self._stalled or self._draining or self._is_full():
+        self._goes_on = False
+        if self.cancelled or not self._paused or self._stalled or self._draining or self._is_full():
             return
         self._paused = False
         while self._inbox and not self._paused:
@@ -406,7 +414,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._memory.release(use, size)
         self._held_bytes -= size
         if self._paused:
-            self._go_on()
+            self._go_on_soon()
 
     def _submit(self, step: Step) -> None:
         """Submits a step whose `reply_to` leads here.

@@ -18,7 +18,7 @@ from stepstate.v1 import stepstate_pb2 as pb
 from tests.integration.wire import raw_stub
 
 PAGE = (Path(__file__).parents[2] / "ARCHITECTURE.md").read_text()
-LAYERS = ("transport/", "sessions/", "engine/", "stores/")
+LAYERS = ("h2grpc/", "transport/", "sessions/", "engine/", "stores/")
 STATION = re.compile(r"`([\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)")
 WARM_UP = 20
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from struct import Struct
-from typing import ClassVar, Protocol
+from typing import ClassVar, NoReturn, Protocol
 
 from hpack import Decoder
 from hpack.exceptions import HPACKError, OversizedHeaderListError
@@ -26,6 +26,7 @@ from stepstate.h2grpc.frames import (
     DEFAULT_FRAME_BYTES,
     DEFAULT_WINDOW,
     HEADER_BYTES,
+    HTTP_1_RESPONSE,
     LARGEST_FRAME_BYTES,
     LARGEST_WINDOW,
     SETTINGS_ACK,
@@ -34,6 +35,7 @@ from stepstate.h2grpc.frames import (
     Flag,
     FrameType,
     Setting,
+    frame,
     goaway,
     ping,
     read_number,
@@ -44,7 +46,13 @@ from stepstate.h2grpc.frames import (
     window_update,
     without_padding,
 )
-from stepstate.h2grpc.headers import Request, check_request, check_trailers
+from stepstate.h2grpc.headers import (
+    HEADERS_TOO_LONG,
+    Request,
+    check_request,
+    check_trailers,
+    list_bytes,
+)
 from stepstate.h2grpc.limits import Cost, Earning, Http2Limits, WorkMeter
 from stepstate.h2grpc.stream import PREFIX_BYTES, Http2Stream, StreamReceiver
 
@@ -103,9 +111,9 @@ class Http2Connection:
         """The client was told to begin no more streams."""
         self._host = host
         self._clock = clock
-        self._decoder = Decoder(limits.header_list_bytes)
+        self._decoder = Decoder(limits.header_block_bytes)
         self._output: list[bytes | memoryview] = []
-        self._writing = True  # somebody takes the output when this call is done
+        self._writing = False  # somebody takes the output when this call is done
         self._rest = b""
         self._begun = False
         self._settled = False  # the client's SETTINGS have come
@@ -122,17 +130,6 @@ class Http2Connection:
         self._last_ping = float("-inf")
         self._strikes = 0
         self._sent_at_last_ping = 0
-        self.send(
-            settings(
-                {
-                    Setting.MAX_CONCURRENT_STREAMS: limits.concurrent_streams,
-                    Setting.INITIAL_WINDOW_SIZE: limits.stream_window,
-                    Setting.MAX_HEADER_LIST_SIZE: limits.header_list_bytes,
-                }
-            ),
-            window_update(0, limits.connection_window - DEFAULT_WINDOW),
-        )
-        self._writing = False
 
     @property
     def begun(self) -> bool:
@@ -181,9 +178,13 @@ class Http2Connection:
         self.streams.pop(stream.id, None)
         self._blocked.pop(stream, None)
         if early:
-            self._ended_early[stream.id] = None
-            if len(self._ended_early) > self.limits.concurrent_streams:
-                self._ended_early.popitem(last=False)
+            self._expect_rest(stream.id)
+
+    def _expect_rest(self, stream_id: int) -> None:
+        """More may come on a stream that has ended here."""
+        self._ended_early[stream_id] = None
+        if len(self._ended_early) > self.limits.concurrent_streams:
+            self._ended_early.popitem(last=False)
 
     def reserve(self, stream: Http2Stream, size: int) -> bool:
         """See `Sender`."""
@@ -280,9 +281,25 @@ class Http2Connection:
         if len(data) < len(CLIENT_PREFACE) and CLIENT_PREFACE.startswith(data):
             return 0
         if not data.startswith(CLIENT_PREFACE):
-            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "this is a gRPC server: no HTTP/2")
+            if b" HTTP/1." in data:
+                self.send(HTTP_1_RESPONSE)
+                self.ended = True
+                return len(data)
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "this is no HTTP/2")
         self._begun = True
+        self._greet()
         return len(CLIENT_PREFACE)
+
+    def _greet(self) -> None:
+        """Says what this side allows."""
+        limits = self.limits
+        values = {
+            Setting.MAX_CONCURRENT_STREAMS: limits.concurrent_streams,
+            Setting.INITIAL_WINDOW_SIZE: limits.stream_window,
+            Setting.MAX_HEADER_LIST_SIZE: limits.header_list_bytes,
+        }
+        more = window_update(0, limits.connection_window - DEFAULT_WINDOW)
+        self.send(settings(values), more)
 
     def _take_frame(self, data: bytes, position: int, end: int) -> int:
         """Takes the frame at a position; returns the one after it, or the same: it is not whole.
@@ -403,7 +420,7 @@ class Http2Connection:
         block.frames += 1
         limits = self.limits
         if len(block.data) > limits.header_block_bytes or block.frames > limits.header_frames:
-            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "a header block is too long")
+            self._refuse_endless(block)
         self._end_block(flags)
 
     def _end_block(self, flags: int) -> None:
@@ -414,7 +431,7 @@ class Http2Connection:
         try:
             headers = self._decoder.decode(bytes(block.data), raw=True)
         except OversizedHeaderListError:
-            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "headers are too long") from None
+            self._refuse_endless(block)
         except (HPACKError, ValueError, IndexError):
             raise ConnectionFailure(ErrorCode.COMPRESSION_ERROR) from None
         fields = [(bytes(name), bytes(value)) for name, value in headers]
@@ -422,6 +439,25 @@ class Http2Connection:
             self._begin(block, fields)
         else:
             self._take_trailers(block, fields)
+
+    def _refuse_long(self, block: _HeaderBlock) -> None:
+        """Refuses a call whose headers are too long, and nothing else of the connection."""
+        self.meter.charge(Cost.LONG_HEADERS)
+        self._answer_too_long(block)
+
+    def _refuse_endless(self, block: _HeaderBlock) -> NoReturn:
+        """Ends the connection, as there is no end to the headers of a call."""
+        if block.stream_id > self._last_id:  # else its client would try again
+            self._last_id = block.stream_id
+            self._answer_too_long(block)
+        raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "headers are too long") from None
+
+    def _answer_too_long(self, block: _HeaderBlock) -> None:
+        flags, stream_id = Flag.END_HEADERS | Flag.END_STREAM, block.stream_id
+        self.send(frame(FrameType.HEADERS, flags, stream_id, HEADERS_TOO_LONG))
+        if not block.end_stream:
+            self.send(rst_stream(stream_id, ErrorCode.NO_ERROR))
+            self._expect_rest(stream_id)
 
     def _begin(self, block: _HeaderBlock, fields: list[tuple[bytes, bytes]]) -> None:
         stream_id = self._last_id = block.stream_id
@@ -432,6 +468,9 @@ class Http2Connection:
             return
         if len(self.streams) >= self.limits.concurrent_streams:
             raise StreamFailure(ErrorCode.REFUSED_STREAM)
+        if list_bytes(fields) > self.limits.header_list_bytes:
+            self._refuse_long(block)
+            return
         request = check_request(fields)
         if block.end_stream and request.content_length:
             raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
@@ -452,6 +491,8 @@ class Http2Connection:
             raise StreamFailure(ErrorCode.STREAM_CLOSED)
         elif not block.end_stream:
             raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
+        elif list_bytes(fields) > self.limits.header_list_bytes:
+            raise StreamFailure(ErrorCode.ENHANCE_YOUR_CALM)
         else:
             check_trailers(fields)
             stream.end_receiving()

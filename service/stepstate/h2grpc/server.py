@@ -23,14 +23,21 @@ from stepstate.h2grpc.headers import (
     Metadata,
     Request,
     encode_status,
+    literal,
     timeout_of,
 )
 from stepstate.h2grpc.limits import Http2Limits
 from stepstate.h2grpc.stream import Http2Stream, StreamReceiver
 
+IDENTITY = b"identity"
+ENCODINGS = (IDENTITY, b"gzip", b"deflate")
+"""Of requests: how their messages may be compressed."""
 READ_AHEAD = 2**18
 WRITE_BUFFER_BYTES = 2**18
 """What a client may leave unread in the server's own buffer: beyond it, it is not read either."""
+LINGER_BYTES = 4 * 2**20
+"""What is read, and dropped, of a client that broke the protocol, so that it gets the reason: a
+socket that is closed with bytes unread resets the connection."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +52,8 @@ class ConnectionTimes:
     """For its answer."""
     stalled: float = 60.0
     """A stream whose replies wait for a window so long without any progress is ended."""
+    linger: float = 1.0
+    """A client that broke the protocol has so long to close the connection."""
 
 
 class H2Server:
@@ -52,6 +61,7 @@ class H2Server:
 
     Args:
         interceptors: `grpc.aio.ServerInterceptor`s, the first is the outermost.
+        compressed_requests: whether requests may be compressed, by gzip or deflate.
         limits: what a connection may cost.
         times: when a connection is ended.
     """
@@ -60,9 +70,11 @@ class H2Server:
         self,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         *,
+        compressed_requests: bool = True,
         limits: Http2Limits | None = None,
         times: ConnectionTimes | None = None,
     ) -> None:
+        self.compressed_requests = compressed_requests
         self.limits = limits or Http2Limits()
         self.times = times or ConnectionTimes()
         self.connections: set[_ServerProtocol] = set()
@@ -202,26 +214,31 @@ class _Details:
 
 
 class _Refusal:
-    """The `StreamReceiver` of a request that is answered without a call, once all of it has come.
+    """The `StreamReceiver` of a request that is answered without a call.
 
     Args:
         stream: its stream.
         block: the header block of the answer.
+        is_grpc: it is a status; else a response of HTTP, once all of the request has come.
     """
 
-    __slots__ = ("_block", "_stream")
+    __slots__ = ("_block", "_is_grpc", "_stream")
 
-    def __init__(self, stream: Http2Stream, block: bytes) -> None:
+    def __init__(self, stream: Http2Stream, block: bytes, *, is_grpc: bool) -> None:
         self._stream = stream
         self._block = block
+        self._is_grpc = is_grpc
         stream.discard()
+        if is_grpc:  # the stream knows its receiver then
+            asyncio.get_running_loop().call_soon(stream.finish, block)
 
     def message(self, payload: bytes) -> None:
         """See `StreamReceiver`."""
 
     def half_closed(self) -> None:
         """See `StreamReceiver`."""
-        asyncio.get_running_loop().call_soon(self._answer)
+        if not self._is_grpc:
+            asyncio.get_running_loop().call_soon(self._answer)
 
     def _answer(self) -> None:
         self._stream.answer(self._block, b"this is a gRPC server\n")
@@ -250,6 +267,8 @@ class _ServerProtocol(asyncio.Protocol):
         self._since = self._loop.time()
         self._frames = -1
         self._asked = False
+        self._linger_bytes = LINGER_BYTES
+        self._lingers = False
         self._http2 = Http2Connection(self, server.limits, self._loop.time)
 
     # asyncio
@@ -263,10 +282,12 @@ class _ServerProtocol(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         stream.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._server.connections.add(self)
-        self._flush()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
+        if self._lingers:
+            self._drop(len(data))
+            return
         self._http2.receive(data)
         self._flush()
 
@@ -291,15 +312,19 @@ class _ServerProtocol(asyncio.Protocol):
     def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
         """See `Host`."""
         if request.method != b"POST":
-            return _Refusal(stream, STATUS_405)
+            return _Refusal(stream, STATUS_405, is_grpc=False)
         if not _is_grpc(request.field(b"content-type")):
-            return _Refusal(stream, STATUS_415)
-        stream.gzip = request.field(b"grpc-encoding") == b"gzip"
+            return _Refusal(stream, STATUS_415, is_grpc=False)
+        encoding = request.field(b"grpc-encoding", IDENTITY)
+        accepted = ENCODINGS if self._server.compressed_requests else (IDENTITY,)
+        if encoding not in accepted:
+            return _Refusal(stream, _unknown_encoding(encoding, accepted), is_grpc=True)
+        stream.inflates = encoding != IDENTITY
         timeout = request.field(b"grpc-timeout")
         seconds = timeout_of(timeout) if timeout else None
         if timeout and seconds is None:
             block = GRPC_HEADERS + encode_status(13, "grpc-timeout can't be read")
-            return _Refusal(stream, block)
+            return _Refusal(stream, block, is_grpc=True)
         deadline = None if seconds is None else self._loop.time() + seconds
         return Call(stream, request, self, deadline)
 
@@ -319,8 +344,20 @@ class _ServerProtocol(asyncio.Protocol):
         if self._transport is not None:
             if output:
                 self._transport.write(output)
-            if self._http2.ended:
-                self._transport.close()
+            if self._http2.ended and not self._lingers:
+                self._linger(self._transport)
+
+    def _linger(self, transport: asyncio.Transport) -> None:
+        """Writes no more, and closes the connection when the client has, or soon."""
+        self._lingers = True
+        if transport.can_write_eof():
+            transport.write_eof()
+        self._loop.call_later(self._server.times.linger, transport.close)
+
+    def _drop(self, size: int) -> None:
+        self._linger_bytes -= size
+        if self._linger_bytes < 0:
+            self._abort()
 
     # Its calls: see `CallHost`
 
@@ -347,6 +384,8 @@ class _ServerProtocol(asyncio.Protocol):
         """Ends the connection, after what waits to be written."""
         self._http2.end()
         self._flush()
+        if self._transport is not None:
+            self._transport.close()
 
     def look(self, now: float) -> None:
         """Asks the client whether it is there, or ends the connection if it is not."""
@@ -375,6 +414,18 @@ def _is_grpc(content_type: bytes) -> bool:
         b"",
         b"+",
         b";",
+    )
+
+
+def _unknown_encoding(encoding: bytes, accepted: tuple[bytes, ...]) -> bytes:
+    """What refuses compressed messages, with the codings that the client may use instead."""
+    state = "disabled" if encoding in ENCODINGS else "not known"
+    text = f"Compression algorithm '{encoding[:32].decode('latin-1')}' is {state}"
+    unimplemented: int = grpc.StatusCode.UNIMPLEMENTED.value[0]
+    return (
+        GRPC_HEADERS
+        + literal(b"grpc-accept-encoding", b",".join(accepted))
+        + encode_status(unimplemented, text)
     )
 
 

@@ -76,7 +76,7 @@ class MessageSink(Protocol):
         ...
 
     def writable(self) -> None:
-        """All that was sent has left, after `Call.queued_bytes` was more than 0."""
+        """All that was sent has left, after `Call.send` said that it had not."""
         ...
 
 
@@ -192,16 +192,16 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
         """Hands no more messages over."""
         self._sink = None
 
-    def send(self, payload: bytes) -> None:
-        """Sends a response that is bytes already."""
+    def send(self, payload: bytes) -> bool:
+        """Sends a response that is bytes already.
+
+        Returns:
+            Whether it has left; False: it waits for a window, and `MessageSink.writable` will say
+            when all has left.
+        """
         if not self._started:
             self.start()
-        self._stream.send(payload)
-
-    @property
-    def queued_bytes(self) -> int:
-        """Bytes of responses that wait for a window."""
-        return self._stream.queued_bytes
+        return self._stream.send(payload)
 
     def pause(self) -> None:
         """Takes no more messages than the client may send already."""

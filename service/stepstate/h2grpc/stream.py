@@ -167,8 +167,8 @@ class Http2Stream:
             self._started = True
             self._send_block(block, 0)
 
-    def send(self, payload: bytes, *, compressed: bool = False) -> None:
-        """Sends a message, after the headers; it waits for the windows if it must."""
+    def send(self, payload: bytes, *, compressed: bool = False) -> bool:
+        """Sends a message, after the headers; returns False if it waits for a window."""
         size = len(payload) + PREFIX_BYTES
         sender = self._sender
         if (
@@ -182,11 +182,13 @@ class Http2Stream:
             sender.sent_messages += 1
             header = _MESSAGE(size << 8, 0, self.id, compressed, size - PREFIX_BYTES)
             sender.send(header, payload)
-        elif self.open_out and self._ending is None:
+            return True
+        if self.open_out and self._ending is None:
             self._queue.append(memoryview(_PREFIX.pack(compressed, len(payload)) + payload))
             self.queued_bytes += size
             sender.sent_messages += 1
             sender.block(self)
+        return not self.queued_bytes
 
     def answer(self, block: bytes, body: bytes) -> None:
         """Ends the stream with a response that is not gRPC's, of a few bytes."""

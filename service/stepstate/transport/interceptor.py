@@ -92,12 +92,6 @@ class MessageChannel:
         self.pause = self._pipe.pause
         self.resume = self._pipe.resume
 
-    @property
-    def queued_bytes(self) -> int:
-        """Bytes of the replies that have not left."""
-        queued: int = self._pipe.queued_bytes
-        return queued
-
     def attach(self, sink: MessageSink) -> None:
         """Hands all requests over to a sink."""
         self._pipe.attach(sink)

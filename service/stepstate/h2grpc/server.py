@@ -352,7 +352,9 @@ class _ServerProtocol(asyncio.Protocol):
         self._lingers = True
         if transport.can_write_eof():
             transport.write_eof()
-        self._loop.call_later(self._server.times.linger, transport.close)
+            self._loop.call_later(self._server.times.linger, transport.close)
+        else:  # TLS lingers itself
+            transport.close()
 
     def _drop(self, size: int) -> None:
         self._linger_bytes -= size

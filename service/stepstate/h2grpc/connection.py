@@ -59,6 +59,8 @@ from stepstate.h2grpc.waiting import WaitingStreams
 
 _MESSAGE_BYTES = HEADER_BYTES + PREFIX_BYTES
 _unpack_message = Struct(">IBIBI").unpack_from  # a frame's header, and a message's prefix
+_WINDOW_UPDATE = 4 << 8 | FrameType.WINDOW_UPDATE  # the first word of such a frame
+_WINDOW_UPDATE_BYTES = HEADER_BYTES + 4
 STREAMS_PER_CREDIT = 8
 """Moving the windows of so many streams is as much work as a frame that does nothing."""
 _DRAIN_PING = b"draining"
@@ -257,7 +259,7 @@ class Http2Connection:
         position, end = 0, len(data)
         if not self._begun:
             position = self._take_preface(data)
-        messages, taken, streams, headers = 0, 0, self.streams, self._headers
+        messages, taken, updates, streams, headers = 0, 0, 0, self.streams, self._headers
         while end - position >= _MESSAGE_BYTES:
             word, flags, stream_id, compressed, size = _unpack_message(data, position)
             stop = position + _MESSAGE_BYTES + size
@@ -278,6 +280,10 @@ class Http2Connection:
                     self._replenish(stream)
                 position = stop
                 continue
+            if word == _WINDOW_UPDATE and self._widens(stream_id, compressed << 24 | size >> 8):
+                updates += 1
+                position += _WINDOW_UPDATE_BYTES
+                continue
             following = self._take_frame(data, position, end)
             if following == position:
                 break
@@ -286,7 +292,23 @@ class Http2Connection:
             while (following := self._take_frame(data, position, end)) != position:
                 position = following
         self._rest = data[position:]
-        self._finish_read(messages, taken)
+        self._finish_read(messages, taken, updates)
+
+    def _widens(self, stream_id: int, increment: int) -> bool:
+        """Takes a WINDOW_UPDATE of a stream; False: this is not the plain case of one.
+
+        Some clients send one for each message that they read.
+        """
+        stream = self.streams.get(stream_id)
+        if (
+            stream is None
+            or not 0 < increment <= LARGEST_WINDOW - stream.send_window
+            or stream.queued_bytes
+            or self._headers.partial is not None
+        ):
+            return False
+        stream.send_window += increment
+        return True
 
     def _take_preface(self, data: bytes) -> int:
         """Takes the first bytes; returns how many, 0: more have to come."""
@@ -345,16 +367,18 @@ class Http2Connection:
             self._fail_stream(stream_id, failure.code)
         return stop
 
-    def _finish_read(self, messages: int, taken: int) -> None:
-        """Counts the messages that were taken in the loop, and those that were sent since."""
+    def _finish_read(self, messages: int, taken: int, updates: int) -> None:
+        """Counts the frames that were taken in the loop, and the messages that were sent since."""
         self._opened_now.clear()
         earned = messages + self.sent_messages - self._paid_messages
         if earned:
             self._paid_messages = self.sent_messages
             self.meter.earn(earned * Earning.MESSAGE)
+        self.received_frames += messages + updates
         if messages:
-            self.received_frames += messages
             self._take_from_window(taken)
+        if updates:
+            self.meter.charge(updates * Cost.FRAME)
 
     def _replenish(self, stream: Http2Stream) -> None:
         if stream.receive_window < 0:

@@ -19,7 +19,7 @@ from h2.events import ConnectionTerminated, DataReceived, Event, StreamEnded
 from h2.settings import SettingCodes
 
 from stepstate.h2grpc import H2Server
-from stepstate.h2grpc.server import ConnectionTimes
+from stepstate.h2grpc.lifetime import ConnectionTimes
 from tests.certificates import Authority, Certificate
 
 ECHO = "/test.Echo/Echo"

@@ -106,6 +106,11 @@ def _content_length(fields: Headers) -> int | None:
     return int(value)
 
 
+def list_bytes(headers: Headers) -> int:
+    """The size of a header list, as limits count it (RFC 9113, section 6.5.2)."""
+    return sum(len(name) + len(value) + 32 for name, value in headers)
+
+
 def timeout_of(value: bytes) -> float | None:
     """Seconds of a `grpc-timeout`; None: it is not one."""
     match = _TIMEOUT.fullmatch(value)
@@ -182,9 +187,16 @@ def _length(size: int) -> bytes:
     return bytes(digits)
 
 
+DEFAULT_TABLE_BYTES = 4096
+"""Of the dynamic table that the other side keeps for what it is sent. Nothing is put into it."""
+NO_TABLE = b"\x20"
+"""Sets the size of that table to 0. The first header block must begin with it after the other side
+has allowed less than before (RFC 7541, section 4.2)."""
 STATUS_200 = b"\x88"
 """`:status: 200`, in HPACK's static table."""
 STATUS_405 = b"\x08\x03405"
 STATUS_415 = b"\x08\x03415"
 GRPC_HEADERS = STATUS_200 + literal(b"content-type", b"application/grpc")
 """What every gRPC response begins with."""
+HEADERS_TOO_LONG = GRPC_HEADERS + encode_status(8, "received metadata size exceeds the limit")
+"""RESOURCE_EXHAUSTED, to a call whose metadata are not taken."""

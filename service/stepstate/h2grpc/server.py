@@ -6,9 +6,12 @@ An `H2Server` is used like the server that `grpc.aio.server()` makes.
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import socket
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -24,33 +27,28 @@ from stepstate.h2grpc.headers import (
     Metadata,
     Request,
     encode_status,
+    literal,
     timeout_of,
 )
+from stepstate.h2grpc.lifetime import ConnectionTimes, Lifetime
 from stepstate.h2grpc.limits import Http2Limits
 from stepstate.h2grpc.listening import BACKLOG, listen
 from stepstate.h2grpc.stream import Http2Stream, StreamReceiver
 from stepstate.h2grpc.tls import ALPN, INSECURE, auth_context_of
 
+log = logging.getLogger(__name__)
+
+IDENTITY = b"identity"
+ENCODINGS = (IDENTITY, b"gzip", b"deflate")
+"""Of requests: how their messages may be compressed."""
 READ_AHEAD = 2**18
 WRITE_BUFFER_BYTES = 2**18
 """What a client may leave unread in the server's own buffer: beyond it, it is not read either."""
-
+UNREAD_BYTES = 2**20
+"""What is still read of a client after its connection has ended, and thrown away: with bytes that
+are not read the system resets the connection, and the client may not see why it ended."""
 IPV4_MAPPED = "::ffff:"
 """What an address of IPv4 begins with on a socket of IPv6 (RFC 4291, section 2.5.5.2)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConnectionTimes:
-    """Seconds after which a connection is looked at, or ended."""
-
-    handshake: float = 20.0
-    """For TLS, and until a client shows that it speaks HTTP/2."""
-    keepalive: float = 60.0
-    """After so long without a frame the client is asked whether it is there."""
-    keepalive_answer: float = 20.0
-    """For its answer."""
-    stalled: float = 60.0
-    """A stream whose replies wait for a window so long without any progress is ended."""
 
 
 class H2Server:
@@ -58,6 +56,7 @@ class H2Server:
 
     Args:
         interceptors: `grpc.aio.ServerInterceptor`s, the first is the outermost.
+        compressed_requests: whether requests may be compressed, by gzip or deflate.
         limits: what a connection may cost.
         times: when a connection is ended.
     """
@@ -66,13 +65,18 @@ class H2Server:
         self,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         *,
+        compressed_requests: bool = True,
         limits: Http2Limits | None = None,
         times: ConnectionTimes | None = None,
     ) -> None:
+        self.compressed_requests = compressed_requests
         self.limits = limits or Http2Limits()
         self.times = times or ConnectionTimes()
         self.connections: set[_ServerProtocol] = set()
         self.tasks: set[asyncio.Task[None]] = set()
+        self.idle = asyncio.Event()
+        """There is no connection."""
+        self.idle.set()
         self._interceptors = tuple(interceptors)
         self._generic: list[grpc.GenericRpcHandler] = []
         self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
@@ -163,15 +167,21 @@ class H2Server:
         self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self, grace: float | None) -> None:
-        """Accepts no more, and ends all calls that are not done after `grace` seconds."""
+        """Accepts no more, and ends what is not done after `grace` seconds.
+
+        Until then clients are served that don't know yet that they shall begin no more calls.
+        """
         for unused, _ in self._sockets:
             unused.close()
         for listener in self._listeners:
             listener.close()
         for connection in list(self.connections):
             connection.drain()
-        if grace and self.tasks:
-            await asyncio.wait(list(self.tasks), timeout=grace)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace or 0):
+                await self.idle.wait()
+                while self.tasks:
+                    await asyncio.wait(list(self.tasks))
         for connection in list(self.connections):
             connection.close()
         tasks = list(self.tasks)
@@ -197,7 +207,10 @@ class H2Server:
             await asyncio.sleep(1.0)
             now = asyncio.get_running_loop().time()
             for connection in list(self.connections):
-                connection.look(now)
+                try:
+                    connection.look(now)
+                except Exception:
+                    log.exception("a connection was not looked at; the next look tries again")
 
 
 @dataclass(slots=True)
@@ -209,26 +222,31 @@ class _Details:
 
 
 class _Refusal:
-    """The `StreamReceiver` of a request that is answered without a call, once all of it has come.
+    """The `StreamReceiver` of a request that is answered without a call.
 
     Args:
         stream: its stream.
         block: the header block of the answer.
+        is_grpc: it is a status; else a response of HTTP, once all of the request has come.
     """
 
-    __slots__ = ("_block", "_stream")
+    __slots__ = ("_block", "_is_grpc", "_stream")
 
-    def __init__(self, stream: Http2Stream, block: bytes) -> None:
+    def __init__(self, stream: Http2Stream, block: bytes, *, is_grpc: bool) -> None:
         self._stream = stream
         self._block = block
+        self._is_grpc = is_grpc
         stream.discard()
+        if is_grpc:  # the stream knows its receiver then
+            asyncio.get_running_loop().call_soon(stream.finish, block)
 
     def message(self, payload: bytes) -> None:
         """See `StreamReceiver`."""
 
     def half_closed(self) -> None:
         """See `StreamReceiver`."""
-        asyncio.get_running_loop().call_soon(self._answer)
+        if not self._is_grpc:
+            asyncio.get_running_loop().call_soon(self._answer)
 
     def _answer(self) -> None:
         self._stream.answer(self._block, b"this is a gRPC server\n")
@@ -255,10 +273,15 @@ class _ServerProtocol(asyncio.Protocol):
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._since = self._loop.time()
-        self._frames = -1
-        self._asked = False
         self._http2 = Http2Connection(self, server.limits, self._loop.time)
+        self._lifetime = Lifetime(
+            self._http2,
+            server.times,
+            self._loop.time(),
+            jitter=random.uniform(-1, 1),  # noqa: S311 - no secret
+        )
+        self._unread = UNREAD_BYTES
+        self._finishing = False
 
     # asyncio
 
@@ -276,16 +299,23 @@ class _ServerProtocol(asyncio.Protocol):
             self._auth_context = auth_context_of(tls)
             if tls.selected_alpn_protocol() != ALPN:
                 self._http2.end(ErrorCode.PROTOCOL_ERROR, "TLS without h2 by ALPN: no HTTP/2")
-        self._flush()
+        self._server.idle.clear()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
+        if self._finishing:
+            self._unread -= len(data)
+            if self._unread < 0:
+                self._abort()
+            return
         self._http2.receive(data)
         self._flush()
 
     def connection_lost(self, _error: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._server.connections.discard(self)
+        if not self._server.connections:
+            self._server.idle.set()
         self._transport = None
         self._http2.lose()
 
@@ -304,15 +334,19 @@ class _ServerProtocol(asyncio.Protocol):
     def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
         """See `Host`."""
         if request.method != b"POST":
-            return _Refusal(stream, STATUS_405)
+            return _Refusal(stream, STATUS_405, is_grpc=False)
         if not _is_grpc(request.field(b"content-type")):
-            return _Refusal(stream, STATUS_415)
-        stream.gzip = request.field(b"grpc-encoding") == b"gzip"
+            return _Refusal(stream, STATUS_415, is_grpc=False)
+        encoding = request.field(b"grpc-encoding", IDENTITY)
+        accepted = ENCODINGS if self._server.compressed_requests else (IDENTITY,)
+        if encoding not in accepted:
+            return _Refusal(stream, _unknown_encoding(encoding, accepted), is_grpc=True)
+        stream.inflates = encoding != IDENTITY
         timeout = request.field(b"grpc-timeout")
         seconds = timeout_of(timeout) if timeout else None
         if timeout and seconds is None:
             block = GRPC_HEADERS + encode_status(13, "grpc-timeout can't be read")
-            return _Refusal(stream, block)
+            return _Refusal(stream, block, is_grpc=True)
         deadline = None if seconds is None else self._loop.time() + seconds
         return Call(stream, request, self, deadline)
 
@@ -328,12 +362,21 @@ class _ServerProtocol(asyncio.Protocol):
         """See `Host`."""
 
     def _flush(self) -> None:
-        output = self._http2.take_output()
-        if self._transport is not None:
-            if output:
-                self._transport.write(output)
-            if self._http2.ended:
-                self._transport.close()
+        output, transport = self._http2.take_output(), self._transport
+        if transport is None or self._finishing:
+            return
+        if output:
+            transport.write(output)
+        if self._http2.ended:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Writes what is left; the client closes the connection when it has read it."""
+        self._finishing = True
+        if self._transport is not None and self._transport.can_write_eof():
+            self._transport.write_eof()
+        elif self._transport is not None:
+            self._transport.close()
 
     # Its calls: see `CallHost`
 
@@ -360,21 +403,15 @@ class _ServerProtocol(asyncio.Protocol):
         """Ends the connection, after what waits to be written."""
         self._http2.end()
         self._flush()
+        if self._transport is not None:
+            self._transport.close()
 
     def look(self, now: float) -> None:
-        """Asks the client whether it is there, or ends the connection if it is not."""
-        times, http2 = self._server.times, self._http2
-        if http2.received_frames != self._frames:
-            self._frames, self._since, self._asked = http2.received_frames, now, False
-        elif (not http2.begun and now - self._since > times.handshake) or (
-            self._asked and now - self._since > times.keepalive_answer
-        ):
+        """Does what time brings."""
+        kept = self._lifetime.look(now)
+        self._flush()
+        if not kept:
             self._abort()
-        elif not self._asked and now - self._since > times.keepalive:
-            self._asked, self._since = True, now
-            http2.check_alive()
-        if http2.draining and not http2.streams:
-            self.close()
 
     def _abort(self) -> None:
         if self._transport is not None:
@@ -388,6 +425,18 @@ def _is_grpc(content_type: bytes) -> bool:
         b"",
         b"+",
         b";",
+    )
+
+
+def _unknown_encoding(encoding: bytes, accepted: tuple[bytes, ...]) -> bytes:
+    """What refuses compressed messages, with the codings that the client may use instead."""
+    state = "disabled" if encoding in ENCODINGS else "not known"
+    text = f"Compression algorithm '{encoding[:32].decode('latin-1')}' is {state}"
+    unimplemented: int = grpc.StatusCode.UNIMPLEMENTED.value[0]
+    return (
+        GRPC_HEADERS
+        + literal(b"grpc-accept-encoding", b",".join(accepted))
+        + encode_status(unimplemented, text)
     )
 
 

@@ -31,10 +31,13 @@ PREFIX_BYTES = 5
 """Before every gRPC message: one byte that says whether it is compressed, and its length."""
 TINY_PIECE = 256
 """Bytes: a piece of a message that is shorter costs more than it moves."""
+PROGRESS_BYTES = 4096
+"""What a stream that waits for a window has to send in some time, or all it has: one byte is no
+progress."""
 
 _PREFIX = Struct(">BI")
 _MESSAGE = Struct(">IBIBI").pack  # a DATA frame with one whole message: its header, and the prefix
-_GZIP = 31  # zlib's name for gzip's format, with the largest window
+_GZIP_OR_ZLIB = 47  # zlib's name for both formats, whichever comes (gRPC's "deflate" is zlib's)
 
 
 class StreamReceiver(Protocol):
@@ -75,13 +78,17 @@ class Sender(Protocol):
     peer_frame_bytes: int
     """The longest payload of a frame that the other side takes."""
     sent_messages: int
+    sent_others: int
+    """HEADERS, and pieces of messages; a client may ping after each."""
+    block_prefix: bytes
+    """What the next header block must begin with."""
 
     def send(self, *data: bytes | memoryview) -> None:
         """Puts bytes into the output."""
         ...
 
     def block(self, stream: Http2Stream) -> None:
-        """The stream has something to send, and waits for a window."""
+        """The stream has something to send, and waits for a window, or may send it now."""
         ...
 
     def forget(self, stream: Http2Stream, *, early: bool) -> None:
@@ -117,12 +124,13 @@ class Http2Stream:
         "_reserved",
         "_sender",
         "_started",
-        "gzip",
         "id",
+        "inflates",
         "open_in",
         "open_out",
         "paused",
         "plain",
+        "progress",
         "queued_bytes",
         "receive_window",
         "receiver",
@@ -138,13 +146,16 @@ class Http2Stream:
         self.id = stream_id
         self.open_in = True
         self.open_out = True
-        self.gzip = False
-        """Whether compressed messages are gzip's."""
+        self.inflates = False
+        """Whether messages may be compressed: by gzip or deflate."""
         self.paused = False
         self.plain = content_length is None
         """Whether a DATA frame with one whole message needs no more than to be handed over."""
         self.queued_bytes = 0
         """Bytes that wait for a window."""
+        self.progress = 0
+        """Bytes that have waited for a window and were sent; an empty queue counts as
+        PROGRESS_BYTES."""
         self.receive_window = sender.limits.stream_window
         """Bytes that the other side may still send."""
         self.send_window = send_window
@@ -192,6 +203,8 @@ class Http2Stream:
 
     def answer(self, block: bytes, body: bytes) -> None:
         """Ends the stream with a response that is not gRPC's, of a few bytes."""
+        if not self.open_out:
+            return
         self.start(block)
         self._queue.append(memoryview(body))
         self.queued_bytes += len(body)
@@ -229,12 +242,14 @@ class Http2Stream:
         size = len(piece)
         last = Flag.END_STREAM if not queue and self._ending == b"" else 0
         if queue and size < TINY_PIECE:
-            sender.meter.charge(Cost.PIECE)
+            sender.meter.spend(Cost.PIECE)
         else:
             sender.meter.earn(Earning.MESSAGE)
         self.queued_bytes -= size
         self.send_window -= size
         sender.send_window -= size
+        sender.sent_others += 1
+        self.progress += size if queue else PROGRESS_BYTES
         sender.send(data_header(size, last, self.id), piece)
         if queue:
             return self.send_window > 0
@@ -246,6 +261,7 @@ class Http2Stream:
 
     def _end(self) -> None:
         if self._ending:
+            self._sender.meter.earn(Earning.CALL)
             self._send_block(self._ending, Flag.END_STREAM)
         early = self.open_in
         if early:  # the other side need not send the rest (RFC 9113, section 8.1)
@@ -255,12 +271,15 @@ class Http2Stream:
 
     def _send_block(self, block: bytes, flags: int) -> None:
         """Sends a header block in as many frames as it takes."""
-        longest = min(self._sender.peer_frame_bytes, DEFAULT_FRAME_BYTES)
+        sender = self._sender
+        block, sender.block_prefix = sender.block_prefix + block, b""
+        sender.sent_others += 1
+        longest = min(sender.peer_frame_bytes, DEFAULT_FRAME_BYTES)
         kind = FrameType.HEADERS
         for first in range(0, len(block), longest):
             part = block[first : first + longest]
             last = Flag.END_HEADERS if first + longest >= len(block) else 0
-            self._sender.send(frame(kind, flags | last, self.id, part))
+            sender.send(frame(kind, flags | last, self.id, part))
             kind, flags = FrameType.CONTINUATION, 0
 
     # Receiving
@@ -307,6 +326,7 @@ class Http2Stream:
             target = max(target, self._message_bytes - len(self._partial))
         if self.receive_window <= target // 2:
             self._sender.send(window_update(self.id, target - self.receive_window))
+            self._sender.sent_others += 1
             self.receive_window = target
 
     def pause(self) -> None:
@@ -341,7 +361,7 @@ class Http2Stream:
             buffer = self._partial = bytearray()
             self.plain = False
         buffer += data
-        while self.open_in and len(buffer) >= PREFIX_BYTES:
+        while self.open_in and not self._discarding and len(buffer) >= PREFIX_BYTES:
             compressed, size = _PREFIX.unpack_from(buffer)
             if size > self._sender.limits.message_bytes:
                 self._fail(
@@ -359,7 +379,7 @@ class Http2Stream:
             del buffer[: self._message_bytes]
             self._drop_reservation()
             self._deliver(payload, compressed)
-        if not buffer:
+        if not buffer and not self._discarding:
             self._partial = None
             self.plain = self.open_in and self._content_left is None
 
@@ -368,7 +388,7 @@ class Http2Stream:
         if not compressed:
             self.receiver.message(payload)
             return
-        if not self.gzip or compressed != 1:
+        if not self.inflates or compressed != 1:
             self._fail("a message is compressed, and its coding is not known")
             return
         inflated = inflate(payload, self._sender.limits.message_bytes)
@@ -400,8 +420,8 @@ class Http2Stream:
 
 
 def inflate(data: bytes, limit: int) -> bytes | None:
-    """The bytes of a gzip message; None: it is damaged, or they are more than `limit`."""
-    unzip = zlib.decompressobj(_GZIP)
+    """The bytes of a compressed message; None: it is damaged, or they are more than `limit`."""
+    unzip = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
         plain = unzip.decompress(data, limit + 1)
     except zlib.error:

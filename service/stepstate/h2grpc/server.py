@@ -42,6 +42,8 @@ IDENTITY = b"identity"
 ENCODINGS = (IDENTITY, b"gzip", b"deflate")
 """Of requests: how their messages may be compressed."""
 READ_AHEAD = 2**18
+LOOKS_AT_ONCE = 200
+"""Connections that are looked at in one turn of the loop: half a millisecond."""
 WRITE_BUFFER_BYTES = 2**18
 """What a client may leave unread in the server's own buffer: beyond it, it is not read either."""
 UNREAD_BYTES = 2**20
@@ -206,7 +208,9 @@ class H2Server:
         while True:
             await asyncio.sleep(1.0)
             now = asyncio.get_running_loop().time()
-            for connection in list(self.connections):
+            for place, connection in enumerate(list(self.connections)):
+                if place % LOOKS_AT_ONCE == LOOKS_AT_ONCE - 1:
+                    await asyncio.sleep(0)
                 try:
                     connection.look(now)
                 except Exception:

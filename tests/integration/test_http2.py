@@ -97,8 +97,7 @@ async def test_metadata_has_a_limit(config: ServerConfig, length: int):
     async with running_server(config) as server, raw_stub(server.address) as stub:
         long = stub.ListModels(pb.ListModelsRequest(), metadata=(("x-long", "x" * length),))
         assert await long.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        told = ("metadata size exceeds", "RST_STREAM with error code 11")  # ENHANCE_YOUR_CALM
-        assert any(words in await long.details() for words in told)
+        assert "metadata size exceeds" in await long.details()
         assert (await stub.ListModels(pb.ListModelsRequest())).models
 
 

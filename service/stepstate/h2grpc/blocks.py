@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from hpack import Decoder
 from hpack.exceptions import HPACKError, OversizedHeaderListError
 
-from stepstate.h2grpc.errors import ConnectionFailure
+from stepstate.h2grpc.errors import ConnectionFailure, HeadersTooLong
 from stepstate.h2grpc.frames import STREAM_ID, ErrorCode, Flag, read_number, without_padding
 from stepstate.h2grpc.headers import Headers
 from stepstate.h2grpc.limits import Http2Limits, WorkMeter
@@ -34,11 +34,6 @@ class HeaderBlock:
     """It is the last that its stream sends."""
     depends_on_itself: bool
     """Its priority is malformed like that (RFC 7540, section 5.3.1)."""
-
-    @property
-    def list_bytes(self) -> int:
-        """Its size as SETTINGS_MAX_HEADER_LIST_SIZE counts it (RFC 9113, section 6.5.2)."""
-        return sum(len(name) + len(value) + 32 for name, value in self.fields)
 
 
 class HeaderReader:
@@ -63,6 +58,7 @@ class HeaderReader:
 
         Raises:
             ConnectionFailure: it is malformed.
+            HeadersTooLong: it is.
         """
         block = without_padding(flags, payload)
         looped = False
@@ -80,7 +76,8 @@ class HeaderReader:
         """Takes a CONTINUATION frame; returns the block if that is the last of it.
 
         Raises:
-            ConnectionFailure: nothing is to be continued, or the block is too long.
+            ConnectionFailure: nothing is to be continued.
+            HeadersTooLong: it is.
         """
         block, limits = self.partial, self._limits
         if block is None or block.stream_id != stream_id:
@@ -88,7 +85,7 @@ class HeaderReader:
         block.data += payload
         block.frames += 1
         if len(block.data) > limits.header_block_bytes or block.frames > limits.header_frames:
-            raise _too_long(stream_id)
+            raise HeadersTooLong(stream_id)
         return self._end(block) if flags & Flag.END_HEADERS else None
 
     def _end(self, block: _PartialBlock) -> HeaderBlock:
@@ -103,7 +100,7 @@ class HeaderReader:
         try:
             fields = self._decoder.decode(data, raw=True)
         except OversizedHeaderListError:
-            raise _too_long(stream_id) from None
+            raise HeadersTooLong(stream_id) from None
         except (HPACKError, ValueError, IndexError):
             raise ConnectionFailure(ErrorCode.COMPRESSION_ERROR) from None
         return [(bytes(name), bytes(value)) for name, value in fields]
@@ -120,13 +117,6 @@ class _PartialBlock:
         self.end_stream = end_stream
         self.looped = looped
         self.frames = 1
-
-
-def _too_long(stream_id: int) -> ConnectionFailure:
-    """Ends the connection: what is not decoded is missing in HPACK's table."""
-    return ConnectionFailure(
-        ErrorCode.ENHANCE_YOUR_CALM, "a header block is too long", stream_id=stream_id
-    )
 
 
 def depends_on_itself(stream_id: int, priority: bytes) -> bool:

@@ -27,6 +27,7 @@ from stepstate.h2grpc.headers import (
     metadata_of,
 )
 from stepstate.h2grpc.stream import Http2Stream
+from stepstate.h2grpc.tls import identity_key
 
 log = logging.getLogger(__name__)
 
@@ -344,8 +345,7 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
 
     def peer_identity_key(self) -> str | None:
         """Which property of the certificate says who the client is."""
-        keys = ("x509_subject_alternative_name", "x509_common_name")
-        return next((key for key in keys if key in self.auth_context()), None)
+        return identity_key(self.auth_context())
 
     def cancelled(self) -> bool:
         """Whether its task was told to end."""

@@ -11,13 +11,23 @@ class ConnectionFailure(Exception):
     Args:
         code: why.
         debug: the same for a person; it is sent.
-        stream_id: the stream whose call did it, and ends with the same code; 0: none.
     """
 
-    def __init__(self, code: ErrorCode, debug: str = "", *, stream_id: int = 0) -> None:
+    def __init__(self, code: ErrorCode, debug: str = "") -> None:
         super().__init__(code, debug)
         self.code = code
         self.debug = debug
+
+
+class HeadersTooLong(ConnectionFailure):
+    """The headers of a call are so long that they are not decoded: the connection ends with it.
+
+    Args:
+        stream_id: of the call.
+    """
+
+    def __init__(self, stream_id: int) -> None:
+        super().__init__(ErrorCode.ENHANCE_YOUR_CALM, "headers are too long")
         self.stream_id = stream_id
 
 

@@ -34,6 +34,8 @@ class Cost(IntEnum):
     RESET = 10
     """A stream that the client reset before the answer began, or that this side had to end for
     its faults."""
+    LONG_HEADERS = 250
+    """A call that is refused as its headers are too long."""
     ABRUPT_RESET = 50
     """A stream that the client reset in the same read that opened it: no client waits so short."""
 
@@ -60,9 +62,9 @@ class Http2Limits:
     connection_window: int = 16 * 2**20
     """The same of all streams. It is given back for every byte that comes, whatever the stream."""
     header_list_bytes: int = 16_384
-    """Of a call, as SETTINGS_MAX_HEADER_LIST_SIZE counts them: a call with more is refused."""
+    """Of a call, as SETTINGS_MAX_HEADER_LIST_SIZE counts them. A call with more is refused."""
     header_block_bytes: int = 65_536
-    """Of a call, in its frames and as they are decoded: more ends the connection."""
+    """Of a call, both in all its frames and decompressed. More ends the connection."""
     header_frames: int = 8
     """HEADERS and CONTINUATION of a call."""
     ping_interval_seconds: float = 5.0

@@ -64,7 +64,8 @@ class Echo:
 
     def unreadable(self, reason: str, *, too_large: bool) -> None:
         self.ended.append(f"unreadable: {reason}")
-        self.stream.finish(GRPC_HEADERS + encode_status(8 if too_large else 13, reason))
+        self.stream.start(GRPC_HEADERS)
+        self.stream.finish(encode_status(8 if too_large else 13, reason))
 
     def reset(self) -> None:
         self.ended.append("reset")

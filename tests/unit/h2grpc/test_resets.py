@@ -49,9 +49,7 @@ FORCED: dict[str, Callable[[int], bytes]] = {
     ),
     "priority on itself": lambda n: headers(n) + priority(n, n),
     "a priority of 4 bytes": lambda n: headers(n) + frame(FrameType.PRIORITY, 0, n, bytes(4)),
-    "more data than the window": lambda n: (
-        headers(n) + 5 * frame(FrameType.DATA, 0, n, b"\0\0\2\0\0" + bytes(15_000))
-    ),
+    "more data than the window": lambda n: headers(n) + 5 * data(n, bytes(16_000)),
     "a message that is too large": lambda n: (
         headers(n) + frame(FrameType.DATA, 0, n, b"\0\xff\xff\xff\xff")
     ),
@@ -63,7 +61,7 @@ FORCED: dict[str, Callable[[int], bytes]] = {
 
 def repeated(client: Client, attack: Callable[[int], bytes]) -> int:
     """Repeats an attack until it ends the connection; returns how often it could."""
-    client.host.room, client.host.answers = 0, False
+    client.host.answers = False
     for count in range(CREDIT):
         client.server.receive(attack(FIRST + 2 * count))
         client.server.take_output() if not client.server.ended else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections import defaultdict
 from dataclasses import dataclass, field
+from typing import Self
 
 import h2.config
 import h2.connection
@@ -64,7 +65,7 @@ class Http2Client:
             self.http.update_settings({setting: window})
         self._write()
 
-    def __enter__(self) -> Http2Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,8 +81,12 @@ class Http2Client:
         return stream
 
     def send(self, stream: int, data: bytes, *, end: bool = True) -> None:
-        """Sends data on a stream."""
-        self.http.send_data(stream, data, end_stream=end)
+        """Sends data on a stream, of at most one window."""
+        size = self.http.max_outbound_frame_size
+        for first in range(0, len(data), size):
+            self.http.send_data(stream, data[first : first + size])
+        if end:
+            self.http.end_stream(stream)
         self._write()
 
     def response(self, stream: int) -> Response:

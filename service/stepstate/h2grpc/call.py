@@ -26,13 +26,14 @@ from stepstate.h2grpc.headers import (
     literal,
     metadata_of,
 )
-from stepstate.h2grpc.stream import Http2Stream
+from stepstate.h2grpc.stream import KEPT_BYTES, Http2Stream
+from stepstate.h2grpc.tls import identity_key
 
 log = logging.getLogger(__name__)
 
-INBOX_MESSAGES = 64
-INBOX_BYTES = 65_536
-"""Messages that a servicer has not read, and their bytes: beyond it the client is held back."""
+INBOX_BYTES = 8192
+"""Of messages that a servicer has not read: beyond it the client is held back, and what it sends
+nevertheless is counted (see `memory`)."""
 QUEUED_BYTES = 65_536
 """Bytes of responses that wait for a window: beyond it `write` waits."""
 WRITES_WITHOUT_PAUSE = 32
@@ -75,6 +76,10 @@ class MessageSink(Protocol):
         """The last message has come."""
         ...
 
+    def failed(self, error: Exception) -> None:
+        """No more messages come: there is no memory for them."""
+        ...
+
     def writable(self) -> None:
         """All that was sent has left, after `Call.send` said that it had not."""
         ...
@@ -106,6 +111,7 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
         self._inbox: deque[bytes] = deque()
         self._inbox_bytes = 0
         self._peer_ended = False
+        self._refusal: Exception | None = None  # of the messages that would come next
         self._reader: asyncio.Future[None] | None = None
         self._writer: asyncio.Future[None] | None = None
         self._deserialize: Callable[[bytes], Any] | None = None
@@ -128,8 +134,8 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
             self._sink.received(payload)
             return
         self._inbox.append(payload)
-        self._inbox_bytes += len(payload)
-        if len(self._inbox) > INBOX_MESSAGES or self._inbox_bytes > INBOX_BYTES:
+        self._inbox_bytes += len(payload) + KEPT_BYTES
+        if self._inbox_bytes > INBOX_BYTES:
             self._stream.pause()
         _wake(self._reader)
 
@@ -151,6 +157,13 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
         code = grpc.StatusCode.RESOURCE_EXHAUSTED if too_large else grpc.StatusCode.INTERNAL
         self._finish(code, reason)
         self._task.cancel()
+
+    def refused(self, error: Exception) -> None:
+        """See `StreamReceiver`."""
+        self._refusal = error
+        if self._sink is not None:
+            self._sink.failed(error)
+        _wake(self._reader)
 
     def reset(self) -> None:
         """See `StreamReceiver`."""
@@ -185,7 +198,9 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
             sink.received(self._inbox.popleft())
         self._inbox_bytes = 0
         self._stream.resume()
-        if self._peer_ended:
+        if self._refusal is not None:
+            sink.failed(self._refusal)
+        elif self._peer_ended:
             sink.half_closed()
 
     def detach(self) -> None:
@@ -216,12 +231,14 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
     async def read(self) -> Any:
         """The next request, or `grpc.aio.EOF`."""
         while not self._inbox:
+            if self._refusal is not None:
+                raise self._refusal
             if self._peer_ended:
                 return grpc.aio.EOF
             self._reader = asyncio.get_running_loop().create_future()
             await self._reader
         payload = self._inbox.popleft()
-        self._inbox_bytes -= len(payload)
+        self._inbox_bytes -= len(payload) + KEPT_BYTES
         if self._stream.paused and self._inbox_bytes <= INBOX_BYTES // 2:
             self._stream.resume()
         return payload if self._deserialize is None else self._deserialize(payload)
@@ -331,7 +348,10 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
 
     def add_done_callback(self, callback: Callable[[Any], None]) -> None:
         """Calls back when the call has ended, and what it sent has left."""
-        self._callbacks.append(callback)
+        if self._done:
+            callback(self)
+        else:
+            self._callbacks.append(callback)
 
     def done(self) -> bool:
         """Whether it has ended."""
@@ -344,8 +364,7 @@ class Call(grpc.aio.ServicerContext):  # type: ignore[type-arg]
 
     def peer_identity_key(self) -> str | None:
         """Which property of the certificate says who the client is."""
-        keys = ("x509_subject_alternative_name", "x509_common_name")
-        return next((key for key in keys if key in self.auth_context()), None)
+        return identity_key(self.auth_context())
 
     def cancelled(self) -> bool:
         """Whether its task was told to end."""

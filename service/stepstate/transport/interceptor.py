@@ -104,7 +104,7 @@ class MessageChannel:
         return self
 
     async def __anext__(self) -> Any:
-        data = await self._receiver.read(current_peer.get().receiving, self._context.read)
+        data = await _receive(self._receiver, self._context)
         if data is grpc.aio.EOF:
             raise StopAsyncIteration
         return _well_formed(self.decode(data))
@@ -211,7 +211,7 @@ class _Rpc:
 
         async def watched(_: object, context: Context) -> Any:
             async with self._watch(context):
-                self._admission.begin(context, self._kind, _when_done)
+                self._admission.begin(context, self._kind, _when_done(context))
                 reply = self.encode(await behavior(await read(context), context))
                 call_memory.get().resize(MemoryUse.REPLIES, SENT * len(reply))
                 return reply
@@ -226,7 +226,7 @@ class _Rpc:
 
             async def generated(_: object, context: Context) -> AsyncIterator[Any]:
                 async with self._watch(context):
-                    self._admission.begin(context, self._kind, _when_done)
+                    self._admission.begin(context, self._kind, _when_done(context))
                     async for response in behavior(await read(context), context):
                         yield response
 
@@ -234,7 +234,7 @@ class _Rpc:
 
         async def watched(_: object, context: Context) -> None:
             async with self._watch(context):
-                self._admission.begin(context, self._kind, _when_done)
+                self._admission.begin(context, self._kind, _when_done(context))
                 await behavior(await read(context), context)
 
         return watched
@@ -247,12 +247,12 @@ class _Rpc:
             InvalidField: it can't be parsed, or did not come.
         """
         peer = current_peer.get()
-        data = await self._receiver.read(peer.receiving, context.read)
+        data = await _receive(self._receiver, context)
         if data is grpc.aio.EOF:
             raise InvalidField("message", "is missing: the call ended before its request")
+        call_memory.get().reserve(MemoryUse.REQUESTS, DECODED * len(data) + REQUEST_BYTES)
         if (turn := self._admission.shares.take(peer, CALL_COST + cost_of(data))) is not None:
             await turn
-        call_memory.get().reserve(MemoryUse.REQUESTS, DECODED * len(data) + REQUEST_BYTES)
         return _well_formed(self._decode(data))
 
     async def all_requests(self, context: Context) -> MessageChannel:
@@ -329,14 +329,24 @@ def _well_formed(message: Any) -> Any:
     return message
 
 
-def _when_done(callback: Callable[[object], None]) -> None:
-    """Calls a function when gRPC is done with the RPC that this task serves.
+async def _receive(receiver: Receiver, context: Context) -> Any:
+    """The next request of an RPC, as bytes; `grpc.aio.EOF`: there are no more."""
+    if isinstance(context, Call):  # whose transport has reserved what it received
+        return await context.read()
+    return await receiver.read(current_peer.get().receiving, context.read)
 
-    `context.add_done_callback` does so too, but it makes a reference cycle of each RPC.
+
+def _when_done(context: Context) -> Callable[[Callable[[object], None]], None]:
+    """What has a function called when gRPC is done with an RPC: when its replies have left.
+
+    With grpcio that is the end of the task that serves it. `context.add_done_callback` does so too,
+    but there it makes a reference cycle of each RPC.
     """
+    if isinstance(context, Call):
+        return context.add_done_callback
     task = asyncio.current_task()
     assert task is not None, "gRPC has one for each RPC"
-    task.add_done_callback(callback)
+    return task.add_done_callback
 
 
 def _drop_frames(error: BaseException | None) -> None:

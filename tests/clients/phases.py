@@ -22,50 +22,50 @@ class Phase:
 
     Args:
         method: of the call.
-        begin: makes the call, with a timeout, and returns it when it is in the phase.
+        begin: makes the call, with a timeout in seconds, and returns it when it is in the phase.
     """
 
     method: str
     begin: Begin
 
 
-async def _half_a_request(stub: StepstateServiceStub, timeout: float | None) -> Any:
+async def _half_a_request(stub: StepstateServiceStub, seconds: float | None) -> Any:
     """A client stream of which one message has been sent, and more are announced."""
 
     async def parts() -> AsyncIterator[pb.StreamImportRequest]:
         yield pb.StreamImportRequest(size=20_000, data=bytes(9_000))
         await asyncio.Event().wait()
 
-    call = stub.StreamImport(parts(), timeout=timeout)
+    call = stub.StreamImport(parts(), timeout=seconds)
     await asyncio.sleep(0.05)
     return call
 
 
-async def _in_the_handler(stub: StepstateServiceStub, timeout: float | None) -> Any:
+async def _in_the_handler(stub: StepstateServiceStub, seconds: float | None) -> Any:
     """A unary call whose many rows are being stepped: no headers have come back."""
     name = await opened(stub, uuid4().hex)
-    return stub.Step(blocker(name, rows=1_500), timeout=timeout)
+    return stub.Step(blocker(name, rows=1_500), timeout=seconds)
 
 
-async def _after_a_reply(stub: StepstateServiceStub, timeout: float | None) -> Any:
+async def _after_a_reply(stub: StepstateServiceStub, seconds: float | None) -> Any:
     """A stream that has had its initial metadata and a reply, and waits for a request."""
     name = await opened(stub, uuid4().hex)
-    call = stub.StreamSteps(timeout=timeout)
+    call = stub.StreamSteps(timeout=seconds)
     await call.write(request(name, 0, draw(1)))
     assert (await call.read()).t == 1
     return call
 
 
-async def _before_any_reply(stub: StepstateServiceStub, timeout: float | None) -> Any:
+async def _before_any_reply(stub: StepstateServiceStub, seconds: float | None) -> Any:
     """A stream on which nothing was sent: there is no initial metadata yet."""
-    return stub.StreamSteps(timeout=timeout)
+    return stub.StreamSteps(timeout=seconds)
 
 
-async def _before_a_window(stub: StepstateServiceStub, timeout: float | None) -> Any:
+async def _before_a_window(stub: StepstateServiceStub, seconds: float | None) -> Any:
     """A server stream of 4 MB whose client reads one message: the others wait for its window."""
     name = await opened(stub, uuid4().hex, model="far")
     await stub.Step(request(name, 0, draw(1, 50)))
-    call = stub.StreamExport(pb.StreamExportRequest(session_id=name), timeout=timeout)
+    call = stub.StreamExport(pb.StreamExportRequest(session_id=name), timeout=seconds)
     assert (await call.read()).size > 4_000_000
     return call
 

@@ -240,7 +240,8 @@ class Http2Stream:
             self.close(early=True)
 
     def drop_queue(self) -> None:
-        """Forgets the messages that wait; a message that was begun goes with its stream."""
+        """Forgets what waits, a status too; a message that was begun goes with its stream."""
+        self._ending = None
         self._queue.clear()
         self.queued_bytes = 0
 

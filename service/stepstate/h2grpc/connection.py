@@ -225,8 +225,7 @@ class Http2Connection:
         """The connection is gone: ends all streams."""
         self.ended = True
         for stream in list(self.streams.values()):
-            stream.close(early=False)
-            stream.receiver.reset()
+            stream.close(early=False).reset()
 
     # Input
 
@@ -351,7 +350,6 @@ class Http2Connection:
             self.send(rst_stream(stream_id, code))
         else:
             stream.reset(code)
-            stream.receiver.reset()
 
     def _check_begun(self, stream_id: int) -> None:
         """Refuses frames on streams that can't have begun.
@@ -476,8 +474,7 @@ class Http2Connection:
             return
         abrupt = stream_id in self._opened_now
         self.meter.charge(Cost.ABRUPT_RESET if abrupt else Cost.RESET)
-        stream.close(early=False)
-        stream.receiver.reset()
+        stream.close(early=False).reset()
 
     def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
         self.meter.charge(Cost.FRAME)

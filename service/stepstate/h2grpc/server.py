@@ -10,11 +10,11 @@ import socket
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
-from stepstate.h2grpc.call import Call, Handler
+from stepstate.h2grpc.call import Call
 from stepstate.h2grpc.connection import Http2Connection
 from stepstate.h2grpc.headers import (
     GRPC_HEADERS,
@@ -26,7 +26,10 @@ from stepstate.h2grpc.headers import (
     timeout_of,
 )
 from stepstate.h2grpc.limits import Http2Limits
-from stepstate.h2grpc.stream import Http2Stream, StreamReceiver
+from stepstate.h2grpc.stream import Http2Stream, SilentReceiver, StreamReceiver
+
+if TYPE_CHECKING:
+    from stepstate.h2grpc.call import Handler
 
 READ_AHEAD = 2**18
 WRITE_BUFFER_BYTES = 2**18
@@ -201,7 +204,7 @@ class _Details:
     invocation_metadata: Metadata
 
 
-class _Refusal:
+class _Refusal(SilentReceiver):
     """The `StreamReceiver` of a request that is answered without a call, once all of it has come.
 
     Args:
@@ -216,27 +219,12 @@ class _Refusal:
         self._block = block
         stream.discard()
 
-    def message(self, payload: bytes) -> None:
-        """See `StreamReceiver`."""
-
     def half_closed(self) -> None:
         """See `StreamReceiver`."""
         asyncio.get_running_loop().call_soon(self._answer)
 
     def _answer(self) -> None:
         self._stream.answer(self._block, b"this is a gRPC server\n")
-
-    def unreadable(self, reason: str, *, too_large: bool) -> None:
-        """See `StreamReceiver`."""
-
-    def reset(self) -> None:
-        """See `StreamReceiver`."""
-
-    def writable(self) -> None:
-        """See `StreamReceiver`."""
-
-    def finished(self) -> None:
-        """See `StreamReceiver`."""
 
 
 class _ServerProtocol(asyncio.Protocol):

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo serve test test-all attacks lint types protos protos-check docs build train bench benchmarks clean
+.PHONY: help setup demo serve test test-all attacks conformance lint types protos protos-check docs build train bench benchmarks clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -31,6 +31,11 @@ test-all: setup ## Run all tests: storms, outages, benchmarks and perf_analyzer 
 
 attacks: setup ## Attack servers at full size and print the table of SECURITY.md (10 minutes)
 	$(BIN)/python -m tests.attacks
+
+conformance: export H2SPEC ?= ../shared/conformance/h2spec
+conformance: export GRPC_INTEROP_CLIENT ?= ../shared/conformance/grpc-go-interop-client
+conformance: setup ## Run h2spec and grpc-go's interoperability client (tests/README.md)
+	$(BIN)/pytest tests/conformance
 
 lint: setup ## Check style, formatting and the layers of imports
 	$(BIN)/ruff check .

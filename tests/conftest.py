@@ -14,6 +14,7 @@ import pytest
 from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
 from stepstate.server import Server, running_server
+from tests.certificates import Authority, Certificate
 from tests.hypothesis_profiles import register_profiles
 from tests.networks import Network, make_network
 from tests.processes import ServerProcess, server_process
@@ -101,7 +102,7 @@ def connections(monkeypatch: pytest.MonkeyPatch) -> list[sqlite3.Connection]:
     return made
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def program() -> Callable[[str], str]:
     """The path of a system program; without it the test is skipped, which CI refuses."""
 
@@ -112,6 +113,18 @@ def program() -> Callable[[str], str]:
         return path
 
     return find
+
+
+@pytest.fixture(scope="session")
+def authority(program: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Authority:
+    """Signs certificates for tests of TLS."""
+    return Authority(tmp_path_factory.mktemp("certificates"), program("openssl"))
+
+
+@pytest.fixture(scope="session")
+def certificate(authority: Authority) -> Certificate:
+    """Of a server on this machine."""
+    return authority.issue("server", "DNS:localhost,IP:127.0.0.1")
 
 
 @pytest.fixture

@@ -179,6 +179,7 @@ async def test_streams_left_by_their_client_leave_nothing_to_the_garbage_collect
     await idle(server)
     gc.collect()
     before, open_before = own_objects(), len(server.sessions)
+
     async def nothing_is_left() -> bool:
         # A sequence whose end was cancelled is open still: its session is nobody's leftover.
         opened = Counter(ResidentSession=max(0, len(server.sessions) - open_before))

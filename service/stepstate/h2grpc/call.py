@@ -84,7 +84,8 @@ class MessageSink(Protocol):
 
     It is called while the connection is being read, so it returns soon and raises nothing. It may
     call any method of the `Call` that does not wait. Backpressure is its part: `Call.pause` before
-    it holds too many requests, and no `Call.send` while `Call.queued_bytes` are too many.
+    it holds too many requests, and no more `Call.send` once that has returned False, until
+    `writable`.
     """
 
     def received(self, payload: bytes) -> None:
@@ -96,7 +97,7 @@ class MessageSink(Protocol):
         ...
 
     def writable(self) -> None:
-        """All that was sent has left, after `Call.queued_bytes` was more than 0."""
+        """All that was sent has left, after `Call.send` said that it had not."""
         ...
 
 
@@ -233,20 +234,16 @@ class Call(_Context):
         """Hands no more messages over; those that come wait for `read`."""
         self._sink = None
 
-    def send(self, payload: bytes) -> None:
-        """Sends a response that is bytes already, never compressed.
+    def send(self, payload: bytes) -> bool:
+        """Sends a response that is bytes already, never compressed. It never waits.
 
-        It never waits: what does not fit into the client's windows is kept, see `queued_bytes`.
-        After the end of the call it does nothing.
+        Returns:
+            Whether it has left, or never will as the call has ended; False: it waits for a window,
+            and `MessageSink.writable` will say when all has left.
         """
         if not self._started:
             self._start()
-        self._stream.send(payload)
-
-    @property
-    def queued_bytes(self) -> int:
-        """Bytes of responses that wait for a window."""
-        return self._stream.queued_bytes
+        return self._stream.send(payload)
 
     def pause(self) -> None:
         """Takes no more messages than the client may send already, one window of the stream."""

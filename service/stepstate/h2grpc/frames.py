@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import IntEnum, IntFlag
+from enum import IntEnum
 from struct import Struct
 
 CLIENT_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
@@ -32,8 +32,11 @@ class FrameType(IntEnum):
     CONTINUATION = 9
 
 
-class Flag(IntFlag):
-    """The flags of frames. ACK is END_STREAM's bit, of SETTINGS and PING."""
+class Flag:
+    """The flags of frames. ACK is END_STREAM's bit, of SETTINGS and PING.
+
+    They are plain integers: the operators of `IntFlag` take longer than the rest of a frame.
+    """
 
     END_STREAM = 0x1
     ACK = 0x1

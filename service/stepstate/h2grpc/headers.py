@@ -197,6 +197,11 @@ def _length(size: int) -> bytes:
     return bytes(digits)
 
 
+DEFAULT_TABLE_BYTES = 4096
+"""Of the dynamic table that the other side keeps for what it is sent. Nothing is put into it."""
+NO_TABLE = b"\x20"
+"""Sets the size of that table to 0. The first header block must begin with it after the other side
+has allowed less than before (RFC 7541, section 4.2)."""
 STATUS_200 = b"\x88"
 """`:status: 200`, in HPACK's static table."""
 STATUS_405 = b"\x08\x03405"

@@ -16,6 +16,7 @@ from enum import IntEnum
 from stepstate.h2grpc.errors import ConnectionFailure
 from stepstate.h2grpc.frames import DEFAULT_WINDOW, ErrorCode
 
+TOO_MUCH_WORK = "too much work without calls"
 CREDIT = 10_000
 """Of a new connection, and the most that it can have."""
 
@@ -61,10 +62,11 @@ class Http2Limits:
     """Of a call, as SETTINGS_MAX_HEADER_LIST_SIZE counts them."""
     header_frames: int = 8
     """HEADERS and CONTINUATION of a call."""
-    ping_interval_seconds: float = 10.0
-    """A client may ping so often without calls in between."""
+    ping_interval_seconds: float = 5.0
+    """A client may ping so often without replies in between. gRPC's clients ping every 10 s or
+    less often; the network may move two pings together."""
     ping_strikes: int = 2
-    """Pings that come sooner; one more ends the connection."""
+    """Pings in a row that come sooner; one more ends the connection."""
 
 
 class WorkMeter:
@@ -76,15 +78,59 @@ class WorkMeter:
         self.credit: int = CREDIT
 
     def charge(self, cost: int) -> None:
-        """Takes credit.
+        """Takes credit for what has come.
 
         Raises:
             ConnectionFailure: there is not so much left.
         """
         self.credit -= cost
         if self.credit < 0:
-            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "too much work without calls")
+            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, TOO_MUCH_WORK)
+
+    def spend(self, cost: int) -> None:
+        """Takes credit for what is sent, and raises nothing: its sender is not to blame.
+
+        Without credit the connection ends when its output is taken.
+        """
+        self.credit -= cost
 
     def earn(self, earning: int) -> None:
         """Brings credit back."""
         self.credit = min(CREDIT, self.credit + earning)
+
+
+class PingMeter:
+    """Finds clients that ping too often, as gRPC's servers do (its proposal A8).
+
+    Between two replies a client may ping as often as it likes: that is how it measures how much
+    is on its way (the bandwidth-delay product). Without replies it may ping now and then.
+
+    Args:
+        limits: how often.
+    """
+
+    __slots__ = ("_interval", "_last", "_sent", "_strikes", "_strikes_allowed")
+
+    def __init__(self, limits: Http2Limits) -> None:
+        self._interval = limits.ping_interval_seconds
+        self._strikes_allowed = limits.ping_strikes
+        self._strikes = 0
+        self._last = float("-inf")
+        self._sent = 0
+
+    def count(self, now: float, sent: int) -> None:
+        """Counts a ping.
+
+        Args:
+            now: seconds.
+            sent: frames of replies that the client was sent so far.
+
+        Raises:
+            ConnectionFailure: it is one too many; gRPC's clients know the words, and ping half as
+                often from then on.
+        """
+        early = sent == self._sent and now - self._last < self._interval
+        self._strikes = self._strikes + 1 if early else 0
+        self._last, self._sent = now, sent
+        if self._strikes > self._strikes_allowed:
+            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "too_many_pings")

@@ -6,9 +6,12 @@ An `H2Server` is used like the server that `grpc.aio.server()` makes.
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import socket
 import ssl
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -25,29 +28,21 @@ from stepstate.h2grpc.headers import (
     encode_status,
     timeout_of,
 )
+from stepstate.h2grpc.lifetime import ConnectionTimes, Lifetime
 from stepstate.h2grpc.limits import Http2Limits
 from stepstate.h2grpc.stream import Http2Stream, SilentReceiver, StreamReceiver
 
 if TYPE_CHECKING:
     from stepstate.h2grpc.call import Handler
 
+log = logging.getLogger(__name__)
+
 READ_AHEAD = 2**18
 WRITE_BUFFER_BYTES = 2**18
 """What a client may leave unread in the server's own buffer: beyond it, it is not read either."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConnectionTimes:
-    """Seconds after which a connection is looked at, or ended."""
-
-    handshake: float = 20.0
-    """For TLS, and until a client shows that it speaks HTTP/2."""
-    keepalive: float = 60.0
-    """After so long without a frame the client is asked whether it is there."""
-    keepalive_answer: float = 20.0
-    """For its answer."""
-    stalled: float = 60.0
-    """A stream whose replies wait for a window so long without any progress is ended."""
+UNREAD_BYTES = 2**20
+"""What is still read of a client after its connection has ended, and thrown away: with bytes that
+are not read the system resets the connection, and the client may not see why it ended."""
 
 
 class H2Server:
@@ -70,6 +65,9 @@ class H2Server:
         self.times = times or ConnectionTimes()
         self.connections: set[_ServerProtocol] = set()
         self.tasks: set[asyncio.Task[None]] = set()
+        self.idle = asyncio.Event()
+        """There is no connection."""
+        self.idle.set()
         self._interceptors = tuple(interceptors)
         self._generic: list[grpc.GenericRpcHandler] = []
         self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
@@ -161,13 +159,19 @@ class H2Server:
         self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self, grace: float | None) -> None:
-        """Accepts no more, and ends all calls that are not done after `grace` seconds."""
+        """Accepts no more, and ends what is not done after `grace` seconds.
+
+        Until then clients are served that don't know yet that they shall begin no more calls.
+        """
         for listener in self._listeners:
             listener.close()
         for connection in list(self.connections):
             connection.drain()
-        if grace and self.tasks:
-            await asyncio.wait(list(self.tasks), timeout=grace)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace or 0):
+                await self.idle.wait()
+                while self.tasks:
+                    await asyncio.wait(list(self.tasks))
         for connection in list(self.connections):
             connection.close()
         tasks = list(self.tasks)
@@ -193,7 +197,10 @@ class H2Server:
             await asyncio.sleep(1.0)
             now = asyncio.get_running_loop().time()
             for connection in list(self.connections):
-                connection.look(now)
+                try:
+                    connection.look(now)
+                except Exception:
+                    log.exception("a connection was not looked at; the next look tries again")
 
 
 @dataclass(slots=True)
@@ -235,10 +242,15 @@ class _ServerProtocol(asyncio.Protocol):
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._since = self._loop.time()
-        self._frames = -1
-        self._asked = False
         self._http2 = Http2Connection(self, server.limits, self._loop.time)
+        self._lifetime = Lifetime(
+            self._http2,
+            server.times,
+            self._loop.time(),
+            jitter=random.uniform(-1, 1),  # noqa: S311 - no secret
+        )
+        self._unread = UNREAD_BYTES
+        self._finishing = False
 
     # asyncio
 
@@ -251,16 +263,24 @@ class _ServerProtocol(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         stream.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._server.connections.add(self)
+        self._server.idle.clear()
         self._flush()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
+        if self._finishing:
+            self._unread -= len(data)
+            if self._unread < 0:
+                self._abort()
+            return
         self._http2.receive(data)
         self._flush()
 
     def connection_lost(self, _error: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._server.connections.discard(self)
+        if not self._server.connections:
+            self._server.idle.set()
         self._transport = None
         self._http2.lose()
 
@@ -303,12 +323,21 @@ class _ServerProtocol(asyncio.Protocol):
         """See `Host`."""
 
     def _flush(self) -> None:
-        output = self._http2.take_output()
-        if self._transport is not None:
-            if output:
-                self._transport.write(output)
-            if self._http2.ended:
-                self._transport.close()
+        output, transport = self._http2.take_output(), self._transport
+        if transport is None or self._finishing:
+            return
+        if output:
+            transport.write(output)
+        if self._http2.ended:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Writes what is left; the client closes the connection when it has read it."""
+        self._finishing = True
+        if self._transport is not None and self._transport.can_write_eof():
+            self._transport.write_eof()
+        elif self._transport is not None:
+            self._transport.close()
 
     # Its calls: see `CallHost`
 
@@ -335,21 +364,15 @@ class _ServerProtocol(asyncio.Protocol):
         """Ends the connection, after what waits to be written."""
         self._http2.end()
         self._flush()
+        if self._transport is not None:
+            self._transport.close()
 
     def look(self, now: float) -> None:
-        """Asks the client whether it is there, or ends the connection if it is not."""
-        times, http2 = self._server.times, self._http2
-        if http2.received_frames != self._frames:
-            self._frames, self._since, self._asked = http2.received_frames, now, False
-        elif (not http2.begun and now - self._since > times.handshake) or (
-            self._asked and now - self._since > times.keepalive_answer
-        ):
+        """Does what time brings."""
+        kept = self._lifetime.look(now)
+        self._flush()
+        if not kept:
             self._abort()
-        elif not self._asked and now - self._since > times.keepalive:
-            self._asked, self._since = True, now
-            http2.check_alive()
-        if http2.draining and not http2.streams:
-            self.close()
 
     def _abort(self) -> None:
         if self._transport is not None:

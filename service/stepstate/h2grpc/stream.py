@@ -31,6 +31,9 @@ PREFIX_BYTES = 5
 """Before every gRPC message: one byte that says whether it is compressed, and its length."""
 TINY_PIECE = 256
 """Bytes: a piece of a message that is shorter costs more than it moves."""
+PROGRESS_BYTES = 4096
+"""What a stream that waits for a window has to send in some time, or all it has: one byte is no
+progress."""
 
 _PREFIX = Struct(">BI")
 _MESSAGE = Struct(">IBIBI").pack  # a DATA frame with one whole message: its header, and the prefix
@@ -102,13 +105,17 @@ class Sender(Protocol):
     peer_frame_bytes: int
     """The longest payload of a frame that the other side takes."""
     sent_messages: int
+    sent_others: int
+    """HEADERS, and pieces of messages; a client may ping after each."""
+    block_prefix: bytes
+    """What the next header block must begin with."""
 
     def send(self, *data: bytes | memoryview) -> None:
         """Puts bytes into the output."""
         ...
 
     def block(self, stream: Http2Stream) -> None:
-        """The stream has something to send, and waits for a window."""
+        """The stream has something to send, and waits for a window, or may send it now."""
         ...
 
     def forget(self, stream: Http2Stream, *, early: bool) -> None:
@@ -150,6 +157,7 @@ class Http2Stream:
         "open_out",
         "paused",
         "plain",
+        "progress",
         "queued_bytes",
         "receive_window",
         "receiver",
@@ -172,6 +180,9 @@ class Http2Stream:
         """Whether a DATA frame with one whole message needs no more than to be handed over."""
         self.queued_bytes = 0
         """Bytes that wait for a window."""
+        self.progress = 0
+        """Bytes that have waited for a window and were sent; an empty queue counts as
+        PROGRESS_BYTES."""
         self.receive_window = sender.limits.stream_window
         """Bytes that the other side may still send."""
         self.send_window = send_window
@@ -194,8 +205,8 @@ class Http2Stream:
             self._started = True
             self._send_block(block, 0)
 
-    def send(self, payload: bytes, *, compressed: bool = False) -> None:
-        """Sends a message, after the headers; it waits for the windows if it must."""
+    def send(self, payload: bytes, *, compressed: bool = False) -> bool:
+        """Sends a message, after the headers; returns False if it waits for a window."""
         size = len(payload) + PREFIX_BYTES
         sender = self._sender
         if (
@@ -209,14 +220,18 @@ class Http2Stream:
             sender.sent_messages += 1
             header = _MESSAGE(size << 8, 0, self.id, compressed, size - PREFIX_BYTES)
             sender.send(header, payload)
-        elif self.open_out and self._ending is None:
+            return True
+        if self.open_out and self._ending is None:
             self._queue.append(memoryview(_PREFIX.pack(compressed, len(payload)) + payload))
             self.queued_bytes += size
             sender.sent_messages += 1
             sender.block(self)
+        return not self.queued_bytes
 
     def answer(self, block: bytes, body: bytes) -> None:
         """Ends the stream with a response that is not gRPC's, of a few bytes."""
+        if not self.open_out:
+            return
         self.start(block)
         self._queue.append(memoryview(body))
         self.queued_bytes += len(body)
@@ -255,12 +270,14 @@ class Http2Stream:
         size = len(piece)
         last = Flag.END_STREAM if not queue and self._ending == b"" else 0
         if queue and size < TINY_PIECE:
-            sender.meter.charge(Cost.PIECE)
+            sender.meter.spend(Cost.PIECE)
         else:
             sender.meter.earn(Earning.MESSAGE)
         self.queued_bytes -= size
         self.send_window -= size
         sender.send_window -= size
+        sender.sent_others += 1
+        self.progress += size if queue else PROGRESS_BYTES
         sender.send(data_header(size, last, self.id), piece)
         if queue:
             return self.send_window > 0
@@ -272,6 +289,7 @@ class Http2Stream:
 
     def _end(self) -> None:
         if self._ending:
+            self._sender.meter.earn(Earning.CALL)
             self._send_block(self._ending, Flag.END_STREAM)
         early = self.open_in
         if early:  # the other side need not send the rest (RFC 9113, section 8.1)
@@ -280,12 +298,15 @@ class Http2Stream:
 
     def _send_block(self, block: bytes, flags: int) -> None:
         """Sends a header block in as many frames as it takes."""
-        longest = min(self._sender.peer_frame_bytes, DEFAULT_FRAME_BYTES)
+        sender = self._sender
+        block, sender.block_prefix = sender.block_prefix + block, b""
+        sender.sent_others += 1
+        longest = min(sender.peer_frame_bytes, DEFAULT_FRAME_BYTES)
         kind = FrameType.HEADERS
         for first in range(0, len(block), longest):
             part = block[first : first + longest]
             last = Flag.END_HEADERS if first + longest >= len(block) else 0
-            self._sender.send(frame(kind, flags | last, self.id, part))
+            sender.send(frame(kind, flags | last, self.id, part))
             kind, flags = FrameType.CONTINUATION, 0
 
     # Receiving
@@ -332,6 +353,7 @@ class Http2Stream:
             target = max(target, self._message_bytes - len(self._partial))
         if self.receive_window <= target // 2:
             self._sender.send(window_update(self.id, target - self.receive_window))
+            self._sender.sent_others += 1
             self.receive_window = target
 
     def pause(self) -> None:
@@ -371,7 +393,7 @@ class Http2Stream:
             buffer = self._partial = bytearray()
             self.plain = False
         buffer += data
-        while self.open_in and len(buffer) >= PREFIX_BYTES:
+        while self.open_in and not self._discarding and len(buffer) >= PREFIX_BYTES:
             compressed, size = _PREFIX.unpack_from(buffer)
             if size > self._sender.limits.message_bytes:
                 self._fail(
@@ -389,7 +411,7 @@ class Http2Stream:
             del buffer[: self._message_bytes]
             self._drop_reservation()
             self._deliver(payload, compressed)
-        if not buffer:
+        if not buffer and not self._discarding:
             self._partial = None
             self.plain = self.open_in and self._content_left is None
 

@@ -107,7 +107,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._held_bytes = 0  # of requests that wait, and of replies
         self._ready: deque[tuple[A, None, int] | tuple[None, D, int]] = deque()
         self._waiting_loads: set[_PendingLoad[W]] = set()
-        self._leaving = 0  # bytes of the reply that waits to leave
+        self._leaving: int | None = None  # what was reserved for the reply that waits to leave
         self._inbox: deque[bytes] = deque()  # requests that came while it was paused
         self._turn: asyncio.Future[None] | None = None  # of the request that waits for it
         self._paused = False
@@ -299,8 +299,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
 
     def writable(self) -> None:
         """See `MessageSink`: the reply that waited has left."""
-        if self._leaving and not self._messages.queued_bytes:
-            size, self._leaving = self._leaving, 0
+        if self._leaving is not None:
+            size, self._leaving = self._leaving, None
             self._answered(size)
             self._flush()
 
@@ -309,15 +309,14 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         if self._flushing:
             return
         self._flushing = True
-        messages, ready = self._messages, self._ready
+        send, ready = self._messages.send, self._ready
         try:
-            while ready and not self._leaving:
+            while ready and self._leaving is None:
                 data, size = self._next_reply()
-                messages.send(data)
-                if messages.queued_bytes:
-                    self._leaving = size
-                else:
+                if send(data):
                     self._answered(size)
+                else:
+                    self._leaving = size
         except Exception as error:  # noqa: BLE001 (the call ends with it)
             self._fail(error)
         finally:

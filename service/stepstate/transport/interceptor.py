@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
-from grpc._cython.cygrpc import ExecuteBatchError
 
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Internal, InvalidField, StepstateError
@@ -91,12 +90,6 @@ class MessageChannel:
         self.send = self._pipe.send
         self.pause = self._pipe.pause
         self.resume = self._pipe.resume
-
-    @property
-    def queued_bytes(self) -> int:
-        """Bytes of the replies that have not left."""
-        queued: int = self._pipe.queued_bytes
-        return queued
 
     def attach(self, sink: MessageSink) -> None:
         """Hands all requests over to a sink."""
@@ -272,7 +265,7 @@ class _Rpc:
         code = grpc.StatusCode.OK
         try:
             yield
-        except (asyncio.CancelledError, ExecuteBatchError):  # a write to a client that is gone
+        except (asyncio.CancelledError, grpc.aio.InternalError):  # a write to a client that is gone
             code = grpc.StatusCode.CANCELLED
             raise asyncio.CancelledError from None
         except grpc.aio.AbortError:
@@ -378,4 +371,4 @@ def _go_name(code: grpc.StatusCode) -> str:
 
 def _client_is_there(record: logging.LogRecord) -> bool:
     """Whether a line of gRPC is not just about a reply to a client that has left."""
-    return not (record.exc_info and isinstance(record.exc_info[1], ExecuteBatchError))
+    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))

@@ -32,11 +32,6 @@ class Pump:
         self._may_read = asyncio.Event()
         self._may_read.set()
 
-    @property
-    def queued_bytes(self) -> int:
-        """Whether a reply has not left: 0 or 1."""
-        return self._reply is not None
-
     def attach(self, sink: MessageSink) -> None:
         """Hands all requests over to a sink."""
         self._reading = asyncio.create_task(self._read(sink))
@@ -48,10 +43,11 @@ class Pump:
             if task is not None:
                 task.cancel()
 
-    def send(self, payload: bytes) -> None:
-        """Sends a reply; the next one when this one has left."""
+    def send(self, payload: bytes) -> bool:
+        """Sends a reply; the next one when `MessageSink.writable` says that this one has left."""
         self._reply = payload
         self._has_reply.set()
+        return False
 
     def pause(self) -> None:
         """Reads no more."""

@@ -1,0 +1,53 @@
+"""Certificates for tests of TLS, made by `openssl`."""
+
+from __future__ import annotations
+
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """A certificate and its key, in PEM files."""
+
+    file: Path
+    key: Path
+
+
+class Authority:
+    """Signs certificates for two days.
+
+    Args:
+        folder: for all files.
+        openssl: the program.
+    """
+
+    def __init__(self, folder: Path, openssl: str = "openssl") -> None:
+        self._folder = folder
+        self._openssl = openssl
+        self._own = self._make("authority")
+
+    @property
+    def file(self) -> Path:
+        """Its own certificate."""
+        return self._own.file
+
+    def issue(self, name: str, alternative_names: str) -> Certificate:
+        """Makes a certificate with this common name.
+
+        Args:
+            name: the common name, and the name of its files.
+            alternative_names: as openssl takes them, such as "DNS:localhost,IP:127.0.0.1".
+        """
+        signed = ["-CA", str(self.file), "-CAkey", str(self._own.key)]
+        signed += ["-addext", f"subjectAltName={alternative_names}"]
+        return self._make(name, *signed, "-addext", "basicConstraints=CA:FALSE")
+
+    def _make(self, name: str, *options: str) -> Certificate:
+        made = Certificate(self._folder / f"{name}.pem", self._folder / f"{name}.key")
+        command = [self._openssl, "req", "-x509", "-days", "2", "-subj", f"/CN={name}", "-nodes"]
+        command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+        command += ["-out", str(made.file), "-keyout", str(made.key), *options]
+        subprocess.run(command, check=True, capture_output=True)
+        return made

@@ -420,7 +420,9 @@ def _transport(config: ServerConfig, interceptor: RpcInterceptor) -> Any:
     if config.transport == "grpcio":
         return grpc.aio.server(interceptors=[interceptor], options=_channel_options(config))
     limits = Http2Limits(concurrent_streams=config.max_concurrent_streams)
-    return H2Server([interceptor], limits=limits)
+    return H2Server(
+        [interceptor], compressed_requests=config.allow_compressed_requests, limits=limits
+    )
 
 
 def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:

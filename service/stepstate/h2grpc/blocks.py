@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from hpack import Decoder
 from hpack.exceptions import HPACKError, OversizedHeaderListError
 
-from stepstate.h2grpc.errors import ConnectionFailure
+from stepstate.h2grpc.errors import ConnectionFailure, HeadersTooLong
 from stepstate.h2grpc.frames import STREAM_ID, ErrorCode, Flag, read_number, without_padding
 from stepstate.h2grpc.headers import Headers
 from stepstate.h2grpc.limits import Http2Limits, WorkMeter
@@ -50,13 +50,14 @@ class HeaderReader:
         """The block that has begun and not ended: no other frame may come before its end."""
         self._limits = limits
         self._meter = meter
-        self._decoder = Decoder(limits.header_list_bytes)
+        self._decoder = Decoder(limits.header_block_bytes)
 
     def headers(self, flags: int, stream_id: int, payload: bytes) -> HeaderBlock | None:
         """Takes a HEADERS frame; returns the block if that is all of it.
 
         Raises:
             ConnectionFailure: it is malformed.
+            HeadersTooLong: it is.
         """
         block = without_padding(flags, payload)
         looped = False
@@ -74,7 +75,8 @@ class HeaderReader:
         """Takes a CONTINUATION frame; returns the block if that is the last of it.
 
         Raises:
-            ConnectionFailure: nothing is to be continued, or the block is too long.
+            ConnectionFailure: nothing is to be continued.
+            HeadersTooLong: it is.
         """
         block, limits = self.partial, self._limits
         if block is None or block.stream_id != stream_id:
@@ -82,22 +84,22 @@ class HeaderReader:
         block.data += payload
         block.frames += 1
         if len(block.data) > limits.header_block_bytes or block.frames > limits.header_frames:
-            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "a header block is too long")
+            raise HeadersTooLong(stream_id)
         return self._end(block) if flags & Flag.END_HEADERS else None
 
     def _end(self, block: _PartialBlock) -> HeaderBlock:
         self.partial = None
-        fields = self._decode(bytes(block.data))
+        fields = self._decode(block.stream_id, bytes(block.data))
         return HeaderBlock(block.stream_id, fields, block.end_stream, block.looped)
 
-    def _decode(self, data: bytes) -> Headers:
+    def _decode(self, stream_id: int, data: bytes) -> Headers:
         self._meter.charge(len(data) // BYTES_PER_CREDIT)
         if _table_updates(data) > MAX_TABLE_UPDATES:
             raise ConnectionFailure(ErrorCode.COMPRESSION_ERROR, "too many updates of the table")
         try:
             fields = self._decoder.decode(data, raw=True)
         except OversizedHeaderListError:
-            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "headers are too long") from None
+            raise HeadersTooLong(stream_id) from None
         except (HPACKError, ValueError, IndexError):
             raise ConnectionFailure(ErrorCode.COMPRESSION_ERROR) from None
         return [(bytes(name), bytes(value)) for name, value in fields]

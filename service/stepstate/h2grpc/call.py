@@ -34,6 +34,7 @@ from stepstate.h2grpc.headers import (
     metadata_of,
 )
 from stepstate.h2grpc.stream import Http2Stream
+from stepstate.h2grpc.tls import identity_key
 
 if TYPE_CHECKING:
     Handler = grpc.RpcMethodHandler[Any, Any]
@@ -424,8 +425,7 @@ class Call(_Context):
 
     def peer_identity_key(self) -> str | None:
         """Which property of the certificate says who the client is."""
-        keys = ("x509_subject_alternative_name", "x509_common_name")
-        return next((key for key in keys if key in self.auth_context()), None)
+        return identity_key(self.auth_context())
 
     def _check_open(self) -> None:
         """Stops a method that goes on after the end of its call."""

@@ -18,12 +18,13 @@ from struct import Struct
 from typing import ClassVar, Protocol
 
 from stepstate.h2grpc.blocks import HeaderBlock, HeaderReader, depends_on_itself
-from stepstate.h2grpc.errors import ConnectionFailure, StreamFailure
+from stepstate.h2grpc.errors import ConnectionFailure, HeadersTooLong, StreamFailure
 from stepstate.h2grpc.frames import (
     CLIENT_PREFACE,
     DEFAULT_FRAME_BYTES,
     DEFAULT_WINDOW,
     HEADER_BYTES,
+    HTTP_1_RESPONSE,
     LARGEST_FRAME_BYTES,
     LARGEST_WINDOW,
     SETTINGS_ACK,
@@ -32,6 +33,7 @@ from stepstate.h2grpc.frames import (
     Flag,
     FrameType,
     Setting,
+    frame,
     goaway,
     ping,
     read_number,
@@ -44,10 +46,12 @@ from stepstate.h2grpc.frames import (
 )
 from stepstate.h2grpc.headers import (
     DEFAULT_TABLE_BYTES,
+    HEADERS_TOO_LONG,
     NO_TABLE,
     Request,
     check_request,
     check_trailers,
+    list_bytes,
 )
 from stepstate.h2grpc.limits import TOO_MUCH_WORK, Cost, Earning, Http2Limits, PingMeter, WorkMeter
 from stepstate.h2grpc.stream import PREFIX_BYTES, Http2Stream, StreamReceiver
@@ -55,6 +59,8 @@ from stepstate.h2grpc.waiting import WaitingStreams
 
 _MESSAGE_BYTES = HEADER_BYTES + PREFIX_BYTES
 _unpack_message = Struct(">IBIBI").unpack_from  # a frame's header, and a message's prefix
+_WINDOW_UPDATE = 4 << 8 | FrameType.WINDOW_UPDATE  # the first word of such a frame
+_WINDOW_UPDATE_BYTES = HEADER_BYTES + 4
 STREAMS_PER_CREDIT = 8
 """Moving the windows of so many streams is as much work as a frame that does nothing."""
 _DRAIN_PING = b"draining"
@@ -114,7 +120,7 @@ class Http2Connection:
         self._clock = clock
         self._headers = HeaderReader(limits, self.meter)
         self._output: list[bytes | memoryview] = []
-        self._writing = True  # somebody takes the output when this call is done
+        self._writing = False  # somebody takes the output when this call is done
         self._rest = b""
         self._begun = False
         self._settled = False  # the client's SETTINGS have come
@@ -127,17 +133,6 @@ class Http2Connection:
         self._opened_now: set[int] = set()  # in the read that is taken
         self._last_served = LARGEST_WINDOW  # streams after it are not served
         self._pings = PingMeter(limits)
-        self.send(
-            settings(
-                {
-                    Setting.MAX_CONCURRENT_STREAMS: limits.concurrent_streams,
-                    Setting.INITIAL_WINDOW_SIZE: limits.stream_window,
-                    Setting.MAX_HEADER_LIST_SIZE: limits.header_list_bytes,
-                }
-            ),
-            window_update(0, limits.connection_window - DEFAULT_WINDOW),
-        )
-        self._writing = False
 
     @property
     def begun(self) -> bool:
@@ -250,6 +245,11 @@ class Http2Connection:
         self._writing = True
         try:
             self._receive(self._rest + data if self._rest else data)
+        except HeadersTooLong as failure:
+            if failure.stream_id > self._last_id:  # else its client would try again
+                self._last_id = failure.stream_id
+                self._refuse_long(failure.stream_id)
+            self.end(failure.code, failure.debug)
         except ConnectionFailure as failure:
             self.end(failure.code, failure.debug)
 
@@ -257,7 +257,7 @@ class Http2Connection:
         position, end = 0, len(data)
         if not self._begun:
             position = self._take_preface(data)
-        messages, taken, streams, headers = 0, 0, self.streams, self._headers
+        messages, taken, updates, streams, headers = 0, 0, 0, self.streams, self._headers
         while end - position >= _MESSAGE_BYTES:
             word, flags, stream_id, compressed, size = _unpack_message(data, position)
             stop = position + _MESSAGE_BYTES + size
@@ -278,6 +278,10 @@ class Http2Connection:
                     self._replenish(stream)
                 position = stop
                 continue
+            if word == _WINDOW_UPDATE and self._widens(stream_id, compressed << 24 | size >> 8):
+                updates += 1
+                position += _WINDOW_UPDATE_BYTES
+                continue
             following = self._take_frame(data, position, end)
             if following == position:
                 break
@@ -286,16 +290,48 @@ class Http2Connection:
             while (following := self._take_frame(data, position, end)) != position:
                 position = following
         self._rest = data[position:]
-        self._finish_read(messages, taken)
+        self._finish_read(messages, taken, updates)
+
+    def _widens(self, stream_id: int, increment: int) -> bool:
+        """Takes a WINDOW_UPDATE of a stream; False: this is not the plain case of one.
+
+        Some clients send one for each message that they read.
+        """
+        stream = self.streams.get(stream_id)
+        if (
+            stream is None
+            or not 0 < increment <= LARGEST_WINDOW - stream.send_window
+            or stream.queued_bytes
+            or self._headers.partial is not None
+        ):
+            return False
+        stream.send_window += increment
+        return True
 
     def _take_preface(self, data: bytes) -> int:
         """Takes the first bytes; returns how many, 0: more have to come."""
         if len(data) < len(CLIENT_PREFACE) and CLIENT_PREFACE.startswith(data):
             return 0
         if not data.startswith(CLIENT_PREFACE):
-            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "this is a gRPC server: no HTTP/2")
+            if b" HTTP/1." in data:
+                self.send(HTTP_1_RESPONSE)
+                self.ended = True
+                return len(data)
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "this is not HTTP/2")
         self._begun = True
+        self._greet()
         return len(CLIENT_PREFACE)
+
+    def _greet(self) -> None:
+        """Says what this side allows."""
+        limits = self.limits
+        values = {
+            Setting.MAX_CONCURRENT_STREAMS: limits.concurrent_streams,
+            Setting.INITIAL_WINDOW_SIZE: limits.stream_window,
+            Setting.MAX_HEADER_LIST_SIZE: limits.header_list_bytes,
+        }
+        more = window_update(0, limits.connection_window - DEFAULT_WINDOW)
+        self.send(settings(values), more)
 
     def _take_frame(self, data: bytes, position: int, end: int) -> int:
         """Takes the frame at a position; returns the one after it, or the same: it is not whole.
@@ -329,16 +365,18 @@ class Http2Connection:
             self._fail_stream(stream_id, failure.code)
         return stop
 
-    def _finish_read(self, messages: int, taken: int) -> None:
-        """Counts the messages that were taken in the loop, and those that were sent since."""
+    def _finish_read(self, messages: int, taken: int, updates: int) -> None:
+        """Counts the frames that were taken in the loop, and the messages that were sent since."""
         self._opened_now.clear()
         earned = messages + self.sent_messages - self._paid_messages
         if earned:
             self._paid_messages = self.sent_messages
             self.meter.earn(earned * Earning.MESSAGE)
+        self.received_frames += messages + updates
         if messages:
-            self.received_frames += messages
             self._take_from_window(taken)
+        if updates:
+            self.meter.charge(updates * Cost.FRAME)
 
     def _replenish(self, stream: Http2Stream) -> None:
         if stream.receive_window < 0:
@@ -425,6 +463,10 @@ class Http2Connection:
             return
         if len(self.streams) >= self.limits.concurrent_streams:
             raise StreamFailure(ErrorCode.REFUSED_STREAM)
+        if list_bytes(block.fields) > self.limits.header_list_bytes:
+            self.meter.charge(Cost.LONG_HEADERS)
+            self._refuse_long(stream_id)
+            return
         request = check_request(block.fields)
         if block.end_stream and request.content_length:
             raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
@@ -434,6 +476,14 @@ class Http2Connection:
         stream.receiver = self._host.accept(stream, request)
         if block.end_stream and stream.open_in:
             stream.end_receiving()
+
+    def _refuse_long(self, stream_id: int) -> None:
+        """Answers a call whose headers are too long."""
+        block, self.block_prefix = self.block_prefix + HEADERS_TOO_LONG, b""
+        flags = Flag.END_HEADERS | Flag.END_STREAM
+        self.send(frame(FrameType.HEADERS, flags, stream_id, block))
+        self.send(rst_stream(stream_id, ErrorCode.NO_ERROR))
+        self._note_early(stream_id)
 
     def _take_trailers(self, block: HeaderBlock) -> None:
         stream = self.streams.get(block.stream_id)
@@ -445,6 +495,8 @@ class Http2Connection:
             raise StreamFailure(ErrorCode.STREAM_CLOSED)
         elif not block.end_stream:
             raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
+        elif list_bytes(block.fields) > self.limits.header_list_bytes:
+            raise StreamFailure(ErrorCode.ENHANCE_YOUR_CALM)
         else:
             check_trailers(block.fields)
             stream.end_receiving()

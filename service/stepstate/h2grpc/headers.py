@@ -118,6 +118,11 @@ def _content_length(fields: Headers) -> int | None:
     return int(value)
 
 
+def list_bytes(headers: Headers) -> int:
+    """The size of a header list, as limits count it (RFC 9113, section 6.5.2)."""
+    return sum(len(name) + len(value) + 32 for name, value in headers)
+
+
 def timeout_of(value: bytes) -> float | None:
     """Seconds of a `grpc-timeout`; None: it is not one."""
     match = _TIMEOUT.fullmatch(value)
@@ -208,3 +213,5 @@ STATUS_405 = b"\x08\x03405"
 STATUS_415 = b"\x08\x03415"
 GRPC_HEADERS = STATUS_200 + literal(b"content-type", b"application/grpc")
 """What every gRPC response begins with."""
+HEADERS_TOO_LONG = GRPC_HEADERS + encode_status(8, "received metadata size exceeds the limit")
+"""RESOURCE_EXHAUSTED, to a call whose metadata are not taken."""

@@ -31,6 +31,8 @@ class Cost(IntEnum):
     """A DATA frame that this side had to cut short, as the window was tiny."""
     RESET = 10
     """A stream that the client reset, or that this side had to reset for its faults."""
+    LONG_HEADERS = 250
+    """A call that is refused as its headers are too long."""
     ABRUPT_RESET = 50
     """A stream that the client reset in the same read that opened it: no client waits so short."""
 
@@ -56,10 +58,10 @@ class Http2Limits:
     the rest as soon as its length is known and there is memory for it."""
     connection_window: int = 16 * 2**20
     """The same of all streams. It is given back for every byte that comes, whatever the stream."""
-    header_block_bytes: int = 16_384
-    """Of a call, compressed, in all its frames."""
     header_list_bytes: int = 16_384
-    """Of a call, as SETTINGS_MAX_HEADER_LIST_SIZE counts them."""
+    """Of a call, as SETTINGS_MAX_HEADER_LIST_SIZE counts them. A call with more is refused."""
+    header_block_bytes: int = 65_536
+    """Of a call, both in all its frames and decompressed. More ends the connection."""
     header_frames: int = 8
     """HEADERS and CONTINUATION of a call."""
     ping_interval_seconds: float = 5.0

@@ -19,6 +19,7 @@ import grpc
 
 from stepstate.h2grpc.call import Call
 from stepstate.h2grpc.connection import Http2Connection
+from stepstate.h2grpc.frames import ErrorCode
 from stepstate.h2grpc.headers import (
     GRPC_HEADERS,
     STATUS_405,
@@ -26,23 +27,33 @@ from stepstate.h2grpc.headers import (
     Metadata,
     Request,
     encode_status,
+    literal,
     timeout_of,
 )
 from stepstate.h2grpc.lifetime import ConnectionTimes, Lifetime
 from stepstate.h2grpc.limits import Http2Limits
+from stepstate.h2grpc.listening import BACKLOG, listen
 from stepstate.h2grpc.stream import Http2Stream, SilentReceiver, StreamReceiver
+from stepstate.h2grpc.tls import ALPN, INSECURE, auth_context_of
 
 if TYPE_CHECKING:
     from stepstate.h2grpc.call import Handler
 
 log = logging.getLogger(__name__)
 
+IDENTITY = b"identity"
+ENCODINGS = (IDENTITY, b"gzip", b"deflate")
+"""Of requests: how their messages may be compressed."""
 READ_AHEAD = 2**18
+LOOKS_AT_ONCE = 200
+"""Connections that are looked at in one turn of the loop: half a millisecond."""
 WRITE_BUFFER_BYTES = 2**18
 """What a client may leave unread in the server's own buffer: beyond it, it is not read either."""
 UNREAD_BYTES = 2**20
 """What is still read of a client after its connection has ended, and thrown away: with bytes that
 are not read the system resets the connection, and the client may not see why it ended."""
+IPV4_MAPPED = "::ffff:"
+"""What an address of IPv4 begins with on a socket of IPv6 (RFC 4291, section 2.5.5.2)."""
 
 
 class H2Server:
@@ -50,6 +61,7 @@ class H2Server:
 
     Args:
         interceptors: `grpc.aio.ServerInterceptor`s, the first is the outermost.
+        compressed_requests: whether requests may be compressed, by gzip or deflate.
         limits: what a connection may cost.
         times: when a connection is ended.
     """
@@ -58,9 +70,11 @@ class H2Server:
         self,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         *,
+        compressed_requests: bool = True,
         limits: Http2Limits | None = None,
         times: ConnectionTimes | None = None,
     ) -> None:
+        self.compressed_requests = compressed_requests
         self.limits = limits or Http2Limits()
         self.times = times or ConnectionTimes()
         self.connections: set[_ServerProtocol] = set()
@@ -113,6 +127,9 @@ class H2Server:
     def add_insecure_port(self, address: str) -> int:
         """Listens at host:port without TLS; returns the port.
 
+        Args:
+            address: see `listen`.
+
         Raises:
             RuntimeError: it can't.
         """
@@ -121,26 +138,21 @@ class H2Server:
     def add_secure_port(self, address: str, context: ssl.SSLContext) -> int:
         """Listens at host:port with TLS; returns the port.
 
+        Args:
+            address: see `listen`.
+            context: of a server, with its certificate. It is told to negotiate HTTP/2.
+
         Raises:
             RuntimeError: it can't.
         """
-        context.set_alpn_protocols(["h2"])
+        context.set_alpn_protocols([ALPN])
         return self._listen(address, context)
 
     def _listen(self, address: str, context: ssl.SSLContext | None) -> int:
-        host, _, port = address.rpartition(":")
-        try:
-            family, kind, protocol, _, where = socket.getaddrinfo(
-                host.strip("[]"), int(port), type=socket.SOCK_STREAM
-            )[0]
-            listener = socket.socket(family, kind, protocol)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(where)
-        except OSError as error:
-            raise RuntimeError(f"can't listen at {address}: {error}") from error
-        self._sockets.append((listener, context))
-        found: int = listener.getsockname()[1]
-        return found
+        listeners = listen(address)
+        self._sockets += ((listener, context) for listener in listeners)
+        port: int = listeners[0].getsockname()[1]
+        return port
 
     async def start(self) -> None:
         """Begins to serve."""
@@ -152,10 +164,11 @@ class H2Server:
                     lambda: _ServerProtocol(self),
                     sock=listener,
                     ssl=context,
-                    backlog=1024,
+                    backlog=BACKLOG,
                     ssl_handshake_timeout=timeout,
                 )
             )
+        self._sockets.clear()
         self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self, grace: float | None) -> None:
@@ -163,6 +176,8 @@ class H2Server:
 
         Until then clients are served that don't know yet that they shall begin no more calls.
         """
+        for unused, _ in self._sockets:
+            unused.close()
         for listener in self._listeners:
             listener.close()
         for connection in list(self.connections):
@@ -196,7 +211,9 @@ class H2Server:
         while True:
             await asyncio.sleep(1.0)
             now = asyncio.get_running_loop().time()
-            for connection in list(self.connections):
+            for place, connection in enumerate(list(self.connections)):
+                if place % LOOKS_AT_ONCE == LOOKS_AT_ONCE - 1:
+                    await asyncio.sleep(0)
                 try:
                     connection.look(now)
                 except Exception:
@@ -212,23 +229,28 @@ class _Details:
 
 
 class _Refusal(SilentReceiver):
-    """The `StreamReceiver` of a request that is answered without a call, once all of it has come.
+    """The `StreamReceiver` of a request that is answered without a call.
 
     Args:
         stream: its stream.
         block: the header block of the answer.
+        is_grpc: it is a status; else a response of HTTP, once all of the request has come.
     """
 
-    __slots__ = ("_block", "_stream")
+    __slots__ = ("_block", "_is_grpc", "_stream")
 
-    def __init__(self, stream: Http2Stream, block: bytes) -> None:
+    def __init__(self, stream: Http2Stream, block: bytes, *, is_grpc: bool) -> None:
         self._stream = stream
         self._block = block
+        self._is_grpc = is_grpc
         stream.discard()
+        if is_grpc:  # the stream knows its receiver then
+            asyncio.get_running_loop().call_soon(stream.finish, block)
 
     def half_closed(self) -> None:
         """See `StreamReceiver`."""
-        asyncio.get_running_loop().call_soon(self._answer)
+        if not self._is_grpc:
+            asyncio.get_running_loop().call_soon(self._answer)
 
     def _answer(self) -> None:
         self._stream.answer(self._block, b"this is a gRPC server\n")
@@ -239,6 +261,7 @@ class _ServerProtocol(asyncio.Protocol):
 
     def __init__(self, server: H2Server) -> None:
         self.peer = ""
+        self._auth_context = INSECURE
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -263,8 +286,12 @@ class _ServerProtocol(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         stream.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._server.connections.add(self)
+        tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        if tls is not None:
+            self._auth_context = auth_context_of(tls)
+            if tls.selected_alpn_protocol() != ALPN:
+                self._http2.end(ErrorCode.PROTOCOL_ERROR, "TLS without h2 by ALPN: no HTTP/2")
         self._server.idle.clear()
-        self._flush()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
@@ -299,15 +326,19 @@ class _ServerProtocol(asyncio.Protocol):
     def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
         """See `Host`."""
         if request.method != b"POST":
-            return _Refusal(stream, STATUS_405)
+            return _Refusal(stream, STATUS_405, is_grpc=False)
         if not _is_grpc(request.field(b"content-type")):
-            return _Refusal(stream, STATUS_415)
-        stream.gzip = request.field(b"grpc-encoding") == b"gzip"
+            return _Refusal(stream, STATUS_415, is_grpc=False)
+        encoding = request.field(b"grpc-encoding", IDENTITY)
+        accepted = ENCODINGS if self._server.compressed_requests else (IDENTITY,)
+        if encoding not in accepted:
+            return _Refusal(stream, _unknown_encoding(encoding, accepted), is_grpc=True)
+        stream.inflates = encoding != IDENTITY
         timeout = request.field(b"grpc-timeout")
         seconds = timeout_of(timeout) if timeout else None
         if timeout and seconds is None:
             block = GRPC_HEADERS + encode_status(13, "grpc-timeout can't be read")
-            return _Refusal(stream, block)
+            return _Refusal(stream, block, is_grpc=True)
         deadline = None if seconds is None else self._loop.time() + seconds
         return Call(stream, request, self, deadline)
 
@@ -352,7 +383,7 @@ class _ServerProtocol(asyncio.Protocol):
 
     def auth_context(self) -> Mapping[str, Iterable[bytes]]:
         """See `CallHost`."""
-        return {}
+        return self._auth_context
 
     # Its life
 
@@ -389,10 +420,22 @@ def _is_grpc(content_type: bytes) -> bool:
     )
 
 
+def _unknown_encoding(encoding: bytes, accepted: tuple[bytes, ...]) -> bytes:
+    """What refuses compressed messages, with the codings that the client may use instead."""
+    state = "disabled" if encoding in ENCODINGS else "not known"
+    text = f"Compression algorithm '{encoding[:32].decode('latin-1')}' is {state}"
+    unimplemented: int = grpc.StatusCode.UNIMPLEMENTED.value[0]
+    return (
+        GRPC_HEADERS
+        + literal(b"grpc-accept-encoding", b",".join(accepted))
+        + encode_status(unimplemented, text)
+    )
+
+
 def _peer_of(name: Any) -> str:
     """A client's address as gRPC writes it."""
-    if isinstance(name, tuple) and len(name) == 2:
-        return f"ipv4:{name[0]}:{name[1]}"
+    if isinstance(name, tuple) and (len(name) == 2 or name[0].startswith(IPV4_MAPPED)):
+        return f"ipv4:{name[0].removeprefix(IPV4_MAPPED)}:{name[1]}"
     if isinstance(name, tuple):
         return f"ipv6:[{name[0]}]:{name[1]}"
     return f"unix:{name or ''}"

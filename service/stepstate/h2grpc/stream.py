@@ -37,7 +37,7 @@ progress."""
 
 _PREFIX = Struct(">BI")
 _MESSAGE = Struct(">IBIBI").pack  # a DATA frame with one whole message: its header, and the prefix
-_GZIP = 31  # zlib's name for gzip's format, with the largest window
+_GZIP_OR_ZLIB = 47  # zlib's name for both formats, whichever comes (gRPC's "deflate" is zlib's)
 
 
 class StreamReceiver(Protocol):
@@ -151,8 +151,8 @@ class Http2Stream:
         "_reserved",
         "_sender",
         "_started",
-        "gzip",
         "id",
+        "inflates",
         "open_in",
         "open_out",
         "paused",
@@ -173,8 +173,8 @@ class Http2Stream:
         self.id = stream_id
         self.open_in = True
         self.open_out = True
-        self.gzip = False
-        """Whether compressed messages are gzip's."""
+        self.inflates = False
+        """Whether messages may be compressed: by gzip or deflate."""
         self.paused = False
         self.plain = content_length is None
         """Whether a DATA frame with one whole message needs no more than to be handed over."""
@@ -420,7 +420,7 @@ class Http2Stream:
         if not compressed:
             self.receiver.message(payload)
             return
-        if not self.gzip or compressed != 1:
+        if not self.inflates or compressed != 1:
             self._fail("a message is compressed, and its coding is not known")
             return
         inflated = inflate(payload, self._sender.limits.message_bytes)
@@ -452,8 +452,8 @@ class Http2Stream:
 
 
 def inflate(data: bytes, limit: int) -> bytes | None:
-    """The bytes of a gzip message; None: it is damaged, or they are more than `limit`."""
-    unzip = zlib.decompressobj(_GZIP)
+    """The bytes of a compressed message; None: it is damaged, or they are more than `limit`."""
+    unzip = zlib.decompressobj(_GZIP_OR_ZLIB)
     try:
         plain = unzip.decompress(data, limit + 1)
     except zlib.error:

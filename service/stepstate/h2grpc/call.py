@@ -6,7 +6,7 @@ docstring says so. One thing is added: a method may hand its messages over to a 
 and no coroutine for each message.
 
 Rule 1: the task of a call ends when the RPC has: the method is done, and what it sent has left.
-Rule 2: an ended call leaves nothing to Python's garbage collector. No exception is kept, since its
+Rule 2: an ended call leaves nothing to Python's garbage collector. So it keeps no exception, whose
         traceback leads to frames that lead to the call.
 """
 
@@ -33,7 +33,7 @@ from stepstate.h2grpc.headers import (
     literal,
     metadata_of,
 )
-from stepstate.h2grpc.stream import Http2Stream
+from stepstate.h2grpc.stream import KEPT_BYTES, Http2Stream
 from stepstate.h2grpc.tls import identity_key
 
 if TYPE_CHECKING:
@@ -44,9 +44,9 @@ else:
 
 log = logging.getLogger(__name__)
 
-INBOX_MESSAGES = 64
-INBOX_BYTES = 65_536
-"""Messages that a servicer has not read, and their bytes: beyond it the client is held back."""
+INBOX_BYTES = 8192
+"""Of messages that a servicer has not read: beyond it the client is held back, and what it sends
+nevertheless is counted (see `memory`)."""
 QUEUED_BYTES = 65_536
 """Bytes of responses that wait for a window: beyond it `write` waits."""
 WRITES_WITHOUT_PAUSE = 32
@@ -97,6 +97,10 @@ class MessageSink(Protocol):
         """The last message has come. The method goes on, and ends the call by returning."""
         ...
 
+    def failed(self, error: Exception) -> None:
+        """No more messages come: there is no memory for them."""
+        ...
+
     def writable(self) -> None:
         """All that was sent has left, after `Call.send` said that it had not."""
         ...
@@ -144,6 +148,7 @@ class Call(_Context):
         self._inbox: deque[bytes] = deque()
         self._inbox_bytes = 0
         self._half_closed = False
+        self._refusal: Exception | None = None  # of the messages that would come next
         self._deserialize: Callable[[bytes], Any] | None = None
         # Responses
         self._started = False
@@ -169,8 +174,8 @@ class Call(_Context):
             self._sink.received(payload)
             return
         self._inbox.append(payload)
-        self._inbox_bytes += len(payload)
-        if len(self._inbox) > INBOX_MESSAGES or self._inbox_bytes > INBOX_BYTES:
+        self._inbox_bytes += len(payload) + KEPT_BYTES
+        if self._inbox_bytes > INBOX_BYTES:
             self._stream.pause()
         self._wake()
 
@@ -192,6 +197,13 @@ class Call(_Context):
         code = grpc.StatusCode.RESOURCE_EXHAUSTED if too_large else grpc.StatusCode.INTERNAL
         self._cancel()
         self._finish(code, reason)
+
+    def refused(self, error: Exception) -> None:
+        """See `StreamReceiver`."""
+        self._refusal = error
+        if self._sink is not None:
+            self._sink.failed(error)
+        self._wake()
 
     def reset(self) -> None:
         """See `StreamReceiver`."""
@@ -228,7 +240,9 @@ class Call(_Context):
             sink.received(self._inbox.popleft())
         self._inbox_bytes = 0
         self._stream.resume()
-        if self._half_closed:
+        if self._refusal is not None:
+            sink.failed(self._refusal)
+        elif self._half_closed:
             sink.half_closed()
 
     def detach(self) -> None:
@@ -261,15 +275,18 @@ class Call(_Context):
 
         Raises:
             grpc.aio.BaseError: the call has ended.
+            Exception: there is no memory for it, see `ConnectionMemory.refusal`.
         """
         self._check_open()
         while not self._inbox:
+            if self._refusal is not None:
+                raise self._refusal
             if self._half_closed:
                 return grpc.aio.EOF
             await self._wait()
             self._check_open()
         payload = self._inbox.popleft()
-        self._inbox_bytes -= len(payload)
+        self._inbox_bytes -= len(payload) + KEPT_BYTES
         if self._stream.paused and self._inbox_bytes <= INBOX_BYTES // 2:
             self._stream.resume()
         return payload if self._deserialize is None else self._deserialize(payload)
@@ -465,7 +482,7 @@ class Call(_Context):
         self._conclude(grpc.StatusCode.UNKNOWN, f"Unexpected {type(error)}: {error}")
 
     def _call_back(self, _task: asyncio.Task[None]) -> None:
-        self._task = None
+        self._task = self._refusal = None
         for callback in self._callbacks:
             try:
                 callback(self)

@@ -10,7 +10,7 @@ import logging
 import random
 import socket
 import ssl
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -33,6 +33,7 @@ from stepstate.h2grpc.headers import (
 from stepstate.h2grpc.lifetime import ConnectionTimes, Lifetime
 from stepstate.h2grpc.limits import Http2Limits
 from stepstate.h2grpc.listening import BACKLOG, listen
+from stepstate.h2grpc.memory import ConnectionMemory, UncountedMemory
 from stepstate.h2grpc.stream import Http2Stream, SilentReceiver, StreamReceiver
 from stepstate.h2grpc.tls import ALPN, INSECURE, auth_context_of
 
@@ -44,11 +45,11 @@ log = logging.getLogger(__name__)
 IDENTITY = b"identity"
 ENCODINGS = (IDENTITY, b"gzip", b"deflate")
 """Of requests: how their messages may be compressed."""
-READ_AHEAD = 2**18
 LOOKS_AT_ONCE = 200
 """Connections that are looked at in one turn of the loop: half a millisecond."""
-WRITE_BUFFER_BYTES = 2**18
-"""What a client may leave unread in the server's own buffer: beyond it, it is not read either."""
+WRITE_BUFFER_BYTES = 2**16
+"""What a client may leave unread in the server's own buffer: beyond it, it gets no more messages,
+and is not read either. The buffer may pass it by what one read and one write bring about."""
 UNREAD_BYTES = 2**20
 """What is still read of a client after its connection has ended, and thrown away: with bytes that
 are not read the system resets the connection, and the client may not see why it ended."""
@@ -64,6 +65,7 @@ class H2Server:
         compressed_requests: whether requests may be compressed, by gzip or deflate.
         limits: what a connection may cost.
         times: when a connection is ended.
+        memory: makes the account of what a connection may keep; None: without a limit.
     """
 
     def __init__(
@@ -73,10 +75,12 @@ class H2Server:
         compressed_requests: bool = True,
         limits: Http2Limits | None = None,
         times: ConnectionTimes | None = None,
+        memory: Callable[[], ConnectionMemory] | None = None,
     ) -> None:
         self.compressed_requests = compressed_requests
         self.limits = limits or Http2Limits()
         self.times = times or ConnectionTimes()
+        self.memory = memory or UncountedMemory
         self.connections: set[_ServerProtocol] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self.idle = asyncio.Event()
@@ -265,7 +269,9 @@ class _ServerProtocol(asyncio.Protocol):
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._http2 = Http2Connection(self, server.limits, self._loop.time)
+        self._memory = server.memory()
+        self._buffered = 0  # reserved for what is written and not read
+        self._http2 = Http2Connection(self, server.limits, self._loop.time, self._memory)
         self._lifetime = Lifetime(
             self._http2,
             server.times,
@@ -310,16 +316,31 @@ class _ServerProtocol(asyncio.Protocol):
             self._server.idle.set()
         self._transport = None
         self._http2.lose()
+        self._release_buffer()
+        self._memory.close()
 
     def pause_writing(self) -> None:
-        """A client that does not read is not read."""
-        if self._transport is not None:
-            self._transport.pause_reading()
+        """A client that does not read gets no more messages, and is not read."""
+        assert self._transport is not None, "it writes"
+        size = self._transport.get_write_buffer_size()
+        if not self._memory.reserve(size):
+            self._abort()
+            return
+        self._buffered = size
+        self._http2.hold()
+        self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         """It reads again."""
+        self._release_buffer()
         if self._transport is not None:
             self._transport.resume_reading()
+            self._http2.go_on()
+
+    def _release_buffer(self) -> None:
+        size, self._buffered = self._buffered, 0
+        if size:
+            self._memory.release(size)
 
     # The HTTP/2 state: see `Host`
 
@@ -345,13 +366,6 @@ class _ServerProtocol(asyncio.Protocol):
     def write_soon(self) -> None:
         """See `Host`."""
         self._loop.call_soon(self._flush)
-
-    def reserve(self, _stream: Http2Stream, _size: int) -> bool:
-        """See `Host`."""
-        return True
-
-    def release(self, _size: int) -> None:
-        """See `Host`."""
 
     def _flush(self) -> None:
         output, transport = self._http2.take_output(), self._transport
@@ -400,7 +414,8 @@ class _ServerProtocol(asyncio.Protocol):
 
     def look(self, now: float) -> None:
         """Does what time brings."""
-        kept = self._lifetime.look(now)
+        unread = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        kept = self._lifetime.look(now, unread if self._http2.held else 0)
         self._flush()
         if not kept:
             self._abort()

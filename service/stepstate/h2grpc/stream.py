@@ -2,7 +2,8 @@
 
 Rule 1: what does not fit into the windows waits in the stream's queue, in order. Whoever sends
         asks `queued_bytes`, and `StreamReceiver.writable` says when the queue is empty.
-Rule 2: a message longer than the window is received only when there is memory for all of it.
+Rule 2: memory is reserved for what is kept of a message before all of it is here, and for all that
+        comes while the receiver has paused the stream (see `memory`).
 Rule 3: a stream ends in both directions at once: with trailers, or with RST_STREAM.
 """
 
@@ -26,9 +27,12 @@ from stepstate.h2grpc.frames import (
     window_update,
 )
 from stepstate.h2grpc.limits import Cost, Earning, Http2Limits, WorkMeter
+from stepstate.h2grpc.memory import ConnectionMemory, PartialMessages
 
 PREFIX_BYTES = 5
 """Before every gRPC message: one byte that says whether it is compressed, and its length."""
+KEPT_BYTES = 64
+"""What a message takes in memory beside its payload."""
 TINY_PIECE = 256
 """Bytes: a piece of a message that is shorter costs more than it moves."""
 PROGRESS_BYTES = 4096
@@ -53,6 +57,10 @@ class StreamReceiver(Protocol):
 
     def unreadable(self, reason: str, *, too_large: bool) -> None:
         """What has come is no message: too large, of an unknown coding, or damaged."""
+        ...
+
+    def refused(self, error: Exception) -> None:
+        """There is no memory for what has come: no more messages follow."""
         ...
 
     def reset(self) -> None:
@@ -82,6 +90,9 @@ class SilentReceiver:
     def unreadable(self, reason: str, *, too_large: bool) -> None:
         """See `StreamReceiver`."""
 
+    def refused(self, error: Exception) -> None:
+        """See `StreamReceiver`."""
+
     def reset(self) -> None:
         """See `StreamReceiver`."""
 
@@ -100,8 +111,12 @@ class Sender(Protocol):
 
     limits: Http2Limits
     meter: WorkMeter
+    memory: ConnectionMemory
+    partial: PartialMessages
+    """The messages that have not come whole."""
     send_window: int
-    """Bytes that may be sent now, on all streams together."""
+    """Bytes that may be sent now, on all streams together: as far as the other side and the socket
+    take them."""
     peer_frame_bytes: int
     """The longest payload of a frame that the other side takes."""
     sent_messages: int
@@ -122,14 +137,6 @@ class Sender(Protocol):
         """The stream has ended; early: the other side may not know it yet."""
         ...
 
-    def reserve(self, stream: Http2Stream, size: int) -> bool:
-        """Reserves memory for a message; False: `Http2Stream.resume` tries again."""
-        ...
-
-    def release(self, size: int) -> None:
-        """Releases the memory of a message."""
-        ...
-
 
 class Http2Stream:
     """One stream.
@@ -145,6 +152,7 @@ class Http2Stream:
         "_content_left",
         "_discarding",
         "_ending",
+        "_kept",
         "_message_bytes",
         "_partial",
         "_queue",
@@ -194,7 +202,8 @@ class Http2Stream:
         self._ending: bytes | None = None
         self._partial: bytearray | None = None
         self._message_bytes = 0  # of the message in `_partial`, with its prefix; 0: not known
-        self._reserved = 0
+        self._reserved = 0  # for the message in `_partial`
+        self._kept = 0  # reserved for messages that the receiver was given, until it resumes
         self._content_left = content_length
 
     # Sending
@@ -346,10 +355,10 @@ class Http2Stream:
 
     def replenish(self) -> None:
         """Lets the other side send more, when half of what it may send is used."""
-        if not self.open_in or self.paused:
+        if not self.open_in or self.paused or self._reserved < self._message_bytes:
             return
         target = self._sender.limits.stream_window
-        if self._partial is not None and self._reserved:
+        if self._partial is not None:
             target = max(target, self._message_bytes - len(self._partial))
         if self.receive_window <= target // 2:
             self._sender.send(window_update(self.id, target - self.receive_window))
@@ -359,6 +368,7 @@ class Http2Stream:
     def pause(self) -> None:
         """Takes no more from the other side than its window allows already."""
         self.paused = True
+        self.plain = False  # what still comes is counted
 
     def discard(self) -> None:
         """Takes no messages from what still comes, and no more than the window allows."""
@@ -366,10 +376,16 @@ class Http2Stream:
         self.plain = False
 
     def resume(self) -> None:
-        """Takes more again."""
+        """Takes more again: the receiver is done with the messages that it was given."""
+        if self._discarding:
+            return
         self.paused = False
-        if self._partial is not None and self._message_bytes and not self._reserved:
-            self._reserve()
+        self._release_kept()
+        if self._partial is not None:
+            if self._reserved < self._message_bytes:
+                self._sender.partial.want_rest(self)
+        else:
+            self.plain = self.open_in and self._content_left is None
         self.replenish()
 
     def close(self, *, early: bool) -> StreamReceiver:
@@ -382,6 +398,7 @@ class Http2Stream:
         self._queue.clear()
         self.queued_bytes = 0
         self._drop_partial()
+        self._release_kept()
         self._sender.forget(self, early=early)
         receiver, self.receiver = self.receiver, _SILENT
         return receiver
@@ -404,50 +421,101 @@ class Http2Stream:
                 return
             self._message_bytes = PREFIX_BYTES + size
             if len(buffer) < self._message_bytes:
-                if not self._reserved and not self.paused:
-                    self._reserve()
+                self._reserve()
                 return
             payload = bytes(memoryview(buffer)[PREFIX_BYTES : self._message_bytes])
             del buffer[: self._message_bytes]
-            self._drop_reservation()
             self._deliver(payload, compressed)
         if not buffer and not self._discarding:
             self._partial = None
-            self.plain = self.open_in and self._content_left is None
+            self.plain = self.open_in and not self.paused and self._content_left is None
 
     def _deliver(self, payload: bytes, compressed: int) -> None:
         self._sender.meter.earn(Earning.MESSAGE)
-        if not compressed:
-            self.receiver.message(payload)
+        if compressed:
+            if not self.inflates or compressed != 1:
+                self._fail("a message is compressed, and its coding is not known")
+                return
+            inflated = inflate(payload, self._sender.limits.message_bytes)
+            if inflated is None:
+                self._fail("a compressed message is damaged, or inflates to too many bytes")
+                return
+            payload = inflated
+        if (self.paused or compressed) and not self._reserve_more(len(payload) + KEPT_BYTES):
             return
-        if not self.inflates or compressed != 1:
-            self._fail("a message is compressed, and its coding is not known")
-            return
-        inflated = inflate(payload, self._sender.limits.message_bytes)
-        if inflated is None:
-            self._fail("a compressed message is damaged, or inflates to too many bytes")
-            return
-        self.receiver.message(inflated)
+        self._kept += self._end_partial()
+        self.receiver.message(payload)
+        if self._kept and not self.paused:
+            self._release_kept()
+
+    # Memory
+
+    @property
+    def received_bytes(self) -> int:
+        """See `PartialMessage`."""
+        return len(self._partial or b"")
+
+    @property
+    def missing_bytes(self) -> int:
+        """See `PartialMessage`."""
+        return self._message_bytes - self._reserved
+
+    def receive_rest(self) -> None:
+        """See `PartialMessage`."""
+        self._reserved = self._message_bytes
+        self.replenish()
+
+    def refuse(self) -> None:
+        """See `PartialMessage`: takes nothing more of what comes."""
+        error = self._sender.memory.refusal(self._message_bytes)
+        self._drop_partial()
+        self.discard()
+        self.receiver.refused(error)
 
     def _reserve(self) -> None:
-        if self._sender.reserve(self, self._message_bytes):
-            self._reserved = self._message_bytes
-        else:
-            self.paused = True
+        """Reserves memory for the message of which a part is here."""
+        if not self._reserved:
+            size = min(self._message_bytes, self._sender.limits.stream_window)
+            if not self._sender.partial.begin(self, size):
+                self.refuse()
+                return
+            self._reserved = size
+        if self._reserved < self._message_bytes and not self.paused:
+            self._sender.partial.want_rest(self)
 
-    def _drop_reservation(self) -> None:
-        if self._reserved:
-            self._sender.release(self._reserved)
-        self._reserved = self._message_bytes = 0
+    def _reserve_more(self, size: int) -> bool:
+        """Reserves memory for the message that is whole; False: the stream has failed."""
+        more = size - self._reserved
+        if more > 0:
+            if not self._sender.memory.reserve(more):
+                self.refuse()
+                return False
+            self._reserved = size
+        return True
+
+    def _end_partial(self) -> int:
+        """The message has come; returns what is reserved for it."""
+        size, self._reserved = self._reserved, 0
+        self._message_bytes = 0
+        if size:
+            self._sender.partial.end(self)
+        return size
 
     def _drop_partial(self) -> None:
         self._partial = None
-        self._drop_reservation()
+        size = self._end_partial()
+        if size:
+            self._sender.memory.release(size)
+
+    def _release_kept(self) -> None:
+        size, self._kept = self._kept, 0
+        if size:
+            self._sender.memory.release(size)
 
     def _fail(self, reason: str, *, too_large: bool = False) -> None:
         """Takes nothing more of what comes: the receiver ends the call."""
         self._drop_partial()
-        self._discarding, self.plain = True, False
+        self.discard()
         self.receiver.unreadable(reason, too_large=too_large)
 
 

@@ -103,7 +103,7 @@ class MessageChannel:
         return self
 
     async def __anext__(self) -> Any:
-        data = await self._receiver.read(current_peer.get().receiving, self._context.read)
+        data = await _receive(self._receiver, self._context)
         if data is grpc.aio.EOF:
             raise StopAsyncIteration
         return _well_formed(self.decode(data))
@@ -246,12 +246,12 @@ class _Rpc:
             InvalidField: it can't be parsed, or did not come.
         """
         peer = current_peer.get()
-        data = await self._receiver.read(peer.receiving, context.read)
+        data = await _receive(self._receiver, context)
         if data is grpc.aio.EOF:
             raise InvalidField("message", "is missing: the call ended before its request")
+        call_memory.get().reserve(MemoryUse.REQUESTS, DECODED * len(data) + REQUEST_BYTES)
         if (turn := self._admission.shares.take(peer, CALL_COST + cost_of(data))) is not None:
             await turn
-        call_memory.get().reserve(MemoryUse.REQUESTS, DECODED * len(data) + REQUEST_BYTES)
         return _well_formed(self._decode(data))
 
     async def all_requests(self, context: Context) -> MessageChannel:
@@ -328,10 +328,17 @@ def _well_formed(message: Any) -> Any:
     return message
 
 
-def _when_done(callback: Callable[[object], None]) -> None:
-    """Calls a function when gRPC is done with the RPC that this task serves.
+async def _receive(receiver: Receiver, context: Context) -> Any:
+    """The next request of an RPC, as bytes; `grpc.aio.EOF`: there are no more."""
+    if isinstance(context, Call):  # whose transport has reserved what it received
+        return await context.read()
+    return await receiver.read(current_peer.get().receiving, context.read)
 
-    `context.add_done_callback` does so too, but it makes a reference cycle of each RPC.
+
+def _when_done(callback: Callable[[object], None]) -> None:
+    """Calls a function when gRPC is done with an RPC, its replies have left: its task ends then.
+
+    `context.add_done_callback` does so too, but with grpcio it makes a reference cycle of each RPC.
     """
     task = asyncio.current_task()
     assert task is not None, "gRPC has one for each RPC"

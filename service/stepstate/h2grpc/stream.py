@@ -261,7 +261,7 @@ class Http2Stream:
             self.close(early=True).reset()
 
     def drop_queue(self) -> None:
-        """Forgets what waits, the end too; a message that was begun goes with its stream."""
+        """Forgets what waits, a status too; a message that was begun goes with its stream."""
         self._ending = None
         self._queue.clear()
         self.queued_bytes = 0

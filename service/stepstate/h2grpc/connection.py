@@ -388,9 +388,9 @@ class Http2Connection:
         return stop
 
     def _finish_read(self, messages: int, taken: int, updates: int) -> None:
-        """Counts the frames that were taken in the loop, and the messages that were sent since."""
+        """Counts the frames that were taken in the loop, and the replies since the last read."""
         self._opened_now.clear()
-        earned = messages + self.sent_messages - self._paid_messages
+        earned = self.sent_messages - self._paid_messages
         if earned:
             self._paid_messages = self.sent_messages
             self.meter.earn(earned * Earning.MESSAGE)
@@ -541,9 +541,13 @@ class Http2Connection:
         if stream is None:
             self.meter.charge(Cost.FRAME)
             return
-        abrupt = stream_id in self._opened_now
-        self.meter.charge(Cost.ABRUPT_RESET if abrupt else Cost.RESET)
+        self.meter.charge(self._cost_of_reset(stream))
         stream.close(early=False).reset()
+
+    def _cost_of_reset(self, stream: Http2Stream) -> Cost:
+        if stream.id in self._opened_now:
+            return Cost.ABRUPT_RESET
+        return Cost.FRAME if stream.answered else Cost.RESET
 
     def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
         self.meter.charge(Cost.FRAME)

@@ -35,6 +35,8 @@ KEPT_BYTES = 64
 """What a message takes in memory beside its payload."""
 TINY_PIECE = 256
 """Bytes: a piece of a message that is shorter costs more than it moves."""
+FREE_PIECES = 2
+"""Tiny pieces of a message that are received for nothing, such as its prefix alone."""
 PROGRESS_BYTES = 4096
 """What a stream that waits for a window has to send in some time, or all it has: one byte is no
 progress."""
@@ -159,6 +161,7 @@ class Http2Stream:
         "_reserved",
         "_sender",
         "_started",
+        "_tiny_pieces",
         "id",
         "inflates",
         "open_in",
@@ -204,9 +207,15 @@ class Http2Stream:
         self._message_bytes = 0  # of the message in `_partial`, with its prefix; 0: not known
         self._reserved = 0  # for the message in `_partial`
         self._kept = 0  # reserved for messages that the receiver was given, until it resumes
+        self._tiny_pieces = 0  # of the message in `_partial`
         self._content_left = content_length
 
     # Sending
+
+    @property
+    def answered(self) -> bool:
+        """Whether the response has begun."""
+        return self._started
 
     def start(self, block: bytes) -> None:
         """Sends the headers of the response, once."""
@@ -278,10 +287,10 @@ class Http2Stream:
             piece = piece[:room]
         size = len(piece)
         last = Flag.END_STREAM if not queue and self._ending == b"" else 0
-        if queue and size < TINY_PIECE:
-            sender.meter.spend(Cost.PIECE)
-        else:
+        if size >= TINY_PIECE:
             sender.meter.earn(Earning.MESSAGE)
+        elif queue:
+            sender.meter.spend(Cost.PIECE)
         self.queued_bytes -= size
         self.send_window -= size
         sender.send_window -= size
@@ -298,7 +307,8 @@ class Http2Stream:
 
     def _end(self) -> None:
         if self._ending:
-            self._sender.meter.earn(Earning.CALL)
+            if not self._discarding:
+                self._sender.meter.earn(Earning.CALL)
             self._send_block(self._ending, Flag.END_STREAM)
         early = self.open_in
         if early:  # the other side need not send the rest (RFC 9113, section 8.1)
@@ -421,17 +431,25 @@ class Http2Stream:
                 return
             self._message_bytes = PREFIX_BYTES + size
             if len(buffer) < self._message_bytes:
+                self._count_piece(data)
                 self._reserve()
                 return
             payload = bytes(memoryview(buffer)[PREFIX_BYTES : self._message_bytes])
             del buffer[: self._message_bytes]
+            self._tiny_pieces = 0
             self._deliver(payload, compressed)
         if not buffer and not self._discarding:
             self._partial = None
             self.plain = self.open_in and not self.paused and self._content_left is None
 
+    def _count_piece(self, data: bytes) -> None:
+        """Charges tiny pieces of messages, but for the few that an odd client makes of each."""
+        if len(data) < TINY_PIECE:
+            self._tiny_pieces += 1
+            if self._tiny_pieces > FREE_PIECES:
+                self._sender.meter.charge(Cost.FRAME)
+
     def _deliver(self, payload: bytes, compressed: int) -> None:
-        self._sender.meter.earn(Earning.MESSAGE)
         if compressed:
             if not self.inflates or compressed != 1:
                 self._fail("a message is compressed, and its coding is not known")
@@ -513,9 +531,10 @@ class Http2Stream:
             self._sender.memory.release(size)
 
     def _fail(self, reason: str, *, too_large: bool = False) -> None:
-        """Takes nothing more of what comes: the receiver ends the call."""
+        """Takes nothing more of what comes: the receiver ends the call, and its client pays."""
         self._drop_partial()
         self.discard()
+        self._sender.meter.charge(Cost.RESET)
         self.receiver.unreadable(reason, too_large=too_large)
 
 

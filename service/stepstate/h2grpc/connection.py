@@ -17,15 +17,14 @@ from collections.abc import Callable
 from struct import Struct
 from typing import ClassVar, Protocol
 
-from hpack import Decoder
-from hpack.exceptions import HPACKError, OversizedHeaderListError
-
-from stepstate.h2grpc.errors import ConnectionFailure, StreamFailure
+from stepstate.h2grpc.blocks import HeaderBlock, HeaderReader, depends_on_itself
+from stepstate.h2grpc.errors import ConnectionFailure, HeadersTooLong, StreamFailure
 from stepstate.h2grpc.frames import (
     CLIENT_PREFACE,
     DEFAULT_FRAME_BYTES,
     DEFAULT_WINDOW,
     HEADER_BYTES,
+    HTTP_1_RESPONSE,
     LARGEST_FRAME_BYTES,
     LARGEST_WINDOW,
     SETTINGS_ACK,
@@ -34,6 +33,7 @@ from stepstate.h2grpc.frames import (
     Flag,
     FrameType,
     Setting,
+    frame,
     goaway,
     ping,
     read_number,
@@ -44,12 +44,28 @@ from stepstate.h2grpc.frames import (
     window_update,
     without_padding,
 )
-from stepstate.h2grpc.headers import Request, check_request, check_trailers
-from stepstate.h2grpc.limits import Cost, Earning, Http2Limits, WorkMeter
+from stepstate.h2grpc.headers import (
+    DEFAULT_TABLE_BYTES,
+    HEADERS_TOO_LONG,
+    NO_TABLE,
+    Request,
+    check_request,
+    check_trailers,
+    list_bytes,
+)
+from stepstate.h2grpc.limits import TOO_MUCH_WORK, Cost, Earning, Http2Limits, PingMeter, WorkMeter
+from stepstate.h2grpc.memory import ConnectionMemory, PartialMessages
 from stepstate.h2grpc.stream import PREFIX_BYTES, Http2Stream, StreamReceiver
+from stepstate.h2grpc.waiting import WaitingStreams
 
 _MESSAGE_BYTES = HEADER_BYTES + PREFIX_BYTES
 _unpack_message = Struct(">IBIBI").unpack_from  # a frame's header, and a message's prefix
+OUTPUT_BYTES = 2**16
+"""Of messages that are put out between two writes: the rest waits until the socket takes these."""
+_WINDOW_UPDATE = 4 << 8 | FrameType.WINDOW_UPDATE  # the first word of such a frame
+_WINDOW_UPDATE_BYTES = HEADER_BYTES + 4
+STREAMS_PER_CREDIT = 8
+"""Moving the windows of so many streams is as much work as a frame that does nothing."""
 _DRAIN_PING = b"draining"
 _ALIVE_PING = b"alive? \n"
 
@@ -65,14 +81,6 @@ class Host(Protocol):
         """There is output, and `receive` is not at work."""
         ...
 
-    def reserve(self, stream: Http2Stream, size: int) -> bool:
-        """Reserves memory for a message; False: it calls `Http2Stream.resume` to try again."""
-        ...
-
-    def release(self, size: int) -> None:
-        """Releases the memory of a message."""
-        ...
-
 
 _FrameHandler = Callable[["Http2Connection", int, int, bytes], None]
 
@@ -83,17 +91,31 @@ class Http2Connection:
     Args:
         host: owns it.
         limits: what it may cost.
-        clock: seconds, for the rule about pings.
+        clock: seconds, for the rule about pings and for messages that come slowly.
+        memory: what it may keep.
     """
 
-    def __init__(self, host: Host, limits: Http2Limits, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        limits: Http2Limits,
+        clock: Callable[[], float],
+        memory: ConnectionMemory,
+    ) -> None:
         self.limits = limits
         self.meter = WorkMeter()
+        self.memory = memory
+        self.partial = PartialMessages(memory, clock)
         self.streams: dict[int, Http2Stream] = {}
         """The streams that have not ended."""
         self.send_window = DEFAULT_WINDOW
+        self._withheld = 0  # of the client's window: the socket has no room for it
+        self.held = False
+        """The client does not read: no messages are sent."""
         self.peer_frame_bytes = DEFAULT_FRAME_BYTES
         self.sent_messages = 0
+        self.sent_others = 0
+        self.block_prefix = b""
         self._paid_messages = 0  # of them, those that have brought credit
         self.received_frames = 0
         """Frames that have come, for whoever asks whether the client is alive."""
@@ -103,9 +125,9 @@ class Http2Connection:
         """The client was told to begin no more streams."""
         self._host = host
         self._clock = clock
-        self._decoder = Decoder(limits.header_list_bytes)
+        self._headers = HeaderReader(limits, self.meter)
         self._output: list[bytes | memoryview] = []
-        self._writing = True  # somebody takes the output when this call is done
+        self._writing = False  # somebody takes the output when this call is done
         self._rest = b""
         self._begun = False
         self._settled = False  # the client's SETTINGS have come
@@ -113,26 +135,11 @@ class Http2Connection:
         self._peer_window = DEFAULT_WINDOW
         self._receive_window = limits.connection_window
         self._half_window = limits.stream_window // 2
-        self._block: _HeaderBlock | None = None
-        self._blocked: OrderedDict[Http2Stream, None] = OrderedDict()
-        self._pumping = False
+        self._waiting = WaitingStreams(self)
         self._ended_early: OrderedDict[int, None] = OrderedDict()
         self._opened_now: set[int] = set()  # in the read that is taken
         self._last_served = LARGEST_WINDOW  # streams after it are not served
-        self._last_ping = float("-inf")
-        self._strikes = 0
-        self._sent_at_last_ping = 0
-        self.send(
-            settings(
-                {
-                    Setting.MAX_CONCURRENT_STREAMS: limits.concurrent_streams,
-                    Setting.INITIAL_WINDOW_SIZE: limits.stream_window,
-                    Setting.MAX_HEADER_LIST_SIZE: limits.header_list_bytes,
-                }
-            ),
-            window_update(0, limits.connection_window - DEFAULT_WINDOW),
-        )
-        self._writing = False
+        self._pings = PingMeter(limits)
 
     @property
     def begun(self) -> bool:
@@ -149,66 +156,89 @@ class Http2Connection:
             self._host.write_soon()
 
     def take_output(self) -> bytes:
-        """What is to be written now."""
+        """What is to be written now; the host is told if there is more to write after it."""
+        if self._withheld and not self.held:
+            self._writing = True
+            self._open_window()
+        if self.meter.credit < 0 and not self.ended:  # it was used up while something was sent
+            self.end(ErrorCode.ENHANCE_YOUR_CALM, TOO_MUCH_WORK)
         self._writing = False
         if not self._output:
             return b""
         output = b"".join(self._output)
         self._output.clear()
+        if self._withheld and not self.held and self._waiting.ready:
+            self._writing = True
+            self._host.write_soon()
         return output
 
-    def block(self, stream: Http2Stream) -> None:
-        """See `Sender`. A stream that waits for its own window is not kept here."""
-        if stream.send_window > 0:
-            self._blocked[stream] = None
-            self._pump()
+    def hold(self) -> None:
+        """Sends no more messages: the client does not read what is written already."""
+        self.held = True
+        self._withheld += self.send_window
+        self.send_window = 0
 
-    def _pump(self) -> None:
-        """Sends what waits, one frame of each stream in turn, as far as the windows allow."""
-        if self._pumping:
-            return
-        self._pumping = True
-        try:
-            while self._blocked and self.send_window > 0:
-                stream, _ = self._blocked.popitem(last=False)
-                if stream.send_piece():
-                    self._blocked[stream] = None
-        finally:
-            self._pumping = False
+    def go_on(self) -> None:
+        """Sends messages again."""
+        self.held = False
+        self._open_window()
+
+    def _open_window(self) -> None:
+        window = self.send_window + self._withheld
+        self.send_window = min(window, OUTPUT_BYTES)
+        self._withheld = window - self.send_window
+        self._waiting.pump()
+
+    def block(self, stream: Http2Stream) -> None:
+        """See `Sender`."""
+        self._waiting.add(stream)
+
+    def end_stalled(self, now: float, seconds: float) -> None:
+        """Ends the streams whose replies have waited so long for a window without progress.
+
+        gRPC's clients report the code as RESOURCE_EXHAUSTED.
+        """
+        for stream in self._waiting.stalled(now, seconds):
+            stream.reset(ErrorCode.ENHANCE_YOUR_CALM)
 
     def forget(self, stream: Http2Stream, *, early: bool) -> None:
         """See `Sender`."""
         self.streams.pop(stream.id, None)
-        self._blocked.pop(stream, None)
+        self._waiting.remove(stream)
         if early:
-            self._ended_early[stream.id] = None
-            if len(self._ended_early) > self.limits.concurrent_streams:
-                self._ended_early.popitem(last=False)
+            self._note_early(stream.id)
+        self._end_if_drained()
 
-    def reserve(self, stream: Http2Stream, size: int) -> bool:
-        """See `Sender`."""
-        return self._host.reserve(stream, size)
-
-    def release(self, size: int) -> None:
-        """See `Sender`."""
-        self._host.release(size)
+    def _note_early(self, stream_id: int) -> None:
+        """Remembers a stream whose end the client may not know yet; what it sends is ignored."""
+        self._ended_early[stream_id] = None
+        if len(self._ended_early) > self.limits.concurrent_streams:
+            self._ended_early.popitem(last=False)
 
     # The end
 
     def drain(self) -> None:
-        """Asks the client to begin no more streams; those that are on their way are still served.
+        """Asks the client to begin no more streams, and ends the connection after the last one.
 
-        The second GOAWAY follows when the client has answered a ping: it has read the first then.
+        Streams that are on their way are still served (grpc/grpc-java#5806): a second GOAWAY says
+        which was the last, when the client has answered a ping, and so has read the first. If it
+        does not answer, somebody calls `refuse_more` (RFC 9113, section 6.8).
         """
         if not self.draining and not self.ended:
             self.draining = True
             self.send(goaway(LARGEST_WINDOW, ErrorCode.NO_ERROR), ping(_DRAIN_PING, ack=False))
 
     def refuse_more(self) -> None:
-        """Serves no streams but those that have begun."""
-        self.draining = True
-        self._last_served = self._last_id
-        self.send(goaway(self._last_id, ErrorCode.NO_ERROR))
+        """Serves no streams but those that have begun: the second GOAWAY, once."""
+        if self._last_served == LARGEST_WINDOW and not self.ended:
+            self.draining = True
+            self._last_served = self._last_id
+            self.send(goaway(self._last_id, ErrorCode.NO_ERROR))
+            self._end_if_drained()
+
+    def _end_if_drained(self) -> None:
+        if self._last_served != LARGEST_WINDOW and not self.streams:
+            self.end()
 
     def check_alive(self) -> None:
         """Sends a ping; `received_frames` grows when it is answered."""
@@ -218,15 +248,15 @@ class Http2Connection:
         """Ends the connection; the output says why."""
         if not self.ended:
             self.ended = True
-            self.send(goaway(self._last_id, code, debug.encode()))
+            last = min(self._last_id, self._last_served)  # it may not grow
+            self.send(goaway(last, code, debug.encode()))
             self.lose()
 
     def lose(self) -> None:
         """The connection is gone: ends all streams."""
         self.ended = True
         for stream in list(self.streams.values()):
-            stream.close(early=False)
-            stream.receiver.reset()
+            stream.close(early=False).reset()
 
     # Input
 
@@ -237,6 +267,11 @@ class Http2Connection:
         self._writing = True
         try:
             self._receive(self._rest + data if self._rest else data)
+        except HeadersTooLong as failure:
+            if failure.stream_id > self._last_id:  # else its client would try again
+                self._last_id = failure.stream_id
+                self._refuse_long(failure.stream_id)
+            self.end(failure.code, failure.debug)
         except ConnectionFailure as failure:
             self.end(failure.code, failure.debug)
 
@@ -244,7 +279,7 @@ class Http2Connection:
         position, end = 0, len(data)
         if not self._begun:
             position = self._take_preface(data)
-        messages, taken, streams = 0, 0, self.streams
+        messages, taken, updates, streams, headers = 0, 0, 0, self.streams, self._headers
         while end - position >= _MESSAGE_BYTES:
             word, flags, stream_id, compressed, size = _unpack_message(data, position)
             stop = position + _MESSAGE_BYTES + size
@@ -255,7 +290,7 @@ class Http2Connection:
                 and stop <= end
                 and (stream := streams.get(stream_id)) is not None
                 and stream.plain
-                and self._block is None
+                and headers.partial is None
             ):
                 messages += 1
                 taken += size + PREFIX_BYTES
@@ -265,6 +300,10 @@ class Http2Connection:
                     self._replenish(stream)
                 position = stop
                 continue
+            if word == _WINDOW_UPDATE and self._widens(stream_id, compressed << 24 | size >> 8):
+                updates += 1
+                position += _WINDOW_UPDATE_BYTES
+                continue
             following = self._take_frame(data, position, end)
             if following == position:
                 break
@@ -273,16 +312,48 @@ class Http2Connection:
             while (following := self._take_frame(data, position, end)) != position:
                 position = following
         self._rest = data[position:]
-        self._finish_read(messages, taken)
+        self._finish_read(messages, taken, updates)
+
+    def _widens(self, stream_id: int, increment: int) -> bool:
+        """Takes a WINDOW_UPDATE of a stream; False: this is not the plain case of one.
+
+        Some clients send one for each message that they read.
+        """
+        stream = self.streams.get(stream_id)
+        if (
+            stream is None
+            or not 0 < increment <= LARGEST_WINDOW - stream.send_window
+            or stream.queued_bytes
+            or self._headers.partial is not None
+        ):
+            return False
+        stream.send_window += increment
+        return True
 
     def _take_preface(self, data: bytes) -> int:
         """Takes the first bytes; returns how many, 0: more have to come."""
         if len(data) < len(CLIENT_PREFACE) and CLIENT_PREFACE.startswith(data):
             return 0
         if not data.startswith(CLIENT_PREFACE):
-            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "this is a gRPC server: no HTTP/2")
+            if b" HTTP/1." in data:
+                self.send(HTTP_1_RESPONSE)
+                self.ended = True
+                return len(data)
+            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "this is not HTTP/2")
         self._begun = True
+        self._greet()
         return len(CLIENT_PREFACE)
+
+    def _greet(self) -> None:
+        """Says what this side allows."""
+        limits = self.limits
+        values = {
+            Setting.MAX_CONCURRENT_STREAMS: limits.concurrent_streams,
+            Setting.INITIAL_WINDOW_SIZE: limits.stream_window,
+            Setting.MAX_HEADER_LIST_SIZE: limits.header_list_bytes,
+        }
+        more = window_update(0, limits.connection_window - DEFAULT_WINDOW)
+        self.send(settings(values), more)
 
     def _take_frame(self, data: bytes, position: int, end: int) -> int:
         """Takes the frame at a position; returns the one after it, or the same: it is not whole.
@@ -290,7 +361,7 @@ class Http2Connection:
         Raises:
             ConnectionFailure.
         """
-        if end - position < HEADER_BYTES or not self._begun:
+        if end - position < HEADER_BYTES or not self._begun or self.ended:
             return position
         word, flags, stream_id = unpack_header(data, position)
         kind, length = word & 0xFF, int(word >> 8)
@@ -301,7 +372,7 @@ class Http2Connection:
             return position
         if not self._settled and kind != FrameType.SETTINGS:
             raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "the first frame is not SETTINGS")
-        if self._block is not None and kind != FrameType.CONTINUATION:
+        if self._headers.partial is not None and kind != FrameType.CONTINUATION:
             raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "a header block has not ended")
         self.received_frames += 1
         payload = data[position + HEADER_BYTES : stop]
@@ -316,16 +387,18 @@ class Http2Connection:
             self._fail_stream(stream_id, failure.code)
         return stop
 
-    def _finish_read(self, messages: int, taken: int) -> None:
-        """Counts the messages that were taken in the loop, and those that were sent since."""
+    def _finish_read(self, messages: int, taken: int, updates: int) -> None:
+        """Counts the frames that were taken in the loop, and the replies since the last read."""
         self._opened_now.clear()
-        earned = messages + self.sent_messages - self._paid_messages
+        earned = self.sent_messages - self._paid_messages
         if earned:
             self._paid_messages = self.sent_messages
             self.meter.earn(earned * Earning.MESSAGE)
+        self.received_frames += messages + updates
         if messages:
-            self.received_frames += messages
             self._take_from_window(taken)
+        if updates:
+            self.meter.charge(updates * Cost.FRAME)
 
     def _replenish(self, stream: Http2Stream) -> None:
         if stream.receive_window < 0:
@@ -344,14 +417,18 @@ class Http2Connection:
             self.send(window_update(0, used))
 
     def _fail_stream(self, stream_id: int, code: ErrorCode) -> None:
-        """Resets a stream for a fault of the client."""
+        """Resets a stream for a fault of the client, who pays for it (CVE-2025-8671)."""
         self.meter.charge(Cost.RESET)
         stream = self.streams.get(stream_id)
         if stream is None:
             self.send(rst_stream(stream_id, code))
+            self._note_early(stream_id)
         else:
             stream.reset(code)
-            stream.receiver.reset()
+
+    def _ignored(self, stream_id: int) -> bool:
+        """Whether frames of a stream that is not open may have crossed what this side sent."""
+        return stream_id in self._ended_early or stream_id > self._last_served
 
     def _check_begun(self, stream_id: int) -> None:
         """Refuses frames on streams that can't have begun.
@@ -373,8 +450,8 @@ class Http2Connection:
         if not data and not flags & Flag.END_STREAM:
             self.meter.charge(Cost.FRAME)
         stream = self.streams.get(stream_id)
-        if stream is None and stream_id in self._ended_early:
-            self.meter.charge(Cost.FRAME)  # it crossed the end of the stream
+        if stream is None and self._ignored(stream_id):
+            self.meter.charge(Cost.FRAME)
         elif stream is None or not stream.open_in:
             raise StreamFailure(ErrorCode.STREAM_CLOSED)
         else:
@@ -385,54 +462,34 @@ class Http2Connection:
     def _on_headers(self, flags: int, stream_id: int, payload: bytes) -> None:
         if not stream_id & 1:
             raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, f"HEADERS on stream {stream_id}")
-        block = without_padding(flags, payload)
-        looped = False
-        if block is not None and flags & Flag.PRIORITY:
-            looped = depends_on_itself(stream_id, block)
-            block = block[5:] if len(block) >= 5 else None
-        if block is None:
-            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "padding is longer than its frame")
-        self._block = _HeaderBlock(stream_id, bytearray(block), flags, looped=looped)
-        self._end_block(flags)
+        self._take_block(self._headers.headers(flags, stream_id, payload))
 
     def _on_continuation(self, flags: int, stream_id: int, payload: bytes) -> None:
-        block = self._block
-        if block is None or block.stream_id != stream_id:
-            raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "CONTINUATION without HEADERS")
-        block.data += payload
-        block.frames += 1
-        limits = self.limits
-        if len(block.data) > limits.header_block_bytes or block.frames > limits.header_frames:
-            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "a header block is too long")
-        self._end_block(flags)
+        self._take_block(self._headers.continuation(flags, stream_id, payload))
 
-    def _end_block(self, flags: int) -> None:
-        block = self._block
-        if block is None or not flags & Flag.END_HEADERS:
+    def _take_block(self, block: HeaderBlock | None) -> None:
+        """Takes a header block, if it is whole."""
+        if block is None:
             return
-        self._block = None
-        try:
-            headers = self._decoder.decode(bytes(block.data), raw=True)
-        except OversizedHeaderListError:
-            raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "headers are too long") from None
-        except (HPACKError, ValueError, IndexError):
-            raise ConnectionFailure(ErrorCode.COMPRESSION_ERROR) from None
-        fields = [(bytes(name), bytes(value)) for name, value in headers]
         if block.stream_id > self._last_id:
-            self._begin(block, fields)
+            self._begin(block)
         else:
-            self._take_trailers(block, fields)
+            self._take_trailers(block)
 
-    def _begin(self, block: _HeaderBlock, fields: list[tuple[bytes, bytes]]) -> None:
+    def _begin(self, block: HeaderBlock) -> None:
         stream_id = self._last_id = block.stream_id
-        if block.looped:
+        if block.depends_on_itself:
             raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
         if stream_id > self._last_served:
             self.meter.charge(Cost.RESET)  # it crossed the second GOAWAY, which refuses it
             return
         if len(self.streams) >= self.limits.concurrent_streams:
             raise StreamFailure(ErrorCode.REFUSED_STREAM)
-        request = check_request(fields)
+        if list_bytes(block.fields) > self.limits.header_list_bytes:
+            self.meter.charge(Cost.LONG_HEADERS)
+            self._refuse_long(stream_id)
+            return
+        request = check_request(block.fields)
         if block.end_stream and request.content_length:
             raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
         stream = Http2Stream(stream_id, self, self._peer_window, request.content_length)
@@ -442,9 +499,17 @@ class Http2Connection:
         if block.end_stream and stream.open_in:
             stream.end_receiving()
 
-    def _take_trailers(self, block: _HeaderBlock, fields: list[tuple[bytes, bytes]]) -> None:
+    def _refuse_long(self, stream_id: int) -> None:
+        """Answers a call whose headers are too long."""
+        block, self.block_prefix = self.block_prefix + HEADERS_TOO_LONG, b""
+        flags = Flag.END_HEADERS | Flag.END_STREAM
+        self.send(frame(FrameType.HEADERS, flags, stream_id, block))
+        self.send(rst_stream(stream_id, ErrorCode.NO_ERROR))
+        self._note_early(stream_id)
+
+    def _take_trailers(self, block: HeaderBlock) -> None:
         stream = self.streams.get(block.stream_id)
-        if stream is None and block.stream_id in self._ended_early:
+        if stream is None and self._ignored(block.stream_id):
             self.meter.charge(Cost.FRAME)
         elif stream is None:
             raise ConnectionFailure(ErrorCode.STREAM_CLOSED, "HEADERS on a stream that has ended")
@@ -452,8 +517,10 @@ class Http2Connection:
             raise StreamFailure(ErrorCode.STREAM_CLOSED)
         elif not block.end_stream:
             raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
+        elif list_bytes(block.fields) > self.limits.header_list_bytes:
+            raise StreamFailure(ErrorCode.ENHANCE_YOUR_CALM)
         else:
-            check_trailers(fields)
+            check_trailers(block.fields)
             stream.end_receiving()
 
     def _on_priority(self, _flags: int, stream_id: int, payload: bytes) -> None:
@@ -474,10 +541,13 @@ class Http2Connection:
         if stream is None:
             self.meter.charge(Cost.FRAME)
             return
-        abrupt = stream_id in self._opened_now
-        self.meter.charge(Cost.ABRUPT_RESET if abrupt else Cost.RESET)
-        stream.close(early=False)
-        stream.receiver.reset()
+        self.meter.charge(self._cost_of_reset(stream))
+        stream.close(early=False).reset()
+
+    def _cost_of_reset(self, stream: Http2Stream) -> Cost:
+        if stream.id in self._opened_now:
+            return Cost.ABRUPT_RESET
+        return Cost.FRAME if stream.answered else Cost.RESET
 
     def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
         self.meter.charge(Cost.FRAME)
@@ -489,6 +559,7 @@ class Http2Connection:
             return
         self._settled = True
         for name, value in read_settings(payload):
+            self.meter.charge(Cost.FRAME)
             self._set(name, value)
         self.send(SETTINGS_ACK)
 
@@ -496,10 +567,12 @@ class Http2Connection:
         if name == Setting.INITIAL_WINDOW_SIZE:
             if value > LARGEST_WINDOW:
                 raise ConnectionFailure(ErrorCode.FLOW_CONTROL_ERROR)
-            self.meter.charge(len(self.streams) // 64)
+            self.meter.charge(len(self.streams) // STREAMS_PER_CREDIT)
             for stream in self.streams.values():
                 self._widen(stream, value - self._peer_window)
             self._peer_window = value
+        elif name == Setting.HEADER_TABLE_SIZE and value < DEFAULT_TABLE_BYTES:
+            self.block_prefix = NO_TABLE
         elif name == Setting.MAX_FRAME_SIZE:
             if not DEFAULT_FRAME_BYTES <= value <= LARGEST_FRAME_BYTES:
                 raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR)
@@ -523,28 +596,13 @@ class Http2Connection:
         if len(payload) != 8:
             raise ConnectionFailure(ErrorCode.FRAME_SIZE_ERROR)
         if not flags & Flag.ACK:
-            self._count_ping()
+            self.meter.charge(Cost.FRAME)
+            self._pings.count(self._clock(), self.sent_messages + self.sent_others)
             self.send(ping(payload, ack=True))
-        elif payload == _DRAIN_PING and self.draining and self._last_served == LARGEST_WINDOW:
+        elif payload == _DRAIN_PING and self.draining:
             self.refuse_more()
         else:
             self.meter.charge(Cost.FRAME)
-
-    def _count_ping(self) -> None:
-        """Ends connections whose client pings too often between calls, as gRPC's servers do.
-
-        Source: gRPC's proposal A8, "Client-side keepalive", and its debug data.
-        """
-        self.meter.charge(Cost.FRAME)
-        now = self._clock()
-        idle = self.sent_messages == self._sent_at_last_ping
-        if idle and now - self._last_ping < self.limits.ping_interval_seconds:
-            self._strikes += 1
-            if self._strikes > self.limits.ping_strikes:
-                raise ConnectionFailure(ErrorCode.ENHANCE_YOUR_CALM, "too_many_pings")
-        elif not idle:
-            self._strikes = 0
-        self._last_ping, self._sent_at_last_ping = now, self.sent_messages
 
     def _on_goaway(self, _flags: int, stream_id: int, payload: bytes) -> None:
         """The client begins no more streams; those that are open are served."""
@@ -562,13 +620,11 @@ class Http2Connection:
         if stream_id:
             self._widen_stream(stream_id, increment)
             return
-        self.send_window += increment
+        self._withheld += increment  # `take_output` opens it
         if not increment:
             raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of 0")
-        if self.send_window > LARGEST_WINDOW:
+        if self.send_window + self._withheld > LARGEST_WINDOW:
             raise ConnectionFailure(ErrorCode.FLOW_CONTROL_ERROR)
-        if self._blocked:
-            self._pump()
 
     def _widen_stream(self, stream_id: int, increment: int) -> None:
         self._check_begun(stream_id)
@@ -596,28 +652,3 @@ class Http2Connection:
         FrameType.WINDOW_UPDATE: _on_window_update,
         FrameType.CONTINUATION: _on_continuation,
     }
-
-
-class _HeaderBlock:
-    """A header block that is being received.
-
-    Args:
-        stream_id: of the stream that it begins or ends.
-        data: the block, compressed.
-        flags: of HEADERS.
-        looped: its stream would depend on itself.
-    """
-
-    __slots__ = ("data", "end_stream", "frames", "looped", "stream_id")
-
-    def __init__(self, stream_id: int, data: bytearray, flags: int, *, looped: bool) -> None:
-        self.stream_id = stream_id
-        self.data = data
-        self.end_stream = bool(flags & Flag.END_STREAM)
-        self.looped = looped
-        self.frames = 1
-
-
-def depends_on_itself(stream_id: int, priority: bytes) -> bool:
-    """Whether the priority of a stream is malformed like that (RFC 7540, section 5.3.1)."""
-    return len(priority) >= 5 and read_number(priority[:4]) & STREAM_ID == stream_id

@@ -19,6 +19,18 @@ class ConnectionFailure(Exception):
         self.debug = debug
 
 
+class HeadersTooLong(ConnectionFailure):
+    """The headers of a call are so long that they are not decoded: the connection ends with it.
+
+    Args:
+        stream_id: of the call.
+    """
+
+    def __init__(self, stream_id: int) -> None:
+        super().__init__(ErrorCode.ENHANCE_YOUR_CALM, "headers are too long")
+        self.stream_id = stream_id
+
+
 class StreamFailure(Exception):
     """The other side broke the protocol on one stream: the stream ends with RST_STREAM."""
 

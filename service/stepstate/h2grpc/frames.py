@@ -6,6 +6,12 @@ from enum import IntEnum
 from struct import Struct
 
 CLIENT_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+HTTP_1_RESPONSE = (
+    b"HTTP/1.1 505 HTTP Version Not Supported\r\n"
+    b"connection: close\r\ncontent-type: text/plain\r\ncontent-length: 45\r\n\r\n"
+    b"this is a gRPC server: it takes HTTP/2 alone\n"
+)
+"""The answer to a client of HTTP/1.1."""
 HEADER_BYTES = 9
 """Of every frame, before its payload."""
 DEFAULT_WINDOW = 65_535

@@ -11,17 +11,29 @@ import binascii
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import quote
 
 from stepstate.h2grpc.errors import StreamFailure
 from stepstate.h2grpc.frames import ErrorCode
 
 Headers = Sequence[tuple[bytes, bytes]]
+
+
+class Metadatum(NamedTuple):
+    """One key and value of metadata, as grpcio names them."""
+
+    key: str
+    value: str | bytes
+    """Of a key that ends in "-bin": bytes; of another: str, in ASCII."""
+
+
 Metadata = tuple[tuple[str, str | bytes], ...]
-"""ASCII values as str, those of keys that end in "-bin" as bytes; the order is kept."""
+"""In the order of the headers; what a client sent, as `Metadatum`."""
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(rb"(?:[^\0\r\n \t](?:[^\0\r\n]*[^\0\r\n \t])?)?")
+_PRINTABLE_ASCII = re.compile(rb"[ -~]*")
 _PSEUDO = frozenset((b":method", b":scheme", b":path", b":authority"))
 _OF_THE_CONNECTION = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade")
@@ -106,6 +118,11 @@ def _content_length(fields: Headers) -> int | None:
     return int(value)
 
 
+def list_bytes(headers: Headers) -> int:
+    """The size of a header list, as limits count it (RFC 9113, section 6.5.2)."""
+    return sum(len(name) + len(value) + 32 for name, value in headers)
+
+
 def timeout_of(value: bytes) -> float | None:
     """Seconds of a `grpc-timeout`; None: it is not one."""
     match = _TIMEOUT.fullmatch(value)
@@ -118,15 +135,15 @@ def metadata_of(fields: Headers) -> Metadata:
     Raises:
         ValueError: a value of a "-bin" key is not base64, or another value not ASCII.
     """
-    found: list[tuple[str, str | bytes]] = []
+    found: list[Metadatum] = []
     for name, value in fields:
         if name in _NOT_METADATA or name in _RESERVED:
             continue
         key = name.decode("ascii")
         if name.endswith(b"-bin"):
-            found += [(key, _from_base64(part)) for part in value.split(b",")]
+            found += [Metadatum(key, _from_base64(part)) for part in value.split(b",")]
         else:
-            found.append((key, value.decode("ascii")))
+            found.append(Metadatum(key, value.decode("ascii")))
     return tuple(found)
 
 
@@ -142,17 +159,19 @@ def encode_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
     """Metadata as a part of a header block.
 
     Raises:
-        ValueError: a key or value can't be sent.
+        TypeError, ValueError: a key or value can't be sent.
     """
     return b"".join(_encode_entry(key, value) for key, value in metadata)
 
 
 def _encode_entry(key: str, value: str | bytes) -> bytes:
-    name = key.encode("ascii")
-    data = value.encode("ascii") if isinstance(value, str) else bytes(value)
-    if name.endswith(b"-bin"):
-        data = base64.b64encode(data).rstrip(b"=")
-    if name.startswith(b":") or not _NAME.fullmatch(name) or not _VALUE.fullmatch(data):
+    if not isinstance(key, str) or not isinstance(value, str | bytes):
+        raise TypeError(f"metadata is pairs of str and str or bytes, not {key!r}, {value!r}")
+    name = key.encode()
+    data = value.encode() if isinstance(value, str) else value
+    binary = name.endswith(b"-bin")
+    data = base64.b64encode(data).rstrip(b"=") if binary else data.strip()
+    if not _NAME.fullmatch(name) or not _PRINTABLE_ASCII.fullmatch(data):
         raise ValueError(f"metadata can't hold {key!r} with this value")
     return literal(name, data)
 
@@ -161,7 +180,8 @@ def encode_status(code: int, message: str = "") -> bytes:
     """The status of a call as the beginning of its trailers' header block."""
     block = literal(b"grpc-status", b"%d" % code)
     if message:
-        block += literal(b"grpc-message", quote(message, safe=_PRINTABLE).encode())
+        text = quote(message, safe=_PRINTABLE, errors="replace")
+        block += literal(b"grpc-message", text.encode())
     return block
 
 
@@ -182,9 +202,16 @@ def _length(size: int) -> bytes:
     return bytes(digits)
 
 
+DEFAULT_TABLE_BYTES = 4096
+"""Of the dynamic table that the other side keeps for what it is sent. Nothing is put into it."""
+NO_TABLE = b"\x20"
+"""Sets the size of that table to 0. The first header block must begin with it after the other side
+has allowed less than before (RFC 7541, section 4.2)."""
 STATUS_200 = b"\x88"
 """`:status: 200`, in HPACK's static table."""
 STATUS_405 = b"\x08\x03405"
 STATUS_415 = b"\x08\x03415"
 GRPC_HEADERS = STATUS_200 + literal(b"content-type", b"application/grpc")
 """What every gRPC response begins with."""
+HEADERS_TOO_LONG = GRPC_HEADERS + encode_status(8, "received metadata size exceeds the limit")
+"""RESOURCE_EXHAUSTED, to a call whose metadata are not taken."""

@@ -6,16 +6,20 @@ An `H2Server` is used like the server that `grpc.aio.server()` makes.
 from __future__ import annotations
 
 import asyncio
+import logging
+import random
 import socket
 import ssl
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
-from stepstate.h2grpc.call import Call, Handler
+from stepstate.h2grpc.call import Call
 from stepstate.h2grpc.connection import Http2Connection
+from stepstate.h2grpc.frames import ErrorCode
 from stepstate.h2grpc.headers import (
     GRPC_HEADERS,
     STATUS_405,
@@ -23,28 +27,35 @@ from stepstate.h2grpc.headers import (
     Metadata,
     Request,
     encode_status,
+    literal,
     timeout_of,
 )
+from stepstate.h2grpc.lifetime import ConnectionTimes, Lifetime
 from stepstate.h2grpc.limits import Http2Limits
-from stepstate.h2grpc.stream import Http2Stream, StreamReceiver
+from stepstate.h2grpc.listening import BACKLOG, listen
+from stepstate.h2grpc.memory import ConnectionMemory, UncountedMemory
+from stepstate.h2grpc.stream import Http2Stream, SilentReceiver, StreamReceiver
+from stepstate.h2grpc.tls import ALPN, INSECURE, auth_context_of
 
-READ_AHEAD = 2**18
-WRITE_BUFFER_BYTES = 2**18
-"""What a client may leave unread in the server's own buffer: beyond it, it is not read either."""
+if TYPE_CHECKING:
+    from stepstate.h2grpc.call import Handler
 
+log = logging.getLogger(__name__)
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ConnectionTimes:
-    """Seconds after which a connection is looked at, or ended."""
-
-    handshake: float = 20.0
-    """For TLS, and until a client shows that it speaks HTTP/2."""
-    keepalive: float = 60.0
-    """After so long without a frame the client is asked whether it is there."""
-    keepalive_answer: float = 20.0
-    """For its answer."""
-    stalled: float = 60.0
-    """A stream whose replies wait for a window so long without any progress is ended."""
+NOT_GRPC = b"this is a gRPC server\n"
+IDENTITY = b"identity"
+ENCODINGS = (IDENTITY, b"gzip", b"deflate")
+"""Of requests: how their messages may be compressed."""
+LOOKS_AT_ONCE = 200
+"""Connections that are looked at in one turn of the loop: half a millisecond."""
+WRITE_BUFFER_BYTES = 2**16
+"""What a client may leave unread in the server's own buffer: beyond it, it gets no more messages,
+and is not read either. The buffer may pass it by what one read and one write bring about."""
+UNREAD_BYTES = 2**20
+"""What is still read of a client after its connection has ended, and thrown away: with bytes that
+are not read the system resets the connection, and the client may not see why it ended."""
+IPV4_MAPPED = "::ffff:"
+"""What an address of IPv4 begins with on a socket of IPv6 (RFC 4291, section 2.5.5.2)."""
 
 
 class H2Server:
@@ -52,21 +63,30 @@ class H2Server:
 
     Args:
         interceptors: `grpc.aio.ServerInterceptor`s, the first is the outermost.
+        compressed_requests: whether requests may be compressed, by gzip or deflate.
         limits: what a connection may cost.
         times: when a connection is ended.
+        memory: makes the account of what a connection may keep; None: without a limit.
     """
 
     def __init__(
         self,
         interceptors: Sequence[grpc.aio.ServerInterceptor] = (),
         *,
+        compressed_requests: bool = True,
         limits: Http2Limits | None = None,
         times: ConnectionTimes | None = None,
+        memory: Callable[[], ConnectionMemory] | None = None,
     ) -> None:
+        self.compressed_requests = compressed_requests
         self.limits = limits or Http2Limits()
         self.times = times or ConnectionTimes()
+        self.memory = memory or UncountedMemory
         self.connections: set[_ServerProtocol] = set()
         self.tasks: set[asyncio.Task[None]] = set()
+        self.idle = asyncio.Event()
+        """There is no connection."""
+        self.idle.set()
         self._interceptors = tuple(interceptors)
         self._generic: list[grpc.GenericRpcHandler] = []
         self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
@@ -112,6 +132,9 @@ class H2Server:
     def add_insecure_port(self, address: str) -> int:
         """Listens at host:port without TLS; returns the port.
 
+        Args:
+            address: see `listen`.
+
         Raises:
             RuntimeError: it can't.
         """
@@ -120,26 +143,21 @@ class H2Server:
     def add_secure_port(self, address: str, context: ssl.SSLContext) -> int:
         """Listens at host:port with TLS; returns the port.
 
+        Args:
+            address: see `listen`.
+            context: of a server, with its certificate. It is told to negotiate HTTP/2.
+
         Raises:
             RuntimeError: it can't.
         """
-        context.set_alpn_protocols(["h2"])
+        context.set_alpn_protocols([ALPN])
         return self._listen(address, context)
 
     def _listen(self, address: str, context: ssl.SSLContext | None) -> int:
-        host, _, port = address.rpartition(":")
-        try:
-            family, kind, protocol, _, where = socket.getaddrinfo(
-                host.strip("[]"), int(port), type=socket.SOCK_STREAM
-            )[0]
-            listener = socket.socket(family, kind, protocol)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(where)
-        except OSError as error:
-            raise RuntimeError(f"can't listen at {address}: {error}") from error
-        self._sockets.append((listener, context))
-        found: int = listener.getsockname()[1]
-        return found
+        listeners = listen(address)
+        self._sockets += ((listener, context) for listener in listeners)
+        port: int = listeners[0].getsockname()[1]
+        return port
 
     async def start(self) -> None:
         """Begins to serve."""
@@ -151,20 +169,29 @@ class H2Server:
                     lambda: _ServerProtocol(self),
                     sock=listener,
                     ssl=context,
-                    backlog=1024,
+                    backlog=BACKLOG,
                     ssl_handshake_timeout=timeout,
                 )
             )
+        self._sockets.clear()
         self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self, grace: float | None) -> None:
-        """Accepts no more, and ends all calls that are not done after `grace` seconds."""
+        """Accepts no more, and ends what is not done after `grace` seconds.
+
+        Until then clients are served that don't know yet that they shall begin no more calls.
+        """
+        for unused, _ in self._sockets:
+            unused.close()
         for listener in self._listeners:
             listener.close()
         for connection in list(self.connections):
             connection.drain()
-        if grace and self.tasks:
-            await asyncio.wait(list(self.tasks), timeout=grace)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(grace or 0):
+                await self.idle.wait()
+                while self.tasks:
+                    await asyncio.wait(list(self.tasks))
         for connection in list(self.connections):
             connection.close()
         tasks = list(self.tasks)
@@ -189,8 +216,13 @@ class H2Server:
         while True:
             await asyncio.sleep(1.0)
             now = asyncio.get_running_loop().time()
-            for connection in list(self.connections):
-                connection.look(now)
+            for place, connection in enumerate(list(self.connections)):
+                if place % LOOKS_AT_ONCE == LOOKS_AT_ONCE - 1:
+                    await asyncio.sleep(0)
+                try:
+                    connection.look(now)
+                except Exception:
+                    log.exception("a connection was not looked at; the next look tries again")
 
 
 @dataclass(slots=True)
@@ -201,42 +233,29 @@ class _Details:
     invocation_metadata: Metadata
 
 
-class _Refusal:
-    """The `StreamReceiver` of a request that is answered without a call, once all of it has come.
+class _Refusal(SilentReceiver):
+    """The `StreamReceiver` of a request that is answered without a call.
 
     Args:
         stream: its stream.
         block: the header block of the answer.
+        body: what follows it, once all of the request has come; empty: the answer is sent at once.
     """
 
-    __slots__ = ("_block", "_stream")
+    __slots__ = ("_block", "_body", "_stream")
 
-    def __init__(self, stream: Http2Stream, block: bytes) -> None:
+    def __init__(self, stream: Http2Stream, block: bytes, body: bytes = b"") -> None:
         self._stream = stream
         self._block = block
+        self._body = body
         stream.discard()
-
-    def message(self, payload: bytes) -> None:
-        """See `StreamReceiver`."""
+        if not body:  # soon, when the stream has its receiver
+            asyncio.get_running_loop().call_soon(stream.finish, block)
 
     def half_closed(self) -> None:
         """See `StreamReceiver`."""
-        asyncio.get_running_loop().call_soon(self._answer)
-
-    def _answer(self) -> None:
-        self._stream.answer(self._block, b"this is a gRPC server\n")
-
-    def unreadable(self, reason: str, *, too_large: bool) -> None:
-        """See `StreamReceiver`."""
-
-    def reset(self) -> None:
-        """See `StreamReceiver`."""
-
-    def writable(self) -> None:
-        """See `StreamReceiver`."""
-
-    def finished(self) -> None:
-        """See `StreamReceiver`."""
+        if self._body:
+            asyncio.get_running_loop().call_soon(self._stream.answer, self._block, self._body)
 
 
 class _ServerProtocol(asyncio.Protocol):
@@ -244,13 +263,21 @@ class _ServerProtocol(asyncio.Protocol):
 
     def __init__(self, server: H2Server) -> None:
         self.peer = ""
+        self._auth_context = INSECURE
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._since = self._loop.time()
-        self._frames = -1
-        self._asked = False
-        self._http2 = Http2Connection(self, server.limits, self._loop.time)
+        self._memory = server.memory()
+        self._buffered = 0  # reserved for what is written and not read
+        self._http2 = Http2Connection(self, server.limits, self._loop.time, self._memory)
+        self._lifetime = Lifetime(
+            self._http2,
+            server.times,
+            self._loop.time(),
+            jitter=random.uniform(-1, 1),  # noqa: S311 - no secret
+        )
+        self._unread = UNREAD_BYTES
+        self._finishing = False
 
     # asyncio
 
@@ -263,38 +290,69 @@ class _ServerProtocol(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         stream.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._server.connections.add(self)
-        self._flush()
+        tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        if tls is not None:
+            self._auth_context = auth_context_of(tls)
+            if tls.selected_alpn_protocol() != ALPN:
+                self._http2.end(ErrorCode.PROTOCOL_ERROR, "TLS without h2 by ALPN: no HTTP/2")
+        self._server.idle.clear()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
+        if self._finishing:
+            self._unread -= len(data)
+            if self._unread < 0:
+                self._abort()
+            return
         self._http2.receive(data)
         self._flush()
 
     def connection_lost(self, _error: Exception | None) -> None:
         """See `asyncio.Protocol`."""
         self._server.connections.discard(self)
+        if not self._server.connections:
+            self._server.idle.set()
         self._transport = None
         self._http2.lose()
+        self._release_buffer()
+        self._memory.close()
 
     def pause_writing(self) -> None:
-        """A client that does not read is not read."""
-        if self._transport is not None:
-            self._transport.pause_reading()
+        """A client that does not read gets no more messages, and is not read."""
+        assert self._transport is not None, "it writes"
+        size = self._transport.get_write_buffer_size()
+        if not self._memory.reserve(size):
+            self._abort()
+            return
+        self._buffered = size
+        self._http2.hold()
+        self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         """It reads again."""
+        self._release_buffer()
         if self._transport is not None:
             self._transport.resume_reading()
+            self._http2.go_on()
+
+    def _release_buffer(self) -> None:
+        size, self._buffered = self._buffered, 0
+        if size:
+            self._memory.release(size)
 
     # The HTTP/2 state: see `Host`
 
     def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
         """See `Host`."""
         if request.method != b"POST":
-            return _Refusal(stream, STATUS_405)
+            return _Refusal(stream, STATUS_405, b"" if request.method == b"HEAD" else NOT_GRPC)
         if not _is_grpc(request.field(b"content-type")):
-            return _Refusal(stream, STATUS_415)
-        stream.gzip = request.field(b"grpc-encoding") == b"gzip"
+            return _Refusal(stream, STATUS_415, NOT_GRPC)
+        encoding = request.field(b"grpc-encoding", IDENTITY)
+        accepted = ENCODINGS if self._server.compressed_requests else (IDENTITY,)
+        if encoding not in accepted:
+            return _Refusal(stream, _unknown_encoding(encoding, accepted))
+        stream.inflates = encoding != IDENTITY
         timeout = request.field(b"grpc-timeout")
         seconds = timeout_of(timeout) if timeout else None
         if timeout and seconds is None:
@@ -307,20 +365,23 @@ class _ServerProtocol(asyncio.Protocol):
         """See `Host`."""
         self._loop.call_soon(self._flush)
 
-    def reserve(self, _stream: Http2Stream, _size: int) -> bool:
-        """See `Host`."""
-        return True
-
-    def release(self, _size: int) -> None:
-        """See `Host`."""
-
     def _flush(self) -> None:
-        output = self._http2.take_output()
-        if self._transport is not None:
-            if output:
-                self._transport.write(output)
-            if self._http2.ended:
-                self._transport.close()
+        output, transport = self._http2.take_output(), self._transport
+        if transport is None or self._finishing:
+            return
+        if output:
+            transport.write(output)
+        if self._http2.ended:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Writes what is left; the client closes the connection when it has read it."""
+        self._finishing = True
+        if self._transport is not None and self._transport.can_write_eof():
+            with suppress(OSError):  # the client is gone already
+                self._transport.write_eof()
+        elif self._transport is not None:
+            self._transport.close()
 
     # Its calls: see `CallHost`
 
@@ -335,7 +396,7 @@ class _ServerProtocol(asyncio.Protocol):
 
     def auth_context(self) -> Mapping[str, Iterable[bytes]]:
         """See `CallHost`."""
-        return {}
+        return self._auth_context
 
     # Its life
 
@@ -347,21 +408,16 @@ class _ServerProtocol(asyncio.Protocol):
         """Ends the connection, after what waits to be written."""
         self._http2.end()
         self._flush()
+        if self._transport is not None:
+            self._transport.close()
 
     def look(self, now: float) -> None:
-        """Asks the client whether it is there, or ends the connection if it is not."""
-        times, http2 = self._server.times, self._http2
-        if http2.received_frames != self._frames:
-            self._frames, self._since, self._asked = http2.received_frames, now, False
-        elif (not http2.begun and now - self._since > times.handshake) or (
-            self._asked and now - self._since > times.keepalive_answer
-        ):
+        """Does what time brings."""
+        unread = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        kept = self._lifetime.look(now, unread if self._http2.held else 0)
+        self._flush()
+        if not kept:
             self._abort()
-        elif not self._asked and now - self._since > times.keepalive:
-            self._asked, self._since = True, now
-            http2.check_alive()
-        if http2.draining and not http2.streams:
-            self.close()
 
     def _abort(self) -> None:
         if self._transport is not None:
@@ -378,10 +434,22 @@ def _is_grpc(content_type: bytes) -> bool:
     )
 
 
+def _unknown_encoding(encoding: bytes, accepted: tuple[bytes, ...]) -> bytes:
+    """What refuses compressed messages, with the codings that the client may use instead."""
+    state = "disabled" if encoding in ENCODINGS else "not known"
+    text = f"Compression algorithm '{encoding[:32].decode('latin-1')}' is {state}"
+    unimplemented: int = grpc.StatusCode.UNIMPLEMENTED.value[0]
+    return (
+        GRPC_HEADERS
+        + literal(b"grpc-accept-encoding", b",".join(accepted))
+        + encode_status(unimplemented, text)
+    )
+
+
 def _peer_of(name: Any) -> str:
     """A client's address as gRPC writes it."""
-    if isinstance(name, tuple) and len(name) == 2:
-        return f"ipv4:{name[0]}:{name[1]}"
+    if isinstance(name, tuple) and (len(name) == 2 or name[0].startswith(IPV4_MAPPED)):
+        return f"ipv4:{name[0].removeprefix(IPV4_MAPPED)}:{name[1]}"
     if isinstance(name, tuple):
         return f"ipv6:[{name[0]}]:{name[1]}"
     return f"unix:{name or ''}"

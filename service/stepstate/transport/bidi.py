@@ -112,6 +112,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._turn: asyncio.Future[None] | None = None  # of the request that waits for it
         self._paused = False
         self._stalled = False  # until there is memory
+        self._goes_on = False  # soon
         self._flushing = False
         self._ended = False  # the client has sent its last request
         self._draining = False
@@ -192,6 +193,10 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._ended = True
         self._end_if_answered()
 
+    def failed(self, error: Exception) -> None:
+        """See `MessageSink`."""
+        self._fail(error)
+
     def _take_in_turn(self, data: bytes) -> None:
         """Takes a request, now or when its peer may have it handled."""
         turn = self._shares.take(self._peer, cost_of(data))
@@ -212,17 +217,17 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
 
     def _take_bytes(self, data: bytes) -> None:
         try:
-            self._take_decoded(self._messages.decode(data))
+            request = self._messages.decode(data)
+            if isinstance(request, DecodeFailure):
+                self._reply(self._encode_failure(request.error))
+            else:
+                self._take(request)
+        except MemoryLimit as full:
+            self._stall(self._take_when_it_fits(request, full.size))
         except Exception as error:  # noqa: BLE001 (the call ends with it)
             self._fail(error)
-
-    def _take_decoded(self, request: Q | DecodeFailure) -> None:
-        if isinstance(request, DecodeFailure):
-            self._reply(self._encode_failure(request.error))
-        elif (missing := self._missing_bytes(request)) is not None:
-            self._stall(self._take_when_it_fits(request, missing))
-            return
-        self._count_taken()
+        else:
+            self._count_taken()
 
     def _count_taken(self) -> None:
         self._unanswered += 1
@@ -241,14 +246,6 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             or self._held_bytes > MAX_BYTES
         )
 
-    def _missing_bytes(self, request: Q) -> int | None:
-        """Takes a request; the bytes that there has to be room for, if it can't be taken now."""
-        try:
-            self._take(request)
-        except MemoryLimit as full:
-            return full.size
-        return None
-
     def _pause(self) -> None:
         if not self._paused:
             self._paused = True
@@ -261,19 +258,34 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._start(self._go_on_after(until))
 
     async def _go_on_after(self, until: Coroutine[Any, Any, None]) -> None:
-        await until
-        self._stalled = False
-        self._go_on()
+        try:
+            await until
+        except Exception as error:  # noqa: BLE001 (the call ends with it)
+            self._fail(error)
+        else:
+            self._stalled = False
+            self._go_on()
 
-    async def _take_when_it_fits(self, request: Q, missing: int | None) -> None:
-        while missing is not None:
+    async def _take_when_it_fits(self, request: Q, missing: int) -> None:
+        while missing:
             await self._memory.wait_for(missing)
-            missing = self._missing_bytes(request)
+            try:
+                self._take(request)
+                missing = 0
+            except MemoryLimit as full:
+                missing = full.size
         self._unanswered += 1
+
+    def _go_on_soon(self) -> None:
+        """Takes requests again, once what is being done is done: it may deliver others first."""
+        if not self._goes_on:
+            self._goes_on = True
+            asyncio.get_running_loop().call_soon(self._go_on)
 
     def _go_on(self) -> None:
         """Takes requests again, if it was paused and need not be."""
-        if not self._paused or self._stalled or self._draining or self._is_full():
+        self._goes_on = False
+        if self.cancelled or not self._paused or self._stalled or self._draining or self._is_full():
             return
         self._paused = False
         while self._inbox and not self._paused:
@@ -406,7 +418,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._memory.release(use, size)
         self._held_bytes -= size
         if self._paused:
-            self._go_on()
+            self._go_on_soon()
 
     def _submit(self, step: Step) -> None:
         """Submits a step whose `reply_to` leads here.

@@ -48,14 +48,20 @@ class _Echo:
 
     def received(self, payload: bytes) -> None:
         """See `MessageSink`."""
-        self._call.send(_reply_to(payload))
+        if not self._call.send(_reply_to(payload)):
+            self._call.pause()  # what its window allows still comes, 64 KiB
 
     def half_closed(self) -> None:
         """See `MessageSink`."""
         self.ended.set_result(None)
 
+    def failed(self, error: Exception) -> None:
+        """See `MessageSink`."""
+        self.ended.set_exception(error)
+
     def writable(self) -> None:
         """See `MessageSink`."""
+        self._call.resume()
 
 
 async def _attached_steps(_requests: object, call: Call) -> None:

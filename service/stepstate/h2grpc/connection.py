@@ -200,7 +200,6 @@ class Http2Connection:
         """
         for stream in self._waiting.stalled(now, seconds):
             stream.reset(ErrorCode.ENHANCE_YOUR_CALM)
-            stream.receiver.reset()
 
     def forget(self, stream: Http2Stream, *, early: bool) -> None:
         """See `Sender`."""
@@ -257,8 +256,7 @@ class Http2Connection:
         """The connection is gone: ends all streams."""
         self.ended = True
         for stream in list(self.streams.values()):
-            stream.close(early=False)
-            stream.receiver.reset()
+            stream.close(early=False).reset()
 
     # Input
 
@@ -427,7 +425,6 @@ class Http2Connection:
             self._note_early(stream_id)
         else:
             stream.reset(code)
-            stream.receiver.reset()
 
     def _ignored(self, stream_id: int) -> bool:
         """Whether frames of a stream that is not open may have crossed what this side sent."""
@@ -545,8 +542,7 @@ class Http2Connection:
             self.meter.charge(Cost.FRAME)
             return
         self.meter.charge(self._cost_of_reset(stream))
-        stream.close(early=False)
-        stream.receiver.reset()
+        stream.close(early=False).reset()
 
     def _cost_of_reset(self, stream: Http2Stream) -> Cost:
         if stream.id in self._opened_now:

@@ -13,11 +13,11 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
-from stepstate.h2grpc.call import Call, Handler
+from stepstate.h2grpc.call import Call
 from stepstate.h2grpc.connection import Http2Connection
 from stepstate.h2grpc.frames import ErrorCode
 from stepstate.h2grpc.headers import (
@@ -34,8 +34,11 @@ from stepstate.h2grpc.lifetime import ConnectionTimes, Lifetime
 from stepstate.h2grpc.limits import Http2Limits
 from stepstate.h2grpc.listening import BACKLOG, listen
 from stepstate.h2grpc.memory import ConnectionMemory, UncountedMemory
-from stepstate.h2grpc.stream import Http2Stream, StreamReceiver
+from stepstate.h2grpc.stream import Http2Stream, SilentReceiver, StreamReceiver
 from stepstate.h2grpc.tls import ALPN, INSECURE, auth_context_of
+
+if TYPE_CHECKING:
+    from stepstate.h2grpc.call import Handler
 
 log = logging.getLogger(__name__)
 
@@ -230,7 +233,7 @@ class _Details:
     invocation_metadata: Metadata
 
 
-class _Refusal:
+class _Refusal(SilentReceiver):
     """The `StreamReceiver` of a request that is answered without a call.
 
     Args:
@@ -249,28 +252,10 @@ class _Refusal:
         if not body:  # soon, when the stream has its receiver
             asyncio.get_running_loop().call_soon(stream.finish, block)
 
-    def message(self, payload: bytes) -> None:
-        """See `StreamReceiver`."""
-
     def half_closed(self) -> None:
         """See `StreamReceiver`."""
         if self._body:
             asyncio.get_running_loop().call_soon(self._stream.answer, self._block, self._body)
-
-    def unreadable(self, reason: str, *, too_large: bool) -> None:
-        """See `StreamReceiver`."""
-
-    def refused(self, error: Exception) -> None:
-        """See `StreamReceiver`."""
-
-    def reset(self) -> None:
-        """See `StreamReceiver`."""
-
-    def writable(self) -> None:
-        """See `StreamReceiver`."""
-
-    def finished(self) -> None:
-        """See `StreamReceiver`."""
 
 
 class _ServerProtocol(asyncio.Protocol):
@@ -393,7 +378,8 @@ class _ServerProtocol(asyncio.Protocol):
         """Writes what is left; the client closes the connection when it has read it."""
         self._finishing = True
         if self._transport is not None and self._transport.can_write_eof():
-            self._transport.write_eof()
+            with suppress(OSError):  # the client is gone already
+                self._transport.write_eof()
         elif self._transport is not None:
             self._transport.close()
 

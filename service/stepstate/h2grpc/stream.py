@@ -78,6 +78,36 @@ class StreamReceiver(Protocol):
         ...
 
 
+class SilentReceiver:
+    """A `StreamReceiver` that does nothing."""
+
+    __slots__ = ()
+
+    def message(self, payload: bytes) -> None:
+        """See `StreamReceiver`."""
+
+    def half_closed(self) -> None:
+        """See `StreamReceiver`."""
+
+    def unreadable(self, reason: str, *, too_large: bool) -> None:
+        """See `StreamReceiver`."""
+
+    def refused(self, error: Exception) -> None:
+        """See `StreamReceiver`."""
+
+    def reset(self) -> None:
+        """See `StreamReceiver`."""
+
+    def writable(self) -> None:
+        """See `StreamReceiver`."""
+
+    def finished(self) -> None:
+        """See `StreamReceiver`."""
+
+
+_SILENT = SilentReceiver()
+
+
 class Sender(Protocol):
     """The connection, as its streams see it."""
 
@@ -234,10 +264,10 @@ class Http2Stream:
                 self._end()
 
     def reset(self, code: ErrorCode) -> None:
-        """Ends the stream at once."""
+        """Ends the stream at once, and tells its receiver."""
         if self.open_in or self.open_out:
             self._sender.send(rst_stream(self.id, code))
-            self.close(early=True)
+            self.close(early=True).reset()
 
     def drop_queue(self) -> None:
         """Forgets what waits, a status too; a message that was begun goes with its stream."""
@@ -283,8 +313,7 @@ class Http2Stream:
         early = self.open_in
         if early:  # the other side need not send the rest (RFC 9113, section 8.1)
             self._sender.send(rst_stream(self.id, ErrorCode.NO_ERROR))
-        self.close(early=early)
-        self.receiver.finished()
+        self.close(early=early).finished()
 
     def _send_block(self, block: bytes, flags: int) -> None:
         """Sends a header block in as many frames as it takes."""
@@ -369,8 +398,11 @@ class Http2Stream:
             self.plain = self.open_in and self._content_left is None
         self.replenish()
 
-    def close(self, *, early: bool) -> None:
-        """Forgets the stream; the receiver is not told."""
+    def close(self, *, early: bool) -> StreamReceiver:
+        """Forgets the stream, and its receiver, which it returns: nobody has told it yet.
+
+        The receiver has the stream: they must be no reference cycle after the end.
+        """
         self.open_in = self.open_out = self.plain = False
         self.send_window = -LARGEST_WINDOW
         self._queue.clear()
@@ -378,6 +410,8 @@ class Http2Stream:
         self._drop_partial()
         self._release_kept()
         self._sender.forget(self, early=early)
+        receiver, self.receiver = self.receiver, _SILENT
+        return receiver
 
     def _cut(self, data: bytes) -> None:
         """Hands over the messages that are whole, and keeps the rest."""

@@ -33,16 +33,18 @@ class Authority:
         """Its own certificate."""
         return self._own.file
 
-    def issue(self, name: str, alternative_names: str) -> Certificate:
+    def issue(self, name: str, alternative_names: str = "") -> Certificate:
         """Makes a certificate with this common name.
 
         Args:
             name: the common name, and the name of its files.
             alternative_names: as openssl takes them, such as "DNS:localhost,IP:127.0.0.1".
         """
-        signed = ["-CA", str(self.file), "-CAkey", str(self._own.key)]
-        signed += ["-addext", f"subjectAltName={alternative_names}"]
-        return self._make(name, *signed, "-addext", "basicConstraints=CA:FALSE")
+        options = ["-CA", str(self.file), "-CAkey", str(self._own.key)]
+        options += ["-addext", "basicConstraints=CA:FALSE"]
+        if alternative_names:
+            options += ["-addext", f"subjectAltName={alternative_names}"]
+        return self._make(name, *options)
 
     def _make(self, name: str, *options: str) -> Certificate:
         made = Certificate(self._folder / f"{name}.pem", self._folder / f"{name}.key")

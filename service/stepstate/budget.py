@@ -75,8 +75,8 @@ class MemoryBudget:
         """Bytes reserved now."""
         self.by_use: dict[str, int] = dict.fromkeys(MemoryUse, 0)
         """Bytes reserved now, by what they are for."""
-        self.waiting: dict[MemoryAccount, None] = {}
-        """The accounts that somebody waits for."""
+        self.waiting: dict[MemoryAccount, deque[tuple[int, asyncio.Future[None]]]] = {}
+        """The accounts that somebody waits for, with who, and for how many bytes."""
         self._wake_scheduled = False
 
     def schedule_wake(self) -> None:
@@ -99,11 +99,10 @@ class MemoryAccount:
         budget: of the server.
     """
 
-    __slots__ = ("_budget", "_waiting", "held")
+    __slots__ = ("_budget", "held")
 
     def __init__(self, budget: MemoryBudget) -> None:
         self._budget = budget
-        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
         self.held = 0
         """Bytes reserved now."""
 
@@ -151,21 +150,20 @@ class MemoryAccount:
         """
         while not self.fits(size):
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._waiting.append((size, future))
-            self._budget.waiting[self] = None
+            self._budget.waiting.setdefault(self, deque()).append((size, future))
             await future
 
     def wake(self) -> bool:
         """Lets those go on whose bytes fit now; returns whether nobody waits any more."""
-        promised = 0
-        while self._waiting:
-            size, future = self._waiting[0]
+        promised, waiting = 0, self._budget.waiting[self]
+        while waiting:
+            size, future = waiting[0]
             if not future.done():
                 if not self.fits(2 * promised + size):
                     return False
                 promised += size
                 future.set_result(None)
-            self._waiting.popleft()
+            waiting.popleft()
         return True
 
 

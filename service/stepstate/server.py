@@ -42,6 +42,7 @@ from stepstate.transport import (
     CallAdmission,
     PeerTable,
     Receiver,
+    ReceivingMemory,
     RpcInterceptor,
     SnapshotKeys,
     StepstateServicer,
@@ -155,7 +156,7 @@ class Server:
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
-        self._grpc = _transport(config, interceptor)
+        self._grpc = _transport(config, interceptor, receiver.budget)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
@@ -415,13 +416,16 @@ async def _store(config: ServerConfig) -> SessionStore:
     )
 
 
-def _transport(config: ServerConfig, interceptor: RpcInterceptor) -> Any:
+def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiving: MemoryBudget) -> Any:
     """The gRPC server that was chosen: both take the same servicers."""
     if config.transport == "grpcio":
         return grpc.aio.server(interceptors=[interceptor], options=_channel_options(config))
     limits = Http2Limits(concurrent_streams=config.max_concurrent_streams)
     return H2Server(
-        [interceptor], compressed_requests=config.allow_compressed_requests, limits=limits
+        [interceptor],
+        compressed_requests=config.allow_compressed_requests,
+        limits=limits,
+        memory=lambda: ReceivingMemory(receiving),
     )
 
 

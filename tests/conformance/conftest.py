@@ -1,11 +1,18 @@
-"""Fixtures: the programs of the suites."""
+"""Fixtures: the programs of the suites. Tests run on the event loop of `stepstate serve`."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import shutil
+from collections.abc import Callable, Mapping
 
 import pytest
+import uvloop
+
+
+def pytest_asyncio_loop_factories() -> Mapping[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"uvloop": uvloop.new_event_loop}
 
 
 def find(name: str, variable: str) -> str:

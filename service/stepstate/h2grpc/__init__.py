@@ -3,8 +3,8 @@
 It takes what `grpc.aio.server()` takes: the same servicers, handlers and interceptors. It knows
 nothing of Stepstate.
 
-`frames`, `headers`, `limits`, `stream` and `connection` are the protocol, tested without sockets;
-`call` serves one RPC, and `server` is the shell of sockets, tasks and timers.
+`frames`, `headers`, `limits`, `memory`, `stream` and `connection` are the protocol, tested without
+sockets; `call` serves one RPC, and `server` is the shell of sockets, tasks and timers.
 """
 
 from stepstate.h2grpc.call import Call, MessageSink

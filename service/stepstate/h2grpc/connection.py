@@ -54,11 +54,14 @@ from stepstate.h2grpc.headers import (
     list_bytes,
 )
 from stepstate.h2grpc.limits import TOO_MUCH_WORK, Cost, Earning, Http2Limits, PingMeter, WorkMeter
+from stepstate.h2grpc.memory import ConnectionMemory, PartialMessages
 from stepstate.h2grpc.stream import PREFIX_BYTES, Http2Stream, StreamReceiver
 from stepstate.h2grpc.waiting import WaitingStreams
 
 _MESSAGE_BYTES = HEADER_BYTES + PREFIX_BYTES
 _unpack_message = Struct(">IBIBI").unpack_from  # a frame's header, and a message's prefix
+OUTPUT_BYTES = 2**16
+"""Of messages that are put out between two writes: the rest waits until the socket takes these."""
 _WINDOW_UPDATE = 4 << 8 | FrameType.WINDOW_UPDATE  # the first word of such a frame
 _WINDOW_UPDATE_BYTES = HEADER_BYTES + 4
 STREAMS_PER_CREDIT = 8
@@ -78,14 +81,6 @@ class Host(Protocol):
         """There is output, and `receive` is not at work."""
         ...
 
-    def reserve(self, stream: Http2Stream, size: int) -> bool:
-        """Reserves memory for a message; False: it calls `Http2Stream.resume` to try again."""
-        ...
-
-    def release(self, size: int) -> None:
-        """Releases the memory of a message."""
-        ...
-
 
 _FrameHandler = Callable[["Http2Connection", int, int, bytes], None]
 
@@ -96,15 +91,27 @@ class Http2Connection:
     Args:
         host: owns it.
         limits: what it may cost.
-        clock: seconds, for the rule about pings.
+        clock: seconds, for the rule about pings and for messages that come slowly.
+        memory: what it may keep.
     """
 
-    def __init__(self, host: Host, limits: Http2Limits, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        host: Host,
+        limits: Http2Limits,
+        clock: Callable[[], float],
+        memory: ConnectionMemory,
+    ) -> None:
         self.limits = limits
         self.meter = WorkMeter()
+        self.memory = memory
+        self.partial = PartialMessages(memory, clock)
         self.streams: dict[int, Http2Stream] = {}
         """The streams that have not ended."""
         self.send_window = DEFAULT_WINDOW
+        self._withheld = 0  # of the client's window: the socket has no room for it
+        self.held = False
+        """The client does not read: no messages are sent."""
         self.peer_frame_bytes = DEFAULT_FRAME_BYTES
         self.sent_messages = 0
         self.sent_others = 0
@@ -149,7 +156,10 @@ class Http2Connection:
             self._host.write_soon()
 
     def take_output(self) -> bytes:
-        """What is to be written now."""
+        """What is to be written now; the host is told if there is more to write after it."""
+        if self._withheld and not self.held:
+            self._writing = True
+            self._open_window()
         if self.meter.credit < 0 and not self.ended:  # it was used up while something was sent
             self.end(ErrorCode.ENHANCE_YOUR_CALM, TOO_MUCH_WORK)
         self._writing = False
@@ -157,7 +167,27 @@ class Http2Connection:
             return b""
         output = b"".join(self._output)
         self._output.clear()
+        if self._withheld and not self.held and self._waiting.ready:
+            self._writing = True
+            self._host.write_soon()
         return output
+
+    def hold(self) -> None:
+        """Sends no more messages: the client does not read what is written already."""
+        self.held = True
+        self._withheld += self.send_window
+        self.send_window = 0
+
+    def go_on(self) -> None:
+        """Sends messages again."""
+        self.held = False
+        self._open_window()
+
+    def _open_window(self) -> None:
+        window = self.send_window + self._withheld
+        self.send_window = min(window, OUTPUT_BYTES)
+        self._withheld = window - self.send_window
+        self._waiting.pump()
 
     def block(self, stream: Http2Stream) -> None:
         """See `Sender`."""
@@ -170,7 +200,6 @@ class Http2Connection:
         """
         for stream in self._waiting.stalled(now, seconds):
             stream.reset(ErrorCode.ENHANCE_YOUR_CALM)
-            stream.receiver.reset()
 
     def forget(self, stream: Http2Stream, *, early: bool) -> None:
         """See `Sender`."""
@@ -185,14 +214,6 @@ class Http2Connection:
         self._ended_early[stream_id] = None
         if len(self._ended_early) > self.limits.concurrent_streams:
             self._ended_early.popitem(last=False)
-
-    def reserve(self, stream: Http2Stream, size: int) -> bool:
-        """See `Sender`."""
-        return self._host.reserve(stream, size)
-
-    def release(self, size: int) -> None:
-        """See `Sender`."""
-        self._host.release(size)
 
     # The end
 
@@ -235,8 +256,7 @@ class Http2Connection:
         """The connection is gone: ends all streams."""
         self.ended = True
         for stream in list(self.streams.values()):
-            stream.close(early=False)
-            stream.receiver.reset()
+            stream.close(early=False).reset()
 
     # Input
 
@@ -368,9 +388,9 @@ class Http2Connection:
         return stop
 
     def _finish_read(self, messages: int, taken: int, updates: int) -> None:
-        """Counts the frames that were taken in the loop, and the messages that were sent since."""
+        """Counts the frames that were taken in the loop, and the replies since the last read."""
         self._opened_now.clear()
-        earned = messages + self.sent_messages - self._paid_messages
+        earned = self.sent_messages - self._paid_messages
         if earned:
             self._paid_messages = self.sent_messages
             self.meter.earn(earned * Earning.MESSAGE)
@@ -405,7 +425,6 @@ class Http2Connection:
             self._note_early(stream_id)
         else:
             stream.reset(code)
-            stream.receiver.reset()
 
     def _ignored(self, stream_id: int) -> bool:
         """Whether frames of a stream that is not open may have crossed what this side sent."""
@@ -522,10 +541,13 @@ class Http2Connection:
         if stream is None:
             self.meter.charge(Cost.FRAME)
             return
-        abrupt = stream_id in self._opened_now
-        self.meter.charge(Cost.ABRUPT_RESET if abrupt else Cost.RESET)
-        stream.close(early=False)
-        stream.receiver.reset()
+        self.meter.charge(self._cost_of_reset(stream))
+        stream.close(early=False).reset()
+
+    def _cost_of_reset(self, stream: Http2Stream) -> Cost:
+        if stream.id in self._opened_now:
+            return Cost.ABRUPT_RESET
+        return Cost.FRAME if stream.answered else Cost.RESET
 
     def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
         self.meter.charge(Cost.FRAME)
@@ -598,12 +620,11 @@ class Http2Connection:
         if stream_id:
             self._widen_stream(stream_id, increment)
             return
-        self.send_window += increment
+        self._withheld += increment  # `take_output` opens it
         if not increment:
             raise ConnectionFailure(ErrorCode.PROTOCOL_ERROR, "WINDOW_UPDATE of 0")
-        if self.send_window > LARGEST_WINDOW:
+        if self.send_window + self._withheld > LARGEST_WINDOW:
             raise ConnectionFailure(ErrorCode.FLOW_CONTROL_ERROR)
-        self._waiting.pump()
 
     def _widen_stream(self, stream_id: int, increment: int) -> None:
         self._check_begun(stream_id)

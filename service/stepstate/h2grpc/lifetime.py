@@ -25,7 +25,8 @@ class ConnectionTimes:
     keepalive_answer: float = 20.0
     """For its answer."""
     stalled: float = 60.0
-    """A stream whose replies wait for a window so long without progress is ended."""
+    """A stream whose replies wait for a window so long without progress is ended, and so is a
+    connection whose client reads nothing."""
     drain_answer: float = 5.0
     """For the answer to the ping between the two GOAWAYs of a graceful end."""
     last_output: float = 5.0
@@ -56,6 +57,8 @@ class Lifetime:
         "_old_at",
         "_quiet_since",
         "_times",
+        "_unread",
+        "_unread_since",
     )
 
     def __init__(
@@ -66,12 +69,22 @@ class Lifetime:
         self._frames = 0
         self._quiet_since = now
         self._asked = False
+        self._unread = 0
+        self._unread_since = now
         self._draining_since: float | None = None
         self._ended_since: float | None = None
         self._old_at = now + times.age * (1 + AGE_JITTER * jitter) if times.age else float("inf")
 
-    def look(self, now: float) -> bool:
-        """Does what is due; returns whether the connection is kept. If not, it is to be aborted."""
+    def look(self, now: float, unread: int = 0) -> bool:
+        """Does what is due.
+
+        Args:
+            now: seconds.
+            unread: bytes that the client leaves in the server's buffer; meanwhile it is not read.
+
+        Returns:
+            Whether the connection is kept. If not, it is to be aborted.
+        """
         if self._http2.ended:
             if self._ended_since is None:
                 self._ended_since = now
@@ -79,7 +92,18 @@ class Lifetime:
         self._grow_old(now)
         self._go_on_draining(now)
         self._http2.end_stalled(now, self._times.stalled)
+        self._http2.partial.end_slow()
+        if unread:
+            return self._reads(now, unread)
+        self._unread = 0
         return self._is_alive(now)
+
+    def _reads(self, now: float, unread: int) -> bool:
+        """Whether the client reads. That it sends nothing is no wonder meanwhile."""
+        if not self._unread or unread < self._unread:
+            self._unread, self._unread_since = unread, now
+        self._quiet_since, self._asked = now, False
+        return now - self._unread_since <= self._times.stalled
 
     def _is_alive(self, now: float) -> bool:
         """Whether the client may still be there; asks it after a time without a frame."""

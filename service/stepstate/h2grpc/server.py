@@ -10,15 +10,16 @@ import logging
 import random
 import socket
 import ssl
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
-from stepstate.h2grpc.call import Call, Handler
+from stepstate.h2grpc.call import Call
 from stepstate.h2grpc.connection import Http2Connection
+from stepstate.h2grpc.frames import ErrorCode
 from stepstate.h2grpc.headers import (
     GRPC_HEADERS,
     STATUS_405,
@@ -31,21 +32,30 @@ from stepstate.h2grpc.headers import (
 )
 from stepstate.h2grpc.lifetime import ConnectionTimes, Lifetime
 from stepstate.h2grpc.limits import Http2Limits
-from stepstate.h2grpc.stream import Http2Stream, StreamReceiver
+from stepstate.h2grpc.listening import BACKLOG, listen
+from stepstate.h2grpc.memory import ConnectionMemory, UncountedMemory
+from stepstate.h2grpc.stream import Http2Stream, SilentReceiver, StreamReceiver
+from stepstate.h2grpc.tls import ALPN, INSECURE, auth_context_of
+
+if TYPE_CHECKING:
+    from stepstate.h2grpc.call import Handler
 
 log = logging.getLogger(__name__)
 
+NOT_GRPC = b"this is a gRPC server\n"
 IDENTITY = b"identity"
 ENCODINGS = (IDENTITY, b"gzip", b"deflate")
 """Of requests: how their messages may be compressed."""
-READ_AHEAD = 2**18
 LOOKS_AT_ONCE = 200
 """Connections that are looked at in one turn of the loop: half a millisecond."""
-WRITE_BUFFER_BYTES = 2**18
-"""What a client may leave unread in the server's own buffer: beyond it, it is not read either."""
+WRITE_BUFFER_BYTES = 2**16
+"""What a client may leave unread in the server's own buffer: beyond it, it gets no more messages,
+and is not read either. The buffer may pass it by what one read and one write bring about."""
 UNREAD_BYTES = 2**20
 """What is still read of a client after its connection has ended, and thrown away: with bytes that
 are not read the system resets the connection, and the client may not see why it ended."""
+IPV4_MAPPED = "::ffff:"
+"""What an address of IPv4 begins with on a socket of IPv6 (RFC 4291, section 2.5.5.2)."""
 
 
 class H2Server:
@@ -56,6 +66,7 @@ class H2Server:
         compressed_requests: whether requests may be compressed, by gzip or deflate.
         limits: what a connection may cost.
         times: when a connection is ended.
+        memory: makes the account of what a connection may keep; None: without a limit.
     """
 
     def __init__(
@@ -65,10 +76,12 @@ class H2Server:
         compressed_requests: bool = True,
         limits: Http2Limits | None = None,
         times: ConnectionTimes | None = None,
+        memory: Callable[[], ConnectionMemory] | None = None,
     ) -> None:
         self.compressed_requests = compressed_requests
         self.limits = limits or Http2Limits()
         self.times = times or ConnectionTimes()
+        self.memory = memory or UncountedMemory
         self.connections: set[_ServerProtocol] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self.idle = asyncio.Event()
@@ -119,6 +132,9 @@ class H2Server:
     def add_insecure_port(self, address: str) -> int:
         """Listens at host:port without TLS; returns the port.
 
+        Args:
+            address: see `listen`.
+
         Raises:
             RuntimeError: it can't.
         """
@@ -127,26 +143,21 @@ class H2Server:
     def add_secure_port(self, address: str, context: ssl.SSLContext) -> int:
         """Listens at host:port with TLS; returns the port.
 
+        Args:
+            address: see `listen`.
+            context: of a server, with its certificate. It is told to negotiate HTTP/2.
+
         Raises:
             RuntimeError: it can't.
         """
-        context.set_alpn_protocols(["h2"])
+        context.set_alpn_protocols([ALPN])
         return self._listen(address, context)
 
     def _listen(self, address: str, context: ssl.SSLContext | None) -> int:
-        host, _, port = address.rpartition(":")
-        try:
-            family, kind, protocol, _, where = socket.getaddrinfo(
-                host.strip("[]"), int(port), type=socket.SOCK_STREAM
-            )[0]
-            listener = socket.socket(family, kind, protocol)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(where)
-        except OSError as error:
-            raise RuntimeError(f"can't listen at {address}: {error}") from error
-        self._sockets.append((listener, context))
-        found: int = listener.getsockname()[1]
-        return found
+        listeners = listen(address)
+        self._sockets += ((listener, context) for listener in listeners)
+        port: int = listeners[0].getsockname()[1]
+        return port
 
     async def start(self) -> None:
         """Begins to serve."""
@@ -158,10 +169,11 @@ class H2Server:
                     lambda: _ServerProtocol(self),
                     sock=listener,
                     ssl=context,
-                    backlog=1024,
+                    backlog=BACKLOG,
                     ssl_handshake_timeout=timeout,
                 )
             )
+        self._sockets.clear()
         self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self, grace: float | None) -> None:
@@ -169,6 +181,8 @@ class H2Server:
 
         Until then clients are served that don't know yet that they shall begin no more calls.
         """
+        for unused, _ in self._sockets:
+            unused.close()
         for listener in self._listeners:
             listener.close()
         for connection in list(self.connections):
@@ -219,47 +233,29 @@ class _Details:
     invocation_metadata: Metadata
 
 
-class _Refusal:
+class _Refusal(SilentReceiver):
     """The `StreamReceiver` of a request that is answered without a call.
 
     Args:
         stream: its stream.
         block: the header block of the answer.
-        is_grpc: it is a status; else a response of HTTP, once all of the request has come.
+        body: what follows it, once all of the request has come; empty: the answer is sent at once.
     """
 
-    __slots__ = ("_block", "_is_grpc", "_stream")
+    __slots__ = ("_block", "_body", "_stream")
 
-    def __init__(self, stream: Http2Stream, block: bytes, *, is_grpc: bool) -> None:
+    def __init__(self, stream: Http2Stream, block: bytes, body: bytes = b"") -> None:
         self._stream = stream
         self._block = block
-        self._is_grpc = is_grpc
+        self._body = body
         stream.discard()
-        if is_grpc:  # the stream knows its receiver then
+        if not body:  # soon, when the stream has its receiver
             asyncio.get_running_loop().call_soon(stream.finish, block)
-
-    def message(self, payload: bytes) -> None:
-        """See `StreamReceiver`."""
 
     def half_closed(self) -> None:
         """See `StreamReceiver`."""
-        if not self._is_grpc:
-            asyncio.get_running_loop().call_soon(self._answer)
-
-    def _answer(self) -> None:
-        self._stream.answer(self._block, b"this is a gRPC server\n")
-
-    def unreadable(self, reason: str, *, too_large: bool) -> None:
-        """See `StreamReceiver`."""
-
-    def reset(self) -> None:
-        """See `StreamReceiver`."""
-
-    def writable(self) -> None:
-        """See `StreamReceiver`."""
-
-    def finished(self) -> None:
-        """See `StreamReceiver`."""
+        if self._body:
+            asyncio.get_running_loop().call_soon(self._stream.answer, self._block, self._body)
 
 
 class _ServerProtocol(asyncio.Protocol):
@@ -267,10 +263,13 @@ class _ServerProtocol(asyncio.Protocol):
 
     def __init__(self, server: H2Server) -> None:
         self.peer = ""
+        self._auth_context = INSECURE
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._http2 = Http2Connection(self, server.limits, self._loop.time)
+        self._memory = server.memory()
+        self._buffered = 0  # reserved for what is written and not read
+        self._http2 = Http2Connection(self, server.limits, self._loop.time, self._memory)
         self._lifetime = Lifetime(
             self._http2,
             server.times,
@@ -291,6 +290,11 @@ class _ServerProtocol(asyncio.Protocol):
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         stream.set_write_buffer_limits(high=WRITE_BUFFER_BYTES)
         self._server.connections.add(self)
+        tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
+        if tls is not None:
+            self._auth_context = auth_context_of(tls)
+            if tls.selected_alpn_protocol() != ALPN:
+                self._http2.end(ErrorCode.PROTOCOL_ERROR, "TLS without h2 by ALPN: no HTTP/2")
         self._server.idle.clear()
 
     def data_received(self, data: bytes) -> None:
@@ -310,48 +314,56 @@ class _ServerProtocol(asyncio.Protocol):
             self._server.idle.set()
         self._transport = None
         self._http2.lose()
+        self._release_buffer()
+        self._memory.close()
 
     def pause_writing(self) -> None:
-        """A client that does not read is not read."""
-        if self._transport is not None:
-            self._transport.pause_reading()
+        """A client that does not read gets no more messages, and is not read."""
+        assert self._transport is not None, "it writes"
+        size = self._transport.get_write_buffer_size()
+        if not self._memory.reserve(size):
+            self._abort()
+            return
+        self._buffered = size
+        self._http2.hold()
+        self._transport.pause_reading()
 
     def resume_writing(self) -> None:
         """It reads again."""
+        self._release_buffer()
         if self._transport is not None:
             self._transport.resume_reading()
+            self._http2.go_on()
+
+    def _release_buffer(self) -> None:
+        size, self._buffered = self._buffered, 0
+        if size:
+            self._memory.release(size)
 
     # The HTTP/2 state: see `Host`
 
     def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
         """See `Host`."""
         if request.method != b"POST":
-            return _Refusal(stream, STATUS_405, is_grpc=False)
+            return _Refusal(stream, STATUS_405, b"" if request.method == b"HEAD" else NOT_GRPC)
         if not _is_grpc(request.field(b"content-type")):
-            return _Refusal(stream, STATUS_415, is_grpc=False)
+            return _Refusal(stream, STATUS_415, NOT_GRPC)
         encoding = request.field(b"grpc-encoding", IDENTITY)
         accepted = ENCODINGS if self._server.compressed_requests else (IDENTITY,)
         if encoding not in accepted:
-            return _Refusal(stream, _unknown_encoding(encoding, accepted), is_grpc=True)
+            return _Refusal(stream, _unknown_encoding(encoding, accepted))
         stream.inflates = encoding != IDENTITY
         timeout = request.field(b"grpc-timeout")
         seconds = timeout_of(timeout) if timeout else None
         if timeout and seconds is None:
             block = GRPC_HEADERS + encode_status(13, "grpc-timeout can't be read")
-            return _Refusal(stream, block, is_grpc=True)
+            return _Refusal(stream, block)
         deadline = None if seconds is None else self._loop.time() + seconds
         return Call(stream, request, self, deadline)
 
     def write_soon(self) -> None:
         """See `Host`."""
         self._loop.call_soon(self._flush)
-
-    def reserve(self, _stream: Http2Stream, _size: int) -> bool:
-        """See `Host`."""
-        return True
-
-    def release(self, _size: int) -> None:
-        """See `Host`."""
 
     def _flush(self) -> None:
         output, transport = self._http2.take_output(), self._transport
@@ -366,7 +378,8 @@ class _ServerProtocol(asyncio.Protocol):
         """Writes what is left; the client closes the connection when it has read it."""
         self._finishing = True
         if self._transport is not None and self._transport.can_write_eof():
-            self._transport.write_eof()
+            with suppress(OSError):  # the client is gone already
+                self._transport.write_eof()
         elif self._transport is not None:
             self._transport.close()
 
@@ -383,7 +396,7 @@ class _ServerProtocol(asyncio.Protocol):
 
     def auth_context(self) -> Mapping[str, Iterable[bytes]]:
         """See `CallHost`."""
-        return {}
+        return self._auth_context
 
     # Its life
 
@@ -400,7 +413,8 @@ class _ServerProtocol(asyncio.Protocol):
 
     def look(self, now: float) -> None:
         """Does what time brings."""
-        kept = self._lifetime.look(now)
+        unread = self._transport.get_write_buffer_size() if self._transport is not None else 0
+        kept = self._lifetime.look(now, unread if self._http2.held else 0)
         self._flush()
         if not kept:
             self._abort()
@@ -434,8 +448,8 @@ def _unknown_encoding(encoding: bytes, accepted: tuple[bytes, ...]) -> bytes:
 
 def _peer_of(name: Any) -> str:
     """A client's address as gRPC writes it."""
-    if isinstance(name, tuple) and len(name) == 2:
-        return f"ipv4:{name[0]}:{name[1]}"
+    if isinstance(name, tuple) and (len(name) == 2 or name[0].startswith(IPV4_MAPPED)):
+        return f"ipv4:{name[0].removeprefix(IPV4_MAPPED)}:{name[1]}"
     if isinstance(name, tuple):
         return f"ipv6:[{name[0]}]:{name[1]}"
     return f"unix:{name or ''}"

@@ -38,6 +38,11 @@ class WaitingStreams:
         self._progress = 0
         self._pumping = False
 
+    @property
+    def ready(self) -> bool:
+        """Whether any waits only for the connection."""
+        return bool(self._ready)
+
     def add(self, stream: Http2Stream) -> None:
         """A stream has something to send, or may send more."""
         self._marks.setdefault(stream)

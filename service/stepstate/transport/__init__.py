@@ -4,7 +4,7 @@ from stepstate.transport.admission import CallAdmission
 from stepstate.transport.bidi import Backend
 from stepstate.transport.interceptor import RpcInterceptor
 from stepstate.transport.peers import PeerTable
-from stepstate.transport.receiving import MAX_MESSAGE_BYTES, Receiver
+from stepstate.transport.receiving import MAX_MESSAGE_BYTES, Receiver, ReceivingMemory
 from stepstate.transport.registration import add_reflection, add_service, parse_stepstate
 from stepstate.transport.servicer import StepstateServicer
 from stepstate.transport.signatures import SnapshotKeys, read_keys
@@ -15,6 +15,7 @@ __all__ = [
     "CallAdmission",
     "PeerTable",
     "Receiver",
+    "ReceivingMemory",
     "RpcInterceptor",
     "SnapshotKeys",
     "StepstateServicer",

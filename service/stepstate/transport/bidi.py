@@ -193,6 +193,10 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._ended = True
         self._end_if_answered()
 
+    def failed(self, error: Exception) -> None:
+        """See `MessageSink`."""
+        self._fail(error)
+
     def _take_in_turn(self, data: bytes) -> None:
         """Takes a request, now or when its peer may have it handled."""
         turn = self._shares.take(self._peer, cost_of(data))

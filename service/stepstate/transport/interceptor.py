@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
-from grpc._cython.cygrpc import ExecuteBatchError
 
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Internal, InvalidField, StepstateError
@@ -104,7 +103,7 @@ class MessageChannel:
         return self
 
     async def __anext__(self) -> Any:
-        data = await self._receiver.read(current_peer.get().receiving, self._context.read)
+        data = await _receive(self._receiver, self._context)
         if data is grpc.aio.EOF:
             raise StopAsyncIteration
         return _well_formed(self.decode(data))
@@ -247,12 +246,12 @@ class _Rpc:
             InvalidField: it can't be parsed, or did not come.
         """
         peer = current_peer.get()
-        data = await self._receiver.read(peer.receiving, context.read)
+        data = await _receive(self._receiver, context)
         if data is grpc.aio.EOF:
             raise InvalidField("message", "is missing: the call ended before its request")
+        call_memory.get().reserve(MemoryUse.REQUESTS, DECODED * len(data) + REQUEST_BYTES)
         if (turn := self._admission.shares.take(peer, CALL_COST + cost_of(data))) is not None:
             await turn
-        call_memory.get().reserve(MemoryUse.REQUESTS, DECODED * len(data) + REQUEST_BYTES)
         return _well_formed(self._decode(data))
 
     async def all_requests(self, context: Context) -> MessageChannel:
@@ -266,7 +265,7 @@ class _Rpc:
         code = grpc.StatusCode.OK
         try:
             yield
-        except (asyncio.CancelledError, ExecuteBatchError):  # a write to a client that is gone
+        except (asyncio.CancelledError, grpc.aio.InternalError):  # a write to a client that is gone
             code = grpc.StatusCode.CANCELLED
             raise asyncio.CancelledError from None
         except grpc.aio.AbortError:
@@ -329,10 +328,17 @@ def _well_formed(message: Any) -> Any:
     return message
 
 
-def _when_done(callback: Callable[[object], None]) -> None:
-    """Calls a function when gRPC is done with the RPC that this task serves.
+async def _receive(receiver: Receiver, context: Context) -> Any:
+    """The next request of an RPC, as bytes; `grpc.aio.EOF`: there are no more."""
+    if isinstance(context, Call):  # whose transport has reserved what it received
+        return await context.read()
+    return await receiver.read(current_peer.get().receiving, context.read)
 
-    `context.add_done_callback` does so too, but it makes a reference cycle of each RPC.
+
+def _when_done(callback: Callable[[object], None]) -> None:
+    """Calls a function when gRPC is done with an RPC, its replies have left: its task ends then.
+
+    `context.add_done_callback` does so too, but with grpcio it makes a reference cycle of each RPC.
     """
     task = asyncio.current_task()
     assert task is not None, "gRPC has one for each RPC"
@@ -372,4 +378,4 @@ def _go_name(code: grpc.StatusCode) -> str:
 
 def _client_is_there(record: logging.LogRecord) -> bool:
     """Whether a line of gRPC is not just about a reply to a client that has left."""
-    return not (record.exc_info and isinstance(record.exc_info[1], ExecuteBatchError))
+    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))

@@ -1,9 +1,12 @@
 """How many requests are received at once.
 
-gRPC says how long a message is when it has all of it. Until a call is read, its client can send no
-more than 64 KiB; then, all of the message. So each read counts as one of the longest message, and
-when too many are under way, calls wait before they are read. Streams of steps can't be counted
-like that: they always read, and most are idle.
+The lean transport knows how long a message is when it begins, and reserves so much for it
+(`ReceivingMemory`; see `h2grpc.memory`).
+
+grpcio says how long a message is when it has all of it. Until a call is read, its client can send
+no more than 64 KiB; then, all of the message. So each read counts as one of the longest message,
+and when too many are under way, calls wait before they are read (`Receiver`). Streams of steps
+can't be counted like that: they always read, and most are idle.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ STALLED_SECONDS = 2.0
 
 
 class Receiver:
-    """Receives the requests of calls that have one, or a few long ones.
+    """Receives the requests of calls that have one, or a few long ones, from grpcio.
 
     Args:
         memory_limit: bytes that clients may make the server hold.
@@ -74,3 +77,54 @@ class Receiver:
                 limit.reschedule(now)
         if waiting:
             self._look_soon()
+
+
+class ReceivingMemory:
+    """What one connection of the lean transport may keep: a `ConnectionMemory`.
+
+    Args:
+        budget: for messages that are being received.
+    """
+
+    __slots__ = ("_account", "_budget", "_waiting")
+
+    def __init__(self, budget: MemoryBudget) -> None:
+        self._budget = budget
+        self._account = MemoryAccount(budget)
+        self._waiting: asyncio.Task[None] | None = None
+
+    @property
+    def contended(self) -> bool:
+        """See `ConnectionMemory`."""
+        return bool(self._budget.waiting)
+
+    def reserve(self, size: int) -> bool:
+        """See `ConnectionMemory`."""
+        if not self._account.fits(size):
+            return False
+        self._account.reserve(MemoryUse.REQUESTS, size)
+        return True
+
+    def release(self, size: int) -> None:
+        """See `ConnectionMemory`."""
+        self._account.release(MemoryUse.REQUESTS, size)
+
+    def wait_for(self, size: int, then: Callable[[], None]) -> None:
+        """See `ConnectionMemory`."""
+        self._waiting = asyncio.get_running_loop().create_task(self._wait_for(size, then))
+
+    async def _wait_for(self, size: int, then: Callable[[], None]) -> None:
+        await self._account.wait_for(size)
+        then()
+
+    def refusal(self, size: int) -> MemoryLimit:
+        """See `ConnectionMemory`."""
+        budget = self._budget
+        free = max(0, budget.shared - budget.used)
+        return MemoryLimit(size, self._account.held, free, budget.limit)
+
+    def close(self) -> None:
+        """See `ConnectionMemory`."""
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.cancel()
+            self._budget.schedule_wake()  # which forgets who does not wait any more

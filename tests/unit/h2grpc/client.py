@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,26 +35,45 @@ def message(payload: bytes) -> bytes:
 
 
 class Echo:
-    """Answers each message with itself, and ends the stream when the client does."""
+    """Answers each message with itself, and ends the stream when the client does.
 
-    def __init__(self, stream: Http2Stream) -> None:
+    Args:
+        stream: its stream.
+        answers: if not, it only takes what comes within the window.
+    """
+
+    def __init__(self, stream: Http2Stream, *, answers: bool = True) -> None:
         self.stream = stream
+        self._answers = answers
+        if not answers:
+            stream.pause()
         self.messages: list[bytes] = []
         self.ended: list[str] = []
 
     def message(self, payload: bytes) -> None:
         self.messages.append(payload)
-        self.stream.start(GRPC_HEADERS)
-        self.stream.send(payload)
+        if self._answers:
+            self.stream.start(GRPC_HEADERS)
+            self.stream.send(payload)
 
     def half_closed(self) -> None:
         self.ended.append("half_closed")
+        if self._answers:
+            self.finish()
+
+    def finish(self) -> None:
         self.stream.start(GRPC_HEADERS)
         self.stream.finish(encode_status(0))
 
     def unreadable(self, reason: str, *, too_large: bool) -> None:
         self.ended.append(f"unreadable: {reason}")
-        self.stream.finish(GRPC_HEADERS + encode_status(8 if too_large else 13, reason))
+        self.stream.start(GRPC_HEADERS)
+        self.stream.finish(encode_status(8 if too_large else 13, reason))
+
+    def refused(self, error: Exception) -> None:
+        self.ended.append(f"refused: {error}")
+        self.stream.start(GRPC_HEADERS)
+        self.stream.finish(encode_status(8))
 
     def reset(self) -> None:
         self.ended.append("reset")
@@ -67,29 +87,52 @@ class Echo:
 
 @dataclass
 class EchoHost:
-    """A `Host` whose memory has `room` bytes."""
+    """A `Host` of echoes."""
 
-    room: int = 2**40
+    answers: bool = True
     calls: dict[int, Echo] = field(default_factory=dict)
-    waiting: list[Http2Stream] = field(default_factory=list)
     asked: int = 0
 
     def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
-        self.calls[stream.id] = echo = Echo(stream)
+        self.calls[stream.id] = echo = Echo(stream, answers=self.answers)
         return echo
 
     def write_soon(self) -> None:
         self.asked += 1
 
-    def reserve(self, stream: Http2Stream, size: int) -> bool:
-        if size > self.room:
-            self.waiting.append(stream)
-            return False
-        self.room -= size
-        return True
+
+@dataclass
+class Room:
+    """A `ConnectionMemory` with so many bytes left."""
+
+    left: int = 2**40
+    contended: bool = False
+    waiting: tuple[int, Callable[[], None]] | None = None
+
+    def reserve(self, size: int) -> bool:
+        fits = size <= self.left
+        self.left -= size if fits else 0
+        return fits
 
     def release(self, size: int) -> None:
-        self.room += size
+        self.left += size
+
+    def wait_for(self, size: int, then: Callable[[], None]) -> None:
+        assert self.waiting is None
+        self.waiting = size, then
+
+    def grow(self, left: int) -> None:
+        """There is so much now: who waits goes on, if that is enough."""
+        self.left = left
+        if self.waiting is not None and self.waiting[0] <= left:
+            then, self.waiting = self.waiting[1], None
+            then()
+
+    def refusal(self, size: int) -> Exception:
+        return MemoryError(f"{size} bytes")
+
+    def close(self) -> None:
+        pass
 
 
 class Client:
@@ -103,7 +146,10 @@ class Client:
     def __init__(self, limits: Http2Limits | None = None, *, window: int = 65_535) -> None:
         self.now = 0.0
         self.host = EchoHost()
-        self.server = Http2Connection(self.host, limits or Http2Limits(), lambda: self.now)
+        self.memory = Room()
+        self.server = Http2Connection(
+            self.host, limits or Http2Limits(), lambda: self.now, self.memory
+        )
         config = h2.config.H2Configuration(client_side=True, header_encoding="utf-8")
         self.h2 = h2.connection.H2Connection(config)
         self.h2.local_settings = h2.settings.Settings(

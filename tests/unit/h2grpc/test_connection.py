@@ -7,7 +7,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepstate.h2grpc.frames import (
-    DEFAULT_WINDOW,
     LARGEST_WINDOW,
     ErrorCode,
     Flag,
@@ -85,32 +84,6 @@ def test_replies_wait_for_the_windows_of_the_client(window: int, payloads: list[
     assert client.data[stream_id] == b"".join(map(message, payloads))
     assert client.trailers[stream_id]["grpc-status"] == "0"
     assert not client.server.streams
-
-
-def test_a_message_longer_than_the_window_waits_for_memory() -> None:
-    client = Client(LIMITS)
-    client.host.room = 1000
-    stream_id, size = client.open(), 300_000
-    data = message(bytes(size))
-    sent = 0
-    while sent < len(data) and (room := client.h2.local_flow_control_window(stream_id)):
-        part = data[sent : sent + min(room, 16_384)]
-        client.h2.send_data(stream_id, part)
-        sent += len(part)
-        client.exchange()
-    assert sent == DEFAULT_WINDOW
-    client.host.room = 2**20
-    (waiting,) = client.host.waiting
-    waiting.resume()
-    client.exchange()
-    while sent < len(data):
-        room = client.h2.local_flow_control_window(stream_id)
-        part = data[sent : sent + min(room, 16_384)]
-        client.h2.send_data(stream_id, part)
-        sent += len(part)
-        client.exchange()
-    assert client.host.calls[stream_id].messages == [bytes(size)]
-    assert client.host.room == 2**20
 
 
 def test_many_half_sent_messages_do_not_stop_the_connection() -> None:

@@ -102,6 +102,11 @@ class Http2Client:
         self.send(stream, body)
         return self.response(stream)
 
+    def read_to_end(self) -> None:
+        """Reads until the server closes the connection."""
+        while self._read():
+            pass
+
     def _write(self) -> None:
         self.socket.sendall(self.http.data_to_send())
 

@@ -168,7 +168,7 @@ async def test_a_deadline_that_passes_ends_the_call_on_both_sides(
 
 async def test_a_deadline_that_has_passed_ends_a_call_before_it_begins(served: ServerProcess):
     async with raw_stub(served.address) as stub:
-        for timeout in (0, -1, 1e-9):
+        for timeout in (0, -1):
             call = stub.ListModels(pb.ListModelsRequest(), timeout=timeout)
             assert await call.code() is Code.DEADLINE_EXCEEDED
         assert (await stub.ListModels(pb.ListModelsRequest(), timeout=1e6)).models

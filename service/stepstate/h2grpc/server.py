@@ -378,7 +378,8 @@ class _ServerProtocol(asyncio.Protocol):
         """Writes what is left; the client closes the connection when it has read it."""
         self._finishing = True
         if self._transport is not None and self._transport.can_write_eof():
-            self._transport.write_eof()
+            with suppress(OSError):  # the client is gone already
+                self._transport.write_eof()
         elif self._transport is not None:
             self._transport.close()
 

@@ -1,4 +1,4 @@
-"""One servicer's method on `grpc.aio.server()` and on `H2Server`, and what client and method see."""
+"""A method on `grpc.aio.server()` and on `H2Server`, and what its client and itself see."""
 
 from __future__ import annotations
 
@@ -133,13 +133,17 @@ async def outcome_of(make: Callable[..., Any], case: Case) -> Outcome:
 
 
 async def _call(channel: grpc.aio.Channel, case: Case, notes: Notes) -> Outcome:
-    """Any kind of call: on the wire they are the same."""
-    call = channel.stream_stream(case.path)(timeout=case.timeout, metadata=case.metadata)
-    outcome = Outcome()
-    for message in case.sends:
-        await _tolerate(call.write(message))
-    if case.half_close:
-        await _tolerate(call.done_writing())
+    """A call. How many responses it has is nothing that a client says."""
+    outcome, options = Outcome(), {"timeout": case.timeout, "metadata": case.metadata}
+    call: Any
+    if case.kind.startswith("unary"):
+        call = channel.unary_stream(case.path)(case.sends[0], **options)
+    else:
+        call = channel.stream_stream(case.path)(**options)
+        for message in case.sends:
+            await _tolerate(call.write(message))
+        if case.half_close:
+            await _tolerate(call.done_writing())
     if case.cancels:
         await notes.until("ready")
         call.cancel()

@@ -5,7 +5,7 @@ nothing of Stepstate.
 
 `frames`, `headers`, `blocks`, `limits`, `memory`, `stream`, `waiting`, `connection` and `lifetime`
 are the protocol, tested without sockets; `call` serves one RPC, and `server` is the shell of
-sockets, tasks and timers.
+sockets, tasks and timers, to which `listening` and `tls` belong.
 """
 
 from stepstate.h2grpc.call import Call, MessageSink

@@ -63,10 +63,10 @@ docs: setup ## Build the documentation site in build/site; a broken link fails i
 train: setup ## Train the shipped model again (two minutes)
 	$(BIN)/python models/electricity/train.py
 
-bench: setup ## Measure steps per second, compared with a gRPC echo and the forward pass alone
-	$(BIN)/python -m benchmarks
+bench: setup ## Measure steps on each transport, beside echoes (one in C++) and the forward pass (6 minutes)
+	$(BIN)/python -m benchmarks transports
 
-benchmarks: setup ## Measure all of docs/benchmarks.md again (15 minutes)
+benchmarks: setup ## Measure all of docs/benchmarks.md again (18 minutes)
 	$(BIN)/python -m benchmarks.page measure
 
 clean: ## Remove what was built, .venv too

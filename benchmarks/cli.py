@@ -20,6 +20,7 @@ from benchmarks.restart import RestartPlan, restart
 from benchmarks.scale import ScalePlan, scale
 from benchmarks.steps import DurabilityPlan, StepsPlan, durability, steps
 from benchmarks.sweeps import SweepsPlan, sweeps
+from benchmarks.transports import TransportsPlan, transports
 
 Plan = TypeVar("Plan")
 Log = Callable[[str], None]
@@ -60,6 +61,7 @@ def _add(name: str, plan: type[Plan], measure: Callable[[Plan, Log], Report]) ->
 
 
 _add("steps", StepsPlan, steps)
+_add("transports", TransportsPlan, transports)
 _add("durability", DurabilityPlan, durability)
 _add("restart", RestartPlan, restart)
 _add("residency", ResidencyPlan, residency)

@@ -54,6 +54,8 @@ class Load:
     """Of a message, each of another session; more than 1 on the packed path only."""
     in_flight: int = 1
     """Packed messages that are unanswered at once in closed loop."""
+    connections: int = 1
+    """That its calls are shared between."""
 
 
 @dataclass(frozen=True, slots=True)

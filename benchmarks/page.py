@@ -1,6 +1,6 @@
 """Measures what docs/benchmarks.md shows, and writes its tables and pictures.
 
-    python -m benchmarks.page measure          # all of it but the million, in some 15 minutes
+    python -m benchmarks.page measure          # all of it but the million, in some 18 minutes
     python -m benchmarks.page measure scale    # some of it
     python -m benchmarks.page render           # tables and pictures from what was measured
 
@@ -16,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import matplotlib as mpl
@@ -34,8 +35,8 @@ MEASURED = DOCS / "benchmarks"
 IMAGES = DOCS / "images"
 
 RUNS = {
+    "transports": "transports",
     "stream": "steps --path stream --sessions 1,16,64,256,1000,10000 --processes 2 --seconds 2",
-    "tuned": "steps --path stream --sessions 1,64,256 --seconds 2 --echo tuned",
     "unary": "steps --path unary --sessions 1,64 --processes 2 --seconds 2",
     "packed": "steps --path packed --sessions 1 --rows 16,64,256 --seconds 2",
     "rates": "steps --path stream --sessions 64 --rate 500,2000,4000,8000 --seconds 2",
@@ -49,6 +50,15 @@ BY_HAND = ("million",)
 """It takes longer than all others together, and 8 GiB."""
 
 ECHO, STEPS, FORWARD = "#8a8a8a", "#0a7d8c", "#c4762b"
+CONTENDERS = {
+    "C++ echo": "#444444",
+    "grpc.aio echo": ECHO,
+    "lean echo": "#c9c9c9",
+    "Stepstate lean": STEPS,
+    "Stepstate grpcio": FORWARD,
+}
+"""Who takes part in `benchmarks transports`, and in which color."""
+_SUMMARY = re.compile(r"(<!-- summary -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 Results = Any
@@ -65,7 +75,31 @@ def measure(names: Sequence[str]) -> None:
 
 def rendered(page: str) -> str:
     """The page with its tables as they were measured last."""
+    page = _SUMMARY.sub(lambda found: found[1] + _summary() + found[2], page)
     return _TABLE.sub(lambda found: found[1] + _section(found[2]) + found[3], page)
+
+
+def _summary() -> str:
+    """Everybody's steps/s and CPU time, a line for each load of all transports."""
+    loads = _common_loads()
+    rows = [[load["load"], *(_rate_and_cpu(load, name) for name in CONTENDERS)] for load in loads]
+    return "\n".join(table(["load", *CONTENDERS], rows)) + "\n" if rows else "Not measured yet.\n"
+
+
+def _common_loads() -> list[Results]:
+    """The loads of `benchmarks transports` in which the echoes take part."""
+    return [load for load in _results("transports") if "lean echo" in load["rounds"]]
+
+
+def _rate_and_cpu(load: Results, name: str) -> str:
+    if name not in load["rounds"]:
+        return "–"
+    rate = _median(load, name, "steps_per_second")
+    return f"{rate:,.0f}/s, {_median(load, name, 'cpu_us_per_step'):.0f} µs"
+
+
+def _median(load: Results, name: str, figure: str) -> float:
+    return median(float(one[figure]) for one in load["rounds"][name])
 
 
 def _section(name: str) -> str:
@@ -80,6 +114,11 @@ def _section(name: str) -> str:
         *table(report["table"]["heads"], report["table"]["rows"]),
         "",
         " ".join(report["table"]["notes"]),
+        *(
+            line
+            for more in report.get("more", ())
+            for line in ("", *table(more["heads"], more["rows"]))
+        ),
     )
     return "\n".join(lines) + "\n"
 
@@ -88,6 +127,7 @@ def draw() -> None:
     """Draws what was measured."""
     mpl.rcParams |= {"svg.hashsalt": "stepstate", "font.size": 9}
     for name, picture in (
+        ("transports", _draw_transports),
         ("paths", _draw_paths),
         ("latency", _draw_latency),
         ("scale", _draw_scale),
@@ -106,6 +146,23 @@ def draw() -> None:
 def _results(name: str) -> Results:
     path = MEASURED / f"{name}.json"
     return json.loads(path.read_text())["results"] if path.exists() else []
+
+
+def _draw_transports(rate: Axes, cpu: Axes) -> None:
+    """Bars: a group for each load."""
+    found = _common_loads()
+    width = 0.8 / len(CONTENDERS)
+    for axes, figure, title in (
+        (rate, "steps_per_second", "steps/s"),
+        (cpu, "cpu_us_per_step", "CPU µs of the server for a step"),
+    ):
+        for place, (name, color) in enumerate(CONTENDERS.items()):
+            heights = [_median(load, name, figure) for load in found if name in load["rounds"]]
+            across = [group + width * place - 0.4 for group in range(len(heights))]
+            axes.bar(across, heights, width, align="edge", color=color, label=name)
+        axes.set_xticks(range(len(found)), [load["load"] for load in found], rotation=20)
+        axes.set(yscale="log")
+        axes.set_title(title)
 
 
 def _draw_paths(single: Axes, packed: Axes) -> None:

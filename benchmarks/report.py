@@ -17,6 +17,16 @@ _PACKAGES = ("stepstate", "torch", "grpcio", "uvloop")
 
 
 @dataclass(frozen=True, slots=True)
+class Table:
+    """For people."""
+
+    heads: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str]
+    """How to read it."""
+
+
+@dataclass(frozen=True, slots=True)
 class Report:
     """What was measured, and how."""
 
@@ -28,6 +38,8 @@ class Report:
     """How to read it."""
     results: object
     """Every figure, for programs."""
+    more: Sequence[Table] = ()
+    """Tables that follow."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +90,7 @@ def as_text(machine: Machine, command: str, report: Report) -> str:
             *table(report.heads, report.rows),
             "",
             *report.notes,
+            *(line for each in report.more for line in ("", *table(each.heads, each.rows))),
         )
     )
 
@@ -90,6 +103,7 @@ def as_json(machine: Machine, command: str, report: Report) -> str:
         "workload": report.workload,
         "command": command,
         "table": {"heads": report.heads, "rows": report.rows, "notes": report.notes},
+        "more": [asdict(each) for each in report.more],
         "results": report.results,
     }
     return json.dumps(document, indent=2, ensure_ascii=False) + "\n"
@@ -97,7 +111,10 @@ def as_json(machine: Machine, command: str, report: Report) -> str:
 
 def spread_text(spread: Spread, digits: int = 2) -> str:
     """The median (least–most)."""
-    return f"{spread.median:.{digits}f} ({spread.least:.{digits}f}–{spread.most:.{digits}f})"
+    median, least, most = (
+        f"{one:,.{digits}f}" for one in (spread.median, spread.least, spread.most)
+    )
+    return f"{median} ({least}–{most})"
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

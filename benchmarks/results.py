@@ -25,11 +25,14 @@ class Case:
     """Of a message."""
     rate: float | None = None
     """Steps a second that are due; None: closed loop."""
+    connections: int = 1
+    """Of each client."""
 
     def __str__(self) -> str:
         packed = f", {self.rows} rows a message" if self.path is CallPath.PACKED else ""
         paced = "" if self.rate is None else f", {self.rate:g} steps/s due"
-        return f"{self.path.value}, sessions {self.sessions}{packed}{paced}"
+        spread = f", {self.connections} connections" if self.connections > 1 else ""
+        return f"{self.path.value}, sessions {self.sessions}{packed}{paced}{spread}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

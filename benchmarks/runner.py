@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
 import grpc
 import numpy as np
@@ -44,10 +45,30 @@ class Target:
     """Of its sessions, by the contract's name in small letters."""
     store_pid: int | None = None
     """Its store's process, if it has one of its own here."""
+    stateless: bool = False
+    """It answers steps of sessions that nobody has opened."""
 
 
 Forward = Callable[[int], Measurement]
 """Runs the bare forward with so many rows."""
+
+
+class LoadClients(Protocol):
+    """Processes that send loads at the same time; see `Clients`."""
+
+    def __len__(self) -> int: ...
+
+    def prepare(self, questions: Sequence[Load]) -> None:
+        """Gives each load to a process; returns when each session was answered once."""
+        ...
+
+    def send(self, window: Window) -> None:
+        """Starts sending."""
+        ...
+
+    def collect(self) -> list[Sample]:
+        """What each process saw."""
+        ...
 
 
 def run(
@@ -155,7 +176,7 @@ def forward_rows(case: Case) -> int:
 
 
 def measure(
-    plan: Plan, target: Target, clients: Clients, case: Case, names: Sequence[str]
+    plan: Plan, target: Target, clients: LoadClients, case: Case, names: Sequence[str]
 ) -> Measurement:
     """One window: the replies within it, and the CPU that was used within it.
 
@@ -197,6 +218,7 @@ def _loads(
             schedule=None if between is None else ArrivalSchedule(between * count, between * place),
             rows=case.rows,
             in_flight=plan.in_flight,
+            connections=case.connections,
         )
         for place in range(count)
     ]
@@ -207,7 +229,7 @@ def opened_sessions(target: Target, count: int) -> Iterator[list[str]]:
     """Names of sessions that are open inside the block."""
     run_id = uuid.uuid4().hex
     names = [f"bench-{run_id}-{number}" for number in range(count)]
-    if target.kind is Kind.ECHO:
+    if target.kind is Kind.ECHO or target.stateless:
         yield names
         return
     try:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import count, cycle
 from multiprocessing.connection import Connection
 from typing import TypeAlias
 
@@ -45,6 +46,9 @@ MAX_STREAMS = 1_000
 """Of a process: with more sessions, several share a stream, as in a large gateway."""
 GRACE_SECONDS = 10.0
 """How long after the window the replies to messages within it are awaited."""
+
+_OWN = (("grpc.use_local_subchannel_pool", 1),)
+"""Else two channels to one server share a connection."""
 
 _SERVICE = pb.DESCRIPTOR.services_by_name["StepstateService"].full_name
 _METHODS = {
@@ -89,9 +93,13 @@ async def _answer(question: Question, parent: Connection[Answer, Question]) -> A
 
 
 async def _run(load: Load, parent: Connection[Answer, Question]) -> Sample:
-    async with grpc.aio.insecure_channel(load.target) as channel:
+    async with AsyncExitStack() as stack:
+        channels = [
+            await stack.enter_async_context(grpc.aio.insecure_channel(load.target, options=_OWN))
+            for _ in range(load.connections)
+        ]
         templates = _packed(load) if load.path is CallPath.PACKED else _single(load)
-        clients = _clients(load, channel, templates)
+        clients = list(_clients(load, channels, templates))
         await asyncio.gather(*(client.begin() for client in clients))
         parent.send(Ready())
         window = await asyncio.to_thread(parent.recv)
@@ -115,24 +123,26 @@ def _packed(load: Load) -> list[RequestTemplate]:
 
 
 def _clients(
-    load: Load, channel: grpc.aio.Channel, templates: Sequence[RequestTemplate]
-) -> list[SteppingClient]:
+    load: Load, channels: Sequence[grpc.aio.Channel], templates: Sequence[RequestTemplate]
+) -> Iterator[SteppingClient]:
     """The calls of a process: a stream each, or for unary calls a session each."""
-    method = _METHODS[load.kind, load.path]
+    kind, method = load.kind, _METHODS[load.kind, load.path]
+    in_turn = cycle(channels)
     if load.path is CallPath.UNARY:
-        unary: Method = channel.unary_unary(method)
-        return [UnaryClient(load.kind, unary, template) for template in templates]
-    stream: _Method = channel.stream_stream(method)
+        unary: list[Method] = [channel.unary_unary(method) for channel in channels]
+        for call, template in zip(cycle(unary), templates, strict=False):
+            yield UnaryClient(kind, call, template)
+        return
+    streams: Iterator[_Method] = (channel.stream_stream(method) for channel in in_turn)
     if load.path is CallPath.PACKED:
-        key_of = partial(packed_key, load.kind)
+        key_of = partial(packed_key, kind)
         in_flight = load.in_flight
-        return [StreamClient(load.kind, stream(), templates, key_of=key_of, in_flight=in_flight)]
+        yield StreamClient(kind, next(streams)(), templates, key_of=key_of, in_flight=in_flight)
+        return
     count = min(len(templates), MAX_STREAMS)
-    shares = [templates[place::count] for place in range(count)]
-    return [
-        StreamClient(load.kind, stream(), share, key_of=session_key, in_flight=len(share))
-        for share in shares
-    ]
+    for place, stream in zip(range(count), streams, strict=False):
+        share = templates[place::count]
+        yield StreamClient(kind, stream(), share, key_of=session_key, in_flight=len(share))
 
 
 @dataclass(frozen=True, slots=True)

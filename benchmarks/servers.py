@@ -82,6 +82,20 @@ def running_echo(*options: str) -> Iterator[ServerProcess]:
 
 
 @contextmanager
+def running_step_echo(transport: str) -> Iterator[ServerProcess]:
+    """A server that answers steps at once: see `benchmarks.step_echo`."""
+    with _running(_python("benchmarks.step_echo", transport), _announced) as launched:
+        yield launched
+
+
+@contextmanager
+def running_floor(program: Path) -> Iterator[ServerProcess]:
+    """The same in C++: see `benchmarks.cpp`."""
+    with _running([str(program)], _announced) as launched:
+        yield launched
+
+
+@contextmanager
 def running_stepstate(
     folder: Path, store: str, *options: str, checkout: Path | None = None
 ) -> Iterator[ServerProcess]:

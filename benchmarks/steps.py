@@ -103,14 +103,15 @@ def _beside_echo(plan: StepsPlan, log: Log) -> Report:
         echo_options = (TUNED,) if tuned else ()
         echo = Target("echo", stack.enter_context(running_echo(*echo_options)), Kind.ECHO)
         steps = Target("steps", stack.enter_context(_sqlite_server(folder)))
-        found = run(plan, echo, [steps], log, _forward_of(folder, plan))
+        found = run(plan, echo, [steps], log, forward_of(folder, plan))
     what = workload(plan, "echo, steps and the bare forward")
     if tuned:
         what += "; the echo gets gRPC's events as the server does"
     return comparison_report(found, what)
 
 
-def _forward_of(folder: Path, plan: Plan) -> Forward:
+def forward_of(folder: Path, plan: Plan) -> Forward:
+    """Measures the bare forward of the model in a `bench_folder`."""
     from benchmarks.forward import bare_forward  # noqa: PLC0415 - only it needs torch
 
     seconds = min(plan.seconds, FORWARD_SECONDS)

@@ -78,3 +78,12 @@ def make_network(
         "outputs": [{"name": f"y{place}"} for place in range(outputs)],
     }
     return Network(name, module, head, manifest)
+
+
+def far_back(rows: int = 90_000) -> Network:
+    """A model whose sessions keep so many rows of 50 inputs: a snapshot takes 18 MB."""
+    network = make_network("far", inputs=51, hidden=2, layers=1)
+    del network.manifest["inputs"][50]
+    name = network.manifest["inputs"][0]["name"]
+    network.manifest["lags"] = [{"kind": "lag", "input": name, "steps": [rows]}]
+    return network

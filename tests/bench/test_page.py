@@ -72,7 +72,8 @@ def test_every_table_is_as_it_was_measured(script: ModuleType):
 def test_every_picture_can_be_drawn(script: ModuleType, tmp_path: Path):
     script.draw()
     drawn = {path.name for path in tmp_path.iterdir()}
-    assert drawn == {"bench-paths.svg", "bench-latency.svg", "bench-scale.svg"}
+    names = ("transports", "paths", "latency", "scale")
+    assert drawn == {f"bench-{name}.svg" for name in names}
     assert all(f"images/{name}" in PAGE.read_text() for name in drawn)
 
 

@@ -101,19 +101,47 @@ async def test_metadata_has_a_limit(config: ServerConfig, length: int):
         assert (await stub.ListModels(pb.ListModelsRequest())).models
 
 
-async def test_pings_are_answered_however_many(config: ServerConfig):
-    """A limit ends connections of honest clients behind a proxy, and makes a flood expensive."""
+@asynccontextmanager
+async def _pinged(
+    config: ServerConfig, count: int
+) -> AsyncIterator[tuple[asyncio.StreamReader, list[PingFrame]]]:
+    """A server that was sent pings in one go, and they."""
     async with running_server(config) as server:
         host, _, port = server.address.rpartition(":")
         reader, writer = await asyncio.open_connection(host, int(port))
-        pings = [PingFrame(opaque_data=place.to_bytes(8, "big")) for place in range(1_000)]
+        pings = [PingFrame(opaque_data=place.to_bytes(8, "big")) for place in range(count)]
         writer.write(PREFACE + b"".join(ping.serialize() for ping in pings))
+        try:
+            yield reader, pings
+        finally:
+            writer.close()
+
+
+async def _read_frame(reader: asyncio.StreamReader) -> Frame:
+    frame, length = Frame.parse_frame_header(memoryview(await reader.readexactly(9)))
+    frame.parse_body(memoryview(await reader.readexactly(length)))
+    return frame
+
+
+async def test_grpcio_answers_pings_however_many(config: ServerConfig):
+    """A limit ends connections of honest clients behind a proxy, and makes a flood expensive."""
+    async with _pinged(replace(config, transport="grpcio"), 1_000) as (reader, pings):
         answered = []
         while len(answered) < len(pings):
-            frame, length = Frame.parse_frame_header(memoryview(await reader.readexactly(9)))
-            frame.parse_body(memoryview(await reader.readexactly(length)))
+            frame = await _read_frame(reader)
             assert not isinstance(frame, GoAwayFrame)
             if isinstance(frame, PingFrame):
                 answered.append(frame.opaque_data)
         assert answered == [ping.opaque_data for ping in pings]
-        writer.close()
+
+
+async def test_pings_without_calls_that_come_too_fast_end_their_connection(config: ServerConfig):
+    """With the words that gRPC's clients slow down for; then the server closes it."""
+    async with _pinged(config, 1_000) as (reader, _pings):
+        answered, frame = 0, await _read_frame(reader)
+        while not isinstance(frame, GoAwayFrame):
+            answered += isinstance(frame, PingFrame)
+            frame = await _read_frame(reader)
+        assert answered == 3  # the first, and two that came too soon
+        assert (frame.error_code, frame.additional_data) == (11, b"too_many_pings")
+        assert await reader.read() == b""

@@ -2,7 +2,8 @@
 
 A block is bounded in four ways: frames (CONTINUATION floods, CVE-2024-27316), bytes as they come,
 bytes of the list that HPACK makes of them (its bombs, CVE-2016-6581), and the work that decoding
-is. Sources: RFC 9113, sections 4.3, 6.2 and 6.10; RFC 7541 (HPACK).
+is. A list that is only longer than was announced costs its own call alone. Sources: RFC 9113,
+sections 4.3, 6.2 and 6.10; RFC 7541 (HPACK).
 """
 
 from __future__ import annotations

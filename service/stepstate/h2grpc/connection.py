@@ -200,7 +200,6 @@ class Http2Connection:
         """
         for stream in self._waiting.stalled(now, seconds):
             stream.reset(ErrorCode.ENHANCE_YOUR_CALM)
-            stream.receiver.reset()
 
     def forget(self, stream: Http2Stream, *, early: bool) -> None:
         """See `Sender`."""
@@ -257,8 +256,7 @@ class Http2Connection:
         """The connection is gone: ends all streams."""
         self.ended = True
         for stream in list(self.streams.values()):
-            stream.close(early=False)
-            stream.receiver.reset()
+            stream.close(early=False).reset()
 
     # Input
 
@@ -390,9 +388,9 @@ class Http2Connection:
         return stop
 
     def _finish_read(self, messages: int, taken: int, updates: int) -> None:
-        """Counts the frames that were taken in the loop, and the messages that were sent since."""
+        """Counts the frames that were taken in the loop, and the replies since the last read."""
         self._opened_now.clear()
-        earned = messages + self.sent_messages - self._paid_messages
+        earned = self.sent_messages - self._paid_messages
         if earned:
             self._paid_messages = self.sent_messages
             self.meter.earn(earned * Earning.MESSAGE)
@@ -427,7 +425,6 @@ class Http2Connection:
             self._note_early(stream_id)
         else:
             stream.reset(code)
-            stream.receiver.reset()
 
     def _ignored(self, stream_id: int) -> bool:
         """Whether frames of a stream that is not open may have crossed what this side sent."""
@@ -544,10 +541,13 @@ class Http2Connection:
         if stream is None:
             self.meter.charge(Cost.FRAME)
             return
-        abrupt = stream_id in self._opened_now
-        self.meter.charge(Cost.ABRUPT_RESET if abrupt else Cost.RESET)
-        stream.close(early=False)
-        stream.receiver.reset()
+        self.meter.charge(self._cost_of_reset(stream))
+        stream.close(early=False).reset()
+
+    def _cost_of_reset(self, stream: Http2Stream) -> Cost:
+        if stream.id in self._opened_now:
+            return Cost.ABRUPT_RESET
+        return Cost.FRAME if stream.answered else Cost.RESET
 
     def _on_settings(self, flags: int, stream_id: int, payload: bytes) -> None:
         self.meter.charge(Cost.FRAME)

@@ -11,17 +11,29 @@ import binascii
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 from urllib.parse import quote
 
 from stepstate.h2grpc.errors import StreamFailure
 from stepstate.h2grpc.frames import ErrorCode
 
 Headers = Sequence[tuple[bytes, bytes]]
+
+
+class Metadatum(NamedTuple):
+    """One key and value of metadata, as grpcio names them."""
+
+    key: str
+    value: str | bytes
+    """Of a key that ends in "-bin": bytes; of another: str, in ASCII."""
+
+
 Metadata = tuple[tuple[str, str | bytes], ...]
-"""ASCII values as str, those of keys that end in "-bin" as bytes; the order is kept."""
+"""In the order of the headers; what a client sent, as `Metadatum`."""
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
 _VALUE = re.compile(rb"(?:[^\0\r\n \t](?:[^\0\r\n]*[^\0\r\n \t])?)?")
+_PRINTABLE_ASCII = re.compile(rb"[ -~]*")
 _PSEUDO = frozenset((b":method", b":scheme", b":path", b":authority"))
 _OF_THE_CONNECTION = frozenset(
     (b"connection", b"keep-alive", b"proxy-connection", b"transfer-encoding", b"upgrade")
@@ -123,15 +135,15 @@ def metadata_of(fields: Headers) -> Metadata:
     Raises:
         ValueError: a value of a "-bin" key is not base64, or another value not ASCII.
     """
-    found: list[tuple[str, str | bytes]] = []
+    found: list[Metadatum] = []
     for name, value in fields:
         if name in _NOT_METADATA or name in _RESERVED:
             continue
         key = name.decode("ascii")
         if name.endswith(b"-bin"):
-            found += [(key, _from_base64(part)) for part in value.split(b",")]
+            found += [Metadatum(key, _from_base64(part)) for part in value.split(b",")]
         else:
-            found.append((key, value.decode("ascii")))
+            found.append(Metadatum(key, value.decode("ascii")))
     return tuple(found)
 
 
@@ -147,17 +159,19 @@ def encode_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
     """Metadata as a part of a header block.
 
     Raises:
-        ValueError: a key or value can't be sent.
+        TypeError, ValueError: a key or value can't be sent.
     """
     return b"".join(_encode_entry(key, value) for key, value in metadata)
 
 
 def _encode_entry(key: str, value: str | bytes) -> bytes:
-    name = key.encode("ascii")
-    data = value.encode("ascii") if isinstance(value, str) else bytes(value)
-    if name.endswith(b"-bin"):
-        data = base64.b64encode(data).rstrip(b"=")
-    if name.startswith(b":") or not _NAME.fullmatch(name) or not _VALUE.fullmatch(data):
+    if not isinstance(key, str) or not isinstance(value, str | bytes):
+        raise TypeError(f"metadata is pairs of str and str or bytes, not {key!r}, {value!r}")
+    name = key.encode()
+    data = value.encode() if isinstance(value, str) else value
+    binary = name.endswith(b"-bin")
+    data = base64.b64encode(data).rstrip(b"=") if binary else data.strip()
+    if not _NAME.fullmatch(name) or not _PRINTABLE_ASCII.fullmatch(data):
         raise ValueError(f"metadata can't hold {key!r} with this value")
     return literal(name, data)
 
@@ -166,7 +180,8 @@ def encode_status(code: int, message: str = "") -> bytes:
     """The status of a call as the beginning of its trailers' header block."""
     block = literal(b"grpc-status", b"%d" % code)
     if message:
-        block += literal(b"grpc-message", quote(message, safe=_PRINTABLE).encode())
+        text = quote(message, safe=_PRINTABLE, errors="replace")
+        block += literal(b"grpc-message", text.encode())
     return block
 
 

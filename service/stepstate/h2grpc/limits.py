@@ -2,10 +2,11 @@
 
 A client can make a server work without making a call: by PING, SETTINGS, PRIORITY and empty frames,
 by streams that it opens and resets, or by resets that it makes the server send. Each has a cost
-(`Cost`), and a connection has credit for it. Messages and finished calls bring credit back. So a
-client that is busy with calls is never ended for its control frames, however fast it is, and one
-that only sends control frames is ended after a fixed amount of work, however slowly the machine
-runs: nothing here depends on time.
+(`Cost`), and a connection has credit for it. Replies and finished calls bring credit back; what
+the client sends does not, as 5 bytes are a message. So a client that is busy with calls is never
+ended for its control frames, however fast it is, nor for deadlines that pass, and one that only
+sends control frames is ended after a fixed amount of work, however slowly the machine runs:
+nothing here depends on time.
 """
 
 from __future__ import annotations
@@ -26,11 +27,13 @@ class Cost(IntEnum):
 
     FRAME = 1
     """A frame that does nothing: PING, SETTINGS, PRIORITY, empty DATA, an unknown type, a
-    WINDOW_UPDATE or RST_STREAM of a stream that has ended."""
+    WINDOW_UPDATE or RST_STREAM of a stream that has ended; or the end of a stream that had an
+    answer."""
     PIECE = 2
     """A DATA frame that this side had to cut short, as the window was tiny."""
     RESET = 10
-    """A stream that the client reset, or that this side had to reset for its faults."""
+    """A stream that the client reset before the answer began, or that this side had to end for
+    its faults."""
     LONG_HEADERS = 250
     """A call that is refused as its headers are too long."""
     ABRUPT_RESET = 50
@@ -41,8 +44,8 @@ class Earning(IntEnum):
     """What brings credit back."""
 
     MESSAGE = 4
-    """A message that the client sent."""
-    CALL = 20
+    """A reply, or a large piece of one."""
+    CALL = 30
     """A call that ended with a status."""
 
 

@@ -13,11 +13,11 @@ import ssl
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import grpc
 
-from stepstate.h2grpc.call import Call, Handler
+from stepstate.h2grpc.call import Call
 from stepstate.h2grpc.connection import Http2Connection
 from stepstate.h2grpc.frames import ErrorCode
 from stepstate.h2grpc.headers import (
@@ -34,11 +34,15 @@ from stepstate.h2grpc.lifetime import ConnectionTimes, Lifetime
 from stepstate.h2grpc.limits import Http2Limits
 from stepstate.h2grpc.listening import BACKLOG, listen
 from stepstate.h2grpc.memory import ConnectionMemory, UncountedMemory
-from stepstate.h2grpc.stream import Http2Stream, StreamReceiver
+from stepstate.h2grpc.stream import Http2Stream, SilentReceiver, StreamReceiver
 from stepstate.h2grpc.tls import ALPN, INSECURE, auth_context_of
+
+if TYPE_CHECKING:
+    from stepstate.h2grpc.call import Handler
 
 log = logging.getLogger(__name__)
 
+NOT_GRPC = b"this is a gRPC server\n"
 IDENTITY = b"identity"
 ENCODINGS = (IDENTITY, b"gzip", b"deflate")
 """Of requests: how their messages may be compressed."""
@@ -229,50 +233,29 @@ class _Details:
     invocation_metadata: Metadata
 
 
-class _Refusal:
+class _Refusal(SilentReceiver):
     """The `StreamReceiver` of a request that is answered without a call.
 
     Args:
         stream: its stream.
         block: the header block of the answer.
-        is_grpc: it is a status; else a response of HTTP, once all of the request has come.
+        body: what follows it, once all of the request has come; empty: the answer is sent at once.
     """
 
-    __slots__ = ("_block", "_is_grpc", "_stream")
+    __slots__ = ("_block", "_body", "_stream")
 
-    def __init__(self, stream: Http2Stream, block: bytes, *, is_grpc: bool) -> None:
+    def __init__(self, stream: Http2Stream, block: bytes, body: bytes = b"") -> None:
         self._stream = stream
         self._block = block
-        self._is_grpc = is_grpc
+        self._body = body
         stream.discard()
-        if is_grpc:  # the stream knows its receiver then
+        if not body:  # soon, when the stream has its receiver
             asyncio.get_running_loop().call_soon(stream.finish, block)
-
-    def message(self, payload: bytes) -> None:
-        """See `StreamReceiver`."""
 
     def half_closed(self) -> None:
         """See `StreamReceiver`."""
-        if not self._is_grpc:
-            asyncio.get_running_loop().call_soon(self._answer)
-
-    def _answer(self) -> None:
-        self._stream.answer(self._block, b"this is a gRPC server\n")
-
-    def unreadable(self, reason: str, *, too_large: bool) -> None:
-        """See `StreamReceiver`."""
-
-    def refused(self, error: Exception) -> None:
-        """See `StreamReceiver`."""
-
-    def reset(self) -> None:
-        """See `StreamReceiver`."""
-
-    def writable(self) -> None:
-        """See `StreamReceiver`."""
-
-    def finished(self) -> None:
-        """See `StreamReceiver`."""
+        if self._body:
+            asyncio.get_running_loop().call_soon(self._stream.answer, self._block, self._body)
 
 
 class _ServerProtocol(asyncio.Protocol):
@@ -369,19 +352,19 @@ class _ServerProtocol(asyncio.Protocol):
     def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
         """See `Host`."""
         if request.method != b"POST":
-            return _Refusal(stream, STATUS_405, is_grpc=False)
+            return _Refusal(stream, STATUS_405, b"" if request.method == b"HEAD" else NOT_GRPC)
         if not _is_grpc(request.field(b"content-type")):
-            return _Refusal(stream, STATUS_415, is_grpc=False)
+            return _Refusal(stream, STATUS_415, NOT_GRPC)
         encoding = request.field(b"grpc-encoding", IDENTITY)
         accepted = ENCODINGS if self._server.compressed_requests else (IDENTITY,)
         if encoding not in accepted:
-            return _Refusal(stream, _unknown_encoding(encoding, accepted), is_grpc=True)
+            return _Refusal(stream, _unknown_encoding(encoding, accepted))
         stream.inflates = encoding != IDENTITY
         timeout = request.field(b"grpc-timeout")
         seconds = timeout_of(timeout) if timeout else None
         if timeout and seconds is None:
             block = GRPC_HEADERS + encode_status(13, "grpc-timeout can't be read")
-            return _Refusal(stream, block, is_grpc=True)
+            return _Refusal(stream, block)
         deadline = None if seconds is None else self._loop.time() + seconds
         return Call(stream, request, self, deadline)
 
@@ -402,7 +385,8 @@ class _ServerProtocol(asyncio.Protocol):
         """Writes what is left; the client closes the connection when it has read it."""
         self._finishing = True
         if self._transport is not None and self._transport.can_write_eof():
-            self._transport.write_eof()
+            with suppress(OSError):  # the client is gone already
+                self._transport.write_eof()
         elif self._transport is not None:
             self._transport.close()
 

@@ -35,6 +35,8 @@ KEPT_BYTES = 64
 """What a message takes in memory beside its payload."""
 TINY_PIECE = 256
 """Bytes: a piece of a message that is shorter costs more than it moves."""
+FREE_PIECES = 2
+"""Tiny pieces of a message that are received for nothing, such as its prefix alone."""
 PROGRESS_BYTES = 4096
 """What a stream that waits for a window has to send in some time, or all it has: one byte is no
 progress."""
@@ -74,6 +76,36 @@ class StreamReceiver(Protocol):
     def finished(self) -> None:
         """The trailers have left, and with them the stream has ended."""
         ...
+
+
+class SilentReceiver:
+    """A `StreamReceiver` that does nothing."""
+
+    __slots__ = ()
+
+    def message(self, payload: bytes) -> None:
+        """See `StreamReceiver`."""
+
+    def half_closed(self) -> None:
+        """See `StreamReceiver`."""
+
+    def unreadable(self, reason: str, *, too_large: bool) -> None:
+        """See `StreamReceiver`."""
+
+    def refused(self, error: Exception) -> None:
+        """See `StreamReceiver`."""
+
+    def reset(self) -> None:
+        """See `StreamReceiver`."""
+
+    def writable(self) -> None:
+        """See `StreamReceiver`."""
+
+    def finished(self) -> None:
+        """See `StreamReceiver`."""
+
+
+_SILENT = SilentReceiver()
 
 
 class Sender(Protocol):
@@ -131,6 +163,7 @@ class Http2Stream:
         "_rest",
         "_sender",
         "_started",
+        "_tiny_pieces",
         "id",
         "inflates",
         "open_in",
@@ -178,9 +211,15 @@ class Http2Stream:
         self._rest = 0  # the same, beyond it
         self._kept = 0  # reserved for messages that the receiver was given, until it resumes
         self._kept_rest = 0
+        self._tiny_pieces = 0  # of the message in `_partial`
         self._content_left = content_length
 
     # Sending
+
+    @property
+    def answered(self) -> bool:
+        """Whether the response has begun."""
+        return self._started
 
     def start(self, block: bytes) -> None:
         """Sends the headers of the response, once."""
@@ -229,13 +268,14 @@ class Http2Stream:
                 self._end()
 
     def reset(self, code: ErrorCode) -> None:
-        """Ends the stream at once."""
+        """Ends the stream at once, and tells its receiver."""
         if self.open_in or self.open_out:
             self._sender.send(rst_stream(self.id, code))
-            self.close(early=True)
+            self.close(early=True).reset()
 
     def drop_queue(self) -> None:
-        """Forgets the messages that wait; a message that was begun goes with its stream."""
+        """Forgets what waits, a status too; a message that was begun goes with its stream."""
+        self._ending = None
         self._queue.clear()
         self.queued_bytes = 0
 
@@ -251,10 +291,10 @@ class Http2Stream:
             piece = piece[:room]
         size = len(piece)
         last = Flag.END_STREAM if not queue and self._ending == b"" else 0
-        if queue and size < TINY_PIECE:
-            sender.meter.spend(Cost.PIECE)
-        else:
+        if size >= TINY_PIECE:
             sender.meter.earn(Earning.MESSAGE)
+        elif queue:
+            sender.meter.spend(Cost.PIECE)
         self.queued_bytes -= size
         self.send_window -= size
         sender.send_window -= size
@@ -271,13 +311,13 @@ class Http2Stream:
 
     def _end(self) -> None:
         if self._ending:
-            self._sender.meter.earn(Earning.CALL)
+            if not self._discarding:
+                self._sender.meter.earn(Earning.CALL)
             self._send_block(self._ending, Flag.END_STREAM)
         early = self.open_in
         if early:  # the other side need not send the rest (RFC 9113, section 8.1)
             self._sender.send(rst_stream(self.id, ErrorCode.NO_ERROR))
-        self.close(early=early)
-        self.receiver.finished()
+        self.close(early=early).finished()
 
     def _send_block(self, block: bytes, flags: int) -> None:
         """Sends a header block in as many frames as it takes."""
@@ -362,8 +402,11 @@ class Http2Stream:
             self.plain = self.open_in and self._content_left is None
         self.replenish()
 
-    def close(self, *, early: bool) -> None:
-        """Forgets the stream; the receiver is not told."""
+    def close(self, *, early: bool) -> StreamReceiver:
+        """Forgets the stream, and its receiver, which it returns: nobody has told it yet.
+
+        The receiver has the stream: they must be no reference cycle after the end.
+        """
         self.open_in = self.open_out = self.plain = False
         self.send_window = -LARGEST_WINDOW
         self._queue.clear()
@@ -371,6 +414,8 @@ class Http2Stream:
         self._drop_partial()
         self._release_kept()
         self._sender.forget(self, early=early)
+        receiver, self.receiver = self.receiver, _SILENT
+        return receiver
 
     def _cut(self, data: bytes) -> None:
         """Hands over the messages that are whole, and keeps the rest."""
@@ -390,17 +435,25 @@ class Http2Stream:
                 return
             self._message_bytes = PREFIX_BYTES + size
             if len(buffer) < self._message_bytes:
+                self._count_piece(data)
                 self._reserve()
                 return
             payload = bytes(memoryview(buffer)[PREFIX_BYTES : self._message_bytes])
             del buffer[: self._message_bytes]
+            self._tiny_pieces = 0
             self._deliver(payload, compressed)
         if not buffer and not self._discarding:
             self._partial = None
             self.plain = self.open_in and not self.paused and self._content_left is None
 
+    def _count_piece(self, data: bytes) -> None:
+        """Charges tiny pieces of messages, but for the few that an odd client makes of each."""
+        if len(data) < TINY_PIECE:
+            self._tiny_pieces += 1
+            if self._tiny_pieces > FREE_PIECES:
+                self._sender.meter.charge(Cost.FRAME)
+
     def _deliver(self, payload: bytes, compressed: int) -> None:
-        self._sender.meter.earn(Earning.MESSAGE)
         if compressed:
             if not self.inflates or compressed != 1:
                 self._fail("a message is compressed, and its coding is not known")
@@ -483,9 +536,10 @@ class Http2Stream:
             self._sender.memory.release(kept, rest)
 
     def _fail(self, reason: str, *, too_large: bool = False) -> None:
-        """Takes nothing more of what comes: the receiver ends the call."""
+        """Takes nothing more of what comes: the receiver ends the call, and its client pays."""
         self._drop_partial()
         self.discard()
+        self._sender.meter.charge(Cost.RESET)
         self.receiver.unreadable(reason, too_large=too_large)
 
 

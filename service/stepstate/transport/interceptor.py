@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING, Any
 import grpc
 from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
-from grpc._cython.cygrpc import ExecuteBatchError
 
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Internal, InvalidField, StepstateError
@@ -211,7 +210,7 @@ class _Rpc:
 
         async def watched(_: object, context: Context) -> Any:
             async with self._watch(context):
-                self._admission.begin(context, self._kind, _when_done(context))
+                self._admission.begin(context, self._kind, _when_done)
                 reply = self.encode(await behavior(await read(context), context))
                 call_memory.get().resize(MemoryUse.REPLIES, SENT * len(reply))
                 return reply
@@ -226,7 +225,7 @@ class _Rpc:
 
             async def generated(_: object, context: Context) -> AsyncIterator[Any]:
                 async with self._watch(context):
-                    self._admission.begin(context, self._kind, _when_done(context))
+                    self._admission.begin(context, self._kind, _when_done)
                     async for response in behavior(await read(context), context):
                         yield response
 
@@ -234,7 +233,7 @@ class _Rpc:
 
         async def watched(_: object, context: Context) -> None:
             async with self._watch(context):
-                self._admission.begin(context, self._kind, _when_done(context))
+                self._admission.begin(context, self._kind, _when_done)
                 await behavior(await read(context), context)
 
         return watched
@@ -266,7 +265,7 @@ class _Rpc:
         code = grpc.StatusCode.OK
         try:
             yield
-        except (asyncio.CancelledError, ExecuteBatchError):  # a write to a client that is gone
+        except (asyncio.CancelledError, grpc.aio.InternalError):  # a write to a client that is gone
             code = grpc.StatusCode.CANCELLED
             raise asyncio.CancelledError from None
         except grpc.aio.AbortError:
@@ -336,17 +335,14 @@ async def _receive(receiver: Receiver, context: Context) -> Any:
     return await receiver.read(current_peer.get().receiving, context.read)
 
 
-def _when_done(context: Context) -> Callable[[Callable[[object], None]], None]:
-    """What has a function called when gRPC is done with an RPC: when its replies have left.
+def _when_done(callback: Callable[[object], None]) -> None:
+    """Calls a function when gRPC is done with an RPC, its replies have left: its task ends then.
 
-    With grpcio that is the end of the task that serves it. `context.add_done_callback` does so too,
-    but there it makes a reference cycle of each RPC.
+    `context.add_done_callback` does so too, but with grpcio it makes a reference cycle of each RPC.
     """
-    if isinstance(context, Call):
-        return context.add_done_callback
     task = asyncio.current_task()
     assert task is not None, "gRPC has one for each RPC"
-    return task.add_done_callback
+    task.add_done_callback(callback)
 
 
 def _drop_frames(error: BaseException | None) -> None:
@@ -382,4 +378,4 @@ def _go_name(code: grpc.StatusCode) -> str:
 
 def _client_is_there(record: logging.LogRecord) -> bool:
     """Whether a line of gRPC is not just about a reply to a client that has left."""
-    return not (record.exc_info and isinstance(record.exc_info[1], ExecuteBatchError))
+    return not (record.exc_info and isinstance(record.exc_info[1], grpc.aio.InternalError))

@@ -35,20 +35,33 @@ def message(payload: bytes) -> bytes:
 
 
 class Echo:
-    """Answers each message with itself, and ends the stream when the client does."""
+    """Answers each message with itself, and ends the stream when the client does.
 
-    def __init__(self, stream: Http2Stream) -> None:
+    Args:
+        stream: its stream.
+        answers: if not, it only takes what comes within the window.
+    """
+
+    def __init__(self, stream: Http2Stream, *, answers: bool = True) -> None:
         self.stream = stream
+        self._answers = answers
+        if not answers:
+            stream.pause()
         self.messages: list[bytes] = []
         self.ended: list[str] = []
 
     def message(self, payload: bytes) -> None:
         self.messages.append(payload)
-        self.stream.start(GRPC_HEADERS)
-        self.stream.send(payload)
+        if self._answers:
+            self.stream.start(GRPC_HEADERS)
+            self.stream.send(payload)
 
     def half_closed(self) -> None:
         self.ended.append("half_closed")
+        if self._answers:
+            self.finish()
+
+    def finish(self) -> None:
         self.stream.start(GRPC_HEADERS)
         self.stream.finish(encode_status(0))
 
@@ -76,11 +89,12 @@ class Echo:
 class EchoHost:
     """A `Host` of echoes."""
 
+    answers: bool = True
     calls: dict[int, Echo] = field(default_factory=dict)
     asked: int = 0
 
     def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
-        self.calls[stream.id] = echo = Echo(stream)
+        self.calls[stream.id] = echo = Echo(stream, answers=self.answers)
         return echo
 
     def write_soon(self) -> None:

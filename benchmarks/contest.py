@@ -1,0 +1,126 @@
+"""Several contenders under the same loads, in turn, and the tables of what they did."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from benchmarks.report import Table, spread_text
+from benchmarks.results import (
+    Figure,
+    Measurement,
+    cpu_of,
+    median_round,
+    rate_of,
+    ratio,
+    spread,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Contest:
+    """A load, and what measures each contender under it."""
+
+    load: str
+    contenders: Mapping[str, Callable[[], Measurement]]
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What was measured under a load: the rounds of each contender."""
+
+    load: str
+    rounds: Mapping[str, Sequence[Measurement]]
+
+    def ratio_text(self, contender: str, baseline: str, of: Figure) -> str:
+        """A figure over that of another, round by round, if both took part."""
+        if contender == baseline or not {contender, baseline} <= self.rounds.keys():
+            return "–"
+        return spread_text(ratio(self.rounds[contender], self.rounds[baseline], of))
+
+
+def run_contest(contest: Contest, rounds: int, log: Callable[[str], None]) -> Results:
+    """Measures every contender in each round."""
+    found: dict[str, list[Measurement]] = {name: [] for name in contest.contenders}
+    for number in range(1, rounds + 1):
+        for name, measure in contest.contenders.items():
+            found[name].append(measure())
+        rates = (f"{name} {rate_of(measured[-1]):,.0f}/s" for name, measured in found.items())
+        log(f"{contest.load}, round {number} of {rounds}: {', '.join(rates)}")
+    return Results(contest.load, found)
+
+
+def results_table(results: Sequence[Results], baseline: str) -> Table:
+    """A line for each contender under each load.
+
+    Args:
+        results: of all loads.
+        baseline: the contender that the others are compared with.
+    """
+    ratios = (f"rate ÷ {baseline}'s", f"CPU ÷ {baseline}'s")
+    heads = ("load", "what", "steps/s", "p50 ms", "p99 ms", "CPU µs", *ratios)
+    notes = (
+        "CPU is the server's, for one step. Latency is a message's. Rates and ratios are medians",
+        "(least–most) of the rounds, a ratio within its round; all else is of the median round by",
+        "rate. The bare forward is gather, cell and scatter of so many rows in one thread.",
+    )
+    return Table(heads, [row for found in results for row in _rows(found, baseline)], notes)
+
+
+def _rows(found: Results, baseline: str) -> Iterator[list[str]]:
+    for name, rounds in found.rounds.items():
+        middle = median_round(rounds)
+        yield [
+            found.load,
+            name,
+            spread_text(spread(map(rate_of, rounds)), 0),
+            _latency(middle, "50"),
+            _latency(middle, "99"),
+            f"{middle.cpu_us_per_step:.1f}",
+            found.ratio_text(name, baseline, rate_of),
+            found.ratio_text(name, baseline, cpu_of),
+        ]
+
+
+def _latency(measured: Measurement, percentile: str) -> str:
+    found = measured.latency_ms.get(percentile)
+    return "–" if found is None else f"{found:.2f}"
+
+
+@dataclass(frozen=True, slots=True)
+class Bar:
+    """A rate that is wanted, over that of a baseline."""
+
+    load: str
+    contender: str
+    baseline: str
+    at_least: float
+    aim: float
+
+
+def bars_table(results: Sequence[Results], bars: Sequence[Bar]) -> Table:
+    """What is wanted and what was reached, where both contenders took part."""
+    by_load = {found.load: found for found in results}
+    rows: list[list[str]] = []
+    for bar in bars:
+        found = by_load.get(bar.load)
+        if found is not None and {bar.contender, bar.baseline} <= found.rounds.keys():
+            what = f"{bar.contender} ÷ {bar.baseline}"
+            reached = (
+                found.ratio_text(bar.contender, bar.baseline, of) for of in (rate_of, cpu_of)
+            )
+            rows.append([bar.load, what, f"{bar.at_least:g}", f"{bar.aim:g}", *reached])
+    return Table(("load", "what", "rate, at least", "aimed at", "measured", "CPU"), rows, ())
+
+
+def as_figures(results: Sequence[Results]) -> list[dict[str, object]]:
+    """Every figure of every round, for programs."""
+    return [
+        {
+            "load": found.load,
+            "rounds": {
+                name: [asdict(one) for one in rounds] for name, rounds in found.rounds.items()
+            },
+        }
+        for found in results
+    ]

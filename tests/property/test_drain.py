@@ -103,7 +103,7 @@ async def carry_out(
     draining = asyncio.create_task(rig.sessions.drain())
     await _arrive(doors, later, len(before) + 1)
     for wire in doors.wires.values():
-        wire.send(grpc.aio.EOF)
+        wire.write(grpc.aio.EOF)
     async with asyncio.timeout(HANG):
         await asyncio.gather(draining, *doors.streams)
         told = await asyncio.gather(*doors.calls.values(), return_exceptions=True)

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
+from unittest.mock import patch
 
 import grpc
 import numpy as np
@@ -22,8 +23,9 @@ from hypothesis import strategies as st
 
 from stepstate.budget import MemoryAccount
 from stepstate.errors import StepstateError
+from stepstate.h2grpc import MessageSink
 from stepstate.stores import Durability
-from stepstate.transport import StepstateServicer
+from stepstate.transport import StepstateServicer, bidi
 from stepstate.transport.bidi import AnyStream
 from stepstate.transport.packed import PackedStream
 from stepstate.transport.steps import StepStream
@@ -134,21 +136,59 @@ class Arrival:
 
 
 class Wire:
-    """The two sides of a streaming call, without a wire: messages are not encoded."""
+    """The two sides of a streaming call, without a wire: messages are not encoded.
+
+    What its client has sent comes although the call is paused, as with HTTP/2, and every other
+    reply waits before it leaves.
+    """
 
     def __init__(self) -> None:
         self.encode = lambda message: message
         self.decode = lambda data: data[0]
-        self._sent: asyncio.Queue[Any] = asyncio.Queue()
         self.replies: list[Any] = []
-        self.send = self._sent.put_nowait
+        self._sent: deque[Any] = deque()
+        self._sink: MessageSink | None = None
 
-    async def read(self) -> Any:
-        message = await self._sent.get()
-        return message if message is grpc.aio.EOF else (message,)  # of some length, as bytes are
+    # The client's side
 
-    async def write(self, message: Any) -> None:
-        self.replies.append(message)
+    def write(self, message: Any) -> None:
+        """Sends a message, or `grpc.aio.EOF`."""
+        self._sent.append(message)
+        asyncio.get_running_loop().call_soon(self._hand_over)
+
+    def _hand_over(self) -> None:
+        while self._sent and self._sink is not None:
+            message = self._sent.popleft()
+            if message is grpc.aio.EOF:
+                self._sink.half_closed()
+            else:
+                self._sink.received((message,))  # of some length, as bytes are
+
+    # The server's side: see `MessageChannel`
+
+    def attach(self, sink: MessageSink) -> None:
+        self._sink = sink
+        self._hand_over()
+
+    def detach(self) -> None:
+        self._sink = None
+
+    def pause(self) -> None:
+        pass
+
+    def resume(self) -> None:
+        pass
+
+    def send(self, reply: Any) -> bool:
+        self.replies.append(reply)
+        left = bool(len(self.replies) % 2)
+        if not left:
+            asyncio.get_running_loop().call_soon(self._leave)
+        return left
+
+    def _leave(self) -> None:
+        if self._sink is not None:
+            self._sink.writable()
 
 
 @dataclass
@@ -171,7 +211,7 @@ class Doors:
             InferStream(backend, self.wires["ModelStreamInfer"], self.triton.sequences),
         ]
         self.streams = [asyncio.create_task(stream.run()) for stream in streams]
-        self.wires["StreamPacked"].send(
+        self.wires["StreamPacked"].write(
             packed([], None, np.zeros((0, 3)), bind=dict(enumerate(NAMES)))
         )
 
@@ -181,7 +221,7 @@ class Doors:
         x = self.rows[place]
         if kind in self.wires:
             self.asked[kind].append((place, name))
-            self.wires[kind].send(self._message(place, kind, name, flag))
+            self.wires[kind].write(self._message(place, kind, name, flag))
         elif kind == "ModelInfer":
             request = infer("ordered", name, x, **_flags(flag))
             self.calls[place] = asyncio.create_task(self.triton.ModelInfer(request, None))
@@ -214,7 +254,7 @@ class Doors:
     async def outcomes(self) -> dict[int, object]:
         """Of every request: y, a t, or the reason of an error."""
         for wire in self.wires.values():
-            wire.send(grpc.aio.EOF)
+            wire.write(grpc.aio.EOF)
         async with asyncio.timeout(HANG):
             await asyncio.gather(*self.streams)
             results = await asyncio.gather(*self.calls.values(), return_exceptions=True)
@@ -465,3 +505,23 @@ def test_packed_rows_that_go_straight_or_wait_for_each_other_are_in_the_line_too
 ) -> None:
     states = ("resident", "unknown", "unknown")
     asyncio.run(carry_out(states, Durability.ASYNC, delays, arrivals))
+
+
+@examples(150)
+@given(
+    kind=st.sampled_from(STREAMS),
+    most=st.integers(1, 4),
+    states=st.tuples(*[st.sampled_from(STATES)] * len(NAMES)),
+    delays=st.lists(st.integers(0, 9), min_size=1, max_size=20),
+    sent=st.lists(
+        st.tuples(st.sampled_from("aaaabc"), st.sampled_from([0, 0, 0, 1, 3])),
+        min_size=3,
+        max_size=24,
+    ),
+)
+def test_a_stream_that_is_full_keeps_its_order(
+    kind: str, most: int, states: tuple[str, ...], delays: list[int], sent: list[tuple[str, int]]
+) -> None:
+    arrivals = [Arrival(kind, name, pause, 0) for name, pause in sent]
+    with patch.object(bidi, "MAX_UNANSWERED", most):
+        asyncio.run(carry_out(states, Durability.SYNC, delays, arrivals))

@@ -4,7 +4,8 @@ It takes what `grpc.aio.server()` takes: the same servicers, handlers and interc
 nothing of Stepstate.
 
 `frames`, `headers`, `limits`, `memory`, `stream` and `connection` are the protocol, tested without
-sockets; `call` serves one RPC, and `server` is the shell of sockets, tasks and timers.
+sockets; `call` serves one RPC, and `server` is the shell of sockets, tasks and timers, to which
+`listening` and `tls` belong.
 """
 
 from stepstate.h2grpc.call import Call, MessageSink

@@ -594,17 +594,17 @@ class Http2Connection:
         if flags & Flag.ACK:
             return
         self._settled = True
+        self.send(SETTINGS_ACK)  # before what a larger window lets out
         for name, value in read_settings(payload):
             self.meter.charge(Cost.FRAME)
             self._set(name, value)
-        self.send(SETTINGS_ACK)
 
     def _set(self, name: int, value: int) -> None:
         if name == Setting.INITIAL_WINDOW_SIZE:
             if value > LARGEST_WINDOW:
                 raise ConnectionFailure(ErrorCode.FLOW_CONTROL_ERROR)
             self.meter.charge(len(self.streams) // STREAMS_PER_CREDIT)
-            for stream in self.streams.values():
+            for stream in list(self.streams.values()):  # one whose reply waited may end
                 self._widen(stream, value - self._peer_window)
             self._peer_window = value
         elif name == Setting.HEADER_TABLE_SIZE and value < DEFAULT_TABLE_BYTES:

@@ -31,7 +31,7 @@ from stepstate.engine import (
     use_one_thread,
 )
 from stepstate.errors import ListenError, StoreUnavailable
-from stepstate.h2grpc import H2Server, Http2Limits
+from stepstate.h2grpc import ConnectionTimes, H2Server, Http2Limits
 from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
@@ -65,6 +65,8 @@ STORE_SERVICE = "stepstate.store"
 SERVICE = DESCRIPTOR.services_by_name["StepstateService"]
 LAST_CALLS_SECONDS = 0.5
 """For the replies of unary calls on their way out; a watch of health would never end by itself."""
+AGE_GRACE_SECONDS = 60.0
+"""For the calls of a connection that has reached its age. Streams end by themselves at no time."""
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
 
@@ -123,8 +125,10 @@ class Server:
         self._registry = CollectorRegistry(support_collectors_without_names=True)
         self._metrics = Metrics()
         memory_limit = limit_bytes(config.memory_limit)
-        receiver = Receiver(memory_limit)
-        self.memory = MemoryBudget(memory_limit - receiver.budget.limit)
+        self.receiver = Receiver(memory_limit)
+        """Has the budgets for what is being received."""
+        received = self.receiver.budget.limit + self.receiver.windows.limit
+        self.memory = MemoryBudget(memory_limit - received)
         """What clients make it hold, beside what is being received."""
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
@@ -146,17 +150,17 @@ class Server:
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        peers = PeerTable(self.memory, receiver.budget, config.trusted_networks)
+        peers = PeerTable(self.memory, self.receiver.budget, config.trusted_networks)
         admission = CallAdmission(peers, self._metrics)
         backend = Backend(self.sessions, self._metrics, admission)
         self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, admission, receiver)
+        interceptor = RpcInterceptor(self._metrics, admission, self.receiver)
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
-        self._grpc = _transport(config, interceptor, receiver.budget)
+        self._grpc = _transport(config, interceptor, self.receiver)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
@@ -416,21 +420,25 @@ async def _store(config: ServerConfig) -> SessionStore:
     )
 
 
-def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiving: MemoryBudget) -> Any:
+def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiver: Receiver) -> Any:
     """The gRPC server that was chosen: both take the same servicers."""
     if config.transport == "grpcio":
         return grpc.aio.server(interceptors=[interceptor], options=_channel_options(config))
     limits = Http2Limits(concurrent_streams=config.max_concurrent_streams)
     return H2Server(
         [interceptor],
+        times=ConnectionTimes(age=config.max_connection_age, age_grace=AGE_GRACE_SECONDS),
         compressed_requests=config.allow_compressed_requests,
         limits=limits,
-        memory=lambda: ReceivingMemory(receiving),
+        memory=lambda: ReceivingMemory(receiver),
     )
 
 
 def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
     options = [*CHANNEL_OPTIONS, ("grpc.max_concurrent_streams", config.max_concurrent_streams)]
+    if config.max_connection_age:
+        options.append(("grpc.max_connection_age_ms", int(config.max_connection_age * 1000)))
+        options.append(("grpc.max_connection_age_grace_ms", int(AGE_GRACE_SECONDS * 1000)))
     if not config.allow_compressed_requests:
         options.append(("grpc.compression_enabled_algorithms_bitset", ONLY_IDENTITY))
     return options

@@ -87,6 +87,8 @@ class H2Server:
         self.idle = asyncio.Event()
         """There is no connection."""
         self.idle.set()
+        if not all(isinstance(one, grpc.aio.ServerInterceptor) for one in interceptors):
+            raise ValueError("interceptors must be of the class grpc.aio.ServerInterceptor")
         self._interceptors = tuple(interceptors)
         self._generic: list[grpc.GenericRpcHandler] = []
         self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
@@ -160,7 +162,16 @@ class H2Server:
         return port
 
     async def start(self) -> None:
-        """Begins to serve."""
+        """Begins to serve, once.
+
+        Raises:
+            grpc.aio.UsageError: it was stopped.
+        """
+        if self._stopped.is_set():
+            raise grpc.aio.UsageError("Server not in ready state")
+        if self._keeper is not None:
+            return
+        self._keeper = asyncio.create_task(self._keep())
         loop = asyncio.get_running_loop()
         for listener, context in self._sockets:
             timeout = None if context is None else self.times.handshake
@@ -174,7 +185,6 @@ class H2Server:
                 )
             )
         self._sockets.clear()
-        self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self, grace: float | None) -> None:
         """Accepts no more, and ends what is not done after `grace` seconds.
@@ -335,6 +345,13 @@ class _ServerProtocol(asyncio.Protocol):
             self._transport.resume_reading()
             self._http2.go_on()
 
+    @property
+    def unread_bytes(self) -> int:
+        """What waits in the socket's buffer because the client does not read; 0: it does."""
+        if not self._http2.held or self._transport is None:
+            return 0
+        return self._transport.get_write_buffer_size()
+
     def _release_buffer(self) -> None:
         size, self._buffered = self._buffered, 0
         if size:
@@ -413,8 +430,7 @@ class _ServerProtocol(asyncio.Protocol):
 
     def look(self, now: float) -> None:
         """Does what time brings."""
-        unread = self._transport.get_write_buffer_size() if self._transport is not None else 0
-        kept = self._lifetime.look(now, unread if self._http2.held else 0)
+        kept = self._lifetime.look(now, self.unread_bytes)
         self._flush()
         if not kept:
             self._abort()

@@ -15,6 +15,7 @@ MAX_NUMBER = 2**40
 LONGEST_IDLE_SECONDS = 100 * 366 * 86_400.0
 """A century: beyond it the time of expiry overflows."""
 DURABILITIES = ("none", "async", "sync")
+MAY_BE_ZERO = ("max_connection_age",)
 TRANSPORTS = ("lean", "grpcio")
 WEIGHTS = ("float32", "bfloat16", "int8")
 MAX_SLOTS = 10_000_000
@@ -82,6 +83,13 @@ class ServerConfig:
         "call is one for as long as it is open.",
         "Resetting as many calls as fast as possible delays others by less than a second; with "
         "65,536 it was half a minute.",
+    )
+    max_connection_age: float = _setting(
+        0.0,
+        "Seconds after which a connection ends, give or take a tenth: its client begins no more "
+        "calls on it and connects again, and calls that are not done a minute later are cut. 0: "
+        "never.",
+        "Only where a load balancer spreads connections over servers do they gain from a new one.",
     )
     allow_compressed_requests: bool = _setting(
         False,  # noqa: FBT003 - a default
@@ -288,7 +296,7 @@ class ServerConfig:
     def _check_numbers(self) -> None:
         for setting in fields(self):
             value = getattr(self, setting.name)
-            if isinstance(value, bool):
+            if isinstance(value, bool) or (setting.name in MAY_BE_ZERO and value == 0):
                 continue
             if isinstance(value, int | float) and not 0 < value <= MAX_NUMBER:
                 raise ConfigError(

@@ -31,7 +31,7 @@ from stepstate.engine import (
     use_one_thread,
 )
 from stepstate.errors import ListenError, StoreUnavailable
-from stepstate.h2grpc import H2Server, Http2Limits
+from stepstate.h2grpc import ConnectionTimes, H2Server, Http2Limits
 from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
@@ -65,6 +65,8 @@ STORE_SERVICE = "stepstate.store"
 SERVICE = DESCRIPTOR.services_by_name["StepstateService"]
 LAST_CALLS_SECONDS = 0.5
 """For the replies of unary calls on their way out; a watch of health would never end by itself."""
+AGE_GRACE_SECONDS = 60.0
+"""For the calls of a connection that has reached its age. Streams end by themselves at no time."""
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
 
@@ -423,6 +425,7 @@ def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiving: Mem
     limits = Http2Limits(concurrent_streams=config.max_concurrent_streams)
     return H2Server(
         [interceptor],
+        times=ConnectionTimes(age=config.max_connection_age, age_grace=AGE_GRACE_SECONDS),
         compressed_requests=config.allow_compressed_requests,
         limits=limits,
         memory=lambda: ReceivingMemory(receiving),
@@ -431,6 +434,9 @@ def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiving: Mem
 
 def _channel_options(config: ServerConfig) -> list[tuple[str, int]]:
     options = [*CHANNEL_OPTIONS, ("grpc.max_concurrent_streams", config.max_concurrent_streams)]
+    if config.max_connection_age:
+        options.append(("grpc.max_connection_age_ms", int(config.max_connection_age * 1000)))
+        options.append(("grpc.max_connection_age_grace_ms", int(AGE_GRACE_SECONDS * 1000)))
     if not config.allow_compressed_requests:
         options.append(("grpc.compression_enabled_algorithms_bitset", ONLY_IDENTITY))
     return options

@@ -161,13 +161,15 @@ def encode_metadata(metadata: Iterable[tuple[str, str | bytes]]) -> bytes:
     Raises:
         TypeError, ValueError: a key or value can't be sent.
     """
-    return b"".join(_encode_entry(key, value) for key, value in metadata)
+    return b"".join(_encode_entry(entry) for entry in metadata)
 
 
-def _encode_entry(key: str, value: str | bytes) -> bytes:
-    if not isinstance(key, str) or not isinstance(value, str | bytes):
-        raise TypeError(f"metadata is pairs of str and str or bytes, not {key!r}, {value!r}")
-    name = key.encode()
+def _encode_entry(entry: object) -> bytes:
+    match entry:
+        case (str() as key, str() | bytes() as value):
+            name = key.encode()
+        case _:
+            raise TypeError(f"metadata is pairs of str and str or bytes, not {entry!r}")
     data = value.encode() if isinstance(value, str) else value
     binary = name.endswith(b"-bin")
     data = base64.b64encode(data).rstrip(b"=") if binary else data.strip()

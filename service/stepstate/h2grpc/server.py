@@ -87,6 +87,8 @@ class H2Server:
         self.idle = asyncio.Event()
         """There is no connection."""
         self.idle.set()
+        if not all(isinstance(one, grpc.aio.ServerInterceptor) for one in interceptors):
+            raise ValueError("interceptors must be of the class grpc.aio.ServerInterceptor")
         self._interceptors = tuple(interceptors)
         self._generic: list[grpc.GenericRpcHandler] = []
         self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
@@ -160,7 +162,16 @@ class H2Server:
         return port
 
     async def start(self) -> None:
-        """Begins to serve."""
+        """Begins to serve, once.
+
+        Raises:
+            grpc.aio.UsageError: it was stopped.
+        """
+        if self._stopped.is_set():
+            raise grpc.aio.UsageError("Server not in ready state")
+        if self._keeper is not None:
+            return
+        self._keeper = asyncio.create_task(self._keep())
         loop = asyncio.get_running_loop()
         for listener, context in self._sockets:
             timeout = None if context is None else self.times.handshake
@@ -174,7 +185,6 @@ class H2Server:
                 )
             )
         self._sockets.clear()
-        self._keeper = asyncio.create_task(self._keep())
 
     async def stop(self, grace: float | None) -> None:
         """Accepts no more, and ends what is not done after `grace` seconds.

@@ -1,0 +1,154 @@
+"""What only real sockets show: how connections end, and what gRPC's own client makes of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Any
+
+import grpc
+import pytest
+
+from stepstate.h2grpc import ConnectionTimes, H2Server, Http2Limits
+from stepstate.h2grpc.frames import CLIENT_PREFACE, ErrorCode, ping, settings, window_update
+from tests.unit.h2grpc.raw import goaway_of
+
+HANG = 30.0
+BEGINNING = CLIENT_PREFACE + settings({})
+SHORT = ConnectionTimes(handshake=0.5, last_output=0.5)
+
+
+async def _echo(requests: AsyncIterator[bytes], _context: Any) -> AsyncIterator[bytes]:
+    async for request in requests:
+        yield request
+
+
+async def _who(_request: bytes, context: Any) -> bytes:
+    """The client's address: it changes with its connection."""
+    return str(context.peer()).encode()
+
+
+@asynccontextmanager
+async def _running(
+    times: ConnectionTimes = SHORT, limits: Http2Limits | None = None
+) -> AsyncIterator[tuple[H2Server, int]]:
+    server = H2Server(times=times, limits=limits)
+    methods = {
+        "Echo": grpc.stream_stream_rpc_method_handler(_echo),
+        "Who": grpc.unary_unary_rpc_method_handler(_who),
+    }
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", methods)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield server, port
+    finally:
+        await server.stop(None)
+
+
+async def _come(server: H2Server) -> None:
+    async with asyncio.timeout(HANG):
+        while not server.connections:
+            await asyncio.sleep(0.01)
+
+
+async def _gone(server: H2Server) -> None:
+    async with asyncio.timeout(HANG):
+        await server.idle.wait()
+
+
+@pytest.mark.parametrize("sent", [b"no HTTP/2 at all", BEGINNING + window_update(0, 0)])
+async def test_a_fault_is_told_and_then_the_connection_is_closed(sent: bytes) -> None:
+    async with _running() as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        async with asyncio.timeout(HANG):
+            output = await reader.read()
+        assert goaway_of(output)[0] is ErrorCode.PROTOCOL_ERROR
+        writer.close()
+        await _gone(server)
+
+
+async def test_a_client_that_sends_on_reads_why_it_was_ended() -> None:
+    """With bytes unread, the system would reset the connection, and lose what was written."""
+    async with _running() as (server, port):
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(BEGINNING + 50_000 * ping(bytes(8), ack=False))
+        async with asyncio.timeout(HANG):
+            output = await reader.read()
+        assert goaway_of(output) == (ErrorCode.ENHANCE_YOUR_CALM, b"too_many_pings")
+        writer.close()
+        await _gone(server)
+
+
+async def test_a_client_that_neither_reads_nor_closes_is_cut() -> None:
+    async with _running() as (server, port):
+        _reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"no HTTP/2 at all, and no end")
+        await _come(server)
+        await _gone(server)
+        writer.close()
+
+
+@pytest.mark.parametrize("sent", [b"", CLIENT_PREFACE])
+async def test_half_open_connections_are_cut(sent: bytes) -> None:
+    async with _running() as (server, port):
+        _reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        await _come(server)
+        await _gone(server)
+        writer.close()
+
+
+async def test_a_stream_is_served_while_the_server_stops() -> None:
+    async with (
+        _running() as (server, port),
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+    ):
+        stream = channel.stream_stream("/test/Echo")()
+        await stream.write(b"before")
+        assert await stream.read() == b"before"
+        stopping = asyncio.create_task(server.stop(HANG))
+        for number in range(20):
+            await stream.write(b"%d" % number)
+            assert await stream.read() == b"%d" % number
+        assert not stopping.done()
+        await stream.done_writing()
+        assert await stream.code() is grpc.StatusCode.OK
+        await asyncio.wait_for(stopping, HANG)
+
+
+async def test_an_old_connection_is_left_without_an_error() -> None:
+    """Each call is answered, and sooner or later on another connection."""
+    async with (
+        _running(replace(SHORT, age=1.0)) as (_server, port),
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel,
+        asyncio.timeout(HANG),
+    ):
+        ask = channel.unary_unary("/test/Who")
+        first = await ask(b"")
+        while await ask(b"") == first:
+            await asyncio.sleep(0.001)
+
+
+@pytest.mark.long
+async def test_grpcs_client_pings_less_often_after_the_goaway() -> None:
+    """One that pings every second is told so, connects again, and pings every two seconds."""
+    limits = Http2Limits(ping_interval_seconds=1.5)
+    options = [
+        ("grpc.keepalive_time_ms", 1_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        ("grpc.http2.max_pings_without_data", 0),
+    ]
+    async with (
+        _running(limits=limits) as (_server, port),
+        grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=options) as channel,
+    ):
+        ask = channel.unary_unary("/test/Who")
+        peers = []
+        for _ in range(3):
+            peers.append(await ask(b""))
+            await asyncio.sleep(8.0)
+        assert peers[0] != peers[1] == peers[2]

@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo serve test test-all attacks conformance lint types protos protos-check docs build train bench benchmarks clean
+.PHONY: help setup demo serve test test-all attacks fuzz conformance lint types protos protos-check docs build train bench benchmarks clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -36,6 +36,10 @@ conformance: export H2SPEC ?= ../shared/conformance/h2spec
 conformance: export GRPC_INTEROP_CLIENT ?= ../shared/conformance/grpc-go-interop-client
 conformance: setup ## Run h2spec and grpc-go's interoperability client (tests/README.md)
 	$(BIN)/pytest tests/conformance
+
+FUZZ_SECONDS ?= 3600
+fuzz: setup ## Fuzz the gRPC server's HTTP/2 for an hour, or FUZZ_SECONDS
+	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
 
 lint: setup ## Check style, formatting and the layers of imports
 	$(BIN)/ruff check .

@@ -12,10 +12,9 @@ from typing import Self
 import numpy as np
 
 from benchmarks import BenchError
+from benchmarks.clients import ANSWER_SECONDS
 from benchmarks.load import Load, Sample, Window
 
-ANSWER_SECONDS = 120.0
-"""A generator that is silent for this long waits for a server that hangs."""
 _SILENT = f"the load generator got no reply for {ANSWER_SECONDS:g} s: the server hangs"
 
 

@@ -132,7 +132,7 @@ def transports(plan: TransportsPlan, log: Log) -> Report:
 
 def _programs(log: Log) -> CppPrograms | None:
     """The programs in C++; None: they can't be built here."""
-    log("building the load generator in C++")
+    log("the load generator in C++ is built, if it has to be")
     try:
         return build_programs()
     except MissingTools as missing:

@@ -94,8 +94,8 @@ class ServerConfig:
     allow_compressed_requests: bool = _setting(
         False,  # noqa: FBT003 - a default
         "Accept requests that are compressed with gzip or deflate.",
-        "gRPC inflates a message before it checks its size: 4 MB become 4 GB. Only for clients "
-        "that are trusted.",
+        "grpcio inflates a message before it checks its size: 4 MB become 4 GB. The lean transport "
+        "stops at the longest message, but a short request may still cost as much as a long one.",
     )
     metrics_listen: str = _setting(
         "127.0.0.1:9464",

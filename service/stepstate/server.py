@@ -125,8 +125,10 @@ class Server:
         self._registry = CollectorRegistry(support_collectors_without_names=True)
         self._metrics = Metrics()
         memory_limit = limit_bytes(config.memory_limit)
-        receiver = Receiver(memory_limit)
-        self.memory = MemoryBudget(memory_limit - receiver.budget.limit)
+        self.receiver = Receiver(memory_limit)
+        """Has the budgets for what is being received."""
+        received = self.receiver.budget.limit + self.receiver.windows.limit
+        self.memory = MemoryBudget(memory_limit - received)
         """What clients make it hold, beside what is being received."""
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
@@ -148,17 +150,17 @@ class Server:
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        peers = PeerTable(self.memory, receiver.budget, config.trusted_networks)
+        peers = PeerTable(self.memory, self.receiver.budget, config.trusted_networks)
         admission = CallAdmission(peers, self._metrics)
         backend = Backend(self.sessions, self._metrics, admission)
         self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, admission, receiver)
+        interceptor = RpcInterceptor(self._metrics, admission, self.receiver)
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
-        self._grpc = _transport(config, interceptor, receiver.budget)
+        self._grpc = _transport(config, interceptor, self.receiver)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
@@ -418,7 +420,7 @@ async def _store(config: ServerConfig) -> SessionStore:
     )
 
 
-def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiving: MemoryBudget) -> Any:
+def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiver: Receiver) -> Any:
     """The gRPC server that was chosen: both take the same servicers."""
     if config.transport == "grpcio":
         return grpc.aio.server(interceptors=[interceptor], options=_channel_options(config))
@@ -428,7 +430,7 @@ def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiving: Mem
         times=ConnectionTimes(age=config.max_connection_age, age_grace=AGE_GRACE_SECONDS),
         compressed_requests=config.allow_compressed_requests,
         limits=limits,
-        memory=lambda: ReceivingMemory(receiving),
+        memory=lambda: ReceivingMemory(receiver),
     )
 
 

@@ -12,6 +12,7 @@ from h2.connection import H2Connection
 from h2.events import (
     ConnectionTerminated,
     DataReceived,
+    ResponseReceived,
     StreamEnded,
     StreamReset,
     TrailersReceived,
@@ -39,7 +40,7 @@ class RawConnection:
         self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, *, window: int | None
     ) -> None:
         self.ended: dict[int, str] = {}
-        """The grpc-status of streams that have ended; "reset": by the server."""
+        """The grpc-status of streams that have ended; "reset": by the server, without."""
         self.received = 0
         """Bytes of replies."""
         self.closed = False
@@ -116,10 +117,11 @@ class RawConnection:
             self.received += len(event.data)
             if self._reads:
                 self._http.acknowledge_received_data(event.flow_controlled_length, event.stream_id)
-        elif isinstance(event, TrailersReceived):
-            self.ended[event.stream_id] = dict(event.headers).get("grpc-status", "")
+        elif isinstance(event, TrailersReceived | ResponseReceived):
+            if "grpc-status" in (headers := dict(event.headers)):
+                self.ended[event.stream_id] = headers["grpc-status"]
         elif isinstance(event, StreamReset):
-            self.ended[event.stream_id] = "reset"
+            self.ended.setdefault(event.stream_id, "reset")
         elif isinstance(event, StreamEnded):
             self.ended.setdefault(event.stream_id, "")
         elif isinstance(event, ConnectionTerminated):

@@ -95,6 +95,42 @@ class Http2Connection:
         memory: what it may keep.
     """
 
+    __slots__ = (
+        "_begun",
+        "_clock",
+        "_ended_early",
+        "_half_window",
+        "_headers",
+        "_host",
+        "_last_id",
+        "_last_served",
+        "_opened_now",
+        "_output",
+        "_paid_messages",
+        "_peer_window",
+        "_pings",
+        "_receive_window",
+        "_rest",
+        "_settled",
+        "_waiting",
+        "_withheld",
+        "_writing",
+        "block_prefix",
+        "draining",
+        "ended",
+        "held",
+        "limits",
+        "memory",
+        "meter",
+        "partial",
+        "peer_frame_bytes",
+        "received_frames",
+        "send_window",
+        "sent_messages",
+        "sent_others",
+        "streams",
+    )
+
     def __init__(
         self,
         host: Host,
@@ -558,17 +594,17 @@ class Http2Connection:
         if flags & Flag.ACK:
             return
         self._settled = True
+        self.send(SETTINGS_ACK)  # before what a larger window lets out
         for name, value in read_settings(payload):
             self.meter.charge(Cost.FRAME)
             self._set(name, value)
-        self.send(SETTINGS_ACK)
 
     def _set(self, name: int, value: int) -> None:
         if name == Setting.INITIAL_WINDOW_SIZE:
             if value > LARGEST_WINDOW:
                 raise ConnectionFailure(ErrorCode.FLOW_CONTROL_ERROR)
             self.meter.charge(len(self.streams) // STREAMS_PER_CREDIT)
-            for stream in self.streams.values():
+            for stream in list(self.streams.values()):  # one whose reply waited may end
                 self._widen(stream, value - self._peer_window)
             self._peer_window = value
         elif name == Setting.HEADER_TABLE_SIZE and value < DEFAULT_TABLE_BYTES:

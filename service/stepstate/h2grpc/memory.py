@@ -26,19 +26,23 @@ class ConnectionMemory(Protocol):
 
     @property
     def contended(self) -> bool:
-        """Whether anybody waits for memory, on any connection."""
+        """Whether the rest of a message waits for memory, on any connection."""
         ...
 
     def reserve(self, size: int) -> bool:
-        """Reserves bytes; False: there is no room, and nothing was reserved."""
+        """Reserves bytes that a window allowed; False: no room, and nothing was reserved."""
         ...
 
-    def release(self, size: int) -> None:
-        """Releases bytes that were reserved."""
+    def reserve_rest(self, size: int) -> bool:
+        """Reserves bytes of a message beyond its window; False: no room."""
+        ...
+
+    def release(self, size: int, rest: int = 0) -> None:
+        """Releases bytes, and those of the rests of messages."""
         ...
 
     def wait_for(self, size: int, then: Callable[[], None]) -> None:
-        """Calls a function, later, when so many bytes could be reserved; one at a time."""
+        """Calls a function, later, when so many bytes of a rest fit; one at a time."""
         ...
 
     def refusal(self, size: int) -> Exception:
@@ -59,7 +63,11 @@ class UncountedMemory:
         """See `ConnectionMemory`."""
         return True
 
-    def release(self, _size: int) -> None:
+    def reserve_rest(self, _size: int) -> bool:
+        """See `ConnectionMemory`."""
+        return True
+
+    def release(self, _size: int, _rest: int = 0) -> None:
         """See `ConnectionMemory`."""
 
     def wait_for(self, _size: int, then: Callable[[], None]) -> None:
@@ -140,7 +148,8 @@ class PartialMessages:
         now = self._clock()
         for message, since in list(self._since.items()):
             age = now - since
-            if age >= PATIENCE_SECONDS and message.received_bytes < age * SLOW_BYTES:
+            slow = age >= PATIENCE_SECONDS and message.received_bytes < age * SLOW_BYTES
+            if slow and message not in self._waiting:
                 message.refuse()
 
     def _wait(self) -> None:
@@ -155,7 +164,7 @@ class PartialMessages:
             del self._waiting[message]
 
     def _reserve_rest(self, message: PartialMessage) -> bool:
-        if not self._memory.reserve(message.missing_bytes):
+        if not self._memory.reserve_rest(message.missing_bytes):
             return False
         self._since[message] = self._clock()
         message.receive_rest()

@@ -345,6 +345,13 @@ class _ServerProtocol(asyncio.Protocol):
             self._transport.resume_reading()
             self._http2.go_on()
 
+    @property
+    def unread_bytes(self) -> int:
+        """What waits in the socket's buffer because the client does not read; 0: it does."""
+        if not self._http2.held or self._transport is None:
+            return 0
+        return self._transport.get_write_buffer_size()
+
     def _release_buffer(self) -> None:
         size, self._buffered = self._buffered, 0
         if size:
@@ -423,8 +430,7 @@ class _ServerProtocol(asyncio.Protocol):
 
     def look(self, now: float) -> None:
         """Does what time brings."""
-        unread = self._transport.get_write_buffer_size() if self._transport is not None else 0
-        kept = self._lifetime.look(now, unread if self._http2.held else 0)
+        kept = self._lifetime.look(now, self.unread_bytes)
         self._flush()
         if not kept:
             self._abort()

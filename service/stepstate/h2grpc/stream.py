@@ -155,10 +155,12 @@ class Http2Stream:
         "_discarding",
         "_ending",
         "_kept",
+        "_kept_rest",
         "_message_bytes",
         "_partial",
         "_queue",
         "_reserved",
+        "_rest",
         "_sender",
         "_started",
         "_tiny_pieces",
@@ -201,12 +203,14 @@ class Http2Stream:
         self._sender = sender
         self._discarding = False  # what comes is no message
         self._started = False
-        self._queue: deque[memoryview] = deque()
+        self._queue: deque[memoryview] | None = None  # made when it is needed: most are not
         self._ending: bytes | None = None
         self._partial: bytearray | None = None
         self._message_bytes = 0  # of the message in `_partial`, with its prefix; 0: not known
-        self._reserved = 0  # for the message in `_partial`
+        self._reserved = 0  # for the message in `_partial`, within the window
+        self._rest = 0  # the same, beyond it
         self._kept = 0  # reserved for messages that the receiver was given, until it resumes
+        self._kept_rest = 0
         self._tiny_pieces = 0  # of the message in `_partial`
         self._content_left = content_length
 
@@ -240,8 +244,7 @@ class Http2Stream:
             sender.send(header, payload)
             return True
         if self.open_out and self._ending is None:
-            self._queue.append(memoryview(_PREFIX.pack(compressed, len(payload)) + payload))
-            self.queued_bytes += size
+            self._enqueue(memoryview(_PREFIX.pack(compressed, len(payload)) + payload))
             sender.sent_messages += 1
             sender.block(self)
         return not self.queued_bytes
@@ -251,10 +254,15 @@ class Http2Stream:
         if not self.open_out:
             return
         self.start(block)
-        self._queue.append(memoryview(body))
-        self.queued_bytes += len(body)
+        self._enqueue(memoryview(body))
         self._ending = b""
         self._sender.block(self)
+
+    def _enqueue(self, data: memoryview) -> None:
+        if self._queue is None:
+            self._queue = deque()
+        self._queue.append(data)
+        self.queued_bytes += len(data)
 
     def finish(self, trailers: bytes) -> None:
         """Ends the stream with a header block, after the messages before it."""
@@ -272,7 +280,7 @@ class Http2Stream:
     def drop_queue(self) -> None:
         """Forgets what waits, a status too; a message that was begun goes with its stream."""
         self._ending = None
-        self._queue.clear()
+        self._queue = None
         self.queued_bytes = 0
 
     def send_piece(self) -> bool:
@@ -365,7 +373,7 @@ class Http2Stream:
 
     def replenish(self) -> None:
         """Lets the other side send more, when half of what it may send is used."""
-        if not self.open_in or self.paused or self._reserved < self._message_bytes:
+        if not self.open_in or self.paused or self.missing_bytes > 0:
             return
         target = self._sender.limits.stream_window
         if self._partial is not None:
@@ -392,7 +400,7 @@ class Http2Stream:
         self.paused = False
         self._release_kept()
         if self._partial is not None:
-            if self._reserved < self._message_bytes:
+            if self.missing_bytes > 0:
                 self._sender.partial.want_rest(self)
         else:
             self.plain = self.open_in and self._content_left is None
@@ -405,7 +413,7 @@ class Http2Stream:
         """
         self.open_in = self.open_out = self.plain = False
         self.send_window = -LARGEST_WINDOW
-        self._queue.clear()
+        self._queue = None
         self.queued_bytes = 0
         self._drop_partial()
         self._release_kept()
@@ -461,9 +469,13 @@ class Http2Stream:
             payload = inflated
         if (self.paused or compressed) and not self._reserve_more(len(payload) + KEPT_BYTES):
             return
-        self._kept += self._end_partial()
+        if self._reserved:
+            self._kept += self._reserved
+            self._kept_rest += self._rest
+            self._end_partial()
+        self._message_bytes = 0
         self.receiver.message(payload)
-        if self._kept and not self.paused:
+        if not self.paused:
             self._release_kept()
 
     # Memory
@@ -476,11 +488,11 @@ class Http2Stream:
     @property
     def missing_bytes(self) -> int:
         """See `PartialMessage`."""
-        return self._message_bytes - self._reserved
+        return self._message_bytes - self._reserved - self._rest
 
     def receive_rest(self) -> None:
         """See `PartialMessage`."""
-        self._reserved = self._message_bytes
+        self._rest = self._message_bytes - self._reserved
         self.replenish()
 
     def refuse(self) -> None:
@@ -498,37 +510,34 @@ class Http2Stream:
                 self.refuse()
                 return
             self._reserved = size
-        if self._reserved < self._message_bytes and not self.paused:
+        if self.missing_bytes > 0 and not self.paused:
             self._sender.partial.want_rest(self)
 
     def _reserve_more(self, size: int) -> bool:
         """Reserves memory for the message that is whole; False: the stream has failed."""
-        more = size - self._reserved
+        more = size - self._reserved - self._rest
         if more > 0:
             if not self._sender.memory.reserve(more):
                 self.refuse()
                 return False
-            self._reserved = size
+            self._reserved += more
         return True
 
-    def _end_partial(self) -> int:
-        """The message has come; returns what is reserved for it."""
-        size, self._reserved = self._reserved, 0
-        self._message_bytes = 0
-        if size:
-            self._sender.partial.end(self)
-        return size
+    def _end_partial(self) -> None:
+        self._reserved = self._rest = self._message_bytes = 0
+        self._sender.partial.end(self)
 
     def _drop_partial(self) -> None:
         self._partial = None
-        size = self._end_partial()
-        if size:
-            self._sender.memory.release(size)
+        if self._reserved:
+            self._sender.memory.release(self._reserved, self._rest)
+            self._end_partial()
 
     def _release_kept(self) -> None:
-        size, self._kept = self._kept, 0
-        if size:
-            self._sender.memory.release(size)
+        if self._kept:
+            kept, rest = self._kept, self._kept_rest
+            self._kept = self._kept_rest = 0
+            self._sender.memory.release(kept, rest)
 
     def _fail(self, reason: str, *, too_large: bool = False) -> None:
         """Takes nothing more of what comes: the receiver ends the call, and its client pays."""

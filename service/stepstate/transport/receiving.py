@@ -23,6 +23,9 @@ MAX_MESSAGE_BYTES = 16 * 2**20
 """The longest request, 100,000 rows of 40 inputs."""
 SHARE = 4
 """The part of the memory limit that messages being received may take is one of so many."""
+WINDOWS_SHARE, MIN_WINDOWS_BYTES = 8, 16 * 2**20
+"""The part of the memory limit for what comes within the windows of the lean transport, and waits:
+one of so many, but at least so much."""
 STALLED_SECONDS = 2.0
 """A read that took so long already is ended if others wait: its client may send nothing at all."""
 
@@ -37,6 +40,8 @@ class Receiver:
     def __init__(self, memory_limit: int) -> None:
         self.budget = MemoryBudget(max(memory_limit // SHARE, 2 * MAX_MESSAGE_BYTES))
         """For messages that are being received."""
+        self.windows = MemoryBudget(max(memory_limit // WINDOWS_SHARE, MIN_WINDOWS_BYTES))
+        """For what comes within windows, and what is written and not read."""
         self._since: dict[asyncio.Timeout, float] = {}  # of the reads, the oldest first
         self._look: asyncio.TimerHandle | None = None
 
@@ -83,48 +88,59 @@ class ReceivingMemory:
     """What one connection of the lean transport may keep: a `ConnectionMemory`.
 
     Args:
-        budget: for messages that are being received.
+        receiver: has the budgets.
     """
 
-    __slots__ = ("_account", "_budget", "_waiting")
+    __slots__ = ("_rests", "_rests_budget", "_waiting", "_windows", "_windows_budget")
 
-    def __init__(self, budget: MemoryBudget) -> None:
-        self._budget = budget
-        self._account = MemoryAccount(budget)
+    def __init__(self, receiver: Receiver) -> None:
+        self._windows_budget, self._rests_budget = receiver.windows, receiver.budget
+        self._windows = MemoryAccount(receiver.windows)
+        self._rests = MemoryAccount(receiver.budget)
         self._waiting: asyncio.Task[None] | None = None
 
     @property
     def contended(self) -> bool:
         """See `ConnectionMemory`."""
-        return bool(self._budget.waiting)
+        return bool(self._rests_budget.waiting)
 
     def reserve(self, size: int) -> bool:
         """See `ConnectionMemory`."""
-        if not self._account.fits(size):
-            return False
-        self._account.reserve(MemoryUse.REQUESTS, size)
-        return True
+        return _reserve(self._windows, size)
 
-    def release(self, size: int) -> None:
+    def reserve_rest(self, size: int) -> bool:
         """See `ConnectionMemory`."""
-        self._account.release(MemoryUse.REQUESTS, size)
+        return _reserve(self._rests, size)
+
+    def release(self, size: int, rest: int = 0) -> None:
+        """See `ConnectionMemory`."""
+        self._windows.release(MemoryUse.REQUESTS, size)
+        if rest:
+            self._rests.release(MemoryUse.REQUESTS, rest)
 
     def wait_for(self, size: int, then: Callable[[], None]) -> None:
         """See `ConnectionMemory`."""
         self._waiting = asyncio.get_running_loop().create_task(self._wait_for(size, then))
 
     async def _wait_for(self, size: int, then: Callable[[], None]) -> None:
-        await self._account.wait_for(size)
+        await self._rests.wait_for(size)
         then()
 
     def refusal(self, size: int) -> MemoryLimit:
         """See `ConnectionMemory`."""
-        budget = self._budget
+        budget = self._windows_budget
         free = max(0, budget.shared - budget.used)
-        return MemoryLimit(size, self._account.held, free, budget.limit)
+        return MemoryLimit(size, self._windows.held, free, budget.limit)
 
     def close(self) -> None:
         """See `ConnectionMemory`."""
         if self._waiting is not None and not self._waiting.done():
             self._waiting.cancel()
-            self._budget.schedule_wake()  # which forgets who does not wait any more
+            self._rests_budget.schedule_wake()  # which forgets who does not wait any more
+
+
+def _reserve(account: MemoryAccount, size: int) -> bool:
+    if not account.fits(size):
+        return False
+    account.reserve(MemoryUse.REQUESTS, size)
+    return True

@@ -114,8 +114,10 @@ class Room:
         self.left -= size if fits else 0
         return fits
 
-    def release(self, size: int) -> None:
-        self.left += size
+    reserve_rest = reserve
+
+    def release(self, size: int, rest: int = 0) -> None:
+        self.left += size + rest
 
     def wait_for(self, size: int, then: Callable[[], None]) -> None:
         assert self.waiting is None

@@ -163,3 +163,13 @@ def test_an_empty_frame_that_ends_a_stream_needs_no_window_of_the_server() -> No
     client.server.receive(frame(FrameType.DATA, Flag.END_STREAM, stream_id))
     client.exchange()
     assert client.trailers[stream_id]["grpc-status"] == "0"
+
+
+def test_a_larger_window_for_all_may_end_streams_whose_replies_waited() -> None:
+    client = Client(window=0)
+    streams = [waiting(client, size=10) for _ in range(3)]
+    for stream in streams:
+        stream.finish(encode_status(0))
+    client.h2.update_settings({Setting.INITIAL_WINDOW_SIZE: 100})
+    client.exchange()
+    assert [client.trailers[stream.id]["grpc-status"] for stream in streams] == ["0"] * 3

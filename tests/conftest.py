@@ -29,6 +29,20 @@ signal.signal(signal.SIGHUP, signal.SIG_DFL)
 register_profiles()
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Runs what has the mark `transports` on grpcio too; with `long=True`, that is long."""
+    mark = metafunc.definition.get_closest_marker("transports")
+    if mark is not None and "transport" in metafunc.fixturenames:
+        marks = [pytest.mark.long] if mark.kwargs.get("long") else []
+        metafunc.parametrize("transport", ["lean", pytest.param("grpcio", marks=marks)])
+
+
+@pytest.fixture
+def transport() -> str:
+    """The gRPC server of every server that the fixtures start: `--transport`."""
+    return "lean"
+
+
 @pytest.fixture(scope="session")
 def networks() -> dict[str, Network]:
     """One network of each kind, by name."""
@@ -53,7 +67,7 @@ def model_root(networks: dict[str, Network], tmp_path_factory: pytest.TempPathFa
 
 
 @pytest.fixture
-def config(model_root: Path, tmp_path: Path) -> ServerConfig:
+def config(model_root: Path, tmp_path: Path, transport: str) -> ServerConfig:
     """A server of all networks, on free ports, that keeps its sessions in a file as by default."""
     return ServerConfig(
         models=model_root,
@@ -61,6 +75,7 @@ def config(model_root: Path, tmp_path: Path) -> ServerConfig:
         metrics_listen="127.0.0.1:0",
         store=f"sqlite:{tmp_path / 'sessions.db'}",
         drain_seconds=5.0,
+        transport=transport,
     )
 
 
@@ -79,11 +94,13 @@ async def client(server: Server) -> AsyncIterator[AsyncClient]:
 
 
 @pytest.fixture
-def start_process(model_root: Path) -> Callable[..., AbstractContextManager[ServerProcess]]:
+def start_process(
+    model_root: Path, transport: str
+) -> Callable[..., AbstractContextManager[ServerProcess]]:
     """Starts `stepstate serve` as a process of its own: `with start_process("--option", "1")`."""
 
     def start(*options: str, models: Path = model_root) -> AbstractContextManager[ServerProcess]:
-        return server_process("--models", str(models), *options)
+        return server_process("--models", str(models), "--transport", transport, *options)
 
     return start
 

@@ -35,13 +35,14 @@ def main(arguments: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.attacks", description=__doc__)
     parser.add_argument("words", nargs="*", help="parts of names; none: all attacks")
     parser.add_argument("--short", action="store_true", help="at the size of `make test-all`")
+    parser.add_argument("--transport", choices=["lean", "grpcio"], default="lean")
     chosen = parser.parse_args(arguments)
     print(f"| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|", flush=True)
-    reference = run(HONEST_LOAD, short=chosen.short)
+    reference = run(HONEST_LOAD, chosen.transport, short=chosen.short)
     print(row(reference, reference), flush=True)
     harmful = 0
     for attack in selected(chosen.words):
-        report = run(attack, short=chosen.short)
+        report = run(attack, chosen.transport, short=chosen.short)
         print(row(report, reference), flush=True)
         problems = [*report.problems(), *slower(report, reference)]
         for problem in problems:
@@ -65,11 +66,12 @@ def selected(words: Sequence[str]) -> Iterator[Attack]:
             yield attack
 
 
-def run(attack: Attack, *, short: bool) -> Report:
+def run(attack: Attack, transport: str, *, short: bool) -> Report:
     """Runs an attack in a folder of its own."""
     with tempfile.TemporaryDirectory(prefix="stepstate-attack-") as name:
         count = attack.short if short and attack.short is not None else attack.count
-        return asyncio.run(under_attack(attack, count, Ground.of(Path(name)), short=short))
+        ground = Ground.of(Path(name))
+        return asyncio.run(under_attack(attack, count, ground, short=short, transport=transport))
 
 
 def row(report: Report, reference: Report) -> str:

@@ -32,8 +32,8 @@ class Attack:
         short: its size for every change: as small as can be while the server before the limits
             still fails. None: there is no such size, so it runs only with the long tests.
         options: of `stepstate serve`.
-        allocators_keep: bytes that stay after it once, and hardly grow when it comes again: see
-            docs/decisions.md.
+        grpcio_keeps: bytes that stay after it once with grpcio's transport, and hardly grow when
+            it comes again: see docs/decisions.md.
         log_is_read: else its stderr is a pipe that nobody reads for a while.
     """
 
@@ -41,7 +41,7 @@ class Attack:
     count: int
     short: int | None = None
     options: tuple[str, ...] = ()
-    allocators_keep: int = 0
+    grpcio_keeps: int = 0
     log_is_read: bool = True
 
     @property

@@ -13,10 +13,9 @@ import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from stepstate.config import ServerConfig
 from tests.attacks.attack import Attack, Script, Target
 from tests.attacks.honest import honest_client
 from tests.attacks.load import warm_up
@@ -104,10 +103,13 @@ class Report:
         return found
 
 
-async def under_attack(attack: Attack, count: int, ground: Ground, *, short: bool) -> Report:
+async def under_attack(
+    attack: Attack, count: int, ground: Ground, *, short: bool, transport: str = "lean"
+) -> Report:
     """Runs an attack of a size on a server of its own."""
-    report = Report(attack.name, may_keep=attack.allocators_keep + REST_ROOM)
-    async with _limited_server(ground, attack) as server:
+    keeps = attack.grpcio_keeps if transport == "grpcio" else 0
+    report = Report(attack.name, may_keep=keeps + REST_ROOM)
+    async with _limited_server(ground, attack, transport) as server:
         others = Bystanders(server.address)
         await others.open()
         await _attack(attack.script, count, server, ground, report, short=short)
@@ -142,10 +144,11 @@ async def _look(
 
 
 @asynccontextmanager
-async def _limited_server(ground: Ground, attack: Attack) -> AsyncIterator[RestartableServer]:
+async def _limited_server(
+    ground: Ground, attack: Attack, transport: str
+) -> AsyncIterator[RestartableServer]:
     settings = ["--models", str(ground.models), "--store", f"sqlite:{ground.store}"]
-    if "memory_limit" in {one.name for one in fields(ServerConfig)}:
-        settings += ["--memory-limit", str(MEMORY_LIMIT)]
+    settings += ["--memory-limit", str(MEMORY_LIMIT), "--transport", transport]
     log = ground.folder / "server.log"
     with nullcontext() if attack.log_is_read else _full_pipe(log):
         server = RestartableServer(*settings, *attack.options, log=log)

@@ -21,6 +21,10 @@ def ground(tmp_path: Path) -> Ground:
     return Ground.of(tmp_path)
 
 
+ON_GRPCIO = ("exports_not_read", "requests_of_16_megabytes", "pings")
+"""Attacks that run on the other transport too: on memory by replies and requests, and on HTTP/2."""
+
+
 def cases() -> list[object]:
     made = []
     for attack in ATTACKS:
@@ -33,5 +37,14 @@ def cases() -> list[object]:
 async def test_an_attack_harms_nobody_else(attack: Attack, ground: Ground):
     count = attack.count if attack.short is None else attack.short
     report = await under_attack(attack, count, ground, short=True)
+    print(report)
+    assert not report.problems(), report
+
+
+@pytest.mark.parametrize("name", ON_GRPCIO)
+async def test_an_attack_harms_nobody_else_on_grpcio(name: str, ground: Ground):
+    (attack,) = (one for one in ATTACKS if one.name == name)
+    assert attack.short is not None
+    report = await under_attack(attack, attack.short, ground, short=True, transport="grpcio")
     print(report)
     assert not report.problems(), report

@@ -16,6 +16,8 @@ from tests.clients.http2 import framed
 from tests.integration.wire import STEP, draw, opening, request
 from tests.processes import ServerProcess
 
+pytestmark = pytest.mark.long  # a load generator at work
+
 ROWS = 300
 """Of a request: its reply takes 2,400 bytes, more than the smallest window."""
 

@@ -71,6 +71,14 @@ async def test_metadata_come_and_go_unchanged(channel: grpc.aio.Channel, entries
         assert sorted(got, key=itemgetter(0)) == sorted(entries, key=itemgetter(0))
 
 
+async def test_spaces_at_the_ends_of_a_value_harm_no_call(channel: grpc.aio.Channel):
+    """HTTP/2 forbids them (RFC 9113, section 8.2.1), gRPC's C core sends them all the same."""
+    call = channel.unary_unary(ECHO)(b"x", metadata=[("x-space", " "), ("x-spaces", " a b  ")])
+    assert await call == b"x"
+    found = dict(await call.trailing_metadata())
+    assert (found["x-space"], found["x-spaces"]) == ("", "a b")
+
+
 @pytest.mark.parametrize(
     ("value", "status"),
     [("AAECAw", 0), ("AAECAw==", 0), ("", 0), ("AAECAw,BAU=", 0), ("AA!", 13), ("A", 13)],

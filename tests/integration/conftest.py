@@ -44,14 +44,16 @@ async def other_stub(server: Server) -> AsyncIterator[StepstateServiceStub]:
 
 
 @pytest.fixture
-async def restartable(model_root: Path, tmp_path: Path) -> AsyncIterator[StartRestartable]:
+async def restartable(
+    model_root: Path, tmp_path: Path, transport: str
+) -> AsyncIterator[StartRestartable]:
     """Starts a server with a file as its store, that can be killed and started again."""
     async with AsyncExitStack() as stack:
 
         async def start(interval: str, *options: str) -> RestartableServer:
             store = ("--store", f"sqlite:{tmp_path / 'restartable.db'}", "--snapshot-interval")
-            told = ("--models", str(model_root), *store, interval, *options)
-            return await stack.enter_async_context(restartable_server(tmp_path, *told))
+            told = ("--models", str(model_root), "--transport", transport, *store, interval)
+            return await stack.enter_async_context(restartable_server(tmp_path, *told, *options))
 
         yield start
 

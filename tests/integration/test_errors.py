@@ -26,6 +26,8 @@ from tests.integration.wire import (
     where,
 )
 
+pytestmark = pytest.mark.transports
+
 Code = grpc.StatusCode
 
 Stub = StepstateServiceStub

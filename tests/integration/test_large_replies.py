@@ -27,6 +27,8 @@ from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.wire import draw, open_calls, opened, refused, request, sample, scrape, until
 from tests.networks import Network, far_back, make_network
 
+pytestmark = pytest.mark.transports(long=True)
+
 DEFAULT_LIMIT = 4 * 2**20
 HORIZONS = tuple(range(1, 97))
 WIDE = 250

@@ -47,6 +47,8 @@ from tests.integration.wire import (
 from tests.networks import Network
 from tests.processes import ServerProcess
 
+pytestmark = pytest.mark.transports(long=True)
+
 SERVICE = "stepstate.v1.StepstateService"
 Start = Callable[..., AbstractContextManager[ServerProcess]]
 Serving = health_pb2.HealthCheckResponse

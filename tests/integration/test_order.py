@@ -33,6 +33,8 @@ from tests.integration.triton import inputs
 from tests.networks import Network
 from tests.redis_process import redis_process
 
+pytestmark = pytest.mark.transports
+
 SEQUENCES = int(os.environ.get("ORDER_SEQUENCES", "100"))
 STEPS = 4
 IN_FLIGHT = 300

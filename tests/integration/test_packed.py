@@ -43,6 +43,8 @@ from tests.integration.wire import (
 )
 from tests.networks import Network
 
+pytestmark = pytest.mark.transports
+
 Stub = StepstateServiceStub
 
 SYNC, ASYNC, NONE = pb.DURABILITY_SYNC, pb.DURABILITY_ASYNC, pb.DURABILITY_NONE

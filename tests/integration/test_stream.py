@@ -41,6 +41,8 @@ from tests.integration.wire import (
 )
 from tests.networks import Network
 
+pytestmark = pytest.mark.transports
+
 Stub = StepstateServiceStub
 
 

@@ -37,6 +37,8 @@ from tests.integration.wire import (
 )
 from tests.networks import Network
 
+pytestmark = pytest.mark.transports
+
 CLOSE = 1e-6
 
 

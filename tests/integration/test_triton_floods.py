@@ -22,6 +22,8 @@ from tests.integration.triton import exchange, infer, tensor, triton_stub
 from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference, until
 from tests.networks import Network
 
+pytestmark = pytest.mark.transports(long=True)
+
 IDS = ("a", "b", "c")
 SLOTS = 4
 FLAGS = (

@@ -29,6 +29,8 @@ from tests.integration.wire import (
 )
 from tests.networks import Network
 
+pytestmark = pytest.mark.transports
+
 Stub = StepstateServiceStub
 
 

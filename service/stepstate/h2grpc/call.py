@@ -145,7 +145,7 @@ class Call(_Context):
         self._sink: MessageSink | None = None
         # Requests
         self._metadata: Metadata | None = None
-        self._inbox: deque[bytes] = deque()
+        self._inbox: deque[bytes] | None = None  # made when it is needed: most are not
         self._inbox_bytes = 0
         self._half_closed = False
         self._refusal: Exception | None = None  # of the messages that would come next
@@ -173,6 +173,8 @@ class Call(_Context):
         if self._sink is not None:
             self._sink.received(payload)
             return
+        if self._inbox is None:
+            self._inbox = deque()
         self._inbox.append(payload)
         self._inbox_bytes += len(payload) + KEPT_BYTES
         if self._inbox_bytes > INBOX_BYTES:
@@ -214,7 +216,7 @@ class Call(_Context):
         """See `StreamReceiver`."""
         self._ended = True
         self._sink = None
-        self._inbox.clear()
+        self._inbox = None
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
@@ -238,7 +240,7 @@ class Call(_Context):
         self._sink = sink
         while self._inbox and self._sink is not None:
             sink.received(self._inbox.popleft())
-        self._inbox_bytes = 0
+        self._inbox, self._inbox_bytes = None, 0
         self._stream.resume()
         if self._refusal is not None:
             sink.failed(self._refusal)

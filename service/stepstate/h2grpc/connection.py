@@ -95,6 +95,42 @@ class Http2Connection:
         memory: what it may keep.
     """
 
+    __slots__ = (
+        "_begun",
+        "_clock",
+        "_ended_early",
+        "_half_window",
+        "_headers",
+        "_host",
+        "_last_id",
+        "_last_served",
+        "_opened_now",
+        "_output",
+        "_paid_messages",
+        "_peer_window",
+        "_pings",
+        "_receive_window",
+        "_rest",
+        "_settled",
+        "_waiting",
+        "_withheld",
+        "_writing",
+        "block_prefix",
+        "draining",
+        "ended",
+        "held",
+        "limits",
+        "memory",
+        "meter",
+        "partial",
+        "peer_frame_bytes",
+        "received_frames",
+        "send_window",
+        "sent_messages",
+        "sent_others",
+        "streams",
+    )
+
     def __init__(
         self,
         host: Host,

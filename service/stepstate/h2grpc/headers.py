@@ -32,7 +32,7 @@ Metadata = tuple[tuple[str, str | bytes], ...]
 """In the order of the headers; what a client sent, as `Metadatum`."""
 
 _NAME = re.compile(rb"[!#$%&'*+\-.^_`|~0-9a-z]+")
-_VALUE = re.compile(rb"(?:[^\0\r\n \t](?:[^\0\r\n]*[^\0\r\n \t])?)?")
+_VALUE = re.compile(rb"[^\0\r\n]*")  # also with spaces at its ends, as clients of gRPC send it
 _PRINTABLE_ASCII = re.compile(rb"[ -~]*")
 _PSEUDO = frozenset((b":method", b":scheme", b":path", b":authority"))
 _OF_THE_CONNECTION = frozenset(

@@ -203,7 +203,7 @@ class Http2Stream:
         self._sender = sender
         self._discarding = False  # what comes is no message
         self._started = False
-        self._queue: deque[memoryview] = deque()
+        self._queue: deque[memoryview] | None = None  # made when it is needed: most are not
         self._ending: bytes | None = None
         self._partial: bytearray | None = None
         self._message_bytes = 0  # of the message in `_partial`, with its prefix; 0: not known
@@ -244,8 +244,7 @@ class Http2Stream:
             sender.send(header, payload)
             return True
         if self.open_out and self._ending is None:
-            self._queue.append(memoryview(_PREFIX.pack(compressed, len(payload)) + payload))
-            self.queued_bytes += size
+            self._enqueue(memoryview(_PREFIX.pack(compressed, len(payload)) + payload))
             sender.sent_messages += 1
             sender.block(self)
         return not self.queued_bytes
@@ -255,10 +254,15 @@ class Http2Stream:
         if not self.open_out:
             return
         self.start(block)
-        self._queue.append(memoryview(body))
-        self.queued_bytes += len(body)
+        self._enqueue(memoryview(body))
         self._ending = b""
         self._sender.block(self)
+
+    def _enqueue(self, data: memoryview) -> None:
+        if self._queue is None:
+            self._queue = deque()
+        self._queue.append(data)
+        self.queued_bytes += len(data)
 
     def finish(self, trailers: bytes) -> None:
         """Ends the stream with a header block, after the messages before it."""
@@ -276,7 +280,7 @@ class Http2Stream:
     def drop_queue(self) -> None:
         """Forgets what waits, a status too; a message that was begun goes with its stream."""
         self._ending = None
-        self._queue.clear()
+        self._queue = None
         self.queued_bytes = 0
 
     def send_piece(self) -> bool:
@@ -409,7 +413,7 @@ class Http2Stream:
         """
         self.open_in = self.open_out = self.plain = False
         self.send_window = -LARGEST_WINDOW
-        self._queue.clear()
+        self._queue = None
         self.queued_bytes = 0
         self._drop_partial()
         self._release_kept()

@@ -42,12 +42,14 @@ class Source:
     """Rows of these."""
     running: int = 0
     """Requests of it that the engine has."""
-    _readers: deque[asyncio.Future[None]] = field(default_factory=deque)
+    _readers: deque[asyncio.Future[None]] | None = None  # made when it is needed: most are not
 
     async def wait_for_room(self) -> None:
         """Waits while the engine has so many of its requests that one more would only wait."""
         while self.running >= MAX_SOURCE_RUNNING:
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            if self._readers is None:
+                self._readers = deque()
             self._readers.append(future)
             try:
                 await future

@@ -62,8 +62,8 @@ class Peer:
         """Long calls of it that have their turn."""
         self.credit = 1
         """What it may still have handled in this round of the loop; see `shares`."""
-        self.turns: deque[tuple[int, asyncio.Future[None]]] = deque()
-        """Its messages that wait for another round, with what each costs."""
+        self.turns: deque[tuple[int, asyncio.Future[None]]] | None = None
+        """Its messages that wait for another round, with what each costs; None: none ever did."""
 
 
 current_peer: ContextVar[Peer] = ContextVar("current_peer")

@@ -42,6 +42,8 @@ class Pump:
         for task in (self._reading, self._writing):
             if task is not None:
                 task.cancel()
+        # A cancelled task keeps its error, whose frames lead here: no reference cycle.
+        self._reading = self._writing = None
 
     def send(self, payload: bytes) -> bool:
         """Sends a reply; the next one when `MessageSink.writable` says that this one has left."""

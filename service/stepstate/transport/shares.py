@@ -13,6 +13,7 @@ A peer that is alone pays nothing.
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 
 from stepstate.transport.peers import Peer, PeerTable
 
@@ -45,6 +46,8 @@ class LoopShares:
             peer.credit -= cost
         else:
             turn = asyncio.get_running_loop().create_future()
+            if peer.turns is None:
+                peer.turns = deque()
             peer.turns.append((cost, turn))
         self._short[peer] = None
         if not self._ticking:

@@ -49,8 +49,8 @@ def _run(address: str, sequences: int, seconds: float) -> dict[str, str]:
         command = [
             *(str(START), "-m", NAME, "-u", address, "-i", "grpc", "--streaming", "--async"),
             *("--sequence-length", str(_SEQUENCE_ROWS), "--concurrency-range", str(sequences)),
-            # Three windows, and content with any spread: the rounds show it.
-            *("-p", str(round(1e3 * seconds)), "-r", "3", "-s", "1000", "-f", str(table)),
+            # It ends after three windows in a row, content with any spread: the rounds show it.
+            *("-p", str(round(1e3 * seconds)), "-r", "10", "-s", "1000", "-f", str(table)),
         ]
         done = subprocess.run(
             command, check=False, capture_output=True, text=True, timeout=LIMIT_SECONDS

@@ -4,6 +4,9 @@ Every `StepstateError` leaves with its code and details. Anything else that a ha
 INTERNAL with an id that is also in the log: never UNKNOWN, never a traceback on the wire.
 
 gRPC hands requests over as bytes, so that they are counted before they are decoded.
+
+It serves both transports. What only grpcio needs is harmless on the lean one, which leaves no
+reference cycles, logs nothing of clients that have left, and knows whose request it reads.
 """
 
 from __future__ import annotations
@@ -123,7 +126,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         self._admission = admission
         self._receiver = receiver
         self._wrapped: dict[str, Handler | None] = {}
-        # What gRPC itself logs: a filter is added once, however many servers a process has.
+        # What grpcio itself logs: a filter is added once, however many servers a process has.
         logging.getLogger("grpc._cython.cygrpc").addFilter(_client_is_there)
 
     def expect(self, methods: Iterable[MethodDescriptor]) -> None:
@@ -160,8 +163,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             counts=counts,
             codec=_codec(counts, handler),
         )
-        # A handler of one request is one of a stream to gRPC: it would read the request before it
-        # says whose it is.
+        # A handler of one request is one of a stream to gRPC: otherwise it would read the request
+        # before a handler says whose it is, and may have it wait (see `receiving`).
         one, many = grpc.stream_unary_rpc_method_handler, grpc.stream_stream_rpc_method_handler
         behaviors: tuple[tuple[Any, Any, Any, Any], ...] = (
             (one, handler.unary_unary, rpc.returning, rpc.only_request),
@@ -358,7 +361,7 @@ def _drop_frames(error: BaseException | None) -> None:
 def _refuse(context: Context, error: StepstateError) -> None:
     """Ends the call with an error; gRPC then ignores what the handler returns.
 
-    `context.abort` would raise, and gRPC keeps what it raises: a reference cycle from the call over
+    `context.abort` would raise, and grpcio keeps what it raises: a cycle from the call over
     the frames of its handlers, which keeps a large request alive until the next garbage collection.
     """
     status = status_of(error)

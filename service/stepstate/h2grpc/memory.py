@@ -112,13 +112,14 @@ class PartialMessages:
         clock: seconds.
     """
 
-    __slots__ = ("_clock", "_memory", "_since", "_waiting")
+    __slots__ = ("_asked", "_clock", "_memory", "_since", "_waiting")
 
     def __init__(self, memory: ConnectionMemory, clock: Callable[[], float]) -> None:
         self._memory = memory
         self._clock = clock
         self._since: dict[PartialMessage, float] = {}
         self._waiting: OrderedDict[PartialMessage, None] = OrderedDict()
+        self._asked = False  # the memory will call back
 
     def begin(self, message: PartialMessage, size: int) -> bool:
         """Reserves what may come of a message within its window; False: there is no room."""
@@ -133,8 +134,7 @@ class PartialMessages:
             return
         if self._memory.contended or not self._reserve_rest(message):
             self._waiting[message] = None
-            if len(self._waiting) == 1:
-                self._wait()
+            self._wait()
 
     def end(self, message: PartialMessage) -> None:
         """It has come, or never will."""
@@ -153,9 +153,13 @@ class PartialMessages:
                 message.refuse()
 
     def _wait(self) -> None:
+        if self._asked:
+            return
+        self._asked = True
         self._memory.wait_for(next(iter(self._waiting)).missing_bytes, self._go_on)
 
     def _go_on(self) -> None:
+        self._asked = False
         while self._waiting:
             message = next(iter(self._waiting))
             if not self._reserve_rest(message):

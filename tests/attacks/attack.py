@@ -32,6 +32,7 @@ class Attack:
         short: its size for every change: as small as can be while the server before the limits
             still fails. None: there is no such size, so it runs only with the long tests.
         options: of `stepstate serve`.
+        keeps: bytes that stay after it on either transport.
         grpcio_keeps: bytes that stay after it once with grpcio's transport, and hardly grow when
             it comes again: see docs/decisions.md.
         log_is_read: else its stderr is a pipe that nobody reads for a while.
@@ -41,6 +42,7 @@ class Attack:
     count: int
     short: int | None = None
     options: tuple[str, ...] = ()
+    keeps: int = 0
     grpcio_keeps: int = 0
     log_is_read: bool = True
 

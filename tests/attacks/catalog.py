@@ -25,7 +25,7 @@ ATTACKS = (
     Attack(memory.missing_rows, count=1_000, short=200),
     Attack(memory.requests_of_16_megabytes, count=100, short=40, grpcio_keeps=16 * MIB),
     Attack(memory.gzip_bomb, count=64, short=16),
-    Attack(starvation.streams_not_read, count=1_000, short=200, grpcio_keeps=64 * MIB),
+    Attack(starvation.streams_not_read, count=1_000, short=200, keeps=64 * MIB),
     Attack(starvation.lists_of_models, count=100, short=20),
     Attack(starvation.scrapers, count=64, short=64),
     Attack(starvation.scrapers_of_other_series, count=64, short=16),

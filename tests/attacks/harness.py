@@ -107,7 +107,7 @@ async def under_attack(
     attack: Attack, count: int, ground: Ground, *, short: bool, transport: str = "lean"
 ) -> Report:
     """Runs an attack of a size on a server of its own."""
-    keeps = attack.grpcio_keeps if transport == "grpcio" else 0
+    keeps = attack.keeps + (attack.grpcio_keeps if transport == "grpcio" else 0)
     report = Report(attack.name, may_keep=keeps + REST_ROOM)
     async with _limited_server(ground, attack, transport) as server:
         others = Bystanders(server.address)

@@ -22,6 +22,8 @@ from tests.integration.wire import STEP
 pytestmark = pytest.mark.long
 
 CASES = 146
+TIMEOUT = "10"
+"""Seconds that it waits for what the server must do; no case that passes takes them."""
 
 
 async def judge(h2spec: str, config: ServerConfig, report: Path, *options: str) -> None:
@@ -29,7 +31,7 @@ async def judge(h2spec: str, config: ServerConfig, report: Path, *options: str) 
     async with running_server(config) as server:
         port = server.address.rpartition(":")[2]
         running = await asyncio.create_subprocess_exec(
-            h2spec, "-p", port, "-P", STEP, "-o", "1", "-j", str(report), *options,
+            h2spec, "-p", port, "-P", STEP, "-o", TIMEOUT, "-j", str(report), *options,
             stdout=asyncio.subprocess.PIPE,
         )  # fmt: skip
         said, _ = await running.communicate()

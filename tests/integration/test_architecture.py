@@ -20,8 +20,11 @@ from tests.integration.wire import raw_stub
 PAGE = (Path(__file__).parents[2] / "ARCHITECTURE.md").read_text()
 LAYERS = ("h2grpc/", "transport/", "sessions/", "engine/", "stores/")
 STATION = re.compile(r"`([\w/]+\.py)`: (`[\w.]+`(?:, `[\w.]+`)*)")
-OTHER_FRAMES = {"h2grpc/frames.py", "h2grpc/waiting.py", "h2grpc/lifetime.py"}
-"""What the client's HTTP/2 sends beside messages, when it likes: window updates and pings."""
+OTHER_FRAMES = {
+    "h2grpc/frames.py", "h2grpc/waiting.py", "h2grpc/lifetime.py", "h2grpc/limits.py"
+}  # fmt: skip
+"""What the client's HTTP/2 sends beside messages, when it likes: window updates and pings. And what
+is done at the end of a read, with as many frames as have come."""
 WARM_UP = 20
 
 Walk = list[tuple[str, str]]

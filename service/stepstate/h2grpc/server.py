@@ -35,7 +35,7 @@ from stepstate.h2grpc.limits import Http2Limits
 from stepstate.h2grpc.listening import BACKLOG, listen
 from stepstate.h2grpc.memory import ConnectionMemory, UncountedMemory
 from stepstate.h2grpc.stream import Http2Stream, SilentReceiver, StreamReceiver
-from stepstate.h2grpc.tls import ALPN, INSECURE, auth_context_of
+from stepstate.h2grpc.tls import ALPN, INSECURE, auth_context_of, set_up_http2
 
 if TYPE_CHECKING:
     from stepstate.h2grpc.call import Handler
@@ -147,12 +147,12 @@ class H2Server:
 
         Args:
             address: see `listen`.
-            context: of a server, with its certificate. It is told to negotiate HTTP/2.
+            context: of a server, with its certificate. It is set up for HTTP/2.
 
         Raises:
             RuntimeError: it can't.
         """
-        context.set_alpn_protocols([ALPN])
+        set_up_http2(context)
         return self._listen(address, context)
 
     def _listen(self, address: str, context: ssl.SSLContext | None) -> int:

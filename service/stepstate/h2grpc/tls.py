@@ -1,6 +1,7 @@
-"""TLS: what a connection is told of it, as gRPC's C core names it.
+"""TLS: what HTTP/2 asks of it, and what it tells of a client, as gRPC's C core names it.
 
-Source: gRPC's `grpc_security_constants.h`, and its `TsiPeer2AuthContext`.
+Sources: RFC 9113, sections 3.2 and 9.2; gRPC's `grpc_security_constants.h`, and its function
+`grpc_ssl_peer_to_auth_context`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from ipaddress import ip_address
 from typing import Any
 
 ALPN = "h2"
-"""HTTP/2 over TLS (RFC 9113, section 3.1)."""
+"""What HTTP/2 is called in the handshake."""
 INSECURE: Mapping[str, Iterable[bytes]] = {
     "transport_security_type": [b"insecure"],
     "security_level": [b"TSI_SECURITY_NONE"],
@@ -20,6 +21,12 @@ INSECURE: Mapping[str, Iterable[bytes]] = {
 COMMON_NAME = "x509_common_name"
 ALTERNATIVE_NAMES = "x509_subject_alternative_name"
 _KINDS = {"DNS": "peer_dns", "URI": "peer_uri", "IP Address": "peer_ip", "email": "peer_email"}
+
+
+def set_up_http2(context: ssl.SSLContext) -> None:
+    """Lets the server of this context negotiate HTTP/2, as HTTP/2 has to have it."""
+    context.set_alpn_protocols([ALPN])
+    context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
 
 
 def auth_context_of(connection: ssl.SSLObject) -> Mapping[str, Iterable[bytes]]:

@@ -185,3 +185,18 @@ def test_everything_is_released_whatever_happens(data: st.DataObject) -> None:
         assert 0 <= client.memory.left <= total
     client.server.lose()
     assert client.memory.left == total
+
+
+def test_a_message_waits_in_its_stream_while_nobody_reads() -> None:
+    client = Client(LIMITS)
+    stream_id = client.open()
+    client.exchange()
+    stream = client.host.calls[stream_id].stream
+    stream.start(GRPC_HEADERS)
+    client.exchange()
+    client.server.hold()
+    assert not stream.send(b"wait")
+    assert not client.server.take_output()
+    client.server.go_on()
+    client.exchange()
+    assert client.data[stream_id] == message(b"wait")

@@ -128,15 +128,15 @@ async def test_a_cancelled_request_that_waits_leaves_state_and_t(
     assert largest_difference(last.y, networks["lstm"].offline(x)[-1]) <= TOLERANCE
 
 
-@pytest.mark.parametrize("transport", ["unary", "stream"])
+@pytest.mark.parametrize("path", ["unary", "stream"])
 async def test_a_long_request_cancelled_in_the_middle_leaves_state_and_t(
-    stub: StepstateServiceStub, networks: dict[str, Network], transport: str
+    stub: StepstateServiceStub, networks: dict[str, Network], path: str
 ):
     x = draw(6)
     await opened(stub, "a")
     await stub.Step(request("a", 0, x[:5]))
     sent = blocker("a", 5, rows=100_000)
-    if transport == "unary":
+    if path == "unary":
         call = stub.Step(sent)
     else:
         call = stub.StreamSteps()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from itertools import islice
 from struct import Struct
 from typing import ClassVar, Protocol
 
@@ -64,6 +65,8 @@ OUTPUT_BYTES = 2**16
 """Of messages that are put out between two writes: the rest waits until the socket takes these."""
 _WINDOW_UPDATE = 4 << 8 | FrameType.WINDOW_UPDATE  # the first word of such a frame
 _WINDOW_UPDATE_BYTES = HEADER_BYTES + 4
+STREAMS_AT_ONCE = 32
+"""Streams that begin or end in one turn of the event loop: a millisecond or two of work."""
 STREAMS_PER_CREDIT = 8
 """Moving the windows of so many streams is as much work as a frame that does nothing."""
 _DRAIN_PING = b"draining"
@@ -115,6 +118,7 @@ class Http2Connection:
         "_waiting",
         "_withheld",
         "_writing",
+        "behind",
         "block_prefix",
         "draining",
         "ended",
@@ -155,6 +159,8 @@ class Http2Connection:
         self._paid_messages = 0  # of them, those that have brought credit
         self.received_frames = 0
         """Frames that have come, for whoever asks whether the client is alive."""
+        self.behind = False
+        """There are bytes that were read and not taken; see `receive`."""
         self.ended = False
         """Nothing is received any more; the output is the last."""
         self.draining = False
@@ -288,16 +294,22 @@ class Http2Connection:
             self.send(goaway(last, code, debug.encode()))
             self.lose()
 
-    def lose(self) -> None:
-        """The connection is gone: ends all streams."""
+    def lose(self, most: int | None = None) -> bool:
+        """The connection is gone: ends all streams, or some; returns whether there are more."""
         self.ended = True
-        for stream in list(self.streams.values()):
+        for stream in list(islice(self.streams.values(), most)):
             stream.close(early=False).reset()
+        return bool(self.streams)
 
     # Input
 
     def receive(self, data: bytes) -> None:
-        """Takes bytes that were read. Output may be there afterwards."""
+        """Takes bytes that were read. Output may be there afterwards.
+
+        If it is `behind` then, it is to be called again in the next turn of the loop, with nothing:
+        so many calls have begun that others come first.
+        """
+        self.behind = False
         if self.ended:
             return
         self._writing = True
@@ -341,9 +353,11 @@ class Http2Connection:
                 position += _WINDOW_UPDATE_BYTES
                 continue
             following = self._take_frame(data, position, end)
-            if following == position:
-                break
+            whole = following != position
             position = following
+            self.behind = len(self._opened_now) >= STREAMS_AT_ONCE
+            if self.behind or not whole:
+                break
         else:
             while (following := self._take_frame(data, position, end)) != position:
                 position = following

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import grpc
 
 from stepstate.h2grpc.call import Call
-from stepstate.h2grpc.connection import Http2Connection
+from stepstate.h2grpc.connection import STREAMS_AT_ONCE, Http2Connection
 from stepstate.h2grpc.frames import ErrorCode
 from stepstate.h2grpc.headers import (
     GRPC_HEADERS,
@@ -314,8 +314,19 @@ class _ServerProtocol(asyncio.Protocol):
             if self._unread < 0:
                 self._abort()
             return
-        self._http2.receive(data)
+        self._receive(data)
+
+    def _receive(self, data: bytes = b"") -> None:
+        http2 = self._http2
+        http2.receive(data)
         self._flush()
+        if self._transport is None or self._transport.is_closing():
+            return
+        if http2.behind:
+            self._transport.pause_reading()
+            self._loop.call_soon(self._receive)
+        elif not data and not http2.held:
+            self._transport.resume_reading()
 
     def connection_lost(self, _error: Exception | None) -> None:
         """See `asyncio.Protocol`."""
@@ -323,9 +334,14 @@ class _ServerProtocol(asyncio.Protocol):
         if not self._server.connections:
             self._server.idle.set()
         self._transport = None
-        self._http2.lose()
-        self._release_buffer()
-        self._memory.close()
+        self._end_streams()
+
+    def _end_streams(self) -> None:
+        if self._http2.lose(STREAMS_AT_ONCE):
+            self._loop.call_soon(self._end_streams)
+        else:
+            self._release_buffer()
+            self._memory.close()
 
     def pause_writing(self) -> None:
         """A client that does not read gets no more messages, and is not read."""
@@ -342,7 +358,8 @@ class _ServerProtocol(asyncio.Protocol):
         """It reads again."""
         self._release_buffer()
         if self._transport is not None:
-            self._transport.resume_reading()
+            if not self._http2.behind:
+                self._transport.resume_reading()
             self._http2.go_on()
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -10,9 +11,13 @@ from typing import Any
 
 import grpc
 import pytest
+from h2.config import H2Configuration
+from h2.connection import H2Connection
 
 from stepstate.h2grpc import ConnectionTimes, H2Server, Http2Limits
+from stepstate.h2grpc.connection import STREAMS_AT_ONCE
 from stepstate.h2grpc.frames import CLIENT_PREFACE, ErrorCode, ping, settings, window_update
+from tests.unit.h2grpc.client import HEADERS
 from tests.unit.h2grpc.raw import goaway_of
 
 HANG = 30.0
@@ -32,12 +37,12 @@ async def _who(_request: bytes, context: Any) -> bytes:
 
 @asynccontextmanager
 async def _running(
-    times: ConnectionTimes = SHORT, limits: Http2Limits | None = None
+    times: ConnectionTimes = SHORT, limits: Http2Limits | None = None, who: Any = _who
 ) -> AsyncIterator[tuple[H2Server, int]]:
     server = H2Server(times=times, limits=limits)
     methods = {
         "Echo": grpc.stream_stream_rpc_method_handler(_echo),
-        "Who": grpc.unary_unary_rpc_method_handler(_who),
+        "Who": grpc.unary_unary_rpc_method_handler(who),
     }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", methods)])
     port = server.add_insecure_port("127.0.0.1:0")
@@ -152,3 +157,45 @@ async def test_grpcs_client_pings_less_often_after_the_goaway() -> None:
             peers.append(await ask(b""))
             await asyncio.sleep(8.0)
         assert peers[0] != peers[1] == peers[2]
+
+
+async def test_calls_that_come_together_begin_and_end_in_several_turns_of_the_loop() -> None:
+    """Others come in between: a client that opens a thousand streams does not delay them."""
+    begun: list[int] = []
+    ended: list[int] = []
+    turn = 0
+
+    async def wait(_request: bytes, _context: Any) -> bytes:
+        begun.append(turn)
+        try:
+            await asyncio.sleep(HANG)
+        finally:
+            ended.append(turn)
+        return b""
+
+    def count() -> None:
+        nonlocal turn, counting
+        turn += 1
+        counting = asyncio.get_running_loop().call_soon(count)
+
+    calls = 10 * STREAMS_AT_ONCE
+    client = H2Connection(H2Configuration(client_side=True))
+    client.initiate_connection()
+    for place in range(calls):
+        stream_id = 2 * place + 1
+        client.send_headers(stream_id, [*HEADERS[:2], (":path", "/test/Who"), *HEADERS[3:]])
+        client.send_data(stream_id, bytes(5), end_stream=True)
+    async with _running(who=wait) as (server, port):
+        _reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        counting = asyncio.get_running_loop().call_soon(count)
+        writer.write(client.data_to_send())
+        async with asyncio.timeout(HANG):
+            while len(begun) < calls:
+                await asyncio.sleep(0.01)
+            writer.transport.abort()
+            while len(ended) < calls:
+                await asyncio.sleep(0.01)
+        counting.cancel()
+        await _gone(server)
+    for turns in (begun, ended):
+        assert max(Counter(turns).values()) <= STREAMS_AT_ONCE

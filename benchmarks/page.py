@@ -137,8 +137,12 @@ def draw() -> None:
         for each in axes:
             each.spines[["top", "right"]].set_visible(False)
             each.grid(axis="y", alpha=0.3)
-            each.legend(frameon=False)
             _name(each.yaxis)
+            if picture is not _draw_transports:  # both of its axes have the same bars
+                each.legend(frameon=False)
+        if picture is _draw_transports:
+            handles, labels = axes[0].get_legend_handles_labels()
+            figure.legend(handles, labels, loc="outside upper center", ncols=5, frameon=False)
         figure.savefig(IMAGES / f"bench-{name}.svg", metadata={"Date": None})
         pyplot.close(figure)
 

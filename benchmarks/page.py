@@ -113,8 +113,9 @@ def _figures() -> str:
     if many is not None:
         beside = f"the forward pass alone: {_median(many, _FORWARD, 'steps_per_second'):,.0f}"
         rows.append(["packed stream, 256 rows per message", "512", *_rate_and_p50(many), beside])
-    heads = ["path", "sessions", "steps/s", "p50, ms", "beside it, in the same run"]
-    return "\n".join(table(heads, rows)) + "\n" if rows else "Not measured yet.\n"
+    lines = ["| path | sessions | steps/s | p50, ms | beside it, in the same run |"]
+    lines += ["|---|---:|---:|---:|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n" if rows else "Not measured yet.\n"
 
 
 def _rate_and_p50(load: Results) -> tuple[str, str]:

@@ -20,11 +20,12 @@ from stepstate.engine.arena import Layout
 from stepstate.engine.cells import TRACE_NAMES
 from stepstate.engine.engine import Engine, EngineSettings, Observer, use_one_thread
 from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Method, Plan
+from stepstate.engine.forward import ForwardResult
 from stepstate.engine.linear import Precision, has_instructions
 from stepstate.engine.network import QuantizationError, measure_loss
 from stepstate.engine.tracking.scores import HorizonAccuracy, ScoreSummary, ScoreTotals
 from stepstate.engine.tracking.tracker import DriftStatus, ForecastQuality
-from stepstate.engine.work import CompletionSink, Floats, Layers, PackedWork, WorkItem
+from stepstate.engine.work import CompletionSink, Floats, Layers, PackedWork, RowColumns, WorkItem
 
 __all__ = [
     "TRACE_NAMES",
@@ -35,6 +36,7 @@ __all__ = [
     "Floats",
     "ForecastOrigins",
     "ForecastQuality",
+    "ForwardResult",
     "HorizonAccuracy",
     "HorizonForecast",
     "Layers",
@@ -45,6 +47,7 @@ __all__ = [
     "Plan",
     "Precision",
     "QuantizationError",
+    "RowColumns",
     "ScoreSummary",
     "ScoreTotals",
     "WorkItem",

@@ -44,7 +44,7 @@ from stepstate.engine.linear import Precision
 from stepstate.engine.network import Network
 from stepstate.engine.tracking.scores import ScoreTotals
 from stepstate.engine.tracking.tracker import ForecastQuality, Tracker
-from stepstate.engine.work import CompletionSink, Floats, MicroBatch, P, W, WorkItem
+from stepstate.engine.work import CompletionSink, Floats, MicroBatch, P, RowColumns, W, WorkItem
 from stepstate.models import Model, Timeline
 
 ROUNDS_TO_A_CHUNK = 4
@@ -261,6 +261,15 @@ class Engine(Generic[W, P]):
         else:
             self._requests.put(ChunkedRequest(work, self.layout, self._tracker))
         self._wake()
+
+    def step_rows(self, rows: RowColumns) -> ForwardResult:
+        """Applies single rows of different slots now, in one forward without the queue.
+
+        No other work of these slots may be in the engine (rule 2). A forward that raises has
+        changed no state, and no other row is tried in its place: that is the caller's choice.
+        """
+        with torch.inference_mode():
+            return self._forward.step(rows)
 
     def submit_pack(self, pack: P) -> None:
         """Queues a pack for the next turn."""

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from stepstate.engine import Engine, EngineSettings, WorkItem
+from stepstate.engine import Engine, EngineSettings, RowColumns, WorkItem
 from stepstate.engine.accelerator import DeviceForward
 from stepstate.engine.engine import ROUNDS_TO_A_CHUNK
 from stepstate.engine.network import Network
@@ -315,3 +315,17 @@ async def test_the_loop_goes_round_several_times_between_chunks(network, monkeyp
     assert work in desk.outcomes
     assert len(chunks_at) == 10
     assert set(np.diff(chunks_at).tolist()) == {ROUNDS_TO_A_CHUNK}
+
+
+async def test_rows_that_are_stepped_at_once_end_as_queued_ones_do(network):
+    queued, at_once = Desk(network), Desk(network)
+    x = rows_of(network, 6).reshape(2, 3, -1)
+    slots = np.array([queued.engine.claim() for _ in range(3)])
+    assert [at_once.engine.claim() for _ in range(3)] == slots.tolist()
+    for t, rows in enumerate(x):
+        works = [queued.submit(slot, row) for slot, row in zip(slots, rows, strict=True)]
+        at = np.full(3, t)
+        result = at_once.engine.step_rows(RowColumns(rows, slots, at, at, None))
+        np.testing.assert_array_equal(result.y, await queued.wait(*works))
+    states = [desk.engine.read_states(slots) for desk in (queued, at_once)]
+    np.testing.assert_array_equal(*states)

@@ -7,9 +7,10 @@ Rule 4: a sync session stays busy until its step is saved, so that nothing is bu
         that the store may not have.
 
 A `Step` is one request; a `PackedStep` is rows of many sessions that passed
-`Table.fast_path_mask` together. They share what is done by columns (`_advance`). Three things exist
-twice, side by side: submit, refuse and finish, since a pack is there to avoid their loop over
-Python objects. N rows of a message, B rows of a micro-batch, D inputs, O outputs.
+`Table.fast_path_mask` together; rows of one-row messages that are ready take the fast path of
+`rows`. They share what is done by columns (`RowCommitter`). Three things exist twice, side by side:
+submit, refuse and finish, since a pack is there to avoid their loop over Python objects.
+N rows of a message, B rows of a micro-batch, D inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from stepstate.errors import (
 from stepstate.models import Model, build_timeline
 from stepstate.sessions.context import Limits, SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
+from stepstate.sessions.rows import RowCommitter, RowStepper
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.types import (
     PackedReplyTo,
@@ -45,8 +47,10 @@ from stepstate.sessions.types import (
     ResidentSession,
     RowBatch,
     SessionBarrier,
+    SingleRow,
     Source,
     Step,
+    Waiting,
     unexpected,
 )
 
@@ -167,6 +171,18 @@ class StepScheduler:
             long_bytes=settings.replay_bytes,
             memory=settings.replay_memory,
         )
+        self._committer = RowCommitter(context, self.window)
+        self._rows = RowStepper(
+            context,
+            settings,
+            self.engine,
+            committer=self._committer,
+            draining=lambda: admission.draining,
+            observer=self._observer,
+            enqueue=self._enqueue,
+            resume=self._resume,
+        )
+        self.add_row = self._rows.add  # called for every message: without a frame between
 
     @property
     def open_sessions(self) -> int:
@@ -242,7 +258,7 @@ class StepScheduler:
         self._admission.count(1, source=self._admission.own)
         self._enqueue(session, barrier)
 
-    def _enqueue(self, session: ResidentSession, waiting: Step | SessionBarrier[Any]) -> None:
+    def _enqueue(self, session: ResidentSession, waiting: Waiting) -> None:
         self._table.awaited[session.handle] = True
         if session.waiting is None:
             session.waiting = deque((waiting,))
@@ -331,7 +347,7 @@ class StepScheduler:
         handles = np.array([step.session.handle for step in works])
         slots = np.array([step.slot for step in works])
         t = self._table.t_array[handles]
-        self._advance(handles, slots, t, x, y)
+        self._committer.many(handles, slots, t, x, y)
         outputs, width = y.tobytes(), self._output_bytes
         unsaved: list[Step] = []
         for place, (step, before) in enumerate(zip(works, t.tolist(), strict=True)):
@@ -361,31 +377,15 @@ class StepScheduler:
             self._refuse_rows(pack, np.flatnonzero(~finite).tolist(), failed)
             handles, slots, t = handles[finite], slots[finite], t[finite]
             x, y = x[finite], y[finite]
-        self._advance(handles, slots, t, x, y)
+        self._committer.many(handles, slots, t, x, y)
         self._observer.applied(len(handles))
         self._finish_pack(pack)
 
-    def _advance(
-        self,
-        handles: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        t: NDArray[np.int64],
-        x: Floats,
-        y: Floats,
-    ) -> None:
-        """Takes single rows [B] into their sessions' numbers and the replay window."""
-        table = self._table
-        table.t_array[handles] = t + 1
-        table.expires_at_array[handles] = self._clock() + table.idle_timeout_array[handles]
-        self.window.add_rows(slots, t, x, y)
-
     def _stepped_one(self, step: Step, x: Floats, y: Floats) -> None:
-        """`stepped` for one row, by plain numbers: here arrays cost more than the cell."""
+        """`stepped` for one row."""
         step.reply_to.source.finished(1)
-        table, handle, t = self._table, step.session.handle, step.at
-        table.t[handle] = step.t_after = t + 1
-        table.expires_at[handle] = self._clock() + step.session.record.idle_timeout_seconds
-        self.window.add_row(step.slot, t, x[0], y[0])
+        self._committer.one(step.session, step.at, x[0], y[0])
+        step.t_after = step.at + 1
         step.y = y.tobytes()
         if step.session.sync:
             self._spawn(self._commit([step]))
@@ -516,6 +516,8 @@ class StepScheduler:
             head = waiting.popleft()
             if isinstance(head, SessionBarrier):
                 self._reach(session, head)
+            elif isinstance(head, SingleRow):
+                self._rows.resume(head)
             else:
                 self._start(head)
         if waiting:

@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Engine, FairQueue, Floats, RowColumns
+from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
 from stepstate.sessions.types import (
@@ -92,7 +93,7 @@ class RowStepper:
         settings: of the engine, and the backlog.
         engine: of the model.
         committer: of the model.
-        draining: whether the server accepts nothing more.
+        admission: says whether the server drains.
         observer: counts what happens.
         enqueue: lets something wait in a session that is busy.
         resume: starts what waits in a session that is not.
@@ -105,7 +106,7 @@ class RowStepper:
         engine: Engine[Step, PackedStep],
         *,
         committer: RowCommitter,
-        draining: Callable[[], bool],
+        admission: Admission,
         observer: StepObserver,
         enqueue: Callable[[ResidentSession, Waiting], None],
         resume: Callable[[ResidentSession], None],
@@ -116,7 +117,7 @@ class RowStepper:
         self._batch_rows = settings.engine.batch_rows
         self._engine = engine
         self._committer = committer
-        self._draining = draining
+        self._admission = admission
         self._observer = observer
         self._enqueue = enqueue
         self._resume = resume
@@ -185,7 +186,7 @@ class RowStepper:
         rows, self._arrived = self._arrived, []
         if self._backlog.turns or len(rows) > self._batch_rows:
             rows = self._in_turn(rows)
-        generation, draining = self._table.generation, self._draining()
+        generation, draining = self._table.generation, self._admission.draining
         taken = []
         for row in rows:
             gone = row.reply_to.cancelled or generation[row.session.handle] != row.generation

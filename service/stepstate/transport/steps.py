@@ -63,7 +63,9 @@ class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepReques
     def _take_row(self, payload: bytes) -> bool:
         """Takes the row that was expected next; False: this is something else."""
         expected = self._expected.find(payload)
-        if expected is None or not expected.take(payload, self):
+        if expected is None or not self._memory.fits(STEP_BYTES):
+            return False
+        if not expected.take(payload, self):
             return False
         self._messages.counts.received += 1
         self._count_taken()

@@ -38,7 +38,7 @@ from stepstate.models import Model, build_timeline
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
-from stepstate.sessions.rows import RowCommitter, RowBatcher
+from stepstate.sessions.rows import RowBatcher, RowCommitter
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.types import (
     PackedReplyTo,

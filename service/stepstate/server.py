@@ -42,6 +42,7 @@ from stepstate.transport import (
     MAX_MESSAGE_BYTES,
     Backend,
     CallAdmission,
+    ExpectedRows,
     PeerTable,
     Receiver,
     ReceivingMemory,
@@ -154,7 +155,8 @@ class Server:
             standard(registry=self._registry)
         peers = PeerTable(self.memory, self.receiver.budget, config.trusted_networks)
         admission = CallAdmission(peers, self._metrics)
-        backend = Backend(self.sessions, self._metrics, admission)
+        expected = ExpectedRows(self.sessions.table.limit)
+        backend = Backend(self.sessions, self._metrics, admission, expected)
         self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()

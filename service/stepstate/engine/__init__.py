@@ -21,6 +21,7 @@ from stepstate.engine.accelerator import check_accelerator
 from stepstate.engine.arena import Layout
 from stepstate.engine.cells import TRACE_NAMES
 from stepstate.engine.engine import Engine, EngineSettings, Observer, use_one_thread
+from stepstate.engine.fair import FairQueue
 from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Method, Plan
 from stepstate.engine.forward import ForwardResult
 from stepstate.engine.linear import Precision, has_instructions
@@ -36,6 +37,7 @@ __all__ = [
     "DriftStatus",
     "Engine",
     "EngineSettings",
+    "FairQueue",
     "Floats",
     "ForecastOrigins",
     "ForecastQuality",

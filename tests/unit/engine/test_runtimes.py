@@ -213,14 +213,15 @@ def test_any_network_steps_alike(kind, sizes, projected, batch, seed):
     assert np.abs(both[0].states - both[1].states).max() <= DRIFT
 
 
-@pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
-def test_a_missing_package_is_named_with_what_to_do(monkeypatch, package):
+@pytest.mark.parametrize("packages", ["onnx", "onnxruntime", "onnx onnxruntime"])
+def test_missing_packages_are_named_with_what_to_do(monkeypatch, packages):
     real = util.find_spec
     monkeypatch.setattr(
-        "stepstate.engine.runtimes.find_spec", lambda name: None if name == package else real(name)
+        "stepstate.engine.runtimes.find_spec",
+        lambda name: None if name in packages.split() else real(name),
     )
     check_runtime(Runtime.TORCH)
-    with pytest.raises(RuntimeUnavailable, match=f"pip install {package}.*--engine torch"):
+    with pytest.raises(RuntimeUnavailable, match=f"pip install {packages}`.*--engine torch"):
         check_runtime(Runtime.ONNX_RUNTIME)
 
 

@@ -97,8 +97,6 @@ class OnnxStepper:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
-        # Its own allocator keeps the most that a batch of each size took; malloc is as fast.
-        options.enable_cpu_mem_arena = False
         self._network = network
         self._has_side_inputs = network.timed or network.lagged
         self._session = onnxruntime.InferenceSession(

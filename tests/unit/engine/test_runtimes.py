@@ -151,6 +151,7 @@ def test_a_cell_that_forgets_nothing_keeps_what_it_has():
         for tensor in gru.module.state_dict().values():
             tensor.zero_()
         gru.module.bias_ih_l0[4:8] = 40.0  # z = 1
+        gru.module.bias_ih_l0[8:] = 0.3  # n = 0.29
     sessions = Sessions(model_of(gru), 1, Runtime.ONNX_RUNTIME)
     sessions.states = kept = np.float32([[0.1, -0.7, 1 / 3, 1e-7]])
     for _ in range(100):

@@ -22,6 +22,9 @@ from stepstate.engine.work import Floats
 from stepstate.errors import RuntimeUnavailable
 from stepstate.models import Model
 
+MAX_GRAPH_BYTES = 2_000_000_000
+"""A graph is one message of protobuf, which may have 2 GiB. Larger models are torch's."""
+
 
 class Runtime(enum.Enum):
     """What computes the steps of single rows."""
@@ -64,7 +67,8 @@ def check_runtime(runtime: Runtime) -> None:
 
 def make_stepper(model: Model, network: Network, runtime: Runtime) -> RowStepper:
     """The function of a model's single rows; `network` is the same model."""
-    if runtime is Runtime.ONNX_RUNTIME:
+    fits = sum(tensor.nbytes for tensor in model.tensors.values()) <= MAX_GRAPH_BYTES
+    if runtime is Runtime.ONNX_RUNTIME and fits:
         return OnnxStepper(model, network)
     return TorchStepper(network)
 

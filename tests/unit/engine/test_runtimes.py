@@ -231,7 +231,7 @@ def test_missing_packages_are_named_with_what_to_do(monkeypatch, packages):
         check_runtime(Runtime.ONNX_RUNTIME)
 
 
-def test_each_runtime_has_its_stepper(models):
+def test_each_runtime_has_its_stepper_and_torch_the_models_that_are_too_large(models, monkeypatch):
     model = models["lstm"]
     network = Network(model, build_timeline(model))
     steppers: dict[Runtime, type[RowStepper]] = {
@@ -240,3 +240,5 @@ def test_each_runtime_has_its_stepper(models):
     }
     for runtime, stepper in steppers.items():
         assert type(make_stepper(model, network, runtime)) is stepper
+    monkeypatch.setattr("stepstate.engine.runtimes.MAX_GRAPH_BYTES", 1000)
+    assert type(make_stepper(model, network, Runtime.ONNX_RUNTIME)) is TorchStepper

@@ -88,7 +88,7 @@ class Host(Protocol):
 class _NoHost:
     """The `Host` of a connection that has ended."""
 
-    def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
+    def accept(self, _stream: Http2Stream, _request: Request) -> StreamReceiver:
         """See `Host`."""
         raise AssertionError("nothing is received any more")
 

@@ -10,6 +10,7 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
     the session takes steps, and t is its own   RowBatcher._fits       RequestQueues.find,
                                                                        StepScheduler._start
     one at a time of a session, as they came    ResidentSession.waiting, of both
+    a row that waits is accepted, or refused    Admission, of both
     at most a micro-batch; sources take turns   RowBatcher._take       Engine._take
     nobody waits any more: it is not applied    RowBatcher._take       Engine._take
     the forward                                 Forward.step, of both
@@ -37,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Engine, FairQueue, Floats, RowColumns
+from stepstate.errors import StepstateError
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
@@ -93,7 +95,7 @@ class RowBatcher:
         settings: of the engine, and the backlog.
         engine: of the model.
         committer: of the model.
-        admission: says whether the server drains.
+        admission: accepts rows that have to wait.
         observer: counts what happens.
         enqueue: lets something wait in a session that is busy.
         resume: starts what waits in a session that is not.
@@ -121,6 +123,8 @@ class RowBatcher:
         self._observer = observer
         self._enqueue = enqueue
         self._resume = resume
+        self.accepted = 0
+        """Rows that wait."""
         self._arrived: list[SingleRow] = []
         self._backlog: FairQueue[SingleRow] = FairQueue()
         self._awake = False
@@ -132,8 +136,9 @@ class RowBatcher:
         if table.generation[session.handle] != row.generation:
             return False
         if table.busy[session.handle]:
+            if not self._accept(row):
+                return False
             self._enqueue(session, row)
-            row.reply_to.hold_row(row)
         elif self._fits(row):
             self._start(row)
         else:
@@ -149,6 +154,18 @@ class RowBatcher:
             self._start(row)
         else:
             self._give_back(row)
+
+    def _accept(self, row: SingleRow) -> bool:
+        """Lets a row wait, unless it has to be refused."""
+        if not row.accepted:
+            try:
+                self._admission.accept(1, 1, source=row.reply_to.source)
+            except StepstateError:
+                return False
+            row.accepted = True
+            self.accepted += 1
+            row.reply_to.hold_row(row)
+        return True
 
     def _fits(self, row: SingleRow) -> bool:
         """Whether the session takes steps, and this is its next row."""
@@ -190,7 +207,7 @@ class RowBatcher:
         taken = []
         for row in rows:
             gone = row.reply_to.cancelled or generation[row.session.handle] != row.generation
-            if gone or draining:
+            if gone or (draining and not row.accepted):
                 self._leave(row)
             else:
                 taken.append(row)
@@ -200,8 +217,10 @@ class RowBatcher:
         """As many rows as one forward takes, of their sources in turn; the others wait."""
         backlog = self._backlog
         for row in rows:
-            backlog.put(row.reply_to.source, row, 1)
-            row.reply_to.hold_row(row)
+            if self._accept(row):
+                backlog.put(row.reply_to.source, row, 1)
+            else:
+                self._leave(row)
         taken: list[SingleRow] = []
         while backlog.turns and len(taken) < self._batch_rows:
             taken.append(backlog.first()[0])
@@ -252,7 +271,7 @@ class RowBatcher:
         outputs, width, awaited = y.tobytes(), y.shape[1] * y.itemsize, table.awaited
         first = 0
         for row, durable_t in zip(rows, durable, strict=True):
-            row.reply_to.source.finished(1)
+            self._done(row)
             row.reply_to.deliver_row(row, outputs[first : first + width], durable_t)
             first += width
             if awaited[row.session.handle]:
@@ -269,15 +288,24 @@ class RowBatcher:
 
     def _drop(self, row: SingleRow) -> None:
         """Nobody waits for it: it is never applied."""
-        row.reply_to.source.finished(1)
+        self._done(row)
         self._observer.ended("cancelled")
 
     def _give_back(self, row: SingleRow) -> None:
         """Lets a row of a session that is not busy go the ordinary way, before what came later."""
         session = row.session
         later, session.waiting = session.waiting, None
-        row.reply_to.source.finished(1)
+        self._done(row)
         row.reply_to.take_again(row)
         if later:
             later.extendleft(reversed(session.waiting or ()))
             session.waiting = later
+
+    def _done(self, row: SingleRow) -> None:
+        """A row is here no more; its outcome is delivered next."""
+        source = row.reply_to.source
+        source.finished(1)
+        if row.accepted:
+            row.accepted = False
+            self.accepted -= 1
+            self._admission.settled(1, 1, source=source)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import forward
+from benchmarks import engines, forward
 from benchmarks.bare import BareForward
+from benchmarks.engines import engine_costs
 from benchmarks.forward import ForwardRate, bare_forward, main
+from stepstate.models import load_model
 from tests.conftest import ELECTRICITY
 from tests.unit.rig import model_of, rows_of
 
@@ -47,3 +49,18 @@ def test_a_device_that_is_not_there_is_an_error(capsys):
     with pytest.raises(SystemExit):
         main(["--device", "cuda:99"])
     assert "--device cuda:99: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_engines_are_measured_beside_their_products(version):
+    costs = engine_costs(load_model(ELECTRICITY / "electricity" / version), 3, rounds=1)
+    assert list(costs) == ["products", "torch", "onnxruntime", "forward"]
+    assert all(0 < cost < 1e6 for cost in costs.values())
+
+
+def test_engines_are_printed_by_batch_size_with_their_ratios(capsys, monkeypatch):
+    costs = {"products": 100.0, "torch": 200.0, "onnxruntime": 110.0, "forward": 120.0}
+    monkeypatch.setattr(engines, "engine_costs", lambda *_: dict(costs))
+    engines.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1].split() == ["256", "100", "200", "110", "120", "2.00", "1.10", "1.20"]

@@ -1,36 +1,107 @@
-"""What a step costs by each engine, beside its matrix products alone.
-
-`python -m benchmarks.engines [MODEL_FOLDER]` prints microseconds of CPU time by batch size, each
-the least of several rounds in turn. `forward` is the step by onnxruntime with states that are
-gathered from many sessions, not all of them in the CPU's cache, and scattered.
-"""
+"""What a step costs by each engine, beside its matrix products alone."""
 
 from __future__ import annotations
 
-import argparse
 import itertools
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
 
+import click
 import numpy as np
 
-from benchmarks.bare import BareForward, BareProducts
-from benchmarks.forward import SEED, SPREAD, model_in
-from benchmarks.report import this_machine
-from stepstate.engine import Runtime, use_one_thread
+from benchmarks.options import option, whole_numbers
+from benchmarks.report import Report, spread_text
+from benchmarks.results import Spread, spread
 from stepstate.models import Model
 
-SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
-ROUNDS = 15
 MILLISECONDS = 10
 """Of one round of one column, at least."""
+BARE = "products"
+"""The column that the others are compared with."""
 
 Run = Callable[[], object]
 
 
-def engine_costs(model: Model, rows: int, rounds: int = ROUNDS) -> dict[str, float]:
-    """Microseconds of CPU time that B rows take, by column of the table."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EnginesPlan:
+    """What a step costs by each engine, beside its matrix products alone, by batch size.
+
+    It is the CPU time of one thread of this process, without a server.
+    """
+
+    rows: tuple[int, ...] = option(
+        "1,2,4,8,16,32,64,128,256", whole_numbers(65_536), "Numbers of rows of a step, in turn."
+    )
+    rounds: int = option(15, click.IntRange(1, 1000), "Rounds, of all in turn.")
+    model: Path | None = option(
+        None,
+        click.Path(exists=True, file_okay=False, path_type=Path),
+        "The folder of a model; without it: the benchmarks' own.",
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCosts:
+    """What steps of so many rows cost."""
+
+    rows: int
+    rounds: dict[str, list[float]]
+    """Microseconds of CPU time of one step, by column of the table."""
+
+    def ratio(self, column: str) -> Spread:
+        """Over the products alone, round by round."""
+        pairs = zip(self.rounds[column], self.rounds[BARE], strict=True)
+        return spread(cost / bare for cost, bare in pairs)
+
+
+def engines(plan: EnginesPlan, log: Callable[[str], None]) -> Report:
+    """Measures everything in turn."""
+    from benchmarks.forward import model_in  # noqa: PLC0415 - only it needs torch
+
+    model = model_in(plan.model)
+    found = []
+    for rows in plan.rows:
+        log(f"{rows} rows")
+        found.append(engine_costs(model, rows, plan.rounds))
+    columns = list(found[0].rounds)
+    compared = [column for column in columns if column != BARE]
+    return Report(
+        workload=f"{model.manifest.description or model.key}; {plan.rounds} round(s), all in turn",
+        heads=("rows", *columns, *(f"{column} ÷ {BARE}" for column in compared)),
+        rows=[
+            [
+                f"{one.rows}",
+                *(f"{median(one.rounds[column]):,.0f}" for column in columns),
+                *(spread_text(one.ratio(column)) for column in compared),
+            ]
+            for one in found
+        ],
+        notes=(
+            "CPU time of a step in µs, the median of the rounds; ratios are medians (least–most),",
+            "each within its round. At 16 to 256 rows onnxruntime has to be at most 1.35, and aims",
+            "at 1.15. The forward is the step by onnxruntime with states that are gathered from",
+            "many sessions, not all of them in the CPU's cache, and scattered.",
+        ),
+        results=[asdict(one) for one in found],
+    )
+
+
+def engine_costs(model: Model, rows: int, rounds: int) -> EngineCosts:
+    """Measures steps of B rows."""
+    columns = _columns(model, rows)
+    costs = [{name: _cost(run) for name, run in columns.items()} for _ in range(rounds)]
+    return EngineCosts(rows, {name: [cost[name] for cost in costs] for name in columns})
+
+
+def _columns(model: Model, rows: int) -> dict[str, Run]:
+    """What is measured, by name."""
+    from benchmarks.bare import BareForward, BareProducts  # noqa: PLC0415 - needs torch
+    from benchmarks.forward import SEED, SPREAD  # noqa: PLC0415
+    from stepstate.engine import Runtime, use_one_thread  # noqa: PLC0415
+
     use_one_thread()
     by = {runtime: BareForward(model, rows * SPREAD, runtime) for runtime in Runtime}
     onnx, torch = by[Runtime.ONNX_RUNTIME], by[Runtime.TORCH]
@@ -38,14 +109,12 @@ def engine_costs(model: Model, rows: int, rounds: int = ROUNDS) -> dict[str, flo
     slots = itertools.cycle(random.permutation(rows * SPREAD).reshape(SPREAD, rows))
     scales = [column.scale for column in model.manifest.inputs]
     x = (onnx.levels(1) + random.normal(size=(rows, len(scales))) * scales).astype(np.float32)
-    columns: dict[str, Run] = {
-        "products": BareProducts(model, rows).compute,
+    return {
+        BARE: BareProducts(model, rows).compute,
         "torch": lambda: torch.compute(x),
         "onnxruntime": lambda: onnx.compute(x),
         "forward": lambda: onnx.step(next(slots), x, 0),
     }
-    costs = [{name: _cost(run) for name, run in columns.items()} for _ in range(rounds)]
-    return {name: min(cost[name] for cost in costs) for name in columns}
 
 
 def _cost(run: Run) -> float:
@@ -55,21 +124,3 @@ def _cost(run: Run) -> float:
         run()
         runs += 1
     return used / runs * 1e6
-
-
-def main(arguments: Sequence[str] = ()) -> None:
-    """Prints the table of a model, or of the benchmarks' own."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
-    parser.add_argument("folder", nargs="?", help="of a model; without: the benchmarks' own")
-    model = model_in(parser.parse_args(arguments).folder)
-    print(f"{this_machine()}\n{model.manifest.description or model.key}")
-    print("rows  products  torch  onnxruntime  forward   each over the products: torch, ...")
-    for rows in SIZES:
-        costs = engine_costs(model, rows)
-        products = costs.pop("products")
-        times = "  ".join(f"{cost:8,.0f}" for cost in (products, *costs.values()))
-        print(f"{rows:4}{times}   {'  '.join(f'{c / products:.2f}' for c in costs.values())}")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

@@ -85,7 +85,9 @@ def _run(forward: BareForward, slots: np.ndarray, x: np.ndarray, seconds: float)
 def main(arguments: Sequence[str] = ()) -> None:
     """Prints the bare forward of a model, or of the benchmarks' own, by batch size."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__)
-    parser.add_argument("folder", nargs="?", help="of a model; without: the benchmarks' own")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="of a model; without: the benchmarks' own"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     asked = parser.parse_args(arguments)
     accelerator = None if asked.device == "cpu" else asked.device
@@ -103,10 +105,10 @@ def main(arguments: Sequence[str] = ()) -> None:
         print(f"{rows:6}  {rate:>11}  {cpu:>8}  {1e3 * found.p99_seconds:.2f}")
 
 
-def model_in(folder: str | None) -> Model:
+def model_in(folder: Path | None) -> Model:
     """The model in a folder; without one, the benchmarks' own."""
     if folder is not None:
-        return load_model(Path(folder))
+        return load_model(folder)
     with TemporaryDirectory() as own:
         write_bench_model(Path(own))
         return load_model(Path(own) / NAME / "1")

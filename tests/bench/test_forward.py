@@ -7,7 +7,7 @@ import pytest
 
 from benchmarks import engines, forward
 from benchmarks.bare import BareForward
-from benchmarks.engines import engine_costs
+from benchmarks.engines import EngineCosts, EnginesPlan, engine_costs
 from benchmarks.forward import ForwardRate, bare_forward, main
 from stepstate.models import load_model
 from tests.conftest import ELECTRICITY
@@ -53,14 +53,14 @@ def test_a_device_that_is_not_there_is_an_error(capsys):
 
 @pytest.mark.parametrize("version", ["1", "2"])
 def test_engines_are_measured_beside_their_products(version):
-    costs = engine_costs(load_model(ELECTRICITY / "electricity" / version), 3, rounds=1)
-    assert list(costs) == ["products", "torch", "onnxruntime", "forward"]
-    assert all(0 < cost < 1e6 for cost in costs.values())
+    found = engine_costs(load_model(ELECTRICITY / "electricity" / version), 3, rounds=2)
+    assert list(found.rounds) == ["products", "torch", "onnxruntime", "forward"]
+    assert all(len(costs) == 2 and 0 < min(costs) < 1e6 for costs in found.rounds.values())
 
 
-def test_engines_are_printed_by_batch_size_with_their_ratios(capsys, monkeypatch):
-    costs = {"products": 100.0, "torch": 200.0, "onnxruntime": 110.0, "forward": 120.0}
-    monkeypatch.setattr(engines, "engine_costs", lambda *_: dict(costs))
-    engines.main()
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].split() == ["256", "100", "200", "110", "120", "2.00", "1.10", "1.20"]
+def test_engines_are_compared_with_their_products_round_by_round(monkeypatch):
+    costs = {"products": [100.0, 200.0], "torch": [200.0, 500.0], "onnxruntime": [110.0, 230.0]}
+    monkeypatch.setattr(engines, "engine_costs", lambda _, rows, __: EngineCosts(rows, costs))
+    report = engines.engines(EnginesPlan(rows=(16, 256), rounds=2, model=None), print)
+    ratios = ["2.25 (2.00–2.50)", "1.12 (1.10–1.15)"]
+    assert report.rows == [[rows, "150", "350", "170", *ratios] for rows in ("16", "256")]

@@ -17,7 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 from stepstate.errors import InvalidField
 from stepstate.models import EPOCH, Manifest, Model
 from stepstate.sessions import OpenOptions, ReplyTo, ResidentSession, Step, check_id
-from stepstate.stores import MissingPolicy
+from stepstate.stores import MissingPolicy, SessionRecord
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import SENT
 from stepstate.transport.steps import STEP_BYTES, make_step, non_finite
@@ -148,6 +148,11 @@ class InferCall:
         return len(self._body.tensor.data) if isinstance(self._body, InferBody) else 0
 
     @property
+    def flat(self) -> bool:
+        """Whether x has no dimension for rows, once it is read for a model."""
+        return self.rows is not None and self.rows.flat
+
+    @property
     def plain(self) -> bool:
         """Whether it neither starts nor ends its sequence."""
         return not self.start and not self.end
@@ -253,13 +258,15 @@ class InferCall:
         self.put_reply(response, step)
         return response
 
+    def frame(self, record: SessionRecord, shapes: Shapes) -> pb.ModelInferResponse:
+        """What the replies to such requests have in common."""
+        make = _frame if len(shapes) <= _FEW_OUTPUTS else _new_frame  # no client fills the cache
+        return make(record.model, record.version, shapes, final=self.head.final)
+
     def put_reply(self, response: pb.ModelInferResponse, step: Step) -> None:
         """Makes a message the reply to its step."""
-        record = step.session.record
-        flat = self.rows is not None and self.rows.flat
-        shapes, contents = outputs_of(step, self.outputs, flat=flat)
-        frame = _frame if len(shapes) <= _FEW_OUTPUTS else _new_frame  # no client fills the cache
-        response.CopyFrom(frame(record.model, record.version, shapes, final=self.head.final))
+        shapes, contents = outputs_of(step, self.outputs, flat=self.flat)
+        response.CopyFrom(self.frame(step.session.record, shapes))
         response.id = self.head.request_id
         response.raw_output_contents.extend(contents)
         if step.missing_rows:

@@ -268,7 +268,11 @@ class Http2Connection:
         """
         if not self.draining and not self.ended:
             self.draining = True
-            self.send(goaway(LARGEST_WINDOW, ErrorCode.NO_ERROR), ping(_DRAIN_PING, ack=False))
+            if self._begun:
+                self._announce_end()
+
+    def _announce_end(self) -> None:
+        self.send(goaway(LARGEST_WINDOW, ErrorCode.NO_ERROR), ping(_DRAIN_PING, ack=False))
 
     def refuse_more(self) -> None:
         """Serves no streams but those that have begun: the second GOAWAY, once."""
@@ -404,6 +408,8 @@ class Http2Connection:
         }
         more = window_update(0, limits.connection_window - DEFAULT_WINDOW)
         self.send(settings(values), more)
+        if self.draining:
+            self._announce_end()
 
     def _take_frame(self, data: bytes, position: int, end: int) -> int:
         """Takes the frame at a position; returns the one after it, or the same: it is not whole.

@@ -153,11 +153,14 @@ class RowStepper:
     def _fits(self, row: SingleRow) -> bool:
         """Whether the session takes steps, and this is its next row."""
         table, handle, t = self._table, row.session.handle, row.t
+        row.at = at = table.t[handle]
         return (
             table.generation[handle] == row.generation
-            and table.t[handle] == t
+            and (t is None or t == at)
             and table.expires_at[handle] > self._clock()
-            and (t - table.durable_t[handle] < self._backlog_rows or not table.saved_behind[handle])
+            and (
+                at - table.durable_t[handle] < self._backlog_rows or not table.saved_behind[handle]
+            )
         )
 
     def _start(self, row: SingleRow) -> None:
@@ -218,7 +221,7 @@ class RowStepper:
                 return
         table, count = self._table, len(rows)
         handles = np.array([row.session.handle for row in rows])
-        t = np.array([row.t for row in rows])
+        t = np.array([row.at for row in rows])
         slots, phase = table.slot_array[handles], table.phase_array[handles] + t
         started = time.perf_counter()
         try:
@@ -232,7 +235,7 @@ class RowStepper:
             rows, x, y = self._only(rows, finite), x[finite], y[finite]
             handles, slots, t = handles[finite], slots[finite], t[finite]
         if len(rows) == 1:
-            self._committer.one(rows[0].session, rows[0].t, x[0], y[0])
+            self._committer.one(rows[0].session, rows[0].at, x[0], y[0])
         else:
             self._committer.many(handles, slots, t, x, y)
         self._answer(rows, handles, y)

@@ -248,14 +248,16 @@ class SingleRow:
     session: ResidentSession
     generation: int
     """Of the session's reference: once another is valid, the row is given back."""
-    t: int
-    """Rows applied before it, as its client counts."""
+    t: int | None
+    """Rows applied before it, as its client counts; None: the session's own t."""
     x: bytes
     """Float32 [D], little-endian."""
     message: bytes
     """As it came; for `reply_to`."""
     reply_head: bytes
     """What its reply begins with; for `reply_to`."""
+    at: int = field(init=False, default=0)
+    """Rows applied to the session before it."""
     held_bytes: int = field(init=False, default=0)
     """What `reply_to` has counted for it."""
 

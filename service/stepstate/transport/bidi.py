@@ -47,6 +47,8 @@ MAX_ROWS = 16_384
 """Of packed messages: 64 of the largest forwards."""
 MAX_BYTES = 8 * 2**20
 """Two of the longest replies."""
+STEP_BYTES = 1024
+"""What a step takes, beside its values."""
 REFUSAL_BYTES = 2048
 """Of a reply that says why a request was refused, with what it takes to keep it."""
 

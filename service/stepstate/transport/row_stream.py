@@ -1,0 +1,105 @@
+"""Bidirectional calls whose requests may take the fast path of single rows (see `sessions.rows`).
+
+A request that is what was expected next is recognized by its bytes, and its row goes to its session
+at once; every other request is parsed and goes the ordinary way. What is expected, and how a reply
+is encoded, is up to the subclasses.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Protocol
+
+from stepstate.budget import MemoryUse
+from stepstate.sessions import RowReplyTo, SingleRow
+from stepstate.transport.bidi import STEP_BYTES, A, Backend, BidiStream, D, Q, W
+from stepstate.transport.interceptor import MessageChannel
+
+
+class Expectation(Protocol):
+    """A request that may come."""
+
+    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+        """Takes it when it has come; False: it has to go the ordinary way."""
+        ...
+
+
+class Expectations(Protocol):
+    """The requests that may come next."""
+
+    def find(self, request: bytes) -> Expectation | None:
+        """The one that has come."""
+        ...
+
+
+class RowStream(BidiStream[Q, A, D, W]):
+    """One call: a `RowReplyTo` for its rows.
+
+    Args:
+        backend: serves the requests.
+        messages: the two directions of the call.
+        expectations: of the API.
+        patience_seconds: see `BidiStream`.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        messages: MessageChannel,
+        expectations: Expectations,
+        *,
+        patience_seconds: float = 0.0,
+    ) -> None:
+        super().__init__(backend, messages, patience_seconds=patience_seconds)
+        self._expectations = expectations
+
+    @abstractmethod
+    def _encode_row(self, row: SingleRow, y: bytes, durable_t: int) -> bytes:
+        """The reply to an applied row."""
+
+    def received(self, payload: bytes) -> None:
+        """See `MessageSink`."""
+        if self._paused or not self._take_row(payload):
+            super().received(payload)
+
+    def _take_row(self, payload: bytes) -> bool:
+        """Takes the row that was expected next; False: this is something else."""
+        expected = self._expectations.find(payload)
+        if expected is None or not self._memory.fits(STEP_BYTES):
+            return False
+        if not expected.take(payload, self):
+            return False
+        self._messages.counts.received += 1
+        self._count_taken()
+        return True
+
+    def deliver_row(self, row: SingleRow, y: bytes, durable_t: int) -> None:
+        """See `RowReplyTo`."""
+        if self.cancelled:
+            return
+        self._release_row(row)
+        self._messages.counts.sent += 1
+        try:
+            self._send(self._encode_row(row, y, durable_t))
+        except Exception as error:  # noqa: BLE001 (the call ends with it)
+            self._fail(error)
+
+    def take_again(self, row: SingleRow) -> None:
+        """See `RowReplyTo`."""
+        if self.cancelled:
+            return
+        self._release_row(row)
+        self._unanswered -= 1
+        self._messages.counts.received -= 1  # it is counted again
+        self._take_back(row.message)
+
+    def hold_row(self, row: SingleRow) -> None:
+        """See `RowReplyTo`."""
+        if not row.held_bytes:
+            row.held_bytes = STEP_BYTES + len(row.message)
+            self._charge(MemoryUse.REQUESTS, row.held_bytes)
+
+    def _release_row(self, row: SingleRow) -> None:
+        if row.held_bytes:
+            self._release(MemoryUse.REQUESTS, row.held_bytes)
+            row.held_bytes = 0

@@ -7,15 +7,15 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
 
     rule                                        fast path              ordinary way
     ------------------------------------------  ---------------------  -------------------------
-    the session takes steps, and t is its own   RowStepper._fits       RequestQueues.find,
+    the session takes steps, and t is its own   RowBatcher._fits       RequestQueues.find,
                                                                        StepScheduler._start
     one at a time of a session, as they came    ResidentSession.waiting, of both
-    at most a micro-batch; sources take turns   RowStepper._take       Engine._take
-    nobody waits any more: it is not applied    RowStepper._take       Engine._take
+    at most a micro-batch; sources take turns   RowBatcher._take       Engine._take
+    nobody waits any more: it is not applied    RowBatcher._take       Engine._take
     the forward                                 Forward.step, of both
     t, expiry, replay window                    RowCommitter, of both
-    a row that raises or overflows              RowStepper._give_back  Engine._step, _report
-    t is another, missing values, sync, ...     RowStepper._give_back  StepScheduler
+    a row that raises or overflows              RowBatcher._give_back  Engine._step, _report
+    t is another, missing values, sync, ...     RowBatcher._give_back  StepScheduler
 
 Packed rows are checked by `Table.fast_path_mask`, the columns' form of `_fits`, and share the rest.
 
@@ -85,7 +85,7 @@ class RowCommitter:
         self._window.add_row(session.slot, t, x, y)
 
 
-class RowStepper:
+class RowBatcher:
     """Steps the single rows of one model's sessions.
 
     Args:

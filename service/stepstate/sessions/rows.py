@@ -21,7 +21,8 @@ Packed rows are checked by `Table.fast_path_mask`, the columns' form of `_fits`,
 
 Rule 1: a session with a row here is busy, as with a step in the engine: what comes for it meanwhile
         waits in the session.
-Rule 2: a row that is given back has changed nothing.
+Rule 2: a row that is given back has changed nothing, and becomes a step in its place: what came
+        after it waits in the session.
 
 B rows of different sessions, D inputs, O outputs.
 """
@@ -37,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Engine, FairQueue, Floats, RowColumns
+from stepstate.errors import Draining
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
@@ -276,11 +278,13 @@ class RowBatcher:
         self._observer.ended("cancelled")
 
     def _give_back(self, row: SingleRow) -> None:
-        """Lets a row of a session that is not busy go the ordinary way, before what came later."""
-        session = row.session
-        later, session.waiting = session.waiting, None
-        row.reply_to.source.finished(1)
-        row.reply_to.take_again(row)
-        if later:
-            later.extendleft(reversed(session.waiting or ()))
-            session.waiting = later
+        """Lets a row of a session that is not busy go the ordinary way, as a step in its place."""
+        source = row.reply_to.source
+        source.finished(1)
+        step = row.reply_to.step_of(row)
+        if step is None:
+            return
+        if self._admission.draining:
+            step.error = Draining()
+        self._admission.count(1, 1, source=source)
+        row.session.scheduler.submit(step)

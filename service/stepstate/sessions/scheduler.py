@@ -38,7 +38,7 @@ from stepstate.models import Model, build_timeline
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
-from stepstate.sessions.rows import RowCommitter, RowBatcher
+from stepstate.sessions.rows import RowBatcher, RowCommitter
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.types import (
     PackedReplyTo,
@@ -187,7 +187,7 @@ class StepScheduler:
             barrier.reach()
             return
         self.queued_requests += 1
-        self._admission.count(1, source=self._admission.own)
+        self._admission.count(1, 0, source=self._admission.own)
         self._enqueue(session, barrier)
 
     def _enqueue(self, session: ResidentSession, waiting: Waiting) -> None:

@@ -124,8 +124,8 @@ class RowReplyTo(Protocol):
         """Takes the outputs of an applied row, float32 [O], little-endian."""
         ...
 
-    def take_again(self, row: SingleRow) -> None:
-        """Takes a row back, to handle it the ordinary way; nothing was done."""
+    def step_of(self, row: SingleRow) -> Step | None:
+        """The step that a row's message asks for, of its session; None: it was refused."""
         ...
 
     def hold_row(self, row: SingleRow) -> None:

@@ -11,8 +11,9 @@ from abc import abstractmethod
 from typing import Protocol
 
 from stepstate.budget import MemoryUse
-from stepstate.sessions import RowReplyTo, SingleRow
-from stepstate.transport.bidi import STEP_BYTES, A, Backend, BidiStream, D, Q, W
+from stepstate.errors import StepstateError
+from stepstate.sessions import ResidentSession, RowReplyTo, SingleRow, Step
+from stepstate.transport.bidi import STEP_BYTES, A, Backend, BidiStream, Q, W
 from stepstate.transport.interceptor import MessageChannel
 
 
@@ -32,8 +33,8 @@ class Expectations(Protocol):
         ...
 
 
-class RowStream(BidiStream[Q, A, D, W]):
-    """One call: a `RowReplyTo` for its rows.
+class RowStream(BidiStream[Q, A, Step, W]):
+    """One call: a `RowReplyTo` for its rows. Requests Q, replies A; W: a request that waits.
 
     Args:
         backend: serves the requests.
@@ -52,6 +53,18 @@ class RowStream(BidiStream[Q, A, D, W]):
     ) -> None:
         super().__init__(backend, messages, patience_seconds=patience_seconds)
         self._expectations = expectations
+
+    @abstractmethod
+    def _make_step(self, request: Q, session: ResidentSession) -> Step:
+        """The step that a request asks for.
+
+        Raises:
+            StepstateError: it is refused.
+        """
+
+    @abstractmethod
+    def _encode_refusal(self, request: Q, error: StepstateError) -> A:
+        """The reply to a request that is refused."""
 
     @abstractmethod
     def _encode_row(self, row: SingleRow, y: bytes, durable_t: int) -> bytes:
@@ -84,14 +97,18 @@ class RowStream(BidiStream[Q, A, D, W]):
         except Exception as error:  # noqa: BLE001 (the call ends with it)
             self._fail(error)
 
-    def take_again(self, row: SingleRow) -> None:
+    def step_of(self, row: SingleRow) -> Step | None:
         """See `RowReplyTo`."""
-        if self.cancelled:
-            return
         self._release_row(row)
-        self._unanswered -= 1
-        self._messages.counts.received -= 1  # it is counted again
-        self._take_back(row.message)
+        self._messages.counts.received -= 1  # to decode it counts it again
+        request = self._messages.decode(row.message)
+        try:
+            step = self._make_step(request, row.session)
+        except StepstateError as error:
+            self._reply(self._encode_refusal(request, error))
+            return None
+        self._charge(MemoryUse.REPLIES, step.held_bytes)
+        return step
 
     def hold_row(self, row: SingleRow) -> None:
         """See `RowReplyTo`."""

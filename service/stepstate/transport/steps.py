@@ -42,12 +42,18 @@ _Y = pb.StepResponse.Y_FIELD_NUMBER
 _LAYER_FIELDS = {field.name: field.number for field in pb.LayerTrace.DESCRIPTOR.fields}
 
 
-class StepStream(RowStream[pb.StepRequest, pb.StepResponse, Step, pb.StepRequest]):
+class StepStream(RowStream[pb.StepRequest, pb.StepResponse, pb.StepRequest]):
     """One StreamSteps call: a `ReplyTo` for all its steps; see `BidiStream` for its arguments."""
 
     def __init__(self, backend: Backend, messages: MessageChannel) -> None:
         super().__init__(backend, messages, backend.expected)
         self._expected = backend.expected
+
+    def _make_step(self, request: pb.StepRequest, session: ResidentSession) -> Step:
+        return decode_step(request, session, self)
+
+    def _encode_refusal(self, request: pb.StepRequest, error: StepstateError) -> pb.StepResponse:
+        return self._error(request.session_id[:ID_LENGTH], error)
 
     def _encode_row(self, row: SingleRow, y: bytes, durable_t: int) -> bytes:
         return whole_reply(row.reply_head, y, durable_t)
@@ -65,7 +71,7 @@ class StepStream(RowStream[pb.StepRequest, pb.StepResponse, Step, pb.StepRequest
             self._refuse(request, error)
 
     def _accept(self, waiting: pb.StepRequest, session: ResidentSession) -> None:
-        step = decode_step(waiting, session, self)
+        step = self._make_step(waiting, session)
         self._submit(step)
         if step.t is not None and step.single:
             self._expected.expect(session, self._sessions.ref_of(session), step.t + 1)
@@ -73,7 +79,7 @@ class StepStream(RowStream[pb.StepRequest, pb.StepResponse, Step, pb.StepRequest
     def _refuse(self, waiting: pb.StepRequest, error: StepstateError) -> None:
         session_id = waiting.session_id
         if not self._refuse_in_order(session_id, error, self):
-            self._reply(self._error(session_id[:ID_LENGTH], error))
+            self._reply(self._encode_refusal(waiting, error))
 
     def _encode_failure(self, error: StepstateError) -> pb.StepResponse:
         return self._error("", error)

@@ -29,7 +29,7 @@ MAX_TEXT = 1024
 _NO_HEAD = RequestHead("", "", "", final=False)
 
 
-class InferStream(RowStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, Step, InferCall]):
+class InferStream(RowStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, InferCall]):
     """A call that may carry any number of sequences.
 
     Args:
@@ -50,6 +50,15 @@ class InferStream(RowStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, S
         self._sequences = sequences
         self._expected = expected
         self._bytes = b""  # of the request that is being taken
+
+    def _make_step(self, request: pb.ModelInferRequest, session: ResidentSession) -> Step:
+        infer = InferCall.of(request, RequestHead.of(request))
+        return infer.step(session, _StreamReply(self, infer))
+
+    def _encode_refusal(
+        self, request: pb.ModelInferRequest, error: StepstateError
+    ) -> pb.ModelStreamInferResponse:
+        return self._error(RequestHead.of(request), error)
 
     def _encode_row(self, row: SingleRow, y: bytes, durable_t: int) -> bytes:  # noqa: ARG002
         return row.reply_head + y

@@ -54,7 +54,7 @@ class TritonService:
         self._sessions = backend.sessions
         self.sequences = SequenceService(backend, EndedSequences(memory))
         self._streams = StreamRegistry()
-        self._expected = ExpectedInfers(self._sessions.table.limit)
+        self.expected = ExpectedInfers(self._sessions.table.limit)
         self._descriptions = metadata.Descriptions(
             self._sessions.catalog, self._sessions.default_idle_timeout
         )
@@ -111,7 +111,7 @@ class TritonService:
             return await self.sequences.apply(infer, hold)
 
     async def ModelStreamInfer(self, messages: MessageChannel, context: Context) -> None:
-        stream = InferStream(self._backend, messages, self.sequences, self._expected)
+        stream = InferStream(self._backend, messages, self.sequences, self.expected)
         await self._streams.serve(stream)
 
     async def ModelStatistics(

@@ -11,6 +11,7 @@ from typing import TypeVar
 import click
 
 from benchmarks import BenchError
+from benchmarks.engines import EnginesPlan, engines
 from benchmarks.forecasting import ForecastPlan, forecasting
 from benchmarks.options import command_line, options_of
 from benchmarks.priming import PrimingPlan, priming
@@ -64,6 +65,7 @@ def _add(name: str, plan: type[Plan], measure: Callable[[Plan, Log], Report]) ->
 _add("steps", StepsPlan, steps)
 _add("transports", TransportsPlan, transports)
 _add("profile", ProfilePlan, profile)
+_add("engines", EnginesPlan, engines)
 _add("durability", DurabilityPlan, durability)
 _add("restart", RestartPlan, restart)
 _add("residency", ResidencyPlan, residency)

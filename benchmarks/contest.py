@@ -130,8 +130,8 @@ def bars_table(results: Sequence[Results], bars: Sequence[Bar]) -> Table:
     """What has to be reached and what was, where both contenders took part."""
     by_load = {found.load: found for found in results}
     rows = [_bar_row(by_load[bar.load], bar) for bar in bars if _took_part(by_load, bar)]
-    heads = ("load", "what", "figure", "bar", "ambition", "measured", "reached", "CPU")
-    return Table(heads, rows, ("CPU is the ratio of the servers' CPU time a step.",))
+    heads = ("load", "what", "figure", "bar", "ambition", "measured", "reached", "CPU, ratio")
+    return Table(heads, rows, ())
 
 
 def _took_part(by_load: Mapping[str, Results], bar: Bar) -> bool:

@@ -54,12 +54,13 @@ _STEPPING: dict[str, object] = {
     "outputs": [{"name": "y"}],
 }
 _DIFFERENCES: dict[str, dict[str, object]] = {
-    NAME: {},
+    NAME: {"description": f"{DESCRIPTION}, random weights"},
     "bench-gru": {"cell": _cell("gru", LAYERS)},
     "bench-deep": {"cell": _cell("lstm", 12)},
     "bench-lags": {"lags": [{"kind": "lag", "input": "x0", "steps": list(range(1, 9))}]},
     "bench-tracked": {"outputs": [_forecasts("x0", 24)], "tracking": {"horizons": [1, 24]}},
     FORECASTING_NAME: {
+        "description": f"{FORECASTING_DESCRIPTION}, random weights",
         "cell": _cell("lstm", 1),
         "inputs": [{"name": "x"}],
         "outputs": [_forecasts("x", HORIZONS)],

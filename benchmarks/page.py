@@ -38,6 +38,7 @@ IMAGES = DOCS / "images"
 RUNS = {
     "transports": "transports --rounds 5",
     "profile": "profile",
+    "engines": "engines",
     "stream": "steps --path stream --sessions 1,16,64,256,1000,10000 --processes 2 --seconds 2",
     "unary": "steps --path unary --sessions 1,64 --processes 2 --seconds 2",
     "packed": "steps --path packed --sessions 1 --rows 16,64,256 --seconds 2",

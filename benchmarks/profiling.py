@@ -156,6 +156,7 @@ def _report(plan: ProfilePlan, found: Sequence[Profile]) -> Report:
             ["CPU µs a step", *(f"{one.cpu_us_per_step:.1f}" for one in found)],
             ["steps/s", *(f"{one.steps_per_second:,.0f}" for one in found)],
             ["rows a forward", *(f"{one.rows_per_forward:.1f}" for one in found)],
+            ["samples", *(f"{one.samples:,}" for one in found)],
         ],
         notes=(
             "Parts are in µs of the server's CPU time for a step, with their share. The other",

@@ -97,6 +97,12 @@ def _stack(frames: str) -> Stack:
 
 @contextmanager
 def sampled(clients: LoadClients, pid: int) -> Iterator[SampledClients]:
-    """Clients while whose loads a server is sampled."""
+    """Clients under whose loads a server is sampled.
+
+    Raises:
+        BenchError: py-spy is not installed.
+    """
+    if not _PROGRAM.exists():
+        raise BenchError(f"{_PROGRAM} is missing: install py-spy, or use `make setup`")
     with TemporaryDirectory() as folder:
         yield SampledClients(clients, pid, Path(folder))

@@ -84,7 +84,7 @@ class TransportsPlan(Plan):
         64, click.IntRange(1, MAX_SESSIONS), "Then so many streams with sqlite, and of each model."
     )
     seconds: float = option(1.0, click.FloatRange(0.1, 3600.0), "The measured window of a round.")
-    warm_up: float = option(0.5, click.FloatRange(0.0, 3600.0), "Seconds before the window.")
+    warm_up: float = option(0.3, click.FloatRange(0.0, 3600.0), "Seconds before the window.")
     other: str = option(
         GRPCIO_ONLY,
         str,

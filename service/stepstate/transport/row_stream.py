@@ -12,7 +12,13 @@ from typing import Protocol
 
 from stepstate.budget import MemoryUse
 from stepstate.errors import StepstateError
-from stepstate.sessions import ResidentSession, RowReplyTo, SingleRow, Step
+from stepstate.sessions import (
+    MAX_SOURCE_RUNNING,
+    ResidentSession,
+    RowReplyTo,
+    SingleRow,
+    Step,
+)
 from stepstate.transport.bidi import STEP_BYTES, A, Backend, BidiStream, Q, W
 from stepstate.transport.interceptor import MessageChannel
 
@@ -20,8 +26,8 @@ from stepstate.transport.interceptor import MessageChannel
 class Expectation(Protocol):
     """A request that may come."""
 
-    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
-        """Takes it when it has come; False: it has to go the ordinary way."""
+    def take(self, request: bytes, reply_to: RowReplyTo) -> SingleRow | None:
+        """Hands its row over when it has come; None: it has to go the ordinary way."""
         ...
 
 
@@ -71,26 +77,26 @@ class RowStream(BidiStream[Q, A, Step, W]):
         """The reply to an applied row."""
 
     def received(self, payload: bytes) -> None:
-        """See `MessageSink`."""
-        if self._paused or not self._take_row(payload):
-            super().received(payload)
-
-    def _take_row(self, payload: bytes) -> bool:
-        """Takes the row that was expected next; False: this is something else."""
+        """See `MessageSink`: takes a row that was expected, or whatever else it is."""
         expected = self._expectations.find(payload)
-        if expected is None or not self._memory.fits(STEP_BYTES):
-            return False
-        if not expected.take(payload, self):
-            return False
+        if expected is None or self._paused or not self._memory.fits(STEP_BYTES):
+            super().received(payload)
+            return
+        row = expected.take(payload, self)
+        if row is None:
+            super().received(payload)
+            return
         self._messages.counts.received += 1
-        self._count_taken()
-        return True
+        self._unanswered += 1
+        if self._held_bytes or self.source.running >= MAX_SOURCE_RUNNING:
+            self._stop_if_full()
 
     def deliver_row(self, row: SingleRow, y: bytes, durable_t: int) -> None:
         """See `RowReplyTo`."""
         if self.cancelled:
             return
-        self._release_row(row)
+        if row.held_bytes:
+            self._release_row(row)
         self._messages.counts.sent += 1
         try:
             self._send(self._encode_row(row, y, durable_t))

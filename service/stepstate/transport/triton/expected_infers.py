@@ -31,13 +31,13 @@ class ExpectedInfer:
         """Whether it is about this session, and the reference still the valid one."""
         return self._session is session and self._generation == ref.generation
 
-    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
-        """Takes such a request; False: it has to go the ordinary way."""
+    def take(self, request: bytes, reply_to: RowReplyTo) -> SingleRow | None:
+        """Hands the row of such a request over; None: it has to go the ordinary way."""
         codec, session = self._codec, self._session
         start, end = id_span(request)
         x, head = request[-codec.x_bytes :], codec.reply_head(request[start:end])
         row = SingleRow(reply_to, session, self._generation, None, x, request, head)
-        return session.scheduler.add_row(row)
+        return row if session.scheduler.add_row(row) else None
 
 
 class ExpectedInfers:

@@ -21,7 +21,8 @@ Packed rows are checked by `Table.fast_path_mask`, the columns' form of `_fits`,
 
 Rule 1: a session with a row here is busy, as with a step in the engine: what comes for it meanwhile
         waits in the session.
-Rule 2: a row that is given back has changed nothing.
+Rule 2: a row that is given back has changed nothing, and becomes a step in its place: what came
+        after it waits in the session.
 
 B rows of different sessions, D inputs, O outputs.
 """
@@ -37,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Engine, FairQueue, Floats, RowColumns
+from stepstate.errors import Draining
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
@@ -160,11 +162,14 @@ class RowBatcher:
         handle, t = row.session.handle, row.t
         if not self._awake:
             self._now = self._clock()
+        row.at = at = self._t[handle]
         return (
-            self._t[handle] == t
+            (t is None or t == at)
             and self._generation[handle] == row.generation
             and self._expires_at[handle] > self._now
-            and (t - self._durable_t[handle] < self._backlog_rows or not self._saved_behind[handle])
+            and (
+                at - self._durable_t[handle] < self._backlog_rows or not self._saved_behind[handle]
+            )
             and not self._admission.draining
         )
 
@@ -226,7 +231,7 @@ class RowBatcher:
                 return
         table, count = self._table, len(rows)
         handles = np.array([row.session.handle for row in rows])
-        t = np.array([row.t for row in rows])
+        t = np.array([row.at for row in rows])
         slots, phase = table.slot_array[handles], table.phase_array[handles] + t
         started = time.perf_counter()
         try:
@@ -240,7 +245,7 @@ class RowBatcher:
             rows, x, y = self._only(rows, finite), x[finite], y[finite]
             handles, slots, t = handles[finite], slots[finite], t[finite]
         if len(rows) == 1:
-            self._committer.one(rows[0].session, rows[0].t, x[0], y[0])
+            self._committer.one(rows[0].session, rows[0].at, x[0], y[0])
         else:
             self._committer.many(handles, slots, t, x, y)
         self._answer(rows, handles, y)
@@ -281,11 +286,13 @@ class RowBatcher:
         self._observer.ended("cancelled")
 
     def _give_back(self, row: SingleRow) -> None:
-        """Lets a row of a session that is not busy go the ordinary way, before what came later."""
-        session = row.session
-        later, session.waiting = session.waiting, None
-        row.reply_to.source.finished(1)
-        row.reply_to.take_again(row)
-        if later:
-            later.extendleft(reversed(session.waiting or ()))
-            session.waiting = later
+        """Lets a row of a session that is not busy go the ordinary way, as a step in its place."""
+        source = row.reply_to.source
+        source.finished(1)
+        step = row.reply_to.step_of(row)
+        if step is None:
+            return
+        if self._admission.draining:
+            step.error = Draining()
+        self._admission.count(1, 1, source=source)
+        row.session.scheduler.submit(step)

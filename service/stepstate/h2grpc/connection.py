@@ -383,16 +383,22 @@ class Http2Connection:
         self._finish_read(messages, taken, updates)
 
     def _widens(self, stream_id: int, increment: int) -> bool:
-        """Takes a WINDOW_UPDATE of a stream; False: this is not the plain case of one.
+        """Takes a WINDOW_UPDATE; False: this is not the plain case of one.
 
-        Some clients send one for each message that they read.
+        Some clients send two for each message that they read.
         """
+        if self._headers.partial is not None or not self._settled:
+            return False
+        if not stream_id:
+            if not 0 < increment <= LARGEST_WINDOW - self.send_window - self._withheld:
+                return False
+            self._withheld += increment  # `take_output` opens it
+            return True
         stream = self.streams.get(stream_id)
         if (
             stream is None
             or not 0 < increment <= LARGEST_WINDOW - stream.send_window
             or stream.queued_bytes
-            or self._headers.partial is not None
         ):
             return False
         stream.send_window += increment

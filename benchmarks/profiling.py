@@ -12,6 +12,7 @@ from benchmarks.clients import running_clients
 from benchmarks.cpp import build_programs
 from benchmarks.generator import CppGenerator
 from benchmarks.load import CallPath
+from benchmarks.loads import calling, connected, packed, streams
 from benchmarks.models import DESCRIPTION, NAME, VARIANTS
 from benchmarks.options import MAX_SESSIONS, option, whole_numbers
 from benchmarks.parts import PARTS, part_of
@@ -21,7 +22,6 @@ from benchmarks.results import Case, Plan
 from benchmarks.runner import LoadClients, Target, measure, opened_sessions
 from benchmarks.sampler import Stack, sampled
 from benchmarks.servers import bench_folder, running_stepstate
-from benchmarks.transports import calling, connected, packed, streams
 
 _FUNCTIONS = 4
 """The busiest of a part, which are printed."""

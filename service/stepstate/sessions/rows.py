@@ -10,6 +10,7 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
     the session takes steps, and t is its own   RowBatcher._fits       RequestQueues.find,
                                                                        StepScheduler._start
     one at a time of a session, as they came    ResidentSession.waiting, of both
+    a row that waits is accepted, or refused    Admission, of both
     at most a micro-batch; sources take turns   RowBatcher._take       Engine._take
     nobody waits any more: it is not applied    RowBatcher._take       Engine._take
     the forward                                 Forward.step, of both
@@ -38,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Engine, FairQueue, Floats, RowColumns
-from stepstate.errors import Draining
+from stepstate.errors import Draining, StepstateError
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
@@ -95,7 +96,7 @@ class RowBatcher:
         settings: of the engine, and the backlog.
         engine: of the model.
         committer: of the model.
-        admission: says whether the server drains.
+        admission: accepts rows that have to wait.
         observer: counts what happens.
         enqueue: lets something wait in a session that is busy.
         resume: starts what waits in a session that is not.
@@ -128,6 +129,8 @@ class RowBatcher:
         self._observer = observer
         self._enqueue = enqueue
         self._resume = resume
+        self.accepted = 0
+        """Rows that wait."""
         self._arrived: list[SingleRow] = []
         self._backlog: FairQueue[SingleRow] = FairQueue()
         self._awake = False
@@ -139,8 +142,9 @@ class RowBatcher:
         if self._generation[session.handle] != row.generation:
             return False
         if self._busy[session.handle]:
+            if not self._accept(row):
+                return False
             self._enqueue(session, row)
-            row.reply_to.hold_row(row)
         elif self._fits(row):
             self._start(row)
         else:
@@ -157,6 +161,18 @@ class RowBatcher:
         else:
             self._give_back(row)
 
+    def _accept(self, row: SingleRow) -> bool:
+        """Lets a row wait, unless it has to be refused."""
+        if not row.accepted:
+            try:
+                self._admission.accept(1, 1, source=row.reply_to.source)
+            except StepstateError:
+                return False
+            row.accepted = True
+            self.accepted += 1
+            row.reply_to.hold_row(row)
+        return True
+
     def _fits(self, row: SingleRow) -> bool:
         """Whether the session takes steps, and this is its next row."""
         handle, t = row.session.handle, row.t
@@ -170,7 +186,7 @@ class RowBatcher:
             and (
                 at - self._durable_t[handle] < self._backlog_rows or not self._saved_behind[handle]
             )
-            and not self._admission.draining
+            and (row.accepted or not self._admission.draining)
         )
 
     def _start(self, row: SingleRow) -> None:
@@ -203,7 +219,7 @@ class RowBatcher:
         taken = []
         for row in rows:
             gone = row.reply_to.cancelled or generation[row.session.handle] != row.generation
-            if gone or draining:
+            if gone or (draining and not row.accepted):
                 self._leave(row)
             else:
                 taken.append(row)
@@ -213,8 +229,10 @@ class RowBatcher:
         """As many rows as one forward takes, of their sources in turn; the others wait."""
         backlog = self._backlog
         for row in rows:
-            backlog.put(row.reply_to.source, row, 1)
-            row.reply_to.hold_row(row)
+            if self._accept(row):
+                backlog.put(row.reply_to.source, row, 1)
+            else:
+                self._leave(row)
         taken: list[SingleRow] = []
         while backlog.turns and len(taken) < self._batch_rows:
             taken.append(backlog.first()[0])
@@ -265,7 +283,7 @@ class RowBatcher:
         outputs, width, awaited = y.tobytes(), y.shape[1] * y.itemsize, table.awaited
         first = 0
         for row, durable_t in zip(rows, durable, strict=True):
-            row.reply_to.source.finished(1)
+            self._done(row)
             row.reply_to.deliver_row(row, outputs[first : first + width], durable_t)
             first += width
             if awaited[row.session.handle]:
@@ -282,17 +300,24 @@ class RowBatcher:
 
     def _drop(self, row: SingleRow) -> None:
         """Nobody waits for it: it is never applied."""
-        row.reply_to.source.finished(1)
+        self._done(row)
         self._observer.ended("cancelled")
 
     def _give_back(self, row: SingleRow) -> None:
         """Lets a row of a session that is not busy go the ordinary way, as a step in its place."""
+        step = row.reply_to.step_of(row)
+        if step is not None:
+            if self._admission.draining and not row.accepted:
+                step.error = Draining()
+            self._admission.count(1, 1, source=row.reply_to.source)
+        self._done(row)
+        if step is not None:
+            row.session.scheduler.submit(step)
+
+    def _done(self, row: SingleRow) -> None:
+        """A row is here no more; its outcome is delivered next."""
         source = row.reply_to.source
         source.finished(1)
-        step = row.reply_to.step_of(row)
-        if step is None:
-            return
-        if self._admission.draining:
-            step.error = Draining()
-        self._admission.count(1, 1, source=source)
-        row.session.scheduler.submit(step)
+        if row.accepted:
+            self.accepted -= 1
+            self._admission.settled(1, 1, source=source)

@@ -260,6 +260,8 @@ class SingleRow:
     """Rows applied to the session before it."""
     held_bytes: int = field(init=False, default=0)
     """What `reply_to` has counted for it."""
+    accepted: bool = field(init=False, default=False)
+    """It had to wait, and is one of the accepted requests that have no outcome yet."""
 
 
 @dataclass(frozen=True, slots=True)

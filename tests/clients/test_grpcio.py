@@ -210,6 +210,22 @@ def test_the_server_ends_a_call_whose_replies_wait_for_a_window(
         assert len(stuck.data) <= window
 
 
+async def test_a_deadline_amid_a_message_is_understood(served: ServerProcess, name: str):
+    """The server's: the client itself has none. The status follows a fragment of a message."""
+    async with raw_stub(served.address, ("grpc.http2.bdp_probe", 0)) as stub:
+        await opened(stub, name, model="far")
+        await stub.Step(request(name, 0, draw(1, 50)))
+        export = pb.StreamExportRequest(session_id=name)
+        call = stub.StreamExport(export, metadata=(("grpc-timeout", "300m"),))
+        await no_call_is_left(served, "StreamExport")
+        with suppress(grpc.RpcError):
+            while await call.read() is not grpc.aio.EOF:
+                pass
+        assert await call.code() is Code.DEADLINE_EXCEEDED
+        assert await call.details() == "Deadline Exceeded"
+        assert (await stub.Step(request(name, 1, draw(1, 50)))).t == 2
+
+
 async def test_a_deadline_in_mid_stream_keeps_what_was_answered(served: ServerProcess, name: str):
     """Rows that were answered before it stay applied; the stream's other rows can be sent again.
 

@@ -99,6 +99,28 @@ async def test_a_draining_server_is_not_serving(config: ServerConfig):
         assert server.state is ServerState.STOPPED
 
 
+async def test_an_async_generator_that_is_cancelled_is_counted_as_canceled(server: Server):
+    """Reflection's, which stands at a `yield` while its client does not read."""
+    name = "grpc_server_handled_total"
+    labels = 'grpc_code="Canceled",grpc_method="ServerReflectionInfo",grpc_service="grpc.reflection'
+    unread = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(server.address, options=unread) as channel:
+        call = channel.stream_stream(
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        )()
+        for _ in range(40):
+            await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE))
+        await call.read()
+        await asyncio.sleep(0.2)
+        call.cancel()
+
+    async def counted() -> bool:
+        return sample(await scrape(server.metrics_address), f"{name}{{{labels}.v1alpha") == 1
+
+    await until(counted)
+
+
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
 async def test_reflection_tells_services_and_files(server: Server, version: str):
     async with grpc.aio.insecure_channel(server.address) as channel:

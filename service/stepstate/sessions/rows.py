@@ -10,6 +10,7 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
     the session takes steps, and t is its own   RowBatcher._fits       RequestQueues.find,
                                                                        StepScheduler._start
     one at a time of a session, as they came    ResidentSession.waiting, of both
+    a row that waits is accepted, or refused    Admission, of both
     at most a micro-batch; sources take turns   RowBatcher._take       Engine._take
     nobody waits any more: it is not applied    RowBatcher._take       Engine._take
     the forward                                 Forward.step, of both
@@ -21,7 +22,8 @@ Packed rows are checked by `Table.fast_path_mask`, the columns' form of `_fits`,
 
 Rule 1: a session with a row here is busy, as with a step in the engine: what comes for it meanwhile
         waits in the session.
-Rule 2: a row that is given back has changed nothing.
+Rule 2: a row that is given back has changed nothing, and becomes a step in its place: what came
+        after it waits in the session.
 
 B rows of different sessions, D inputs, O outputs.
 """
@@ -37,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Engine, FairQueue, Floats, RowColumns
+from stepstate.errors import Draining, StepstateError
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
@@ -93,7 +96,7 @@ class RowBatcher:
         settings: of the engine, and the backlog.
         engine: of the model.
         committer: of the model.
-        admission: says whether the server drains.
+        admission: accepts rows that have to wait.
         observer: counts what happens.
         enqueue: lets something wait in a session that is busy.
         resume: starts what waits in a session that is not.
@@ -111,8 +114,13 @@ class RowBatcher:
         enqueue: Callable[[ResidentSession, Waiting], None],
         resume: Callable[[ResidentSession], None],
     ) -> None:
-        self._table = context.table
+        self._table = table = context.table
+        # Looked up for every row: once, here.
+        self._generation, self._busy, self._t = table.generation, table.busy, table.t
+        self._expires_at, self._durable_t = table.expires_at, table.durable_t
+        self._saved_behind = table.saved_behind
         self._clock = context.clock
+        self._now = 0.0  # by that clock, as of the beginning of the round
         self._backlog_rows = settings.backlog_rows
         self._batch_rows = settings.engine.batch_rows
         self._engine = engine
@@ -121,6 +129,8 @@ class RowBatcher:
         self._observer = observer
         self._enqueue = enqueue
         self._resume = resume
+        self.accepted = 0
+        """Rows that wait."""
         self._arrived: list[SingleRow] = []
         self._backlog: FairQueue[SingleRow] = FairQueue()
         self._awake = False
@@ -128,12 +138,13 @@ class RowBatcher:
 
     def add(self, row: SingleRow) -> bool:
         """Takes a row; False: it has to go the ordinary way, and nothing was done."""
-        table, session = self._table, row.session
-        if table.generation[session.handle] != row.generation:
+        session = row.session
+        if self._generation[session.handle] != row.generation:
             return False
-        if table.busy[session.handle]:
+        if self._busy[session.handle]:
+            if not self._accept(row):
+                return False
             self._enqueue(session, row)
-            row.reply_to.hold_row(row)
         elif self._fits(row):
             self._start(row)
         else:
@@ -150,19 +161,37 @@ class RowBatcher:
         else:
             self._give_back(row)
 
+    def _accept(self, row: SingleRow) -> bool:
+        """Lets a row wait, unless it has to be refused."""
+        if not row.accepted:
+            try:
+                self._admission.accept(1, 1, source=row.reply_to.source)
+            except StepstateError:
+                return False
+            row.accepted = True
+            self.accepted += 1
+            row.reply_to.hold_row(row)
+        return True
+
     def _fits(self, row: SingleRow) -> bool:
         """Whether the session takes steps, and this is its next row."""
-        table, handle, t = self._table, row.session.handle, row.t
+        handle, t = row.session.handle, row.t
+        if not self._awake:
+            self._now = self._clock()
+        row.at = at = self._t[handle]
         return (
-            table.generation[handle] == row.generation
-            and table.t[handle] == t
-            and table.expires_at[handle] > self._clock()
-            and (t - table.durable_t[handle] < self._backlog_rows or not table.saved_behind[handle])
+            (t is None or t == at)
+            and self._generation[handle] == row.generation
+            and self._expires_at[handle] > self._now
+            and (
+                at - self._durable_t[handle] < self._backlog_rows or not self._saved_behind[handle]
+            )
+            and (row.accepted or not self._admission.draining)
         )
 
     def _start(self, row: SingleRow) -> None:
         """Puts a row that fits into the next forward."""
-        self._table.busy[row.session.handle] = True
+        self._busy[row.session.handle] = True
         self._arrived.append(row)
         if not self._awake:
             self._awake = True
@@ -178,7 +207,7 @@ class RowBatcher:
         finally:  # the next round comes whatever a delivery raises
             self._awake = bool(self._arrived or self._backlog.turns)
             if self._awake:
-                self._arrived_at = time.perf_counter()
+                self._arrived_at, self._now = time.perf_counter(), self._clock()
                 asyncio.get_running_loop().call_soon(self._run)
 
     def _take(self) -> list[SingleRow]:
@@ -186,11 +215,11 @@ class RowBatcher:
         rows, self._arrived = self._arrived, []
         if self._backlog.turns or len(rows) > self._batch_rows:
             rows = self._in_turn(rows)
-        generation, draining = self._table.generation, self._admission.draining
+        generation, draining = self._generation, self._admission.draining
         taken = []
         for row in rows:
             gone = row.reply_to.cancelled or generation[row.session.handle] != row.generation
-            if gone or draining:
+            if gone or (draining and not row.accepted):
                 self._leave(row)
             else:
                 taken.append(row)
@@ -200,8 +229,10 @@ class RowBatcher:
         """As many rows as one forward takes, of their sources in turn; the others wait."""
         backlog = self._backlog
         for row in rows:
-            backlog.put(row.reply_to.source, row, 1)
-            row.reply_to.hold_row(row)
+            if self._accept(row):
+                backlog.put(row.reply_to.source, row, 1)
+            else:
+                self._leave(row)
         taken: list[SingleRow] = []
         while backlog.turns and len(taken) < self._batch_rows:
             taken.append(backlog.first()[0])
@@ -218,7 +249,7 @@ class RowBatcher:
                 return
         table, count = self._table, len(rows)
         handles = np.array([row.session.handle for row in rows])
-        t = np.array([row.t for row in rows])
+        t = np.array([row.at for row in rows])
         slots, phase = table.slot_array[handles], table.phase_array[handles] + t
         started = time.perf_counter()
         try:
@@ -232,7 +263,7 @@ class RowBatcher:
             rows, x, y = self._only(rows, finite), x[finite], y[finite]
             handles, slots, t = handles[finite], slots[finite], t[finite]
         if len(rows) == 1:
-            self._committer.one(rows[0].session, rows[0].t, x[0], y[0])
+            self._committer.one(rows[0].session, rows[0].at, x[0], y[0])
         else:
             self._committer.many(handles, slots, t, x, y)
         self._answer(rows, handles, y)
@@ -252,7 +283,7 @@ class RowBatcher:
         outputs, width, awaited = y.tobytes(), y.shape[1] * y.itemsize, table.awaited
         first = 0
         for row, durable_t in zip(rows, durable, strict=True):
-            row.reply_to.source.finished(1)
+            self._done(row)
             row.reply_to.deliver_row(row, outputs[first : first + width], durable_t)
             first += width
             if awaited[row.session.handle]:
@@ -260,7 +291,7 @@ class RowBatcher:
 
     def _leave(self, row: SingleRow) -> None:
         """A row that was to be in a forward is in none."""
-        self._table.busy[row.session.handle] = False
+        self._busy[row.session.handle] = False
         if row.reply_to.cancelled:
             self._drop(row)
         else:
@@ -269,15 +300,24 @@ class RowBatcher:
 
     def _drop(self, row: SingleRow) -> None:
         """Nobody waits for it: it is never applied."""
-        row.reply_to.source.finished(1)
+        self._done(row)
         self._observer.ended("cancelled")
 
     def _give_back(self, row: SingleRow) -> None:
-        """Lets a row of a session that is not busy go the ordinary way, before what came later."""
-        session = row.session
-        later, session.waiting = session.waiting, None
-        row.reply_to.source.finished(1)
-        row.reply_to.take_again(row)
-        if later:
-            later.extendleft(reversed(session.waiting or ()))
-            session.waiting = later
+        """Lets a row of a session that is not busy go the ordinary way, as a step in its place."""
+        step = row.reply_to.step_of(row)
+        if step is not None:
+            if self._admission.draining and not row.accepted:
+                step.error = Draining()
+            self._admission.count(1, 1, source=row.reply_to.source)
+        self._done(row)
+        if step is not None:
+            row.session.scheduler.submit(step)
+
+    def _done(self, row: SingleRow) -> None:
+        """A row is here no more; its outcome is delivered next."""
+        source = row.reply_to.source
+        source.finished(1)
+        if row.accepted:
+            self.accepted -= 1
+            self._admission.settled(1, 1, source=source)

@@ -39,6 +39,7 @@
     └── StartError              the server can't start (never on the wire)
         ├── ModelInvalid        a model's folder can't be served
         ├── DeviceUnavailable   there is no such device
+        ├── RuntimeUnavailable  a package of the engine is not installed
         ├── StoreOpenError      the store can't be opened
         ├── SnapshotKeyInvalid  the keys of snapshots can't be read
         └── ListenError         an address can't be listened on
@@ -544,6 +545,18 @@ class DeviceUnavailable(StartError):
     )
     device: str
     detail: str
+
+
+@dataclass(eq=False)
+class RuntimeUnavailable(StartError):
+    """What the server is to compute steps with is not installed."""
+
+    message = (
+        "--engine {engine}: the package {package} is not installed; "
+        "`pip install {package}`, or choose --engine torch, which is slower"
+    )
+    engine: str
+    package: str
 
 
 @dataclass(eq=False)

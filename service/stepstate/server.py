@@ -25,7 +25,9 @@ from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
     EngineSettings,
     Precision,
+    Runtime,
     check_accelerator,
+    check_runtime,
     has_instructions,
     measure_loss,
     use_one_thread,
@@ -40,6 +42,7 @@ from stepstate.transport import (
     MAX_MESSAGE_BYTES,
     Backend,
     CallAdmission,
+    ExpectedRows,
     PeerTable,
     Receiver,
     ReceivingMemory,
@@ -152,7 +155,8 @@ class Server:
             standard(registry=self._registry)
         peers = PeerTable(self.memory, self.receiver.budget, config.trusted_networks)
         admission = CallAdmission(peers, self._metrics)
-        backend = Backend(self.sessions, self._metrics, admission)
+        expected = ExpectedRows(self.sessions.table.limit)
+        backend = Backend(self.sessions, self._metrics, admission, expected)
         self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
@@ -272,6 +276,7 @@ class Server:
                     batch_rows=config.batch_rows,
                     chunk_rows=config.chunk_rows,
                     precision=self._precision,
+                    runtime=Runtime(config.engine),
                     accelerator=None if config.device == "cpu" else config.device,
                 ),
                 replay_rows=config.replay_rows,
@@ -385,11 +390,13 @@ async def build_server(config: ServerConfig) -> Server:
     Raises:
         ModelInvalid: there is no model to serve, or one can't be served.
         DeviceUnavailable: the device is not here.
+        RuntimeUnavailable: a package of the engine is not installed.
         SnapshotKeyInvalid: the keys of snapshots can't be read.
         StoreOpenError: the store is not to be had.
     """
     if config.device != "cpu":
         check_accelerator(config.device)
+    check_runtime(Runtime(config.engine))
     catalog = load_catalog(config.models, skip_invalid=config.skip_invalid_models)
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})

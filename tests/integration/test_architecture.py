@@ -63,17 +63,23 @@ def listed(heading: str) -> Walk:
     return [(file, name.strip("` ")) for file, names in found for name in names.split(",")]
 
 
-async def stream_row(stub, session_id: str, recorder: Recorder) -> None:
-    """Steps a session on an open stream; records the last row."""
+async def stream_row(stub, session_id: str, recorder: Recorder, *, counted: bool = True) -> None:
+    """Steps a session on an open stream; records the last row. `counted`: with its t."""
     call = stub.StreamSteps()
     for t in range(WARM_UP):
         await asyncio.sleep(0.05 if t == WARM_UP - 1 else 0)  # what came before has ended
         recorder.on = t == WARM_UP - 1
-        await call.write(pb.StepRequest(session_id=session_id, x=(0.5, 0.5, 0.5), t=t))
+        sent_t = t if counted else None
+        await call.write(pb.StepRequest(session_id=session_id, x=(0.5, 0.5, 0.5), t=sent_t))
         assert (await call.read()).t == t + 1
     await asyncio.sleep(0.05)
     recorder.on = False
     await call.done_writing()
+
+
+async def uncounted_row(stub, session_id: str, recorder: Recorder) -> None:
+    """Steps a session on an open stream without t; records the last row."""
+    await stream_row(stub, session_id, recorder, counted=False)
 
 
 async def unary_step(stub, session_id: str, recorder: Recorder) -> None:
@@ -88,6 +94,7 @@ async def unary_step(stub, session_id: str, recorder: Recorder) -> None:
 
 WALKS = {
     "The way of one `StreamSteps` row": (stream_row, "memory:", pb.DURABILITY_NONE),
+    "The way of any other `StreamSteps` request": (uncounted_row, "memory:", pb.DURABILITY_NONE),
     "The way of one sync `Step`": (unary_step, "sqlite:", pb.DURABILITY_SYNC),
 }
 

@@ -80,6 +80,7 @@ WHAT_NEXT = {
     errors.UnexpectedStatus: "is it a Stepstate server?",
     errors.Internal: "server's log",
     errors.DeviceUnavailable: "leave the option out",
+    errors.RuntimeUnavailable: "--engine torch",
     errors.ListenError: "choose another, port 0",
 }
 

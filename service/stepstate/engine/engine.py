@@ -42,6 +42,7 @@ from stepstate.engine.forward import Forward, ForwardResult
 from stepstate.engine.imputation import Imputer
 from stepstate.engine.linear import Precision
 from stepstate.engine.network import Network
+from stepstate.engine.runtimes import Runtime, make_stepper
 from stepstate.engine.tracking.scores import ScoreTotals
 from stepstate.engine.tracking.tracker import ForecastQuality, Tracker
 from stepstate.engine.work import CompletionSink, Floats, MicroBatch, P, RowColumns, W, WorkItem
@@ -68,10 +69,17 @@ class EngineSettings:
     """Most rows of long requests in one turn."""
     precision: Precision = Precision.FLOAT32
     """What the weights are kept as."""
+    runtime: Runtime = Runtime.ONNX_RUNTIME
+    """What computes single rows on the host; those of other precisions are torch's."""
     accelerator: str | None = None
     """Where the cells' states are and single rows are stepped, as torch names it; None: the host.
     Long requests, `inspect`, forecasts and missing rows always run on the host, on copies of
     states, and so does everything of a model with lagged inputs."""
+
+    @property
+    def used_runtime(self) -> Runtime:
+        """What computes single rows on the host."""
+        return self.runtime if self.precision is Precision.FLOAT32 else Runtime.TORCH
 
 
 class Observer(Protocol):
@@ -122,7 +130,8 @@ class Engine(Generic[W, P]):
         self._forward = Forward(
             self._arena,
             self._network,
-            self._on_device,
+            make_stepper(model, self._network, settings.used_runtime),
+            on_device=self._on_device,
             imputer=self._imputer,
             tracker=self._tracker,
             totals=self.score_totals,

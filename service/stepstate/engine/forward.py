@@ -19,6 +19,7 @@ from stepstate.engine.accelerator import DeviceForward
 from stepstate.engine.arena import Arena
 from stepstate.engine.imputation import Imputer
 from stepstate.engine.network import Network, RowHistory
+from stepstate.engine.runtimes import RowStepper
 from stepstate.engine.tracking.scores import ScoreTotals
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.engine.work import Floats, RowColumns
@@ -43,6 +44,7 @@ class Forward:
     Args:
         arena: the states.
         network: the model, on the host.
+        stepper: steps single rows on the host, if they have no missing values.
         on_device: the forward on the accelerator, if there is one.
         imputer: applies rows that have missing values.
         tracker: tracks forecasts, if the model has that.
@@ -53,14 +55,16 @@ class Forward:
         self,
         arena: Arena,
         network: Network,
-        on_device: DeviceForward | None,
+        stepper: RowStepper,
         *,
+        on_device: DeviceForward | None,
         imputer: Imputer,
         tracker: Tracker | None,
         totals: ScoreTotals,
     ) -> None:
         self._arena = arena
         self._network = network
+        self._stepper = stepper
         self._on_device = on_device
         self._imputer = imputer
         self._tracker = tracker
@@ -71,34 +75,36 @@ class Forward:
         if self._on_device is not None and rows.impute is None:
             return self._step_on_device(self._on_device, rows)
         slots, at, x = rows.slots, rows.at, rows.x
-        phase = torch.from_numpy(rows.phase)
-        states = torch.from_numpy(self._arena.gather(slots))
-        if rows.impute is None:
-            past = self._past(slots, at) if self._network.lagged else None
-            y, states = self._network.step(torch.from_numpy(x), phase, states, past)
-            applied = x
-        else:
-            kept, y, states = self._imputer.apply(
-                torch.from_numpy(x)[:, None],
-                phase[:, None],
-                states,
-                self._past(slots, at),
-                impute=torch.from_numpy(rows.impute),
-            )
-            applied, y = kept[:, 0].numpy(), y[:, 0]
-        outputs, after = y.numpy(), states.numpy()
-        valid, finite = outputs, None
-        if not (_all_finite(outputs) and _all_finite(after)):
-            finite = (y.isfinite().all(dim=1) & states.isfinite().all(dim=1)).numpy()
-            outputs[~finite] = math.nan
+        applied, y, after = self._compute(rows)
+        valid = y
+        finite = None
+        if not (_all_finite(y) and _all_finite(after)):
+            finite = _finite_rows(y) & _finite_rows(after)
+            y[~finite] = math.nan
             slots, at, x = slots[finite], at[finite], x[finite]
-            applied, valid, after = applied[finite], outputs[finite], after[finite]
+            applied, valid, after = applied[finite], y[finite], after[finite]
         tracked = self._track(slots, at, x, valid)
         self._arena.scatter(slots, after)  # first, as on a device it may raise
         if tracked is not None:
             self._write_tracked(slots, *tracked)
         self._arena.append(slots, at, applied)
-        return ForwardResult(rows.x, outputs, finite)
+        return ForwardResult(rows.x, y, finite)
+
+    def _compute(self, rows: RowColumns) -> tuple[Floats, Floats, Floats]:
+        """The rows [B, D] to keep, y [B, O] and the states after them."""
+        slots, at, x = rows.slots, rows.at, rows.x
+        states = self._arena.gather(slots)
+        if rows.impute is None:
+            past = self._past(slots, at) if self._network.lagged else None
+            return x, *self._stepper.step(x, rows.phase, states, past)
+        kept, outputs, after = self._imputer.apply(
+            torch.from_numpy(x)[:, None],
+            torch.from_numpy(rows.phase)[:, None],
+            torch.from_numpy(states),
+            self._past(slots, at),
+            impute=torch.from_numpy(rows.impute),
+        )
+        return kept[:, 0].numpy(), outputs[:, 0].numpy(), after.numpy()
 
     def _past(self, slots: NDArray[np.int64], at: NDArray[np.int64]) -> RowHistory:
         """The past rows of sessions: all where the model looks back, else the last one."""
@@ -157,3 +163,8 @@ def _all_finite(values: Floats) -> bool:
     takes a fifth to a half of the time of torch's sum.
     """
     return math.isfinite(np.vdot(values, values))
+
+
+def _finite_rows(values: Floats) -> NDArray[np.bool_]:
+    """Which rows [B] of values [B, n] are finite as a whole."""
+    return np.asarray(np.isfinite(values).all(axis=1))

@@ -17,6 +17,7 @@ from torch import Tensor
 from stepstate.engine.cells import Trace, build_cell
 from stepstate.engine.features import Calendar, LaggedInputs, TimeIndex, fill_unknown
 from stepstate.engine.linear import Precision
+from stepstate.engine.work import Floats
 from stepstate.models import Manifest, Model, Timeline, build_timeline
 
 _LOSS_SEQUENCES, _LOSS_ROWS, _LOSS_SEED = 8, 400, 1
@@ -28,6 +29,34 @@ class RowHistory:
 
     rows: Tensor
     at: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Scaling:
+    """How the network sees raw x [B, D]: (x - level) / scale."""
+
+    levels: Floats
+    """[1, D]; of a model that depends on time, those of one time."""
+    inverse_scale: Floats
+    """[D]."""
+    identity: bool
+    """Every level is 0 and every scale 1, always."""
+    largest: float
+    """A row with a larger value, scaled, is not applied."""
+
+
+@dataclass(frozen=True, slots=True)
+class SideInputs:
+    """What a step takes beside rows and states; None: the model has none."""
+
+    levels: Tensor | None
+    """That are subtracted from x [B, D], raw units."""
+    bases: Tensor | None
+    """That are added to y [B, O], raw units."""
+    columns: Tensor | None
+    """Inputs of the cell after those of x: calendar, then lagged inputs."""
+    features: Tensor | None
+    """Lagged inputs of the head."""
 
 
 class Network:
@@ -59,11 +88,15 @@ class Network:
         cell = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
         self._cell = build_cell(manifest.cell, manifest.network_width, cell, precision)
         self._calendar = Calendar(timeline, place)
-        self._timed = manifest.needs_time
+        self.timed = manifest.needs_time
+        """Whether it depends on time."""
+        self.has_quantiles = any(output.quantiles for output in manifest.outputs)
+        """Whether y has quantiles, which have to be in order."""
+        self._has_calendar = bool(manifest.calendar)
         any_time = self._calendar.place(torch.zeros(1, dtype=torch.int64, device=place))
         self._levels = self._calendar.levels(any_time)  # where it is not timed
         self._inverse_scale = 1 / torch.tensor([i.scale for i in manifest.inputs], device=place)
-        self._plain = not self._timed and all(i.scale == 1 and i.mean == 0 for i in manifest.inputs)
+        self._plain = not self.timed and all(i.scale == 1 and i.mean == 0 for i in manifest.inputs)
         # Beyond it W x may overflow in one order of additions and not in another, so that whether a
         # row can be applied would depend on its batch. Such rows become NaN, and are refused.
         weights = np.abs(model.tensors["cell.weight_ih_l0"]).sum(axis=1, dtype=np.float64)
@@ -73,7 +106,7 @@ class Network:
         self.lagged = bool(self._into_cell or self._into_head)
         """Whether it has lagged inputs."""
         self._from_first = manifest.fallback == "first"
-        constant = None if self._timed else self._calendar.bases(any_time)[0]
+        constant = None if self.timed else self._calendar.bases(any_time)[0]
         self._head = _Head(manifest, tensors, constant, branches=self._branches)
 
     def on(self, device: torch.device) -> Network:
@@ -84,6 +117,17 @@ class Network:
     def state_width(self) -> int:
         """Rc."""
         return self._cell.state_width
+
+    @property
+    def scaling(self) -> Scaling:
+        """How it sees raw x; on the host."""
+        levels, inverse_scale = self._levels.numpy(), self._inverse_scale.numpy()
+        return Scaling(levels, inverse_scale, self._plain, self._largest)
+
+    @property
+    def linear_head(self) -> tuple[Floats, Floats]:
+        """The head's weight [P + n, O] and bias [O], with y's scaling; on the host."""
+        return self._head.weight.numpy(), self._head.bias.numpy()
 
     def step(
         self,
@@ -177,6 +221,26 @@ class Network:
         y = self._outputs(h.reshape(batch * rows, -1), place, features)
         return y.view(batch, rows, -1), state
 
+    def side_inputs(self, x: Tensor, phase: Tensor, past: RowHistory | None) -> SideInputs:
+        """What `step` takes of the time of rows x [B, D] and of the rows before them."""
+        place = self.place(phase)
+        lags = features = None
+        if past is not None and self.lagged:
+            window = self.window(past, phase, self.scaled(x, place)[:, None])
+            lags = self._into_cell.of(window, 1)[:, 0] if self._into_cell else None
+            features = self._into_head.of(window, 1)[:, 0] if self._into_head else None
+        if place is None:
+            return SideInputs(None, None, lags, features)
+        calendar, columns = self._calendar, lags
+        if self._has_calendar:
+            columns = calendar.inputs(place)
+            columns = columns if lags is None else torch.cat((columns, lags), dim=1)
+        return SideInputs(calendar.levels(place), calendar.bases(place), columns, features)
+
+    def order_quantiles(self, y: Floats) -> None:
+        """Sorts the quantiles of each horizon in y [B, O], in place."""
+        self._head.order_quantiles(torch.from_numpy(y))
+
     def read(self, phase: Tensor, state: Tensor, past: RowHistory | None = None) -> Tensor:
         """The outputs [B, O] of the last row of B states, computed again from the state.
 
@@ -192,7 +256,7 @@ class Network:
 
     def place(self, phase: Tensor) -> TimeIndex | None:
         """The places in time of rows at these steps; None: nothing in the model depends on time."""
-        return self._calendar.place(phase) if self._timed else None
+        return self._calendar.place(phase) if self.timed else None
 
     def _outputs(self, h: Tensor, place: TimeIndex | None, features: Tensor | None) -> Tensor:
         """y [B, O] of the top layer's h [B, P] and the head's lagged inputs [B, n]."""
@@ -283,16 +347,17 @@ class _Head:
         y = torch.addmm(self.bias, h, self.weight)
         if base is not None:
             y += base
-        if self._quantiles:
-            self._sort_quantiles(y)
+        self.order_quantiles(y)
         return y
 
-    def _sort_quantiles(self, y: Tensor) -> None:
+    def order_quantiles(self, y: Tensor) -> None:
         """Sorts the quantiles of each horizon in y [B, O]; those of a network may cross.
 
         Sorting never raises their loss (Chernozhukov, Fernandez-Val and Galichon, "Quantile and
         probability curves without crossing", 2010).
         """
+        if not self._quantiles:
+            return
         if self._branches:
             values = y.numpy()  # its comparison of few values takes half of torch's time
             falls = values[:, 1:] < values[:, :-1]

@@ -19,6 +19,7 @@ from stepstate.errors import (
     SessionUnreadable,
     StaleOwner,
 )
+from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import Limits, SessionContext
 from stepstate.sessions.loader import SessionLoader, blank_snapshot
 from stepstate.sessions.options import (
@@ -29,7 +30,6 @@ from stepstate.sessions.options import (
     make_record,
 )
 from stepstate.sessions.queues import Hold, RequestQueues
-from stepstate.sessions.scheduler import Admission
 from stepstate.sessions.snapshots.checks import check_import
 from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.sessions.snapshots.writer import SnapshotWriter

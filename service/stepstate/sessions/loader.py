@@ -23,10 +23,11 @@ from stepstate.errors import (
     SnapshotModelMismatch,
     StepstateError,
 )
+from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SessionContext
 from stepstate.sessions.counts import StoreSurvey
 from stepstate.sessions.replay import ReplayState
-from stepstate.sessions.scheduler import Admission, StepScheduler
+from stepstate.sessions.scheduler import StepScheduler
 from stepstate.sessions.slots import SlotAllocator
 from stepstate.sessions.snapshots.checks import adapt
 from stepstate.sessions.snapshots.format import Snapshot, decode, identity_of

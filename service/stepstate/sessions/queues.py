@@ -21,10 +21,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.errors import MemoryLimit, QueueFull, StepstateError
+from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SessionContext
 from stepstate.sessions.loader import SessionLoader
 from stepstate.sessions.options import check_id
-from stepstate.sessions.scheduler import Admission
 from stepstate.sessions.types import (
     OPEN,
     DeferredRows,

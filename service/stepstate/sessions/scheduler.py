@@ -7,9 +7,10 @@ Rule 4: a sync session stays busy until its step is saved, so that nothing is bu
         that the store may not have.
 
 A `Step` is one request; a `PackedStep` is rows of many sessions that passed
-`Table.fast_path_mask` together. They share what is done by columns (`_advance`). Three things exist
-twice, side by side: submit, refuse and finish, since a pack is there to avoid their loop over
-Python objects. N rows of a message, B rows of a micro-batch, D inputs, O outputs.
+`Table.fast_path_mask` together; rows of one-row messages that are ready take the fast path of
+`rows`. They share what is done by columns (`RowCommitter`). Three things exist twice, side by side:
+submit, refuse and finish, since a pack is there to avoid their loop over Python objects.
+N rows of a message, B rows of a micro-batch, D inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,7 @@ from numpy.typing import NDArray
 
 from stepstate.engine import Engine, Floats, Layers
 from stepstate.errors import (
-    Draining,
     NonFiniteResult,
-    QueueFull,
     StepAhead,
     StepMismatch,
     StepPositionUnknown,
@@ -36,8 +35,10 @@ from stepstate.errors import (
     StoreUnavailable,
 )
 from stepstate.models import Model, build_timeline
-from stepstate.sessions.context import Limits, SchedulerSettings, SessionContext
+from stepstate.sessions.admission import Admission
+from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
+from stepstate.sessions.rows import RowCommitter, RowStepper
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.types import (
     PackedReplyTo,
@@ -45,76 +46,11 @@ from stepstate.sessions.types import (
     ResidentSession,
     RowBatch,
     SessionBarrier,
-    Source,
+    SingleRow,
     Step,
+    Waiting,
     unexpected,
 )
-
-_WAITING = "waiting on this server, of which a client may have as many as are free"
-
-
-class Admission:
-    """Counts accepted requests until they have their outcome, and refuses more than the limits.
-
-    A source may have as many waiting as are free, so that a few greedy ones leave room for others
-    (see `stepstate.budget`).
-    """
-
-    def __init__(self, limits: Limits) -> None:
-        self.draining = False
-        self.queued_requests = 0
-        self.queued_rows = 0
-        self.own = Source()
-        """Of barriers, which are never refused."""
-        self._max_requests = limits.queued_requests
-        self._max_rows = limits.queued_rows
-        self._all_settled = asyncio.Event()
-
-    def check_open(self) -> None:
-        """Refuses new work once the server drains.
-
-        Raises:
-            Draining.
-        """
-        if self.draining:
-            raise Draining
-
-    def accept(self, requests: int, rows: int, *, source: Source) -> None:
-        """Accepts requests of a source; `settled` is called for each.
-
-        Raises:
-            Draining, QueueFull: nothing was accepted.
-        """
-        if self.draining:
-            raise Draining
-        if source.queued_requests >= self._max_requests - self.queued_requests:
-            raise QueueFull(f"requests {_WAITING}", self._max_requests)
-        queued = self.queued_rows
-        if queued and source.queued_rows + rows > self._max_rows - queued:
-            raise QueueFull(f"rows {_WAITING}", self._max_rows)
-        self.queued_rows = queued + rows
-        source.queued_rows += rows
-        self.count(requests, source=source)
-
-    def count(self, requests: int, *, source: Source) -> None:
-        """Counts requests without rows that only wait for their turn; they are never refused."""
-        self.queued_requests += requests
-        source.queued_requests += requests
-
-    def settled(self, requests: int, rows: int, *, source: Source) -> None:
-        """Accepted requests have their outcome; called before it is delivered."""
-        self.queued_requests -= requests
-        self.queued_rows -= rows
-        source.queued_requests -= requests
-        source.queued_rows -= rows
-        if self.draining and not self.queued_requests:
-            self._all_settled.set()
-
-    async def drain(self) -> None:
-        """Accepts nothing more, and waits until all that was accepted has its outcome."""
-        self.draining = True
-        if self.queued_requests:
-            await self._all_settled.wait()
 
 
 class StepScheduler:
@@ -167,6 +103,18 @@ class StepScheduler:
             long_bytes=settings.replay_bytes,
             memory=settings.replay_memory,
         )
+        self._committer = RowCommitter(context, self.window)
+        self._rows = RowStepper(
+            context,
+            settings,
+            self.engine,
+            committer=self._committer,
+            admission=admission,
+            observer=self._observer,
+            enqueue=self._enqueue,
+            resume=self._resume,
+        )
+        self.add_row = self._rows.add  # called for every message: without a frame between
 
     @property
     def open_sessions(self) -> int:
@@ -242,7 +190,7 @@ class StepScheduler:
         self._admission.count(1, source=self._admission.own)
         self._enqueue(session, barrier)
 
-    def _enqueue(self, session: ResidentSession, waiting: Step | SessionBarrier[Any]) -> None:
+    def _enqueue(self, session: ResidentSession, waiting: Waiting) -> None:
         self._table.awaited[session.handle] = True
         if session.waiting is None:
             session.waiting = deque((waiting,))
@@ -331,7 +279,7 @@ class StepScheduler:
         handles = np.array([step.session.handle for step in works])
         slots = np.array([step.slot for step in works])
         t = self._table.t_array[handles]
-        self._advance(handles, slots, t, x, y)
+        self._committer.many(handles, slots, t, x, y)
         outputs, width = y.tobytes(), self._output_bytes
         unsaved: list[Step] = []
         for place, (step, before) in enumerate(zip(works, t.tolist(), strict=True)):
@@ -361,31 +309,15 @@ class StepScheduler:
             self._refuse_rows(pack, np.flatnonzero(~finite).tolist(), failed)
             handles, slots, t = handles[finite], slots[finite], t[finite]
             x, y = x[finite], y[finite]
-        self._advance(handles, slots, t, x, y)
+        self._committer.many(handles, slots, t, x, y)
         self._observer.applied(len(handles))
         self._finish_pack(pack)
 
-    def _advance(
-        self,
-        handles: NDArray[np.int64],
-        slots: NDArray[np.int64],
-        t: NDArray[np.int64],
-        x: Floats,
-        y: Floats,
-    ) -> None:
-        """Takes single rows [B] into their sessions' numbers and the replay window."""
-        table = self._table
-        table.t_array[handles] = t + 1
-        table.expires_at_array[handles] = self._clock() + table.idle_timeout_array[handles]
-        self.window.add_rows(slots, t, x, y)
-
     def _stepped_one(self, step: Step, x: Floats, y: Floats) -> None:
-        """`stepped` for one row, by plain numbers: here arrays cost more than the cell."""
+        """`stepped` for one row."""
         step.reply_to.source.finished(1)
-        table, handle, t = self._table, step.session.handle, step.at
-        table.t[handle] = step.t_after = t + 1
-        table.expires_at[handle] = self._clock() + step.session.record.idle_timeout_seconds
-        self.window.add_row(step.slot, t, x[0], y[0])
+        self._committer.one(step.session, step.at, x[0], y[0])
+        step.t_after = step.at + 1
         step.y = y.tobytes()
         if step.session.sync:
             self._spawn(self._commit([step]))
@@ -516,6 +448,8 @@ class StepScheduler:
             head = waiting.popleft()
             if isinstance(head, SessionBarrier):
                 self._reach(session, head)
+            elif isinstance(head, SingleRow):
+                self._rows.resume(head)
             else:
                 self._start(head)
         if waiting:

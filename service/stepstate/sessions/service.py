@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from stepstate.errors import InvalidField, SessionLost, StepstateError, StoreUnavailable
 from stepstate.models import Catalog, Manifest, Model
+from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import Limits, SchedulerSettings, SessionContext
 from stepstate.sessions.counts import SessionCounts, StoreSurvey
 from stepstate.sessions.forecasting.forecaster import Forecaster, SessionForecast
@@ -31,7 +32,7 @@ from stepstate.sessions.loader import SessionLoader
 from stepstate.sessions.monitored_store import MonitoredStore
 from stepstate.sessions.options import CopyOptions, OpenOptions, default_idle_timeout
 from stepstate.sessions.queues import Hold, RequestQueues
-from stepstate.sessions.scheduler import Admission, StepScheduler
+from stepstate.sessions.scheduler import StepScheduler
 from stepstate.sessions.slots import SlotAllocator
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.status import SessionSummaries, SessionSummary

@@ -67,6 +67,8 @@ class Table:
         self.deferred: memoryview[bool] = memoryview(self.deferred_array.data)
         self.awaited: memoryview[bool] = memoryview(self.awaited_array.data)
         self.expires_at: memoryview[float] = memoryview(self.expires_at_array.data)
+        self.generation: memoryview[int] = memoryview(self.generation_array.data)
+        self.saved_behind: memoryview[bool] = memoryview(self.saved_behind_array.data)
         self.requested: set[str] = set()
         """Ids of sessions, resident or not, that somebody waits for."""
         self.promised = 0

@@ -107,6 +107,32 @@ class PackedReplyTo(Protocol):
         ...
 
 
+class RowReplyTo(Protocol):
+    """Where the outcome of a `SingleRow` goes."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Nobody waits any more."""
+        ...
+
+    @property
+    def source(self) -> Source:
+        """Whose rows these are."""
+        ...
+
+    def deliver_row(self, row: SingleRow, y: bytes, durable_t: int) -> None:
+        """Takes the outputs of an applied row, float32 [O], little-endian."""
+        ...
+
+    def take_again(self, row: SingleRow) -> None:
+        """Takes a row back, to handle it the ordinary way; nothing was done."""
+        ...
+
+    def hold_row(self, row: SingleRow) -> None:
+        """A row waits longer than this round of the event loop: its memory has to be counted."""
+        ...
+
+
 class DeferredRows(Protocol):
     """Packed rows that wait for earlier rows of the same sessions."""
 
@@ -182,6 +208,10 @@ class Scheduler(Protocol):
         """Starts an accepted step, or queues it."""
         ...
 
+    def add_row(self, row: SingleRow) -> bool:
+        """Takes a row to the fast path; False: it has to go the ordinary way."""
+        ...
+
     def enqueue_barrier(self, session: ResidentSession, barrier: SessionBarrier[Any]) -> None:
         """Calls a barrier after the steps that a session has accepted."""
         ...
@@ -208,6 +238,26 @@ class Step(WorkItem):
     layers: Layers | None = field(init=False, default=None)
     replayed: bool = field(init=False, default=False)
     error: StepstateError | None = field(init=False, default=None)
+
+
+@dataclass(slots=True, eq=False)
+class SingleRow:
+    """One row of one session on the fast path: see `rows`."""
+
+    reply_to: RowReplyTo
+    session: ResidentSession
+    generation: int
+    """Of the session's reference: once another is valid, the row is given back."""
+    t: int
+    """Rows applied before it, as its client counts."""
+    x: bytes
+    """Float32 [D], little-endian."""
+    message: bytes
+    """As it came; for `reply_to`."""
+    reply_head: bytes
+    """What its reply begins with; for `reply_to`."""
+    held_bytes: int = field(init=False, default=0)
+    """What `reply_to` has counted for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -306,7 +356,7 @@ class ResidentSession:
     """Its steps are answered when they are saved."""
     bounded: bool = field(init=False)
     """It is saved in the background, so its rows that are not saved are bounded."""
-    waiting: deque[Step | SessionBarrier[Any]] | None = field(init=False, default=None)
+    waiting: deque[Waiting] | None = field(init=False, default=None)
     """What was submitted while it was busy, in order; made when first needed."""
     changes: int = field(init=False, default=0)
     """Changes of its state without a row, which its t does not show."""
@@ -383,6 +433,10 @@ class SessionBarrier(Generic[T]):
             return await self._done
         finally:
             del self  # its error's traceback leads here: no circle
+
+
+Waiting = Step | SingleRow | SessionBarrier[Any]
+"""What waits in a session until it is no longer busy."""
 
 
 def unexpected(what: str, error: Exception, session_id: str) -> StepstateError:

@@ -2,6 +2,7 @@
 
 from stepstate.transport.admission import CallAdmission
 from stepstate.transport.bidi import Backend
+from stepstate.transport.expected_rows import ExpectedRows
 from stepstate.transport.interceptor import RpcInterceptor
 from stepstate.transport.peers import PeerTable
 from stepstate.transport.receiving import MAX_MESSAGE_BYTES, Receiver, ReceivingMemory
@@ -13,6 +14,7 @@ __all__ = [
     "MAX_MESSAGE_BYTES",
     "Backend",
     "CallAdmission",
+    "ExpectedRows",
     "PeerTable",
     "Receiver",
     "ReceivingMemory",

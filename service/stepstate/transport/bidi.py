@@ -34,6 +34,7 @@ from stepstate.sessions import (
     Step,
 )
 from stepstate.transport.admission import CallAdmission
+from stepstate.transport.expected_rows import ExpectedRows
 from stepstate.transport.interceptor import DecodeFailure, MessageChannel
 from stepstate.transport.peers import current_peer
 from stepstate.transport.shares import cost_of
@@ -57,6 +58,7 @@ class Backend:
     sessions: SessionService
     metrics: Metrics
     admission: CallAdmission
+    expected: ExpectedRows
 
 
 class Outcome(Protocol):
@@ -105,10 +107,11 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._unanswered = 0
         self._unanswered_rows = 0  # of packed messages
         self._held_bytes = 0  # of requests that wait, and of replies
-        self._ready: deque[tuple[A, None, int] | tuple[None, D, int]] = deque()
+        self._ready: deque[tuple[A | bytes, None, int] | tuple[None, D, int]] = deque()
         self._waiting_loads: set[_PendingLoad[W]] = set()
         self._leaving: int | None = None  # what was reserved for the reply that waits to leave
         self._inbox: deque[bytes] = deque()  # requests that came while it was paused
+        self._returned: deque[bytes] = deque()  # the same, but before those in the inbox
         self._turn: asyncio.Future[None] | None = None  # of the request that waits for it
         self._paused = False
         self._stalled = False  # until there is memory
@@ -159,8 +162,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             for task in self._tasks:
                 task.cancel()
             # A traceback that leads here is part of a reference cycle: no reply may be in it.
-            self._ready.clear()
-            self._inbox.clear()
+            for waiting in (self._ready, self._inbox, self._returned):
+                waiting.clear()
             self._drop_waiting()
         if self._draining:
             raise Draining
@@ -196,6 +199,14 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     def failed(self, error: Exception) -> None:
         """See `MessageSink`."""
         self._fail(error)
+
+    def _take_back(self, payload: bytes) -> None:
+        """Takes a request that was taken already, before those that came after it."""
+        if self._stalled:
+            self._charge(MemoryUse.REQUESTS, len(payload))
+            self._returned.append(payload)
+        else:
+            self._take_bytes(payload)
 
     def _take_in_turn(self, data: bytes) -> None:
         """Takes a request, now or when its peer may have it handled."""
@@ -288,8 +299,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         if self.cancelled or not self._paused or self._stalled or self._draining or self._is_full():
             return
         self._paused = False
-        while self._inbox and not self._paused:
-            data = self._inbox.popleft()
+        while (waiting := self._returned or self._inbox) and not self._paused:
+            data = waiting.popleft()
             self._memory.release(MemoryUse.REQUESTS, len(data))
             self._held_bytes -= len(data)
             self._take_in_turn(data)
@@ -298,8 +309,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._end_if_answered()
 
     def _end_if_answered(self) -> None:
-        finished = self._ended and not self._unanswered and not self._inbox and not self._stalled
-        if finished and not self._done.done():
+        waiting = self._unanswered or self._inbox or self._returned or self._stalled
+        if self._ended and not waiting and not self._done.done():
             self._done.set_result(None)
 
     def _fail(self, error: Exception) -> None:
@@ -337,9 +348,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     def _next_reply(self) -> tuple[bytes, int]:
         """The bytes of the next reply, and what was reserved: all else of it is dropped."""
         reply, outcome, size = self._ready.popleft()
-        if outcome is not None:
-            reply = self._encode(outcome)
-        return self._messages.encode(reply), size
+        data = reply if outcome is None else self._encode(outcome)
+        return self._messages.encode(data), size
 
     def _answered(self, size: int) -> None:
         """A reply has left."""
@@ -392,6 +402,21 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     def _count_refusal(self, error: StepstateError) -> None:
         self.refusals[error.reason] += 1
         self._metrics.refused(error.reason)
+
+    def _send(self, reply: bytes) -> None:
+        """Sends a reply for which nothing was reserved: that is made up for if it has to wait."""
+        if self._ready or self._leaving is not None:
+            self._charge(MemoryUse.REPLIES, len(reply))
+            self._ready.append((reply, None, len(reply)))
+        elif self._messages.send(reply):
+            self._unanswered -= 1
+            if self._paused:
+                self._go_on_soon()
+            elif self._ended:
+                self._end_if_answered()
+        else:
+            self._charge(MemoryUse.REPLIES, len(reply))
+            self._leaving = len(reply)
 
     def _reply(self, reply: A, size: int = REFUSAL_BYTES) -> None:
         """Sends a reply, which takes `size` bytes, after those before it."""

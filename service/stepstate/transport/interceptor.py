@@ -83,9 +83,13 @@ class MessageChannel:
         context: of the RPC.
         codec: a request from its bytes, or `DecodeFailure`; and the bytes of a reply.
         receiver: for the iterator.
+        counts: of the RPC; whoever does without the codec counts there.
     """
 
-    def __init__(self, context: Context, codec: _Codec, receiver: Receiver) -> None:
+    def __init__(
+        self, context: Context, codec: _Codec, receiver: Receiver, counts: RpcMetrics
+    ) -> None:
+        self.counts = counts
         self._context = context
         self._receiver = receiver
         self._pipe: Any = context if isinstance(context, Call) else Pump(context)
@@ -259,7 +263,7 @@ class _Rpc:
 
     async def all_requests(self, context: Context) -> MessageChannel:
         """The requests of an RPC that has many."""
-        return MessageChannel(context, self._codec, self._receiver)
+        return MessageChannel(context, self._codec, self._receiver, self._counts)
 
     @asynccontextmanager
     async def _watch(self, context: Context) -> AsyncIterator[None]:

@@ -54,7 +54,7 @@ class RowCodec:
         if payload[: -codec.x_bytes] == prefix:  # it is the request for row t
             x = payload[-codec.x_bytes :]
             head = codec.head(t + 1)
-            reply, prefix = codec.reply(head, y), codec.prefix(head)
+            reply, prefix = whole_reply(codec.reply_head(head), y), codec.prefix(head)
 
     Args:
         session_id: of the session; not empty.
@@ -82,8 +82,13 @@ class RowCodec:
         """All of a request but x, from its head."""
         return head + self._before_x
 
-    def reply(self, head: bytes, y: bytes, durable_t: int = 0) -> bytes:
-        """A reply from its head, y (float32 [O], little-endian) and the rows that are saved."""
-        if durable_t:
-            return b"".join((head, self._before_y, y, _DURABLE_T, varint(durable_t)))
-        return head + self._before_y + y
+    def reply_head(self, head: bytes) -> bytes:
+        """All of a reply before y, from its head."""
+        return head + self._before_y
+
+
+def whole_reply(head: bytes, y: bytes, durable_t: int = 0) -> bytes:
+    """A reply from its `RowCodec.reply_head`, y (float32 [O], little-endian) and the saved rows."""
+    if durable_t:
+        return b"".join((head, y, _DURABLE_T, varint(durable_t)))
+    return head + y

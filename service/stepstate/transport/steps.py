@@ -17,12 +17,13 @@ import numpy as np
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import InvalidField, MemoryLimit, NonFiniteInput, StepstateError
 from stepstate.models import Manifest, Model
-from stepstate.sessions import ID_LENGTH, Hold, ReplyTo, ResidentSession, Step
+from stepstate.sessions import ID_LENGTH, Hold, ReplyTo, ResidentSession, SingleRow, Step
 from stepstate.stores import MissingPolicy
 from stepstate.transport.bidi import Backend, BidiStream
 from stepstate.transport.convert import REPLY_BYTES
-from stepstate.transport.interceptor import SENT
+from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.peers import current_peer
+from stepstate.transport.row_codec import whole_reply
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
@@ -43,7 +44,65 @@ _LAYER_FIELDS = {field.name: field.number for field in pb.LayerTrace.DESCRIPTOR.
 
 
 class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepRequest]):
-    """One StreamSteps call: a `ReplyTo` for all its steps; see `BidiStream` for its arguments."""
+    """One StreamSteps call: where the outcomes of all its steps and rows go.
+
+    See `BidiStream` for its arguments.
+    """
+
+    def __init__(self, backend: Backend, messages: MessageChannel) -> None:
+        super().__init__(backend, messages)
+        self._expected = backend.expected
+
+    # Rows on the fast path: see `sessions.rows`
+
+    def received(self, payload: bytes) -> None:
+        """See `MessageSink`."""
+        if self._paused or not self._take_row(payload):
+            super().received(payload)
+
+    def _take_row(self, payload: bytes) -> bool:
+        """Takes the row that was expected next; False: this is something else."""
+        expected = self._expected.find(payload)
+        if expected is None or not self._memory.fits(STEP_BYTES):
+            return False
+        if not expected.take(payload, self):
+            return False
+        self._messages.counts.received += 1
+        self._count_taken()
+        return True
+
+    def deliver_row(self, row: SingleRow, y: bytes, durable_t: int) -> None:
+        """See `RowReplyTo`."""
+        if self.cancelled:
+            return
+        self._release_row(row)
+        self._messages.counts.sent += 1
+        try:
+            self._send(whole_reply(row.reply_head, y, durable_t))
+        except Exception as error:  # noqa: BLE001 (the call ends with it)
+            self._fail(error)
+
+    def take_again(self, row: SingleRow) -> None:
+        """See `RowReplyTo`."""
+        if self.cancelled:
+            return
+        self._release_row(row)
+        self._unanswered -= 1
+        self._messages.counts.received -= 1  # it is counted again
+        self._take_back(row.message)
+
+    def hold_row(self, row: SingleRow) -> None:
+        """See `RowReplyTo`."""
+        if not row.held_bytes:
+            row.held_bytes = STEP_BYTES + len(row.message)
+            self._charge(MemoryUse.REQUESTS, row.held_bytes)
+
+    def _release_row(self, row: SingleRow) -> None:
+        if row.held_bytes:
+            self._release(MemoryUse.REQUESTS, row.held_bytes)
+            row.held_bytes = 0
+
+    # All other requests
 
     def _take(self, request: pb.StepRequest) -> None:
         session = self._sessions.find(request.session_id)
@@ -51,14 +110,17 @@ class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepReques
             self._wait(request.session_id, request, STEP_BYTES + request.ByteSize())
             return
         try:
-            self._submit(decode_step(request, session, self))
+            self._accept(request, session)
         except MemoryLimit:  # it is taken later
             raise
         except StepstateError as error:
             self._refuse(request, error)
 
     def _accept(self, waiting: pb.StepRequest, session: ResidentSession) -> None:
-        self._submit(decode_step(waiting, session, self))
+        step = decode_step(waiting, session, self)
+        self._submit(step)
+        if step.t is not None and step.single:
+            self._expected.expect(session, self._sessions.ref_of(session), step.t + 1)
 
     def _refuse(self, waiting: pb.StepRequest, error: StepstateError) -> None:
         session_id = waiting.session_id

@@ -10,6 +10,7 @@ from stepstate.engine import Engine, EngineSettings, RowColumns, WorkItem
 from stepstate.engine.accelerator import DeviceForward
 from stepstate.engine.engine import ROUNDS_TO_A_CHUNK
 from stepstate.engine.network import Network
+from stepstate.engine.runtimes import OnnxStepper
 from stepstate.models import build_timeline
 from tests.accelerators import ACCELERATORS, there
 from tests.networks import make_network
@@ -222,7 +223,8 @@ async def test_a_forward_that_raises_once_is_tried_again_in_halves(network, monk
     x = rows_of(network, rows)
     slots = [desk.engine.claim() for _ in range(4)]
     name = "step" if rows == 1 else "sequence"
-    forward = DeviceForward if rows == 1 and desk.accelerator else Network
+    stepping = DeviceForward if desk.accelerator else OnnxStepper
+    forward = stepping if rows == 1 else Network
     real, sizes = getattr(forward, name), []
 
     def raises_for_many(steps, *arguments):

@@ -12,6 +12,7 @@ from stepstate.engine.accelerator import DeviceForward
 from stepstate.engine.engine import isolated
 from stepstate.engine.imputation import Imputer
 from stepstate.engine.network import Network
+from stepstate.engine.runtimes import OnnxStepper
 from stepstate.engine.tracking.tracker import Tracker
 from stepstate.errors import Internal
 from stepstate.sessions import ForecastRequest
@@ -69,7 +70,7 @@ def poisoned_tracking(real: Callable) -> Callable:
 
 FAULTS = {
     "forward": lambda patch: [
-        patch.setattr(Network, "step", poisoned(Network.step, 1)),
+        patch.setattr(OnnxStepper, "step", poisoned(OnnxStepper.step, 1)),
         patch.setattr(Network, "sequence", poisoned(Network.sequence, 1)),
         patch.setattr(DeviceForward, "step", poisoned(DeviceForward.step, 2)),
     ],
@@ -246,7 +247,7 @@ async def test_an_exception_for_all_rows_reaches_each_sender(make, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("out of memory")
 
-    for cls in (Network, DeviceForward):
+    for cls in (OnnxStepper, DeviceForward):
         monkeypatch.setattr(cls, "step", broken)
     callers = [rig.send(session, history(9)[0]) for session in sessions]
     for caller in callers:

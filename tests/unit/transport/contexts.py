@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from stepstate.budget import MemoryBudget
-from stepstate.transport import Backend, CallAdmission, PeerTable
+from stepstate.transport import Backend, CallAdmission, ExpectedRows, PeerTable
 from stepstate.transport.admission import STREAM
 
 if TYPE_CHECKING:
@@ -40,4 +40,4 @@ def called(rig: Rig) -> Backend:
     admission = CallAdmission(PeerTable(rig.memory, MemoryBudget(2**20)), rig.metrics)
     context = CallContext("peer")
     admission.begin(context, STREAM, context.when_done)
-    return Backend(rig.sessions, rig.metrics, admission)
+    return Backend(rig.sessions, rig.metrics, admission, ExpectedRows(rig.sessions.table.limit))

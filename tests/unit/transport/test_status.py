@@ -54,6 +54,7 @@ NEVER_SENT = {
     errors.RowsMissing,
     errors.ModelInvalid,
     errors.DeviceUnavailable,
+    errors.RuntimeUnavailable,
     errors.StoreOpenError,
     errors.SnapshotKeyInvalid,
     errors.ListenError,

@@ -1,0 +1,283 @@
+"""The fast path of single rows: what a round of the event loop brings is stepped at its end.
+
+A message with one row of a session that is ready for it needs no `Step`, no queue and no future:
+its row waits until all that can be read has been read, and then such rows of a model are columns of
+one forward. Whatever is not as simple goes the ordinary way, as a `Step`, from the message as it
+came; so what is refused, replayed, imputed or saved first is decided in one place.
+
+    rule                                        fast path              ordinary way
+    ------------------------------------------  ---------------------  -------------------------
+    the session takes steps, and t is its own   RowStepper._fits       RequestQueues.find,
+                                                                       StepScheduler._start
+    one at a time of a session, as they came    ResidentSession.waiting, of both
+    at most a micro-batch; sources take turns   RowStepper._take       Engine._take
+    nobody waits any more: it is not applied    RowStepper._take       Engine._take
+    the forward                                 Forward.step, of both
+    t, expiry, replay window                    RowCommitter, of both
+    a row that raises or overflows              RowStepper._give_back  Engine._step, _report
+    t is another, missing values, sync, ...     RowStepper._give_back  StepScheduler
+
+Packed rows are checked by `Table.fast_path_mask`, the columns' form of `_fits`, and share the rest.
+
+Rule 1: a session with a row here is busy, as with a step in the engine: what comes for it meanwhile
+        waits in the session.
+Rule 2: a row that is given back has changed nothing.
+
+B rows of different sessions, D inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from stepstate.engine import Engine, FairQueue, Floats, RowColumns
+from stepstate.sessions.admission import Admission
+from stepstate.sessions.context import SchedulerSettings, SessionContext
+from stepstate.sessions.replay import ReplayWindow
+from stepstate.sessions.types import (
+    PackedStep,
+    ResidentSession,
+    SingleRow,
+    Step,
+    StepObserver,
+    Waiting,
+)
+
+
+class RowCommitter:
+    """Takes applied single rows into their sessions' numbers and the replay window.
+
+    Args:
+        context: the table and the clock.
+        window: of the model.
+    """
+
+    def __init__(self, context: SessionContext, window: ReplayWindow) -> None:
+        self._table = context.table
+        self._clock = context.clock
+        self._window = window
+
+    def many(
+        self,
+        handles: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        t: NDArray[np.int64],
+        x: Floats,
+        y: Floats,
+    ) -> None:
+        """Commits rows [B] of different sessions: x [B, D], y [B, O]."""
+        table = self._table
+        table.t_array[handles] = t + 1
+        table.expires_at_array[handles] = self._clock() + table.idle_timeout_array[handles]
+        self._window.add_rows(slots, t, x, y)
+
+    def one(self, session: ResidentSession, t: int, x: Floats, y: Floats) -> None:
+        """Commits one row by plain numbers, as arrays cost more: x [D], y [O]."""
+        table, handle = self._table, session.handle
+        table.t[handle] = t + 1
+        table.expires_at[handle] = self._clock() + session.record.idle_timeout_seconds
+        self._window.add_row(session.slot, t, x, y)
+
+
+class RowStepper:
+    """Steps the single rows of one model's sessions.
+
+    Args:
+        context: the table and the clock.
+        settings: of the engine, and the backlog.
+        engine: of the model.
+        committer: of the model.
+        admission: says whether the server drains.
+        observer: counts what happens.
+        enqueue: lets something wait in a session that is busy.
+        resume: starts what waits in a session that is not.
+    """
+
+    def __init__(
+        self,
+        context: SessionContext,
+        settings: SchedulerSettings,
+        engine: Engine[Step, PackedStep],
+        *,
+        committer: RowCommitter,
+        admission: Admission,
+        observer: StepObserver,
+        enqueue: Callable[[ResidentSession, Waiting], None],
+        resume: Callable[[ResidentSession], None],
+    ) -> None:
+        self._table = context.table
+        self._clock = context.clock
+        self._backlog_rows = settings.backlog_rows
+        self._batch_rows = settings.engine.batch_rows
+        self._engine = engine
+        self._committer = committer
+        self._admission = admission
+        self._observer = observer
+        self._enqueue = enqueue
+        self._resume = resume
+        self._arrived: list[SingleRow] = []
+        self._backlog: FairQueue[SingleRow] = FairQueue()
+        self._awake = False
+        self._arrived_at = 0.0  # when the first of them came; seconds of `time.perf_counter`
+
+    def add(self, row: SingleRow) -> bool:
+        """Takes a row; False: it has to go the ordinary way, and nothing was done."""
+        table, session = self._table, row.session
+        if table.generation[session.handle] != row.generation:
+            return False
+        if table.busy[session.handle]:
+            self._enqueue(session, row)
+            row.reply_to.hold_row(row)
+        elif self._fits(row):
+            self._start(row)
+        else:
+            return False
+        row.reply_to.source.running += 1
+        return True
+
+    def resume(self, row: SingleRow) -> None:
+        """The turn of a row has come that has waited in its session."""
+        if row.reply_to.cancelled:
+            self._drop(row)
+        elif self._fits(row):
+            self._start(row)
+        else:
+            self._give_back(row)
+
+    def _fits(self, row: SingleRow) -> bool:
+        """Whether the session takes steps, and this is its next row."""
+        table, handle, t = self._table, row.session.handle, row.t
+        return (
+            table.generation[handle] == row.generation
+            and table.t[handle] == t
+            and table.expires_at[handle] > self._clock()
+            and (t - table.durable_t[handle] < self._backlog_rows or not table.saved_behind[handle])
+        )
+
+    def _start(self, row: SingleRow) -> None:
+        """Puts a row that fits into the next forward."""
+        self._table.busy[row.session.handle] = True
+        self._arrived.append(row)
+        if not self._awake:
+            self._awake = True
+            self._arrived_at = time.perf_counter()
+            asyncio.get_running_loop().call_soon(self._run)
+
+    def _run(self) -> None:
+        """One forward, at the end of a round of the event loop."""
+        try:
+            rows = self._take()
+            if rows:
+                self._step(rows)
+        finally:  # the next round comes whatever a delivery raises
+            self._awake = bool(self._arrived or self._backlog.turns)
+            if self._awake:
+                self._arrived_at = time.perf_counter()
+                asyncio.get_running_loop().call_soon(self._run)
+
+    def _take(self) -> list[SingleRow]:
+        """The rows of the next forward; those whose caller or session is gone leave here."""
+        rows, self._arrived = self._arrived, []
+        if self._backlog.turns or len(rows) > self._batch_rows:
+            rows = self._in_turn(rows)
+        generation, draining = self._table.generation, self._admission.draining
+        taken = []
+        for row in rows:
+            gone = row.reply_to.cancelled or generation[row.session.handle] != row.generation
+            if gone or draining:
+                self._leave(row)
+            else:
+                taken.append(row)
+        return taken
+
+    def _in_turn(self, rows: Sequence[SingleRow]) -> list[SingleRow]:
+        """As many rows as one forward takes, of their sources in turn; the others wait."""
+        backlog = self._backlog
+        for row in rows:
+            backlog.put(row.reply_to.source, row, 1)
+            row.reply_to.hold_row(row)
+        taken: list[SingleRow] = []
+        while backlog.turns and len(taken) < self._batch_rows:
+            taken.append(backlog.first()[0])
+            backlog.take()
+        return taken
+
+    def _step(self, rows: list[SingleRow]) -> None:
+        """Applies rows of different sessions in one forward, and answers them."""
+        x = np.frombuffer(bytearray().join([row.x for row in rows]), "<f4").reshape(len(rows), -1)
+        if not math.isfinite(np.vdot(x, x)):
+            finite = np.isfinite(x).all(axis=1)
+            rows, x = self._only(rows, finite), x[finite]
+            if not rows:
+                return
+        table, count = self._table, len(rows)
+        handles = np.array([row.session.handle for row in rows])
+        t = np.array([row.t for row in rows])
+        slots, phase = table.slot_array[handles], table.phase_array[handles] + t
+        started = time.perf_counter()
+        try:
+            result = self._engine.step_rows(RowColumns(x, slots, t, phase, None))
+        except Exception:  # noqa: BLE001 - the ordinary way finds the row that raises, and logs it
+            self._only(rows, np.zeros(count, np.bool_))
+            return
+        self._observer.microbatch([self._arrived_at] * count, started, time.perf_counter())
+        y, finite = result.y, result.finite
+        if finite is not None:
+            rows, x, y = self._only(rows, finite), x[finite], y[finite]
+            handles, slots, t = handles[finite], slots[finite], t[finite]
+        if len(rows) == 1:
+            self._committer.one(rows[0].session, rows[0].t, x[0], y[0])
+        else:
+            self._committer.many(handles, slots, t, x, y)
+        self._answer(rows, handles, y)
+
+    def _only(self, rows: Sequence[SingleRow], kept: NDArray[np.bool_]) -> list[SingleRow]:
+        """Some of the rows [B]; the others go the ordinary way."""
+        for place in np.flatnonzero(~kept).tolist():
+            self._leave(rows[place])
+        return [rows[place] for place in np.flatnonzero(kept).tolist()]
+
+    def _answer(self, rows: Sequence[SingleRow], handles: NDArray[np.int64], y: Floats) -> None:
+        """Delivers the outputs y [B, O] of applied rows, and starts what waits behind them."""
+        table = self._table
+        self._observer.applied(len(rows))
+        table.busy_array[handles] = False
+        durable = table.durable_t_array[handles].tolist()
+        outputs, width, awaited = y.tobytes(), y.shape[1] * y.itemsize, table.awaited
+        first = 0
+        for row, durable_t in zip(rows, durable, strict=True):
+            row.reply_to.source.finished(1)
+            row.reply_to.deliver_row(row, outputs[first : first + width], durable_t)
+            first += width
+            if awaited[row.session.handle]:
+                self._resume(row.session)
+
+    def _leave(self, row: SingleRow) -> None:
+        """A row that was to be in a forward is in none."""
+        self._table.busy[row.session.handle] = False
+        if row.reply_to.cancelled:
+            self._drop(row)
+        else:
+            self._give_back(row)
+        self._resume(row.session)
+
+    def _drop(self, row: SingleRow) -> None:
+        """Nobody waits for it: it is never applied."""
+        row.reply_to.source.finished(1)
+        self._observer.ended("cancelled")
+
+    def _give_back(self, row: SingleRow) -> None:
+        """Lets a row of a session that is not busy go the ordinary way, before what came later."""
+        session = row.session
+        later, session.waiting = session.waiting, None
+        row.reply_to.source.finished(1)
+        row.reply_to.take_again(row)
+        if later:
+            later.extendleft(reversed(session.waiting or ()))
+            session.waiting = later

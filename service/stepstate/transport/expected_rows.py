@@ -1,0 +1,93 @@
+"""Which one-row request comes next for each session, so that it is recognized by its bytes.
+
+Rule 1: an expectation decides nothing. It says how to read a message; whether its row is applied is
+        decided by the sessions, and what they do not take at once is parsed by protobuf.
+"""
+
+from __future__ import annotations
+
+from stepstate.sessions import ResidentSession, RowReplyTo, SessionRef, SingleRow
+from stepstate.transport.row_codec import RowCodec
+from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.floats import packed_header
+
+LARGEST_WIDTH = 1024
+"""Values of x or y: what more takes is reserved in memory before it is used."""
+LONGEST_NAME = 127
+"""Bytes of an id whose length is one byte of the message."""
+
+
+class ExpectedRow:
+    """The next row of one session.
+
+    Args:
+        session: the session.
+        ref: a valid reference to it.
+        codec: of its messages.
+        t: rows applied before the next one.
+    """
+
+    __slots__ = ("_codec", "_generation", "_session", "prefix", "t", "x_bytes")
+
+    def __init__(self, session: ResidentSession, ref: SessionRef, codec: RowCodec, t: int) -> None:
+        self._session = session
+        self._generation = ref.generation
+        self._codec = codec
+        self.x_bytes = codec.x_bytes
+        self.expect(t)
+
+    def is_of(self, session: ResidentSession, ref: SessionRef) -> bool:
+        """Whether it is about this session, and the reference still the valid one."""
+        return self._session is session and self._generation == ref.generation
+
+    def expect(self, t: int) -> None:
+        """The next row is this one."""
+        self.t = t
+        self.prefix = self._codec.prefix(self._codec.head(t))
+        """All of its request but x."""
+
+    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+        """Takes a request for this row; False: it has to go the ordinary way."""
+        t, codec, session = self.t, self._codec, self._session
+        x, head = request[-self.x_bytes :], codec.head(t + 1)
+        row = SingleRow(reply_to, session, self._generation, t, x, request, codec.reply_head(head))
+        if not session.scheduler.add_row(row):
+            return False
+        self.t, self.prefix = t + 1, codec.prefix(head)
+        return True
+
+
+class ExpectedRows:
+    """The next row of every session that steps row by row, on whatever stream.
+
+    Args:
+        most: sessions of which one is kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._by_name: dict[bytes, ExpectedRow] = {}  # the first bytes of a request
+
+    def find(self, request: bytes) -> ExpectedRow | None:
+        """The expectation that a request meets."""
+        expected = self._by_name.get(request[: 2 + request[1]]) if len(request) > 1 else None
+        if expected is None or request[: -expected.x_bytes] != expected.prefix:
+            return None
+        return expected
+
+    def expect(self, session: ResidentSession, ref: SessionRef | None, t: int) -> None:
+        """Expects row t of a session next; without a reference, or a fast path, it does nothing."""
+        manifest, name = session.model.manifest, session.session_id.encode()
+        widest = max(manifest.input_width, manifest.output_width)
+        lacks_lags = t < manifest.lag_rows  # which a reply would have to say
+        if ref is None or lacks_lags or widest > LARGEST_WIDTH or len(name) > LONGEST_NAME:
+            return
+        key = packed_header(pb.StepRequest.SESSION_ID_FIELD_NUMBER, len(name)) + name
+        known = self._by_name.get(key)
+        if known is not None and known.is_of(session, ref):
+            known.expect(t)
+            return
+        if len(self._by_name) >= self._most:  # among them sessions that are gone
+            self._by_name.clear()
+        codec = RowCodec(session.session_id, manifest.input_width, manifest.output_width)
+        self._by_name[key] = ExpectedRow(session, ref, codec, t)

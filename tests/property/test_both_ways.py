@@ -143,13 +143,18 @@ class Story:
         pair: the servers.
         options: of each session.
         exact: outputs have the same bits, since all rows are alone in their batch.
+        connections: that are used. With two, each has its share of the loop, and the order of
+            messages on several streams is not promised.
     """
 
-    def __init__(self, pair: Pair, options: Sequence[Options], *, exact: bool) -> None:
+    def __init__(
+        self, pair: Pair, options: Sequence[Options], *, exact: bool, connections: int
+    ) -> None:
         number = next(pair.numbers)
         self._pair = pair
         self._options = options
         self._exact = exact
+        self._connections = connections
         self._clients = [
             SessionClient(f"s{number}-{seed}", one.model, seed, one.missing > 1)
             for seed, one in enumerate(options)
@@ -158,15 +163,19 @@ class Story:
 
     async def tell(self, operations: Operations) -> None:
         before = [side.counted() for side in self._pair.sides]
-        for place in range(SESSIONS):
-            await self.open(place)
-        for operation in operations:
-            self._look()
-            if isinstance(operation, Read):
-                await self._read(operation)
-            else:
-                await BETWEEN[operation.what](self, operation.session)
-        await self._compare(before)
+        try:
+            for place in range(SESSIONS):
+                await self.open(place)
+            for operation in operations:
+                self._look()
+                if isinstance(operation, Read):
+                    await self._read(operation)
+                else:
+                    await BETWEEN[operation.what](self, operation.session)
+            await self._compare(before)
+        finally:
+            for side in self._pair.sides:
+                side.reset_calls()
         for one in self._clients:
             await self._both(lambda side, name=one.name: close(side, name))
 
@@ -184,7 +193,11 @@ class Story:
     # Messages
 
     async def _read(self, read: Read) -> None:
-        messages = [self._message(read, row) for row in read.rows]
+        shared = {row.session: row.shared for row in reversed(read.rows)}
+        if self._connections == 1:
+            messages = [self._message(read, row, shared=row.shared) for row in read.rows]
+        else:
+            messages = [self._message(read, row, shared=shared[row.session]) for row in read.rows]
         gone, ended = (
             "" if place is None else self._clients[place].name for place in (read.lost, read.last)
         )
@@ -194,12 +207,12 @@ class Story:
             self._cancels = True
             await self._send(lost, clean=without_history)
 
-    def _message(self, read: Read, row: Row) -> Message:
+    def _message(self, read: Read, row: Row, *, shared: bool) -> Message:
         """A message; a stream that is cancelled has nothing but rows, and all of its session."""
         one, lost = self._clients[row.session], row.session == read.lost
         return Message(
-            (row.session + read.swapped) % CONNECTIONS,
-            "shared" if row.shared and not lost else one.name,
+            (row.session + read.swapped) % self._connections,
+            "shared" if shared and not lost else one.name,
             WAYS["row" if lost else row.way](one),
         )
 
@@ -342,25 +355,32 @@ reads = st.builds(
 )
 
 
-def run(pair: Pair, opened: Sequence[Options], operations: Operations, *, exact: bool) -> None:
-    pair.runner.run(Story(pair, opened, exact=exact).tell(operations))
-
-
 four = st.tuples(*[options] * SESSIONS)
+connections = st.integers(1, CONNECTIONS)
 
 
 @examples(40)
-@given(opened=four, operations=st.lists(one_row | one_row | between, min_size=20, max_size=60))
+@given(
+    opened=four,
+    connections=connections,
+    operations=st.lists(one_row | one_row | between, min_size=20, max_size=60),
+)
 def test_rows_one_by_one_are_the_same_to_the_bit(
-    pair: Pair, opened: tuple[Options, ...], operations: list[Read | Between]
+    pair: Pair, opened: tuple[Options, ...], connections: int, operations: list[Read | Between]
 ) -> None:
-    run(pair, opened, operations, exact=True)
+    story = Story(pair, opened, exact=True, connections=connections)
+    pair.runner.run(story.tell(operations))
 
 
 @examples(80)
-@given(opened=four, operations=st.lists(reads | reads | between, min_size=8, max_size=20))
+@given(
+    opened=four,
+    connections=connections,
+    operations=st.lists(reads | reads | between, min_size=8, max_size=20),
+)
 def test_rows_that_come_together_are_the_same(
-    pair: Pair, opened: tuple[Options, ...], operations: list[Read | Between]
+    pair: Pair, opened: tuple[Options, ...], connections: int, operations: list[Read | Between]
 ) -> None:
     """Several rows of a session, of several models, on several streams and connections."""
-    run(pair, opened, operations, exact=False)
+    story = Story(pair, opened, exact=False, connections=connections)
+    pair.runner.run(story.tell(operations))

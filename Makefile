@@ -67,10 +67,10 @@ docs: setup ## Build the documentation site in build/site; a broken link fails i
 train: setup ## Train the shipped model again (two minutes)
 	$(BIN)/python models/electricity/train.py
 
-bench: setup ## Measure steps on each transport, beside echoes (one in C++) and the forward pass (6 minutes)
+bench: setup ## Measure steps on each transport, beside echoes (one in C++) and an older commit (6 minutes)
 	$(BIN)/python -m benchmarks transports
 
-benchmarks: setup ## Measure all of docs/benchmarks.md again (18 minutes)
+benchmarks: setup ## Measure all of docs/benchmarks.md again (25 minutes)
 	$(BIN)/python -m benchmarks.page measure
 
 clean: ## Remove what was built, .venv too

@@ -1,6 +1,7 @@
 """A forward alone: gather, cell and scatter, without queue, sessions and transport.
 
-It is the least that a step can cost; benchmarks compare a server with it.
+It is the least that a step can cost; benchmarks compare a server with it. And its matrix products
+alone, which are the least that a forward can cost.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from numpy.typing import NDArray
 
 from stepstate.engine.accelerator import place_states
 from stepstate.engine.arena import Layout
-from stepstate.engine.linear import Precision
+from stepstate.engine.linear import LinearKernel, Precision, make_linear
 from stepstate.engine.network import Network, RowHistory
+from stepstate.engine.runtimes import Runtime, make_stepper
 from stepstate.engine.work import Floats
 from stepstate.models import Model, build_timeline
 
@@ -23,7 +25,7 @@ class BareForward:
     Args:
         model: the model.
         capacity: sessions.
-        precision: what the weights are kept as.
+        runtime: what computes the steps on the host.
         accelerator: where states are and steps run, as torch names it; None: the host.
     """
 
@@ -31,11 +33,12 @@ class BareForward:
         self,
         model: Model,
         capacity: int,
-        precision: Precision = Precision.FLOAT32,
+        runtime: Runtime = Runtime.ONNX_RUNTIME,
         accelerator: str | None = None,
     ) -> None:
         manifest = model.manifest
-        self._network = Network(model, build_timeline(model), precision)
+        self._network = Network(model, build_timeline(model))
+        self._stepper = make_stepper(model, self._network, runtime)
         layout = Layout(
             cell=self._network.state_width,
             history=manifest.history_rows,
@@ -66,12 +69,41 @@ class BareForward:
             self._on_device.commit()
             self._arena.append(slots, at, x)
             return outputs
+        y, states = self._computed(slots, x, at, self._arena.gather(slots))
+        self._arena.scatter(slots, states)
+        self._arena.append(slots, at, x)
+        return y
+
+    def compute(self, x: Floats) -> None:
+        """Computes row 0 of the first B sessions from blank states, and keeps nothing of it."""
+        slots = np.arange(len(x))
+        states = np.zeros((len(x), self._network.state_width), np.float32)
+        self._computed(slots, x, np.zeros_like(slots), states)
+
+    def _computed(
+        self, slots: NDArray[np.int64], x: Floats, at: NDArray[np.int64], states: Floats
+    ) -> tuple[Floats, Floats]:
         past = None
         if self._network.lagged:
             past = RowHistory(torch.from_numpy(self._arena.past(slots, at)), torch.from_numpy(at))
         with torch.inference_mode():
-            states = torch.from_numpy(self._arena.gather(slots))
-            y, states = self._network.step(torch.from_numpy(x), torch.from_numpy(at), states, past)
-            self._arena.scatter(slots, states.numpy())
-        self._arena.append(slots, at, x)
-        return y.numpy()
+            return self._stepper.step(x, at, states, past)
+
+
+class BareProducts:
+    """The matrix products of the cell's layers alone, by the faster of torch's two ways."""
+
+    def __init__(self, model: Model, rows: int) -> None:
+        tensors = {name: torch.from_numpy(array) for name, array in model.tensors.items()}
+        self._layers: list[tuple[LinearKernel, torch.Tensor]] = []
+        for layer in range(model.manifest.cell.num_layers):
+            names = (f"cell.weight_ih_l{layer}", f"cell.weight_hh_l{layer}")
+            weight = torch.cat([tensors[name] for name in names], dim=1)
+            kernel = make_linear(weight, tensors[f"cell.bias_ih_l{layer}"], Precision.FLOAT32)
+            self._layers.append((kernel, torch.randn(rows, weight.shape[1])))
+
+    def compute(self) -> None:
+        """Multiplies B rows by the weights of every layer."""
+        with torch.inference_mode():
+            for kernel, rows in self._layers:
+                kernel(rows)

@@ -11,9 +11,11 @@ from typing import TypeVar
 import click
 
 from benchmarks import BenchError
+from benchmarks.engines import EnginesPlan, engines
 from benchmarks.forecasting import ForecastPlan, forecasting
 from benchmarks.options import command_line, options_of
 from benchmarks.priming import PrimingPlan, priming
+from benchmarks.profiling import ProfilePlan, profile
 from benchmarks.report import Report, as_json, as_text, this_machine
 from benchmarks.residency import ResidencyPlan, residency
 from benchmarks.restart import RestartPlan, restart
@@ -62,6 +64,8 @@ def _add(name: str, plan: type[Plan], measure: Callable[[Plan, Log], Report]) ->
 
 _add("steps", StepsPlan, steps)
 _add("transports", TransportsPlan, transports)
+_add("profile", ProfilePlan, profile)
+_add("engines", EnginesPlan, engines)
 _add("durability", DurabilityPlan, durability)
 _add("restart", RestartPlan, restart)
 _add("residency", ResidencyPlan, residency)

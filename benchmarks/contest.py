@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from enum import Enum
 
 from benchmarks.report import Table, spread_text
 from benchmarks.results import (
@@ -11,6 +12,7 @@ from benchmarks.results import (
     Measurement,
     cpu_of,
     median_round,
+    p50_of,
     rate_of,
     ratio,
     spread,
@@ -40,11 +42,12 @@ class Results:
 
 
 def run_contest(contest: Contest, rounds: int, log: Callable[[str], None]) -> Results:
-    """Measures every contender in each round."""
+    """Measures every contender in each round; every other round begins with the last of them."""
     found: dict[str, list[Measurement]] = {name: [] for name in contest.contenders}
     for number in range(1, rounds + 1):
-        for name, measure in contest.contenders.items():
-            found[name].append(measure())
+        order = list(contest.contenders)[:: 1 if number % 2 else -1]
+        for name in order:
+            found[name].append(contest.contenders[name]())
         rates = (f"{name} {rate_of(measured[-1]):,.0f}/s" for name, measured in found.items())
         log(f"{contest.load}, round {number} of {rounds}: {', '.join(rates)}")
     return Results(contest.load, found)
@@ -87,30 +90,68 @@ def _latency(measured: Measurement, percentile: str) -> str:
     return "–" if found is None else f"{found:.2f}"
 
 
+class Quantity(Enum):
+    """What a bar is about, and the side of the bar that is wanted."""
+
+    RATE = ("steps/s", rate_of, "≥")
+    CPU = ("server CPU a step", cpu_of, "≤")
+    P50 = ("p50", p50_of, "≤")
+
+    def __init__(self, title: str, of: Figure, side: str) -> None:
+        self.title = title
+        self.of = of
+        self.side = side
+
+    def meets(self, value: float, limit: float) -> bool:
+        """Whether a figure is on the wanted side of a limit."""
+        return value >= limit if self.side == "≥" else value <= limit
+
+
 @dataclass(frozen=True, slots=True)
 class Bar:
-    """A rate that is wanted, over that of a baseline."""
+    """What a figure of a contender has to be, over that of a baseline."""
 
     load: str
     contender: str
     baseline: str
-    at_least: float
-    aim: float
+    bar: float
+    ambition: float
+    quantity: Quantity = Quantity.RATE
+
+    def reached(self, value: float) -> str:
+        """The best of both that a figure reaches, in a word."""
+        for limit, word in ((self.ambition, "ambition"), (self.bar, "bar")):
+            if self.quantity.meets(value, limit):
+                return word
+        return "missed"
 
 
 def bars_table(results: Sequence[Results], bars: Sequence[Bar]) -> Table:
-    """What is wanted and what was reached, where both contenders took part."""
+    """What has to be reached and what was, where both contenders took part."""
     by_load = {found.load: found for found in results}
-    rows: list[list[str]] = []
-    for bar in bars:
-        found = by_load.get(bar.load)
-        if found is not None and {bar.contender, bar.baseline} <= found.rounds.keys():
-            what = f"{bar.contender} ÷ {bar.baseline}"
-            reached = (
-                found.ratio_text(bar.contender, bar.baseline, of) for of in (rate_of, cpu_of)
-            )
-            rows.append([bar.load, what, f"{bar.at_least:g}", f"{bar.aim:g}", *reached])
-    return Table(("load", "what", "rate, at least", "aimed at", "measured", "CPU"), rows, ())
+    rows = [_bar_row(by_load[bar.load], bar) for bar in bars if _took_part(by_load, bar)]
+    heads = ("load", "what", "figure", "bar", "ambition", "measured", "reached", "CPU, ratio")
+    return Table(heads, rows, ())
+
+
+def _took_part(by_load: Mapping[str, Results], bar: Bar) -> bool:
+    found = by_load.get(bar.load)
+    return found is not None and {bar.contender, bar.baseline} <= found.rounds.keys()
+
+
+def _bar_row(found: Results, bar: Bar) -> list[str]:
+    quantity = bar.quantity
+    measured = ratio(found.rounds[bar.contender], found.rounds[bar.baseline], quantity.of)
+    return [
+        bar.load,
+        f"{bar.contender} ÷ {bar.baseline}",
+        quantity.title,
+        f"{quantity.side} {bar.bar:g}",
+        f"{quantity.side} {bar.ambition:g}",
+        spread_text(measured),
+        bar.reached(measured.median),
+        found.ratio_text(bar.contender, bar.baseline, cpu_of),
+    ]
 
 
 def as_figures(results: Sequence[Results]) -> list[dict[str, object]]:

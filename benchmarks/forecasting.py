@@ -61,7 +61,7 @@ def forecasting(plan: ForecastPlan, log: Callable[[str], None]) -> Report:
         BenchError: the server does not start, or refuses a call.
     """
     check_proc()
-    with bench_folder(forecasting=True) as folder, running_stepstate(folder, "memory:") as server:
+    with bench_folder(FORECASTING_NAME) as folder, running_stepstate(folder, "memory:") as server:
         try:
             with grpc.insecure_channel(server.address) as channel:
                 return _measure(plan, server, StepstateServiceStub(channel), log)

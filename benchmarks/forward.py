@@ -22,9 +22,9 @@ from stepstate.engine import check_accelerator, use_one_thread
 from stepstate.errors import DeviceUnavailable
 from stepstate.models import Model, load_model
 
-_SPREAD = 16
+SPREAD = 16
 """Slots for each row of a batch: not all sessions of a server are in the CPU's cache."""
-_SEED = 1
+SEED = 1
 _SIZES = (1, 4, 16, 64, 256)
 _SIZES_THERE = (*_SIZES, 1_024, 4_096, 16_384, 65_536)
 """On an accelerator, which needs large batches."""
@@ -55,9 +55,9 @@ def bare_forward(
     """
     use_one_thread()
     loaded = load_model(model) if isinstance(model, Path) else model
-    forward = BareForward(loaded, rows * _SPREAD, accelerator=accelerator)
-    random = np.random.default_rng(_SEED)
-    slots = random.permutation(rows * _SPREAD).reshape(_SPREAD, rows)
+    forward = BareForward(loaded, rows * SPREAD, accelerator=accelerator)
+    random = np.random.default_rng(SEED)
+    slots = random.permutation(rows * SPREAD).reshape(SPREAD, rows)
     scales = [column.scale for column in loaded.manifest.inputs]
     noise = random.normal(size=(rows, len(scales))) * scales
     x = (forward.levels(1) + noise).astype(np.float32)
@@ -85,7 +85,9 @@ def _run(forward: BareForward, slots: np.ndarray, x: np.ndarray, seconds: float)
 def main(arguments: Sequence[str] = ()) -> None:
     """Prints the bare forward of a model, or of the benchmarks' own, by batch size."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.forward", description=__doc__)
-    parser.add_argument("folder", nargs="?", help="of a model; without: the benchmarks' own")
+    parser.add_argument(
+        "folder", nargs="?", type=Path, help="of a model; without: the benchmarks' own"
+    )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     asked = parser.parse_args(arguments)
     accelerator = None if asked.device == "cpu" else asked.device
@@ -95,7 +97,7 @@ def main(arguments: Sequence[str] = ()) -> None:
         except DeviceUnavailable as error:
             parser.error(str(error))
     print(f"{this_machine()}; on {asked.device}")
-    model = _model(asked.folder)
+    model = model_in(asked.folder)
     print(f"{model.manifest.description or model.key}\nrows  steps/s  CPU us a step  p99 ms")
     for rows in _SIZES if accelerator is None else _SIZES_THERE:
         found = bare_forward(model, rows, 1.0, accelerator)
@@ -103,9 +105,10 @@ def main(arguments: Sequence[str] = ()) -> None:
         print(f"{rows:6}  {rate:>11}  {cpu:>8}  {1e3 * found.p99_seconds:.2f}")
 
 
-def _model(folder: str | None) -> Model:
+def model_in(folder: Path | None) -> Model:
+    """The model in a folder; without one, the benchmarks' own."""
     if folder is not None:
-        return load_model(Path(folder))
+        return load_model(folder)
     with TemporaryDirectory() as own:
         write_bench_model(Path(own))
         return load_model(Path(own) / NAME / "1")

@@ -1,6 +1,6 @@
-"""Measures what docs/benchmarks.md shows, and writes its tables and pictures.
+"""Measures what docs/benchmarks.md shows, and writes its tables and pictures, and README's table.
 
-    python -m benchmarks.page measure          # all of it but the million, in some 18 minutes
+    python -m benchmarks.page measure          # all of it but the million, in some 25 minutes
     python -m benchmarks.page measure scale    # some of it
     python -m benchmarks.page render           # tables and pictures from what was measured
 
@@ -29,13 +29,16 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-DOCS = Path(__file__).parents[1] / "docs"
+README = Path(__file__).parents[1] / "README.md"
+DOCS = README.parent / "docs"
 PAGE = DOCS / "benchmarks.md"
 MEASURED = DOCS / "benchmarks"
 IMAGES = DOCS / "images"
 
 RUNS = {
-    "transports": "transports",
+    "transports": "transports --rounds 5",
+    "profile": "profile",
+    "engines": "engines",
     "stream": "steps --path stream --sessions 1,16,64,256,1000,10000 --processes 2 --seconds 2",
     "unary": "steps --path unary --sessions 1,64 --processes 2 --seconds 2",
     "packed": "steps --path packed --sessions 1 --rows 16,64,256 --seconds 2",
@@ -58,6 +61,15 @@ CONTENDERS = {
     "Stepstate grpcio": FORWARD,
 }
 """Who takes part in `benchmarks transports`, and in which color."""
+_STEPS, _FORWARD = "Stepstate lean", "bare forward of 256"
+_README = {
+    "1 stream": ("one row per message, one stream per session", "1"),
+    "64 streams": ("", "64"),
+    "256 streams": ("", "256"),
+    "64 connections": ("the same, a connection per session", "64"),
+}
+"""Loads of README's table: the path and the sessions."""
+_FIGURES = re.compile(r"(<!-- figures -->\n).*?(<!-- end -->)", re.DOTALL)
 _SUMMARY = re.compile(r"(<!-- summary -->\n).*?(<!-- end -->)", re.DOTALL)
 _TABLE = re.compile(r"(<!-- table (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -84,6 +96,42 @@ def _summary() -> str:
     loads = _common_loads()
     rows = [[load["load"], *(_rate_and_cpu(load, name) for name in CONTENDERS)] for load in loads]
     return "\n".join(table(["load", *CONTENDERS], rows)) + "\n" if rows else "Not measured yet.\n"
+
+
+def with_figures(readme: str) -> str:
+    """README with its table as it was measured last."""
+    return _FIGURES.sub(lambda found: found[1] + _figures() + found[2], readme)
+
+
+def _figures() -> str:
+    loads = {load["load"]: load for load in _results("transports")}
+    rows = [
+        [path, sessions, *_rate_and_p50(loads[name]), _echoes(loads[name])]
+        for name, (path, sessions) in _README.items()
+        if name in loads
+    ]
+    many = loads.get("packed, 256 rows")
+    if many is not None:
+        beside = f"the forward pass alone: {_median(many, _FORWARD, 'steps_per_second'):,.0f}"
+        rows.append(["packed stream, 256 rows per message", "512", *_rate_and_p50(many), beside])
+    lines = ["| path | sessions | steps/s | p50, ms | beside it, in the same run |"]
+    lines += ["|---|---:|---:|---:|---|", *(f"| {' | '.join(row)} |" for row in rows)]
+    return "\n".join(lines) + "\n" if rows else "Not measured yet.\n"
+
+
+def _rate_and_p50(load: Results) -> tuple[str, str]:
+    rounds = load["rounds"][_STEPS]
+    p50 = median(float(one["latency_ms"]["50"]) for one in rounds)
+    return f"{_median(load, _STEPS, 'steps_per_second'):,.0f}", f"{p50:.2f}"
+
+
+def _echoes(load: Results) -> str:
+    rates = {
+        what: f"{_median(load, name, 'steps_per_second'):,.0f}"
+        for what, name in (("a `grpc.aio` echo", "grpc.aio echo"), ("an echo in C++", "C++ echo"))
+        if name in load["rounds"]
+    }
+    return ", ".join(f"{what}: {rate}" for what, rate in rates.items())
 
 
 def _common_loads() -> list[Results]:
@@ -267,6 +315,7 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(__doc__)
     draw()
     PAGE.write_text(rendered(PAGE.read_text()))
+    README.write_text(with_figures(README.read_text()))
 
 
 if __name__ == "__main__":

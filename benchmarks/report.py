@@ -13,7 +13,7 @@ from pathlib import Path
 
 from benchmarks.results import Spread
 
-_PACKAGES = ("stepstate", "torch", "grpcio", "uvloop")
+_PACKAGES = ("stepstate", "torch", "onnxruntime", "grpcio", "uvloop")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import numpy as np
 from benchmarks import BenchError
 from benchmarks.clients import Clients, running_clients
 from benchmarks.load import ArrivalSchedule, CallPath, Kind, Load, Sample, Window
-from benchmarks.models import INPUTS
+from benchmarks.models import INPUTS, NAME
 from benchmarks.procstat import check_proc, cpu_seconds
 from benchmarks.results import (
     PERCENTILES,
@@ -47,6 +47,8 @@ class Target:
     """Its store's process, if it has one of its own here."""
     stateless: bool = False
     """It answers steps of sessions that nobody has opened."""
+    model: str = NAME
+    """Of its sessions."""
 
 
 Forward = Callable[[int], Measurement]
@@ -232,8 +234,9 @@ def opened_sessions(target: Target, count: int) -> Iterator[list[str]]:
     if target.kind is Kind.ECHO or target.stateless:
         yield names
         return
+    options = SessionOptions(target.durability, model=target.model)
     try:
-        asyncio.run(open_sessions(target.server.address, names, SessionOptions(target.durability)))
+        asyncio.run(open_sessions(target.server.address, names, options))
         yield names
         asyncio.run(close_sessions(target.server.address, names))
     except grpc.RpcError as error:

@@ -62,11 +62,16 @@ _Process = subprocess.Popen[str]
 
 
 @contextmanager
-def bench_folder(*, forecasting: bool = False) -> Iterator[Path]:
-    """A temporary folder with a model, for the files of servers too."""
-    with tempfile.TemporaryDirectory(prefix="stepstate-bench-") as name:
-        write_bench_model(_models(Path(name)), forecasting=forecasting)
-        yield Path(name)
+def bench_folder(*models: str) -> Iterator[Path]:
+    """A temporary folder with models, for the files of servers too.
+
+    Args:
+        models: by name; none: the model that steps.
+    """
+    with tempfile.TemporaryDirectory(prefix="stepstate-bench-") as folder:
+        for model in models or (NAME,):
+            write_bench_model(_models(Path(folder)), model)
+        yield Path(folder)
 
 
 def bench_model(folder: Path) -> Path:

@@ -47,6 +47,7 @@ class SessionOptions:
     """By the contract's name in small letters."""
     expires_at: float | None = None
     """When they all expire, by `time.monotonic`; None: long after the benchmark."""
+    model: str = NAME
 
     def idle_timeout(self) -> timedelta:
         """For a session that is opened now."""
@@ -56,9 +57,10 @@ class SessionOptions:
 
 
 def open_request(session_id: str, options: SessionOptions) -> pb.OpenSessionRequest:
-    """A request for a session of the benchmark's model, to be sent now."""
+    """A request for a session of a benchmark's model, to be sent now."""
+    durability = f"DURABILITY_{options.durability.upper()}"
     request = pb.OpenSessionRequest(
-        session_id=session_id, model=NAME, durability=f"DURABILITY_{options.durability.upper()}"
+        session_id=session_id, model=options.model, durability=durability
     )
     request.idle_timeout.FromTimedelta(options.idle_timeout())
     return request

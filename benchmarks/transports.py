@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterator
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,23 +11,45 @@ from pathlib import Path
 import click
 
 from benchmarks import analyzer
+from benchmarks.checkouts import NoSuchCommit, checkout
 from benchmarks.clients import running_clients
-from benchmarks.contest import Bar, Contest, as_figures, bars_table, results_table, run_contest
+from benchmarks.contenders import (
+    AIO_ECHO,
+    CPP_ECHO,
+    LEAN,
+    LEAN_ECHO,
+    OTHER,
+    SQLITE,
+    Targets,
+    durable,
+    echoes,
+    stepping,
+    variants,
+)
+from benchmarks.contest import (
+    Bar,
+    Contest,
+    Quantity,
+    as_figures,
+    bars_table,
+    results_table,
+    run_contest,
+)
 from benchmarks.cpp import CppPrograms, MissingTools, build_programs
 from benchmarks.generator import CppGenerator
 from benchmarks.load import CallPath
-from benchmarks.models import DESCRIPTION, INPUTS
+from benchmarks.models import DESCRIPTION, INPUTS, VARIANTS
 from benchmarks.options import MAX_SESSIONS, option, whole_numbers
 from benchmarks.procstat import check_proc
 from benchmarks.report import Report
 from benchmarks.results import Case, Measurement, Plan
 from benchmarks.runner import LoadClients, Target, forward_rows, measure, opened_sessions
-from benchmarks.servers import bench_folder, running_floor, running_step_echo, running_stepstate
+from benchmarks.servers import bench_folder
 from benchmarks.steps import forward_of
 
-CPP_ECHO, AIO_ECHO, LEAN_ECHO = "C++ echo", "grpc.aio echo", "lean echo"
-LEAN, GRPCIO, OTHER = "Stepstate lean", "Stepstate grpcio", "other checkout"
 FORWARD = "bare forward"
+GRPCIO_ONLY = "c157ff34dfa092db991a3a19e76f27702bd7ccb9"
+"""The last commit whose server has no transport but grpcio's."""
 
 Log = Callable[[str], None]
 
@@ -36,12 +58,13 @@ Log = Callable[[str], None]
 class TransportsPlan(Plan):
     """Steps on each transport, beside echoes of the same messages and the bare forward.
 
-    All are measured in each round, one after the other. The client is in C++ where a compiler
-    and libgrpc++ are there, else in Python. The store is memory.
+    All are measured in each round, one after the other, and in the next round in reverse order.
+    The client is in C++ where a compiler and libgrpc++ are there, else in Python. The store is
+    memory, but for one load.
     """
 
     sessions: tuple[int, ...] = option(
-        "1,64,256", whole_numbers(MAX_SESSIONS), "Numbers of streams on one connection, in turn."
+        "1,16,64,256", whole_numbers(MAX_SESSIONS), "Numbers of streams on one connection, in turn."
     )
     connections: int = option(
         64, click.IntRange(2, MAX_SESSIONS), "Then as many connections, with a stream each."
@@ -57,12 +80,16 @@ class TransportsPlan(Plan):
         click.IntRange(1, 1024),
         "Then perf_analyzer with so many sequences, if .ci/perf_analyzer has installed it.",
     )
-    seconds: float = option(2.0, click.FloatRange(0.1, 3600.0), "The measured window of a round.")
-    warm_up: float = option(0.5, click.FloatRange(0.0, 3600.0), "Seconds before the window.")
-    other: Path | None = option(
-        None,
-        click.Path(exists=True, file_okay=False, path_type=Path),
-        "Another checkout, whose server is measured too.",
+    beside: int = option(
+        64, click.IntRange(1, MAX_SESSIONS), "Then so many streams with sqlite, and of each model."
+    )
+    seconds: float = option(1.0, click.FloatRange(0.1, 3600.0), "The measured window of a round.")
+    warm_up: float = option(0.3, click.FloatRange(0.0, 3600.0), "Seconds before the window.")
+    other: str = option(
+        GRPCIO_ONLY,
+        str,
+        "Another commit or checkout, whose server is measured too; by default the last one before "
+        "the lean transport.",
     )
     processes: int = 1
 
@@ -100,6 +127,16 @@ def analyzed(count: int) -> str:
     return f"perf_analyzer, {count} sequences"
 
 
+def durably(count: int) -> str:
+    """The name of the load whose steps are saved in a file."""
+    return f"{streams(count)}, durability async"
+
+
+def of_model(model: str, count: int) -> str:
+    """The name of the load with another model."""
+    return f"{streams(count)}, {VARIANTS[model]}"
+
+
 def transports(plan: TransportsPlan, log: Log) -> Report:
     """Measures everything in turn.
 
@@ -107,17 +144,18 @@ def transports(plan: TransportsPlan, log: Log) -> Report:
         BenchError: a server does not start, refuses a step, or breaks off.
     """
     check_proc()
+    programs, other = _programs(log), _other(plan.other, log)
     with ExitStack() as stack:
         folder = stack.enter_context(bench_folder())
-        programs = _programs(log)
-        stepping = stack.enter_context(_stepping(folder, plan.other))
-        echoes = stack.enter_context(_echoes(programs))
+        servers = stack.enter_context(stepping(folder, other))
+        all_echoes = stack.enter_context(echoes(programs))
         python = stack.enter_context(running_clients(plan.processes))
         client: LoadClients = python
         if programs is not None:
             client = stack.enter_context(CppGenerator(programs.load))
-        measuring = _Measuring(plan, folder, stepping, echoes, client=client, python=python)
-        results = [run_contest(one, plan.rounds, log) for one in measuring.contests(log)]
+        measuring = _Measuring(plan, folder, servers, all_echoes, client=client, python=python)
+        contests = stack.enter_context(closing(measuring.contests(other, log)))
+        results = [run_contest(one, plan.rounds, log) for one in contests]
     baseline = AIO_ECHO if programs is None else CPP_ECHO
     table = results_table(results, baseline)
     return Report(
@@ -126,7 +164,7 @@ def transports(plan: TransportsPlan, log: Log) -> Report:
         rows=table.rows,
         notes=table.notes,
         results=as_figures(results),
-        more=(bars_table(results, _bars(OTHER if plan.other else GRPCIO)),),
+        more=(bars_table(results, BARS),),
     )
 
 
@@ -140,64 +178,56 @@ def _programs(log: Log) -> CppPrograms | None:
         return None
 
 
-@contextmanager
-def _stepping(folder: Path, other: Path | None) -> Iterator[dict[str, Target]]:
-    """Servers of sessions, by name."""
-    with ExitStack() as stack:
-        found = {
-            name: stack.enter_context(
-                running_stepstate(folder, "memory:", "--transport", transport)
-            )
-            for name, transport in ((LEAN, "lean"), (GRPCIO, "grpcio"))
-        }
-        if other is not None:
-            found[OTHER] = stack.enter_context(running_stepstate(folder, "memory:", checkout=other))
-        yield {name: Target(name, server) for name, server in found.items()}
-
-
-@contextmanager
-def _echoes(programs: CppPrograms | None) -> Iterator[dict[str, Target]]:
-    """Echoes, by name."""
-    with ExitStack() as stack:
-        found = {}
-        if programs is not None:
-            found[CPP_ECHO] = stack.enter_context(running_floor(programs.floor))
-        for name, transport in ((AIO_ECHO, "grpcio"), (LEAN_ECHO, "lean")):
-            found[name] = stack.enter_context(running_step_echo(transport))
-        yield {name: Target(name, server, stateless=True) for name, server in found.items()}
+def _other(where: str, log: Log) -> Path | None:
+    """The other checkout; None: there is none here."""
+    try:
+        return checkout(where)
+    except NoSuchCommit as missing:
+        log(f"{missing}: nothing is compared with its server")
+        return None
 
 
 @dataclass(frozen=True, slots=True)
 class _Measuring:
     plan: TransportsPlan
     folder: Path
-    stepping: Mapping[str, Target]
-    echoes: Mapping[str, Target]
+    stepping: Targets
+    echoes: Targets
     client: LoadClients
     """Sends single rows."""
     python: LoadClients
     """Sends packed ones."""
 
-    def contests(self, log: Log) -> Iterator[Contest]:
+    def contests(self, other: Path | None, log: Log) -> Generator[Contest]:
         for name, case in self.plan.single_loads().items():
-            yield Contest(name, self._contenders(case, {**self.echoes, **self.stepping}))
+            yield self._beside_forward(name, case, self.echoes | self.stepping)
         rows = self.plan.packed_rows
         case = Case(CallPath.PACKED, rows * self.plan.in_flight, rows)
-        yield Contest(packed(rows), self._contenders(case, self.stepping))
+        yield self._beside_forward(packed(rows), case, self.stepping)
         if analyzer.START.exists():
             yield self._analyzer()
         else:
             log(f"{analyzer.START} is missing: perf_analyzer is left out")
+        yield from self._durable_and_models(other)
 
-    def _contenders(
-        self, case: Case, targets: Mapping[str, Target]
-    ) -> dict[str, Callable[[], Measurement]]:
-        contenders: dict[str, Callable[[], Measurement]] = {
-            name: partial(self._measure, target, case) for name, target in targets.items()
-        }
+    def _durable_and_models(self, other: Path | None) -> Iterator[Contest]:
+        """Those with servers of their own, which end with them."""
+        count = self.plan.beside
+        case = Case(CallPath.STREAM, count, 1)
+        with durable(self.folder) as saving:
+            targets = {LEAN: self.stepping[LEAN], **saving}
+            yield Contest(durably(count), self._contenders(case, targets))
+        with variants(other) as by_model:
+            for model, targets in by_model.items():
+                yield Contest(of_model(model, count), self._contenders(case, targets))
+
+    def _beside_forward(self, name: str, case: Case, targets: Targets) -> Contest:
         rows = forward_rows(case)
-        contenders[f"{FORWARD} of {rows}"] = partial(forward_of(self.folder, self.plan), rows)
-        return contenders
+        forward = partial(forward_of(self.folder, self.plan), rows)
+        return Contest(name, self._contenders(case, targets) | {f"{FORWARD} of {rows}": forward})
+
+    def _contenders(self, case: Case, targets: Targets) -> dict[str, Callable[[], Measurement]]:
+        return {name: partial(self._measure, target, case) for name, target in targets.items()}
 
     def _measure(self, target: Target, case: Case) -> Measurement:
         clients = self.python if case.path is CallPath.PACKED else self.client
@@ -221,19 +251,23 @@ def _workload(plan: TransportsPlan, programs: CppPrograms | None) -> str:
         f"closed loop, one row of {INPUTS} a message or call, with t, packed messages with "
         f"{plan.in_flight} in flight; store memory; one client in {client}, packed messages from "
         f"Python; {plan.rounds} round(s) of {plan.seconds:g} s after {plan.warm_up:g} s of "
-        "warm-up, all in turn"
+        "warm-up, all in turn, every other round in reverse order"
     )
 
 
-def _bars(before: str) -> list[Bar]:
-    """What the transport is to reach; `before`: the server that it is compared with."""
-    return [
-        Bar(streams(64), LEAN_ECHO, CPP_ECHO, 1.0, 1.2),
-        Bar(streams(64), LEAN, CPP_ECHO, 0.33, 0.4),
-        Bar(streams(256), LEAN, CPP_ECHO, 0.4, 0.5),
-        Bar(connected(64), LEAN, CPP_ECHO, 0.45, 0.6),
-        Bar(streams(64), LEAN, before, 2.0, 2.5),
-        Bar(calling(16), LEAN, before, 2.0, 3.0),
-        Bar(packed(256), LEAN, before, 1.0, 1.2),
-        Bar(analyzed(64), LEAN, before, 1.5, 2.0),
-    ]
+BARS = (
+    Bar(streams(64), LEAN_ECHO, CPP_ECHO, 1.0, 1.2),
+    Bar(streams(64), LEAN, CPP_ECHO, 0.75, 1.0),
+    Bar(streams(256), LEAN, CPP_ECHO, 0.9, 1.15),
+    Bar(streams(16), LEAN, CPP_ECHO, 0.5, 0.7),
+    Bar(connected(64), LEAN, CPP_ECHO, 0.75, 1.0),
+    Bar(streams(64), LEAN, OTHER, 4.5, 6.0),
+    Bar(streams(64), LEAN, CPP_ECHO, 1.6, 1.2, Quantity.CPU),
+    Bar(streams(1), LEAN, CPP_ECHO, 2.2, 1.5, Quantity.P50),
+    Bar(analyzed(64), LEAN, OTHER, 2.0, 3.0),
+    Bar(durably(64), SQLITE, LEAN, 0.8, 0.95),
+    *(Bar(of_model(model, 64), LEAN, OTHER, 2.0, 3.0) for model in VARIANTS),
+    Bar(packed(256), LEAN, OTHER, 1.25, 1.6),
+    Bar(calling(16), LEAN, OTHER, 2.0, 3.0),
+)
+"""What Stepstate has to reach, and where it aims at."""

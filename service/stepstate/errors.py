@@ -552,11 +552,11 @@ class RuntimeUnavailable(StartError):
     """What the server is to compute steps with is not installed."""
 
     message = (
-        "--engine {engine}: the package {package} is not installed; "
-        "`pip install {package}`, or choose --engine torch, which is slower"
+        "--engine {engine}: not installed: {packages}; `pip install {packages}`, or choose "
+        "--engine torch, which is slower"
     )
     engine: str
-    package: str
+    packages: str
 
 
 @dataclass(eq=False)

@@ -5,7 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from itertools import count
 
-from benchmarks.contest import Bar, Contest, Results, bars_table, results_table, run_contest
+import pytest
+
+from benchmarks.contest import (
+    Bar,
+    Contest,
+    Quantity,
+    Results,
+    bars_table,
+    results_table,
+    run_contest,
+)
 from benchmarks.results import Measurement
 
 
@@ -19,7 +29,7 @@ STEPS = [measured(5_000, p50=3.0, p99=6.0), measured(6_000, p50=2.5, p99=9.0)]
 FOUND = Results("64 streams", {"echo": ECHO, "steps": STEPS, "forward": [measured(90_000)]})
 
 
-def test_contenders_are_measured_in_turn_in_each_round():
+def test_contenders_are_measured_in_turn_and_every_other_round_in_reverse():
     order = count()
 
     def counting() -> Callable[[], Measurement]:
@@ -28,8 +38,8 @@ def test_contenders_are_measured_in_turn_in_each_round():
     lines: list[str] = []
     found = run_contest(Contest("any", {"a": counting(), "b": counting()}), 2, lines.append)
     rates = {name: [one.steps_per_second for one in found.rounds[name]] for name in "ab"}
-    assert rates == {"a": [1.0, 3.0], "b": [2.0, 4.0]}
-    assert lines == ["any, round 1 of 2: a 1/s, b 2/s", "any, round 2 of 2: a 3/s, b 4/s"]
+    assert rates == {"a": [1.0, 4.0], "b": [2.0, 3.0]}
+    assert lines == ["any, round 1 of 2: a 1/s, b 2/s", "any, round 2 of 2: a 4/s, b 3/s"]
 
 
 def test_a_line_has_the_spread_of_the_rates_and_the_ratios_within_rounds():
@@ -52,18 +62,32 @@ def test_what_has_no_latency_or_baseline_is_left_open():
     assert rows == [["packed", "forward", "90,000 (90,000–90,000)", "–", "–", "11.1", "–", "–"]]
 
 
-def test_bars_are_told_where_both_took_part():
+def test_a_bar_is_measured_where_both_took_part():
     bars = [
-        Bar("64 streams", "steps", "echo", 0.5, 0.6),
+        Bar("64 streams", "steps", "echo", 0.5, 0.7),
         Bar("64 streams", "steps", "another", 1.0, 1.0),
         Bar("256 streams", "steps", "echo", 1.0, 1.0),
     ]
     (row,) = bars_table([FOUND], bars).rows
-    assert row == [
-        "64 streams",
-        "steps ÷ echo",
-        "0.5",
-        "0.6",
-        "0.62 (0.50–0.75)",
-        "1.67 (1.33–2.00)",
-    ]
+    measured, cpu = "0.62 (0.50–0.75)", "1.67 (1.33–2.00)"
+    what = ["64 streams", "steps ÷ echo", "steps/s"]
+    assert row == [*what, "≥ 0.5", "≥ 0.7", measured, "bar", cpu]
+
+
+@pytest.mark.parametrize(
+    ("bar", "ambition", "quantity", "reached"),
+    [
+        (0.5, 0.6, Quantity.RATE, "ambition"),
+        (0.6, 0.7, Quantity.RATE, "bar"),
+        (0.7, 0.8, Quantity.RATE, "missed"),
+        (3.0, 2.2, Quantity.P50, "ambition"),
+        (2.2, 2.0, Quantity.P50, "bar"),
+        (1.6, 1.2, Quantity.CPU, "missed"),
+    ],
+)
+def test_a_bar_says_what_the_median_reaches(
+    bar: float, ambition: float, quantity: Quantity, reached: str
+):
+    wanted = Bar("64 streams", "steps", "echo", bar, ambition, quantity)
+    (row,) = bars_table([FOUND], [wanted]).rows
+    assert row[6] == reached

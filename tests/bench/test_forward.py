@@ -5,9 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from benchmarks import forward
+from benchmarks import engines, forward
 from benchmarks.bare import BareForward
+from benchmarks.engines import EngineCosts, EnginesPlan, engine_costs
 from benchmarks.forward import ForwardRate, bare_forward, main
+from stepstate.models import load_model
 from tests.conftest import ELECTRICITY
 from tests.unit.rig import model_of, rows_of
 
@@ -47,3 +49,18 @@ def test_a_device_that_is_not_there_is_an_error(capsys):
     with pytest.raises(SystemExit):
         main(["--device", "cuda:99"])
     assert "--device cuda:99: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("version", ["1", "2"])
+def test_engines_are_measured_beside_their_products(version):
+    found = engine_costs(load_model(ELECTRICITY / "electricity" / version), 3, rounds=2)
+    assert list(found.rounds) == ["products", "torch", "onnxruntime", "forward"]
+    assert all(len(costs) == 2 and 0 < min(costs) < 1e6 for costs in found.rounds.values())
+
+
+def test_engines_are_compared_with_their_products_round_by_round(monkeypatch):
+    costs = {"products": [100.0, 200.0], "torch": [200.0, 500.0], "onnxruntime": [110.0, 230.0]}
+    monkeypatch.setattr(engines, "engine_costs", lambda _, rows, __: EngineCosts(rows, costs))
+    report = engines.engines(EnginesPlan(rows=(16, 256), rounds=2, model=None), print)
+    ratios = ["2.25 (2.00–2.50)", "1.12 (1.10–1.15)"]
+    assert report.rows == [[rows, "150", "350", "170", *ratios] for rows in ("16", "256")]

@@ -69,6 +69,12 @@ def test_every_table_is_as_it_was_measured(script: ModuleType):
     assert script.rendered(page.replace(first, "| 1 | 2 |")) == page
 
 
+def test_the_table_of_the_readme_is_as_it_was_measured(script: ModuleType):
+    readme = script.README.read_text()
+    assert script.with_figures(readme) == readme
+    assert script.with_figures(readme.replace("| 512 |", "| 1 |", 1)) == readme
+
+
 def test_every_picture_can_be_drawn(script: ModuleType, tmp_path: Path):
     script.draw()
     drawn = {path.name for path in tmp_path.iterdir()}

@@ -1,8 +1,9 @@
-"""`python -m benchmarks transports`: everything takes part, in C++ and without a compiler."""
+"""`python -m benchmarks transports`: everyone takes part, and nobody waits for what is missing."""
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,11 +11,22 @@ from pathlib import Path
 import pytest
 
 from benchmarks.cpp import MissingTools, build_programs
+from tests.markdown import ROOT
 
 pytestmark = pytest.mark.long  # measures real servers
 
-SHORT = "--sessions 1,2 --connections 2 --callers 2 --packed-rows 4 --sequences 2 --rounds 1"
+SHORT = (
+    "--sessions 1,2 --connections 2 --callers 2 --packed-rows 4 --sequences 2 --beside 2 "
+    "--rounds 1 --warm-up 0.2"
+)
 STEPPING = {"Stepstate lean", "Stepstate grpcio"}
+BESIDE = {
+    "2 streams, durability async": {"Stepstate lean", "Stepstate lean, sqlite"},
+    "2 streams, GRU": {"Stepstate lean"},
+    "2 streams, 12 layers": {"Stepstate lean"},
+    "2 streams, 8 lags": {"Stepstate lean"},
+    "2 streams, 24 horizons, tracked": {"Stepstate lean"},
+}
 ECHOES = {"grpc.aio echo", "lean echo"}
 
 
@@ -25,7 +37,7 @@ def measure(
     out = tmp_path / "out"
     command = [sys.executable, "-m", "benchmarks", "transports", *SHORT.split(), *options]
     done = subprocess.run(
-        [*command, "--seconds", "0.5", "--json", str(out)],
+        [*command, "--json", str(out)],
         capture_output=True,
         text=True,
         timeout=400,
@@ -41,16 +53,21 @@ def measure(
     return done.stdout + done.stderr, {one["load"]: set(one["rounds"]) for one in results}
 
 
-def test_measures_every_transport_and_echo_under_every_load(tmp_path: Path):
+def test_measures_everyone_under_every_load(tmp_path: Path):
     try:
         build_programs()
     except MissingTools as missing:
         pytest.skip(f"MISSING PROGRAM: {missing}; .ci/run installs them")
-    told, found = measure(tmp_path)
-    everyone = STEPPING | ECHOES | {"C++ echo"}
-    assert found.pop("packed, 4 rows") == STEPPING | {"bare forward of 4"}
+    told, found = measure(tmp_path, "--other", str(ROOT))
+    stepping = STEPPING | {"other commit"}
+    everyone = stepping | ECHOES | {"C++ echo"}
+    assert found.pop("packed, 4 rows") == stepping | {"bare forward of 4"}
     if "perf_analyzer is left out" not in told:
-        assert found.pop("perf_analyzer, 2 sequences") == STEPPING
+        assert found.pop("perf_analyzer, 2 sequences") == stepping
+    saved = "2 streams, durability async"
+    assert found.pop(saved) == BESIDE[saved]
+    for load in BESIDE.keys() - {saved}:
+        assert found.pop(load) == {"Stepstate lean", "other commit"}
     assert found == {
         "1 stream": everyone | {"bare forward of 1"},
         "2 streams": everyone | {"bare forward of 2"},
@@ -58,10 +75,13 @@ def test_measures_every_transport_and_echo_under_every_load(tmp_path: Path):
         "2 callers of Step": everyone | {"bare forward of 2"},
     }
     assert "rate ÷ C++ echo's" in told
+    assert "1 stream | Stepstate lean ÷ C++ echo | " in re.sub(" +", " ", told)
 
 
-def test_without_a_compiler_the_client_is_in_python(tmp_path: Path):
+def test_without_a_compiler_and_git_the_rest_takes_part(tmp_path: Path):
     told, found = measure(tmp_path, path="")
     assert "can't be built: install g++" in told
+    assert "no commit that git finds here: nothing is compared with its server" in told
     assert "rate ÷ grpc.aio echo's" in told
     assert found["2 connections"] == STEPPING | ECHOES | {"bare forward of 2"}
+    assert {load: found[load] for load in BESIDE} == BESIDE

@@ -20,9 +20,11 @@ from h2.events import ConnectionTerminated, DataReceived, Event, StreamEnded
 from h2.settings import SettingCodes
 
 from stepstate.h2grpc import H2Server
+from stepstate.h2grpc.frames import LARGEST_WINDOW, ErrorCode, goaway
 from stepstate.h2grpc.lifetime import ConnectionTimes
 from tests.certificates import Authority, Certificate
 from tests.conformance.handshakes import memory_after
+from tests.unit.h2grpc.client import message
 
 ECHO = "/test.Echo/Echo"
 WHO = "/test.Echo/Who"
@@ -94,6 +96,24 @@ async def serving(
     try:
         yield port
     finally:
+        await server.stop(None)
+
+
+@asynccontextmanager
+async def under_way(
+    context: ssl.SSLContext,
+) -> AsyncIterator[tuple[H2Server, asyncio.StreamReader, asyncio.StreamWriter]]:
+    """A server, and a connection to it that has been accepted and has sent nothing."""
+    server = H2Server(times=ConnectionTimes(handshake=60.0))
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test.Echo", METHODS)])
+    port = server.add_secure_port("127.0.0.1:0", context)
+    await server.start()
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    await asyncio.sleep(0.1)
+    try:
+        yield server, reader, writer
+    finally:
+        writer.transport.abort()
         await server.stop(None)
 
 
@@ -398,6 +418,35 @@ async def test_large_messages_right_after_the_handshake_arrive(certificate, trus
             async with grpc.aio.secure_channel(f"localhost:{port}", trusting) as channel:
                 ask = channel.unary_unary(ECHO)
                 assert await asyncio.gather(*map(ask, messages)) == messages
+
+
+# The end.
+
+
+@pytest.mark.parametrize("begun", [b"", b"\x16\x03\x01"])
+async def test_a_server_that_stops_ends_handshakes_that_do_not_end(certificate, begun: bytes):
+    async with under_way(server_context(certificate)) as (server, reader, writer):
+        writer.write(begun)
+        await server.stop(0.1)
+        assert await asyncio.wait_for(reader.read(), 20) == b""
+
+
+async def test_a_handshake_that_ends_while_the_server_stops_is_of_use(certificate, authority):
+    """Its client has a call answered, and is told to make no more."""
+    async with under_way(server_context(certificate)) as (server, reader, writer):
+        stopping = asyncio.create_task(server.stop(20.0))
+        await asyncio.sleep(0.1)
+        assert not stopping.done()
+        tls = await PacketTls(authority).shake_hands(reader, writer)
+        client = RawClient(reader, writer)
+        client.request(b"abc")
+        writer.write(tls.encrypt(client.http2.data_to_send()))
+        received = b""
+        while message(b"abc") not in received:
+            received += tls.decrypt(await asyncio.wait_for(reader.read(2**16), 20))
+        assert goaway(LARGEST_WINDOW, ErrorCode.NO_ERROR) in received
+        writer.transport.abort()
+        await stopping
 
 
 # Limits.

@@ -83,9 +83,10 @@ async def test_a_call_without_room_for_its_message_is_told_when_to_try_again(
     refusal = await refused(stub.Step(request("a", 0, draw(2_000))))
     assert (refusal.code, refusal.reason) == (grpc.StatusCode.RESOURCE_EXHAUSTED, "MEMORY_LIMIT")
     assert refusal.retry_seconds == 0.5
-    stream = stub.StreamSteps()
-    await stream.write(request("a", 0, draw(2_000)))
-    assert await stream.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    async with raw_connection(server.address) as connection:
+        (stream,) = await send_parts(connection, 1, frame(request("a", 0, draw(2_000))))
+        await connection.until_ended([stream])
+    assert connection.ended[stream] == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
     monkeypatch.undo()
     assert (await stub.Step(request("a", 0, draw(2_000)))).t == 2_000
     await all_released(server.receiver.windows)

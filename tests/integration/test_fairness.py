@@ -52,7 +52,7 @@ async def test_too_many_open_calls_are_refused_and_others_are_served(
     monkeypatch.setitem(admission.MAX_OPEN, admission.STREAM, 8)
     await opened(stub, "a")
     async with open_streams(stub, 4):
-        refusal = await refused(anext(aiter(stub.StreamSteps(iter([request("a", 0, draw(1))])))))
+        refusal = await refused(stub.StreamSteps().read())
         assert refusal.code == grpc.StatusCode.RESOURCE_EXHAUSTED
         assert (refusal.reason, refusal.quota) == ("TOO_MANY_CALLS", "client:calls")
         assert refusal.retry_seconds

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import json
+import queue
 import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 
@@ -25,6 +27,7 @@ from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
 from stepstate.server import Server, ServerState, build_server, running_server
 from stepstate.v1 import stepstate_pb2 as pb
+from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.wire import (
     GARBAGE,
     HANG,
@@ -94,6 +97,28 @@ async def test_a_draining_server_is_not_serving(config: ServerConfig):
         watch.cancel()
         await draining
         assert server.state is ServerState.STOPPED
+
+
+async def test_an_async_generator_that_is_cancelled_is_counted_as_canceled(server: Server):
+    """Reflection's, which stands at a `yield` while its client does not read."""
+    name = "grpc_server_handled_total"
+    labels = 'grpc_code="Canceled",grpc_method="ServerReflectionInfo",grpc_service="grpc.reflection'
+    unread = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(server.address, options=unread) as channel:
+        call = channel.stream_stream(
+            "/grpc.reflection.v1alpha.ServerReflection/ServerReflectionInfo",
+            request_serializer=reflection_pb2.ServerReflectionRequest.SerializeToString,
+        )()
+        for _ in range(40):
+            await call.write(reflection_pb2.ServerReflectionRequest(file_containing_symbol=SERVICE))
+        await call.read()
+        await asyncio.sleep(0.2)
+        call.cancel()
+
+    async def counted() -> bool:
+        return sample(await scrape(server.metrics_address), f"{name}{{{labels}.v1alpha") == 1
+
+    await until(counted)
 
 
 @pytest.mark.parametrize("version", ["v1", "v1alpha"])
@@ -184,39 +209,45 @@ async def test_metrics_count_what_happened(server: Server):
 @asynccontextmanager
 async def under_load(
     server: ServerProcess, networks: dict[str, Network]
-) -> AsyncIterator[list[asyncio.Task[None]]]:
-    """Sessions that step one row after the other, until they are refused; then they check."""
+) -> AsyncIterator[list[asyncio.Future[None]]]:
+    """Sessions that step one row after the other, until they are refused; then they check.
 
-    async def step_on(name: str) -> None:
+    By the synchronous client, as their streams may end while they write: see `refused`.
+    """
+    loop, started, calls = asyncio.get_running_loop(), asyncio.Semaphore(0), []
+
+    def step_on(stub: StepstateServiceStub, name: str) -> None:
+        stub.OpenSession(pb.OpenSessionRequest(session_id=name, model="lstm"))
         x, y = draw(100_000, seed=hash(name) % 1000), []
-        async with raw_stub(server.address) as stub:
-            await opened(stub, name)
-            stream = stub.StreamSteps()
-            for t, row in enumerate(x):
-                await stream.write(request(name, t, row))
-                reply = await stream.read()
-                if reply is grpc.aio.EOF or reply.HasField("error"):
-                    break
-                y += reply.y
-                started.release()
-            if reply is not grpc.aio.EOF:
-                refusal = refusal_in(reply)
-                assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
-                assert refusal.retry_seconds is not None
-                assert refusal.retry_seconds > 0
+        requests: queue.SimpleQueue[pb.StepRequest | None] = queue.SimpleQueue()
+        call = stub.StreamSteps(iter(requests.get, None))
+        calls.append(call)
+        for t, row in enumerate(x):
+            requests.put(request(name, t, row))
+            reply = next(call, None)
+            if reply is None or reply.HasField("error"):
+                break
+            y += reply.y
+            loop.call_soon_threadsafe(started.release)
+        requests.put(None)
+        if reply is not None:
+            refusal = refusal_in(reply)
+            assert (refusal.code, refusal.reason) == (grpc.StatusCode.UNAVAILABLE, "DRAINING")
+            assert refusal.retry_seconds is not None
+            assert refusal.retry_seconds > 0
         want = networks["lstm"].offline(x[: len(y) // 2]).ravel()
         assert largest_difference(y, want) <= TOLERANCE
 
-    started = asyncio.Semaphore(0)
-    tasks = [asyncio.create_task(step_on(f"load-{place}")) for place in range(8)]
-    for _ in range(80):
-        await asyncio.wait_for(started.acquire(), HANG)
-    try:
-        yield tasks
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+    with grpc.insecure_channel(server.address) as channel, ThreadPoolExecutor(8) as threads:
+        stub = StepstateServiceStub(channel)
+        load = [loop.run_in_executor(threads, step_on, stub, f"load-{n}") for n in range(8)]
+        for _ in range(80):
+            await asyncio.wait_for(started.acquire(), HANG)
+        try:
+            yield load
+        finally:
+            for call in calls:
+                call.cancel()
 
 
 async def ended(server: ServerProcess) -> int:

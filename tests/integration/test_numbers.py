@@ -6,13 +6,14 @@ import asyncio
 import math
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import grpc
 import numpy as np
 import pytest
 
 from stepstate.client import AsyncClient, AsyncSession
-from stepstate.config import ServerConfig
+from stepstate.config import ENGINES, ServerConfig
 from stepstate.server import Server, running_server
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
@@ -34,7 +35,12 @@ from tests.integration.wire import (
 )
 from tests.networks import Network
 
-# Same numbers as offline.
+# Same numbers as offline, by both engines.
+
+
+@pytest.fixture(params=ENGINES)
+def config(request, config: ServerConfig) -> ServerConfig:
+    return replace(config, engine=request.param)
 
 
 async def step_in_pieces(session: AsyncSession, x: np.ndarray, seed: int) -> np.ndarray:

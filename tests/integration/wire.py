@@ -105,7 +105,11 @@ def refusal_in(reply: pb.StepResponse) -> Refusal:
 
 
 async def refused(call: Awaitable[object]) -> Refusal:
-    """Awaits a call that must fail."""
+    """Awaits a call that must fail.
+
+    Nothing may be written to it meanwhile: where a write meets the end of a call, grpc.aio's client
+    reports INTERNAL and loses the status. So a stream that is to be refused is only read.
+    """
     try:
         reply = await asyncio.wait_for(_plain(call), HANG)
     except grpc.aio.AioRpcError as error:

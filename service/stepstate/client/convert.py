@@ -71,6 +71,9 @@ _NO_ANSWER = (
     # A server that ends its last calls; _GIVEN_UP finds what the caller itself has cancelled.
     grpc.StatusCode.CANCELLED,
 )
+_ENDED_IN_A_WRITE = "Internal error from Core"
+"""The text of an INTERNAL that grpc.aio's client makes itself: a call ended while it was written.
+The status that the server sent is lost, so it is tried again, like a call without an answer."""
 # How grpcio begins the text of a CANCELLED that it made in this process.
 _GIVEN_UP = ("Channel closed", "Locally cancelled")
 DISCONNECTED = "the client was disconnected, make a new one"
@@ -237,6 +240,8 @@ def from_rpc(error: Any, target: str) -> StepstateError:
         return from_status(Status.FromString(metadata[_DETAILS_KEY]))
     if code is grpc.StatusCode.CANCELLED and detail.startswith(_GIVEN_UP):
         return Cancelled(detail)
+    if code is grpc.StatusCode.INTERNAL and detail == _ENDED_IN_A_WRITE:
+        detail = "the call ended while it was written, and gRPC's client lost its status"
     if code in _NO_ANSWER:
         return ServerUnreachable(target, detail or code.name)
     if code is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE in detail:

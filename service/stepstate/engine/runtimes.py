@@ -57,9 +57,9 @@ def check_runtime(runtime: Runtime) -> None:
         RuntimeUnavailable: one is not.
     """
     packages = ("onnx", "onnxruntime") if runtime is Runtime.ONNX_RUNTIME else ()
-    for package in packages:
-        if find_spec(package) is None:
-            raise RuntimeUnavailable(runtime.value, package)
+    missing = [package for package in packages if find_spec(package) is None]
+    if missing:
+        raise RuntimeUnavailable(runtime.value, " ".join(missing))
 
 
 def make_stepper(model: Model, network: Network, runtime: Runtime) -> RowStepper:

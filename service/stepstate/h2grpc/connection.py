@@ -85,6 +85,18 @@ class Host(Protocol):
         ...
 
 
+class _NoHost:
+    """The `Host` of a connection that has ended."""
+
+    def accept(self, _stream: Http2Stream, _request: Request) -> StreamReceiver:
+        """See `Host`."""
+        raise AssertionError("nothing is received any more")
+
+    def write_soon(self) -> None:
+        """See `Host`."""
+
+
+_NO_HOST = _NoHost()
 _FrameHandler = Callable[["Http2Connection", int, int, bytes], None]
 
 
@@ -177,7 +189,7 @@ class Http2Connection:
         self._peer_window = DEFAULT_WINDOW
         self._receive_window = limits.connection_window
         self._half_window = limits.stream_window // 2
-        self._waiting = WaitingStreams(self)
+        self._waiting = WaitingStreams()
         self._ended_early: OrderedDict[int, None] = OrderedDict()
         self._opened_now: set[int] = set()  # in the read that is taken
         self._last_served = LARGEST_WINDOW  # streams after it are not served
@@ -229,11 +241,11 @@ class Http2Connection:
         window = self.send_window + self._withheld
         self.send_window = min(window, OUTPUT_BYTES)
         self._withheld = window - self.send_window
-        self._waiting.pump()
+        self._waiting.pump(self)
 
     def block(self, stream: Http2Stream) -> None:
         """See `Sender`."""
-        self._waiting.add(stream)
+        self._waiting.add(stream, self)
 
     def end_stalled(self, now: float, seconds: float) -> None:
         """Ends the streams whose replies have waited so long for a window without progress.
@@ -268,7 +280,11 @@ class Http2Connection:
         """
         if not self.draining and not self.ended:
             self.draining = True
-            self.send(goaway(LARGEST_WINDOW, ErrorCode.NO_ERROR), ping(_DRAIN_PING, ack=False))
+            if self._begun:
+                self._announce_end()
+
+    def _announce_end(self) -> None:
+        self.send(goaway(LARGEST_WINDOW, ErrorCode.NO_ERROR), ping(_DRAIN_PING, ack=False))
 
     def refuse_more(self) -> None:
         """Serves no streams but those that have begun: the second GOAWAY, once."""
@@ -299,6 +315,8 @@ class Http2Connection:
         self.ended = True
         for stream in list(islice(self.streams.values(), most)):
             stream.close(early=False).reset()
+        if not self.streams:
+            self._host = _NO_HOST  # which has the connection: they must be no reference cycle
         return bool(self.streams)
 
     # Input
@@ -365,16 +383,22 @@ class Http2Connection:
         self._finish_read(messages, taken, updates)
 
     def _widens(self, stream_id: int, increment: int) -> bool:
-        """Takes a WINDOW_UPDATE of a stream; False: this is not the plain case of one.
+        """Takes a WINDOW_UPDATE; False: this is not the plain case of one.
 
-        Some clients send one for each message that they read.
+        Some clients send two for each message that they read.
         """
+        if self._headers.partial is not None or not self._settled:
+            return False
+        if not stream_id:
+            if not 0 < increment <= LARGEST_WINDOW - self.send_window - self._withheld:
+                return False
+            self._withheld += increment  # `take_output` opens it
+            return True
         stream = self.streams.get(stream_id)
         if (
             stream is None
             or not 0 < increment <= LARGEST_WINDOW - stream.send_window
             or stream.queued_bytes
-            or self._headers.partial is not None
         ):
             return False
         stream.send_window += increment
@@ -404,6 +428,8 @@ class Http2Connection:
         }
         more = window_update(0, limits.connection_window - DEFAULT_WINDOW)
         self.send(settings(values), more)
+        if self.draining:
+            self._announce_end()
 
     def _take_frame(self, data: bytes, position: int, end: int) -> int:
         """Takes the frame at a position; returns the one after it, or the same: it is not whole.

@@ -35,7 +35,7 @@ from stepstate.h2grpc.limits import Http2Limits
 from stepstate.h2grpc.listening import BACKLOG, listen
 from stepstate.h2grpc.memory import ConnectionMemory, UncountedMemory
 from stepstate.h2grpc.stream import Http2Stream, SilentReceiver, StreamReceiver
-from stepstate.h2grpc.tls import ALPN, INSECURE, auth_context_of, set_up_http2
+from stepstate.h2grpc.tls import ALPN, INSECURE, TlsListener, auth_context_of, set_up_http2
 
 if TYPE_CHECKING:
     from stepstate.h2grpc.call import Handler
@@ -87,12 +87,14 @@ class H2Server:
         self.idle = asyncio.Event()
         """There is no connection."""
         self.idle.set()
+        self.stopping = False
         if not all(isinstance(one, grpc.aio.ServerInterceptor) for one in interceptors):
             raise ValueError("interceptors must be of the class grpc.aio.ServerInterceptor")
         self._interceptors = tuple(interceptors)
         self._generic: list[grpc.GenericRpcHandler] = []
         self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
         self._listeners: list[asyncio.Server] = []
+        self._tls_listeners: list[TlsListener] = []
         self._stopped = asyncio.Event()
         self._keeper: asyncio.Task[None] | None = None
 
@@ -174,34 +176,56 @@ class H2Server:
         self._keeper = asyncio.create_task(self._keep())
         loop = asyncio.get_running_loop()
         for listener, context in self._sockets:
-            timeout = None if context is None else self.times.handshake
-            self._listeners.append(
-                await loop.create_server(
-                    lambda: _ServerProtocol(self),
-                    sock=listener,
-                    ssl=context,
-                    backlog=BACKLOG,
-                    ssl_handshake_timeout=timeout,
+            if context is None:
+                self._listeners.append(
+                    await loop.create_server(self._protocol, sock=listener, backlog=BACKLOG)
                 )
-            )
+            else:
+                self._tls_listeners.append(
+                    TlsListener(listener, context, self.times.handshake, self._protocol)
+                )
         self._sockets.clear()
+
+    def _protocol(self) -> asyncio.Protocol:
+        return _ServerProtocol(self)
 
     async def stop(self, grace: float | None) -> None:
         """Accepts no more, and ends what is not done after `grace` seconds.
 
         Until then clients are served that don't know yet that they shall begin no more calls.
         """
-        for unused, _ in self._sockets:
-            unused.close()
-        for listener in self._listeners:
-            listener.close()
+        self.stopping = True
+        await self._stop_listening()
         for connection in list(self.connections):
             connection.drain()
         with suppress(TimeoutError):
             async with asyncio.timeout(grace or 0):
-                await self.idle.wait()
-                while self.tasks:
-                    await asyncio.wait(list(self.tasks))
+                await self._until_done()
+        await self._end_all()
+        if self._keeper is not None:
+            self._keeper.cancel()
+        self._stopped.set()
+
+    async def _stop_listening(self) -> None:
+        for unused, _ in self._sockets:
+            unused.close()
+        for listener in self._listeners:
+            listener.close()
+        for tls_listener in self._tls_listeners:
+            await tls_listener.close()
+
+    async def _until_done(self) -> None:
+        """Waits until there are no handshakes, no connections and no calls."""
+        for tls_listener in self._tls_listeners:
+            await tls_listener.handshakes_done()
+        await self.idle.wait()
+        while self.tasks:
+            await asyncio.wait(list(self.tasks))
+
+    async def _end_all(self) -> None:
+        """Ends handshakes, connections and calls. Clients have a moment to take the last output."""
+        for tls_listener in self._tls_listeners:
+            await tls_listener.end_handshakes()
         for connection in list(self.connections):
             connection.close()
         tasks = list(self.tasks)
@@ -209,9 +233,11 @@ class H2Server:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks)
-        if self._keeper is not None:
-            self._keeper.cancel()
-        self._stopped.set()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self.times.last_output):
+                await self.idle.wait()
+        for connection in list(self.connections):
+            connection.abort()
 
     async def wait_for_termination(self, timeout: float | None = None) -> bool:  # noqa: ASYNC109
         """Waits until it has stopped; returns whether it timed out."""
@@ -306,13 +332,15 @@ class _ServerProtocol(asyncio.Protocol):
             if tls.selected_alpn_protocol() != ALPN:
                 self._http2.end(ErrorCode.PROTOCOL_ERROR, "TLS without h2 by ALPN: no HTTP/2")
         self._server.idle.clear()
+        if self._server.stopping:
+            self.drain()
 
     def data_received(self, data: bytes) -> None:
         """See `asyncio.Protocol`."""
         if self._finishing:
             self._unread -= len(data)
             if self._unread < 0:
-                self._abort()
+                self.abort()
             return
         self._receive(data)
 
@@ -348,7 +376,7 @@ class _ServerProtocol(asyncio.Protocol):
         assert self._transport is not None, "it writes"
         size = self._transport.get_write_buffer_size()
         if not self._memory.reserve(size):
-            self._abort()
+            self.abort()
             return
         self._buffered = size
         self._http2.hold()
@@ -450,9 +478,10 @@ class _ServerProtocol(asyncio.Protocol):
         kept = self._lifetime.look(now, self.unread_bytes)
         self._flush()
         if not kept:
-            self._abort()
+            self.abort()
 
-    def _abort(self) -> None:
+    def abort(self) -> None:
+        """Ends the connection at once."""
         if self._transport is not None:
             self._transport.abort()
 

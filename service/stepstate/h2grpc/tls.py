@@ -1,4 +1,6 @@
-"""TLS: what HTTP/2 asks of it, and what it tells of a client, as gRPC's C core names it.
+"""TLS: what HTTP/2 asks of it, how it begins, and what it tells of a client.
+
+What is told has the names that gRPC's C core gives it.
 
 Sources: RFC 9113, sections 3.2 and 9.2; gRPC's `grpc_security_constants.h`, and its function
 `grpc_ssl_peer_to_auth_context`.
@@ -6,8 +8,11 @@ Sources: RFC 9113, sections 3.2 and 9.2; gRPC's `grpc_security_constants.h`, and
 
 from __future__ import annotations
 
+import asyncio
+import socket
 import ssl
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from ipaddress import ip_address
 from typing import Any
 
@@ -18,6 +23,8 @@ INSECURE: Mapping[str, Iterable[bytes]] = {
     "security_level": [b"TSI_SECURITY_NONE"],
 }
 """The authentication context of a connection without TLS."""
+ACCEPT_PAUSE_SECONDS = 0.1
+"""Between two tries to accept a connection, when the process has no more files."""
 COMMON_NAME = "x509_common_name"
 ALTERNATIVE_NAMES = "x509_subject_alternative_name"
 _KINDS = {"DNS": "peer_dns", "URI": "peer_uri", "IP Address": "peer_ip", "email": "peer_email"}
@@ -27,6 +34,70 @@ def set_up_http2(context: ssl.SSLContext) -> None:
     """Lets the server of this context negotiate HTTP/2, as HTTP/2 has to have it."""
     context.set_alpn_protocols([ALPN])
     context.options |= ssl.OP_NO_RENEGOTIATION | ssl.OP_NO_COMPRESSION
+
+
+class TlsListener:
+    """Accepts connections with TLS. Unlike an `asyncio.Server`, it can end their handshakes.
+
+    Args:
+        listener: a socket that listens.
+        context: of the server.
+        handshake_seconds: how long a handshake may take.
+        protocol: makes the protocol of a connection, which begins after the handshake.
+    """
+
+    def __init__(
+        self,
+        listener: socket.socket,
+        context: ssl.SSLContext,
+        handshake_seconds: float,
+        protocol: Callable[[], asyncio.Protocol],
+    ) -> None:
+        self._context = context
+        self._handshake_seconds = handshake_seconds
+        self._protocol = protocol
+        self._handshakes: dict[asyncio.Task[None], socket.socket] = {}
+        listener.setblocking(False)  # noqa: FBT003 - its only argument
+        self._accepting = asyncio.create_task(self._accept(listener))
+
+    async def close(self) -> None:
+        """Accepts no more connections; handshakes go on."""
+        self._accepting.cancel()
+        await asyncio.wait([self._accepting])
+
+    async def handshakes_done(self) -> None:
+        """Waits until no handshake is under way."""
+        if self._handshakes:
+            await asyncio.wait(self._handshakes)
+
+    async def end_handshakes(self) -> None:
+        """Ends the handshakes that are under way, and their connections."""
+        for connection in self._handshakes.values():
+            with suppress(OSError):  # its client has ended it
+                connection.shutdown(socket.SHUT_RDWR)
+        await self.handshakes_done()
+
+    async def _accept(self, listener: socket.socket) -> None:
+        loop = asyncio.get_running_loop()
+        with listener:
+            while True:
+                try:
+                    connection, _ = await loop.sock_accept(listener)
+                except OSError:
+                    await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
+                    continue
+                handshake = loop.create_task(self._shake_hands(connection))
+                self._handshakes[handshake] = connection
+                handshake.add_done_callback(self._handshakes.pop)
+
+    async def _shake_hands(self, connection: socket.socket) -> None:
+        with suppress(OSError):  # a client that speaks no TLS, is too slow, or is gone
+            await asyncio.get_running_loop().connect_accepted_socket(
+                self._protocol,
+                connection,
+                ssl=self._context,
+                ssl_handshake_timeout=self._handshake_seconds,
+            )
 
 
 def auth_context_of(connection: ssl.SSLObject) -> Mapping[str, Iterable[bytes]]:

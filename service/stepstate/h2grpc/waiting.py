@@ -23,16 +23,11 @@ class _Mark:
 
 
 class WaitingStreams:
-    """The streams of one connection whose messages wait for a window.
+    """The streams of one connection whose messages wait for a window."""
 
-    Args:
-        sender: the connection.
-    """
+    __slots__ = ("_marks", "_progress", "_pumping", "_ready")
 
-    __slots__ = ("_marks", "_progress", "_pumping", "_ready", "_sender")
-
-    def __init__(self, sender: Sender) -> None:
-        self._sender = sender
+    def __init__(self) -> None:
         self._marks: dict[Http2Stream, _Mark | None] = {}  # None: not looked at yet
         self._ready: OrderedDict[Http2Stream, None] = OrderedDict()  # wait for the connection only
         self._progress = 0
@@ -43,25 +38,25 @@ class WaitingStreams:
         """Whether any waits only for the connection."""
         return bool(self._ready)
 
-    def add(self, stream: Http2Stream) -> None:
-        """A stream has something to send, or may send more."""
+    def add(self, stream: Http2Stream, sender: Sender) -> None:
+        """A stream of this connection has something to send, or may send more."""
         self._marks.setdefault(stream)
         if stream.send_window > 0:
             self._ready[stream] = None
-            self.pump()
+            self.pump(sender)
 
     def remove(self, stream: Http2Stream) -> None:
         """A stream has ended."""
         self._marks.pop(stream, None)
         self._ready.pop(stream, None)
 
-    def pump(self) -> None:
+    def pump(self, sender: Sender) -> None:
         """Sends one frame of each stream in turn, as far as the windows allow."""
         if self._pumping:
             return
         self._pumping = True
         try:
-            while self._ready and self._sender.send_window > 0:
+            while self._ready and sender.send_window > 0:
                 stream, _ = self._ready.popitem(last=False)
                 before = stream.progress
                 if stream.send_piece():

@@ -7,15 +7,15 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
 
     rule                                        fast path              ordinary way
     ------------------------------------------  ---------------------  -------------------------
-    the session takes steps, and t is its own   RowStepper._fits       RequestQueues.find,
+    the session takes steps, and t is its own   RowBatcher._fits       RequestQueues.find,
                                                                        StepScheduler._start
     one at a time of a session, as they came    ResidentSession.waiting, of both
-    at most a micro-batch; sources take turns   RowStepper._take       Engine._take
-    nobody waits any more: it is not applied    RowStepper._take       Engine._take
+    at most a micro-batch; sources take turns   RowBatcher._take       Engine._take
+    nobody waits any more: it is not applied    RowBatcher._take       Engine._take
     the forward                                 Forward.step, of both
     t, expiry, replay window                    RowCommitter, of both
-    a row that raises or overflows              RowStepper._give_back  Engine._step, _report
-    t is another, missing values, sync, ...     RowStepper._give_back  StepScheduler
+    a row that raises or overflows              RowBatcher._give_back  Engine._step, _report
+    t is another, missing values, sync, ...     RowBatcher._give_back  StepScheduler
 
 Packed rows are checked by `Table.fast_path_mask`, the columns' form of `_fits`, and share the rest.
 
@@ -85,7 +85,7 @@ class RowCommitter:
         self._window.add_row(session.slot, t, x, y)
 
 
-class RowStepper:
+class RowBatcher:
     """Steps the single rows of one model's sessions.
 
     Args:
@@ -111,8 +111,13 @@ class RowStepper:
         enqueue: Callable[[ResidentSession, Waiting], None],
         resume: Callable[[ResidentSession], None],
     ) -> None:
-        self._table = context.table
+        self._table = table = context.table
+        # Looked up for every row: once, here.
+        self._generation, self._busy, self._t = table.generation, table.busy, table.t
+        self._expires_at, self._durable_t = table.expires_at, table.durable_t
+        self._saved_behind = table.saved_behind
         self._clock = context.clock
+        self._now = 0.0  # by that clock, as of the beginning of the round
         self._backlog_rows = settings.backlog_rows
         self._batch_rows = settings.engine.batch_rows
         self._engine = engine
@@ -128,10 +133,10 @@ class RowStepper:
 
     def add(self, row: SingleRow) -> bool:
         """Takes a row; False: it has to go the ordinary way, and nothing was done."""
-        table, session = self._table, row.session
-        if table.generation[session.handle] != row.generation:
+        session = row.session
+        if self._generation[session.handle] != row.generation:
             return False
-        if table.busy[session.handle]:
+        if self._busy[session.handle]:
             self._enqueue(session, row)
             row.reply_to.hold_row(row)
         elif self._fits(row):
@@ -152,17 +157,20 @@ class RowStepper:
 
     def _fits(self, row: SingleRow) -> bool:
         """Whether the session takes steps, and this is its next row."""
-        table, handle, t = self._table, row.session.handle, row.t
+        handle, t = row.session.handle, row.t
+        if not self._awake:
+            self._now = self._clock()
         return (
-            table.generation[handle] == row.generation
-            and table.t[handle] == t
-            and table.expires_at[handle] > self._clock()
-            and (t - table.durable_t[handle] < self._backlog_rows or not table.saved_behind[handle])
+            self._t[handle] == t
+            and self._generation[handle] == row.generation
+            and self._expires_at[handle] > self._now
+            and (t - self._durable_t[handle] < self._backlog_rows or not self._saved_behind[handle])
+            and not self._admission.draining
         )
 
     def _start(self, row: SingleRow) -> None:
         """Puts a row that fits into the next forward."""
-        self._table.busy[row.session.handle] = True
+        self._busy[row.session.handle] = True
         self._arrived.append(row)
         if not self._awake:
             self._awake = True
@@ -178,7 +186,7 @@ class RowStepper:
         finally:  # the next round comes whatever a delivery raises
             self._awake = bool(self._arrived or self._backlog.turns)
             if self._awake:
-                self._arrived_at = time.perf_counter()
+                self._arrived_at, self._now = time.perf_counter(), self._clock()
                 asyncio.get_running_loop().call_soon(self._run)
 
     def _take(self) -> list[SingleRow]:
@@ -186,7 +194,7 @@ class RowStepper:
         rows, self._arrived = self._arrived, []
         if self._backlog.turns or len(rows) > self._batch_rows:
             rows = self._in_turn(rows)
-        generation, draining = self._table.generation, self._admission.draining
+        generation, draining = self._generation, self._admission.draining
         taken = []
         for row in rows:
             gone = row.reply_to.cancelled or generation[row.session.handle] != row.generation
@@ -260,7 +268,7 @@ class RowStepper:
 
     def _leave(self, row: SingleRow) -> None:
         """A row that was to be in a forward is in none."""
-        self._table.busy[row.session.handle] = False
+        self._busy[row.session.handle] = False
         if row.reply_to.cancelled:
             self._drop(row)
         else:

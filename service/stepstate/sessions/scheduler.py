@@ -38,7 +38,7 @@ from stepstate.models import Model, build_timeline
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
-from stepstate.sessions.rows import RowCommitter, RowStepper
+from stepstate.sessions.rows import RowBatcher, RowCommitter
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.types import (
     PackedReplyTo,
@@ -104,7 +104,7 @@ class StepScheduler:
             memory=settings.replay_memory,
         )
         self._committer = RowCommitter(context, self.window)
-        self._rows = RowStepper(
+        self._rows = RowBatcher(
             context,
             settings,
             self.engine,

@@ -238,10 +238,11 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         except Exception as error:  # noqa: BLE001 (the call ends with it)
             self._fail(error)
         else:
-            self._count_taken()
+            self._unanswered += 1
+            self._stop_if_full()
 
-    def _count_taken(self) -> None:
-        self._unanswered += 1
+    def _stop_if_full(self) -> None:
+        """Reads no more while so much is under way that one more would only wait."""
         if self._is_full():
             self._pause()
         elif not self._memory.fits(0):

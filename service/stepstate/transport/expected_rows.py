@@ -43,18 +43,19 @@ class ExpectedRow:
     def expect(self, t: int) -> None:
         """The next row is this one."""
         self.t = t
-        self.prefix = self._codec.prefix(self._codec.head(t))
+        _, self.prefix = self._codec.heads(t)
         """All of its request but x."""
 
-    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
-        """Takes a request for this row; False: it has to go the ordinary way."""
-        t, codec, session = self.t, self._codec, self._session
-        x, head = request[-self.x_bytes :], codec.head(t + 1)
-        row = SingleRow(reply_to, session, self._generation, t, x, request, codec.reply_head(head))
+    def take(self, request: bytes, reply_to: RowReplyTo) -> SingleRow | None:
+        """Hands the row of such a request over; None: it has to go the ordinary way."""
+        t, session = self.t, self._session
+        reply_head, prefix = self._codec.heads(t + 1)
+        x = request[-self.x_bytes :]
+        row = SingleRow(reply_to, session, self._generation, t, x, request, reply_head)
         if not session.scheduler.add_row(row):
-            return False
-        self.t, self.prefix = t + 1, codec.prefix(head)
-        return True
+            return None
+        self.t, self.prefix = t + 1, prefix
+        return row
 
 
 class ExpectedRows:

@@ -16,8 +16,8 @@ import inspect
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -229,14 +229,7 @@ class _Rpc:
     ) -> Callable[..., Any]:
         """Serves handlers that use `context.write`, and async generators."""
         if inspect.isasyncgenfunction(behavior):
-
-            async def generated(_: object, context: Context) -> AsyncIterator[Any]:
-                async with self._watch(context):
-                    self._admission.begin(context, self._kind, _when_done)
-                    async for response in behavior(await read(context), context):
-                        yield response
-
-            return generated
+            behavior = _written(behavior)
 
         async def watched(_: object, context: Context) -> None:
             async with self._watch(context):
@@ -294,6 +287,21 @@ class _Rpc:
         finally:
             self._counts.handled[_go_name(code)] += 1
             self._counts.seconds.observe(time.perf_counter() - started)
+
+
+def _written(generate: Callable[..., AsyncGenerator[Any]]) -> Callable[..., Awaitable[None]]:
+    """Makes an async generator a handler that writes.
+
+    A generator that waits at a `yield` does not see that its call is cancelled, and grpcio leaves
+    its end to the garbage collector.
+    """
+
+    async def write(request: Any, context: Context) -> None:
+        async with aclosing(generate(request, context)) as responses:
+            async for response in responses:
+                await context.write(response)
+
+    return write
 
 
 def _codec(counts: RpcMetrics, handler: Handler) -> _Codec:

@@ -50,11 +50,11 @@ _DURABLE_T = _varint_tag(pb.StepResponse.DURABLE_T_FIELD_NUMBER)
 class RowCodec:
     """The messages of one session. A reply begins as the request after it does.
 
-        prefix = codec.prefix(codec.head(t))
+        _, prefix = codec.heads(t)
         if payload[: -codec.x_bytes] == prefix:  # it is the request for row t
             x = payload[-codec.x_bytes :]
-            head = codec.head(t + 1)
-            reply, prefix = whole_reply(codec.reply_head(head), y), codec.prefix(head)
+            reply_head, prefix = codec.heads(t + 1)
+            reply = whole_reply(reply_head, y)
 
     Args:
         session_id: of the session; not empty.
@@ -74,21 +74,14 @@ class RowCodec:
         self._before_x = packed_header(pb.StepRequest.X_FIELD_NUMBER, self.x_bytes)
         self._before_y = packed_header(pb.StepResponse.Y_FIELD_NUMBER, _FLOAT_BYTES * output_width)
 
-    def head(self, t: int) -> bytes:
-        """The session and t: how the request for row t begins, and the reply to the row before."""
-        return self._before_t + varint(t)
-
-    def prefix(self, head: bytes) -> bytes:
-        """All of a request but x, from its head."""
-        return head + self._before_x
-
-    def reply_head(self, head: bytes) -> bytes:
-        """All of a reply before y, from its head."""
-        return head + self._before_y
+    def heads(self, t: int) -> tuple[bytes, bytes]:
+        """All of a reply before y, after row t - 1; and all of the request for row t before x."""
+        both = self._before_t + varint(t)
+        return both + self._before_y, both + self._before_x
 
 
 def whole_reply(head: bytes, y: bytes, durable_t: int = 0) -> bytes:
-    """A reply from its `RowCodec.reply_head`, y (float32 [O], little-endian) and the saved rows."""
+    """A reply: its head (`RowCodec.heads`), y (float32 [O], little-endian), and the saved rows."""
     if durable_t:
         return b"".join((head, y, _DURABLE_T, varint(durable_t)))
     return head + y

@@ -17,7 +17,15 @@ import numpy as np
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import InvalidField, MemoryLimit, NonFiniteInput, StepstateError
 from stepstate.models import Manifest, Model
-from stepstate.sessions import ID_LENGTH, Hold, ReplyTo, ResidentSession, SingleRow, Step
+from stepstate.sessions import (
+    ID_LENGTH,
+    MAX_SOURCE_RUNNING,
+    Hold,
+    ReplyTo,
+    ResidentSession,
+    SingleRow,
+    Step,
+)
 from stepstate.stores import MissingPolicy
 from stepstate.transport.bidi import Backend, BidiStream
 from stepstate.transport.convert import REPLY_BYTES
@@ -56,26 +64,26 @@ class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepReques
     # Rows on the fast path: see `sessions.rows`
 
     def received(self, payload: bytes) -> None:
-        """See `MessageSink`."""
-        if self._paused or not self._take_row(payload):
-            super().received(payload)
-
-    def _take_row(self, payload: bytes) -> bool:
-        """Takes the row that was expected next; False: this is something else."""
+        """See `MessageSink`: takes the row that was expected next, or whatever else it is."""
         expected = self._expected.find(payload)
-        if expected is None or not self._memory.fits(STEP_BYTES):
-            return False
-        if not expected.take(payload, self):
-            return False
+        if expected is None or self._paused or not self._memory.fits(STEP_BYTES):
+            super().received(payload)
+            return
+        row = expected.take(payload, self)
+        if row is None:
+            super().received(payload)
+            return
         self._messages.counts.received += 1
-        self._count_taken()
-        return True
+        self._unanswered += 1
+        if self._held_bytes or self.source.running >= MAX_SOURCE_RUNNING:
+            self._stop_if_full()
 
     def deliver_row(self, row: SingleRow, y: bytes, durable_t: int) -> None:
         """See `RowReplyTo`."""
         if self.cancelled:
             return
-        self._release_row(row)
+        if row.held_bytes:
+            self._release_row(row)
         self._messages.counts.sent += 1
         try:
             self._send(whole_reply(row.reply_head, y, durable_t))

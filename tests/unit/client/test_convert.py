@@ -73,6 +73,15 @@ def test_no_answer_is_a_server_that_can_not_be_reached(code):
     assert convert.from_rpc(Failure(code, None), "host:1").detail == code.name
 
 
+def test_a_status_that_grpcs_client_lost_is_tried_again():
+    failure = Failure(grpc.StatusCode.INTERNAL, "Internal error from Core")
+    error = convert.from_rpc(failure, "host:1")
+    assert isinstance(error, ServerUnreachable)
+    assert is_retryable(error)
+    assert "lost its status" in str(error)
+    assert "Core" not in str(error)
+
+
 def test_a_call_that_was_given_up_here_is_cancelled():
     with grpc.insecure_channel("127.0.0.1:1") as channel:
         call = channel.unary_unary("/s/M").future(b"", wait_for_ready=True)

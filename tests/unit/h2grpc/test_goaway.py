@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from stepstate.h2grpc.connection import Http2Connection
 from stepstate.h2grpc.frames import (
+    CLIENT_PREFACE,
     LARGEST_WINDOW,
     ErrorCode,
     Flag,
@@ -13,10 +15,11 @@ from stepstate.h2grpc.frames import (
     goaway,
     ping,
     rst_stream,
+    settings,
 )
 from stepstate.h2grpc.limits import Http2Limits
-from tests.unit.h2grpc.client import Client, message
-from tests.unit.h2grpc.raw import headers
+from tests.unit.h2grpc.client import Client, EchoHost, Room, message
+from tests.unit.h2grpc.raw import frames_of, headers
 
 ANSWER = ping(b"draining", ack=True)
 FIRST = goaway(LARGEST_WINDOW, ErrorCode.NO_ERROR)
@@ -66,6 +69,17 @@ def test_an_idle_connection_ends_when_its_client_has_answered() -> None:
     assert not client.server.ended
     client.server.receive(ANSWER)
     assert client.server.ended
+
+
+def test_a_connection_that_drains_from_the_beginning_greets_first() -> None:
+    """Its first frame must be SETTINGS (RFC 9113, section 3.4)."""
+    server = Http2Connection(EchoHost(), Http2Limits(), lambda: 0.0, Room())
+    server.drain()
+    assert not server.take_output()
+    server.receive(CLIENT_PREFACE + settings({}))
+    kinds = [one.kind for one in frames_of(server.take_output())]
+    assert kinds[0] == FrameType.SETTINGS
+    assert FrameType.GOAWAY in kinds
 
 
 def test_a_drain_is_asked_for_once() -> None:

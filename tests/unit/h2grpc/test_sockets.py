@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -15,8 +16,11 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 
 from stepstate.h2grpc import ConnectionTimes, H2Server, Http2Limits
-from stepstate.h2grpc.connection import STREAMS_AT_ONCE
+from stepstate.h2grpc.connection import STREAMS_AT_ONCE, Http2Connection
 from stepstate.h2grpc.frames import CLIENT_PREFACE, ErrorCode, ping, settings, window_update
+from stepstate.h2grpc.lifetime import Lifetime
+from stepstate.h2grpc.memory import PartialMessages
+from stepstate.h2grpc.waiting import WaitingStreams
 from tests.unit.h2grpc.client import HEADERS
 from tests.unit.h2grpc.raw import goaway_of
 
@@ -199,3 +203,40 @@ async def test_calls_that_come_together_begin_and_end_in_several_turns_of_the_lo
         await _gone(server)
     for turns in (begun, ended):
         assert max(Counter(turns).values()) <= STREAMS_AT_ONCE
+
+
+async def _leave_at_once(port: int) -> None:
+    """Without a word."""
+    _reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.close()
+    await writer.wait_closed()
+
+
+async def _break_the_rules(port: int) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(BEGINNING + ping(b"", ack=False))
+    await reader.read()
+    writer.close()
+    await writer.wait_closed()
+
+
+async def _be_cut_within_a_call(port: int) -> None:
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stream = channel.stream_stream("/test/Echo")()
+        await stream.write(b"before")
+        await stream.read()
+
+
+@pytest.mark.parametrize("leave", [_leave_at_once, _break_the_rules, _be_cut_within_a_call])
+async def test_a_connection_leaves_nothing_to_the_garbage_collector(leave: Any) -> None:
+    kinds = {Http2Connection, Lifetime, PartialMessages, WaitingStreams}
+    async with _running(ConnectionTimes()) as (_server, port):
+        gc.collect()
+        gc.disable()
+        try:
+            await leave(port)
+            async with asyncio.timeout(HANG):
+                while any(type(one) in kinds for one in gc.get_objects()):
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()

@@ -111,10 +111,10 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._waiting_loads: set[_PendingLoad[W]] = set()
         self._leaving: int | None = None  # what was reserved for the reply that waits to leave
         self._inbox: deque[bytes] = deque()  # requests that came while it was paused
-        self._returned: deque[bytes] = deque()  # the same, but before those in the inbox
         self._turn: asyncio.Future[None] | None = None  # of the request that waits for it
         self._paused = False
         self._stalled = False  # until there is memory
+        self._taking_back = False  # a request that is here already: there is room, or must be
         self._goes_on = False  # soon
         self._flushing = False
         self._ended = False  # the client has sent its last request
@@ -162,8 +162,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             for task in self._tasks:
                 task.cancel()
             # A traceback that leads here is part of a reference cycle: no reply may be in it.
-            for waiting in (self._ready, self._inbox, self._returned):
-                waiting.clear()
+            self._ready.clear()
+            self._inbox.clear()
             self._drop_waiting()
         if self._draining:
             raise Draining
@@ -201,12 +201,15 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._fail(error)
 
     def _take_back(self, payload: bytes) -> None:
-        """Takes a request that was taken already, before those that came after it."""
-        if self._stalled:
-            self._charge(MemoryUse.REQUESTS, len(payload))
-            self._returned.append(payload)
-        else:
+        """Takes a request that was taken already, before those that came after it.
+
+        So it is taken now: while the call is stalled, one of those is about to be.
+        """
+        self._taking_back = True
+        try:
             self._take_bytes(payload)
+        finally:
+            self._taking_back = False
 
     def _take_in_turn(self, data: bytes) -> None:
         """Takes a request, now or when its peer may have it handled."""
@@ -239,7 +242,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._fail(error)
         else:
             self._unanswered += 1
-            self._stop_if_full()
+            if not self._stalled:
+                self._stop_if_full()
 
     def _stop_if_full(self) -> None:
         """Reads no more while so much is under way that one more would only wait."""
@@ -300,8 +304,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         if self.cancelled or not self._paused or self._stalled or self._draining or self._is_full():
             return
         self._paused = False
-        while (waiting := self._returned or self._inbox) and not self._paused:
-            data = waiting.popleft()
+        while self._inbox and not self._paused:
+            data = self._inbox.popleft()
             self._memory.release(MemoryUse.REQUESTS, len(data))
             self._held_bytes -= len(data)
             self._take_in_turn(data)
@@ -310,7 +314,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._end_if_answered()
 
     def _end_if_answered(self) -> None:
-        waiting = self._unanswered or self._inbox or self._returned or self._stalled
+        waiting = self._unanswered or self._inbox or self._stalled
         if self._ended and not waiting and not self._done.done():
             self._done.set_result(None)
 
@@ -431,6 +435,9 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         Raises:
             MemoryLimit.
         """
+        if self._taking_back:
+            self._charge(use, size)
+            return
         self._memory.reserve(use, size)
         self._held_bytes += size
 

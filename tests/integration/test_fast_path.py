@@ -78,3 +78,15 @@ async def test_a_row_that_is_given_back_comes_before_one_that_waits_for_its_turn
     turn.set_result(None)
     await asyncio.wait_for(call.answered(5), HANG)
     assert told(call.replies) == expected
+
+
+async def test_a_call_ends_whose_last_row_is_given_back_and_refused(
+    connection: Pipelined, stub: StepstateServiceStub
+):
+    await opened(stub, "a")
+    call = await begun(connection, "a")
+    call.put(row("a", 1, missing=True))
+    call.end()
+    connection.flush()
+    assert await call.ended() == "0"
+    assert told(call.replies) == [1, "NON_FINITE_INPUT"]

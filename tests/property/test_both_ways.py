@@ -22,7 +22,9 @@ from hypothesis import strategies as st
 
 from stepstate import server as server_module
 from stepstate.config import ServerConfig
+from stepstate.sessions import SingleRow
 from stepstate.sessions.snapshots.writer import SnapshotWriter
+from stepstate.transport.steps import StepStream
 from stepstate.uptime import UptimeClock
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.hypothesis_profiles import examples
@@ -53,6 +55,8 @@ class Pair:
         self.clock = clock
         self.sides = sides
         self.numbers = itertools.count()
+        self.fast_rows = 0
+        """Applied on the fast path."""
 
     @property
     def durable(self) -> bool:
@@ -89,8 +93,17 @@ def pair(
             side = running_side(replace(config, store=store), suffix)
             return runner.run(stack.enter_async_context(side))
 
-        yield Pair(runner, clock, (start("straight", b""), start("parsed", UNKNOWN_FIELD)))
+        both = Pair(runner, clock, (start("straight", b""), start("parsed", UNKNOWN_FIELD)))
+        deliver_row = StepStream.deliver_row
+
+        def noted(stream: StepStream, row: SingleRow, y: bytes, durable_t: int) -> None:
+            both.fast_rows += 1
+            deliver_row(stream, row, y, durable_t)
+
+        patch.setattr(StepStream, "deliver_row", noted)
+        yield both
         runner.run(stack.aclose())
+        assert both.fast_rows > 100
 
 
 @dataclass(frozen=True, slots=True)

@@ -210,6 +210,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._take_bytes(payload)
         finally:
             self._taking_back = False
+        self._end_if_answered()  # it may have been the last one, and refused at once
 
     def _take_in_turn(self, data: bytes) -> None:
         """Takes a request, now or when its peer may have it handled."""

@@ -10,6 +10,7 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
     the session takes steps, and t is its own   RowBatcher._fits       RequestQueues.find,
                                                                        StepScheduler._start
     one at a time of a session, as they came    ResidentSession.waiting, of both
+    a row that waits is accepted, or refused    Admission, of both
     at most a micro-batch; sources take turns   RowBatcher._take       Engine._take
     nobody waits any more: it is not applied    RowBatcher._take       Engine._take
     the forward                                 Forward.step, of both
@@ -21,7 +22,8 @@ Packed rows are checked by `Table.fast_path_mask`, the columns' form of `_fits`,
 
 Rule 1: a session with a row here is busy, as with a step in the engine: what comes for it meanwhile
         waits in the session.
-Rule 2: a row that is given back has changed nothing.
+Rule 2: a row that is given back has changed nothing, and becomes a step in its place: what came
+        after it waits in the session.
 
 B rows of different sessions, D inputs, O outputs.
 """
@@ -37,6 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Engine, FairQueue, Floats, RowColumns
+from stepstate.errors import Draining, StepstateError
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
@@ -93,7 +96,7 @@ class RowBatcher:
         settings: of the engine, and the backlog.
         engine: of the model.
         committer: of the model.
-        admission: says whether the server drains.
+        admission: accepts rows that have to wait.
         observer: counts what happens.
         enqueue: lets something wait in a session that is busy.
         resume: starts what waits in a session that is not.
@@ -126,6 +129,8 @@ class RowBatcher:
         self._observer = observer
         self._enqueue = enqueue
         self._resume = resume
+        self.accepted = 0
+        """Rows that wait."""
         self._arrived: list[SingleRow] = []
         self._backlog: FairQueue[SingleRow] = FairQueue()
         self._awake = False
@@ -137,8 +142,9 @@ class RowBatcher:
         if self._generation[session.handle] != row.generation:
             return False
         if self._busy[session.handle]:
+            if not self._accept(row):
+                return False
             self._enqueue(session, row)
-            row.reply_to.hold_row(row)
         elif self._fits(row):
             self._start(row)
         else:
@@ -155,17 +161,32 @@ class RowBatcher:
         else:
             self._give_back(row)
 
+    def _accept(self, row: SingleRow) -> bool:
+        """Lets a row wait, unless it has to be refused."""
+        if not row.accepted:
+            try:
+                self._admission.accept(1, 1, source=row.reply_to.source)
+            except StepstateError:
+                return False
+            row.accepted = True
+            self.accepted += 1
+            row.reply_to.hold_row(row)
+        return True
+
     def _fits(self, row: SingleRow) -> bool:
         """Whether the session takes steps, and this is its next row."""
         handle, t = row.session.handle, row.t
         if not self._awake:
             self._now = self._clock()
+        row.at = at = self._t[handle]
         return (
-            self._t[handle] == t
+            (t is None or t == at)
             and self._generation[handle] == row.generation
             and self._expires_at[handle] > self._now
-            and (t - self._durable_t[handle] < self._backlog_rows or not self._saved_behind[handle])
-            and not self._admission.draining
+            and (
+                at - self._durable_t[handle] < self._backlog_rows or not self._saved_behind[handle]
+            )
+            and (row.accepted or not self._admission.draining)
         )
 
     def _start(self, row: SingleRow) -> None:
@@ -198,7 +219,7 @@ class RowBatcher:
         taken = []
         for row in rows:
             gone = row.reply_to.cancelled or generation[row.session.handle] != row.generation
-            if gone or draining:
+            if gone or (draining and not row.accepted):
                 self._leave(row)
             else:
                 taken.append(row)
@@ -208,8 +229,10 @@ class RowBatcher:
         """As many rows as one forward takes, of their sources in turn; the others wait."""
         backlog = self._backlog
         for row in rows:
-            backlog.put(row.reply_to.source, row, 1)
-            row.reply_to.hold_row(row)
+            if self._accept(row):
+                backlog.put(row.reply_to.source, row, 1)
+            else:
+                self._leave(row)
         taken: list[SingleRow] = []
         while backlog.turns and len(taken) < self._batch_rows:
             taken.append(backlog.first()[0])
@@ -226,7 +249,7 @@ class RowBatcher:
                 return
         table, count = self._table, len(rows)
         handles = np.array([row.session.handle for row in rows])
-        t = np.array([row.t for row in rows])
+        t = np.array([row.at for row in rows])
         slots, phase = table.slot_array[handles], table.phase_array[handles] + t
         started = time.perf_counter()
         try:
@@ -240,7 +263,7 @@ class RowBatcher:
             rows, x, y = self._only(rows, finite), x[finite], y[finite]
             handles, slots, t = handles[finite], slots[finite], t[finite]
         if len(rows) == 1:
-            self._committer.one(rows[0].session, rows[0].t, x[0], y[0])
+            self._committer.one(rows[0].session, rows[0].at, x[0], y[0])
         else:
             self._committer.many(handles, slots, t, x, y)
         self._answer(rows, handles, y)
@@ -260,7 +283,7 @@ class RowBatcher:
         outputs, width, awaited = y.tobytes(), y.shape[1] * y.itemsize, table.awaited
         first = 0
         for row, durable_t in zip(rows, durable, strict=True):
-            row.reply_to.source.finished(1)
+            self._done(row)
             row.reply_to.deliver_row(row, outputs[first : first + width], durable_t)
             first += width
             if awaited[row.session.handle]:
@@ -277,15 +300,24 @@ class RowBatcher:
 
     def _drop(self, row: SingleRow) -> None:
         """Nobody waits for it: it is never applied."""
-        row.reply_to.source.finished(1)
+        self._done(row)
         self._observer.ended("cancelled")
 
     def _give_back(self, row: SingleRow) -> None:
-        """Lets a row of a session that is not busy go the ordinary way, before what came later."""
-        session = row.session
-        later, session.waiting = session.waiting, None
-        row.reply_to.source.finished(1)
-        row.reply_to.take_again(row)
-        if later:
-            later.extendleft(reversed(session.waiting or ()))
-            session.waiting = later
+        """Lets a row of a session that is not busy go the ordinary way, as a step in its place."""
+        step = row.reply_to.step_of(row)
+        if step is not None:
+            if self._admission.draining and not row.accepted:
+                step.error = Draining()
+            self._admission.count(1, 1, source=row.reply_to.source)
+        self._done(row)
+        if step is not None:
+            row.session.scheduler.submit(step)
+
+    def _done(self, row: SingleRow) -> None:
+        """A row is here no more; its outcome is delivered next."""
+        source = row.reply_to.source
+        source.finished(1)
+        if row.accepted:
+            self.accepted -= 1
+            self._admission.settled(1, 1, source=source)

@@ -47,6 +47,8 @@ MAX_ROWS = 16_384
 """Of packed messages: 64 of the largest forwards."""
 MAX_BYTES = 8 * 2**20
 """Two of the longest replies."""
+STEP_BYTES = 1024
+"""What a step takes, beside its values."""
 REFUSAL_BYTES = 2048
 """Of a reply that says why a request was refused, with what it takes to keep it."""
 
@@ -114,7 +116,6 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._turn: asyncio.Future[None] | None = None  # of the request that waits for it
         self._paused = False
         self._stalled = False  # until there is memory
-        self._taking_back = False  # a request that is here already: there is room, or must be
         self._goes_on = False  # soon
         self._flushing = False
         self._ended = False  # the client has sent its last request
@@ -200,18 +201,6 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         """See `MessageSink`."""
         self._fail(error)
 
-    def _take_back(self, payload: bytes) -> None:
-        """Takes a request that was taken already, before those that came after it.
-
-        So it is taken now: while the call is stalled, one of those is about to be.
-        """
-        self._taking_back = True
-        try:
-            self._take_bytes(payload)
-        finally:
-            self._taking_back = False
-        self._end_if_answered()  # it may have been the last one, and refused at once
-
     def _take_in_turn(self, data: bytes) -> None:
         """Takes a request, now or when its peer may have it handled."""
         turn = self._shares.take(self._peer, cost_of(data))
@@ -243,8 +232,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._fail(error)
         else:
             self._unanswered += 1
-            if not self._stalled:
-                self._stop_if_full()
+            self._stop_if_full()
 
     def _stop_if_full(self) -> None:
         """Reads no more while so much is under way that one more would only wait."""
@@ -315,8 +303,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._end_if_answered()
 
     def _end_if_answered(self) -> None:
-        waiting = self._unanswered or self._inbox or self._stalled
-        if self._ended and not waiting and not self._done.done():
+        finished = self._ended and not self._unanswered and not self._inbox and not self._stalled
+        if finished and not self._done.done():
             self._done.set_result(None)
 
     def _fail(self, error: Exception) -> None:
@@ -436,9 +424,6 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         Raises:
             MemoryLimit.
         """
-        if self._taking_back:
-            self._charge(use, size)
-            return
         self._memory.reserve(use, size)
         self._held_bytes += size
 

@@ -7,7 +7,7 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
 
     rule                                        fast path              ordinary way
     ------------------------------------------  ---------------------  -------------------------
-    the session takes steps, and t is its own   RowBatcher._fits       RequestQueues.find,
+    the session takes steps, and t is its own   RowBatcher._enter      RequestQueues.find,
                                                                        StepScheduler._start
     one at a time of a session, as they came    ResidentSession.waiting, of both
     at most a micro-batch; sources take turns   RowBatcher._take       Engine._take
@@ -17,7 +17,7 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
     a row that raises or overflows              RowBatcher._give_back  Engine._step, _report
     t is another, missing values, sync, ...     RowBatcher._give_back  StepScheduler
 
-Packed rows are checked by `Table.fast_path_mask`, the columns' form of `_fits`, and share the rest.
+Packed rows are checked by `Table.fast_path_mask`, that is `_enter` for columns, and share the rest.
 
 Rule 1: a session with a row here is busy, as with a step in the engine: what comes for it meanwhile
         waits in the session.
@@ -133,49 +133,42 @@ class RowBatcher:
 
     def add(self, row: SingleRow) -> bool:
         """Takes a row; False: it has to go the ordinary way, and nothing was done."""
-        session = row.session
-        if self._generation[session.handle] != row.generation:
+        handle = row.session.handle
+        if not self._busy[handle]:
+            return self._enter(row)
+        if self._generation[handle] != row.generation:
             return False
-        if self._busy[session.handle]:
-            self._enqueue(session, row)
-            row.reply_to.hold_row(row)
-        elif self._fits(row):
-            self._start(row)
-        else:
-            return False
-        row.reply_to.source.running += 1
+        self._enqueue(row.session, row)
+        row.reply_to.hold_row(row)
         return True
 
     def resume(self, row: SingleRow) -> None:
         """The turn of a row has come that has waited in its session."""
         if row.reply_to.cancelled:
             self._drop(row)
-        elif self._fits(row):
-            self._start(row)
-        else:
+        elif not self._enter(row):
             self._give_back(row)
 
-    def _fits(self, row: SingleRow) -> bool:
-        """Whether the session takes steps, and this is its next row."""
+    def _enter(self, row: SingleRow) -> bool:
+        """Puts a row into the next forward, if its session takes steps and it is the next row."""
         handle, t = row.session.handle, row.t
         if not self._awake:
             self._now = self._clock()
-        return (
-            self._t[handle] == t
-            and self._generation[handle] == row.generation
-            and self._expires_at[handle] > self._now
-            and (t - self._durable_t[handle] < self._backlog_rows or not self._saved_behind[handle])
-            and not self._admission.draining
-        )
-
-    def _start(self, row: SingleRow) -> None:
-        """Puts a row that fits into the next forward."""
-        self._busy[row.session.handle] = True
+        if (
+            self._t[handle] != t
+            or self._generation[handle] != row.generation
+            or self._expires_at[handle] <= self._now
+            or (t - self._durable_t[handle] >= self._backlog_rows and self._saved_behind[handle])
+            or self._admission.draining
+        ):
+            return False
+        self._busy[handle] = True
         self._arrived.append(row)
         if not self._awake:
             self._awake = True
             self._arrived_at = time.perf_counter()
             asyncio.get_running_loop().call_soon(self._run)
+        return True
 
     def _run(self) -> None:
         """One forward, at the end of a round of the event loop."""
@@ -260,7 +253,6 @@ class RowBatcher:
         outputs, width, awaited = y.tobytes(), y.shape[1] * y.itemsize, table.awaited
         first = 0
         for row, durable_t in zip(rows, durable, strict=True):
-            row.reply_to.source.finished(1)
             row.reply_to.deliver_row(row, outputs[first : first + width], durable_t)
             first += width
             if awaited[row.session.handle]:
@@ -277,14 +269,13 @@ class RowBatcher:
 
     def _drop(self, row: SingleRow) -> None:
         """Nobody waits for it: it is never applied."""
-        row.reply_to.source.finished(1)
+        row.reply_to.drop_row(row)
         self._observer.ended("cancelled")
 
     def _give_back(self, row: SingleRow) -> None:
         """Lets a row of a session that is not busy go the ordinary way, before what came later."""
         session = row.session
         later, session.waiting = session.waiting, None
-        row.reply_to.source.finished(1)
         row.reply_to.take_again(row)
         if later:
             later.extendleft(reversed(session.waiting or ()))

@@ -128,8 +128,12 @@ class RowReplyTo(Protocol):
         """Takes a row back, to handle it the ordinary way; nothing was done."""
         ...
 
+    def drop_row(self, row: SingleRow) -> None:
+        """Nobody waits for a row any more: it was not applied."""
+        ...
+
     def hold_row(self, row: SingleRow) -> None:
-        """A row waits longer than this round of the event loop: its memory has to be counted."""
+        """A row waits longer than this round of the event loop: it has to be counted."""
         ...
 
 

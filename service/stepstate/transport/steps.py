@@ -19,7 +19,6 @@ from stepstate.errors import InvalidField, MemoryLimit, NonFiniteInput, Stepstat
 from stepstate.models import Manifest, Model
 from stepstate.sessions import (
     ID_LENGTH,
-    MAX_SOURCE_RUNNING,
     Hold,
     ReplyTo,
     ResidentSession,
@@ -31,7 +30,7 @@ from stepstate.transport.bidi import Backend, BidiStream
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.peers import current_peer
-from stepstate.transport.row_codec import whole_reply
+from stepstate.transport.row_codec import saved
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
@@ -65,36 +64,33 @@ class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepReques
 
     def received(self, payload: bytes) -> None:
         """See `MessageSink`: takes the row that was expected next, or whatever else it is."""
-        expected = self._expected.find(payload)
-        if expected is None or self._paused or not self._memory.fits(STEP_BYTES):
+        fast = not self._paused and self._memory.fits(STEP_BYTES)
+        if fast and self._expected.take(payload, self):
+            self._messages.counts.received += 1
+            self._unanswered += 1
+            if self._held_bytes:
+                self._stop_if_full()
+        else:
             super().received(payload)
-            return
-        row = expected.take(payload, self)
-        if row is None:
-            super().received(payload)
-            return
-        self._messages.counts.received += 1
-        self._unanswered += 1
-        if self._held_bytes or self.source.running >= MAX_SOURCE_RUNNING:
-            self._stop_if_full()
 
     def deliver_row(self, row: SingleRow, y: bytes, durable_t: int) -> None:
         """See `RowReplyTo`."""
+        if row.held_bytes:
+            self.drop_row(row)
         if self.cancelled:
             return
-        if row.held_bytes:
-            self._release_row(row)
         self._messages.counts.sent += 1
+        reply = row.reply_head + y
         try:
-            self._send(whole_reply(row.reply_head, y, durable_t))
+            self._send(reply + saved(durable_t) if durable_t else reply)
         except Exception as error:  # noqa: BLE001 (the call ends with it)
             self._fail(error)
 
     def take_again(self, row: SingleRow) -> None:
         """See `RowReplyTo`."""
+        self.drop_row(row)
         if self.cancelled:
             return
-        self._release_row(row)
         self._unanswered -= 1
         self._messages.counts.received -= 1  # it is counted again
         self._take_back(row.message)
@@ -104,11 +100,14 @@ class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepReques
         if not row.held_bytes:
             row.held_bytes = STEP_BYTES + len(row.message)
             self._charge(MemoryUse.REQUESTS, row.held_bytes)
+            self.source.running += 1
 
-    def _release_row(self, row: SingleRow) -> None:
+    def drop_row(self, row: SingleRow) -> None:
+        """See `RowReplyTo`: what was counted for it is released."""
         if row.held_bytes:
             self._release(MemoryUse.REQUESTS, row.held_bytes)
             row.held_bytes = 0
+            self.source.finished(1)
 
     # All other requests
 

@@ -8,19 +8,20 @@ from dataclasses import asdict, dataclass
 
 import click
 
+from benchmarks.clients import running_clients
 from benchmarks.cpp import build_programs
 from benchmarks.generator import CppGenerator
 from benchmarks.load import CallPath
-from benchmarks.models import DESCRIPTION
+from benchmarks.loads import calling, connected, packed, streams
+from benchmarks.models import DESCRIPTION, NAME, VARIANTS
 from benchmarks.options import MAX_SESSIONS, option, whole_numbers
 from benchmarks.parts import PARTS, part_of
 from benchmarks.procstat import check_proc, series
 from benchmarks.report import Report, Table
 from benchmarks.results import Case, Plan
-from benchmarks.runner import Target, measure, opened_sessions
+from benchmarks.runner import LoadClients, Target, measure, opened_sessions
 from benchmarks.sampler import Stack, sampled
 from benchmarks.servers import bench_folder, running_stepstate
-from benchmarks.transports import connected, streams
 
 _FUNCTIONS = 4
 """The busiest of a part, which are printed."""
@@ -41,6 +42,13 @@ class ProfilePlan(Plan):
     connections: int = option(
         64, click.IntRange(2, MAX_SESSIONS), "Then as many connections, with a stream each."
     )
+    callers: int = option(
+        16, click.IntRange(1, MAX_SESSIONS), "Then as many callers of the unary Step."
+    )
+    packed_rows: int = option(
+        256, click.IntRange(1, 4096), "Then packed messages of so many rows, from Python."
+    )
+    model: str = option(NAME, click.Choice([NAME, *VARIANTS]), "That is stepped.")
     transport: str = option("lean", click.Choice(["lean", "grpcio"]), "The server's.")
     seconds: float = option(4.0, click.FloatRange(1.0, 3600.0), "Each of the two windows.")
     warm_up: float = option(0.5, click.FloatRange(0.0, 3600.0), "Seconds before a window.")
@@ -50,8 +58,12 @@ class ProfilePlan(Plan):
     def loads(self) -> dict[str, Case]:
         """All loads, by name."""
         loads = {streams(count): Case(CallPath.STREAM, count, 1) for count in self.sessions}
-        count = self.connections
-        return loads | {connected(count): Case(CallPath.STREAM, count, 1, connections=count)}
+        count, rows = self.connections, self.packed_rows
+        return loads | {
+            connected(count): Case(CallPath.STREAM, count, 1, connections=count),
+            calling(self.callers): Case(CallPath.UNARY, self.callers, 1),
+            packed(rows): Case(CallPath.PACKED, rows * self.in_flight, rows),
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +73,8 @@ class Profile:
     load: str
     steps_per_second: float
     cpu_us_per_step: float
-    rows_per_forward: float
+    rows_per_forward: float | None
+    """None: the server counts none, as of packed messages."""
     samples: int
     parts: dict[str, float]
     """CPU time in µs of a step, by part."""
@@ -79,11 +92,13 @@ def profile(plan: ProfilePlan, log: Callable[[str], None]) -> Report:
     log("the load generator in C++ is built, if it has to be")
     programs = build_programs()
     with (
-        bench_folder() as folder,
+        bench_folder(plan.model) as folder,
         running_stepstate(folder, "memory:", "--transport", plan.transport) as server,
-        CppGenerator(programs.load) as clients,
+        CppGenerator(programs.load) as client,
+        running_clients(plan.processes) as python,
     ):
-        profiling = _Profiling(plan, Target("steps", server), clients)
+        target = Target("steps", server, model=plan.model)
+        profiling = _Profiling(plan, target, client=client, python=python)
         found = []
         for load, case in plan.loads().items():
             log(load)
@@ -95,22 +110,26 @@ def profile(plan: ProfilePlan, log: Callable[[str], None]) -> Report:
 class _Profiling:
     plan: ProfilePlan
     target: Target
-    clients: CppGenerator
+    client: LoadClients
+    """Sends single rows."""
+    python: LoadClients
+    """Sends packed ones."""
 
     def profile(self, load: str, case: Case) -> Profile:
+        clients = self.python if case.path is CallPath.PACKED else self.client
         with opened_sessions(self.target, case.sessions) as names:
             rows, forwards = self._stepped()
-            measured = measure(self.plan, self.target, self.clients, case, names)
+            measured = measure(self.plan, self.target, clients, case, names)
             rows_after, forwards_after = self._stepped()
-        stacks = self._sample(case)
-        samples = stacks.total()
+        stacks = self._sample(case, clients)
+        samples, counted = stacks.total(), forwards_after - forwards
         us = measured.cpu_us_per_step / samples
         functions = _by_part(stacks)
         return Profile(
             load=load,
             steps_per_second=measured.steps_per_second,
             cpu_us_per_step=measured.cpu_us_per_step,
-            rows_per_forward=(rows_after - rows) / (forwards_after - forwards),
+            rows_per_forward=(rows_after - rows) / counted if counted else None,
             samples=samples,
             parts={part: us * found.total() for part, found in functions.items()},
             functions={
@@ -119,14 +138,13 @@ class _Profiling:
             },
         )
 
-    def _sample(self, case: Case) -> Counter[Stack]:
-        pid = self.target.server.pid
+    def _sample(self, case: Case, clients: LoadClients) -> Counter[Stack]:
         with (
             opened_sessions(self.target, case.sessions) as names,
-            sampled(self.clients, pid) as clients,
+            sampled(clients, self.target.server.pid) as watched,
         ):
-            measure(self.plan, self.target, clients, case, names)
-            return clients.stacks()
+            measure(self.plan, self.target, watched, case, names)
+            return watched.stacks()
 
     def _stepped(self) -> tuple[float, float]:
         """Rows, and the forwards that they were stepped in."""
@@ -146,16 +164,17 @@ def _by_part(stacks: Counter[Stack]) -> dict[str, Counter[str]]:
 def _report(plan: ProfilePlan, found: Sequence[Profile]) -> Report:
     return Report(
         workload=(
-            f"{DESCRIPTION}; closed loop, one row a message, with t; store memory; transport "
-            f"{plan.transport}; one client in C++; for each load a window of {plan.seconds:g} s "
-            f"after {plan.warm_up:g} s of warm-up, then one of as long with py-spy"
+            f"{VARIANTS.get(plan.model, DESCRIPTION)}; closed loop, with t, packed messages with "
+            f"{plan.in_flight} in flight; store memory; transport {plan.transport}; one client in "
+            f"C++, packed messages from Python; for each load a window of {plan.seconds:g} s after "
+            f"{plan.warm_up:g} s of warm-up, then one of as long with py-spy"
         ),
         heads=("part", *(one.load for one in found)),
         rows=[
             *([part, *(_part_text(one, part) for one in found)] for part in PARTS),
             ["CPU µs a step", *(f"{one.cpu_us_per_step:.1f}" for one in found)],
             ["steps/s", *(f"{one.steps_per_second:,.0f}" for one in found)],
-            ["rows a forward", *(f"{one.rows_per_forward:.1f}" for one in found)],
+            ["rows a forward", *map(_rows_text, found)],
             ["samples", *(f"{one.samples:,}" for one in found)],
         ],
         notes=(
@@ -164,8 +183,16 @@ def _report(plan: ProfilePlan, found: Sequence[Profile]) -> Report:
             "call that belongs to no part, such as torch.",
         ),
         results=[asdict(one) for one in found],
-        more=(_functions_table(max(found, key=lambda one: one.steps_per_second)),),
+        more=(_functions_table(max(found[: len(plan.sessions)], key=_rate_of)),),
     )
+
+
+def _rate_of(one: Profile) -> float:
+    return one.steps_per_second
+
+
+def _rows_text(one: Profile) -> str:
+    return "–" if one.rows_per_forward is None else f"{one.rows_per_forward:.1f}"
 
 
 def _part_text(one: Profile, part: str) -> str:

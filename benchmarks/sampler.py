@@ -76,12 +76,18 @@ class SampledClients:
         return found
 
     def stacks(self) -> Counter[Stack]:
-        """How often the main thread was seen at work in each place."""
+        """How often the main thread was seen at work in each place.
+
+        Raises:
+            BenchError: it never was.
+        """
         found: Counter[Stack] = Counter()
         for line in self._file.read_text().splitlines():
             frames, _, count = line.rpartition(" ")
             if _OTHER_THREADS not in frames:
                 found[_stack(frames)] += int(count)
+        if not found:
+            raise BenchError("py-spy saw the server idle all the time: give --seconds more")
         return found
 
 

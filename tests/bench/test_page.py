@@ -12,7 +12,7 @@ from types import ModuleType
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import page
+from benchmarks import page, pictures, tables
 from benchmarks.cli import main
 from tests.markdown import ROOT, blocks_of, run_shell
 
@@ -28,7 +28,7 @@ SHORT = (
 @pytest.fixture
 def script(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """What writes the page, drawing into a temporary folder."""
-    monkeypatch.setattr(page, "IMAGES", tmp_path)
+    monkeypatch.setattr(pictures, "IMAGES", tmp_path)
     return page
 
 
@@ -57,7 +57,7 @@ def test_every_command_is_the_one_that_was_measured(script: ModuleType):
     assert sorted(named) == sorted(script.RUNS)
     for name, options in script.RUNS.items():
         assert f"python -m benchmarks {options}" in LINES
-        path = script.MEASURED / f"{name}.json"
+        path = tables.MEASURED / f"{name}.json"
         if path.exists():
             assert f"benchmarks {options.split()[0]}" in json.loads(path.read_text())["command"]
 
@@ -87,9 +87,9 @@ def test_what_was_not_measured_is_not_told(
     script: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
     some = tmp_path / "some"
-    shutil.copytree(script.MEASURED, some)
+    shutil.copytree(tables.MEASURED, some)
     (some / "scale.json").unlink()
-    monkeypatch.setattr(script, "MEASURED", some)
+    monkeypatch.setattr(tables, "MEASURED", some)
     assert "<!-- table scale -->\nNot measured yet.\n<!-- end -->" in script.rendered(
         PAGE.read_text()
     )

@@ -69,9 +69,10 @@ def test_a_server_is_profiled_while_it_steps(tmp_path: Path):
     except MissingTools as missing:
         pytest.skip(f"MISSING PROGRAM: {missing}; .ci/run installs them")
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "benchmarks", "profile", "--sessions", "16"]
+    command = [sys.executable, "-m", "benchmarks", "profile", "--model", "bench-gru"]
+    loads = ["--sessions", "16", "--connections", "2", "--callers", "2", "--packed-rows", "4"]
     done = subprocess.run(
-        [*command, "--connections", "2", "--seconds", "2", "--json", str(out)],
+        [*command, *loads, "--seconds", "1", "--json", str(out)],
         capture_output=True,
         text=True,
         timeout=200,
@@ -80,7 +81,12 @@ def test_a_server_is_profiled_while_it_steps(tmp_path: Path):
     if "Permission" in done.stderr:
         pytest.skip("MISSING PERMISSION: processes may not be traced here")
     assert done.returncode == 0, done.stderr
-    for found in json.loads(out.read_text())["results"]:
+    results = json.loads(out.read_text())["results"]
+    loads = ["16 streams", "2 connections", "2 callers of Step", "packed, 4 rows"]
+    assert [found["load"] for found in results] == loads
+    for found in results:
         assert sum(found["parts"].values()) == pytest.approx(found["cpu_us_per_step"])
-        assert all(found["parts"][part] > 0 for part in ("frames", "forward", "write"))
-        assert 1 <= found["rows_per_forward"] <= 16
+        assert found["parts"]["forward"] > 0
+        assert found["rows_per_forward"] is None or 1 <= found["rows_per_forward"] <= 16
+    seen = {part for found in results for part, us in found["parts"].items() if us}
+    assert {"frames", "forward", "write"} <= seen

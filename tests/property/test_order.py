@@ -18,12 +18,15 @@ from unittest.mock import patch
 
 import grpc
 import numpy as np
+from google.protobuf.message import Message
 from hypothesis import given
 from hypothesis import strategies as st
+from tritonclient.grpc import service_pb2 as triton_pb
 
 from stepstate.budget import MemoryAccount
 from stepstate.errors import StepstateError
 from stepstate.h2grpc import MessageSink
+from stepstate.metrics import RpcMetrics
 from stepstate.stores import Durability
 from stepstate.transport import StepstateServicer, bidi
 from stepstate.transport.bidi import AnyStream
@@ -49,7 +52,11 @@ HANG = 3.0
 CLOSE = 1e-4
 STEPS = ("Step", "StreamSteps", "StreamPacked", "ModelInfer", "ModelStreamInfer")
 TWO_ROWS = "StreamPacked twice"
-STREAMS = ("StreamSteps", "StreamPacked", "ModelStreamInfer")
+STREAMS: dict[str, tuple[type[Message], type[Message]]] = {
+    "StreamSteps": (pb.StepRequest, pb.StepResponse),
+    "StreamPacked": (pb.StreamPackedRequest, pb.StreamPackedResponse),
+    "ModelStreamInfer": (triton_pb.ModelInferRequest, triton_pb.ModelStreamInferResponse),
+}
 KINDS = (
     *STEPS,
     TWO_ROWS,
@@ -136,18 +143,23 @@ class Arrival:
 
 
 class Wire:
-    """The two sides of a streaming call, without a wire: messages are not encoded.
+    """The two sides of a streaming call, without a wire.
 
     What its client has sent comes although the call is paused, as with HTTP/2, and every other
     reply waits before it leaves.
     """
 
-    def __init__(self) -> None:
-        self.encode = lambda message: message
-        self.decode = lambda data: data[0]
+    def __init__(self, request: type[Message], reply: type[Message]) -> None:
+        self.counts = RpcMetrics()
+        self.decode = request.FromString
         self.replies: list[Any] = []
+        self._reply = reply
         self._sent: deque[Any] = deque()
         self._sink: MessageSink | None = None
+
+    @staticmethod
+    def encode(reply: Message | bytes) -> bytes:
+        return reply if isinstance(reply, bytes) else reply.SerializeToString()
 
     # The client's side
 
@@ -162,7 +174,7 @@ class Wire:
             if message is grpc.aio.EOF:
                 self._sink.half_closed()
             else:
-                self._sink.received((message,))  # of some length, as bytes are
+                self._sink.received(message.SerializeToString())
 
     # The server's side: see `MessageChannel`
 
@@ -179,8 +191,8 @@ class Wire:
     def resume(self) -> None:
         pass
 
-    def send(self, reply: Any) -> bool:
-        self.replies.append(reply)
+    def send(self, reply: bytes) -> bool:
+        self.replies.append(self._reply.FromString(reply))
         left = bool(len(self.replies) % 2)
         if not left:
             asyncio.get_running_loop().call_soon(self._leave)
@@ -204,11 +216,16 @@ class Doors:
         backend = called(self.rig)
         self.native = StepstateServicer(backend)
         self.triton = TritonService(backend, MemoryAccount(self.rig.memory))
-        self.wires = {kind: Wire() for kind in STREAMS}
+        self.wires = {kind: Wire(*types) for kind, types in STREAMS.items()}
         streams: list[AnyStream] = [
             StepStream(backend, self.wires["StreamSteps"]),
             PackedStream(backend, self.wires["StreamPacked"]),
-            InferStream(backend, self.wires["ModelStreamInfer"], self.triton.sequences),
+            InferStream(
+                backend,
+                self.wires["ModelStreamInfer"],
+                self.triton.sequences,
+                self.triton.expected,
+            ),
         ]
         self.streams = [asyncio.create_task(stream.run()) for stream in streams]
         self.wires["StreamPacked"].write(
@@ -509,7 +526,7 @@ def test_packed_rows_that_go_straight_or_wait_for_each_other_are_in_the_line_too
 
 @examples(150)
 @given(
-    kind=st.sampled_from(STREAMS),
+    kind=st.sampled_from(list(STREAMS)),
     most=st.integers(1, 4),
     states=st.tuples(*[st.sampled_from(STATES)] * len(NAMES)),
     delays=st.lists(st.integers(0, 9), min_size=1, max_size=20),

@@ -50,14 +50,14 @@ class Admission:
         queued = self.queued_rows
         if queued and source.queued_rows + rows > self._max_rows - queued:
             raise QueueFull(f"rows {_WAITING}", self._max_rows)
-        self.queued_rows = queued + rows
-        source.queued_rows += rows
-        self.count(requests, source=source)
+        self.count(requests, rows, source=source)
 
-    def count(self, requests: int, *, source: Source) -> None:
-        """Counts requests without rows that only wait for their turn; they are never refused."""
+    def count(self, requests: int, rows: int, *, source: Source) -> None:
+        """Counts requests that have their place already: they are never refused."""
         self.queued_requests += requests
+        self.queued_rows += rows
         source.queued_requests += requests
+        source.queued_rows += rows
 
     def settled(self, requests: int, rows: int, *, source: Source) -> None:
         """Accepted requests have their outcome; called before it is delivered."""

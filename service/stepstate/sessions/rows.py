@@ -17,11 +17,12 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
     a row that raises or overflows              RowBatcher._give_back  Engine._step, _report
     t is another, missing values, sync, ...     RowBatcher._give_back  StepScheduler
 
-Packed rows are checked by `Table.fast_path_mask`, that is `_enter` for columns, and share the rest.
+Packed rows are checked by `Table.fast_path_mask`, the columns' form of `_fits`, and share the rest.
 
 Rule 1: a session with a row here is busy, as with a step in the engine: what comes for it meanwhile
         waits in the session.
-Rule 2: a row that is given back has changed nothing.
+Rule 2: a row that is given back has changed nothing, and becomes a step in its place: what came
+        after it waits in the session.
 
 B rows of different sessions, D inputs, O outputs.
 """
@@ -37,6 +38,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Engine, FairQueue, Floats, RowColumns
+from stepstate.errors import Draining
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
@@ -154,11 +156,12 @@ class RowBatcher:
         handle, t = row.session.handle, row.t
         if not self._awake:
             self._now = self._clock()
+        row.at = at = self._t[handle]
         if (
-            self._t[handle] != t
+            (t is not None and t != at)
             or self._generation[handle] != row.generation
             or self._expires_at[handle] <= self._now
-            or (t - self._durable_t[handle] >= self._backlog_rows and self._saved_behind[handle])
+            or (at - self._durable_t[handle] >= self._backlog_rows and self._saved_behind[handle])
             or self._admission.draining
         ):
             return False
@@ -219,7 +222,7 @@ class RowBatcher:
                 return
         table, count = self._table, len(rows)
         handles = np.array([row.session.handle for row in rows])
-        t = np.array([row.t for row in rows])
+        t = np.array([row.at for row in rows])
         slots, phase = table.slot_array[handles], table.phase_array[handles] + t
         started = time.perf_counter()
         try:
@@ -233,7 +236,7 @@ class RowBatcher:
             rows, x, y = self._only(rows, finite), x[finite], y[finite]
             handles, slots, t = handles[finite], slots[finite], t[finite]
         if len(rows) == 1:
-            self._committer.one(rows[0].session, rows[0].t, x[0], y[0])
+            self._committer.one(rows[0].session, rows[0].at, x[0], y[0])
         else:
             self._committer.many(handles, slots, t, x, y)
         self._answer(rows, handles, y)
@@ -273,10 +276,11 @@ class RowBatcher:
         self._observer.ended("cancelled")
 
     def _give_back(self, row: SingleRow) -> None:
-        """Lets a row of a session that is not busy go the ordinary way, before what came later."""
-        session = row.session
-        later, session.waiting = session.waiting, None
-        row.reply_to.take_again(row)
-        if later:
-            later.extendleft(reversed(session.waiting or ()))
-            session.waiting = later
+        """Lets a row of a session that is not busy go the ordinary way, as a step in its place."""
+        step = row.reply_to.step_of(row)
+        if step is None:
+            return
+        if self._admission.draining:
+            step.error = Draining()
+        self._admission.count(1, 1, source=row.reply_to.source)
+        row.session.scheduler.submit(step)

@@ -187,7 +187,7 @@ class StepScheduler:
             barrier.reach()
             return
         self.queued_requests += 1
-        self._admission.count(1, source=self._admission.own)
+        self._admission.count(1, 0, source=self._admission.own)
         self._enqueue(session, barrier)
 
     def _enqueue(self, session: ResidentSession, waiting: Waiting) -> None:

@@ -236,7 +236,7 @@ class SessionService:
             return False
         step = Step((), 0, False, False, reply_to, session, None, held_bytes)  # noqa: FBT003 - a hot constructor
         step.error = error
-        self._admission.count(1, source=reply_to.source)
+        self._admission.count(1, 0, source=reply_to.source)
         session.scheduler.submit(step)
         return True
 

@@ -124,8 +124,8 @@ class RowReplyTo(Protocol):
         """Takes the outputs of an applied row, float32 [O], little-endian."""
         ...
 
-    def take_again(self, row: SingleRow) -> None:
-        """Takes a row back, to handle it the ordinary way; nothing was done."""
+    def step_of(self, row: SingleRow) -> Step | None:
+        """The step that a row's message asks for, of its session; None: it was refused."""
         ...
 
     def drop_row(self, row: SingleRow) -> None:
@@ -252,14 +252,16 @@ class SingleRow:
     session: ResidentSession
     generation: int
     """Of the session's reference: once another is valid, the row is given back."""
-    t: int
-    """Rows applied before it, as its client counts."""
+    t: int | None
+    """Rows applied before it, as its client counts; None: the session's own t."""
     x: bytes
     """Float32 [D], little-endian."""
     message: bytes
     """As it came; for `reply_to`."""
     reply_head: bytes
     """What its reply begins with; for `reply_to`."""
+    at: int = field(init=False, default=0)
+    """Rows applied to the session before it."""
     held_bytes: int = field(init=False, default=0)
     """What `reply_to` has counted for it."""
 

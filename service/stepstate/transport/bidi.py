@@ -47,6 +47,8 @@ MAX_ROWS = 16_384
 """Of packed messages: 64 of the largest forwards."""
 MAX_BYTES = 8 * 2**20
 """Two of the longest replies."""
+STEP_BYTES = 1024
+"""What a step takes, beside its values."""
 REFUSAL_BYTES = 2048
 """Of a reply that says why a request was refused, with what it takes to keep it."""
 
@@ -111,7 +113,6 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._waiting_loads: set[_PendingLoad[W]] = set()
         self._leaving: int | None = None  # what was reserved for the reply that waits to leave
         self._inbox: deque[bytes] = deque()  # requests that came while it was paused
-        self._returned: deque[bytes] = deque()  # the same, but before those in the inbox
         self._turn: asyncio.Future[None] | None = None  # of the request that waits for it
         self._paused = False
         self._stalled = False  # until there is memory
@@ -162,8 +163,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             for task in self._tasks:
                 task.cancel()
             # A traceback that leads here is part of a reference cycle: no reply may be in it.
-            for waiting in (self._ready, self._inbox, self._returned):
-                waiting.clear()
+            self._ready.clear()
+            self._inbox.clear()
             self._drop_waiting()
         if self._draining:
             raise Draining
@@ -199,14 +200,6 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     def failed(self, error: Exception) -> None:
         """See `MessageSink`."""
         self._fail(error)
-
-    def _take_back(self, payload: bytes) -> None:
-        """Takes a request that was taken already, before those that came after it."""
-        if self._stalled:
-            self._charge(MemoryUse.REQUESTS, len(payload))
-            self._returned.append(payload)
-        else:
-            self._take_bytes(payload)
 
     def _take_in_turn(self, data: bytes) -> None:
         """Takes a request, now or when its peer may have it handled."""
@@ -300,8 +293,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         if self.cancelled or not self._paused or self._stalled or self._draining or self._is_full():
             return
         self._paused = False
-        while (waiting := self._returned or self._inbox) and not self._paused:
-            data = waiting.popleft()
+        while self._inbox and not self._paused:
+            data = self._inbox.popleft()
             self._memory.release(MemoryUse.REQUESTS, len(data))
             self._held_bytes -= len(data)
             self._take_in_turn(data)
@@ -310,8 +303,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._end_if_answered()
 
     def _end_if_answered(self) -> None:
-        waiting = self._unanswered or self._inbox or self._returned or self._stalled
-        if self._ended and not waiting and not self._done.done():
+        finished = self._ended and not self._unanswered and not self._inbox and not self._stalled
+        if finished and not self._done.done():
             self._done.set_result(None)
 
     def _fail(self, error: Exception) -> None:

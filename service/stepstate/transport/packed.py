@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from stepstate.budget import MemoryUse
 from stepstate.errors import MemoryLimit, StepstateError
 from stepstate.sessions import PackedStep, ResidentSession, Source, Step
-from stepstate.transport.bidi import Backend, BidiStream
+from stepstate.transport.bidi import STEP_BYTES, Backend, BidiStream
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.packed_request import (
@@ -29,7 +29,6 @@ from stepstate.transport.packed_request import (
     reply_bytes,
 )
 from stepstate.transport.status import status_of
-from stepstate.transport.steps import STEP_BYTES
 from stepstate.v1 import stepstate_pb2 as pb
 
 PART_ROWS = 256

@@ -17,20 +17,14 @@ import numpy as np
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import InvalidField, MemoryLimit, NonFiniteInput, StepstateError
 from stepstate.models import Manifest, Model
-from stepstate.sessions import (
-    ID_LENGTH,
-    Hold,
-    ReplyTo,
-    ResidentSession,
-    SingleRow,
-    Step,
-)
+from stepstate.sessions import ID_LENGTH, Hold, ReplyTo, ResidentSession, SingleRow, Step
 from stepstate.stores import MissingPolicy
-from stepstate.transport.bidi import Backend, BidiStream
+from stepstate.transport.bidi import STEP_BYTES, Backend
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.peers import current_peer
 from stepstate.transport.row_codec import saved
+from stepstate.transport.row_stream import RowStream
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import FEW_VALUES, put_floats, x_of
@@ -42,74 +36,28 @@ REQUEST_ROWS = 100_000
 
 ADVANCE_REPLY_BYTES = 2**18
 """Of the outputs of all rows of `advance`, which is a request of some ten bytes."""
-STEP_BYTES = 1024
-"""What a step takes, beside its values."""
 _VALUE_BYTES = 4
 
 _Y = pb.StepResponse.Y_FIELD_NUMBER
 _LAYER_FIELDS = {field.name: field.number for field in pb.LayerTrace.DESCRIPTOR.fields}
 
 
-class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepRequest]):
-    """One StreamSteps call: where the outcomes of all its steps and rows go.
-
-    See `BidiStream` for its arguments.
-    """
+class StepStream(RowStream[pb.StepRequest, pb.StepResponse, pb.StepRequest]):
+    """One StreamSteps call: a `ReplyTo` for all its steps; see `BidiStream` for its arguments."""
 
     def __init__(self, backend: Backend, messages: MessageChannel) -> None:
-        super().__init__(backend, messages)
+        super().__init__(backend, messages, backend.expected)
         self._expected = backend.expected
 
-    # Rows on the fast path: see `sessions.rows`
+    def _make_step(self, request: pb.StepRequest, session: ResidentSession) -> Step:
+        return decode_step(request, session, self)
 
-    def received(self, payload: bytes) -> None:
-        """See `MessageSink`: takes the row that was expected next, or whatever else it is."""
-        fast = not self._paused and self._memory.fits(STEP_BYTES)
-        if fast and self._expected.take(payload, self):
-            self._messages.counts.received += 1
-            self._unanswered += 1
-            if self._held_bytes:
-                self._stop_if_full()
-        else:
-            super().received(payload)
+    def _encode_refusal(self, request: pb.StepRequest, error: StepstateError) -> pb.StepResponse:
+        return self._error(request.session_id[:ID_LENGTH], error)
 
-    def deliver_row(self, row: SingleRow, y: bytes, durable_t: int) -> None:
-        """See `RowReplyTo`."""
-        if row.held_bytes:
-            self.drop_row(row)
-        if self.cancelled:
-            return
-        self._messages.counts.sent += 1
+    def _encode_row(self, row: SingleRow, y: bytes, durable_t: int) -> bytes:
         reply = row.reply_head + y
-        try:
-            self._send(reply + saved(durable_t) if durable_t else reply)
-        except Exception as error:  # noqa: BLE001 (the call ends with it)
-            self._fail(error)
-
-    def take_again(self, row: SingleRow) -> None:
-        """See `RowReplyTo`."""
-        self.drop_row(row)
-        if self.cancelled:
-            return
-        self._unanswered -= 1
-        self._messages.counts.received -= 1  # it is counted again
-        self._take_back(row.message)
-
-    def hold_row(self, row: SingleRow) -> None:
-        """See `RowReplyTo`."""
-        if not row.held_bytes:
-            row.held_bytes = STEP_BYTES + len(row.message)
-            self._charge(MemoryUse.REQUESTS, row.held_bytes)
-            self.source.running += 1
-
-    def drop_row(self, row: SingleRow) -> None:
-        """See `RowReplyTo`: what was counted for it is released."""
-        if row.held_bytes:
-            self._release(MemoryUse.REQUESTS, row.held_bytes)
-            row.held_bytes = 0
-            self.source.finished(1)
-
-    # All other requests
+        return reply + saved(durable_t) if durable_t else reply
 
     def _take(self, request: pb.StepRequest) -> None:
         session = self._sessions.find(request.session_id)
@@ -124,7 +72,7 @@ class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepReques
             self._refuse(request, error)
 
     def _accept(self, waiting: pb.StepRequest, session: ResidentSession) -> None:
-        step = decode_step(waiting, session, self)
+        step = self._make_step(waiting, session)
         self._submit(step)
         if step.t is not None and step.single:
             self._expected.expect(session, self._sessions.ref_of(session), step.t + 1)
@@ -132,7 +80,7 @@ class StepStream(BidiStream[pb.StepRequest, pb.StepResponse, Step, pb.StepReques
     def _refuse(self, waiting: pb.StepRequest, error: StepstateError) -> None:
         session_id = waiting.session_id
         if not self._refuse_in_order(session_id, error, self):
-            self._reply(self._error(session_id[:ID_LENGTH], error))
+            self._reply(self._encode_refusal(waiting, error))
 
     def _encode_failure(self, error: StepstateError) -> pb.StepResponse:
         return self._error("", error)

@@ -17,12 +17,15 @@ from tritonclient.grpc import service_pb2 as pb
 from stepstate.errors import InvalidField
 from stepstate.models import EPOCH, Manifest, Model
 from stepstate.sessions import OpenOptions, ReplyTo, ResidentSession, Step, check_id
-from stepstate.stores import MissingPolicy
+from stepstate.stores import MissingPolicy, SessionRecord
+from stepstate.transport.bidi import STEP_BYTES
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import SENT
-from stepstate.transport.steps import STEP_BYTES, make_step, non_finite
+from stepstate.transport.steps import make_step, non_finite
 from stepstate.transport.triton.lengths import MAX_TEXT_BYTES, check_lengths
 from stepstate.transport.triton.tensors import (
+    FP32,
+    ONLY_Y,
     InputRows,
     InputTensor,
     Shapes,
@@ -32,6 +35,7 @@ from stepstate.transport.triton.tensors import (
     reply_width,
     traced,
     wanted,
+    y_shapes,
 )
 
 FINAL = "triton_final_response"
@@ -253,14 +257,25 @@ class InferCall:
         self.put_reply(response, step)
         return response
 
+    def row_reply(self, session: ResidentSession) -> pb.ModelInferResponse | None:
+        """Its reply but for y, if requests may repeat it with another id and another x.
+
+        None: it is more than a row of float32 in and y out. It has been read for the model.
+        """
+        rows, tensor = self.rows, self.body.tensor
+        one_row = rows is not None and rows.count == 1 and tensor.raw and tensor.dtype is FP32
+        if rows is None or not one_row or self.t is not None or self.outputs is not ONLY_Y:
+            return None
+        shapes = y_shapes(session.model.manifest.output_width, 1, flat=rows.flat)
+        response = pb.ModelInferResponse()
+        self._put_frame(response, session.record, shapes)
+        return response
+
     def put_reply(self, response: pb.ModelInferResponse, step: Step) -> None:
         """Makes a message the reply to its step."""
-        record = step.session.record
         flat = self.rows is not None and self.rows.flat
         shapes, contents = outputs_of(step, self.outputs, flat=flat)
-        frame = _frame if len(shapes) <= _FEW_OUTPUTS else _new_frame  # no client fills the cache
-        response.CopyFrom(frame(record.model, record.version, shapes, final=self.head.final))
-        response.id = self.head.request_id
+        self._put_frame(response, step.session.record, shapes)
         response.raw_output_contents.extend(contents)
         if step.missing_rows:
             response.parameters["imputed_rows"].int64_param = step.missing_rows
@@ -269,6 +284,13 @@ class InferCall:
             parameters["step_t"].int64_param = step.t_after
             parameters["durable_t"].int64_param = step.durable_t
             parameters["replayed"].bool_param = step.replayed
+
+    def _put_frame(
+        self, response: pb.ModelInferResponse, record: SessionRecord, shapes: Shapes
+    ) -> None:
+        frame = _frame if len(shapes) <= _FEW_OUTPUTS else _new_frame  # no client fills the cache
+        response.CopyFrom(frame(record.model, record.version, shapes, final=self.head.final))
+        response.id = self.head.request_id
 
 
 def _read(request: pb.ModelInferRequest, *, start: bool) -> InferBody | InvalidField:

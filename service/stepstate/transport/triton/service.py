@@ -25,6 +25,7 @@ from stepstate.transport.registration import add_service, offered
 from stepstate.transport.triton import metadata
 from stepstate.transport.triton.call import InferCall, RequestHead
 from stepstate.transport.triton.ended import EndedSequences
+from stepstate.transport.triton.expected_infers import ExpectedInfers
 from stepstate.transport.triton.lengths import VALUES, check_lengths
 from stepstate.transport.triton.sequences import SequenceService
 from stepstate.transport.triton.stream import InferStream
@@ -53,6 +54,7 @@ class TritonService:
         self._sessions = backend.sessions
         self.sequences = SequenceService(backend, EndedSequences(memory))
         self._streams = StreamRegistry()
+        self.expected = ExpectedInfers(self._sessions.table.limit)
         self._descriptions = metadata.Descriptions(
             self._sessions.catalog, self._sessions.default_idle_timeout
         )
@@ -109,7 +111,8 @@ class TritonService:
             return await self.sequences.apply(infer, hold)
 
     async def ModelStreamInfer(self, messages: MessageChannel, context: Context) -> None:
-        await self._streams.serve(InferStream(self._backend, messages, self.sequences))
+        stream = InferStream(self._backend, messages, self.sequences, self.expected)
+        await self._streams.serve(stream)
 
     async def ModelStatistics(
         self, request: pb.ModelStatisticsRequest, context: Context

@@ -14,10 +14,12 @@ from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.budget import MemoryUse
 from stepstate.errors import Internal, MemoryLimit, NotFound, QueueFull, StepstateError
-from stepstate.sessions import Hold, ResidentSession, Source, Step
-from stepstate.transport.bidi import Backend, BidiStream
+from stepstate.sessions import Hold, ResidentSession, SingleRow, Source, Step
+from stepstate.transport.bidi import Backend
 from stepstate.transport.interceptor import SENT, MessageChannel
+from stepstate.transport.row_stream import RowStream
 from stepstate.transport.triton.call import FINAL, InferCall, RequestHead
+from stepstate.transport.triton.expected_infers import ExpectedInfers
 from stepstate.transport.triton.sequences import MAX_WAIT_SECONDS, SequenceService, not_started
 
 log = logging.getLogger(__name__)
@@ -27,20 +29,44 @@ MAX_TEXT = 1024
 _NO_HEAD = RequestHead("", "", "", final=False)
 
 
-class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, Step, InferCall]):
+class InferStream(RowStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, InferCall]):
     """A call that may carry any number of sequences.
 
     Args:
         backend: serves the requests.
         messages: the two directions of the call.
         sequences: starts and ends them.
+        expected: the requests that may come again.
     """
 
     def __init__(
-        self, backend: Backend, messages: MessageChannel, sequences: SequenceService
+        self,
+        backend: Backend,
+        messages: MessageChannel,
+        sequences: SequenceService,
+        expected: ExpectedInfers,
     ) -> None:
-        super().__init__(backend, messages, patience_seconds=MAX_WAIT_SECONDS)
+        super().__init__(backend, messages, expected, patience_seconds=MAX_WAIT_SECONDS)
         self._sequences = sequences
+        self._expected = expected
+        self._bytes = b""  # of the request that is being taken
+
+    def _make_step(self, request: pb.ModelInferRequest, session: ResidentSession) -> Step:
+        infer = InferCall.of(request, RequestHead.of(request))
+        return infer.step(session, _StreamReply(self, infer))
+
+    def _encode_refusal(
+        self, request: pb.ModelInferRequest, error: StepstateError
+    ) -> pb.ModelStreamInferResponse:
+        return self._error(RequestHead.of(request), error)
+
+    def _encode_row(self, row: SingleRow, y: bytes, durable_t: int) -> bytes:  # noqa: ARG002
+        return row.reply_head + y
+
+    def _take_bytes(self, data: bytes) -> None:
+        self._bytes = data
+        super()._take_bytes(data)
+        self._bytes = b""
 
     def _take(self, request: pb.ModelInferRequest) -> None:
         head = RequestHead.of(request)
@@ -67,6 +93,9 @@ class InferStream(BidiStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, 
             raise
         except StepstateError as error:
             self._reject(infer, error)
+        else:
+            if self._bytes:
+                self._expected.expect(self._bytes, infer, session, self._sessions.ref_of(session))
         return True
 
     def _accept(self, waiting: InferCall, session: ResidentSession) -> None:

@@ -21,9 +21,9 @@ INPUT, OUTPUT = "x", "y"
 ONLY_Y: Sequence[str] = (OUTPUT,)
 """The outputs of a request that names none, or just this one."""
 QUANTILES = "quantiles"
-_FP32 = np.dtype("<f4")
+FP32 = np.dtype("<f4")
 _DTYPES: dict[str, np.dtype] = {
-    "FP32": _FP32,
+    "FP32": FP32,
     "FP64": np.dtype("<f8"),
     "FP16": np.dtype("<f2"),
 }
@@ -105,11 +105,11 @@ def decode_rows(tensor: InputTensor, manifest: Manifest) -> InputRows:
     count, flat = _count(tensor.shape, manifest), len(tensor.shape) == 1
     if len(data) != count * manifest.input_width * dtype.itemsize:
         raise _wrong_size(tensor, count * manifest.input_width)
-    if count == 1 and dtype is _FP32:
+    if count == 1 and dtype is FP32:
         row = unpack(f"<{len(data) // 4}f", data)  # a seventh of what an array takes
         return InputRows(row, 1, math.isfinite(sum(row)), flat)
     values = np.frombuffer(data, dtype)
-    if dtype is not _FP32:
+    if dtype is not FP32:
         with np.errstate(over="ignore"):  # beyond float32 it is infinite, and refused as that
             values = values.astype(np.float32)
     return InputRows(values, count, bool(np.isfinite(values).all()), flat)
@@ -223,11 +223,16 @@ def reply_width(names: Sequence[str], manifest: Manifest) -> int:
     return sum(widths[name] for name in names)
 
 
+def y_shapes(width: int, rows: int, *, flat: bool) -> Shapes:
+    """Of y alone, [T, O], or [O] where x is [D]."""
+    return ((OUTPUT, (width,) if flat else (rows, width)),)
+
+
 def outputs_of(step: Step, names: Sequence[str], *, flat: bool) -> tuple[Shapes, Sequence[bytes]]:
     """The named outputs of a step, [T, ...], or [...] where x is [D]: shapes and values."""
-    rows = () if flat else (step.rows,)
     if names is ONLY_Y:
-        return ((OUTPUT, (*rows, len(step.y) // 4 // step.rows)),), (step.y,)
+        return y_shapes(len(step.y) // 4 // step.rows, step.rows, flat=flat), (step.y,)
+    rows = () if flat else (step.rows,)
     parts = [_part(step, name) for name in names]
     shapes = tuple(
         (name, (*rows, *part.shape[1:])) for name, part in zip(names, parts, strict=True)

@@ -1,0 +1,99 @@
+"""Which requests repeat one of their sequence, so that they are recognized by their bytes.
+
+As `transport.expected_rows`, for Triton's streams; the same rule holds.
+"""
+
+from __future__ import annotations
+
+from stepstate.sessions import ResidentSession, RowReplyTo, SessionRef, SingleRow
+from stepstate.transport.expected_rows import LARGEST_WIDTH
+from stepstate.transport.triton.call import InferCall
+from stepstate.transport.triton.infer_codec import InferCodec, id_span
+
+
+class ExpectedInfer:
+    """A request of one sequence that may come again, with another id and another row.
+
+    Args:
+        session: of the sequence.
+        ref: a valid reference to it.
+        codec: of its messages.
+    """
+
+    __slots__ = ("_codec", "_generation", "_session")
+
+    def __init__(self, session: ResidentSession, ref: SessionRef, codec: InferCodec) -> None:
+        self._session = session
+        self._generation = ref.generation
+        self._codec = codec
+
+    def is_of(self, session: ResidentSession, ref: SessionRef) -> bool:
+        """Whether it is about this session, and the reference still the valid one."""
+        return self._session is session and self._generation == ref.generation
+
+    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+        """Hands the row of such a request over; False: it has to go the ordinary way."""
+        codec, session = self._codec, self._session
+        start, end = id_span(request)
+        x, head = request[-codec.x_bytes :], codec.reply_head(request[start:end])
+        row = SingleRow(reply_to, session, self._generation, None, x, request, head)
+        return session.scheduler.add_row(row)
+
+
+class ExpectedInfers:
+    """What may come again of every sequence, on whatever stream.
+
+    Args:
+        most: sequences of which it is kept.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._x_bytes: dict[bytes, int] = {}  # by the names in a request
+        self._known: dict[tuple[bytes, bytes], ExpectedInfer] = {}  # by names and content
+
+    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+        """Hands the row of an expected request over; False: it has to go the ordinary way."""
+        known = self._find(request)
+        return known is not None and known.take(request, reply_to)
+
+    def _find(self, request: bytes) -> ExpectedInfer | None:
+        """What a request repeats."""
+        try:
+            start, end = id_span(request)
+        except IndexError:
+            return None
+        names = request[:start]
+        x_bytes = self._x_bytes.get(names)
+        if x_bytes is None or not request[start:end].isascii():
+            return None
+        return self._known.get((names, request[end:-x_bytes]))
+
+    def expect(
+        self, request: bytes, infer: InferCall, session: ResidentSession, ref: SessionRef | None
+    ) -> None:
+        """Expects an accepted request again; without a reference, or a fast path, does nothing.
+
+        Args:
+            request: as it came.
+            infer: the same.
+            session: that it steps.
+            ref: to the session.
+        """
+        manifest = session.model.manifest
+        reply = infer.row_reply(session)
+        widest = max(manifest.input_width, manifest.output_width)
+        if ref is None or reply is None or widest > LARGEST_WIDTH:
+            return
+        known = self._find(request)
+        if known is not None and known.is_of(session, ref):
+            return
+        x, y_bytes = infer.body.tensor.data, 4 * manifest.output_width
+        codec = InferCodec.learn(request, x, reply, y_bytes)
+        if codec is None:
+            return
+        if len(self._known) >= self._most:  # among them sequences that have ended
+            self._known.clear()
+            self._x_bytes.clear()
+        self._x_bytes[codec.names] = codec.x_bytes
+        self._known[codec.names, codec.content] = ExpectedInfer(session, ref, codec)

@@ -26,6 +26,7 @@ from tests.integration.wire import (
     draw,
     largest_difference,
     opened,
+    outputs,
     queued,
     raw_stub,
     refusal_in,
@@ -107,6 +108,32 @@ async def test_a_client_that_filled_its_half_of_the_queue_is_refused_until_it_is
         reply = await stub.Step(request("b", 0, draw(2)))
         offline = networks["lstm"].offline(draw(2)).ravel()
         assert largest_difference(reply.y, offline) <= TOLERANCE
+
+
+async def test_single_rows_that_wait_count_as_other_requests(
+    config: ServerConfig, networks: dict[str, Network]
+):
+    """Those that need no parsing too: half of the queue is full with the long one and four rows."""
+    x = np.concatenate((draw(BLOCKER_ROWS, seed=99), draw(10)))
+    async with (
+        running_server(limited(config, queue_requests=10)) as server,
+        raw_stub(server.address) as stub,
+    ):
+        await opened(stub, "a")
+        long = asyncio.ensure_future(stub.Step(blocker("a", rows=BLOCKER_ROWS)))
+        await queued(stub, "a", 1)
+        rows = [request("a", t, x[t]) for t in range(BLOCKER_ROWS, BLOCKER_ROWS + 10)]
+        asking = asyncio.create_task(ask(stub, rows))
+        await queued(stub, "a", 11)  # a refusal has its turn too
+        assert server.sessions.queued_rows == BLOCKER_ROWS + 4
+        waiting = sample(await scrape(server.metrics_address), "stepstate_queue_rows")
+        assert waiting == BLOCKER_ROWS + 4
+        await long
+        replies = await asking
+    assert [reply.t for reply in replies[:4]] == [BLOCKER_ROWS + t for t in range(1, 5)]
+    assert {refusal_in(reply).reason for reply in replies[4:]} == {"QUEUE_FULL"}
+    want = networks["lstm"].offline(x)[BLOCKER_ROWS:][:4].ravel()
+    assert largest_difference(outputs(replies[:4]), want) <= TOLERANCE
 
 
 async def test_requests_that_a_full_queue_refused_hold_no_room(config: ServerConfig):

@@ -10,6 +10,7 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
     the session takes steps, and t is its own   RowBatcher._enter      RequestQueues.find,
                                                                        StepScheduler._start
     one at a time of a session, as they came    ResidentSession.waiting, of both
+    a row that waits is accepted, or refused    Admission, of both
     at most a micro-batch; sources take turns   RowBatcher._take       Engine._take
     nobody waits any more: it is not applied    RowBatcher._take       Engine._take
     the forward                                 Forward.step, of both
@@ -38,7 +39,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Engine, FairQueue, Floats, RowColumns
-from stepstate.errors import Draining
+from stepstate.errors import Draining, StepstateError
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
@@ -95,7 +96,7 @@ class RowBatcher:
         settings: of the engine, and the backlog.
         engine: of the model.
         committer: of the model.
-        admission: says whether the server drains.
+        admission: accepts rows that have to wait.
         observer: counts what happens.
         enqueue: lets something wait in a session that is busy.
         resume: starts what waits in a session that is not.
@@ -128,6 +129,8 @@ class RowBatcher:
         self._observer = observer
         self._enqueue = enqueue
         self._resume = resume
+        self.accepted = 0
+        """Rows that wait."""
         self._arrived: list[SingleRow] = []
         self._backlog: FairQueue[SingleRow] = FairQueue()
         self._awake = False
@@ -140,8 +143,9 @@ class RowBatcher:
             return self._enter(row)
         if self._generation[handle] != row.generation:
             return False
+        if not self._accept(row):
+            return False
         self._enqueue(row.session, row)
-        row.reply_to.hold_row(row)
         return True
 
     def resume(self, row: SingleRow) -> None:
@@ -150,6 +154,20 @@ class RowBatcher:
             self._drop(row)
         elif not self._enter(row):
             self._give_back(row)
+
+    def _accept(self, row: SingleRow) -> bool:
+        """Lets a row wait, unless it has to be refused."""
+        if not row.accepted:
+            source = row.reply_to.source
+            try:
+                self._admission.accept(1, 1, source=source)
+            except StepstateError:
+                return False
+            row.accepted = True
+            self.accepted += 1
+            source.running += 1
+            row.reply_to.hold_row(row)
+        return True
 
     def _enter(self, row: SingleRow) -> bool:
         """Puts a row into the next forward, if its session takes steps and it is the next row."""
@@ -162,7 +180,7 @@ class RowBatcher:
             or self._generation[handle] != row.generation
             or self._expires_at[handle] <= self._now
             or (at - self._durable_t[handle] >= self._backlog_rows and self._saved_behind[handle])
-            or self._admission.draining
+            or (self._admission.draining and not row.accepted)
         ):
             return False
         self._busy[handle] = True
@@ -194,7 +212,7 @@ class RowBatcher:
         taken = []
         for row in rows:
             gone = row.reply_to.cancelled or generation[row.session.handle] != row.generation
-            if gone or draining:
+            if gone or (draining and not row.accepted):
                 self._leave(row)
             else:
                 taken.append(row)
@@ -204,8 +222,10 @@ class RowBatcher:
         """As many rows as one forward takes, of their sources in turn; the others wait."""
         backlog = self._backlog
         for row in rows:
-            backlog.put(row.reply_to.source, row, 1)
-            row.reply_to.hold_row(row)
+            if self._accept(row):
+                backlog.put(row.reply_to.source, row, 1)
+            else:
+                self._leave(row)
         taken: list[SingleRow] = []
         while backlog.turns and len(taken) < self._batch_rows:
             taken.append(backlog.first()[0])
@@ -256,6 +276,8 @@ class RowBatcher:
         outputs, width, awaited = y.tobytes(), y.shape[1] * y.itemsize, table.awaited
         first = 0
         for row, durable_t in zip(rows, durable, strict=True):
+            if row.accepted:
+                self._settle(row)
             row.reply_to.deliver_row(row, outputs[first : first + width], durable_t)
             first += width
             if awaited[row.session.handle]:
@@ -272,15 +294,25 @@ class RowBatcher:
 
     def _drop(self, row: SingleRow) -> None:
         """Nobody waits for it: it is never applied."""
-        row.reply_to.drop_row(row)
+        if row.accepted:
+            self._settle(row)
         self._observer.ended("cancelled")
 
     def _give_back(self, row: SingleRow) -> None:
         """Lets a row of a session that is not busy go the ordinary way, as a step in its place."""
         step = row.reply_to.step_of(row)
-        if step is None:
-            return
-        if self._admission.draining:
-            step.error = Draining()
-        self._admission.count(1, 1, source=row.reply_to.source)
-        row.session.scheduler.submit(step)
+        if step is not None:
+            if self._admission.draining and not row.accepted:
+                step.error = Draining()
+            self._admission.count(1, 1, source=row.reply_to.source)
+        if row.accepted:
+            self._settle(row)
+        if step is not None:
+            row.session.scheduler.submit(step)
+
+    def _settle(self, row: SingleRow) -> None:
+        """A row that has waited is here no more; its outcome is delivered next."""
+        source = row.reply_to.source
+        self.accepted -= 1
+        source.finished(1)
+        self._admission.settled(1, 1, source=source)

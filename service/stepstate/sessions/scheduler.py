@@ -79,8 +79,8 @@ class StepScheduler:
         self.model = model
         self.timeline = build_timeline(model)
         self.number = number
-        self.queued_rows = 0
-        self.queued_requests = 0
+        self._queued_rows = 0
+        self._queued_requests = 0
         self._table = context.table
         self._busy = context.table.busy
         self._clock = context.clock
@@ -117,6 +117,16 @@ class StepScheduler:
         self.add_row = self._rows.add  # called for every message: without a frame between
 
     @property
+    def queued_rows(self) -> int:
+        """Accepted rows that have no outcome yet."""
+        return self._queued_rows + self._rows.accepted
+
+    @property
+    def queued_requests(self) -> int:
+        """Accepted requests that have no outcome yet, barriers too."""
+        return self._queued_requests + self._rows.accepted
+
+    @property
     def open_sessions(self) -> int:
         """Sessions that hold a slot."""
         return self.engine.used_slots
@@ -151,8 +161,8 @@ class StepScheduler:
     def submit(self, step: Step) -> None:
         """Starts an accepted step, or queues it behind those of its session."""
         session = step.session
-        self.queued_rows += step.rows
-        self.queued_requests += 1
+        self._queued_rows += step.rows
+        self._queued_requests += 1
         if self._busy[session.handle]:
             self._enqueue(session, step)
         else:
@@ -176,8 +186,8 @@ class StepScheduler:
         pack = PackedStep(rows, slots, at, phase, reply_to=reply_to)
         table.busy_array[pack.handles] = True
         reply_to.source.running += len(pack)
-        self.queued_rows += len(pack)
-        self.queued_requests += len(pack)
+        self._queued_rows += len(pack)
+        self._queued_requests += len(pack)
         self.engine.submit_pack(pack)
         return mask
 
@@ -186,7 +196,7 @@ class StepScheduler:
         if not self._busy[session.handle]:
             barrier.reach()
             return
-        self.queued_requests += 1
+        self._queued_requests += 1
         self._admission.count(1, 0, source=self._admission.own)
         self._enqueue(session, barrier)
 
@@ -417,8 +427,8 @@ class StepScheduler:
 
     def _settle(self, step: Step) -> None:
         """Delivers an outcome."""
-        self.queued_rows -= step.rows
-        self.queued_requests -= 1
+        self._queued_rows -= step.rows
+        self._queued_requests -= 1
         self._settled(1, step.rows, source=step.reply_to.source)
         step.reply_to.deliver(step)
 
@@ -431,8 +441,8 @@ class StepScheduler:
             session = table.at(int(handles[row]))
             if session is not None and session.lost is not None:
                 pack.errors.append((row, session.lost))
-        self.queued_rows -= len(pack)
-        self.queued_requests -= len(pack)
+        self._queued_rows -= len(pack)
+        self._queued_requests -= len(pack)
         self._settled(len(pack), len(pack), source=pack.reply_to.source)
         for handle in handles[table.awaited_array[handles]].tolist():
             session = table.at(handle)
@@ -462,7 +472,7 @@ class StepScheduler:
             session.idle.set_result(None)
 
     def _reach(self, session: ResidentSession, barrier: SessionBarrier[Any]) -> None:
-        self.queued_requests -= 1
+        self._queued_requests -= 1
         self._settled(1, 0, source=self._admission.own)
         if session.lost is not None:
             barrier.fail(session.lost)

@@ -128,10 +128,6 @@ class RowReplyTo(Protocol):
         """The step that a row's message asks for, of its session; None: it was refused."""
         ...
 
-    def drop_row(self, row: SingleRow) -> None:
-        """Nobody waits for a row any more: it was not applied."""
-        ...
-
     def hold_row(self, row: SingleRow) -> None:
         """A row waits longer than this round of the event loop: it has to be counted."""
         ...
@@ -264,6 +260,8 @@ class SingleRow:
     """Rows applied to the session before it."""
     held_bytes: int = field(init=False, default=0)
     """What `reply_to` has counted for it."""
+    accepted: bool = field(init=False, default=False)
+    """It had to wait, and is one of the accepted requests that have no outcome yet."""
 
 
 @dataclass(frozen=True, slots=True)

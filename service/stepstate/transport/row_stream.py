@@ -75,10 +75,10 @@ class RowStream(BidiStream[Q, A, Step, W]):
 
     def deliver_row(self, row: SingleRow, y: bytes, durable_t: int) -> None:
         """See `RowReplyTo`."""
-        if row.held_bytes:
-            self.drop_row(row)
         if self.cancelled:
             return
+        if row.held_bytes:
+            self._release_row(row)
         self._messages.counts.sent += 1
         try:
             self._send(self._encode_row(row, y, durable_t))
@@ -87,7 +87,7 @@ class RowStream(BidiStream[Q, A, Step, W]):
 
     def step_of(self, row: SingleRow) -> Step | None:
         """See `RowReplyTo`."""
-        self.drop_row(row)
+        self._release_row(row)
         self._messages.counts.received -= 1  # to decode it counts it again
         request = self._messages.decode(row.message)
         try:
@@ -100,14 +100,9 @@ class RowStream(BidiStream[Q, A, Step, W]):
 
     def hold_row(self, row: SingleRow) -> None:
         """See `RowReplyTo`."""
-        if not row.held_bytes:
-            row.held_bytes = STEP_BYTES + len(row.message)
-            self._charge(MemoryUse.REQUESTS, row.held_bytes)
-            self.source.running += 1
+        row.held_bytes = STEP_BYTES + len(row.message)
+        self._charge(MemoryUse.REQUESTS, row.held_bytes)
 
-    def drop_row(self, row: SingleRow) -> None:
-        """See `RowReplyTo`: what was counted for it is released."""
-        if row.held_bytes:
-            self._release(MemoryUse.REQUESTS, row.held_bytes)
-            row.held_bytes = 0
-            self.source.finished(1)
+    def _release_row(self, row: SingleRow) -> None:
+        self._release(MemoryUse.REQUESTS, row.held_bytes)
+        row.held_bytes = 0

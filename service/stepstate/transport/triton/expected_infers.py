@@ -54,10 +54,10 @@ class ExpectedInfers:
 
     def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
         """Hands the row of an expected request over; False: it has to go the ordinary way."""
-        known = self._find(request)
+        known = self.find(request)
         return known is not None and known.take(request, reply_to)
 
-    def _find(self, request: bytes) -> ExpectedInfer | None:
+    def find(self, request: bytes) -> ExpectedInfer | None:
         """What a request repeats."""
         try:
             start, end = id_span(request)
@@ -85,7 +85,7 @@ class ExpectedInfers:
         widest = max(manifest.input_width, manifest.output_width)
         if ref is None or reply is None or widest > LARGEST_WIDTH:
             return
-        known = self._find(request)
+        known = self.find(request)
         if known is not None and known.is_of(session, ref):
             return
         x, y_bytes = infer.body.tensor.data, 4 * manifest.output_width

@@ -7,6 +7,7 @@ import asyncio
 import h2.events
 from h2.config import H2Configuration
 from h2.connection import H2Connection
+from h2.settings import SettingCodes
 
 from tests.attacks.http2 import frame
 from tests.integration.wire import HANG, STREAM
@@ -18,20 +19,27 @@ CANCEL = 8
 
 
 class Pipelined:
-    """A connection. What its calls send leaves with the next `flush`, all at once."""
+    """A connection. What its calls send leaves with the next `flush`, all at once.
 
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    Args:
+        window: bytes of replies that the server may send on each stream before it has to wait.
+    """
+
+    def __init__(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, window: int
+    ) -> None:
         self.changed = asyncio.Event()
         self.http = H2Connection(H2Configuration(header_encoding="utf-8"))
         self.http.initiate_connection()
+        self.http.update_settings({SettingCodes.INITIAL_WINDOW_SIZE: window})
         self._calls: dict[int, PipelinedCall] = {}
         self._reader, self._writer = reader, writer
         self._reading = asyncio.create_task(self._read())
 
     @classmethod
-    async def connect(cls, address: str) -> Pipelined:
+    async def connect(cls, address: str, *, window: int = 65_535) -> Pipelined:
         host, _, port = address.rpartition(":")
-        return cls(*await asyncio.open_connection(host, int(port)))
+        return cls(*await asyncio.open_connection(host, int(port)), window)
 
     def begin(self) -> PipelinedCall:
         """Begins a call."""
@@ -93,6 +101,10 @@ class PipelinedCall:
     def reset(self) -> None:
         """Cancels the call."""
         self.connection.http.reset_stream(self._stream, CANCEL)
+
+    def take_replies(self, size: int) -> None:
+        """Lets the server send so many more bytes."""
+        self.connection.http.increment_flow_control_window(size, self._stream)
 
     async def answered(self, count: int) -> None:
         """Waits until so many replies have come in all."""

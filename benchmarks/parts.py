@@ -21,6 +21,8 @@ PARTS: dict[str, tuple[str, ...]] = {
         "transport/row_codec.py",
         "transport/steps.py: decode_step",
         "transport/steps.py: make_step",
+        "transport/triton/expected_infers.py",
+        "transport/triton/infer_codec.py",
     ),
     "checks": (
         "transport/",
@@ -49,10 +51,11 @@ PARTS: dict[str, tuple[str, ...]] = {
         "transport/interceptor.py: _codec.encoded",
         "transport/packed_request.py: PackedRequest.put_pack",
         "transport/packed_request.py: PackedRequest.response",
-        "transport/row_codec.py: whole_reply",
+        "transport/row_codec.py: saved",
         "transport/steps.py: encode_step",
+        "transport/row_stream.py: RowStream.deliver_row",
         "transport/steps.py: StepStream._encode",
-        "transport/steps.py: StepStream.deliver_row",
+        "transport/steps.py: StepStream._encode_row",
     ),
     "write": (
         "h2grpc/call.py: Call.send",

@@ -141,9 +141,8 @@ class RowBatcher:
         handle = row.session.handle
         if not self._busy[handle]:
             return self._enter(row)
-        if self._generation[handle] != row.generation:
-            return False
-        if not self._accept(row):
+        valid = self._generation[handle] == row.generation
+        if not valid or self._table.deferred[handle] or not self._accept(row):
             return False
         self._enqueue(row.session, row)
         return True

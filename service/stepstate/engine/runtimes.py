@@ -79,6 +79,7 @@ class TorchStepper:
     def __init__(self, network: Network) -> None:
         self._network = network
 
+    @torch.inference_mode()
     def step(
         self, x: Floats, phase: NDArray[np.int64], state: Floats, past: RowHistory | None
     ) -> tuple[Floats, Floats]:
@@ -119,6 +120,7 @@ class OnnxStepper:
             self._network.order_quantiles(y)
         return y, after
 
+    @torch.inference_mode()
     def _side_inputs(
         self, x: Floats, phase: NDArray[np.int64], past: RowHistory | None
     ) -> dict[str, Floats]:

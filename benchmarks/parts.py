@@ -51,7 +51,7 @@ PARTS: dict[str, tuple[str, ...]] = {
         "transport/interceptor.py: _codec.encoded",
         "transport/packed_request.py: PackedRequest.put_pack",
         "transport/packed_request.py: PackedRequest.response",
-        "transport/row_codec.py: whole_reply",
+        "transport/row_codec.py: saved",
         "transport/steps.py: encode_step",
         "transport/row_stream.py: RowStream.deliver_row",
         "transport/steps.py: StepStream._encode",

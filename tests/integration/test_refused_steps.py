@@ -11,6 +11,7 @@ import pytest
 
 from stepstate.config import ServerConfig
 from stepstate.engine.network import Network as EngineNetwork
+from stepstate.engine.runtimes import OnnxStepper
 from stepstate.server import running_server
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
@@ -92,8 +93,8 @@ async def test_a_forward_that_fails_leaves_state_and_t(
     await opened(stub, "a")
     first = await stub.Step(request("a", 0, x[:5]))
     with pytest.MonkeyPatch.context() as patch:
-        for kernel in ("step", "sequence"):
-            patch.delattr(EngineNetwork, kernel)
+        patch.delattr(OnnxStepper, "step")
+        patch.delattr(EngineNetwork, "sequence")
         refusals = [await refused(stub.Step(request("a", 5, x[5:])))]
         refusals += map(refusal_in, await ask(stub, [request("a", 5, x[5:])]))
 

@@ -1,4 +1,4 @@
-"""The engine: arena, cells and micro-batcher. The only package that imports torch.
+"""The engine: arena, cells and micro-batcher. The only package that imports torch and onnxruntime.
 
 engine      queues work, takes micro-batches, gives the outcomes to a `CompletionSink`
 work        work items, packs, the micro-batch

@@ -82,6 +82,7 @@ class Arena:
         self._rows = np.zeros((capacity, layout.width), np.float32)
         self._cells = self._rows[:, : layout.cell]
         self._rings = layout.rings(self._rows)
+        self._last = self._rings[:, 0]
         self._tracked = self._rows[:, layout.tracked_from :]
         self._blank = blank
         self._free = list(range(capacity - 1, -1, -1))
@@ -126,7 +127,10 @@ class Arena:
 
     def append(self, slots: NDArray[np.int64], at: NDArray[np.int64], x: Floats) -> None:
         """Puts row `at` [B], x [B, D], in the place of the oldest past row of slots [B]."""
-        self._rings[slots, at % self._rings.shape[1]] = x
+        if self._rings.shape[1] == 1:  # as in most models, without lagged inputs
+            self._last[slots] = x
+        else:
+            self._rings[slots, at % self._rings.shape[1]] = x
 
     def tracked(self, slots: NDArray[np.int64]) -> Floats:
         """Copies the tracked parts [B, Q] of slots [B]."""

@@ -277,8 +277,7 @@ class Engine(Generic[W, P]):
         No other work of these slots may be in the engine (rule 2). A forward that raises has
         changed no state, and no other row is tried in its place: that is the caller's choice.
         """
-        with torch.inference_mode():
-            return self._forward.step(rows)
+        return self._forward.step(rows)
 
     def submit_pack(self, pack: P) -> None:
         """Queues a pack for the next turn."""

@@ -97,13 +97,14 @@ class Forward:
         if rows.impute is None:
             past = self._past(slots, at) if self._network.lagged else None
             return x, *self._stepper.step(x, rows.phase, states, past)
-        kept, outputs, after = self._imputer.apply(
-            torch.from_numpy(x)[:, None],
-            torch.from_numpy(rows.phase)[:, None],
-            torch.from_numpy(states),
-            self._past(slots, at),
-            impute=torch.from_numpy(rows.impute),
-        )
+        with torch.inference_mode():
+            kept, outputs, after = self._imputer.apply(
+                torch.from_numpy(x)[:, None],
+                torch.from_numpy(rows.phase)[:, None],
+                torch.from_numpy(states),
+                self._past(slots, at),
+                impute=torch.from_numpy(rows.impute),
+            )
         return kept[:, 0].numpy(), outputs[:, 0].numpy(), after.numpy()
 
     def _past(self, slots: NDArray[np.int64], at: NDArray[np.int64]) -> RowHistory:

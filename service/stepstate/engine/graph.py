@@ -75,23 +75,21 @@ class _Graph:
         """A constant of one float32."""
         return self.constant(np.array(value, np.float32))
 
-    def add(self, operator: str, *inputs: str) -> str:
+    def add(self, operator: str, *inputs: str, **attributes: int) -> str:
         """An operator's one result."""
         name = f"value{len(self._nodes)}"
-        self._nodes.append(helper.make_node(operator, inputs, [name]))
+        node = helper.make_node(operator, inputs, [name], **attributes)  # type: ignore[arg-type]
+        self._nodes.append(node)
         return name
 
-    def product(self, rows: str, weight: Floats, bias: Floats) -> str:
-        """W v + b of rows [B, n]; the weight is [n, outputs]."""
-        return self.add("Gemm", rows, self.constant(weight), self.constant(bias))
+    def product(self, rows: str, weight: Floats, bias: Floats | None = None) -> str:
+        """W v + b of rows [B, n]; the weight is [outputs, n]."""
+        parts = [weight] if bias is None else [weight, bias]
+        return self.add("Gemm", rows, *map(self.constant, parts), transB=1)
 
     def joined(self, *parts: str) -> str:
         """Rows side by side."""
-        if len(parts) == 1:
-            return parts[0]
-        name = f"value{len(self._nodes)}"
-        self._nodes.append(helper.make_node("Concat", parts, [name], axis=1))
-        return name
+        return parts[0] if len(parts) == 1 else self.add("Concat", *parts, axis=1)
 
     def split(self, rows: str, widths: Sequence[int]) -> list[str]:
         """The parts of rows of these widths."""
@@ -168,7 +166,7 @@ class _Layer:
         c = add("Add", add("Mul", f, c), add("Mul", i, g))
         h = add("Mul", o, add("Tanh", c))
         if self._projection is not None:
-            h = add("MatMul", h, self._graph.constant(self._projection.T))
+            h = self._graph.product(h, self._projection)
         return h, c
 
     def gru(self) -> str:
@@ -178,8 +176,8 @@ class _Layer:
         """
         graph, add, n = self._graph, self._graph.add, self._rows_of(2)
         r, z = (add("Sigmoid", self._gate(place)) for place in (0, 1))
-        from_x = graph.product(self._x, self._ih[n].T, self._bias_ih[n])
-        from_h = graph.product(self._h, self._hh[n].T, self._bias_hh[n])
+        from_x = graph.product(self._x, self._ih[n], self._bias_ih[n])
+        from_h = graph.product(self._h, self._hh[n], self._bias_hh[n])
         new = add("Tanh", add("Add", from_x, add("Mul", r, from_h)))
         kept = add("Mul", z, self._h)
         return add("Add", add("Mul", add("Sub", graph.number(1.0), z), new), kept)
@@ -191,7 +189,7 @@ class _Layer:
     def _gate(self, place: int) -> str:
         """W_ih x + b_ih + W_hh h + b_hh of one gate [B, H]."""
         rows = self._rows_of(place)
-        weight = np.concatenate((self._ih[rows], self._hh[rows]), axis=1).T
+        weight = np.concatenate((self._ih[rows], self._hh[rows]), axis=1)
         return self._graph.product(self._joined, weight, self._bias_ih[rows] + self._bias_hh[rows])
 
     def _rows_of(self, place: int) -> slice:

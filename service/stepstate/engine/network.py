@@ -126,8 +126,8 @@ class Network:
 
     @property
     def linear_head(self) -> tuple[Floats, Floats]:
-        """The head's weight [P + n, O] and bias [O], with y's scaling; on the host."""
-        return self._head.weight.numpy(), self._head.bias.numpy()
+        """The head's weight [O, P + n] and bias [O], with y's scaling; on the host."""
+        return self._head.weight.t().numpy(), self._head.bias.numpy()
 
     def step(
         self,

@@ -22,6 +22,9 @@ from stepstate.engine.work import Floats
 from stepstate.errors import RuntimeUnavailable
 from stepstate.models import Model
 
+MAX_GRAPH_BYTES = 2_000_000_000
+"""A graph is one message of protobuf, which may have 2 GiB. Larger models are torch's."""
+
 
 class Runtime(enum.Enum):
     """What computes the steps of single rows."""
@@ -64,7 +67,8 @@ def check_runtime(runtime: Runtime) -> None:
 
 def make_stepper(model: Model, network: Network, runtime: Runtime) -> RowStepper:
     """The function of a model's single rows; `network` is the same model."""
-    if runtime is Runtime.ONNX_RUNTIME:
+    fits = sum(tensor.nbytes for tensor in model.tensors.values()) <= MAX_GRAPH_BYTES
+    if runtime is Runtime.ONNX_RUNTIME and fits:
         return OnnxStepper(model, network)
     return TorchStepper(network)
 
@@ -75,6 +79,7 @@ class TorchStepper:
     def __init__(self, network: Network) -> None:
         self._network = network
 
+    @torch.inference_mode()
     def step(
         self, x: Floats, phase: NDArray[np.int64], state: Floats, past: RowHistory | None
     ) -> tuple[Floats, Floats]:
@@ -97,8 +102,6 @@ class OnnxStepper:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = options.inter_op_num_threads = 1
         options.log_severity_level = 3  # errors
-        # Its own allocator keeps the most that a batch of each size took; malloc is as fast.
-        options.enable_cpu_mem_arena = False
         self._network = network
         self._has_side_inputs = network.timed or network.lagged
         self._session = onnxruntime.InferenceSession(
@@ -117,6 +120,7 @@ class OnnxStepper:
             self._network.order_quantiles(y)
         return y, after
 
+    @torch.inference_mode()
     def _side_inputs(
         self, x: Floats, phase: NDArray[np.int64], past: RowHistory | None
     ) -> dict[str, Floats]:

@@ -7,7 +7,7 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
 
     rule                                        fast path              ordinary way
     ------------------------------------------  ---------------------  -------------------------
-    the session takes steps, and t is its own   RowBatcher._fits       RequestQueues.find,
+    the session takes steps, and t is its own   RowBatcher._enter      RequestQueues.find,
                                                                        StepScheduler._start
     one at a time of a session, as they came    ResidentSession.waiting, of both
     a row that waits is accepted, or refused    Admission, of both
@@ -138,65 +138,58 @@ class RowBatcher:
 
     def add(self, row: SingleRow) -> bool:
         """Takes a row; False: it has to go the ordinary way, and nothing was done."""
-        session = row.session
-        if self._generation[session.handle] != row.generation:
+        handle = row.session.handle
+        if not self._busy[handle]:
+            return self._enter(row)
+        if self._generation[handle] != row.generation:
             return False
-        if self._busy[session.handle]:
-            if not self._accept(row):
-                return False
-            self._enqueue(session, row)
-        elif self._fits(row):
-            self._start(row)
-        else:
+        if not self._accept(row):
             return False
-        row.reply_to.source.running += 1
+        self._enqueue(row.session, row)
         return True
 
     def resume(self, row: SingleRow) -> None:
         """The turn of a row has come that has waited in its session."""
         if row.reply_to.cancelled:
             self._drop(row)
-        elif self._fits(row):
-            self._start(row)
-        else:
+        elif not self._enter(row):
             self._give_back(row)
 
     def _accept(self, row: SingleRow) -> bool:
         """Lets a row wait, unless it has to be refused."""
         if not row.accepted:
+            source = row.reply_to.source
             try:
-                self._admission.accept(1, 1, source=row.reply_to.source)
+                self._admission.accept(1, 1, source=source)
             except StepstateError:
                 return False
             row.accepted = True
             self.accepted += 1
+            source.running += 1
             row.reply_to.hold_row(row)
         return True
 
-    def _fits(self, row: SingleRow) -> bool:
-        """Whether the session takes steps, and this is its next row."""
+    def _enter(self, row: SingleRow) -> bool:
+        """Puts a row into the next forward, if its session takes steps and it is the next row."""
         handle, t = row.session.handle, row.t
         if not self._awake:
             self._now = self._clock()
         row.at = at = self._t[handle]
-        return (
-            (t is None or t == at)
-            and self._generation[handle] == row.generation
-            and self._expires_at[handle] > self._now
-            and (
-                at - self._durable_t[handle] < self._backlog_rows or not self._saved_behind[handle]
-            )
-            and (row.accepted or not self._admission.draining)
-        )
-
-    def _start(self, row: SingleRow) -> None:
-        """Puts a row that fits into the next forward."""
-        self._busy[row.session.handle] = True
+        if (
+            (t is not None and t != at)
+            or self._generation[handle] != row.generation
+            or self._expires_at[handle] <= self._now
+            or (at - self._durable_t[handle] >= self._backlog_rows and self._saved_behind[handle])
+            or (self._admission.draining and not row.accepted)
+        ):
+            return False
+        self._busy[handle] = True
         self._arrived.append(row)
         if not self._awake:
             self._awake = True
             self._arrived_at = time.perf_counter()
             asyncio.get_running_loop().call_soon(self._run)
+        return True
 
     def _run(self) -> None:
         """One forward, at the end of a round of the event loop."""
@@ -283,7 +276,8 @@ class RowBatcher:
         outputs, width, awaited = y.tobytes(), y.shape[1] * y.itemsize, table.awaited
         first = 0
         for row, durable_t in zip(rows, durable, strict=True):
-            self._done(row)
+            if row.accepted:
+                self._settle(row)
             row.reply_to.deliver_row(row, outputs[first : first + width], durable_t)
             first += width
             if awaited[row.session.handle]:
@@ -300,7 +294,8 @@ class RowBatcher:
 
     def _drop(self, row: SingleRow) -> None:
         """Nobody waits for it: it is never applied."""
-        self._done(row)
+        if row.accepted:
+            self._settle(row)
         self._observer.ended("cancelled")
 
     def _give_back(self, row: SingleRow) -> None:
@@ -310,14 +305,14 @@ class RowBatcher:
             if self._admission.draining and not row.accepted:
                 step.error = Draining()
             self._admission.count(1, 1, source=row.reply_to.source)
-        self._done(row)
+        if row.accepted:
+            self._settle(row)
         if step is not None:
             row.session.scheduler.submit(step)
 
-    def _done(self, row: SingleRow) -> None:
-        """A row is here no more; its outcome is delivered next."""
+    def _settle(self, row: SingleRow) -> None:
+        """A row that has waited is here no more; its outcome is delivered next."""
         source = row.reply_to.source
+        self.accepted -= 1
         source.finished(1)
-        if row.accepted:
-            self.accepted -= 1
-            self._admission.settled(1, 1, source=source)
+        self._admission.settled(1, 1, source=source)

@@ -129,7 +129,7 @@ class RowReplyTo(Protocol):
         ...
 
     def hold_row(self, row: SingleRow) -> None:
-        """A row waits longer than this round of the event loop: its memory has to be counted."""
+        """A row waits longer than this round of the event loop: it has to be counted."""
         ...
 
 

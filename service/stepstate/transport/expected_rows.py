@@ -27,13 +27,13 @@ class ExpectedRow:
         t: rows applied before the next one.
     """
 
-    __slots__ = ("_codec", "_generation", "_session", "prefix", "t", "x_bytes")
+    __slots__ = ("_codec", "_generation", "_prefix", "_session", "_t", "_x_bytes")
 
     def __init__(self, session: ResidentSession, ref: SessionRef, codec: RowCodec, t: int) -> None:
         self._session = session
         self._generation = ref.generation
         self._codec = codec
-        self.x_bytes = codec.x_bytes
+        self._x_bytes = codec.x_bytes
         self.expect(t)
 
     def is_of(self, session: ResidentSession, ref: SessionRef) -> bool:
@@ -42,20 +42,21 @@ class ExpectedRow:
 
     def expect(self, t: int) -> None:
         """The next row is this one."""
-        self.t = t
-        _, self.prefix = self._codec.heads(t)
-        """All of its request but x."""
+        self._t = t
+        _, self._prefix = self._codec.heads(t)
 
-    def take(self, request: bytes, reply_to: RowReplyTo) -> SingleRow | None:
-        """Hands the row of such a request over; None: it has to go the ordinary way."""
-        t, session = self.t, self._session
+    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+        """Hands the row of a request over; False: it has to go the ordinary way."""
+        if request[: -self._x_bytes] != self._prefix:
+            return False
+        t, session = self._t, self._session
         reply_head, prefix = self._codec.heads(t + 1)
-        x = request[-self.x_bytes :]
+        x = request[-self._x_bytes :]
         row = SingleRow(reply_to, session, self._generation, t, x, request, reply_head)
         if not session.scheduler.add_row(row):
-            return None
-        self.t, self.prefix = t + 1, prefix
-        return row
+            return False
+        self._t, self._prefix = t + 1, prefix
+        return True
 
 
 class ExpectedRows:
@@ -69,12 +70,12 @@ class ExpectedRows:
         self._most = most
         self._by_name: dict[bytes, ExpectedRow] = {}  # the first bytes of a request
 
-    def find(self, request: bytes) -> ExpectedRow | None:
-        """The expectation that a request meets."""
-        expected = self._by_name.get(request[: 2 + request[1]]) if len(request) > 1 else None
-        if expected is None or request[: -expected.x_bytes] != expected.prefix:
-            return None
-        return expected
+    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+        """Hands over the row of a request that was expected; False: it goes the ordinary way."""
+        if len(request) < 2:
+            return False
+        expected = self._by_name.get(request[: 2 + request[1]])
+        return expected is not None and expected.take(request, reply_to)
 
     def expect(self, session: ResidentSession, ref: SessionRef | None, t: int) -> None:
         """Expects row t of a session next; without a reference, or a fast path, it does nothing."""

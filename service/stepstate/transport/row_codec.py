@@ -54,7 +54,7 @@ class RowCodec:
         if payload[: -codec.x_bytes] == prefix:  # it is the request for row t
             x = payload[-codec.x_bytes :]
             reply_head, prefix = codec.heads(t + 1)
-            reply = whole_reply(reply_head, y)
+            reply = reply_head + y
 
     Args:
         session_id: of the session; not empty.
@@ -80,8 +80,6 @@ class RowCodec:
         return both + self._before_y, both + self._before_x
 
 
-def whole_reply(head: bytes, y: bytes, durable_t: int = 0) -> bytes:
-    """A reply: its head (`RowCodec.heads`), y (float32 [O], little-endian), and the saved rows."""
-    if durable_t:
-        return b"".join((head, y, _DURABLE_T, varint(durable_t)))
-    return head + y
+def saved(durable_t: int) -> bytes:
+    """The end of a reply, after y, where rows are saved: so many, at least one."""
+    return _DURABLE_T + varint(durable_t)

@@ -12,30 +12,16 @@ from typing import Protocol
 
 from stepstate.budget import MemoryUse
 from stepstate.errors import StepstateError
-from stepstate.sessions import (
-    MAX_SOURCE_RUNNING,
-    ResidentSession,
-    RowReplyTo,
-    SingleRow,
-    Step,
-)
+from stepstate.sessions import ResidentSession, RowReplyTo, SingleRow, Step
 from stepstate.transport.bidi import STEP_BYTES, A, Backend, BidiStream, Q, W
 from stepstate.transport.interceptor import MessageChannel
 
 
-class Expectation(Protocol):
-    """A request that may come."""
-
-    def take(self, request: bytes, reply_to: RowReplyTo) -> SingleRow | None:
-        """Hands its row over when it has come; None: it has to go the ordinary way."""
-        ...
-
-
-class Expectations(Protocol):
+class ExpectedRequests(Protocol):
     """The requests that may come next."""
 
-    def find(self, request: bytes) -> Expectation | None:
-        """The one that has come."""
+    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+        """Hands the row of an expected request over; False: it has to go the ordinary way."""
         ...
 
 
@@ -45,7 +31,7 @@ class RowStream(BidiStream[Q, A, Step, W]):
     Args:
         backend: serves the requests.
         messages: the two directions of the call.
-        expectations: of the API.
+        expected: of the API.
         patience_seconds: see `BidiStream`.
     """
 
@@ -53,12 +39,12 @@ class RowStream(BidiStream[Q, A, Step, W]):
         self,
         backend: Backend,
         messages: MessageChannel,
-        expectations: Expectations,
+        expected: ExpectedRequests,
         *,
         patience_seconds: float = 0.0,
     ) -> None:
         super().__init__(backend, messages, patience_seconds=patience_seconds)
-        self._expectations = expectations
+        self._expected_requests = expected
 
     @abstractmethod
     def _make_step(self, request: Q, session: ResidentSession) -> Step:
@@ -78,18 +64,14 @@ class RowStream(BidiStream[Q, A, Step, W]):
 
     def received(self, payload: bytes) -> None:
         """See `MessageSink`: takes a row that was expected, or whatever else it is."""
-        expected = self._expectations.find(payload)
-        if expected is None or self._paused or not self._memory.fits(STEP_BYTES):
+        fast = not self._paused and self._memory.fits(STEP_BYTES)
+        if fast and self._expected_requests.take(payload, self):
+            self._messages.counts.received += 1
+            self._unanswered += 1
+            if self._held_bytes:
+                self._stop_if_full()
+        else:
             super().received(payload)
-            return
-        row = expected.take(payload, self)
-        if row is None:
-            super().received(payload)
-            return
-        self._messages.counts.received += 1
-        self._unanswered += 1
-        if self._held_bytes or self.source.running >= MAX_SOURCE_RUNNING:
-            self._stop_if_full()
 
     def deliver_row(self, row: SingleRow, y: bytes, durable_t: int) -> None:
         """See `RowReplyTo`."""
@@ -118,11 +100,9 @@ class RowStream(BidiStream[Q, A, Step, W]):
 
     def hold_row(self, row: SingleRow) -> None:
         """See `RowReplyTo`."""
-        if not row.held_bytes:
-            row.held_bytes = STEP_BYTES + len(row.message)
-            self._charge(MemoryUse.REQUESTS, row.held_bytes)
+        row.held_bytes = STEP_BYTES + len(row.message)
+        self._charge(MemoryUse.REQUESTS, row.held_bytes)
 
     def _release_row(self, row: SingleRow) -> None:
-        if row.held_bytes:
-            self._release(MemoryUse.REQUESTS, row.held_bytes)
-            row.held_bytes = 0
+        self._release(MemoryUse.REQUESTS, row.held_bytes)
+        row.held_bytes = 0

@@ -23,7 +23,7 @@ from stepstate.transport.bidi import STEP_BYTES, Backend
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.peers import current_peer
-from stepstate.transport.row_codec import whole_reply
+from stepstate.transport.row_codec import saved
 from stepstate.transport.row_stream import RowStream
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
@@ -56,7 +56,8 @@ class StepStream(RowStream[pb.StepRequest, pb.StepResponse, pb.StepRequest]):
         return self._error(request.session_id[:ID_LENGTH], error)
 
     def _encode_row(self, row: SingleRow, y: bytes, durable_t: int) -> bytes:
-        return whole_reply(row.reply_head, y, durable_t)
+        reply = row.reply_head + y
+        return reply + saved(durable_t) if durable_t else reply
 
     def _take(self, request: pb.StepRequest) -> None:
         session = self._sessions.find(request.session_id)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from stepstate.engine.accelerator import DeviceForward
-from stepstate.engine.network import Network
+from stepstate.engine.runtimes import OnnxStepper
 from stepstate.errors import Internal, NonFiniteResult, StepAhead, StepMismatch, StepTooOld
 from tests.accelerators import ACCELERATORS, there
 from tests.unit.rig import HUGE, Rig, model_of, outputs, overflowing_network, rounds, rows_of
@@ -215,7 +215,7 @@ async def test_a_forward_that_raises_is_an_internal_error_whose_id_is_in_the_log
     *, rig, session, x, network, monkeypatch, caplog
 ):
     with monkeypatch.context() as broken:
-        for forward in (Network, DeviceForward):
+        for forward in (OnnxStepper, DeviceForward):
             broken.setattr(forward, "step", lambda *_: 1 / 0)
         with caplog.at_level(logging.ERROR), pytest.raises(Internal) as failed:
             await rig.step(session, x[0], 0)

@@ -31,13 +31,13 @@ class ExpectedInfer:
         """Whether it is about this session, and the reference still the valid one."""
         return self._session is session and self._generation == ref.generation
 
-    def take(self, request: bytes, reply_to: RowReplyTo) -> SingleRow | None:
-        """Hands the row of such a request over; None: it has to go the ordinary way."""
+    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+        """Hands the row of such a request over; False: it has to go the ordinary way."""
         codec, session = self._codec, self._session
         start, end = id_span(request)
         x, head = request[-codec.x_bytes :], codec.reply_head(request[start:end])
         row = SingleRow(reply_to, session, self._generation, None, x, request, head)
-        return row if session.scheduler.add_row(row) else None
+        return session.scheduler.add_row(row)
 
 
 class ExpectedInfers:
@@ -51,6 +51,11 @@ class ExpectedInfers:
         self._most = most
         self._x_bytes: dict[bytes, int] = {}  # by the names in a request
         self._known: dict[tuple[bytes, bytes], ExpectedInfer] = {}  # by names and content
+
+    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+        """Hands the row of an expected request over; False: it has to go the ordinary way."""
+        known = self.find(request)
+        return known is not None and known.take(request, reply_to)
 
     def find(self, request: bytes) -> ExpectedInfer | None:
         """What a request repeats."""

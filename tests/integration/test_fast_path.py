@@ -12,10 +12,11 @@ import grpc
 import numpy as np
 import pytest
 
+from stepstate.budget import MemoryUse
 from stepstate.config import ServerConfig
 from stepstate.engine import Engine
 from stepstate.server import Server, running_server
-from stepstate.sessions import SingleRow
+from stepstate.sessions import SingleRow, types
 from stepstate.sessions.rows import RowBatcher
 from stepstate.transport import bidi
 from stepstate.transport.row_stream import RowStream
@@ -165,6 +166,27 @@ async def test_a_drain_answers_the_rows_that_were_taken(config: ServerConfig):
             answered = [reply.t for reply in some if not reply.HasField("error")]
             assert answered == list(range(1, len(answered) + 1))
             assert (await where(stub, name)).t == len(answered)
+
+
+async def test_rows_that_are_done_make_room_for_others(
+    connection: Pipelined,
+    server: Server,
+    stub: StepstateServiceStub,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A client may have few requests in the engine, and few waiting."""
+    monkeypatch.setattr(bidi, "MAX_SOURCE_RUNNING", 4)
+    monkeypatch.setattr(types, "MAX_SOURCE_RUNNING", 4)
+    await opened(stub, "a")
+    call = await begun(connection, "a")
+    for t in range(1, 300):
+        call.put(row("a", t))
+    call.end()
+    connection.flush()
+    assert await call.ended() == "0"
+    assert told(call.replies) == list(range(1, 301))
+    assert server.sessions.queued_rows == 0
+    assert server.memory.used == server.memory.by_use[MemoryUse.REPLAY]
 
 
 class Forwards:

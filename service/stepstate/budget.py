@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections import deque
+from collections import defaultdict, deque
 from contextvars import ContextVar
 from enum import StrEnum
 from pathlib import Path
@@ -178,7 +178,7 @@ class CallMemory:
 
     def __init__(self, account: MemoryAccount) -> None:
         self._account = account
-        self._by_use: dict[str, int] = dict.fromkeys(MemoryUse, 0)
+        self._by_use: defaultdict[MemoryUse, int] = defaultdict(int)
         self._closed = False
         self.fits = account.fits
         """See `MemoryAccount.fits`."""
@@ -211,8 +211,9 @@ class CallMemory:
 
     def close(self) -> None:
         """Releases what is left: the RPC is done."""
-        for use in MemoryUse:
-            self.release(use, self._by_use[use])
+        for use, size in self._by_use.items():
+            self._account.release(use, size)
+        self._by_use.clear()
         self._closed = True
 
 

@@ -12,10 +12,11 @@ import grpc
 import numpy as np
 import pytest
 
+from stepstate.budget import MemoryUse
 from stepstate.config import ServerConfig
 from stepstate.engine import Engine
 from stepstate.server import Server, running_server
-from stepstate.sessions import SingleRow
+from stepstate.sessions import SingleRow, types
 from stepstate.sessions.rows import RowBatcher
 from stepstate.transport import bidi
 from stepstate.transport.row_stream import RowStream
@@ -110,6 +111,23 @@ async def test_a_call_ends_whose_last_row_is_given_back_and_refused(
     assert told(call.replies) == [1, "NON_FINITE_INPUT"]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("model", ["lstm", "gru", "tanh", "relu", "projected"])
+async def test_a_row_that_is_not_finite_is_refused_and_changes_nothing(
+    connection: Pipelined, stub: StepstateServiceStub, model: str, value: float
+):
+    """Also where the outputs would be finite: the gates of an LSTM are, of any sum."""
+    await opened(stub, "a", model)
+    call = await begun(connection, "a")
+    bad = ROWS[1].copy()
+    bad[0] = value
+    call.put(request("a", 1, bad).SerializeToString())
+    call.put(row("a", 1))
+    connection.flush()
+    await call.answered(3)
+    assert told(call.replies) == [1, "NON_FINITE_INPUT", 2]
+
+
 @pytest.mark.transports
 async def test_rows_whose_replies_are_not_read_are_taken_as_far_as_a_stream_may(
     server: Server, stub: StepstateServiceStub, monkeypatch: pytest.MonkeyPatch
@@ -165,6 +183,27 @@ async def test_a_drain_answers_the_rows_that_were_taken(config: ServerConfig):
             answered = [reply.t for reply in some if not reply.HasField("error")]
             assert answered == list(range(1, len(answered) + 1))
             assert (await where(stub, name)).t == len(answered)
+
+
+async def test_rows_that_are_done_make_room_for_others(
+    connection: Pipelined,
+    server: Server,
+    stub: StepstateServiceStub,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    """A client may have few requests in the engine, and few waiting."""
+    monkeypatch.setattr(bidi, "MAX_SOURCE_RUNNING", 4)
+    monkeypatch.setattr(types, "MAX_SOURCE_RUNNING", 4)
+    await opened(stub, "a")
+    call = await begun(connection, "a")
+    for t in range(1, 300):
+        call.put(row("a", t))
+    call.end()
+    connection.flush()
+    assert await call.ended() == "0"
+    assert told(call.replies) == list(range(1, 301))
+    assert server.sessions.queued_rows == 0
+    assert server.memory.used == server.memory.by_use[MemoryUse.REPLAY]
 
 
 class Forwards:

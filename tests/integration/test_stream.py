@@ -17,6 +17,7 @@ import pytest
 
 from stepstate.budget import MemoryUse
 from stepstate.client import AsyncClient
+from stepstate.config import ServerConfig
 from stepstate.server import Server, running_server
 from stepstate.sessions import Step
 from stepstate.v1 import stepstate_pb2 as pb
@@ -390,3 +391,32 @@ async def test_a_stream_that_comes_while_streams_end_is_refused(server: Server, 
         assert refused.value.code() is grpc.StatusCode.UNAVAILABLE
         unread.cancel()
         await draining
+
+
+async def test_requests_that_come_while_a_stream_ends_do_not_hold_it_up(config: ServerConfig):
+    """Neither are they applied: the client sees that the stream has ended before their replies."""
+    async with (
+        running_server(replace(config, drain_seconds=600)) as server,
+        raw_stub(server.address) as stub,
+        raw_stub(server.address, ("grpc.http2.bdp_probe", 0)) as slow,
+    ):
+        await opened(stub, "a")
+        unread = slow.StreamSteps()
+        for _ in range(60):
+            await unread.write(request("a", None, draw(100), inspect=True))
+        await asyncio.sleep(0.5)
+        await queued(stub, "a", 0)
+        t = (await where(stub, "a")).t
+        draining = asyncio.create_task(server.drain())
+        await asyncio.sleep(0.3)
+        await unread.write(request("a", None, draw(1)))
+        await asyncio.sleep(0.1)
+        assert not draining.done()
+        async with asyncio.timeout(10):
+            replies: list[int] = []
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                async for reply in unread:
+                    replies.append(reply.t)  # noqa: PERF401 - it ends with an error
+            await draining
+    assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert replies == list(range(100, t + 1, 100))

@@ -18,6 +18,7 @@ import grpc
 import numpy as np
 from google.rpc import status_pb2
 
+from stepstate.budget import MemoryUse
 from stepstate.config import ServerConfig
 from stepstate.server import Server, running_server
 from stepstate.sessions.snapshots.format import Snapshot, decode
@@ -190,6 +191,7 @@ class Side:
             "rows": sessions.queued_rows,
             "busy": int(sessions.table.busy_array.sum()),
             "slots": sessions.leaked_slots,
+            "bytes": self.server.memory.used - self.server.memory.by_use[MemoryUse.REPLAY],
         }
 
     async def snapshot(self, session_id: str) -> Snapshot | str:

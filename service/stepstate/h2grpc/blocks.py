@@ -4,6 +4,9 @@ A block is bounded in four ways: frames (CONTINUATION floods, CVE-2024-27316), b
 bytes of the list that HPACK makes of them (its bombs, CVE-2016-6581), and the work that decoding
 is. A list that is only longer than was announced costs its own call alone. Sources: RFC 9113,
 sections 4.3, 6.2 and 6.10; RFC 7541 (HPACK).
+
+The calls of a client mostly have the same headers, each of which is in HPACK's tables by then. Such
+a block has the bytes of the one before, changes no table, and so means the same: it is not decoded.
 """
 
 from __future__ import annotations
@@ -44,7 +47,7 @@ class HeaderReader:
         meter: what decoding is charged to.
     """
 
-    __slots__ = ("_decoder", "_limits", "_meter", "partial")
+    __slots__ = ("_decoder", "_last", "_limits", "_meter", "last_fields", "partial")
 
     def __init__(self, limits: Http2Limits, meter: WorkMeter) -> None:
         self.partial: _PartialBlock | None = None
@@ -52,6 +55,9 @@ class HeaderReader:
         self._limits = limits
         self._meter = meter
         self._decoder = Decoder(limits.header_block_bytes)
+        self._last = b""
+        self.last_fields: Headers = ()
+        """Of the last block, if it has only what is in the tables: it may come again."""
 
     def headers(self, flags: int, stream_id: int, payload: bytes) -> HeaderBlock | None:
         """Takes a HEADERS frame; returns the block if that is all of it.
@@ -94,6 +100,9 @@ class HeaderReader:
         return HeaderBlock(block.stream_id, fields, block.end_stream, block.looped)
 
     def _decode(self, stream_id: int, data: bytes) -> Headers:
+        """The fields of a block: the same object as before, if it repeats the one before."""
+        if data and data == self._last:
+            return self.last_fields
         self._meter.charge(len(data) // BYTES_PER_CREDIT)
         if _table_updates(data) > MAX_TABLE_UPDATES:
             raise ConnectionFailure(ErrorCode.COMPRESSION_ERROR, "too many updates of the table")
@@ -103,7 +112,9 @@ class HeaderReader:
             raise HeadersTooLong(stream_id) from None
         except (HPACKError, ValueError, IndexError):
             raise ConnectionFailure(ErrorCode.COMPRESSION_ERROR) from None
-        return [(bytes(name), bytes(value)) for name, value in fields]
+        found = [(bytes(name), bytes(value)) for name, value in fields]
+        self._last, self.last_fields = (data, found) if _is_in_tables(data) else (b"", ())
+        return found
 
 
 class _PartialBlock:
@@ -122,6 +133,11 @@ class _PartialBlock:
 def depends_on_itself(stream_id: int, priority: bytes) -> bool:
     """Whether the priority of a stream is malformed like that (RFC 7540, section 5.3.1)."""
     return len(priority) >= 5 and read_number(priority[:4]) & STREAM_ID == stream_id
+
+
+def _is_in_tables(data: bytes) -> bool:
+    """Whether each byte of a block is an indexed field (RFC 7541, section 6.1)."""
+    return bool(data) and min(data) >= 0x80  # the last byte of a longer number is smaller
 
 
 def _table_updates(data: bytes) -> int:

@@ -49,6 +49,7 @@ from stepstate.h2grpc.headers import (
     DEFAULT_TABLE_BYTES,
     HEADERS_TOO_LONG,
     NO_TABLE,
+    Headers,
     Request,
     check_request,
     check_trailers,
@@ -118,6 +119,7 @@ class Http2Connection:
         "_headers",
         "_host",
         "_last_id",
+        "_last_request",
         "_last_served",
         "_opened_now",
         "_output",
@@ -186,6 +188,7 @@ class Http2Connection:
         self._begun = False
         self._settled = False  # the client's SETTINGS have come
         self._last_id = 0
+        self._last_request: tuple[Headers, Request | None] = ((), None)
         self._peer_window = DEFAULT_WINDOW
         self._receive_window = limits.connection_window
         self._half_window = limits.stream_window // 2
@@ -561,11 +564,15 @@ class Http2Connection:
             return
         if len(self.streams) >= self.limits.concurrent_streams:
             raise StreamFailure(ErrorCode.REFUSED_STREAM)
-        if list_bytes(block.fields) > self.limits.header_list_bytes:
-            self.meter.charge(Cost.LONG_HEADERS)
-            self._refuse_long(stream_id)
-            return
-        request = check_request(block.fields)
+        fields, request = self._last_request
+        if request is None or fields is not block.fields:
+            if list_bytes(block.fields) > self.limits.header_list_bytes:
+                self.meter.charge(Cost.LONG_HEADERS)
+                self._refuse_long(stream_id)
+                return
+            request = check_request(block.fields)
+            if block.fields is self._headers.last_fields:
+                self._last_request = (block.fields, request)
         if block.end_stream and request.content_length:
             raise StreamFailure(ErrorCode.PROTOCOL_ERROR)
         stream = Http2Stream(stream_id, self, self._peer_window, request.content_length)

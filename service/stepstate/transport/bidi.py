@@ -186,6 +186,8 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
 
     def received(self, payload: bytes) -> None:
         """See `MessageSink`: takes a request, or keeps it while the call is paused."""
+        if self._draining:
+            return  # it may still send what its window allows
         if self._paused:
             self._charge(MemoryUse.REQUESTS, len(payload))
             self._inbox.append(payload)
@@ -290,7 +292,10 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     def _go_on(self) -> None:
         """Takes requests again, if it was paused and need not be."""
         self._goes_on = False
-        if self.cancelled or not self._paused or self._stalled or self._draining or self._is_full():
+        if self._draining:  # it may have waited for this alone
+            self._end_if_answered()
+            return
+        if self.cancelled or not self._paused or self._stalled or self._is_full():
             return
         self._paused = False
         while self._inbox and not self._paused:

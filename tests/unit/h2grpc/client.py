@@ -91,9 +91,11 @@ class EchoHost:
 
     answers: bool = True
     calls: dict[int, Echo] = field(default_factory=dict)
+    requests: dict[int, Request] = field(default_factory=dict)
     asked: int = 0
 
     def accept(self, stream: Http2Stream, request: Request) -> StreamReceiver:
+        self.requests[stream.id] = request
         self.calls[stream.id] = echo = Echo(stream, answers=self.answers)
         return echo
 

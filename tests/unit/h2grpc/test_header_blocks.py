@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import pytest
 from h2.settings import SettingCodes
-from hpack import Encoder
+from hpack import Decoder, Encoder
+from hpack.exceptions import HPACKError
+from hypothesis import given
+from hypothesis import strategies as st
 
+from stepstate.h2grpc.blocks import HeaderReader
+from stepstate.h2grpc.errors import ConnectionFailure
 from stepstate.h2grpc.frames import ErrorCode, Flag, FrameType, frame
 from stepstate.h2grpc.headers import literal
-from stepstate.h2grpc.limits import Http2Limits
+from stepstate.h2grpc.limits import Http2Limits, WorkMeter
 from tests.unit.h2grpc.client import HEADERS, Client
 from tests.unit.h2grpc.raw import LAST, block, frames_of, goaway_of, headers
 
@@ -127,3 +132,40 @@ def test_a_client_may_keep_no_table_for_what_it_is_sent() -> None:
     ids = [client.open(end=True) for _ in range(2)]
     client.exchange()
     assert [client.trailers[stream_id]["grpc-status"] for stream_id in ids] == ["0", "0"]
+
+
+parts = st.one_of(
+    st.sampled_from([b"\x82", b"\x86", b"\xbe", b"\xbf", b"\xc0", b"\xff\x00"]),  # of the tables
+    st.binary(max_size=2).map(lambda value: b"\x40" + literal(b"new", value)[1:]),  # into the table
+    st.binary(max_size=2).map(lambda value: literal(b"other", value)),
+    st.just(b"\x20"),  # an empty table
+)
+one_block = st.lists(parts, max_size=2).map(b"".join)
+
+
+@given(blocks=st.lists(st.tuples(one_block, st.integers(1, 3)), max_size=12))
+def test_a_block_that_repeats_the_one_before_has_the_same_fields(
+    blocks: list[tuple[bytes, int]],
+) -> None:
+    three = b"".join(b"\x40" + literal(name, b"")[1:] for name in (b"a", b"b", b"c"))
+    reader = HeaderReader(LIMITS, WorkMeter())
+    decoder = Decoder(LIMITS.header_block_bytes)
+    for block_, times in [(three, 1), *blocks]:
+        for _ in range(times):
+            try:
+                expected = decoder.decode(block_, raw=True)
+            except HPACKError:
+                with pytest.raises(ConnectionFailure):
+                    reader.headers(Flag.END_HEADERS, 1, block_)
+                return
+            found = reader.headers(Flag.END_HEADERS, 1, block_)
+            assert found is not None
+            assert list(found.fields) == [tuple(field) for field in expected]
+
+
+def test_calls_with_the_same_headers_are_told_apart_from_those_with_others() -> None:
+    client = Client()
+    calls = [client.open(("n", name), end=True) for name in "aaabbba"]
+    client.exchange()
+    fields = [client.host.requests[call].fields for call in calls]
+    assert [dict(found)[b"n"] for found in fields] == [*[b"a"] * 3, *[b"b"] * 3, b"a"]

@@ -111,6 +111,23 @@ async def test_a_call_ends_whose_last_row_is_given_back_and_refused(
     assert told(call.replies) == [1, "NON_FINITE_INPUT"]
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("model", ["lstm", "gru", "tanh", "relu", "projected"])
+async def test_a_row_that_is_not_finite_is_refused_and_changes_nothing(
+    connection: Pipelined, stub: StepstateServiceStub, model: str, value: float
+):
+    """Also where the outputs would be finite: the gates of an LSTM are, of any sum."""
+    await opened(stub, "a", model)
+    call = await begun(connection, "a")
+    bad = ROWS[1].copy()
+    bad[0] = value
+    call.put(request("a", 1, bad).SerializeToString())
+    call.put(row("a", 1))
+    connection.flush()
+    await call.answered(3)
+    assert told(call.replies) == [1, "NON_FINITE_INPUT", 2]
+
+
 @pytest.mark.transports
 async def test_rows_whose_replies_are_not_read_are_taken_as_far_as_a_stream_may(
     server: Server, stub: StepstateServiceStub, monkeypatch: pytest.MonkeyPatch

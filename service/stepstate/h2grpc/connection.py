@@ -4,7 +4,8 @@
 in the output, which `take_output` returns. Whoever owns the connection is its `Host`.
 
 The frame that matters, a DATA frame with exactly one whole message, is taken in the loop of
-`receive` itself; every other frame goes through the table `_HANDLERS`.
+`receive` itself, and so are WINDOW_UPDATEs, of which some clients send three for each message that
+they read. Every other frame goes through the table `_HANDLERS`.
 
 Faults of one stream end that stream, faults of the connection end it with GOAWAY. What a client can
 repeat at no cost to itself is charged (see `limits`).
@@ -373,10 +374,22 @@ class Http2Connection:
                     self._replenish(stream)
                 position = stop
                 continue
-            if word == _WINDOW_UPDATE and self._widens(stream_id, compressed << 24 | size >> 8):
-                updates += 1
-                position += _WINDOW_UPDATE_BYTES
-                continue
+            if word == _WINDOW_UPDATE and headers.partial is None:
+                increment = compressed << 24 | size >> 8
+                stream = streams.get(stream_id)
+                if (
+                    stream is not None
+                    and 0 < increment <= LARGEST_WINDOW - stream.send_window
+                    and not stream.queued_bytes
+                ):
+                    stream.send_window += increment
+                    widened = True
+                else:
+                    widened = not stream_id and self._widens(increment)
+                if widened:
+                    updates += 1
+                    position += _WINDOW_UPDATE_BYTES
+                    continue
             following = self._take_frame(data, position, end)
             whole = following != position
             position = following
@@ -391,26 +404,13 @@ class Http2Connection:
         self._rest = data[position:]
         self._finish_read(messages, taken, updates)
 
-    def _widens(self, stream_id: int, increment: int) -> bool:
-        """Takes a WINDOW_UPDATE; False: this is not the plain case of one.
-
-        Some clients send two for each message that they read.
-        """
-        if self._headers.partial is not None or not self._settled:
+    def _widens(self, increment: int) -> bool:
+        """Takes a WINDOW_UPDATE of the connection; False: this is not the plain case of one."""
+        if not self._settled:
             return False
-        if not stream_id:
-            if not 0 < increment <= LARGEST_WINDOW - self.send_window - self._withheld:
-                return False
-            self._withheld += increment  # `take_output` opens it
-            return True
-        stream = self.streams.get(stream_id)
-        if (
-            stream is None
-            or not 0 < increment <= LARGEST_WINDOW - stream.send_window
-            or stream.queued_bytes
-        ):
+        if not 0 < increment <= LARGEST_WINDOW - self.send_window - self._withheld:
             return False
-        stream.send_window += increment
+        self._withheld += increment  # `take_output` opens it
         return True
 
     def _take_preface(self, data: bytes) -> int:

@@ -1,4 +1,4 @@
-"""One step of a model as an ONNX graph, which `runtimes.OnnxRuntime` runs.
+"""One step of a model as an ONNX graph, which `runtimes.OnnxStepper` runs.
 
 The equations are those of `cells`, gate by gate: each gate has a product of its own, so that ONNX
 Runtime computes its sigmoid or tanh in place. What depends on time or on past rows is given:

@@ -72,7 +72,8 @@ class Sessions:
         if self.network.lagged:
             rows = past_rows(self.rings, np.arange(batch), at)
             past = RowHistory(torch.from_numpy(rows), torch.from_numpy(at))
-        return self.stepper.step(x, at, states, past)
+        y, after = self.stepper.step(x, at, states, past)
+        return y, after.copy()
 
     def step(self, x: np.ndarray) -> np.ndarray:
         """y of one row of each."""

@@ -247,3 +247,16 @@ def test_a_graceful_end_serves_what_was_on_its_way() -> None:
     assert goaway(crossing, ErrorCode.NO_ERROR) in client.server.take_output()
     client.host.calls[before].half_closed()
     assert client.server.take_output().endswith(rst_stream(before, ErrorCode.NO_ERROR))
+
+
+def test_calls_with_many_headers_begin_in_several_turns() -> None:
+    """A header of 4 bytes takes as long as one of 100; 400 in each call took milliseconds."""
+    client = Client()
+    calls = [client.open(*[("x", "")] * 400) for _ in range(6)]
+    client.server.receive(client.h2.data_to_send())
+    turns = 1
+    while client.server.behind:
+        client.server.receive(b"")
+        turns += 1
+    assert turns >= 3
+    assert list(client.host.calls) == calls

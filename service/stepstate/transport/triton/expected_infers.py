@@ -80,13 +80,12 @@ class ExpectedInfers:
             session: that it steps.
             ref: to the session.
         """
-        manifest = session.model.manifest
-        reply = infer.row_reply(session)
-        widest = max(manifest.input_width, manifest.output_width)
-        if ref is None or reply is None or widest > LARGEST_WIDTH:
-            return
         known = self.find(request)
-        if known is not None and known.is_of(session, ref):
+        if ref is None or (known is not None and known.is_of(session, ref)):
+            return
+        manifest, reply = session.model.manifest, infer.row_reply(session)
+        widest = max(manifest.input_width, manifest.output_width)
+        if reply is None or widest > LARGEST_WIDTH:
             return
         x, y_bytes = infer.body.tensor.data, 4 * manifest.output_width
         codec = InferCodec.learn(request, x, reply, y_bytes)

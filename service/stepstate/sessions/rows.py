@@ -18,7 +18,7 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
     a row that raises or overflows              RowBatcher._give_back  Engine._step, _report
     t is another, missing values, sync, ...     RowBatcher._give_back  StepScheduler
 
-Packed rows are checked by `Table.fast_path_mask`, the columns' form of `_fits`, and share the rest.
+Packed rows are checked by `Table.fast_path_mask`, which is `_enter` by columns, and share the rest.
 
 Rule 1: a session with a row here is busy, as with a step in the engine: what comes for it meanwhile
         waits in the session.

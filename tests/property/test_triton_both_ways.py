@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from pathlib import Path
 
 import grpc
 import numpy as np
@@ -248,3 +249,32 @@ def test_only_requests_without_more_fields_are_recognized(pair: Pair, way: str) 
     pair.replies([Read(((0, "start"), (0, way), (0, way)), swapped=False)])
     assert pair.recognized(message(0, way, 12)) == [not pair.sync, False]
     assert pair.recognized(message(0, way, 12) + UNKNOWN_FIELD) == [False, False]
+
+
+async def test_a_message_that_is_cut_short_is_no_row_of_a_wider_model(tmp_path: Path) -> None:
+    """Requests without a model's name have rows of every width behind the same names."""
+    widths = {"wide": 3, "narrow": 1}
+    for name, width in widths.items():
+        make_network(name, inputs=width).write(tmp_path)
+    config = ServerConfig(
+        models=tmp_path, listen="127.0.0.1:0", metrics_listen="127.0.0.1:0", store="memory:"
+    )
+
+    def request(name: str, sequence: int, **start: bool) -> bytes:
+        x = np.full((1, widths[name]), 0.5)
+        return infer(name if start else "", sequence, x, **start).SerializeToString()
+
+    async with running_server(config) as server, grpc.aio.insecure_channel(server.address) as there:
+        stream = there.stream_stream(METHOD)()
+
+        async def ask(message: bytes) -> pb.ModelStreamInferResponse:
+            await stream.write(message)
+            return _parsed(await asyncio.wait_for(stream.read(), HANG))
+
+        for name, sequence in (("wide", 1), ("wide", 2), ("narrow", 3)):
+            assert not (await ask(request(name, sequence, sequence_start=True))).error_message
+            assert not (await ask(request(name, sequence))).error_message
+        cut = request("wide", 1)[:-12] + np.array([np.nan], "<f4").tobytes()
+        assert "can't be parsed" in (await ask(cut)).error_message
+        for name, sequence in (("wide", 1), ("wide", 2), ("narrow", 3)):
+            assert not (await ask(request(name, sequence))).error_message

@@ -58,12 +58,14 @@ class TlsListener:
         self._protocol = protocol
         self._handshakes: dict[asyncio.Task[None], socket.socket] = {}
         listener.setblocking(False)  # noqa: FBT003 - its only argument
-        self._accepting = asyncio.create_task(self._accept(listener))
+        self._listener = listener
+        self._accepting = asyncio.create_task(self._accept())
 
     async def close(self) -> None:
         """Accepts no more connections; handshakes go on."""
         self._accepting.cancel()
         await asyncio.wait([self._accepting])
+        self._listener.close()
 
     async def handshakes_done(self) -> None:
         """Waits until no handshake is under way."""
@@ -77,18 +79,19 @@ class TlsListener:
                 connection.shutdown(socket.SHUT_RDWR)
         await self.handshakes_done()
 
-    async def _accept(self, listener: socket.socket) -> None:
+    async def _accept(self) -> None:
         loop = asyncio.get_running_loop()
-        with listener:
-            while True:
-                try:
-                    connection, _ = await loop.sock_accept(listener)
-                except OSError:
-                    await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
-                    continue
-                handshake = loop.create_task(self._shake_hands(connection))
-                self._handshakes[handshake] = connection
-                handshake.add_done_callback(self._handshakes.pop)
+        while True:
+            try:
+                connection, _ = await loop.sock_accept(self._listener)
+            except ConnectionAbortedError:  # its client has ended it
+                continue
+            except OSError:
+                await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
+                continue
+            handshake = loop.create_task(self._shake_hands(connection))
+            self._handshakes[handshake] = connection
+            handshake.add_done_callback(self._handshakes.pop)
 
     async def _shake_hands(self, connection: socket.socket) -> None:
         with suppress(OSError):  # a client that speaks no TLS, is too slow, or is gone

@@ -134,7 +134,7 @@ class RowBatcher:
         self._arrived: list[SingleRow] = []
         self._backlog: FairQueue[SingleRow] = FairQueue()
         self._awake = False
-        self._arrived_at = 0.0  # when the first of them came; seconds of `time.perf_counter`
+        self._arrived_at = 0.0  # when this round began; seconds of `time.perf_counter`
 
     def add(self, row: SingleRow) -> bool:
         """Takes a row; False: it has to go the ordinary way, and nothing was done."""
@@ -157,14 +157,12 @@ class RowBatcher:
     def _accept(self, row: SingleRow) -> bool:
         """Lets a row wait, unless it has to be refused."""
         if not row.accepted:
-            source = row.reply_to.source
             try:
-                self._admission.accept(1, 1, source=source)
+                self._admission.accept(1, 1, source=row.reply_to.source)
             except StepstateError:
                 return False
             row.accepted = True
             self.accepted += 1
-            source.running += 1
             row.reply_to.hold_row(row)
         return True
 
@@ -222,12 +220,15 @@ class RowBatcher:
         backlog = self._backlog
         for row in rows:
             if self._accept(row):
+                row.reply_to.source.running += 1
                 backlog.put(row.reply_to.source, row, 1)
             else:
                 self._leave(row)
         taken: list[SingleRow] = []
         while backlog.turns and len(taken) < self._batch_rows:
-            taken.append(backlog.first()[0])
+            row, _ = backlog.first()
+            row.reply_to.source.finished(1)
+            taken.append(row)
             backlog.take()
         return taken
 
@@ -311,7 +312,5 @@ class RowBatcher:
 
     def _settle(self, row: SingleRow) -> None:
         """A row that has waited is here no more; its outcome is delivered next."""
-        source = row.reply_to.source
         self.accepted -= 1
-        source.finished(1)
-        self._admission.settled(1, 1, source=source)
+        self._admission.settled(1, 1, source=row.reply_to.source)

@@ -13,7 +13,7 @@ from typing import Protocol
 from stepstate.budget import MemoryUse
 from stepstate.errors import StepstateError
 from stepstate.sessions import ResidentSession, RowReplyTo, SingleRow, Step
-from stepstate.transport.bidi import STEP_BYTES, A, Backend, BidiStream, Q, W
+from stepstate.transport.bidi import MAX_UNANSWERED, STEP_BYTES, A, Backend, BidiStream, Q, W
 from stepstate.transport.interceptor import MessageChannel
 
 
@@ -68,7 +68,7 @@ class RowStream(BidiStream[Q, A, Step, W]):
         if fast and self._expected_requests.take(payload, self):
             self._messages.counts.received += 1
             self._unanswered += 1
-            if self._held_bytes:
+            if self._held_bytes or self._unanswered >= MAX_UNANSWERED:
                 self._stop_if_full()
         else:
             super().received(payload)
@@ -94,9 +94,12 @@ class RowStream(BidiStream[Q, A, Step, W]):
             step = self._make_step(request, row.session)
         except StepstateError as error:
             self._reply(self._encode_refusal(request, error))
-            return None
-        self._charge(MemoryUse.REPLIES, step.held_bytes)
-        return step
+        except Exception as error:  # noqa: BLE001 (the call ends with it, and nothing else)
+            self._fail(error)
+        else:
+            self._charge(MemoryUse.REPLIES, step.held_bytes)
+            return step
+        return None
 
     def hold_row(self, row: SingleRow) -> None:
         """See `RowReplyTo`."""

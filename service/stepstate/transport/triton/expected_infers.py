@@ -27,6 +27,11 @@ class ExpectedInfer:
         self._generation = ref.generation
         self._codec = codec
 
+    @property
+    def x_bytes(self) -> int:
+        """Of the x of such a request."""
+        return self._codec.x_bytes
+
     def is_of(self, session: ResidentSession, ref: SessionRef) -> bool:
         """Whether it is about this session, and the reference still the valid one."""
         return self._session is session and self._generation == ref.generation
@@ -49,7 +54,7 @@ class ExpectedInfers:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._x_bytes: dict[bytes, int] = {}  # by the names in a request
+        self._x_bytes: dict[bytes, int] = {}  # by the names in a request: of the last one learned
         self._known: dict[tuple[bytes, bytes], ExpectedInfer] = {}  # by names and content
 
     def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
@@ -67,7 +72,10 @@ class ExpectedInfers:
         x_bytes = self._x_bytes.get(names)
         if x_bytes is None or not request[start:end].isascii():
             return None
-        return self._known.get((names, request[end:-x_bytes]))
+        known = self._known.get((names, request[end:-x_bytes]))
+        if known is None or known.x_bytes != x_bytes:  # these names have rows of several widths
+            return None
+        return known
 
     def expect(
         self, request: bytes, infer: InferCall, session: ResidentSession, ref: SessionRef | None

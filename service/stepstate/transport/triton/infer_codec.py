@@ -109,9 +109,12 @@ class InferCodec:
         if len(content) > MAX_CONTENT_BYTES or not request.endswith(header + x):
             return None
         with suppress(DecodeError):
-            own = pb.ModelInferRequest.FromString(content.removesuffix(header))
+            rest = content.removesuffix(header)
+            own = pb.ModelInferRequest.FromString(rest)
             same_id = request[start + 2 : end] == reply.id.encode()
-            if same_id and not own.id and not own.raw_input_contents:
+            # An empty id in the content would be the last one, and would show in the size alone.
+            has_no_id = not own.id and own.ByteSize() == len(rest)
+            if same_id and has_no_id and not own.raw_input_contents:
                 return cls(request[:start], content, len(x), reply, y_bytes)
         return None
 

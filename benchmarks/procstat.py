@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from collections import Counter
 from pathlib import Path
 from urllib.request import urlopen
@@ -13,6 +14,8 @@ from benchmarks import BenchError
 
 _TICKS_PER_SECOND = os.sysconf("SC_CLK_TCK")
 _PAGE_BYTES = os.sysconf("SC_PAGESIZE")
+PAGE_SECONDS = 0.2
+"""Scrapes of a server within half of it get the same page."""
 
 
 def check_proc() -> None:
@@ -41,7 +44,8 @@ def resident_bytes(pid: int) -> int:
 
 
 def counters(url: str) -> Counter[str]:
-    """Every counter of a server, summed over its labels."""
+    """Every counter of a server, summed over its labels, on a page that is made now."""
+    time.sleep(PAGE_SECONDS)
     found: Counter[str] = Counter()
     for name, _, value in _samples(url):
         if name.endswith("_total"):

@@ -18,7 +18,7 @@ from benchmarks.idle import IdleSessions
 from benchmarks.load import ArrivalSchedule, CallPath, Kind, Load, Sample, Window
 from benchmarks.models import DESCRIPTION, INPUTS
 from benchmarks.options import MAX_IDLE, option
-from benchmarks.procstat import check_proc, series
+from benchmarks.procstat import PAGE_SECONDS, check_proc, series
 from benchmarks.report import Report
 from benchmarks.runner import Target, opened_sessions, percentiles
 from benchmarks.servers import (
@@ -31,8 +31,6 @@ from benchmarks.servers import (
 )
 from benchmarks.sessions import SessionOptions
 
-PAGE_SECONDS = 0.2
-"""Scrapes of a server within half of it get the same page."""
 QUIET_SECONDS = 5.0
 """How long the active sessions are measured before a sweep."""
 POLL_SECONDS = 0.5

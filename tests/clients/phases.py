@@ -44,7 +44,7 @@ async def _half_a_request(stub: StepstateServiceStub, seconds: float | None) -> 
 async def _in_the_handler(stub: StepstateServiceStub, seconds: float | None) -> Any:
     """A unary call whose many rows are being stepped: no headers have come back."""
     name = await opened(stub, uuid4().hex)
-    return stub.Step(blocker(name, rows=1_500), timeout=seconds)
+    return stub.Step(blocker(name, rows=50_000), timeout=seconds)
 
 
 async def _after_a_reply(stub: StepstateServiceStub, seconds: float | None) -> Any:

@@ -2,9 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import click
+
 from benchmarks.contenders import CPP_ECHO, LEAN, LEAN_ECHO, OTHER, SQLITE
 from benchmarks.contest import Bar, Quantity
 from benchmarks.models import VARIANTS
+from benchmarks.options import MAX_SESSIONS, option
+from benchmarks.results import Plan
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadsPlan(Plan):
+    """How large the loads are that more than one benchmark makes."""
+
+    connections: int = option(
+        64, click.IntRange(2, MAX_SESSIONS), "Then as many connections, with a stream each."
+    )
+    callers: int = option(
+        16, click.IntRange(1, MAX_SESSIONS), "Then as many callers of the unary Step."
+    )
+    packed_rows: int = option(
+        256, click.IntRange(1, 4096), "Then packed messages of so many rows, from Python."
+    )
 
 
 def streams(count: int) -> str:

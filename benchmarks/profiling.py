@@ -12,13 +12,13 @@ from benchmarks.clients import running_clients
 from benchmarks.cpp import build_programs
 from benchmarks.generator import CppGenerator
 from benchmarks.load import CallPath
-from benchmarks.loads import calling, connected, packed, streams
+from benchmarks.loads import LoadsPlan, calling, connected, packed, streams
 from benchmarks.models import DESCRIPTION, NAME, VARIANTS
 from benchmarks.options import MAX_SESSIONS, option, whole_numbers
 from benchmarks.parts import PARTS, part_of
 from benchmarks.procstat import check_proc, series
 from benchmarks.report import Report, Table
-from benchmarks.results import Case, Plan
+from benchmarks.results import Case
 from benchmarks.runner import LoadClients, Target, measure, opened_sessions
 from benchmarks.sampler import Stack, sampled
 from benchmarks.servers import bench_folder, running_stepstate
@@ -29,7 +29,7 @@ _ROWS = "stepstate_microbatch_rows"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProfilePlan(Plan):
+class ProfilePlan(LoadsPlan):
     """Where a step's time goes in the server: frames, decode, checks, forward, commit and so on.
 
     The CPU time of a step is measured in one window, and its shares in another, in which py-spy
@@ -38,15 +38,6 @@ class ProfilePlan(Plan):
 
     sessions: tuple[int, ...] = option(
         "1,64,256", whole_numbers(MAX_SESSIONS), "Numbers of streams on one connection, in turn."
-    )
-    connections: int = option(
-        64, click.IntRange(2, MAX_SESSIONS), "Then as many connections, with a stream each."
-    )
-    callers: int = option(
-        16, click.IntRange(1, MAX_SESSIONS), "Then as many callers of the unary Step."
-    )
-    packed_rows: int = option(
-        256, click.IntRange(1, 4096), "Then packed messages of so many rows, from Python."
     )
     model: str = option(NAME, click.Choice([NAME, *VARIANTS]), "That is stepped.")
     transport: str = option("lean", click.Choice(["lean", "grpcio"]), "The server's.")

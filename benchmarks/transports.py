@@ -29,6 +29,7 @@ from benchmarks.generator import CppGenerator
 from benchmarks.load import CallPath
 from benchmarks.loads import (
     BARS,
+    LoadsPlan,
     analyzed,
     calling,
     connected,
@@ -41,7 +42,7 @@ from benchmarks.models import DESCRIPTION, INPUTS
 from benchmarks.options import MAX_SESSIONS, option, whole_numbers
 from benchmarks.procstat import check_proc
 from benchmarks.report import Report
-from benchmarks.results import Case, Measurement, Plan
+from benchmarks.results import Case, Measurement
 from benchmarks.runner import LoadClients, Target, forward_rows, measure, opened_sessions
 from benchmarks.servers import bench_folder
 from benchmarks.steps import forward_of
@@ -54,7 +55,7 @@ Log = Callable[[str], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class TransportsPlan(Plan):
+class TransportsPlan(LoadsPlan):
     """Steps on each transport, beside echoes of the same messages and the bare forward.
 
     All are measured in each round, one after the other, and in the next round in reverse order.
@@ -64,15 +65,6 @@ class TransportsPlan(Plan):
 
     sessions: tuple[int, ...] = option(
         "1,16,64,256", whole_numbers(MAX_SESSIONS), "Numbers of streams on one connection, in turn."
-    )
-    connections: int = option(
-        64, click.IntRange(2, MAX_SESSIONS), "Then as many connections, with a stream each."
-    )
-    callers: int = option(
-        16, click.IntRange(1, MAX_SESSIONS), "Then as many callers of the unary Step."
-    )
-    packed_rows: int = option(
-        256, click.IntRange(1, 4096), "Then packed messages of so many rows, from Python."
     )
     sequences: int = option(
         64,

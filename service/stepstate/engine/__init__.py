@@ -23,7 +23,6 @@ from stepstate.engine.cells import TRACE_NAMES
 from stepstate.engine.engine import Engine, EngineSettings, Observer, use_one_thread
 from stepstate.engine.fair import FairQueue
 from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Method, Plan
-from stepstate.engine.forward import ForwardResult
 from stepstate.engine.linear import Precision, has_instructions
 from stepstate.engine.network import QuantizationError, measure_loss
 from stepstate.engine.runtimes import Runtime, check_runtime
@@ -41,7 +40,6 @@ __all__ = [
     "Floats",
     "ForecastOrigins",
     "ForecastQuality",
-    "ForwardResult",
     "HorizonAccuracy",
     "HorizonForecast",
     "Layers",

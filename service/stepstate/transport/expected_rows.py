@@ -6,6 +6,7 @@ Rule 1: an expectation decides nothing. It says how to read a message; whether i
 
 from __future__ import annotations
 
+from stepstate.models import Manifest
 from stepstate.sessions import ResidentSession, RowReplyTo, SessionRef, SingleRow
 from stepstate.transport.row_codec import RowCodec
 from stepstate.v1 import stepstate_pb2 as pb
@@ -17,7 +18,31 @@ LONGEST_NAME = 127
 """Bytes of an id whose length is one byte of the message."""
 
 
-class ExpectedRow:
+def is_wide(manifest: Manifest) -> bool:
+    """Whether rows of a model are too wide for the fast path."""
+    return max(manifest.input_width, manifest.output_width) > LARGEST_WIDTH
+
+
+class Expectation:
+    """What is known of the requests of one session.
+
+    Args:
+        session: the session.
+        ref: a valid reference to it.
+    """
+
+    __slots__ = ("_generation", "_session")
+
+    def __init__(self, session: ResidentSession, ref: SessionRef) -> None:
+        self._session = session
+        self._generation = ref.generation
+
+    def is_of(self, session: ResidentSession, ref: SessionRef) -> bool:
+        """Whether it is about this session, and the reference still the valid one."""
+        return self._session is session and self._generation == ref.generation
+
+
+class ExpectedRow(Expectation):
     """The next row of one session.
 
     Args:
@@ -27,18 +52,13 @@ class ExpectedRow:
         t: rows applied before the next one.
     """
 
-    __slots__ = ("_codec", "_generation", "_prefix", "_session", "_t", "_x_bytes")
+    __slots__ = ("_codec", "_prefix", "_t", "_x_bytes")
 
     def __init__(self, session: ResidentSession, ref: SessionRef, codec: RowCodec, t: int) -> None:
-        self._session = session
-        self._generation = ref.generation
+        super().__init__(session, ref)
         self._codec = codec
         self._x_bytes = codec.x_bytes
         self.expect(t)
-
-    def is_of(self, session: ResidentSession, ref: SessionRef) -> bool:
-        """Whether it is about this session, and the reference still the valid one."""
-        return self._session is session and self._generation == ref.generation
 
     def expect(self, t: int) -> None:
         """The next row is this one."""
@@ -80,9 +100,8 @@ class ExpectedRows:
     def expect(self, session: ResidentSession, ref: SessionRef | None, t: int) -> None:
         """Expects row t of a session next; without a reference, or a fast path, it does nothing."""
         manifest, name = session.model.manifest, session.session_id.encode()
-        widest = max(manifest.input_width, manifest.output_width)
         lacks_lags = t < manifest.lag_rows  # which a reply would have to say
-        if ref is None or lacks_lags or widest > LARGEST_WIDTH or len(name) > LONGEST_NAME:
+        if ref is None or lacks_lags or is_wide(manifest) or len(name) > LONGEST_NAME:
             return
         key = packed_header(pb.StepRequest.SESSION_ID_FIELD_NUMBER, len(name)) + name
         known = self._by_name.get(key)

@@ -8,7 +8,7 @@ is encoded, is up to the subclasses.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 from stepstate.budget import MemoryUse
 from stepstate.errors import StepstateError
@@ -25,7 +25,10 @@ class ExpectedRequests(Protocol):
         ...
 
 
-class RowStream(BidiStream[Q, A, Step, W]):
+E = TypeVar("E", bound=ExpectedRequests)
+
+
+class RowStream(BidiStream[Q, A, Step, W], Generic[Q, A, W, E]):
     """One call: a `RowReplyTo` for its rows. Requests Q, replies A; W: a request that waits.
 
     Args:
@@ -39,12 +42,12 @@ class RowStream(BidiStream[Q, A, Step, W]):
         self,
         backend: Backend,
         messages: MessageChannel,
-        expected: ExpectedRequests,
+        expected: E,
         *,
         patience_seconds: float = 0.0,
     ) -> None:
         super().__init__(backend, messages, patience_seconds=patience_seconds)
-        self._expected_requests = expected
+        self._expected = expected
 
     @abstractmethod
     def _make_step(self, request: Q, session: ResidentSession) -> Step:
@@ -65,7 +68,7 @@ class RowStream(BidiStream[Q, A, Step, W]):
     def received(self, payload: bytes) -> None:
         """See `MessageSink`: takes a row that was expected, or whatever else it is."""
         fast = not self._paused and self._memory.fits(STEP_BYTES)
-        if fast and self._expected_requests.take(payload, self):
+        if fast and self._expected.take(payload, self):
             self._messages.counts.received += 1
             self._unanswered += 1
             if self._held_bytes or self._unanswered >= MAX_UNANSWERED:

@@ -6,12 +6,12 @@ As `transport.expected_rows`, for Triton's streams; the same rule holds.
 from __future__ import annotations
 
 from stepstate.sessions import ResidentSession, RowReplyTo, SessionRef, SingleRow
-from stepstate.transport.expected_rows import LARGEST_WIDTH
+from stepstate.transport.expected_rows import Expectation, is_wide
 from stepstate.transport.triton.call import InferCall
 from stepstate.transport.triton.infer_codec import InferCodec, id_span
 
 
-class ExpectedInfer:
+class ExpectedInfer(Expectation):
     """A request of one sequence that may come again, with another id and another row.
 
     Args:
@@ -20,21 +20,16 @@ class ExpectedInfer:
         codec: of its messages.
     """
 
-    __slots__ = ("_codec", "_generation", "_session")
+    __slots__ = ("_codec",)
 
     def __init__(self, session: ResidentSession, ref: SessionRef, codec: InferCodec) -> None:
-        self._session = session
-        self._generation = ref.generation
+        super().__init__(session, ref)
         self._codec = codec
 
     @property
     def x_bytes(self) -> int:
         """Of the x of such a request."""
         return self._codec.x_bytes
-
-    def is_of(self, session: ResidentSession, ref: SessionRef) -> bool:
-        """Whether it is about this session, and the reference still the valid one."""
-        return self._session is session and self._generation == ref.generation
 
     def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
         """Hands the row of such a request over; False: it has to go the ordinary way."""
@@ -92,8 +87,7 @@ class ExpectedInfers:
         if ref is None or (known is not None and known.is_of(session, ref)):
             return
         manifest, reply = session.model.manifest, infer.row_reply(session)
-        widest = max(manifest.input_width, manifest.output_width)
-        if reply is None or widest > LARGEST_WIDTH:
+        if reply is None or is_wide(manifest):
             return
         x, y_bytes = infer.body.tensor.data, 4 * manifest.output_width
         codec = InferCodec.learn(request, x, reply, y_bytes)

@@ -29,7 +29,9 @@ MAX_TEXT = 1024
 _NO_HEAD = RequestHead("", "", "", final=False)
 
 
-class InferStream(RowStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, InferCall]):
+class InferStream(
+    RowStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, InferCall, ExpectedInfers]
+):
     """A call that may carry any number of sequences.
 
     Args:
@@ -48,7 +50,6 @@ class InferStream(RowStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, I
     ) -> None:
         super().__init__(backend, messages, expected, patience_seconds=MAX_WAIT_SECONDS)
         self._sequences = sequences
-        self._expected = expected
         self._bytes = b""  # of the request that is being taken
 
     def _make_step(self, request: pb.ModelInferRequest, session: ResidentSession) -> Step:

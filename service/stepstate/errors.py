@@ -26,6 +26,8 @@
     ├── SnapshotTooLarge        a snapshot that no message can hold
     ├── SessionUnreadable       what the store has of a session can't be read
     ├── SessionLimit            no room for one more session
+    ├── Unauthenticated         no credential, or one that proves nothing
+    ├── PermissionDenied        the credential lacks a scope
     ├── Unavailable             try again, after retry_after_seconds
     │   ├── QueueFull
     │   ├── MemoryLimit         the client makes the server hold too many bytes
@@ -394,6 +396,23 @@ class SessionLimit(StepstateError, reason="SESSION_LIMIT"):
         "of its --slots, too)"
     )
     limit: int
+
+
+@dataclass(eq=False)
+class Unauthenticated(StepstateError, reason="UNAUTHENTICATED"):
+    """Who calls is not known."""
+
+    message = "{problem}"
+    problem: str
+
+
+@dataclass(eq=False)
+class PermissionDenied(StepstateError, reason="PERMISSION_DENIED"):
+    """Who calls is known, and may not do that."""
+
+    message = "{identity} lacks the scope {missing} for this call: use a credential that has it"
+    identity: str
+    missing: str
 
 
 class Unavailable(StepstateError):

@@ -40,6 +40,7 @@ from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store, read_password
 from stepstate.transport import (
     MAX_MESSAGE_BYTES,
+    Authenticator,
     Backend,
     CallAdmission,
     ExpectedRows,
@@ -114,7 +115,13 @@ class Server:
     """A server and its life: `start`, then `drain` (or `stop`)."""
 
     def __init__(
-        self, config: ServerConfig, catalog: Catalog, *, store: SessionStore, keys: SnapshotKeys
+        self,
+        config: ServerConfig,
+        catalog: Catalog,
+        *,
+        store: SessionStore,
+        keys: SnapshotKeys,
+        authenticator: Authenticator | None = None,
     ) -> None:
         use_one_thread()
         self.state = ServerState.STARTING
@@ -160,7 +167,7 @@ class Server:
         self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, admission, self.receiver)
+        interceptor = RpcInterceptor(self._metrics, admission, self.receiver, authenticator)
         interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             interceptor.expect(self._triton.methods())
@@ -384,8 +391,14 @@ class Server:
             self._store_reported_up = up
 
 
-async def build_server(config: ServerConfig) -> Server:
+async def build_server(
+    config: ServerConfig, *, authenticator: Authenticator | None = None
+) -> Server:
     """A server that is to be started; where there are no models, nothing is left behind.
+
+    Args:
+        config: the settings.
+        authenticator: knows who calls; None: everyone is anonymous.
 
     Raises:
         ModelInvalid: there is no model to serve, or one can't be served.
@@ -401,13 +414,17 @@ async def build_server(config: ServerConfig) -> Server:
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
-    return Server(config, catalog, store=await _store(config), keys=keys)
+    return Server(
+        config, catalog, store=await _store(config), keys=keys, authenticator=authenticator
+    )
 
 
 @asynccontextmanager
-async def running_server(config: ServerConfig) -> AsyncIterator[Server]:
-    """A server that serves inside the block and is drained at its end."""
-    server = await build_server(config)
+async def running_server(
+    config: ServerConfig, *, authenticator: Authenticator | None = None
+) -> AsyncIterator[Server]:
+    """A server that serves inside the block and is drained at its end; see `build_server`."""
+    server = await build_server(config, authenticator=authenticator)
     try:
         await server.start()
         yield server

@@ -47,6 +47,7 @@ def test_a_message_names_what_and_which(cls):
 
 
 WHAT_NEXT = {
+    errors.PermissionDenied: "use a credential",
     errors.SessionUnknown: "open it",
     errors.SessionExpired: "open it again",
     errors.SessionClosed: "open it again",
@@ -91,7 +92,12 @@ def test_a_message_says_what_to_do_next(cls, advice):
 
 
 def test_every_error_says_what_to_do_next_or_lets_its_maker_say_it():
-    says_it = {errors.InvalidField, ModelInvalid, errors.StoreOpenError}
+    says_it = {
+        errors.InvalidField,
+        errors.Unauthenticated,
+        ModelInvalid,
+        errors.StoreOpenError,
+    }
     assert set(LEAVES) == set(WHAT_NEXT) | says_it
 
 

@@ -22,6 +22,8 @@ from pydantic import (
     ValidationError,
 )
 
+from stepstate.identity import DEFAULT_TENANT, SessionKey, session_key
+
 MAX_T = 2**53
 """No session has applied so many rows; every number below it is exact in Lua and in a float."""
 MAX_IDLE_SECONDS = 1e11
@@ -115,6 +117,13 @@ class SessionRecord:
     missing: MissingPolicy = MissingPolicy.REJECT
     interval_level: Share | None = None
     """The share of true values that its intervals should cover; None: the model's own."""
+    tenant: Name = DEFAULT_TENANT
+    """Whose it is. Its id is unique within the tenant."""
+
+    @property
+    def key(self) -> SessionKey:
+        """Its name among all sessions of the server."""
+        return session_key(self.tenant, self.session_id)
 
     @property
     def model_key(self) -> str:

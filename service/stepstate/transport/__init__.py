@@ -1,6 +1,7 @@
 """The gRPC APIs of a server: decode, one call into `SessionService`, encode."""
 
 from stepstate.transport.admission import CallAdmission
+from stepstate.transport.authentication import Authenticator
 from stepstate.transport.bidi import Backend
 from stepstate.transport.expected_rows import ExpectedRows
 from stepstate.transport.interceptor import RpcInterceptor
@@ -12,6 +13,7 @@ from stepstate.transport.signatures import SnapshotKeys, read_keys
 
 __all__ = [
     "MAX_MESSAGE_BYTES",
+    "Authenticator",
     "Backend",
     "CallAdmission",
     "ExpectedRows",

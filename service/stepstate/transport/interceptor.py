@@ -30,6 +30,7 @@ from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.h2grpc import Call, MessageSink
 from stepstate.metrics import Metrics, RpcMetrics
 from stepstate.transport.admission import KINDS, LONG, CallAdmission, CallKind
+from stepstate.transport.authentication import Authenticator, NoAuthentication, authenticate
 from stepstate.transport.peers import current_peer
 from stepstate.transport.pump import Pump
 from stepstate.transport.receiving import Receiver
@@ -123,12 +124,20 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         metrics: counts the RPCs.
         admission: counts the calls of each peer, and lets long ones wait.
         receiver: receives their requests.
+        authenticator: knows who makes them.
     """
 
-    def __init__(self, metrics: Metrics, admission: CallAdmission, receiver: Receiver) -> None:
+    def __init__(
+        self,
+        metrics: Metrics,
+        admission: CallAdmission,
+        receiver: Receiver,
+        authenticator: Authenticator | None = None,
+    ) -> None:
         self._metrics = metrics
         self._admission = admission
         self._receiver = receiver
+        self._authenticator = authenticator or NoAuthentication()
         self._wrapped: dict[str, Handler | None] = {}
         # What grpcio itself logs: a filter is added once, however many servers a process has.
         logging.getLogger("grpc._cython.cygrpc").addFilter(_client_is_there)
@@ -163,6 +172,7 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
             KINDS[method],
             self._admission,
             self._receiver,
+            authenticator=self._authenticator,
             metrics=self._metrics,
             counts=counts,
             codec=_codec(counts, handler),
@@ -193,11 +203,14 @@ class _Rpc:
         admission: CallAdmission,
         receiver: Receiver,
         *,
+        authenticator: Authenticator,
         metrics: Metrics,
         counts: RpcMetrics,
         codec: _Codec,
     ) -> None:
         self._path = path
+        self._method = path.rpartition("/")[2]
+        self._authenticator = authenticator
         self._kind = kind
         self._metrics = metrics
         self._counts = counts
@@ -217,7 +230,7 @@ class _Rpc:
 
         async def watched(_: object, context: Context) -> Any:
             async with self._watch(context):
-                self._admission.begin(context, self._kind, _when_done)
+                await self._begin(context)
                 reply = self.encode(await behavior(await read(context), context))
                 call_memory.get().resize(MemoryUse.REPLIES, SENT * len(reply))
                 return reply
@@ -233,10 +246,19 @@ class _Rpc:
 
         async def watched(_: object, context: Context) -> None:
             async with self._watch(context):
-                self._admission.begin(context, self._kind, _when_done)
+                await self._begin(context)
                 await behavior(await read(context), context)
 
         return watched
+
+    async def _begin(self, context: Context) -> None:
+        """Makes sure that a call may be made, and counts it.
+
+        Raises:
+            Unauthenticated, PermissionDenied, TooManyCalls, MemoryLimit: it is refused.
+        """
+        await authenticate(self._authenticator, context, self._method)
+        self._admission.begin(context, self._kind, _when_done)
 
     async def only_request(self, context: Context) -> Any:
         """The request of an RPC that has one.

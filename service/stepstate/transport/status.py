@@ -42,6 +42,8 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.SnapshotUntrusted: StatusCode.FAILED_PRECONDITION,
     errors.SessionUnreadable: StatusCode.DATA_LOSS,
     errors.SessionLimit: StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: StatusCode.PERMISSION_DENIED,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: StatusCode.UNAVAILABLE,

@@ -1,0 +1,63 @@
+"""Who calls, and whose sessions a call may see.
+
+An identity belongs to one tenant, and a session to the tenant that opened it. Ids are unique within
+a tenant only, so everything below the APIs names a session by its *key*, which `session_key` makes
+of both. The type `SessionKey` lets mypy find every path on which that was forgotten.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NewType
+
+DEFAULT_TENANT = "default"
+"""Has the sessions of servers without identities, and those of earlier versions."""
+_SEPARATOR = "/"
+"""In no name of a tenant and in no valid id."""
+
+SessionKey = NewType("SessionKey", str)
+"""A session's name within the server: "TENANT/ID", or the id alone for the default tenant."""
+
+
+class Scope(StrEnum):
+    """What an identity may do."""
+
+    STEP = "step"
+    """Open, step, change and close the sessions of its tenant."""
+    READ = "read"
+    """Look at them, and forecast."""
+    ADMIN = "admin"
+    """Name another tenant, and do there what its other scopes allow."""
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Who calls, as its credential proves."""
+
+    name: str
+    """For audit and logs; never secret."""
+    tenant: str
+    scopes: frozenset[Scope]
+    expires_at: float | None = None
+    """When its credential does, in Unix seconds; None: never."""
+
+
+ANONYMOUS = Identity("anonymous", DEFAULT_TENANT, frozenset(Scope))
+"""Everyone, on a server that knows no identities."""
+
+
+def session_key(tenant: str, session_id: str) -> SessionKey:
+    """The key of a tenant's session. Different sessions have different keys, whatever the id is.
+
+    An id that no session can have makes a key that no session has.
+    """
+    if tenant == DEFAULT_TENANT and _SEPARATOR not in session_id:
+        return SessionKey(session_id)
+    return SessionKey(f"{tenant}{_SEPARATOR}{session_id}")
+
+
+def split_key(key: SessionKey) -> tuple[str, str]:
+    """The tenant and the id that a key was made of."""
+    tenant, separator, session_id = key.partition(_SEPARATOR)
+    return (tenant, session_id) if separator else (DEFAULT_TENANT, key)

@@ -1,0 +1,132 @@
+"""Who makes a call, and on whose sessions it acts.
+
+Authentication is one call of an `Authenticator` before anything else is done for an RPC, on both
+transports and for every API. What a method needs is in `SCOPES`.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from stepstate.errors import PermissionDenied
+from stepstate.identity import ANONYMOUS, Identity, Scope, SessionKey, session_key
+
+if TYPE_CHECKING:
+    import grpc
+
+    Context = grpc.aio.ServicerContext[Any, Any]
+
+TENANT_KEY = "x-stepstate-tenant"
+"""Metadata in which an admin names the tenant on whose sessions a call is to act."""
+
+OPEN: frozenset[Scope] = frozenset()
+READ = frozenset({Scope.READ})
+STEP = frozenset({Scope.STEP})
+SCOPES = {
+    "OpenSession": STEP,
+    "GetSession": READ,
+    "ListSessions": READ,
+    "RestoreSession": STEP,
+    "CloseSession": STEP,
+    "ResetAccuracy": STEP,
+    "ForkSession": STEP,
+    "ExportSession": READ,
+    "ImportSession": STEP,
+    "StreamExport": READ,
+    "StreamImport": STEP,
+    "Step": STEP,
+    "StreamSteps": STEP,
+    "StreamPacked": STEP,
+    "Forecast": READ,
+    "ListModels": READ,
+    "GetModel": READ,
+    # Triton
+    "ServerLive": OPEN,
+    "ServerReady": OPEN,
+    "ModelReady": READ,
+    "ServerMetadata": OPEN,
+    "ModelMetadata": READ,
+    "ModelConfig": READ,
+    "ModelInfer": STEP,
+    "ModelStreamInfer": STEP,
+    "ModelStatistics": READ,
+    "RepositoryIndex": READ,
+    # Health, reflection
+    "Check": OPEN,
+    "Watch": OPEN,
+    "ServerReflectionInfo": OPEN,
+}
+"""By method, the scopes that a principal must have; `OPEN`: it needs no credential."""
+
+
+@dataclass(frozen=True, slots=True)
+class Principal:
+    """Who makes a call, and on whose sessions it acts."""
+
+    identity: Identity
+    tenant: str
+
+    def key(self, session_id: str) -> SessionKey:
+        """The key of the session that this principal means by an id."""
+        return session_key(self.tenant, session_id)
+
+
+NOBODY = Principal(ANONYMOUS, ANONYMOUS.tenant)
+current_principal: ContextVar[Principal] = ContextVar("current_principal", default=NOBODY)
+"""The principal of the RPC that this task serves."""
+
+
+class Authenticator(Protocol):
+    """Knows who makes a call."""
+
+    async def identify(self, context: Context) -> Identity:
+        """The identity that a call's credentials prove.
+
+        Raises:
+            Unauthenticated: there are none, or they prove nothing.
+        """
+        ...
+
+
+class NoAuthentication:
+    """Of a server without identities: everyone is `ANONYMOUS`."""
+
+    async def identify(self, context: Context) -> Identity:  # noqa: ARG002 - nothing is asked
+        """See `Authenticator`."""
+        return ANONYMOUS
+
+
+async def authenticate(authenticator: Authenticator, context: Context, method: str) -> None:
+    """Sets `current_principal` to who makes a call, if it may.
+
+    Args:
+        authenticator: knows who it is.
+        context: of the call.
+        method: the name of its RPC.
+
+    Raises:
+        Unauthenticated: its credentials prove nothing.
+        PermissionDenied: it lacks a scope.
+    """
+    needed = SCOPES[method]
+    if not needed:
+        return
+    identity = await authenticator.identify(context)
+    tenant = _named_tenant(context)
+    if tenant is None or tenant == identity.tenant:
+        tenant = identity.tenant
+    else:
+        needed |= {Scope.ADMIN}
+    missing = needed - identity.scopes
+    if missing:
+        raise PermissionDenied(identity.name, ", ".join(sorted(missing)))
+    current_principal.set(Principal(identity, tenant))
+
+
+def _named_tenant(context: Context) -> str | None:
+    for key, value in context.invocation_metadata() or ():
+        if key == TENANT_KEY:
+            return str(value)
+    return None

@@ -38,6 +38,7 @@ from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store, read_password
+from stepstate.tenants import LimitTable, TenantTable
 from stepstate.transport import (
     MAX_MESSAGE_BYTES,
     Authenticator,
@@ -122,6 +123,7 @@ class Server:
         store: SessionStore,
         keys: SnapshotKeys,
         authenticator: Authenticator | None = None,
+        limits: LimitTable | None = None,
     ) -> None:
         use_one_thread()
         self.state = ServerState.STARTING
@@ -140,6 +142,7 @@ class Server:
         received = self.receiver.budget.limit + self.receiver.windows.limit
         self.memory = MemoryBudget(memory_limit - received)
         """What clients make it hold, beside what is being received."""
+        self.tenants = TenantTable(limits)
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
             MetricsCollector(
@@ -160,8 +163,10 @@ class Server:
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        peers = PeerTable(self.memory, self.receiver.budget, config.trusted_networks)
-        admission = CallAdmission(peers, self._metrics)
+        self.peers = PeerTable(
+            self.memory, self.receiver.budget, config.trusted_networks, self.tenants
+        )
+        admission = CallAdmission(self.peers, self._metrics)
         expected = ExpectedRows(self.sessions.table.limit)
         backend = Backend(self.sessions, self._metrics, admission, expected)
         self._servicer = StepstateServicer(backend, keys)
@@ -176,6 +181,10 @@ class Server:
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
         self._drained: asyncio.Task[None] | None = None
+
+    def set_limits(self, limits: LimitTable) -> None:
+        """Changes the limits of all tenants, from the next request on."""
+        self.peers.set_limits(limits)
 
     async def start(self) -> None:
         """Listens, then says that it serves.
@@ -363,6 +372,7 @@ class Server:
     async def _tick(self) -> None:
         while True:
             UPTIME.heartbeat()
+            self.tenants.forget_idle()
             await self._report_store_health()
             await asyncio.sleep(TICK_SECONDS)
 

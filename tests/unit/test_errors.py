@@ -75,6 +75,7 @@ WHAT_NEXT = {
     errors.QueueFull: "retry after 0.3 s",
     errors.MemoryLimit: "retry after 0.3 s, read the replies",
     errors.TooManyCalls: "retry after 0.3 s, and have fewer under way",
+    errors.TenantLimitReached: "retry after 0.3 s, ask for less",
     errors.Draining: "retry on another server",
     errors.ServerUnreachable: "sent again safely",
     errors.Cancelled: "send the same request",

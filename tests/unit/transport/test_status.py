@@ -44,6 +44,7 @@ CODES = {
     errors.QueueFull: StatusCode.UNAVAILABLE,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TenantLimitReached: StatusCode.RESOURCE_EXHAUSTED,
     errors.Draining: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -96,7 +97,7 @@ def test_an_error_has_the_details_of_the_design(cls):
         errors.ForecastImpossible,
     ):
         wanted.add(PreconditionFailure)
-    if cls in (errors.SessionLimit, errors.MemoryLimit, errors.TooManyCalls):
+    if code_of(sample(cls)) is StatusCode.RESOURCE_EXHAUSTED:
         wanted.add(QuotaFailure)
     if issubclass(cls, errors.Unavailable):
         wanted.add(RetryInfo)

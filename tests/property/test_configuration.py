@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from stepstate.cli.settings import loader, settings_options
 from stepstate.config import VARIABLES_ONLY, ConfigError, ServerConfig
-from stepstate.configuration import Configuration, Given, Origin, as_toml, resolve
+from stepstate.configuration import Configuration, Given, SettingOrigin, as_toml, resolve
 from stepstate.configuration.file import parse
 
 SETTINGS = {one.name: one.default for one in fields(ServerConfig)}
@@ -28,16 +28,31 @@ plain = st.one_of(
 )
 written = st.recursive(
     plain,
-    lambda inner: st.lists(inner, max_size=3).map(lambda all_: f"[{', '.join(all_)}]")
-    | st.tuples(st.sampled_from(["a", "slots", '"b c"']), inner).map(lambda one: "{%s=%s}" % one),
+    lambda inner: (
+        st.lists(inner, max_size=3).map(lambda all_: f"[{', '.join(all_)}]")
+        | st.tuples(st.sampled_from(["a", "slots", '"b c"']), inner).map(
+            lambda one: "{" + "=".join(one) + "}"
+        )
+    ),
     max_leaves=4,
 )
 keys = st.sampled_from([*SETTINGS, "tenants", "weight", "rows_per_second", "x", "a.b", '"c d"'])
 lines = st.one_of(
     st.tuples(keys, written).map(" = ".join),
     st.sampled_from(
-        ["[server]", "[limits]", "[limits.together]", "[tenants.a]", '[models."m"]']
-        + ["[[certificates]]", "[server.slots]", "[x]", "server = 1", "limits = 1", "models = 'm'"]
+        [
+            "[server]",
+            "[limits]",
+            "[limits.together]",
+            "[tenants.a]",
+            '[models."m"]',
+            "[x]",
+            "[[certificates]]",
+            "[server.slots]",
+            "server = 1",
+            "limits = 1",
+            "models = 'm'",
+        ]
     ),
 )
 files = st.lists(lines, max_size=6).map(lambda all_: "\n".join(all_).encode()) | st.binary()
@@ -69,10 +84,12 @@ valid = st.fixed_dictionaries(
 @given(valid)
 @example({"server_name": "".join(map(chr, range(0x20))) + "\x7f\"\\'\u2028"})
 def test_what_is_shown_is_a_file_that_says_the_same(settings):
-    made = resolve({name: Given(value, Origin.OPTION) for name, value in settings.items()}, NOTHING)
+    made = resolve(
+        {name: Given(value, SettingOrigin.OPTION) for name, value in settings.items()}, NOTHING
+    )
     again = resolve({}, parse("shown", as_toml(made).encode()))
     assert again.server == made.server
-    assert set(again.origins.values()) <= {Origin.FILE, Origin.DEFAULT}
+    assert set(again.origins.values()) <= {SettingOrigin.FILE, SettingOrigin.DEFAULT}
     assert as_toml(resolve({}, parse("shown", as_toml(again).encode()))) == as_toml(again)
 
 
@@ -105,7 +122,7 @@ def test_an_option_wins_over_a_variable_and_that_over_the_file(sources):
         first = min(sources.get(name, ()), default=3)
         expected = default if first == 3 else PRECEDENCE[name][first]
         assert getattr(made.server, name) == expected
-        assert made.origins[name] is list(Origin)[first]
+        assert made.origins[name] is list(SettingOrigin)[first]
 
 
 def _by_command(options: list[str], variables: dict[str, str], file: bytes) -> Configuration:

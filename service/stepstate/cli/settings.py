@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import click
@@ -17,15 +18,17 @@ from stepstate.configuration import (
     Configuration,
     FileSettings,
     Given,
-    Origin,
+    SettingOrigin,
     read_file,
     resolve,
 )
 
 _ORIGINS = {
-    ParameterSource.COMMANDLINE: Origin.OPTION,
-    ParameterSource.ENVIRONMENT: Origin.VARIABLE,
+    ParameterSource.COMMANDLINE: SettingOrigin.OPTION,
+    ParameterSource.ENVIRONMENT: SettingOrigin.VARIABLE,
 }
+
+_PATH = click.Path(path_type=Path)
 
 Load = Callable[[], Configuration]
 """Reads the file again, and makes the configuration of it and of the same options and variables."""
@@ -41,7 +44,8 @@ def settings_options(command: Command, *, hidden: bool = False) -> Command:
     for one in reversed(fields(ServerConfig)):
         if one.name not in VARIABLES_ONLY:
             name, text = "--" + one.name.replace("_", "-"), one.metadata["help"]
-            command = option(name, one.default, type(one.default), text, hidden=hidden)(command)
+            kind = _PATH if isinstance(one.default, Path) else type(one.default)
+            command = option(name, one.default, kind, text, hidden=hidden)(command)
     return command
 
 
@@ -80,13 +84,13 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Given]:
     for name in VARIABLES_ONLY:
         value = os.environ.get(f"STEPSTATE_{name.upper()}", "")
         if value:
-            given[name] = Given(value, Origin.VARIABLE)
+            given[name] = Given(value, SettingOrigin.VARIABLE)
     return given
 
 
-def _refuse_visible_secret(name: str, value: object, origin: Origin) -> None:
+def _refuse_visible_secret(name: str, value: object, origin: SettingOrigin) -> None:
     """Every user of the machine can read a command line, for example with `ps`."""
-    if origin is Origin.OPTION and isinstance(value, str) and has_secret(value):
+    if origin is SettingOrigin.OPTION and isinstance(value, str) and has_secret(value):
         other = (
             "give it in a file (--store-password-file FILE) or in the variable "
             "STEPSTATE_STORE_PASSWORD, with --store redis://USER@HOST:PORT/DB, or the whole URL in "

@@ -6,7 +6,7 @@ import socket
 from ipaddress import IPv6Address, ip_address
 
 from stepstate.config import ServerConfig, split_address
-from stepstate.errors import InsecureAddress
+from stepstate.errors import InsecureAddress, ListenError
 
 
 def check_exposure(config: ServerConfig, *, tls: bool, identities: bool) -> None:
@@ -17,6 +17,7 @@ def check_exposure(config: ServerConfig, *, tls: bool, identities: bool) -> None
 
     Raises:
         InsecureAddress: with the ways out.
+        ListenError: the address is none.
     """
     missing = [what for what, there in (("TLS", tls), ("identities", identities)) if not there]
     if missing and not config.insecure and not is_local(config.listen):
@@ -26,13 +27,14 @@ def check_exposure(config: ServerConfig, *, tls: bool, identities: bool) -> None
 def is_local(address: str) -> bool:
     """Whether only this machine reaches host:port: every address of the host is loopback.
 
-    A name without an address counts: it can't be listened on either.
+    Raises:
+        ListenError: the host has no address.
     """
     host, _ = split_address(address)
     try:
         found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError):
-        return True
+    except (OSError, UnicodeError) as error:
+        raise ListenError("--listen", address, str(error)) from error
     return all(_is_loopback(str(where[0])) for _, _, _, _, where in found)
 
 

@@ -42,7 +42,7 @@ def test_an_empty_file_says_nothing():
         ("[server]\nzzz = 1", "line 2: 'zzz' is no name in [server]: `stepstate config show`"),
         ("[zzz]", "line 1: 'zzz' is no name in the file: there are "),
         ("slots = 3", "line 1: slots stands before any table: move it below [server]"),
-        ("server = 3", "line 1: server is 3, expected a table: [server]"),
+        ("server = 3", "line 1: server is 3, expected a table"),
         ("[server]\nslots = '3'", "line 2: slots is '3', expected a whole number"),
         ("[server]\nslots = 3.0", "line 2: slots is 3.0, expected a whole number"),
         ("[server]\nslots = true", "line 2: slots is True, expected a whole number"),
@@ -52,7 +52,7 @@ def test_an_empty_file_says_nothing():
         ("[server]\nlisten = 50051", "line 2: listen is 50051, expected a text in quotes"),
         ("[server]\nmodels = ['m']", "line 2: models is ['m'], expected a text in quotes"),
         ("[server]\nslots = ", "this is no TOML: Invalid value (at end of document)"),
-        ("[server]\nslots = 1\nslots = 2", "this is no TOML: Cannot overwrite a value (at line 3"),
+        ("[server]\nslots = 1\nslots = 2", "this is no TOML: Cannot overwrite a value (at "),
         ("x = " + "[" * 10_000, "this is no TOML: "),
     ],
 )  # fmt: skip
@@ -108,4 +108,10 @@ def test_a_file_that_is_too_long_or_not_there_is_refused(tmp_path):
 
 
 def test_every_setting_has_a_type_that_a_file_can_have():
-    assert {type(one.default) for one in fields(ServerConfig)} == {bool, int, float, str, type(Path())}
+    assert {type(one.default) for one in fields(ServerConfig)} == {
+        bool,
+        int,
+        float,
+        str,
+        type(Path()),
+    }

@@ -44,6 +44,10 @@ CODES = {
     errors.QueueFull: StatusCode.UNAVAILABLE,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: StatusCode.PERMISSION_DENIED,
+    errors.TooManyAuthFailures: StatusCode.RESOURCE_EXHAUSTED,
+    errors.KeysUnavailable: StatusCode.UNAVAILABLE,
     errors.Draining: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -57,6 +61,7 @@ NEVER_SENT = {
     errors.RuntimeUnavailable,
     errors.StoreOpenError,
     errors.SnapshotKeyInvalid,
+    errors.CredentialsInvalid,
     errors.ListenError,
 }
 

@@ -101,7 +101,12 @@ def test_an_error_has_the_details_of_the_design(cls):
         errors.ForecastImpossible,
     ):
         wanted.add(PreconditionFailure)
-    if cls in (errors.SessionLimit, errors.MemoryLimit, errors.TooManyCalls):
+    if cls in (
+        errors.SessionLimit,
+        errors.MemoryLimit,
+        errors.TooManyCalls,
+        errors.TooManyAuthFailures,
+    ):
         wanted.add(QuotaFailure)
     if issubclass(cls, errors.Unavailable):
         wanted.add(RetryInfo)

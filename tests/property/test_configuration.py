@@ -81,16 +81,32 @@ valid = st.fixed_dictionaries(
 )
 
 
-@given(valid)
-@example({"server_name": "".join(map(chr, range(0x20))) + "\x7f\"\\'\u2028"})
-def test_what_is_shown_is_a_file_that_says_the_same(settings):
-    made = resolve(
-        {name: Given(value, SettingOrigin.OPTION) for name, value in settings.items()}, NOTHING
-    )
+limits = st.fixed_dictionaries(
+    {},
+    optional={
+        "streams": st.just("unlimited") | st.integers(0, 10**9),
+        "rows_per_second": st.floats(0.001, 1e9),
+        "weight": st.floats(0.01, 100),
+    },
+)
+tenants = st.dictionaries(st.from_regex(r"[a-z0-9][a-z0-9._-]{0,5}", fullmatch=True), limits)
+
+
+@given(valid, limits, tenants)
+@example({"server_name": "".join(map(chr, range(0x20))) + "\x7f\"\\'\u2028"}, {}, {})
+def test_what_is_shown_is_a_file_that_says_the_same(settings, defaults, exceptions):
+    said = {name: Given(value, SettingOrigin.OPTION) for name, value in settings.items()}
+    tables = [f"[limits]\n{_lines(defaults)}"]
+    tables += [f'[tenants."{name}"]\n{_lines(own)}' for name, own in exceptions.items()]
+    made = resolve(said, parse("f", "\n".join(tables).encode()))
     again = resolve({}, parse("shown", as_toml(made).encode()))
-    assert again.server == made.server
+    assert (again.server, again.limits) == (made.server, made.limits)
     assert set(again.origins.values()) <= {SettingOrigin.FILE, SettingOrigin.DEFAULT}
     assert as_toml(resolve({}, parse("shown", as_toml(again).encode()))) == as_toml(again)
+
+
+def _lines(table: dict[str, object]) -> str:
+    return "\n".join(f"{name} = {value!r}" for name, value in table.items())
 
 
 NOTHING = parse("none", b"")

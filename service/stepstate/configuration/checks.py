@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from stepstate.auth import TokenFile
 from stepstate.config import ServerConfig
 from stepstate.configuration.effective import Configuration
 from stepstate.configuration.exposure import check_exposure
@@ -25,8 +26,10 @@ def problems(configuration: Configuration) -> list[str]:
 
 
 def _checks(config: ServerConfig) -> Iterator[Callable[[], object]]:
-    yield lambda: check_exposure(config, tls=False, identities=False)
+    yield lambda: check_exposure(config, tls=False, identities=bool(config.tokens_file))
     yield lambda: load_catalog(config.models, skip_invalid=config.skip_invalid_models)
     yield lambda: read_keys(config.snapshot_key)
+    if config.tokens_file:
+        yield lambda: TokenFile(config.tokens_file)
     if config.store_password_file:
         yield lambda: read_password(config.store_password_file)

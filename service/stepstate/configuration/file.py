@@ -21,6 +21,7 @@ from types import NoneType
 from typing import TypeVar, get_args, get_type_hints
 
 from stepstate.config import VARIABLES_ONLY, ConfigError, ServerConfig, has_secret
+from stepstate.identity import TENANT_GRAMMAR, is_tenant
 from stepstate.tenants import LimitTable, RateLimits, TenantLimits
 
 MAX_FILE_BYTES = 2**20
@@ -52,7 +53,7 @@ class FileText:
 
     def error(self, key: str, problem: str) -> ConfigError:
         """An error about a key, with its line if that can be told."""
-        begins = re.compile(rf"\s*(?:\[.*?)?[\"']?{re.escape(key)}[\"']?\s*[=.\]]")
+        begins = re.compile(rf"[\s\[]*(?:[^=]*\.)?[\"']?{re.escape(key)}[\"']?\s*[=.\]]")
         lines = [at for at, line in enumerate(self.text.splitlines(), 1) if begins.match(line)]
         where = f"{self.name}, line {lines[0]}" if len(lines) == 1 else self.name
         return ConfigError(f"{where}: {problem}")
@@ -172,6 +173,9 @@ def _limits(source: FileText, tables: Table) -> LimitTable:
     table.pop(TOGETHER, None)
     defaults = _filled(source, f"[{LIMITS}]", table, TenantLimits())
     exceptions = _table(source, TENANTS, tables)
+    for name in exceptions:
+        if not is_tenant(name):
+            raise source.error(name, f"{name[:100]!r} is no tenant: expected {TENANT_GRAMMAR}")
     return LimitTable(
         defaults=defaults,
         together=together,

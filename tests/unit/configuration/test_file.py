@@ -7,6 +7,7 @@ import pytest
 
 from stepstate.config import ConfigError, ServerConfig
 from stepstate.configuration.file import MAX_FILE_BYTES, FileSettings, parse, read_file
+from stepstate.tenants import LimitTable, RateLimits, TenantLimits
 
 
 def parsed(text: str) -> FileSettings:
@@ -30,8 +31,20 @@ def test_settings_have_the_types_of_their_fields():
     }
 
 
+def test_a_tenant_has_the_limits_of_all_but_for_its_own():
+    limits = parsed(
+        "[limits]\nstreams = 3\nrows_per_second = 7\nopen_sessions = 5\n"
+        "[limits.together]\nrows_per_second = 100\n"
+        "[tenants.acme]\nopen_sessions = 9\nstreams = 'unlimited'\nweight = 2\n"
+    ).limits
+    assert limits.together == RateLimits(rows_per_second=100)
+    assert limits.of("other") == TenantLimits(streams=3, rows_per_second=7, open_sessions=5)
+    assert limits.of("acme") == TenantLimits(rows_per_second=7, open_sessions=9, weight=2)
+
+
 def test_an_empty_file_says_nothing():
     assert parsed("").server == {}
+    assert parsed("").limits == LimitTable()
 
 
 @pytest.mark.parametrize(
@@ -51,6 +64,15 @@ def test_an_empty_file_says_nothing():
         ("[server]\ninsecure = 1", "line 2: insecure is 1, expected true or false"),
         ("[server]\nlisten = 50051", "line 2: listen is 50051, expected a text in quotes"),
         ("[server]\nmodels = ['m']", "line 2: models is ['m'], expected a text in quotes"),
+        ("[limits]\nstream = 1", "line 2: 'stream' is no name in [limits]: did you mean streams?"),
+        ("[limits]\nstreams = 1.5", "line 2: streams is 1.5, expected a whole number"),
+        ("[limits]\nweight = 'unlimited'", "line 2: weight is 'unlimited', expected a number"),
+        ("[limits]\nweight = 0", "line 2: [limits]: weight is 0, expected 0.01 to 100"),
+        ("[limits.together]\nstreams = 1", "'streams' is no name in [limits.together]: there are"),
+        ("limits.together = 1", "line 1: together is 1, expected a table"),
+        ("[tenants.a]\nweight = -1", "line 2: [tenants.a]: weight is -1, expected 0.01 to 100"),
+        ("[tenants.A]", "line 1: 'A' is no tenant: expected a-z, 0-9"),
+        ("[tenants]\na = 1", "line 2: a is 1, expected a table"),
         ("[server]\nslots = ", "this is no TOML: Invalid value (at end of document)"),
         ("[server]\nslots = 1\nslots = 2", "this is no TOML: Cannot overwrite a value (at "),
         ("x = " + "[" * 10_000, "this is no TOML: "),

@@ -3,10 +3,7 @@
 The server is shared between tenants, and the share of each between its peers: a `PeerGroup` has
 what the peers of a tenant have together. Where nobody is known, each peer is a group of its own.
 
-A peer is one connection, as gRPC names it ("ipv4:127.0.0.1:51724"). The clients of a proxy share
-its connections: there, each client address that the proxy names in `x-forwarded-for` is a peer.
-Only trusted proxies are asked: anyone can send the header.
-
+A peer is one connection, or the client that a trusted proxy names (see `addresses`).
 Peers and groups are known while they have calls.
 """
 
@@ -16,10 +13,7 @@ import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 import grpc
 
@@ -28,17 +22,14 @@ from stepstate.errors import TooManyCalls
 from stepstate.identity import ANONYMOUS
 from stepstate.sessions import Source
 from stepstate.tenants import LimitTable, Share, SourceQueue, Tenant, TenantTable
+from stepstate.transport.addresses import Network, client_name
 from stepstate.transport.authentication import current_principal
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
-Network = IPv4Network | IPv6Network
-Address = IPv4Address | IPv6Address
-
 MAX_PEERS = 65_536
 """More than there are descriptors for connections; it bounds what proxies name."""
-_FORWARDED = "x-forwarded-for"
 
 
 Key = tuple[str | None, str]
@@ -130,16 +121,8 @@ class PeerTable:
         self._groups: dict[Key, PeerGroup] = {}
         self.weight = 0.0
         """Of all groups together."""
-
-    @property
-    def count(self) -> int:
+        self.count = 0
         """Peers that have calls."""
-        return len(self._peers)
-
-    @property
-    def alone(self) -> bool:
-        """Whether there is nobody to share with."""
-        return len(self._groups) == 1 and len(self._peers) == 1
 
     def join(self, context: Context) -> Peer:
         """The peer of an RPC that begins; it `leave`s when gRPC is done with the RPC.
@@ -158,6 +141,7 @@ class PeerTable:
                 raise TooManyCalls("clients of this server", 0, 0, MAX_PEERS)
             group = self._group(key, identity.tenant)
             peer = self._peers[key] = Peer(key, group, MemoryAccount(self._receiving))
+            self.count += 1
         peer.calls += 1
         peer.group.calls += 1
         return peer
@@ -179,6 +163,7 @@ class PeerTable:
         group.calls -= 1
         if not peer.calls:
             del self._peers[peer.key]
+            self.count -= 1
         if not group.calls:
             del self._groups[group.key]
             self.weight = self.weight - group.weight if self._groups else 0.0
@@ -197,63 +182,3 @@ class PeerTable:
         for group in list(self._groups.values()):
             held[group.share.tenant.name] += group.memory.held
         return held
-
-
-def client_name(
-    connection: str,
-    metadata: Sequence[tuple[str, str | bytes]],
-    trusted: tuple[Network, ...],
-) -> str:
-    """The name of the peer that a call is from.
-
-    It is the last address of `x-forwarded-for` that is not itself a trusted proxy: what is before
-    it the client may have written. Where no such address can be read, it is the connection.
-
-    Args:
-        connection: the name that gRPC has for it.
-        metadata: of the call.
-        trusted: networks of proxies.
-    """
-    if not _is_trusted(connection, trusted):
-        return connection
-    given = [str(value) for key, value in metadata if key == _FORWARDED]
-    for text in reversed(",".join(given).split(",")):
-        try:
-            address = _plain(ip_address(text.strip()))
-        except ValueError:
-            return connection
-        if not _within(address, trusted):
-            return f"forwarded:{address}"
-    return connection
-
-
-@lru_cache(maxsize=4096)
-def _is_trusted(connection: str, trusted: tuple[Network, ...]) -> bool:
-    address = address_of(connection)
-    return address is not None and _within(address, trusted)
-
-
-def address_of(connection: str) -> Address | None:
-    """The address in gRPC's name of a connection; None: it has none, as of a unix socket.
-
-    The forms are "ipv4:1.2.3.4:5", "ipv6:[::1]:5" (with `%5B` and `%5D` for the brackets) and
-    "unix:PATH" (grpc/doc/naming.md).
-    """
-    scheme, _, rest = connection.partition(":")
-    if scheme not in ("ipv4", "ipv6"):
-        return None
-    host = unquote(rest).rpartition(":")[0].strip("[]").partition("%")[0]  # without a zone
-    try:
-        return _plain(ip_address(host))
-    except ValueError:
-        return None
-
-
-def _plain(address: Address) -> Address:
-    """IPv4 as such, also where a socket for both shows it as "::ffff:1.2.3.4"."""
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return mapped or address
-
-
-def _within(address: Address, networks: tuple[Network, ...]) -> bool:
-    return any(address in network for network in networks)

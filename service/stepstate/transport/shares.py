@@ -40,7 +40,7 @@ class LoopShares:
 
     def take(self, peer: Peer, cost: int) -> asyncio.Future[None] | None:
         """Pays for a message; it is handled now, or when the returned future is done."""
-        if self._peers.alone:
+        if self._peers.count == 1:
             return None
         turn, group = None, peer.group
         if group.credit > 0 and not (group.turns and group.turns.turns):

@@ -47,6 +47,7 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
     errors.TenantLimitReached: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooManyAuthFailures: StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -63,6 +64,7 @@ _QUOTAS: dict[type[errors.StepstateError], str] = {
     errors.SessionLimit: "server:sessions",
     errors.MemoryLimit: "client:memory",
     errors.TooManyCalls: "client:calls",
+    errors.TooManyAuthFailures: "client:credentials",
 }
 """Whose quota of what is used up."""
 _RETRYABLE = (
@@ -70,6 +72,8 @@ _RETRYABLE = (
     errors.MemoryLimit,
     errors.TooManyCalls,
     errors.TenantLimitReached,
+    errors.TooManyAuthFailures,
+    errors.KeysUnavailable,
     errors.Draining,
     errors.StoreUnavailable,
 )

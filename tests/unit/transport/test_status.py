@@ -45,6 +45,10 @@ CODES = {
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
     errors.TenantLimitReached: StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: StatusCode.PERMISSION_DENIED,
+    errors.TooManyAuthFailures: StatusCode.RESOURCE_EXHAUSTED,
+    errors.KeysUnavailable: StatusCode.UNAVAILABLE,
     errors.Draining: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -58,6 +62,7 @@ NEVER_SENT = {
     errors.RuntimeUnavailable,
     errors.StoreOpenError,
     errors.SnapshotKeyInvalid,
+    errors.CredentialsInvalid,
     errors.ListenError,
 }
 

@@ -44,6 +44,7 @@
         ├── RuntimeUnavailable  a package of the engine is not installed
         ├── StoreOpenError      the store can't be opened
         ├── SnapshotKeyInvalid  the keys of snapshots can't be read
+        ├── TlsInvalid          a certificate or its key can't be used
         └── ListenError         an address can't be listened on
 
 An error holds fields and composes its message from them: what, which id, what
@@ -595,6 +596,16 @@ class SnapshotKeyInvalid(StartError):
         "--snapshot-key {file}: {problem}; write one key a line, such as from "
         "`openssl rand -hex 32`"
     )
+    file: str
+    problem: str
+
+
+@dataclass(eq=False)
+class TlsInvalid(StartError):
+    """A certificate, its key or the authority of clients can't be used."""
+
+    message = "{option} {file}: {problem}"
+    option: str
     file: str
     problem: str
 

@@ -48,7 +48,8 @@
         ├── SnapshotKeyInvalid  the keys of snapshots can't be read
         ├── TlsInvalid          a certificate or its key can't be used
         ├── CredentialsInvalid  tokens, or keys of JWTs, can't be read
-        └── ListenError         an address can't be listened on
+        ├── ListenError         an address can't be listened on
+        └── InsecureAddress     other machines could reach sessions that nothing protects
 
 An error holds fields and composes its message from them: what, which id, what
 to do next. The server puts the fields on the wire and the client raises the
@@ -668,6 +669,21 @@ class ListenError(StartError):
     option: str
     address: str
     detail: str
+
+
+@dataclass(eq=False)
+class InsecureAddress(StartError):
+    """Other machines could reach the server, which lacks TLS, identities or both."""
+
+    message = (
+        "--listen {address}: other machines can reach it, and it has no {missing}. Either give "
+        "the server TLS and identities: --tls-cert FILE --tls-key FILE, and --tokens-file FILE or "
+        "--jwt-jwks FILE; or listen on loopback, behind a proxy that has both; or accept with "
+        "--insecure that whoever reaches the address, or reads the network, can read, step and "
+        "close the sessions"
+    )
+    address: str
+    missing: str
 
 
 _CLIENTS_OWN = (ServerUnreachable, Cancelled, UnexpectedStatus, RowsMissing)

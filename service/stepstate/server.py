@@ -24,6 +24,7 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from stepstate.auth import Credentials, TokenFile
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
+from stepstate.configuration import check_exposure
 from stepstate.engine import (
     EngineSettings,
     Precision,
@@ -437,6 +438,7 @@ async def build_server(
         authenticator: knows who calls; None: everyone is anonymous.
 
     Raises:
+        InsecureAddress: other machines could reach sessions that nothing protects.
         ModelInvalid: there is no model to serve, or one can't be served.
         DeviceUnavailable: the device is not here.
         RuntimeUnavailable: a package of the engine is not installed.
@@ -445,6 +447,8 @@ async def build_server(
         CredentialsInvalid: tokens, or keys of JWTs, can't be read.
         StoreOpenError: the store is not to be had.
     """
+    identities = bool(config.tokens_file) or authenticator is not None
+    check_exposure(config, tls=False, identities=identities)
     if config.device != "cpu":
         check_accelerator(config.device)
     check_runtime(Runtime(config.engine))

@@ -85,6 +85,7 @@ WHAT_NEXT = {
     errors.DeviceUnavailable: "leave the option out",
     errors.RuntimeUnavailable: "--engine torch",
     errors.ListenError: "choose another, port 0",
+    errors.InsecureAddress: "Either give the server TLS and identities",
 }
 
 

@@ -12,6 +12,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
@@ -20,8 +21,10 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
+from stepstate.auth import Credentials, TokenFile
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
+from stepstate.configuration import check_exposure
 from stepstate.engine import (
     EngineSettings,
     Precision,
@@ -38,11 +41,13 @@ from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store, read_password
+from stepstate.tls import ClientAuth, ServerTls, TlsFiles
 from stepstate.transport import (
     MAX_MESSAGE_BYTES,
     Authenticator,
     Backend,
     CallAdmission,
+    CredentialAuthenticator,
     ExpectedRows,
     PeerTable,
     Receiver,
@@ -52,6 +57,7 @@ from stepstate.transport import (
     StepstateServicer,
     add_reflection,
     add_service,
+    grpcio_credentials,
     parse_stepstate,
     read_keys,
 )
@@ -79,6 +85,9 @@ LAG_SECONDS = 0.05
 STORE_CHECK_SECONDS = 1.0
 """Between two checks of the store; the next one waits for the answer to the last."""
 TICK_SECONDS = 1.0
+CREDENTIALS_CHECK_SECONDS = 1.0
+"""Between two looks whether files of credentials have changed, and whether those of open streams
+still hold."""
 UPTIME = UptimeClock(time.monotonic)
 """Seconds in which this process ran: idle times are measured in it. Every server keeps it going."""
 
@@ -121,12 +130,16 @@ class Server:
         *,
         store: SessionStore,
         keys: SnapshotKeys,
+        tls: ServerTls | None = None,
+        credentials: Credentials | None = None,
         authenticator: Authenticator | None = None,
     ) -> None:
         use_one_thread()
         self.state = ServerState.STARTING
         self.address = ""
         self.metrics_address = ""
+        self.tls = tls
+        """Of both ports; None: plain text."""
         self._config = config
         self._store = store
         self._precision = Precision(config.weights)
@@ -156,6 +169,7 @@ class Server:
                 },
                 memory=self.memory,
                 skipped_models=len(catalog.skipped),
+                tls=tls,
             )
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
@@ -167,11 +181,16 @@ class Server:
         self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, admission, self.receiver, authenticator)
-        interceptor.expect(SERVICE.methods)
+        self.credentials = credentials
+        """What callers are known by; None: everyone is anonymous."""
+        if credentials is not None:
+            self._metrics.stale_credentials = credentials.stale
+            authenticator = CredentialAuthenticator(credentials, config.trusted_networks)
+        self._interceptor = RpcInterceptor(self._metrics, admission, self.receiver, authenticator)
+        self._interceptor.expect(SERVICE.methods)
         if self._triton is not None:
-            interceptor.expect(self._triton.methods())
-        self._grpc = _transport(config, interceptor, self.receiver)
+            self._interceptor.expect(self._triton.methods())
+        self._grpc = _transport(config, self._interceptor, self.receiver)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
@@ -189,7 +208,8 @@ class Server:
         if self._triton is not None:
             self._triton.add_to(self._grpc)
             services.append(self._triton.name)
-        add_reflection(self._grpc, *services)
+        if self._config.reflection:
+            add_reflection(self._grpc, *services)
         await self.sessions.start()
         self.metrics_address = self._listen_metrics()
         self.address = self._listen_grpc()
@@ -203,6 +223,10 @@ class Server:
             Trimmer(lambda: self.memory.used).run,
         )
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
+        if self.tls is not None:
+            self._tasks.append(asyncio.create_task(self.tls.watch()))
+        if self.credentials is not None:
+            self._tasks.append(asyncio.create_task(self._watch_credentials(self.credentials)))
         if self._store.durable:
             saving = self.sessions.writer.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))
@@ -325,7 +349,7 @@ class Server:
 
     def _listen_grpc(self) -> str:
         try:
-            port = self._grpc.add_insecure_port(self._config.listen)
+            port = _add_port(self._grpc, self._config, self.tls)
         except RuntimeError as error:
             raise ListenError("--listen", self._config.listen, str(error)) from error
         return f"{self._config.listen.rpartition(':')[0]}:{port}"
@@ -334,7 +358,11 @@ class Server:
         host, port = split_address(self._config.metrics_listen)
         try:
             self._http = start_http(
-                host, port, self._registry, serving=lambda: self.state is ServerState.SERVING
+                host,
+                port,
+                self._registry,
+                serving=lambda: self.state is ServerState.SERVING,
+                tls=self.tls,
             )
         except OSError as error:
             address = self._config.metrics_listen
@@ -359,6 +387,15 @@ class Server:
                 await self.sessions.store.check()
             except Exception:
                 log.exception("the store was not checked; the next check tries again")
+
+    async def _watch_credentials(self, credentials: Credentials) -> None:
+        while True:
+            await asyncio.sleep(CREDENTIALS_CHECK_SECONDS)
+            try:
+                await credentials.refresh()
+                self._interceptor.open_calls.end_where(credentials.problem_of)
+            except Exception:
+                log.exception("credentials were not checked; the next check tries again")
 
     async def _tick(self) -> None:
         while True:
@@ -401,12 +438,17 @@ async def build_server(
         authenticator: knows who calls; None: everyone is anonymous.
 
     Raises:
+        InsecureAddress: other machines could reach sessions that nothing protects.
         ModelInvalid: there is no model to serve, or one can't be served.
         DeviceUnavailable: the device is not here.
         RuntimeUnavailable: a package of the engine is not installed.
         SnapshotKeyInvalid: the keys of snapshots can't be read.
+        TlsInvalid: the certificate, its key or the authority of clients can't be used.
+        CredentialsInvalid: tokens, or keys of JWTs, can't be read.
         StoreOpenError: the store is not to be had.
     """
+    identities = bool(config.tokens_file) or authenticator is not None
+    check_exposure(config, tls=False, identities=identities)
     if config.device != "cpu":
         check_accelerator(config.device)
     check_runtime(Runtime(config.engine))
@@ -414,8 +456,15 @@ async def build_server(
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
+    credentials, tls = _credentials(config), _tls(config)
     return Server(
-        config, catalog, store=await _store(config), keys=keys, authenticator=authenticator
+        config,
+        catalog,
+        store=await _store(config),
+        keys=keys,
+        tls=tls,
+        credentials=credentials,
+        authenticator=authenticator,
     )
 
 
@@ -433,15 +482,50 @@ async def running_server(
         await server.stop()
 
 
+def _credentials(config: ServerConfig) -> Credentials | None:
+    """What callers are known by, if anything is configured.
+
+    Raises:
+        CredentialsInvalid: it can't be read.
+    """
+    if not config.tokens_file:
+        return None
+    return Credentials(tokens=TokenFile(config.tokens_file))
+
+
 async def _store(config: ServerConfig) -> SessionStore:
     file = config.store_password_file
     return await open_store(
         config.store,
         password=read_password(file) if file else config.store_password,
+        ca_file=config.store_ca_file,
         clock=UPTIME,
         unix_time=time.time,
         fsync=config.store_fsync,
     )
+
+
+def _tls(config: ServerConfig) -> ServerTls | None:
+    if not config.tls_cert:
+        return None
+    authority = Path(config.tls_client_ca) if config.tls_client_ca else None
+    client_auth = ClientAuth(config.client_auth)
+    return ServerTls(TlsFiles(Path(config.tls_cert), Path(config.tls_key), authority, client_auth))
+
+
+def _add_port(server: Any, config: ServerConfig, tls: ServerTls | None) -> int:
+    """Listens with TLS or without; returns the port.
+
+    Raises:
+        RuntimeError: it can't.
+    """
+    if tls is None:
+        port: int = server.add_insecure_port(config.listen)
+    elif config.transport == "grpcio":
+        port = server.add_secure_port(config.listen, grpcio_credentials(tls))
+    else:
+        port = server.add_secure_port(config.listen, lambda: tls.current.http2)
+    return port
 
 
 def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiver: Receiver) -> Any:

@@ -1,8 +1,9 @@
 """The gRPC APIs of a server: decode, one call into `SessionService`, encode."""
 
 from stepstate.transport.admission import CallAdmission
-from stepstate.transport.authentication import Authenticator
+from stepstate.transport.authentication import Authenticator, CredentialAuthenticator
 from stepstate.transport.bidi import Backend
+from stepstate.transport.credentials import grpcio_credentials
 from stepstate.transport.expected_rows import ExpectedRows
 from stepstate.transport.interceptor import RpcInterceptor
 from stepstate.transport.peers import PeerTable
@@ -16,6 +17,7 @@ __all__ = [
     "Authenticator",
     "Backend",
     "CallAdmission",
+    "CredentialAuthenticator",
     "ExpectedRows",
     "PeerTable",
     "Receiver",
@@ -25,6 +27,7 @@ __all__ = [
     "StepstateServicer",
     "add_reflection",
     "add_service",
+    "grpcio_credentials",
     "parse_stepstate",
     "read_keys",
 ]

@@ -64,6 +64,8 @@ NEVER_SENT = {
     errors.SnapshotKeyInvalid,
     errors.CredentialsInvalid,
     errors.ListenError,
+    errors.InsecureAddress,
+    errors.TlsInvalid,
 }
 
 

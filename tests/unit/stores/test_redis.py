@@ -17,7 +17,7 @@ from stepstate.errors import STORE_CAUSES, InvalidField
 from stepstate.stores.redis import keys, scripts
 from stepstate.stores.redis.commands import Command
 from stepstate.stores.redis.connection import cause_of, may_pass
-from stepstate.stores.redis.keys import id_of, model_of, place_after, place_of, token_of
+from stepstate.stores.redis.keys import key_of, model_of, place_after, place_of, token_of
 
 IDS = [f"meter-{i}" for i in range(5000)]
 
@@ -52,7 +52,7 @@ def test_what_is_no_token_is_refused(token):
 
 
 def test_a_member_has_id_and_model():
-    assert (id_of("a:b lstm/1"), model_of("a:b lstm/1")) == ("a:b", "lstm/1")
+    assert (key_of("a:b lstm/1"), model_of("a:b lstm/1")) == ("a:b", "lstm/1")
 
 
 def test_a_command_is_sent_by_name_or_whole():

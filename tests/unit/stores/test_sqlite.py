@@ -309,7 +309,7 @@ async def test_a_file_of_version_1_keeps_its_sessions_and_the_time_they_had_left
         assert left >= 60 if jump < 0 else left == pytest.approx(60)
         assert isinstance(await opened.acquire("b", owner="B", fingerprints={FINGERPRINT}), tuple)
         assert (await opened.find("a")).reason is EndReason.CLOSED
-        assert await opened.count() == {"lstm/1": 2}
+        assert await opened.count() == {("default", "lstm/1"): 2}
         await opened.expire([saving(home, "c", (await opened.find("c")).epoch)], delete_at=9e9)
         assert await opened.count_expired() == 1
         marked = await opened.find("c")

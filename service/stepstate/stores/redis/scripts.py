@@ -133,7 +133,7 @@ redis.call('ZREM', endings, id)
 return {1, epoch}
 """
 )
-"""{1, epoch}, {0, entry} of the session that has its key, or {2, open} if its tenant has no room."""
+"""{1, epoch}, {0, entry} of the session that has its key, or {2, open}: its tenant has no room."""
 
 ACQUIRE = _with_common(
     """

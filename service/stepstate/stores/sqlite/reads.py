@@ -210,8 +210,10 @@ def page(
     marks = range(1 + expired)
     models = (f"{model}/", f"{model}0") if model else ("", "")
     if tenant is None:
-        place = (tenant_after, after, size + 1, *models)
-        found = [_one(connection, _IDS_OF_ALL[mark], place) for mark in marks]
+        found = [
+            _one(connection, _IDS_OF_ALL[mark], (tenant_after, after, size + 1, *models))
+            for mark in marks
+        ]
     elif model:
         versions = json.loads(_one(connection, _MODELS, (tenant, *models)))
         found = [
@@ -220,8 +222,9 @@ def page(
             for mark in marks
         ]
     else:
-        place = (tenant, after, size + 1)
-        found = [_one(connection, _IDS_OF_TENANT[mark], place) for mark in marks]
+        found = [
+            _one(connection, _IDS_OF_TENANT[mark], (tenant, after, size + 1)) for mark in marks
+        ]
     ids = heapq.nsmallest(size + 1, chain.from_iterable(map(json.loads, found)))
     rows = _rows(_one(connection, _ROWS, (json.dumps([rowid for *_, rowid in ids[:size]]),)))
     sessions = {row.rowid: row.session for row in rows}

@@ -19,6 +19,8 @@ MAY_BE_ZERO = ("max_connection_age",)
 TRANSPORTS = ("lean", "grpcio")
 WEIGHTS = ("float32", "bfloat16", "int8")
 ENGINES = ("onnxruntime", "torch")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+LOG_FORMATS = ("auto", "json", "text")
 MAX_SLOTS = 10_000_000
 """The arrays of the session table are allocated at start, about 100 bytes a session."""
 VARIABLES_ONLY = ("store_password",)
@@ -37,7 +39,7 @@ class ConfigError(ValueError):
     """A setting has a value that can't be used."""
 
 
-def _setting(default: T, text: str, reason: str, *, shown: bool = True) -> T:
+def _setting(default: T, text: str, reason: str, *, shown: bool = True, reloads: bool = False) -> T:
     """A field with its text in `stepstate serve --help`, and the reason for its default.
 
     Args:
@@ -45,16 +47,18 @@ def _setting(default: T, text: str, reason: str, *, shown: bool = True) -> T:
         text: what it is.
         reason: why that is the default.
         shown: whether `repr` shows its value; not what may be secret.
+        reloads: whether a running server can change it.
     """
-    return field(default=default, repr=shown, metadata={"help": text, "reason": reason})
+    metadata = {"help": text, "reason": reason, "reloads": reloads}
+    return field(default=default, repr=shown, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """The settings of a server, each with its help text and the reason for its default.
 
-    Each is also an environment variable STEPSTATE_..., and an option of `stepstate serve` unless it
-    is one of `VARIABLES_ONLY`.
+    Each is also an environment variable STEPSTATE_..., and an option of `stepstate serve` and a key
+    of its configuration file unless it is one of `VARIABLES_ONLY`.
     """
 
     models: Path = _setting(
@@ -71,7 +75,13 @@ class ServerConfig:
     listen: str = _setting(
         "127.0.0.1:50051",
         "host:port for gRPC. Port 0 means any free port.",
-        "Loopback: the server does not authenticate clients, so no other machine should reach it.",
+        "Loopback: without TLS and identities, no other machine should reach the server.",
+    )
+    insecure: bool = _setting(
+        False,  # noqa: FBT003 - a default
+        "Listen at an address that other machines reach, even without TLS or identities: whoever "
+        "reaches it, or reads the network, can read, step and close the sessions.",
+        "A server that other machines reach protects its sessions, or does not start.",
     )
     transport: str = _setting(
         "lean",
@@ -219,6 +229,17 @@ class ServerConfig:
         "Whoever may import can open sessions, too; a key matters where snapshots pass through "
         "other hands.",
     )
+    tokens_file: str = _setting(
+        "",
+        "File of bearer tokens, as `stepstate tokens` writes it. It is read again when it changes. "
+        "Empty: there are no tokens.",
+        "On loopback everyone is the user of the machine.",
+    )
+    reflection: bool = _setting(
+        True,  # noqa: FBT003 - a default
+        "Serve gRPC reflection, also to clients without a credential.",
+        "grpcurl and its like need no proto file, and the contract is public.",
+    )
     queue_requests: int = _setting(
         65_536,
         "Most accepted and unanswered requests.",
@@ -247,6 +268,17 @@ class ServerConfig:
         "Seconds to finish accepted steps after SIGTERM.",
         "The usual time that an orchestrator allows between SIGTERM and SIGKILL.",
     )
+    log_level: str = _setting(
+        "INFO",
+        "Lowest level that is logged: DEBUG, INFO, WARNING or ERROR.",
+        "What an operator wants to know, and nothing for each request.",
+        reloads=True,
+    )
+    log_format: str = _setting(
+        "auto",
+        "json, text, or auto: text on a terminal, otherwise JSON.",
+        "People read terminals, programs the rest.",
+    )
 
     def __post_init__(self) -> None:
         _check_address("listen", self.listen)
@@ -255,6 +287,8 @@ class ServerConfig:
         _check_one_of("transport", self.transport, TRANSPORTS)
         _check_one_of("weights", self.weights, WEIGHTS)
         _check_one_of("engine", self.engine, ENGINES)
+        _check_one_of("log_level", self.log_level, LOG_LEVELS)
+        _check_one_of("log_format", self.log_format, LOG_FORMATS)
         self._check_password()
         self._check_device()
         self._check_memory_limit()

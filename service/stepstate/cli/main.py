@@ -14,10 +14,12 @@ from stepstate.cli.common import INTERRUPTED
 
 COMMANDS = {
     "serve": ("stepstate.cli.serve:serve_command", "Serves the models of a folder."),
+    "config": ("stepstate.cli.config:config_group", "Checks and shows the settings of a server."),
     "step": ("stepstate.cli.step:step_command", "Steps a session with rows of standard input."),
     "forecast": ("stepstate.cli.forecast:forecast_command", "Prints a session's forecast."),
     "sessions": ("stepstate.cli.sessions:sessions_group", "Lists, shows and moves sessions."),
     "models": ("stepstate.cli.models:models_group", "Prints the loaded models, or writes one."),
+    "tokens": ("stepstate.cli.tokens:tokens_group", "Makes, lists and revokes bearer tokens."),
     "health": ("stepstate.cli.health:health_command", "Asks whether a server is serving."),
 }
 """Where each command is, and its line in the list, which is shown without importing it."""

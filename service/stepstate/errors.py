@@ -44,6 +44,7 @@
         ├── RuntimeUnavailable  a package of the engine is not installed
         ├── StoreOpenError      the store can't be opened
         ├── SnapshotKeyInvalid  the keys of snapshots can't be read
+        ├── AuditLogError       the audit log can't be written
         └── ListenError         an address can't be listened on
 
 An error holds fields and composes its message from them: what, which id, what
@@ -594,6 +595,18 @@ class SnapshotKeyInvalid(StartError):
     message = (
         "--snapshot-key {file}: {problem}; write one key a line, such as from "
         "`openssl rand -hex 32`"
+    )
+    file: str
+    problem: str
+
+
+@dataclass(eq=False)
+class AuditLogError(StartError):
+    """The audit log can't be written."""
+
+    message = (
+        "--audit-log {file}: it can't be written ({problem}); name a file in a folder that the "
+        "server's user may write"
     )
     file: str
     problem: str

@@ -11,7 +11,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
@@ -32,8 +32,9 @@ from stepstate.engine import (
     measure_loss,
     use_one_thread,
 )
-from stepstate.errors import ListenError, StoreUnavailable
+from stepstate.errors import AuditLogError, ListenError, StoreUnavailable
 from stepstate.h2grpc import ConnectionTimes, H2Server, Http2Limits
+from stepstate.logging import audit_lines
 from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
@@ -173,6 +174,7 @@ class Server:
             interceptor.expect(self._triton.methods())
         self._grpc = _transport(config, interceptor, self.receiver)
         self._http: tuple[WSGIServer, Thread] | None = None
+        self._audit = ExitStack()
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
         self._drained: asyncio.Task[None] | None = None
@@ -181,8 +183,10 @@ class Server:
         """Listens, then says that it serves.
 
         Raises:
+            AuditLogError: the audit log can't be written.
             ListenError: an address is taken, or not ours.
         """
+        self._open_audit_log()
         add_service(self._grpc, SERVICE, self._servicer, parse_stepstate)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         services = [SERVICE.full_name]
@@ -241,6 +245,7 @@ class Server:
             http.server_close()
             thread.join()
             self._http = None
+        self._audit.close()
         self.state = ServerState.STOPPED
 
     async def _drain(self) -> None:
@@ -257,6 +262,12 @@ class Server:
             log.warning("not all accepted steps were answered and saved in time: calls are cut")
         await self.stop(LAST_CALLS_SECONDS)
         log.info("stopped")
+
+    def _open_audit_log(self) -> None:
+        try:
+            self._audit.enter_context(audit_lines(self._config.audit_log))
+        except OSError as error:
+            raise AuditLogError(self._config.audit_log, str(error.strerror)) from error
 
     def _triton_service(self, backend: Backend) -> TritonService | None:
         """The API for Triton's clients, if the package with its messages is installed."""

@@ -26,10 +26,17 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 
 from stepstate.budget import MemoryUse, call_memory
-from stepstate.errors import Internal, InvalidField, StepstateError
+from stepstate.errors import (
+    Internal,
+    InvalidField,
+    PermissionDenied,
+    StepstateError,
+    Unauthenticated,
+)
 from stepstate.h2grpc import Call, MessageSink
 from stepstate.metrics import Metrics, RpcMetrics
 from stepstate.transport.admission import KINDS, LONG, CallAdmission, CallKind
+from stepstate.transport.auditing import on_record, refused_credential
 from stepstate.transport.authentication import Authenticator, NoAuthentication, authenticate
 from stepstate.transport.peers import current_peer
 from stepstate.transport.pump import Pump
@@ -227,6 +234,7 @@ class _Rpc:
         """Serves handlers that return their one response; `read` gives them their requests."""
         if self._kind is LONG:
             behavior = self._admission.in_turn(behavior)
+        behavior = on_record(self._method, behavior)
 
         async def watched(_: object, context: Context) -> Any:
             async with self._watch(context):
@@ -243,6 +251,7 @@ class _Rpc:
         """Serves handlers that use `context.write`, and async generators."""
         if inspect.isasyncgenfunction(behavior):
             behavior = _written(behavior)
+        behavior = on_record(self._method, behavior)
 
         async def watched(_: object, context: Context) -> None:
             async with self._watch(context):
@@ -297,6 +306,8 @@ class _Rpc:
             code = code_of(error)
             self._metrics.refused(error.reason)
             log.info("refused: %s", error, extra={"rpc": self._path, "reason": error.reason})
+            if isinstance(error, Unauthenticated | PermissionDenied):
+                refused_credential(error, self._method, context)
             _refuse(context, error)
             _drop_frames(error)
         except Exception as error:

@@ -219,6 +219,17 @@ class ServerConfig:
         "Whoever may import can open sessions, too; a key matters where snapshots pass through "
         "other hands.",
     )
+    tokens_file: str = _setting(
+        "",
+        "File of bearer tokens, as `stepstate tokens` writes it. It is read again when it changes. "
+        "Empty: there are no tokens.",
+        "On loopback everyone is the user of the machine.",
+    )
+    reflection: bool = _setting(
+        True,  # noqa: FBT003 - a default
+        "Serve gRPC reflection, also to clients without a credential.",
+        "grpcurl and its like need no proto file, and the contract is public.",
+    )
     queue_requests: int = _setting(
         65_536,
         "Most accepted and unanswered requests.",

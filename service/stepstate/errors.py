@@ -32,6 +32,8 @@
     │   ├── QueueFull
     │   ├── MemoryLimit         the client makes the server hold too many bytes
     │   ├── TooManyCalls        the client has too many calls under way
+    │   ├── TooManyAuthFailures too many credentials of this client proved nothing
+    │   ├── KeysUnavailable     the key of a JWT is not known yet
     │   ├── Draining
     │   ├── StoreUnavailable    the store does not answer, or can't write
     │   └── ServerUnreachable   raised by the client: no answer from the server
@@ -44,6 +46,7 @@
         ├── RuntimeUnavailable  a package of the engine is not installed
         ├── StoreOpenError      the store can't be opened
         ├── SnapshotKeyInvalid  the keys of snapshots can't be read
+        ├── CredentialsInvalid  tokens, or keys of JWTs, can't be read
         ├── AuditLogError       the audit log can't be written
         └── ListenError         an address can't be listened on
 
@@ -399,12 +402,20 @@ class SessionLimit(StepstateError, reason="SESSION_LIMIT"):
     limit: int
 
 
+AUTH_CAUSES = (
+    "missing", "malformed", "unknown_token", "revoked", "expired", "unknown_key", "bad_signature",
+    "bad_claims", "unmapped_certificate", "scope", "limited", "keys_unavailable", "other",
+)  # fmt: skip
+"""Why a credential is refused."""
+
+
 @dataclass(eq=False)
 class Unauthenticated(StepstateError, reason="UNAUTHENTICATED"):
-    """Who calls is not known."""
+    """Who calls is not known; `cause` is one of AUTH_CAUSES."""
 
-    message = "{problem}"
+    message = "{problem} ({cause})"
     problem: str
+    cause: str = "other"
 
 
 @dataclass(eq=False)
@@ -414,6 +425,7 @@ class PermissionDenied(StepstateError, reason="PERMISSION_DENIED"):
     message = "{identity} lacks the scope {missing} for this call: use a credential that has it"
     identity: str
     missing: str
+    cause: ClassVar[str] = "scope"
 
 
 class Unavailable(StepstateError):
@@ -463,6 +475,31 @@ class TooManyCalls(Unavailable, reason="TOO_MANY_CALLS"):
     free: int
     limit: int
     retry_after_seconds: float = 0.5
+
+
+@dataclass(eq=False)
+class TooManyAuthFailures(Unavailable, reason="TOO_MANY_AUTH_FAILURES"):
+    """Many credentials from the client's address proved nothing: none is checked for now."""
+
+    message = (
+        "too many credentials from this address proved nothing: retry after "
+        "{retry_after_seconds:g} s with one that does; those that were accepted lately still are"
+    )
+    retry_after_seconds: float = 1.0
+    cause: ClassVar[str] = "limited"
+
+
+@dataclass(eq=False)
+class KeysUnavailable(Unavailable, reason="KEYS_UNAVAILABLE"):
+    """The key of a JWT is not known, and can't be asked for now."""
+
+    message = (
+        "the key that signed this JWT is not known here: {problem}; retry after "
+        "{retry_after_seconds:g} s"
+    )
+    problem: str
+    retry_after_seconds: float = 1.0
+    cause: ClassVar[str] = "keys_unavailable"
 
 
 @dataclass(eq=False)
@@ -609,6 +646,16 @@ class AuditLogError(StartError):
         "server's user may write"
     )
     file: str
+    problem: str
+
+
+@dataclass(eq=False)
+class CredentialsInvalid(StartError):
+    """What says who may call can't be used."""
+
+    message = "--{option} {source}: {problem}"
+    option: str
+    source: str
     problem: str
 
 

@@ -7,6 +7,7 @@ of both. The type `SessionKey` lets mypy find every path on which that was forgo
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NewType
@@ -15,6 +16,10 @@ DEFAULT_TENANT = "default"
 """Has the sessions of servers without identities, and those of earlier versions."""
 _SEPARATOR = "/"
 """In no name of a tenant and in no valid id."""
+
+TENANT_GRAMMAR = "a-z, 0-9, '.', '_' and '-', at most 63, the first a letter or digit"
+"""Of the name of a tenant: it is part of keys in stores, and of labels in metrics."""
+_TENANT = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 SessionKey = NewType("SessionKey", str)
 """A session's name within the server: "TENANT/ID", or the id alone for the default tenant."""
@@ -41,10 +46,17 @@ class Identity:
     scopes: frozenset[Scope]
     expires_at: float | None = None
     """When its credential does, in Unix seconds; None: never."""
+    credential: str = ""
+    """Names its credential, so that it can be found revoked; never secret."""
 
 
 ANONYMOUS = Identity("anonymous", DEFAULT_TENANT, frozenset(Scope))
 """Everyone, on a server that knows no identities."""
+
+
+def is_tenant(name: str) -> bool:
+    """Whether a text can be the name of a tenant: see `TENANT_GRAMMAR`."""
+    return _TENANT.fullmatch(name) is not None
 
 
 def session_key(tenant: str, session_id: str) -> SessionKey:

@@ -20,6 +20,7 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
+from stepstate.auth import Credentials, TokenFile
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
@@ -44,6 +45,7 @@ from stepstate.transport import (
     Authenticator,
     Backend,
     CallAdmission,
+    CredentialAuthenticator,
     ExpectedRows,
     PeerTable,
     Receiver,
@@ -80,6 +82,9 @@ LAG_SECONDS = 0.05
 STORE_CHECK_SECONDS = 1.0
 """Between two checks of the store; the next one waits for the answer to the last."""
 TICK_SECONDS = 1.0
+CREDENTIALS_CHECK_SECONDS = 1.0
+"""Between two looks whether files of credentials have changed, and whether those of open streams
+still hold."""
 UPTIME = UptimeClock(time.monotonic)
 """Seconds in which this process ran: idle times are measured in it. Every server keeps it going."""
 
@@ -122,6 +127,7 @@ class Server:
         *,
         store: SessionStore,
         keys: SnapshotKeys,
+        credentials: Credentials | None = None,
         authenticator: Authenticator | None = None,
     ) -> None:
         use_one_thread()
@@ -168,11 +174,16 @@ class Server:
         self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
         self._health = health.aio.HealthServicer()
-        interceptor = RpcInterceptor(self._metrics, admission, self.receiver, authenticator)
-        interceptor.expect(SERVICE.methods)
+        self.credentials = credentials
+        """What callers are known by; None: everyone is anonymous."""
+        if credentials is not None:
+            self._metrics.stale_credentials = credentials.stale
+            authenticator = CredentialAuthenticator(credentials, config.trusted_networks)
+        self._interceptor = RpcInterceptor(self._metrics, admission, self.receiver, authenticator)
+        self._interceptor.expect(SERVICE.methods)
         if self._triton is not None:
-            interceptor.expect(self._triton.methods())
-        self._grpc = _transport(config, interceptor, self.receiver)
+            self._interceptor.expect(self._triton.methods())
+        self._grpc = _transport(config, self._interceptor, self.receiver)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._audit = ExitStack()
         self._store_reported_up = True
@@ -193,7 +204,8 @@ class Server:
         if self._triton is not None:
             self._triton.add_to(self._grpc)
             services.append(self._triton.name)
-        add_reflection(self._grpc, *services)
+        if self._config.reflection:
+            add_reflection(self._grpc, *services)
         await self.sessions.start()
         self.metrics_address = self._listen_metrics()
         self.address = self._listen_grpc()
@@ -207,6 +219,8 @@ class Server:
             Trimmer(lambda: self.memory.used).run,
         )
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
+        if self.credentials is not None:
+            self._tasks.append(asyncio.create_task(self._watch_credentials(self.credentials)))
         if self._store.durable:
             saving = self.sessions.writer.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))
@@ -371,6 +385,15 @@ class Server:
             except Exception:
                 log.exception("the store was not checked; the next check tries again")
 
+    async def _watch_credentials(self, credentials: Credentials) -> None:
+        while True:
+            await asyncio.sleep(CREDENTIALS_CHECK_SECONDS)
+            try:
+                await credentials.refresh()
+                self._interceptor.open_calls.end_where(credentials.problem_of)
+            except Exception:
+                log.exception("credentials were not checked; the next check tries again")
+
     async def _tick(self) -> None:
         while True:
             UPTIME.heartbeat()
@@ -416,6 +439,7 @@ async def build_server(
         DeviceUnavailable: the device is not here.
         RuntimeUnavailable: a package of the engine is not installed.
         SnapshotKeyInvalid: the keys of snapshots can't be read.
+        CredentialsInvalid: tokens, or keys of JWTs, can't be read.
         StoreOpenError: the store is not to be had.
     """
     if config.device != "cpu":
@@ -425,8 +449,14 @@ async def build_server(
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
+    credentials = _credentials(config)
     return Server(
-        config, catalog, store=await _store(config), keys=keys, authenticator=authenticator
+        config,
+        catalog,
+        store=await _store(config),
+        keys=keys,
+        credentials=credentials,
+        authenticator=authenticator,
     )
 
 
@@ -442,6 +472,17 @@ async def running_server(
         await server.drain()
     finally:
         await server.stop()
+
+
+def _credentials(config: ServerConfig) -> Credentials | None:
+    """What callers are known by, if anything is configured.
+
+    Raises:
+        CredentialsInvalid: it can't be read.
+    """
+    if not config.tokens_file:
+        return None
+    return Credentials(tokens=TokenFile(config.tokens_file))
 
 
 async def _store(config: ServerConfig) -> SessionStore:

@@ -35,7 +35,7 @@ PEOPLE = {
     "reader": Identity("reader", "acme", frozenset({Scope.READ})),
 }
 ROW = draw(1)
-LAST = Act(event=AuditEvent.ADMIN_ACT, detail="no line follows")
+MARK = Act(event=AuditEvent.ADMIN_ACT, detail="the test asks for what was before")
 
 
 class ByName:
@@ -112,17 +112,18 @@ class Lines:
         self._read = 0
 
     async def new(self) -> list[dict]:
-        """The new lines: all that were queued before a last one of the test's own."""
-        audit(LAST)
-        while not (found := self._all())[self._read :] or found[-1]["detail"] != LAST.detail:
+        """The new lines: all that were queued before one of the test's own."""
+        audit(MARK)
+        while MARK.detail not in (details := [line["detail"] for line in self._unread()]):
             await asyncio.sleep(0.005)
-        new = found[self._read : -1]
-        self._read = len(found)
+        end = details.index(MARK.detail)
+        new = self._unread()[:end]
+        self._read += end + 1
         return new
 
-    def _all(self) -> list[dict]:
-        whole = self._file.read_text().rpartition("\n")[0]
-        return [{"detail": None, **json.loads(line)} for line in whole.splitlines()]
+    def _unread(self) -> list[dict]:
+        whole = self._file.read_text().rpartition("\n")[0].splitlines()[self._read :]
+        return [{"detail": None, **json.loads(line)} for line in whole]
 
 
 @pytest.fixture
@@ -244,7 +245,7 @@ async def test_a_stream_of_an_admin_is_on_record_while_it_lasts(
     for method in sorted(LASTING - {"ModelStreamInfer"}):
         stub = StepstateServiceStub(caller.channel)
         call = getattr(stub, method)(metadata=caller.metadata)
-        await call.wait_for_connection()
+        await call.write(next(iter(REQUESTS[method](b""))))
         while not (found := await lines.new()):
             await asyncio.sleep(0.005)
         assert [line["method"] for line in found] == [method]

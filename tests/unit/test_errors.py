@@ -75,6 +75,8 @@ WHAT_NEXT = {
     errors.QueueFull: "retry after 0.3 s",
     errors.MemoryLimit: "retry after 0.3 s, read the replies",
     errors.TooManyCalls: "retry after 0.3 s, and have fewer under way",
+    errors.TooManyAuthFailures: "with one that does",
+    errors.KeysUnavailable: "retry after 0.3 s",
     errors.Draining: "retry on another server",
     errors.ServerUnreachable: "sent again safely",
     errors.Cancelled: "send the same request",
@@ -96,6 +98,7 @@ def test_every_error_says_what_to_do_next_or_lets_its_maker_say_it():
     says_it = {
         errors.InvalidField,
         errors.Unauthenticated,
+        errors.CredentialsInvalid,
         ModelInvalid,
         errors.StoreOpenError,
     }

@@ -18,6 +18,7 @@ COMMANDS = {
     "forecast": ("stepstate.cli.forecast:forecast_command", "Prints a session's forecast."),
     "sessions": ("stepstate.cli.sessions:sessions_group", "Lists, shows and moves sessions."),
     "models": ("stepstate.cli.models:models_group", "Prints the loaded models, or writes one."),
+    "tokens": ("stepstate.cli.tokens:tokens_group", "Makes, lists and revokes bearer tokens."),
     "health": ("stepstate.cli.health:health_command", "Asks whether a server is serving."),
 }
 """Where each command is, and its line in the list, which is shown without importing it."""

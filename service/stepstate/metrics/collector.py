@@ -263,6 +263,15 @@ SERIES = (
     Series("stepstate_requests_refused_total", COUNTER, ("reason",),
            _by(lambda s: s.counters.refusals),
            "Requests answered with an error, also within a stream, by reason."),
+    Series("stepstate_auth_failures_total", COUNTER, ("reason",),
+           _by(lambda s: s.counters.auth_failures),
+           "Calls refused because of their credential, by reason: it is missing, malformed, "
+           "unknown, expired or revoked, lacks a scope, or too many of its address were refused "
+           "(limited)."),
+    Series("stepstate_credentials_stale", GAUGE, ("source",),
+           _by(lambda s: s.counters.stale_credentials),
+           "1 if a source of credentials (tokens, jwks) could not be read again: what it was "
+           "before is still used."),
     Series("stepstate_sessions", GAUGE, (*MODEL, "residency"), _sessions,
            "Open sessions, by the place of their state: resident (in memory) or spilled (in the "
            "store, or on another server; the count may be some seconds old)."),

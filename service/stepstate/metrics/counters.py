@@ -10,10 +10,10 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, product
 
-from stepstate.errors import REASONS
+from stepstate.errors import AUTH_CAUSES, REASONS
 
 # From a single row on an idle server (about 0.1 ms) to a client's usual deadline.
 SECONDS = (
@@ -139,6 +139,10 @@ class Metrics:
         self.calls = dict.fromkeys(product(CALL_KINDS, CALL_STATES), 0)
         """Calls now, by kind: open, and those of them that wait for their turn."""
         self.refusals = dict.fromkeys(REASONS, 0)
+        self.auth_failures = dict.fromkeys(AUTH_CAUSES, 0)
+        """Calls refused for their credential, by cause."""
+        self.stale_credentials: Mapping[str, bool] = {}
+        """By source: whether it could not be read again, and what it was before is still used."""
         self.ends = dict.fromkeys(END_REASONS, 0)
         self.deletions = dict.fromkeys(DELETION_REASONS, 0)
         self.restorations = 0

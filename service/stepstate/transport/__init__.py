@@ -1,7 +1,7 @@
 """The gRPC APIs of a server: decode, one call into `SessionService`, encode."""
 
 from stepstate.transport.admission import CallAdmission
-from stepstate.transport.authentication import Authenticator
+from stepstate.transport.authentication import Authenticator, CredentialAuthenticator
 from stepstate.transport.bidi import Backend
 from stepstate.transport.expected_rows import ExpectedRows
 from stepstate.transport.interceptor import RpcInterceptor
@@ -16,6 +16,7 @@ __all__ = [
     "Authenticator",
     "Backend",
     "CallAdmission",
+    "CredentialAuthenticator",
     "ExpectedRows",
     "PeerTable",
     "Receiver",

@@ -15,7 +15,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from stepstate.errors import PermissionDenied, StepstateError, Unauthenticated
+from stepstate.errors import (
+    KeysUnavailable,
+    PermissionDenied,
+    StepstateError,
+    TooManyAuthFailures,
+    Unauthenticated,
+)
 from stepstate.logging.audit import Act, AuditEvent, audit
 from stepstate.transport.authentication import current_principal
 from stepstate.transport.peers import current_peer
@@ -65,6 +71,9 @@ EVENTS: dict[str, AuditEvent | None] = {
 """By method, what it does to a session."""
 LASTING = frozenset({"StreamSteps", "StreamPacked", "ModelStreamInfer"})
 """Streams as long as their client likes."""
+
+AuthError = Unauthenticated | PermissionDenied | TooManyAuthFailures | KeysUnavailable
+AUTH_ERRORS = (Unauthenticated, PermissionDenied, TooManyAuthFailures, KeysUnavailable)
 
 Behavior = Callable[[Any, "Context"], Awaitable[Any]]
 
@@ -121,7 +130,7 @@ def failures_on_record(act: Act) -> Iterator[None]:
     """Puts an act on record if the block fails."""
     try:
         yield
-    except (Unauthenticated, PermissionDenied):
+    except AUTH_ERRORS:
         raise  # `refused_credential` has its line
     except StepstateError as error:
         audit(replace(act, result=code_of(error).name, reason=error.reason))
@@ -134,13 +143,13 @@ def failures_on_record(act: Act) -> Iterator[None]:
         raise
 
 
-def refused_credential(error: StepstateError, method: str, context: Context) -> None:
+def refused_credential(error: AuthError, method: str, context: Context) -> None:
     """Puts on record that a call was refused for what its credential proves, or does not."""
     audit(
         Act(
             event=AuditEvent.CREDENTIAL_REFUSED,
             result=code_of(error).name,
-            reason=error.reason,
+            reason=error.cause,
             method=method,
             identity=error.identity if isinstance(error, PermissionDenied) else None,
             peer=context.peer(),

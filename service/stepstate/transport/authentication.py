@@ -8,16 +8,29 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
+from ipaddress import IPv6Address, IPv6Network
 from typing import TYPE_CHECKING, Any, Protocol
 
-from stepstate.errors import PermissionDenied
-from stepstate.identity import ANONYMOUS, Identity, Scope, SessionKey, session_key
+from stepstate.auth import Credentials
+from stepstate.errors import InvalidField, PermissionDenied
+from stepstate.identity import (
+    ANONYMOUS,
+    TENANT_GRAMMAR,
+    Identity,
+    Scope,
+    SessionKey,
+    is_tenant,
+    session_key,
+)
+from stepstate.transport.peers import Network, address_of, client_name
 
 if TYPE_CHECKING:
     import grpc
 
     Context = grpc.aio.ServicerContext[Any, Any]
 
+CREDENTIAL_KEY = "authorization"
+"""Metadata that have a token: "Bearer TOKEN"."""
 TENANT_KEY = "x-stepstate-tenant"
 """Metadata in which an admin names the tenant on whose sessions a call is to act."""
 
@@ -91,6 +104,7 @@ class Authenticator(Protocol):
 
         Raises:
             Unauthenticated: there are none, or they prove nothing.
+            TooManyAuthFailures, KeysUnavailable: they can't be checked now.
         """
         ...
 
@@ -103,6 +117,37 @@ class NoAuthentication:
         return ANONYMOUS
 
 
+class CredentialAuthenticator:
+    """Of a server with identities.
+
+    Args:
+        credentials: knows what proves what.
+        trusted_proxies: networks of proxies that say whose calls they forward.
+    """
+
+    def __init__(self, credentials: Credentials, trusted_proxies: tuple[Network, ...] = ()) -> None:
+        self._credentials = credentials
+        self._trusted = trusted_proxies
+
+    async def identify(self, context: Context) -> Identity:
+        """See `Authenticator`."""
+        metadata = context.invocation_metadata() or ()
+        authorization = [value for key, value in metadata if key == CREDENTIAL_KEY]
+        known = self._credentials.known(authorization)
+        if known is not None:
+            return known
+        client = _client_of(client_name(context.peer(), tuple(metadata), self._trusted))
+        return await self._credentials.verify(authorization, context.auth_context(), client)
+
+
+def _client_of(name: str) -> str:
+    """Whose failures count together: an address, or the network that one customer has of IPv6."""
+    address = address_of(name)
+    if isinstance(address, IPv6Address):
+        return str(IPv6Network((address, 64), strict=False))
+    return name if address is None else str(address)
+
+
 async def authenticate(authenticator: Authenticator, context: Context, method: str) -> None:
     """Sets `current_principal` to who makes a call, if it may.
 
@@ -113,7 +158,9 @@ async def authenticate(authenticator: Authenticator, context: Context, method: s
 
     Raises:
         Unauthenticated: its credentials prove nothing.
+        TooManyAuthFailures, KeysUnavailable: they can't be checked now.
         PermissionDenied: it lacks a scope.
+        InvalidField: it names what is no tenant.
     """
     needed = SCOPES[method]
     if not needed:
@@ -133,5 +180,8 @@ async def authenticate(authenticator: Authenticator, context: Context, method: s
 def _named_tenant(context: Context) -> str | None:
     for key, value in context.invocation_metadata() or ():
         if key == TENANT_KEY:
-            return str(value)
+            tenant = str(value)
+            if not is_tenant(tenant):
+                raise InvalidField(TENANT_KEY, f"is no name of a tenant: {TENANT_GRAMMAR}")
+            return tenant
     return None

@@ -36,6 +36,7 @@ from stepstate.sessions import (
 from stepstate.transport.admission import CallAdmission
 from stepstate.transport.expected_rows import ExpectedRows
 from stepstate.transport.interceptor import DecodeFailure, MessageChannel
+from stepstate.transport.open_calls import current_call
 from stepstate.transport.peers import current_peer
 from stepstate.transport.shares import cost_of
 
@@ -119,7 +120,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         self._goes_on = False  # soon
         self._flushing = False
         self._ended = False  # the client has sent its last request
-        self._draining = False
+        self._ending: StepstateError | None = None  # no more is read, and the call ends with it
         self._tasks: set[asyncio.Task[None]] = set()
 
     @abstractmethod
@@ -150,7 +151,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         """Serves the call until its client has sent all and been answered.
 
         Raises:
-            Draining: the server stops; everything accepted was answered.
+            StepstateError: what `end` was given; everything accepted was answered.
         """
         try:
             self._messages.attach(self)
@@ -166,12 +167,13 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._ready.clear()
             self._inbox.clear()
             self._drop_waiting()
-        if self._draining:
-            raise Draining
+        if self._ending is not None:
+            raise self._ending
 
-    def drain(self) -> None:
-        """Reads no more; `run` ends when everything accepted is answered."""
-        self._draining = self._ended = True
+    def end(self, error: StepstateError) -> None:
+        """Reads no more; `run` raises the error when everything accepted is answered."""
+        self._ending = self._ending or error
+        self._ended = True
         self._pause()
         self._inbox.clear()
         self._end_if_answered()
@@ -186,7 +188,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
 
     def received(self, payload: bytes) -> None:
         """See `MessageSink`: takes a request, or keeps it while the call is paused."""
-        if self._draining:
+        if self._ending is not None:
             return  # it may still send what its window allows
         if self._paused:
             self._charge(MemoryUse.REQUESTS, len(payload))
@@ -292,7 +294,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     def _go_on(self) -> None:
         """Takes requests again, if it was paused and need not be."""
         self._goes_on = False
-        if self._draining:  # it may have waited for this alone
+        if self._ending is not None:  # it may have waited for this alone
             self._end_if_answered()
             return
         if self.cancelled or not self._paused or self._stalled or self._is_full():
@@ -501,10 +503,14 @@ class StreamRegistry:
 
         Raises:
             Draining: the server stops; everything accepted was answered.
+            Unauthenticated: its credential has ended; the same.
         """
         if self.draining:
             raise Draining
         self.open.add(stream)
+        call = current_call.get()
+        if call is not None:
+            call.finish_with(stream.end)
         try:
             await stream.run()
         finally:
@@ -520,6 +526,6 @@ class StreamRegistry:
         self.draining = True
         self._all_ended.clear()
         for stream in self.open:
-            stream.drain()
+            stream.end(Draining())
         if self.open:
             await self._all_ended.wait()

@@ -26,18 +26,13 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 
 from stepstate.budget import MemoryUse, call_memory
-from stepstate.errors import (
-    Internal,
-    InvalidField,
-    PermissionDenied,
-    StepstateError,
-    Unauthenticated,
-)
+from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.h2grpc import Call, MessageSink
 from stepstate.metrics import Metrics, RpcMetrics
-from stepstate.transport.admission import KINDS, LONG, CallAdmission, CallKind
-from stepstate.transport.auditing import on_record, refused_credential
+from stepstate.transport.admission import KINDS, LONG, STREAM, CallAdmission
+from stepstate.transport.auditing import AUTH_ERRORS, on_record, refused_credential
 from stepstate.transport.authentication import Authenticator, NoAuthentication, authenticate
+from stepstate.transport.open_calls import OpenCalls
 from stepstate.transport.peers import current_peer
 from stepstate.transport.pump import Pump
 from stepstate.transport.receiving import Receiver
@@ -146,6 +141,8 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         self._receiver = receiver
         self._authenticator = authenticator or NoAuthentication()
         self._wrapped: dict[str, Handler | None] = {}
+        self.open_calls = OpenCalls()
+        """Calls that end with their credential."""
         # What grpcio itself logs: a filter is added once, however many servers a process has.
         logging.getLogger("grpc._cython.cygrpc").addFilter(_client_is_there)
 
@@ -176,10 +173,10 @@ class RpcInterceptor(grpc.aio.ServerInterceptor):
         counts = self._metrics.rpc(grpc_type, service, method)
         rpc = _Rpc(
             path,
-            KINDS[method],
             self._admission,
             self._receiver,
             authenticator=self._authenticator,
+            open_calls=self.open_calls,
             metrics=self._metrics,
             counts=counts,
             codec=_codec(counts, handler),
@@ -206,11 +203,11 @@ class _Rpc:
     def __init__(
         self,
         path: str,
-        kind: CallKind,
         admission: CallAdmission,
         receiver: Receiver,
         *,
         authenticator: Authenticator,
+        open_calls: OpenCalls,
         metrics: Metrics,
         counts: RpcMetrics,
         codec: _Codec,
@@ -218,7 +215,8 @@ class _Rpc:
         self._path = path
         self._method = path.rpartition("/")[2]
         self._authenticator = authenticator
-        self._kind = kind
+        self._open_calls = open_calls
+        self._kind = KINDS[self._method]
         self._metrics = metrics
         self._counts = counts
         self._admission = admission
@@ -234,12 +232,12 @@ class _Rpc:
         """Serves handlers that return their one response; `read` gives them their requests."""
         if self._kind is LONG:
             behavior = self._admission.in_turn(behavior)
-        behavior = on_record(self._method, behavior)
+        serve = self._serving(on_record(self._method, behavior), read)
 
         async def watched(_: object, context: Context) -> Any:
             async with self._watch(context):
                 await self._begin(context)
-                reply = self.encode(await behavior(await read(context), context))
+                reply = self.encode(await serve(context))
                 call_memory.get().resize(MemoryUse.REPLIES, SENT * len(reply))
                 return reply
 
@@ -251,22 +249,36 @@ class _Rpc:
         """Serves handlers that use `context.write`, and async generators."""
         if inspect.isasyncgenfunction(behavior):
             behavior = _written(behavior)
-        behavior = on_record(self._method, behavior)
+        serve = self._serving(on_record(self._method, behavior), read)
 
         async def watched(_: object, context: Context) -> None:
             async with self._watch(context):
                 await self._begin(context)
-                await behavior(await read(context), context)
+                await serve(context)
 
         return watched
+
+    def _serving(
+        self, behavior: Callable[..., Awaitable[Any]], read: Callable[[Context], Awaitable[Any]]
+    ) -> Callable[[Context], Awaitable[Any]]:
+        """Reads what a handler needs, and calls it; a stream ends when its credential does."""
+
+        async def serve(context: Context) -> Any:
+            return await behavior(await read(context), context)
+
+        return self._open_calls.endable(serve) if self._kind is STREAM else serve
 
     async def _begin(self, context: Context) -> None:
         """Makes sure that a call may be made, and counts it.
 
         Raises:
-            Unauthenticated, PermissionDenied, TooManyCalls, MemoryLimit: it is refused.
+            StepstateError: it is refused.
         """
-        await authenticate(self._authenticator, context, self._method)
+        try:
+            await authenticate(self._authenticator, context, self._method)
+        except AUTH_ERRORS as error:
+            self._metrics.auth_failures[error.cause] += 1
+            raise
         self._admission.begin(context, self._kind, _when_done)
 
     async def only_request(self, context: Context) -> Any:
@@ -306,7 +318,7 @@ class _Rpc:
             code = code_of(error)
             self._metrics.refused(error.reason)
             log.info("refused: %s", error, extra={"rpc": self._path, "reason": error.reason})
-            if isinstance(error, Unauthenticated | PermissionDenied):
+            if isinstance(error, AUTH_ERRORS):
                 refused_credential(error, self._method, context)
             _refuse(context, error)
             _drop_frames(error)

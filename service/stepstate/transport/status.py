@@ -46,6 +46,7 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.PermissionDenied: StatusCode.PERMISSION_DENIED,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TooManyAuthFailures: StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -62,12 +63,15 @@ _QUOTAS: dict[type[errors.StepstateError], str] = {
     errors.SessionLimit: "server:sessions",
     errors.MemoryLimit: "client:memory",
     errors.TooManyCalls: "client:calls",
+    errors.TooManyAuthFailures: "client:credentials",
 }
 """Whose quota of what is used up."""
 _RETRYABLE = (
     errors.QueueFull,
     errors.MemoryLimit,
     errors.TooManyCalls,
+    errors.TooManyAuthFailures,
+    errors.KeysUnavailable,
     errors.Draining,
     errors.StoreUnavailable,
 )

@@ -44,6 +44,10 @@ CODES = {
     errors.QueueFull: StatusCode.UNAVAILABLE,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
+    errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
+    errors.PermissionDenied: StatusCode.PERMISSION_DENIED,
+    errors.TooManyAuthFailures: StatusCode.RESOURCE_EXHAUSTED,
+    errors.KeysUnavailable: StatusCode.UNAVAILABLE,
     errors.Draining: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
 }
@@ -57,6 +61,7 @@ NEVER_SENT = {
     errors.RuntimeUnavailable,
     errors.StoreOpenError,
     errors.SnapshotKeyInvalid,
+    errors.CredentialsInvalid,
     errors.ListenError,
 }
 
@@ -96,7 +101,12 @@ def test_an_error_has_the_details_of_the_design(cls):
         errors.ForecastImpossible,
     ):
         wanted.add(PreconditionFailure)
-    if cls in (errors.SessionLimit, errors.MemoryLimit, errors.TooManyCalls):
+    if cls in (
+        errors.SessionLimit,
+        errors.MemoryLimit,
+        errors.TooManyCalls,
+        errors.TooManyAuthFailures,
+    ):
         wanted.add(QuotaFailure)
     if issubclass(cls, errors.Unavailable):
         wanted.add(RetryInfo)

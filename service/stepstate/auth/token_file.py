@@ -1,0 +1,152 @@
+"""The file of tokens: read by servers, and changed by `stepstate tokens`.
+
+Rule 1: it is replaced as a whole: who reads it has the former content or the new one.
+Rule 2: one writer at a time: the second one waits, and goes on from what the first has written.
+Rule 3: a broken file changes nothing: a server keeps the tokens that it has.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from stepstate.auth.tokens import KnownToken, TokenList, TokenRecord, TokenTable
+from stepstate.auth.watched_file import WatchedFile
+
+log = logging.getLogger(__name__)
+
+OPTION = "tokens-file"
+FORGET_AFTER = timedelta(days=90)
+"""Tokens that ended so long ago are removed by the next change: nobody needs to be told any more
+that they have expired or are revoked."""
+
+Tokens = tuple[TokenRecord, ...]
+
+
+class TokenFile:
+    """The tokens that a server accepts, as of the last time that their file could be read.
+
+    Args:
+        file: its name.
+
+    Raises:
+        CredentialsInvalid: it can't be read now.
+    """
+
+    name = "tokens"
+    """In metrics."""
+
+    def __init__(self, file: str) -> None:
+        self._file = WatchedFile(OPTION, file, secret=True)
+        self._table = TokenTable(_parse(self._file))
+
+    def find(self, sha256: str) -> KnownToken | None:
+        """The token with a hash."""
+        return self._table.find(sha256)
+
+    def is_usable(self, credential: str) -> bool:
+        """Whether the token with this name is known and not revoked."""
+        return self._table.is_usable(credential)
+
+    async def refresh(self, *, force: bool = False) -> bool:
+        """Reads the file again if it has changed; returns whether it did.
+
+        Args:
+            force: also if it has not.
+
+        Raises:
+            CredentialsInvalid: it can't be read; the tokens stay those that they were.
+        """
+        if not force and not await asyncio.to_thread(self._file.changed):
+            return False
+        self._table = TokenTable(await asyncio.to_thread(_parse, self._file))
+        log.info("tokens were read", extra={"tokens": len(self._table), "file": self._file.file})
+        return True
+
+
+def read_tokens(file: str) -> Tokens:
+    """The tokens of a file.
+
+    Raises:
+        CredentialsInvalid: it can't be read.
+    """
+    return _parse(WatchedFile(OPTION, file, secret=True))
+
+
+def change_tokens(file: str, change: Callable[[Tokens], Tokens]) -> None:
+    """Changes a file of tokens, or makes it.
+
+    Args:
+        file: its name.
+        change: from the tokens that are there to those that are to be.
+
+    Raises:
+        CredentialsInvalid: it can't be read, or what is to be written is not valid.
+        OSError: it can't be written.
+    """
+    path = Path(file).resolve()  # of a link, what it leads to
+    with _only_writer(path):
+        tokens = change(read_tokens(file) if path.exists() else ())
+        limit = datetime.now(UTC) - FORGET_AFTER
+        kept = tuple(token for token in tokens if token.ended is None or token.ended > limit)
+        try:
+            checked = TokenList(tokens=kept)
+        except ValidationError as error:
+            raise WatchedFile(OPTION, file).invalid(_problem(error)) from None
+        _replace(path, checked.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+
+
+def _parse(file: WatchedFile) -> Tokens:
+    try:
+        return TokenList.model_validate_json(file.read()).tokens
+    except ValidationError as error:
+        raise file.invalid(f"{_problem(error)}; `stepstate tokens` writes it") from None
+
+
+def _problem(error: ValidationError) -> str:
+    first = error.errors(include_url=False, include_input=False)[0]
+    place = ".".join(map(str, first["loc"]))
+    return f"{place}: {first['msg']}" if place else first["msg"]
+
+
+@contextmanager
+def _only_writer(path: Path) -> Iterator[None]:
+    """Waits until no other process changes the file. The lock is on a file that is not replaced."""
+    lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Writes a file, for its owner alone; one that was there keeps its owner."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+    try:
+        with open(descriptor, "wb") as opened:  # noqa: PTH123 - a descriptor
+            if path.exists():
+                with suppress(PermissionError):  # only root may give a file away
+                    before = path.stat()
+                    os.fchown(descriptor, before.st_uid, before.st_gid)
+            opened.write(data)
+            opened.flush()
+            os.fsync(descriptor)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,71 @@
+"""A small file with credentials or keys, which is read again when it has changed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+from pathlib import Path
+
+from stepstate.errors import CredentialsInvalid
+
+log = logging.getLogger(__name__)
+
+MAX_BYTES = 64 * 2**20
+"""Of a file: 200,000 tokens."""
+
+_Version = tuple[int, int, int] | None
+
+
+class WatchedFile:
+    """Reads a file, and sees that it has changed.
+
+    It has when its time of modification, size or inode is another. Who replaces it with a rename
+    is always seen, and so is a Kubernetes secret, whose link then leads elsewhere.
+
+    Args:
+        option: the setting that names it, for errors.
+        file: its name.
+        secret: warn if others can read it.
+    """
+
+    def __init__(self, option: str, file: str, *, secret: bool = False) -> None:
+        self.option = option
+        self.file = file
+        self._path = Path(file)
+        self._secret = secret
+        self._version: _Version = None
+
+    def changed(self) -> bool:
+        """Whether it is another one than was read last, or has gone. It does not raise."""
+        try:
+            return _version_of(self._path.stat()) != self._version
+        except OSError:
+            return self._version is not None
+
+    def read(self) -> bytes:
+        """The content.
+
+        Raises:
+            CredentialsInvalid: it can't be read, or is too long.
+        """
+        self._version = None
+        try:
+            with self._path.open("rb") as opened:
+                status, data = os.fstat(opened.fileno()), opened.read(MAX_BYTES + 1)
+        except OSError as error:
+            raise self.invalid(f"can't be read: {error.strerror}") from error
+        self._version = _version_of(status)
+        if len(data) > MAX_BYTES:
+            raise self.invalid(f"has more than {MAX_BYTES} bytes")
+        if self._secret and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            log.warning("others can read a file of credentials: chmod 600 %s", self.file)
+        return data
+
+    def invalid(self, problem: str) -> CredentialsInvalid:
+        """The error about it."""
+        return CredentialsInvalid(self.option, self.file, problem)
+
+
+def _version_of(status: os.stat_result) -> _Version:
+    return status.st_mtime_ns, status.st_size, status.st_ino

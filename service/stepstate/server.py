@@ -10,7 +10,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,17 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from stepstate.auth import Credentials, TokenFile
+from stepstate.auth import (
+    CertificateMapping,
+    CertificateRule,
+    Credentials,
+    JwtSettings,
+    KeyFile,
+    KeyRing,
+    KeyUrl,
+    TokenFile,
+    WebTokens,
+)
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
 from stepstate.engine import (
@@ -376,12 +386,12 @@ class Server:
 
     async def _watch_credentials(self, credentials: Credentials) -> None:
         while True:
-            await asyncio.sleep(CREDENTIALS_CHECK_SECONDS)
             try:
                 await credentials.refresh()
                 self._interceptor.open_calls.end_where(credentials.problem_of)
             except Exception:
                 log.exception("credentials were not checked; the next check tries again")
+            await asyncio.sleep(CREDENTIALS_CHECK_SECONDS)
 
     async def _tick(self) -> None:
         while True:
@@ -415,13 +425,18 @@ class Server:
 
 
 async def build_server(
-    config: ServerConfig, *, authenticator: Authenticator | None = None
+    config: ServerConfig,
+    *,
+    certificates: Sequence[CertificateRule] = (),
+    authenticator: Authenticator | None = None,
 ) -> Server:
     """A server that is to be started; where there are no models, nothing is left behind.
 
     Args:
         config: the settings.
-        authenticator: knows who calls; None: everyone is anonymous.
+        certificates: whose the certificates of clients are.
+        authenticator: knows who calls, where the settings name no credentials; None: everyone is
+            anonymous there.
 
     Raises:
         ModelInvalid: there is no model to serve, or one can't be served.
@@ -438,7 +453,7 @@ async def build_server(
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
-    credentials = _credentials(config)
+    credentials = await _credentials(config, certificates)
     return Server(
         config,
         catalog,
@@ -451,10 +466,13 @@ async def build_server(
 
 @asynccontextmanager
 async def running_server(
-    config: ServerConfig, *, authenticator: Authenticator | None = None
+    config: ServerConfig,
+    *,
+    certificates: Sequence[CertificateRule] = (),
+    authenticator: Authenticator | None = None,
 ) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained at its end; see `build_server`."""
-    server = await build_server(config, authenticator=authenticator)
+    server = await build_server(config, certificates=certificates, authenticator=authenticator)
     try:
         await server.start()
         yield server
@@ -463,15 +481,36 @@ async def running_server(
         await server.stop()
 
 
-def _credentials(config: ServerConfig) -> Credentials | None:
+async def _credentials(
+    config: ServerConfig, certificates: Sequence[CertificateRule]
+) -> Credentials | None:
     """What callers are known by, if anything is configured.
 
     Raises:
-        CredentialsInvalid: it can't be read.
+        CredentialsInvalid: a file of it can't be read.
     """
-    if not config.tokens_file:
+    if not config.tokens_file and not config.jwt_jwks and not certificates:
         return None
-    return Credentials(tokens=TokenFile(config.tokens_file))
+    return Credentials(
+        tokens=TokenFile(config.tokens_file) if config.tokens_file else None,
+        jwts=await _web_tokens(config) if config.jwt_jwks else None,
+        certificates=CertificateMapping(certificates) if certificates else None,
+    )
+
+
+async def _web_tokens(config: ServerConfig) -> WebTokens:
+    settings = JwtSettings(
+        issuer=config.jwt_issuer,
+        audience=config.jwt_audience,
+        tenant_claim=config.jwt_tenant_claim,
+        scopes_claim=config.jwt_scopes_claim,
+        leeway_seconds=config.jwt_leeway,
+    )
+    if "://" in config.jwt_jwks:  # read in the background: its provider may be away now
+        return WebTokens(settings, KeyRing(KeyUrl(config.jwt_jwks)))
+    keys = KeyRing(KeyFile(config.jwt_jwks))
+    await keys.read_now()
+    return WebTokens(settings, keys)
 
 
 async def _store(config: ServerConfig) -> SessionStore:

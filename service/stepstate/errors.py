@@ -46,8 +46,10 @@
         ├── RuntimeUnavailable  a package of the engine is not installed
         ├── StoreOpenError      the store can't be opened
         ├── SnapshotKeyInvalid  the keys of snapshots can't be read
+        ├── TlsInvalid          a certificate or its key can't be used
         ├── CredentialsInvalid  tokens, or keys of JWTs, can't be read
-        └── ListenError         an address can't be listened on
+        ├── ListenError         an address can't be listened on
+        └── InsecureAddress     other machines could reach sessions that nothing protects
 
 An error holds fields and composes its message from them: what, which id, what
 to do next. The server puts the fields on the wire and the client raises the
@@ -637,6 +639,16 @@ class SnapshotKeyInvalid(StartError):
 
 
 @dataclass(eq=False)
+class TlsInvalid(StartError):
+    """A certificate, its key or the authority of clients can't be used."""
+
+    message = "{option} {file}: {problem}"
+    option: str
+    file: str
+    problem: str
+
+
+@dataclass(eq=False)
 class CredentialsInvalid(StartError):
     """What says who may call can't be used."""
 
@@ -657,6 +669,21 @@ class ListenError(StartError):
     option: str
     address: str
     detail: str
+
+
+@dataclass(eq=False)
+class InsecureAddress(StartError):
+    """Other machines could reach the server, which lacks TLS, identities or both."""
+
+    message = (
+        "--listen {address}: other machines can reach it, and it has no {missing}. Either give "
+        "the server TLS and identities: --tls-cert FILE --tls-key FILE, and --tokens-file FILE or "
+        "--jwt-jwks FILE; or listen on loopback, behind a proxy that has both; or accept with "
+        "--insecure that whoever reaches the address, or reads the network, can read, step and "
+        "close the sessions"
+    )
+    address: str
+    missing: str
 
 
 _CLIENTS_OWN = (ServerUnreachable, Cancelled, UnexpectedStatus, RowsMissing)

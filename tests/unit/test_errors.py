@@ -85,6 +85,7 @@ WHAT_NEXT = {
     errors.DeviceUnavailable: "leave the option out",
     errors.RuntimeUnavailable: "--engine torch",
     errors.ListenError: "choose another, port 0",
+    errors.InsecureAddress: "Either give the server TLS and identities",
 }
 
 
@@ -100,6 +101,7 @@ def test_every_error_says_what_to_do_next_or_lets_its_maker_say_it():
         errors.CredentialsInvalid,
         ModelInvalid,
         errors.StoreOpenError,
+        errors.TlsInvalid,
     }
     assert set(LEAVES) == set(WHAT_NEXT) | says_it
 

@@ -19,6 +19,7 @@ from stepstate.errors import (
     SessionUnreadable,
     StaleOwner,
 )
+from stepstate.identity import SessionKey
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import Limits, SessionContext
 from stepstate.sessions.loader import SessionLoader, blank_snapshot
@@ -135,13 +136,13 @@ class SessionLifecycle:
     async def close_stored(self, session_id: str) -> StoredSession | UnreadableSession:
         """See `SessionService.close_stored`."""
         backend = self._store.backend
-        found = await self._store.ask(backend.find(session_id))
+        found = await self._store.ask(backend.find(SessionKey(session_id)))
         if isinstance(found, UnreadableSession):
             ending = Tombstone(EndReason.CLOSED, 0, 0.0)
-            ended = await self._store.ask(backend.discard(session_id, ending))
+            ended = await self._store.ask(backend.discard(SessionKey(session_id), ending))
         elif isinstance(found, StoredSession) and not self._sweeper.is_past(found):
             ending = Tombstone(EndReason.CLOSED, found.t, found.record.idle_timeout_seconds)
-            ended = await self._store.ask(backend.end(session_id, found.epoch, ending))
+            ended = await self._store.ask(backend.end(SessionKey(session_id), found.epoch, ending))
         else:
             raise await self._loader.missing_reason(found, session_id)
         if not ended:
@@ -164,7 +165,7 @@ class SessionLifecycle:
             await self._table.when_idle(session)
         t = self._table.t[session.handle]
         ending = Tombstone(EndReason.CLOSED, t, session.record.idle_timeout_seconds)
-        end = self._store.backend.end(session.session_id, session.epoch, ending)
+        end = self._store.backend.end(session.record.key, session.epoch, ending)
         try:
             ended = await self._store.ask(end)
         except BaseException:
@@ -185,7 +186,9 @@ class SessionLifecycle:
         with self._counted_opening():
             expires_at = self._store.backend.now() + entry.record.idle_timeout_seconds
             opened = await self._store.ask(
-                self._store.backend.restore(session_id, entry.epoch, expires_at=expires_at)
+                self._store.backend.restore(
+                    SessionKey(session_id), entry.epoch, expires_at=expires_at
+                )
             )
             if opened:
                 self._counts.restored(entry.record.model_key)
@@ -194,7 +197,7 @@ class SessionLifecycle:
 
     async def _expired_entry(self, session_id: str) -> StoredSession:
         """An expired session of a model that is loaded here, marked as such."""
-        found = await self._store.ask(self._store.backend.find(session_id))
+        found = await self._store.ask(self._store.backend.find(SessionKey(session_id)))
         if not isinstance(found, StoredSession):
             raise await self._loader.missing_reason(found, session_id)
         if not self._sweeper.is_past(found):
@@ -287,7 +290,7 @@ class SessionLifecycle:
             raise SessionUnreadable(record.session_id, created.problem)
         if self._admission.draining:  # began meanwhile: nobody would save it
             ending = Tombstone(EndReason.CLOSED, snapshot.t, record.idle_timeout_seconds)
-            await self._store.ask(self._store.backend.end(record.session_id, created, ending))
+            await self._store.ask(self._store.backend.end(record.key, created, ending))
             raise Draining
         return created
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
+from stepstate.identity import SessionKey
 from stepstate.stores.base import TOMBSTONE_SECONDS, SessionStore, next_epoch
 from stepstate.stores.types import (
     DiskUsage,
@@ -42,9 +43,9 @@ class MemoryStore(SessionStore):
     def __init__(self, clock: Callable[[], float], *, max_tombstones: int = MAX_TOMBSTONES) -> None:
         self._clock = clock
         self._max_tombstones = max_tombstones
-        self._sessions: dict[str, _Kept] = {}
-        self._expired: dict[str, _Kept] = {}  # the oldest first
-        self._tombstones: dict[str, tuple[float, Tombstone]] = {}  # the oldest first
+        self._sessions: dict[SessionKey, _Kept] = {}
+        self._expired: dict[SessionKey, _Kept] = {}  # the oldest first
+        self._tombstones: dict[SessionKey, tuple[float, Tombstone]] = {}  # the oldest first
         self._epoch = 0
 
     def now(self) -> float:
@@ -63,32 +64,32 @@ class MemoryStore(SessionStore):
         snapshot: bytes,
         replacing: int = 0,
     ) -> int | StoredSession:
-        kept = self._kept(record.session_id)
+        kept = self._kept(record.key)
         if kept and not (kept.session.epoch == replacing and self._is_overdue(kept.session)):
             return kept.session
-        self._expired.pop(record.session_id, None)
-        self._tombstones.pop(record.session_id, None)
+        self._expired.pop(record.key, None)
+        self._tombstones.pop(record.key, None)
         session = StoredSession(record, t, expires_at, self._next_epoch(), owner)
-        self._sessions[record.session_id] = _Kept(session, snapshot)
+        self._sessions[record.key] = _Kept(session, snapshot)
         return session.epoch
 
     async def acquire(
-        self, session_id: str, *, owner: str, fingerprints: Collection[str]
+        self, key: SessionKey, *, owner: str, fingerprints: Collection[str]
     ) -> tuple[StoredSession, bytes] | StoredSession | Tombstone | None:
-        kept = self._kept(session_id)
+        kept = self._kept(key)
         if kept is None:
-            return await self.find(session_id)
+            return await self.find(key)
         before = kept.session
         if before.record.fingerprint not in fingerprints or self._is_overdue(before):
             return before
         kept.session = replace(before, epoch=self._next_epoch(), owner=owner)
         return replace(kept.session, owner=before.owner), kept.snapshot
 
-    async def find(self, session_id: str) -> StoredSession | Tombstone | None:
+    async def find(self, key: SessionKey) -> StoredSession | Tombstone | None:
         self._delete_old_tombstones()
-        if kept := self._kept(session_id):
+        if kept := self._kept(key):
             return kept.session
-        _, tombstone = self._tombstones.get(session_id, (0.0, None))
+        _, tombstone = self._tombstones.get(key, (0.0, None))
         return tombstone
 
     async def save(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
@@ -97,28 +98,28 @@ class MemoryStore(SessionStore):
     async def expire(self, saves: Sequence[SaveRequest], *, delete_at: float) -> list[SaveResult]:
         return [self._expire(save, delete_at) for save in saves]
 
-    async def restore(self, session_id: str, epoch: int, *, expires_at: float) -> bool:
-        kept = self._expired.get(session_id)
+    async def restore(self, key: SessionKey, epoch: int, *, expires_at: float) -> bool:
+        kept = self._expired.get(key)
         if kept is None or kept.session.epoch != epoch:
             return False
         kept.session = replace(
             kept.session, epoch=self._next_epoch(), expires_at=expires_at, delete_at=None
         )
-        self._sessions[session_id] = self._expired.pop(session_id)
+        self._sessions[key] = self._expired.pop(key)
         return True
 
-    async def end(self, session_id: str, epoch: int, tombstone: Tombstone) -> bool:
-        kept = self._kept(session_id)
+    async def end(self, key: SessionKey, epoch: int, tombstone: Tombstone) -> bool:
+        kept = self._kept(key)
         if kept is None or kept.session.epoch != epoch:
             return False
-        self._sessions.pop(session_id, None)
-        self._expired.pop(session_id, None)
-        self._tombstones[session_id] = (self._clock() + TOMBSTONE_SECONDS, tombstone)
+        self._sessions.pop(key, None)
+        self._expired.pop(key, None)
+        self._tombstones[key] = (self._clock() + TOMBSTONE_SECONDS, tombstone)
         self._delete_old_tombstones()
         return True
 
-    async def discard(self, session_id: str, tombstone: Tombstone) -> bool:
-        del session_id, tombstone
+    async def discard(self, key: SessionKey, tombstone: Tombstone) -> bool:
+        del key, tombstone
         return False  # everything in memory can be read
 
     async def overdue(self, before: float, limit: int) -> list[StoredSession]:
@@ -130,13 +131,21 @@ class MemoryStore(SessionStore):
         return [s for s in oldest if s.delete_at is not None and s.delete_at < before]
 
     async def page(
-        self, token: str, size: int, model: str = "", *, expired: bool = False
+        self,
+        token: str,
+        size: int,
+        model: str = "",
+        *,
+        tenant: str | None = None,
+        expired: bool = False,
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
         everything = chain(self._sessions.items(), self._expired.items() if expired else ())
         later = (
-            (session_id, kept.session)
-            for session_id, kept in everything
-            if session_id > token and model in ("", kept.session.record.model)
+            (key, kept.session)
+            for key, kept in everything
+            if key > token
+            and model in ("", kept.session.record.model)
+            and tenant in (None, kept.session.record.tenant)
         )
         found = heapq.nsmallest(size + 1, later, key=lambda pair: pair[0])
         next_token = found[size - 1][0] if len(found) > size else ""
@@ -157,8 +166,8 @@ class MemoryStore(SessionStore):
     async def close(self) -> None:
         pass
 
-    def _kept(self, session_id: str) -> _Kept | None:
-        return self._sessions.get(session_id) or self._expired.get(session_id)
+    def _kept(self, key: SessionKey) -> _Kept | None:
+        return self._sessions.get(key) or self._expired.get(key)
 
     def _is_overdue(self, session: StoredSession) -> bool:
         return session.delete_at is not None or session.expires_at <= self._clock()
@@ -168,9 +177,9 @@ class MemoryStore(SessionStore):
         return self._epoch
 
     def _save(self, save: SaveRequest) -> SaveResult:
-        kept = self._sessions.get(save.session_id)
+        kept = self._sessions.get(save.key)
         if kept is None:
-            gone = save.session_id in self._tombstones or save.session_id in self._expired
+            gone = save.key in self._tombstones or save.key in self._expired
             return SaveResult.FENCED if gone else SaveResult.MISSING
         if kept.session.epoch != save.epoch:
             return SaveResult.FENCED
@@ -180,12 +189,12 @@ class MemoryStore(SessionStore):
         return SaveResult.DONE
 
     def _expire(self, save: SaveRequest, delete_at: float) -> SaveResult:
-        kept = self._sessions.get(save.session_id)
+        kept = self._sessions.get(save.key)
         before = kept.session.expires_at if kept else 0.0
         result = self._save(replace(save, expires_at=before))
         if kept and result is SaveResult.DONE:
             kept.session = replace(kept.session, epoch=self._next_epoch(), delete_at=delete_at)
-            self._expired[save.session_id] = self._sessions.pop(save.session_id)
+            self._expired[save.key] = self._sessions.pop(save.key)
         return result
 
     def _delete_old_tombstones(self) -> None:

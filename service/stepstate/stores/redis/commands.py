@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from stepstate.identity import SessionKey
 from stepstate.stores.redis import keys, scripts
 from stepstate.stores.redis.scripts import Script
 from stepstate.stores.types import (
@@ -49,7 +50,7 @@ def save(saves: Sequence[SaveRequest], mark: Mark) -> Command:
     where: list[str] = []
     arguments: list[Argument] = []
     for one in saves:
-        of = keys.of(one.session_id)
+        of = keys.of(one.key)
         where += (of.session, of.tombstone, of.due)
         numbers = f"{one.epoch} {mark[0]} {one.t} {micros(one.expires_at)}"
         arguments += _words(one, numbers)
@@ -61,7 +62,7 @@ def expire(saves: Sequence[SaveRequest], delete_at: float, mark: Mark) -> Comman
     where: list[str] = []
     arguments: list[Argument] = [micros(delete_at), mark[1]]
     for one in saves:
-        where += keys.of(one.session_id)[:5]
+        where += keys.of(one.key)[:5]
         arguments += _words(one, f"{one.epoch} {mark[0]} {one.t}")
     return Command(scripts.EXPIRE, where, arguments)
 
@@ -90,11 +91,11 @@ def delete_tombstone(session_id: str, now: int) -> Command:
     return Command(scripts.FORGET, (of.tombstone, of.tombstones), (session_id, now))
 
 
-def read_session(session_id: str, reply: Reply) -> StoredSession | UnreadableSession:
+def read_session(key: SessionKey, reply: Reply) -> StoredSession | UnreadableSession:
     """A session, from [record, t, expiry, epoch, owner, when to delete it, model]."""
     record, t, expires, epoch, owner, delete, model = reply
     return decode_session(
-        session_id,
+        key,
         text_of(model),
         record=record,
         t=t,

@@ -25,6 +25,7 @@ import zlib
 from typing import NamedTuple
 
 from stepstate.errors import InvalidField
+from stepstate.identity import SessionKey
 
 BUCKETS = 256
 """A few thousand sessions in each when there are a million: a page reads one or two whole."""
@@ -96,9 +97,9 @@ def probe(number: int) -> str:
     return f"stepstate:{{{number}}}:probe"
 
 
-def id_of(member: str) -> str:
+def id_of(member: str) -> SessionKey:
     """The id in "ID MODEL/VERSION"; it has no space."""
-    return member.partition(" ")[0]
+    return SessionKey(member.partition(" ")[0])
 
 
 def model_of(member: str) -> str:

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from stepstate.errors import StoreUnavailable
+from stepstate.identity import SessionKey
 from stepstate.stores.base import TOMBSTONE_SECONDS, UNREADABLE_SECONDS, SessionStore
 from stepstate.stores.redis import commands, keys, scripts
 from stepstate.stores.redis.commands import (
@@ -108,30 +109,30 @@ class RedisStore(SessionStore):
         replacing: int = 0,
     ) -> int | StoredSession | UnreadableSession:
         await self._start()
-        fixed = (record.session_id, record.model_key, record.fingerprint, record.to_json())
+        fixed = (record.key, record.model_key, record.fingerprint, record.to_json())
         arguments: list[Argument] = [*fixed, owner, t, micros(expires_at), snapshot]
         arguments += (self._now(), micros(self._unix_time()), replacing, *self._mark())
-        where = keys.of(record.session_id)
+        where = keys.of(record.key)
         created, reply = await self._ask(Command(scripts.CREATE, where, arguments))
-        return int(reply) if created else read_session(record.session_id, reply)
+        return int(reply) if created else read_session(record.key, reply)
 
     async def acquire(
-        self, session_id: str, *, owner: str, fingerprints: Collection[str]
+        self, key: SessionKey, *, owner: str, fingerprints: Collection[str]
     ) -> tuple[StoredSession, bytes] | StoredSession | UnreadableSession | Tombstone | None:
         await self._start()
-        where = keys.of(session_id)[:2]
+        where = keys.of(key)[:2]
         arguments: list[Argument] = [owner, self._now(), micros(self._unix_time()), *self._mark()]
         arguments += fingerprints
         found, *reply = await self._ask(Command(scripts.ACQUIRE, where, arguments))
         if found == 0:
             return read_tombstone(reply[0], self._clock())
-        session = read_session(session_id, reply[0])
+        session = read_session(key, reply[0])
         if found == 1 or isinstance(session, UnreadableSession):
             return session
         return session, bytes(reply[1])
 
-    async def find(self, session_id: str) -> StoredSession | UnreadableSession | Tombstone | None:
-        found = await self.acquire(session_id, owner="", fingerprints=())
+    async def find(self, key: SessionKey) -> StoredSession | UnreadableSession | Tombstone | None:
+        found = await self.acquire(key, owner="", fingerprints=())
         assert not isinstance(found, tuple)  # without fingerprints none is taken
         return found
 
@@ -141,24 +142,24 @@ class RedisStore(SessionStore):
     async def expire(self, saves: Sequence[SaveRequest], *, delete_at: float) -> list[SaveResult]:
         return await self._save(saves, lambda some: commands.expire(some, delete_at, self._mark()))
 
-    async def restore(self, session_id: str, epoch: int, *, expires_at: float) -> bool:
-        of = keys.of(session_id)
+    async def restore(self, key: SessionKey, epoch: int, *, expires_at: float) -> bool:
+        of = keys.of(key)
         where = (of.session, of.due, of.counts, of.expired)
         arguments = (epoch, micros(expires_at), *self._mark())
         return bool(await self._ask(Command(scripts.RESTORE, where, arguments)))
 
-    async def end(self, session_id: str, epoch: int, tombstone: Tombstone) -> bool:
+    async def end(self, key: SessionKey, epoch: int, tombstone: Tombstone) -> bool:
         await self._start()
         arguments = (epoch, *self._tombstone_arguments(tombstone))
-        return bool(await self._ask(Command(scripts.END, keys.of(session_id), arguments)))
+        return bool(await self._ask(Command(scripts.END, keys.of(key), arguments)))
 
-    async def discard(self, session_id: str, tombstone: Tombstone) -> bool:
+    async def discard(self, key: SessionKey, tombstone: Tombstone) -> bool:
         await self._start()
-        (found,) = await self._each(scripts.ENTRIES, [keys.session(session_id)])
-        if not found or isinstance(read_session(session_id, found), StoredSession):
+        (found,) = await self._each(scripts.ENTRIES, [keys.session(key)])
+        if not found or isinstance(read_session(key, found), StoredSession):
             return False
-        arguments = (session_id, *self._tombstone_arguments(tombstone), *found)
-        return bool(await self._ask(Command(scripts.DISCARD, keys.of(session_id), arguments)))
+        arguments = (key, *self._tombstone_arguments(tombstone), *found)
+        return bool(await self._ask(Command(scripts.DISCARD, keys.of(key), arguments)))
 
     async def overdue(self, before: float, limit: int) -> list[StoredSession]:
         sessions: list[StoredSession] = []
@@ -182,7 +183,13 @@ class RedisStore(SessionStore):
         return sorted(sessions, key=lambda session: session.delete_at or 0.0)[:limit]
 
     async def page(
-        self, token: str, size: int, model: str = "", *, expired: bool = False
+        self,
+        token: str,
+        size: int,
+        model: str = "",
+        *,
+        tenant: str | None = None,  # noqa: ARG002 - sessions are not kept by tenant yet
+        expired: bool = False,
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
         last = keys.place_after(token)
         members: list[str] = []
@@ -296,7 +303,7 @@ class RedisStore(SessionStore):
         """The indexes of saves that one script may do together."""
         groups: dict[int, list[int]] = {}
         for i, save in enumerate(saves):
-            slot = keys.bucket(save.session_id) if self._connection.is_cluster else 0
+            slot = keys.bucket(save.key) if self._connection.is_cluster else 0
             groups.setdefault(slot, []).append(i)
         for group in groups.values():
             for first in range(0, len(group), SAVES_AT_ONCE):

@@ -17,6 +17,7 @@ from itertools import chain
 from typing import Any
 
 from stepstate.errors import InvalidField
+from stepstate.identity import SessionKey
 from stepstate.stores.base import UNREADABLE_SECONDS
 from stepstate.stores.types import (
     LAST_SECONDS,
@@ -231,7 +232,7 @@ def _row(columns: list[Any]) -> Row:
     """A row, from the columns of `_row_of`."""
     hex_id, model, record, t, expires, epoch, owner, delete, size, rowid = columns
     session = decode_session(
-        session_id := _name(hex_id),
+        SessionKey(session_id := _name(hex_id)),
         _name(model),
         record=_text(record),
         t=t,

@@ -320,7 +320,7 @@ class _Transaction:
 
 def _values(save: SaveRequest, at: float) -> Values:
     micros = round(at * MICROS)
-    return (save.session_id, save.epoch, save.owner, save.t, micros, save.snapshot)
+    return (save.key, save.epoch, save.owner, save.t, micros, save.snapshot)
 
 
 def _chunks_of_bytes(rows: Sequence[Row]) -> Iterator[list[Row]]:

@@ -51,6 +51,7 @@ from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store, read_password
+from stepstate.tenants import LimitTable, TenantTable
 from stepstate.tls import ClientAuth, ServerTls, TlsFiles
 from stepstate.transport import (
     MAX_MESSAGE_BYTES,
@@ -143,6 +144,7 @@ class Server:
         tls: ServerTls | None = None,
         credentials: Credentials | None = None,
         authenticator: Authenticator | None = None,
+        limits: LimitTable | None = None,
     ) -> None:
         use_one_thread()
         self.state = ServerState.STARTING
@@ -163,6 +165,7 @@ class Server:
         received = self.receiver.budget.limit + self.receiver.windows.limit
         self.memory = MemoryBudget(memory_limit - received)
         """What clients make it hold, beside what is being received."""
+        self.tenants = TenantTable(limits)
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
             MetricsCollector(
@@ -184,8 +187,10 @@ class Server:
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        peers = PeerTable(self.memory, self.receiver.budget, config.trusted_networks)
-        admission = CallAdmission(peers, self._metrics)
+        self.peers = PeerTable(
+            self.memory, self.receiver.budget, config.trusted_networks, self.tenants
+        )
+        admission = CallAdmission(self.peers, self._metrics)
         expected = ExpectedRows(self.sessions.table.limit)
         backend = Backend(self.sessions, self._metrics, admission, expected)
         self._servicer = StepstateServicer(backend, keys)
@@ -205,6 +210,10 @@ class Server:
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
         self._drained: asyncio.Task[None] | None = None
+
+    def set_limits(self, limits: LimitTable) -> None:
+        """Changes the limits of all tenants, from the next request on."""
+        self.peers.set_limits(limits)
 
     async def start(self) -> None:
         """Listens, then says that it serves.
@@ -410,6 +419,7 @@ class Server:
     async def _tick(self) -> None:
         while True:
             UPTIME.heartbeat()
+            self.tenants.forget_idle()
             await self._report_store_health()
             await asyncio.sleep(TICK_SECONDS)
 
@@ -443,6 +453,7 @@ async def build_server(
     *,
     certificates: Sequence[CertificateRule] = (),
     authenticator: Authenticator | None = None,
+    limits: LimitTable | None = None,
 ) -> Server:
     """A server that is to be started; where there are no models, nothing is left behind.
 
@@ -451,6 +462,7 @@ async def build_server(
         certificates: whose the certificates of clients are.
         authenticator: knows who calls, where the settings name no credentials; None: everyone is
             anonymous there.
+        limits: of the tenants.
 
     Raises:
         InsecureAddress: other machines could reach sessions that nothing protects.
@@ -462,8 +474,8 @@ async def build_server(
         CredentialsInvalid: tokens, or keys of JWTs, can't be read.
         StoreOpenError: the store is not to be had.
     """
-    identities = bool(config.tokens_file) or authenticator is not None
-    check_exposure(config, tls=False, identities=identities)
+    identities = config.tokens_file or config.jwt_jwks or certificates or authenticator
+    check_exposure(config, tls=False, identities=bool(identities))
     if config.device != "cpu":
         check_accelerator(config.device)
     check_runtime(Runtime(config.engine))
@@ -480,6 +492,7 @@ async def build_server(
         tls=tls,
         credentials=credentials,
         authenticator=authenticator,
+        limits=limits,
     )
 
 
@@ -489,9 +502,12 @@ async def running_server(
     *,
     certificates: Sequence[CertificateRule] = (),
     authenticator: Authenticator | None = None,
+    limits: LimitTable | None = None,
 ) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained at its end; see `build_server`."""
-    server = await build_server(config, certificates=certificates, authenticator=authenticator)
+    server = await build_server(
+        config, certificates=certificates, authenticator=authenticator, limits=limits
+    )
     try:
         await server.start()
         yield server

@@ -6,12 +6,14 @@ import asyncio
 import enum
 import gc
 import logging
+import os
 import secrets
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
@@ -23,7 +25,8 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from stepstate.auth import Credentials, TokenFile
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
-from stepstate.configuration import check_exposure
+from stepstate.configuration import Configuration, Load, check_exposure
+from stepstate.configuration.reload import ConfigurationReloader
 from stepstate.engine import (
     EngineSettings,
     Precision,
@@ -226,6 +229,12 @@ class Server:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self.state = ServerState.SERVING
 
+    async def apply(self, configuration: Configuration) -> None:
+        """Puts what can be reloaded into use; the files that it names were found to be usable."""
+        logging.getLogger().setLevel(configuration.server.log_level)
+        if self.credentials is not None:
+            await self.credentials.refresh(force=True)
+
     async def drain(self) -> None:
         """Stops in order, and loses nothing that was accepted. Further calls wait for the first.
 
@@ -238,6 +247,18 @@ class Server:
         if self._drained is None:
             self._drained = asyncio.create_task(self._drain())
         await asyncio.shield(self._drained)
+
+    def reload_with(self, load: Load, configuration: Configuration) -> ConfigurationReloader:
+        """Lets a running server reload its configuration when the file of it changes.
+
+        Args:
+            load: makes the configuration anew.
+            configuration: the one with which it has started.
+        """
+        file = Path(configuration.file)
+        reloader = ConfigurationReloader(file, load, configuration, self.apply, self._metrics)
+        self._tasks.append(asyncio.create_task(reloader.run()))
+        return reloader
 
     async def stop(self, grace_seconds: float = 0.0) -> None:
         """Stops: calls that are not done within the grace are cut."""
@@ -528,11 +549,17 @@ def _calm_collector() -> None:
     gc.set_threshold(5_000, 20, 100)
 
 
-async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> bool:
+async def serve(
+    load: Load, configuration: Configuration, announce: Callable[[Server], None]
+) -> bool:
     """Runs a server until a signal: the first one drains it, a second one cuts that short.
 
+    With a configuration file, SIGHUP reloads that; without one, and when the terminal of the server
+    closes, it drains as the others do.
+
     Args:
-        config: the settings.
+        load: makes the configuration anew.
+        configuration: what it has made for the start.
         announce: called once, when the server listens.
 
     Returns:
@@ -540,14 +567,18 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
     """
     signals = asyncio.Semaphore(0)
     loop = asyncio.get_running_loop()
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
-    for number in numbers:
+    for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.release)
-    server = await build_server(config)
+    listens_to_hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as under nohup
+    if listens_to_hangup:
+        loop.add_signal_handler(signal.SIGHUP, signals.release)
+    server = await build_server(configuration.server)
     try:
         await server.start()
+        if configuration.file:
+            reloader = server.reload_with(load, configuration)
+            if listens_to_hangup:
+                loop.add_signal_handler(signal.SIGHUP, _hung_up(reloader, signals.release))
         _calm_collector()
         announce(server)
         await signals.acquire()
@@ -560,3 +591,25 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
         return drained.done()
     finally:
         await server.stop()
+
+
+def _hung_up(reloader: ConfigurationReloader, drain: Callable[[], None]) -> Callable[[], None]:
+    """What SIGHUP does: it asks for a reload, unless it says that the terminal has closed."""
+    had_terminal = _has_terminal()
+
+    def hung_up() -> None:
+        if had_terminal and not _has_terminal():
+            drain()
+        else:
+            reloader.ask()
+
+    return hung_up
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal controls this process; one that has closed does not any more."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

@@ -1,8 +1,8 @@
-"""What would stop a server before it listens, found without one."""
+"""What would stop a server before it listens, or a reload, found without doing either."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 from stepstate.auth import TokenFile
 from stepstate.config import ServerConfig
@@ -13,11 +13,24 @@ from stepstate.models import load_catalog
 from stepstate.stores import read_password
 from stepstate.transport import read_keys
 
+Check = Callable[[], object]
+"""Raises `StartError` with the problem, if there is one."""
+
 
 def problems(configuration: Configuration) -> list[str]:
     """What would stop a server with this configuration; it reads the files that are named."""
+    server = configuration.server
+    return _problems((*_of_reload(server), *_of_start(server)))
+
+
+def problems_of_reload(configuration: Configuration) -> list[str]:
+    """What speaks against putting a configuration into use; it reads files that are read again."""
+    return _problems(_of_reload(configuration.server))
+
+
+def _problems(checks: Iterable[Check]) -> list[str]:
     found = []
-    for check in _checks(configuration.server):
+    for check in checks:
         try:
             check()
         except StartError as error:
@@ -25,11 +38,14 @@ def problems(configuration: Configuration) -> list[str]:
     return found
 
 
-def _checks(config: ServerConfig) -> Iterator[Callable[[], object]]:
+def _of_reload(config: ServerConfig) -> Iterator[Check]:
     yield lambda: check_exposure(config, tls=False, identities=bool(config.tokens_file))
-    yield lambda: load_catalog(config.models, skip_invalid=config.skip_invalid_models)
-    yield lambda: read_keys(config.snapshot_key)
     if config.tokens_file:
         yield lambda: TokenFile(config.tokens_file)
+
+
+def _of_start(config: ServerConfig) -> Iterator[Check]:
+    yield lambda: load_catalog(config.models, skip_invalid=config.skip_invalid_models)
+    yield lambda: read_keys(config.snapshot_key)
     if config.store_password_file:
         yield lambda: read_password(config.store_password_file)

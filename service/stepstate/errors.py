@@ -46,6 +46,7 @@
         ├── RuntimeUnavailable  a package of the engine is not installed
         ├── StoreOpenError      the store can't be opened
         ├── SnapshotKeyInvalid  the keys of snapshots can't be read
+        ├── TlsInvalid          a certificate or its key can't be used
         ├── CredentialsInvalid  tokens, or keys of JWTs, can't be read
         ├── ListenError         an address can't be listened on
         └── InsecureAddress     other machines could reach sessions that nothing protects
@@ -633,6 +634,16 @@ class SnapshotKeyInvalid(StartError):
         "--snapshot-key {file}: {problem}; write one key a line, such as from "
         "`openssl rand -hex 32`"
     )
+    file: str
+    problem: str
+
+
+@dataclass(eq=False)
+class TlsInvalid(StartError):
+    """A certificate, its key or the authority of clients can't be used."""
+
+    message = "{option} {file}: {problem}"
+    option: str
     file: str
     problem: str
 

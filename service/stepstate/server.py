@@ -26,6 +26,7 @@ from stepstate.auth import Credentials, TokenFile
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
 from stepstate.configuration import Configuration, Load, check_exposure
+from stepstate.configuration.checks import tls_files
 from stepstate.configuration.reload import ConfigurationReloader
 from stepstate.engine import (
     EngineSettings,
@@ -43,6 +44,7 @@ from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store, read_password
+from stepstate.tls import ServerTls
 from stepstate.transport import (
     MAX_MESSAGE_BYTES,
     Authenticator,
@@ -58,6 +60,7 @@ from stepstate.transport import (
     StepstateServicer,
     add_reflection,
     add_service,
+    grpcio_credentials,
     parse_stepstate,
     read_keys,
 )
@@ -130,6 +133,7 @@ class Server:
         *,
         store: SessionStore,
         keys: SnapshotKeys,
+        tls: ServerTls | None = None,
         credentials: Credentials | None = None,
         authenticator: Authenticator | None = None,
     ) -> None:
@@ -137,6 +141,8 @@ class Server:
         self.state = ServerState.STARTING
         self.address = ""
         self.metrics_address = ""
+        self.tls = tls
+        """Of both ports; None: plain text."""
         self._config = config
         self._store = store
         self._precision = Precision(config.weights)
@@ -166,6 +172,7 @@ class Server:
                 },
                 memory=self.memory,
                 skipped_models=len(catalog.skipped),
+                tls=tls,
             )
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
@@ -219,6 +226,8 @@ class Server:
             Trimmer(lambda: self.memory.used).run,
         )
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
+        if self.tls is not None:
+            self._tasks.append(asyncio.create_task(self.tls.watch()))
         if self.credentials is not None:
             self._tasks.append(asyncio.create_task(self._watch_credentials(self.credentials)))
         if self._store.durable:
@@ -232,6 +241,8 @@ class Server:
     async def apply(self, configuration: Configuration) -> None:
         """Puts what can be reloaded into use; the files that it names were found to be usable."""
         logging.getLogger().setLevel(configuration.server.log_level)
+        if self.tls is not None:
+            await asyncio.to_thread(self.tls.reload)
         if self.credentials is not None:
             await self.credentials.refresh(force=True)
 
@@ -361,7 +372,7 @@ class Server:
 
     def _listen_grpc(self) -> str:
         try:
-            port = self._grpc.add_insecure_port(self._config.listen)
+            port = _add_port(self._grpc, self._config, self.tls)
         except RuntimeError as error:
             raise ListenError("--listen", self._config.listen, str(error)) from error
         return f"{self._config.listen.rpartition(':')[0]}:{port}"
@@ -370,7 +381,11 @@ class Server:
         host, port = split_address(self._config.metrics_listen)
         try:
             self._http = start_http(
-                host, port, self._registry, serving=lambda: self.state is ServerState.SERVING
+                host,
+                port,
+                self._registry,
+                serving=lambda: self.state is ServerState.SERVING,
+                tls=self.tls,
             )
         except OSError as error:
             address = self._config.metrics_listen
@@ -451,11 +466,12 @@ async def build_server(
         DeviceUnavailable: the device is not here.
         RuntimeUnavailable: a package of the engine is not installed.
         SnapshotKeyInvalid: the keys of snapshots can't be read.
+        TlsInvalid: the certificate, its key or the authority of clients can't be used.
         CredentialsInvalid: tokens, or keys of JWTs, can't be read.
         StoreOpenError: the store is not to be had.
     """
     identities = bool(config.tokens_file) or authenticator is not None
-    check_exposure(config, tls=False, identities=identities)
+    check_exposure(config, identities=identities)
     if config.device != "cpu":
         check_accelerator(config.device)
     check_runtime(Runtime(config.engine))
@@ -463,12 +479,13 @@ async def build_server(
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
-    credentials = _credentials(config)
+    credentials, files = _credentials(config), tls_files(config)
     return Server(
         config,
         catalog,
         store=await _store(config),
         keys=keys,
+        tls=ServerTls(files) if files is not None else None,
         credentials=credentials,
         authenticator=authenticator,
     )
@@ -504,10 +521,26 @@ async def _store(config: ServerConfig) -> SessionStore:
     return await open_store(
         config.store,
         password=read_password(file) if file else config.store_password,
+        ca_file=config.store_ca_file,
         clock=UPTIME,
         unix_time=time.time,
         fsync=config.store_fsync,
     )
+
+
+def _add_port(server: Any, config: ServerConfig, tls: ServerTls | None) -> int:
+    """Listens with TLS or without; returns the port.
+
+    Raises:
+        RuntimeError: it can't.
+    """
+    if tls is None:
+        port: int = server.add_insecure_port(config.listen)
+    elif config.transport == "grpcio":
+        port = server.add_secure_port(config.listen, grpcio_credentials(tls))
+    else:
+        port = server.add_secure_port(config.listen, lambda: tls.current.http2)
+    return port
 
 
 def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiver: Receiver) -> Any:

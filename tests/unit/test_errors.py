@@ -101,6 +101,7 @@ def test_every_error_says_what_to_do_next_or_lets_its_maker_say_it():
         errors.CredentialsInvalid,
         ModelInvalid,
         errors.StoreOpenError,
+        errors.TlsInvalid,
     }
     assert set(LEAVES) == set(WHAT_NEXT) | says_it
 

@@ -77,6 +77,8 @@ def _interruptible_start() -> Iterator[None]:
 def _announce(server: Server) -> None:
     """Prints the chosen addresses, so that port 0 can be used by scripts."""
     models = ", ".join(model.key for model in server.sessions.catalog)
+    http = "http" if server.tls is None else "https"
     click.echo(
-        f"serving {models} on {server.address}, metrics on http://{server.metrics_address}/metrics"
+        f"serving {models} on {server.address}, "
+        f"metrics on {http}://{server.metrics_address}/metrics"
     )

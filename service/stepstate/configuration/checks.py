@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from stepstate.auth import TokenFile
 from stepstate.config import ServerConfig
@@ -11,6 +12,7 @@ from stepstate.configuration.exposure import check_exposure
 from stepstate.errors import StartError
 from stepstate.models import load_catalog
 from stepstate.stores import read_password
+from stepstate.tls import ClientAuth, TlsFiles, load_tls
 from stepstate.transport import read_keys
 
 Check = Callable[[], object]
@@ -28,6 +30,15 @@ def problems_of_reload(configuration: Configuration) -> list[str]:
     return _problems(_of_reload(configuration.server))
 
 
+def tls_files(config: ServerConfig) -> TlsFiles | None:
+    """The files of TLS; None: the server speaks plain text."""
+    if not config.tls_cert:
+        return None
+    authority = Path(config.tls_client_ca) if config.tls_client_ca else None
+    client_auth = ClientAuth(config.client_auth)
+    return TlsFiles(Path(config.tls_cert), Path(config.tls_key), authority, client_auth)
+
+
 def _problems(checks: Iterable[Check]) -> list[str]:
     found = []
     for check in checks:
@@ -39,7 +50,10 @@ def _problems(checks: Iterable[Check]) -> list[str]:
 
 
 def _of_reload(config: ServerConfig) -> Iterator[Check]:
-    yield lambda: check_exposure(config, tls=False, identities=bool(config.tokens_file))
+    yield lambda: check_exposure(config, identities=bool(config.tokens_file))
+    files = tls_files(config)
+    if files is not None:
+        yield lambda: load_tls(files)
     if config.tokens_file:
         yield lambda: TokenFile(config.tokens_file)
 

@@ -78,8 +78,12 @@ class ConfigurationReloader:
             except Exception:
                 log.exception("the configuration was not reloaded; the next change tries again")
 
-    async def reload(self) -> None:
-        """Puts what the file says now into use, or nothing of it, and says so in the log."""
+    async def reload(self) -> bool:
+        """Puts what the file says now into use, or nothing of it; the log says which and why.
+
+        Returns:
+            Whether it is in use.
+        """
         self._tried = self._version()
         try:
             found = await asyncio.to_thread(self._load)
@@ -92,7 +96,7 @@ class ConfigurationReloader:
                 "the configuration is not reloaded: the one before stays in use",
                 extra={"problems": "; ".join(problems)},
             )
-            return
+            return False
         await self._apply(found)
         self._observer.reloaded("applied")
         log.info("the configuration is reloaded", extra={"file": str(self._file)})
@@ -101,6 +105,7 @@ class ConfigurationReloader:
             log.warning(
                 "settings have changed that need a restart", extra={"settings": ", ".join(waiting)}
             )
+        return True
 
     def _look(self) -> bool:
         """Whether the file has changed since it was read, and not since the last look."""

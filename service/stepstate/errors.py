@@ -32,6 +32,7 @@
     │   ├── QueueFull
     │   ├── MemoryLimit         the client makes the server hold too many bytes
     │   ├── TooManyCalls        the client has too many calls under way
+    │   ├── TenantLimitReached  a tenant has, or asks for, as much as it may
     │   ├── TooManyAuthFailures too many credentials of this client proved nothing
     │   ├── KeysUnavailable     the key of a JWT is not known yet
     │   ├── Draining
@@ -476,6 +477,26 @@ class TooManyCalls(Unavailable, reason="TOO_MANY_CALLS"):
     free: int
     limit: int
     retry_after_seconds: float = 0.5
+
+
+@dataclass(eq=False)
+class TenantLimitReached(Unavailable, reason="TENANT_LIMIT"):
+    """A tenant has, or asks for, as much as it may."""
+
+    tenant: str
+    """Whose limit it is; empty: of all tenants together."""
+    limit: str
+    """Its name, as in the configuration."""
+    value: float
+    retry_after_seconds: float
+
+    def __str__(self) -> str:
+        owner = f"tenant {self.tenant!r} has" if self.tenant else "all tenants together have"
+        return (
+            f"{owner} reached {self.limit} = {self.value:g}; nothing was applied: retry after "
+            f"{self.retry_after_seconds:g} s, ask for less, or ask whoever runs the server for a "
+            "higher limit"
+        )
 
 
 @dataclass(eq=False)

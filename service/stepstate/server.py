@@ -44,6 +44,7 @@ from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store, read_password
+from stepstate.tenants import LimitTable, TenantTable
 from stepstate.tls import ServerTls
 from stepstate.transport import (
     MAX_MESSAGE_BYTES,
@@ -136,6 +137,7 @@ class Server:
         tls: ServerTls | None = None,
         credentials: Credentials | None = None,
         authenticator: Authenticator | None = None,
+        limits: LimitTable | None = None,
     ) -> None:
         use_one_thread()
         self.state = ServerState.STARTING
@@ -156,6 +158,7 @@ class Server:
         received = self.receiver.budget.limit + self.receiver.windows.limit
         self.memory = MemoryBudget(memory_limit - received)
         """What clients make it hold, beside what is being received."""
+        self.tenants = TenantTable(limits)
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
             MetricsCollector(
@@ -177,8 +180,10 @@ class Server:
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        peers = PeerTable(self.memory, self.receiver.budget, config.trusted_networks)
-        admission = CallAdmission(peers, self._metrics)
+        self.peers = PeerTable(
+            self.memory, self.receiver.budget, config.trusted_networks, self.tenants
+        )
+        admission = CallAdmission(self.peers, self._metrics)
         expected = ExpectedRows(self.sessions.table.limit)
         backend = Backend(self.sessions, self._metrics, admission, expected)
         self._servicer = StepstateServicer(backend, keys)
@@ -198,6 +203,10 @@ class Server:
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
         self._drained: asyncio.Task[None] | None = None
+
+    def set_limits(self, limits: LimitTable) -> None:
+        """Changes the limits of all tenants, from the next request on."""
+        self.peers.set_limits(limits)
 
     async def start(self) -> None:
         """Listens, then says that it serves.
@@ -241,6 +250,7 @@ class Server:
     async def apply(self, configuration: Configuration) -> None:
         """Puts what can be reloaded into use; the files that it names were found to be usable."""
         logging.getLogger().setLevel(configuration.server.log_level)
+        self.set_limits(configuration.limits)
         if self.tls is not None:
             await asyncio.to_thread(self.tls.reload)
         if self.credentials is not None:
@@ -423,6 +433,7 @@ class Server:
     async def _tick(self) -> None:
         while True:
             UPTIME.heartbeat()
+            self.tenants.forget_idle()
             await self._report_store_health()
             await asyncio.sleep(TICK_SECONDS)
 
@@ -452,13 +463,17 @@ class Server:
 
 
 async def build_server(
-    config: ServerConfig, *, authenticator: Authenticator | None = None
+    config: ServerConfig,
+    *,
+    authenticator: Authenticator | None = None,
+    limits: LimitTable | None = None,
 ) -> Server:
     """A server that is to be started; where there are no models, nothing is left behind.
 
     Args:
         config: the settings.
         authenticator: knows who calls; None: everyone is anonymous.
+        limits: of the tenants.
 
     Raises:
         InsecureAddress: other machines could reach sessions that nothing protects.
@@ -488,15 +503,19 @@ async def build_server(
         tls=ServerTls(files) if files is not None else None,
         credentials=credentials,
         authenticator=authenticator,
+        limits=limits,
     )
 
 
 @asynccontextmanager
 async def running_server(
-    config: ServerConfig, *, authenticator: Authenticator | None = None
+    config: ServerConfig,
+    *,
+    authenticator: Authenticator | None = None,
+    limits: LimitTable | None = None,
 ) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained at its end; see `build_server`."""
-    server = await build_server(config, authenticator=authenticator)
+    server = await build_server(config, authenticator=authenticator, limits=limits)
     try:
         await server.start()
         yield server
@@ -605,7 +624,7 @@ async def serve(
     listens_to_hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as under nohup
     if listens_to_hangup:
         loop.add_signal_handler(signal.SIGHUP, signals.release)
-    server = await build_server(configuration.server)
+    server = await build_server(configuration.server, limits=configuration.limits)
     try:
         await server.start()
         if configuration.file:

@@ -27,6 +27,7 @@ from stepstate.config import ServerConfig
 from stepstate.configuration import Configuration, Given, SettingOrigin, read_file, resolve
 from stepstate.configuration.reload import ConfigurationReloader
 from stepstate.server import Server, running_server
+from stepstate.tenants import LimitTable
 from tests.certificates import Authority
 from tests.credentials import bearer, token
 from tests.integration.commands import read_terminal
@@ -63,7 +64,7 @@ async def reloading(config: ServerConfig, file: Path, text: str = "") -> AsyncIt
         return resolve(given, read_file(str(file)))
 
     configuration = load()
-    async with running_server(configuration.server) as server:
+    async with running_server(configuration.server, limits=configuration.limits) as server:
         yield Reloading(server, file, server.reload_with(load, configuration))
 
 
@@ -78,7 +79,8 @@ async def test_what_can_be_reloaded_is_and_the_rest_is_named(
     config: ServerConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture, level: None
 ):
     async with reloading(config, tmp_path / "f.toml") as one:
-        assert await one.reload(f'{ADDRESSES}log_level = "ERROR"\n')
+        assert await one.reload(f'{ADDRESSES}log_level = "ERROR"\n[limits]\nstreams = 3')
+        assert one.server.tenants.limits.of("any").streams == 3
         assert logging.getLogger().level == logging.ERROR
         logging.getLogger().setLevel(logging.INFO)
         assert await one.reload(f"{ADDRESSES}slots = 5\nbatch_rows = 7\nlog_level = 'WARNING'")
@@ -98,7 +100,7 @@ DEBUG = f"{ADDRESSES}log_level = 'DEBUG'\n"
         (f"{DEBUG}slots = 0", "line 5: slots is 0"),
         (f"{DEBUG}tokens_file = 'none'", "--tokens-file none: "),
         (f"{DEBUG}tls_cert = 'a'\ntls_key = 'b'", "--tls-cert a: "),
-        (f"{DEBUG}[tenants.a]\nweight = 0", "weight is 0"),
+        (f"{DEBUG}[limits]\nstreams = 3\n[tenants.a]\nweight = 0", "weight is 0"),
         (f"{DEBUG}log_", "this is no TOML"),
         (DEBUG.replace("127.0.0.1", "0.0.0.0"), "--listen 0.0.0.0:0: other machines can reach it"),
     ],
@@ -111,6 +113,7 @@ async def test_a_file_with_one_error_changes_nothing_and_says_so(
         running = logging.getLogger().level
         assert not await one.reload(text)
         assert logging.getLogger().level == running == before
+        assert one.server.tenants.limits == LimitTable()
     (record,) = [record for record in caplog.records if record.getMessage() == REFUSED]
     assert problem in record.problems
 

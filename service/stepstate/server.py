@@ -6,6 +6,7 @@ import asyncio
 import enum
 import gc
 import logging
+import os
 import secrets
 import signal
 import socket
@@ -34,7 +35,9 @@ from stepstate.auth import (
 )
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
-from stepstate.configuration import check_exposure
+from stepstate.configuration import Configuration, Load, check_exposure
+from stepstate.configuration.checks import tls_files
+from stepstate.configuration.reload import ConfigurationReloader
 from stepstate.engine import (
     EngineSettings,
     Precision,
@@ -52,7 +55,7 @@ from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store, read_password
 from stepstate.tenants import LimitTable, TenantTable
-from stepstate.tls import ClientAuth, ServerTls, TlsFiles
+from stepstate.tls import ServerTls
 from stepstate.transport import (
     MAX_MESSAGE_BYTES,
     Authenticator,
@@ -254,6 +257,15 @@ class Server:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self.state = ServerState.SERVING
 
+    async def apply(self, configuration: Configuration) -> None:
+        """Puts what can be reloaded into use; the files that it names were found to be usable."""
+        logging.getLogger().setLevel(configuration.server.log_level)
+        self.set_limits(configuration.limits)
+        if self.tls is not None:
+            await asyncio.to_thread(self.tls.reload)
+        if self.credentials is not None:
+            await self.credentials.refresh(force=True)
+
     async def drain(self) -> None:
         """Stops in order, and loses nothing that was accepted. Further calls wait for the first.
 
@@ -266,6 +278,18 @@ class Server:
         if self._drained is None:
             self._drained = asyncio.create_task(self._drain())
         await asyncio.shield(self._drained)
+
+    def reload_with(self, load: Load, configuration: Configuration) -> ConfigurationReloader:
+        """Lets a running server reload its configuration when the file of it changes.
+
+        Args:
+            load: makes the configuration anew.
+            configuration: the one with which it has started.
+        """
+        file = Path(configuration.file)
+        reloader = ConfigurationReloader(file, load, configuration, self.apply, self._metrics)
+        self._tasks.append(asyncio.create_task(reloader.run()))
+        return reloader
 
     async def stop(self, grace_seconds: float = 0.0) -> None:
         """Stops: calls that are not done within the grace are cut."""
@@ -475,7 +499,7 @@ async def build_server(
         StoreOpenError: the store is not to be had.
     """
     identities = config.tokens_file or config.jwt_jwks or certificates or authenticator
-    check_exposure(config, tls=False, identities=bool(identities))
+    check_exposure(config, identities=bool(identities))
     if config.device != "cpu":
         check_accelerator(config.device)
     check_runtime(Runtime(config.engine))
@@ -483,13 +507,13 @@ async def build_server(
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
-    credentials, tls = await _credentials(config, certificates), _tls(config)
+    credentials, files = await _credentials(config, certificates), tls_files(config)
     return Server(
         config,
         catalog,
         store=await _store(config),
         keys=keys,
-        tls=tls,
+        tls=ServerTls(files) if files is not None else None,
         credentials=credentials,
         authenticator=authenticator,
         limits=limits,
@@ -560,14 +584,6 @@ async def _store(config: ServerConfig) -> SessionStore:
     )
 
 
-def _tls(config: ServerConfig) -> ServerTls | None:
-    if not config.tls_cert:
-        return None
-    authority = Path(config.tls_client_ca) if config.tls_client_ca else None
-    client_auth = ClientAuth(config.client_auth)
-    return ServerTls(TlsFiles(Path(config.tls_cert), Path(config.tls_key), authority, client_auth))
-
-
 def _add_port(server: Any, config: ServerConfig, tls: ServerTls | None) -> int:
     """Listens with TLS or without; returns the port.
 
@@ -622,11 +638,17 @@ def _calm_collector() -> None:
     gc.set_threshold(5_000, 20, 100)
 
 
-async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> bool:
+async def serve(
+    load: Load, configuration: Configuration, announce: Callable[[Server], None]
+) -> bool:
     """Runs a server until a signal: the first one drains it, a second one cuts that short.
 
+    With a configuration file, SIGHUP reloads that; without one, and when the terminal of the server
+    closes, it drains as the others do.
+
     Args:
-        config: the settings.
+        load: makes the configuration anew.
+        configuration: what it has made for the start.
         announce: called once, when the server listens.
 
     Returns:
@@ -634,14 +656,18 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
     """
     signals = asyncio.Semaphore(0)
     loop = asyncio.get_running_loop()
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
-    for number in numbers:
+    for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.release)
-    server = await build_server(config)
+    listens_to_hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as under nohup
+    if listens_to_hangup:
+        loop.add_signal_handler(signal.SIGHUP, signals.release)
+    server = await build_server(configuration.server, limits=configuration.limits)
     try:
         await server.start()
+        if configuration.file:
+            reloader = server.reload_with(load, configuration)
+            if listens_to_hangup:
+                loop.add_signal_handler(signal.SIGHUP, _hung_up(reloader, signals.release))
         _calm_collector()
         announce(server)
         await signals.acquire()
@@ -654,3 +680,25 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
         return drained.done()
     finally:
         await server.stop()
+
+
+def _hung_up(reloader: ConfigurationReloader, drain: Callable[[], None]) -> Callable[[], None]:
+    """What SIGHUP does: it asks for a reload, unless it says that the terminal has closed."""
+    had_terminal = _has_terminal()
+
+    def hung_up() -> None:
+        if had_terminal and not _has_terminal():
+            drain()
+        else:
+            reloader.ask()
+
+    return hung_up
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal controls this process; one that has closed does not any more."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

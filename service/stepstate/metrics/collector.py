@@ -335,6 +335,13 @@ SERIES = (
            "Free bytes on the volume of the sqlite store."),
     Series("stepstate_store_volume_bytes", GAUGE, (), _disk(lambda u: u.volume),
            "Size of the volume of the sqlite store."),
+    Series("stepstate_config_reloads_total", COUNTER, ("result",),
+           _by(lambda s: s.counters.reloads),
+           "Reloads of the configuration file: applied, or refused because it can't be used, so "
+           "that the one before stays in use."),
+    Series("stepstate_config_last_reload_success_timestamp_seconds", GAUGE, (),
+           _one(lambda s: s.counters.reloaded_at),
+           "When the configuration in use was read, in Unix seconds."),
     Series("stepstate_tls_certificate_expiry_timestamp_seconds", GAUGE, (),
            _tls(lambda t: t.current.expires_at),
            "When the certificate that new connections get expires, or the first one of its chain: "

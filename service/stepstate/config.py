@@ -15,10 +15,13 @@ MAX_NUMBER = 2**40
 LONGEST_IDLE_SECONDS = 100 * 366 * 86_400.0
 """A century: beyond it the time of expiry overflows."""
 DURABILITIES = ("none", "async", "sync")
-MAY_BE_ZERO = ("max_connection_age",)
+MAY_BE_ZERO = ("max_connection_age", "jwt_leeway")
 TRANSPORTS = ("lean", "grpcio")
+CLIENT_AUTHS = ("none", "optional", "required")
 WEIGHTS = ("float32", "bfloat16", "int8")
 ENGINES = ("onnxruntime", "torch")
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+LOG_FORMATS = ("auto", "json", "text")
 MAX_SLOTS = 10_000_000
 """The arrays of the session table are allocated at start, about 100 bytes a session."""
 VARIABLES_ONLY = ("store_password",)
@@ -37,7 +40,7 @@ class ConfigError(ValueError):
     """A setting has a value that can't be used."""
 
 
-def _setting(default: T, text: str, reason: str, *, shown: bool = True) -> T:
+def _setting(default: T, text: str, reason: str, *, shown: bool = True, reloads: bool = False) -> T:
     """A field with its text in `stepstate serve --help`, and the reason for its default.
 
     Args:
@@ -45,16 +48,18 @@ def _setting(default: T, text: str, reason: str, *, shown: bool = True) -> T:
         text: what it is.
         reason: why that is the default.
         shown: whether `repr` shows its value; not what may be secret.
+        reloads: whether a running server can change it.
     """
-    return field(default=default, repr=shown, metadata={"help": text, "reason": reason})
+    metadata = {"help": text, "reason": reason, "reloads": reloads}
+    return field(default=default, repr=shown, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerConfig:
     """The settings of a server, each with its help text and the reason for its default.
 
-    Each is also an environment variable STEPSTATE_..., and an option of `stepstate serve` unless it
-    is one of `VARIABLES_ONLY`.
+    Each is also an environment variable STEPSTATE_..., and an option of `stepstate serve` and a key
+    of its configuration file unless it is one of `VARIABLES_ONLY`.
     """
 
     models: Path = _setting(
@@ -71,12 +76,41 @@ class ServerConfig:
     listen: str = _setting(
         "127.0.0.1:50051",
         "host:port for gRPC. Port 0 means any free port.",
-        "Loopback: the server does not authenticate clients, so no other machine should reach it.",
+        "Loopback: without TLS and identities, no other machine should reach the server.",
+    )
+    insecure: bool = _setting(
+        False,  # noqa: FBT003 - a default
+        "Listen at an address that other machines reach, even without TLS or identities: whoever "
+        "reaches it, or reads the network, can read, step and close the sessions.",
+        "A server that other machines reach protects its sessions, or does not start.",
     )
     transport: str = _setting(
         "lean",
         "The gRPC server: lean, Stepstate's own, or grpcio.",
         "It costs a fraction of the CPU, and bounds what each connection can hold.",
+    )
+    tls_cert: str = _setting(
+        "",
+        "PEM file with the server's certificate, then those between it and its authority. gRPC and "
+        "the metrics port speak TLS then. It is read again when it changes.",
+        "Loopback needs no TLS.",
+    )
+    tls_key: str = _setting(
+        "",
+        "PEM file with the key of tls_cert, without a password. Only the server's user should be "
+        "able to read it.",
+        "Loopback needs no TLS.",
+    )
+    tls_client_ca: str = _setting(
+        "",
+        "PEM file with the authorities that sign the certificates of clients.",
+        "Clients may prove who they are in other ways.",
+    )
+    tls_client_auth: str = _setting(
+        "",
+        "Whether clients must show a certificate of tls_client_ca: none, optional or required. "
+        "Empty: required if tls_client_ca is given. /healthz needs none.",
+        "Who names an authority for clients wants them to be checked.",
     )
     max_concurrent_streams: int = _setting(
         1024,
@@ -122,6 +156,12 @@ class ServerConfig:
         "File with the password of Redis, such as a mounted secret; a line break at its end is not "
         "part of it. Or set STEPSTATE_STORE_PASSWORD to the password itself.",
         "A Redis that only this server can reach needs none.",
+    )
+    store_ca_file: str = _setting(
+        "",
+        "PEM file with the authorities of Redis's certificate, for rediss://. Empty: those of the "
+        "system.",
+        "A Redis of a cloud provider often has a certificate of a public authority.",
     )
     store_fsync: bool = _setting(
         False,  # noqa: FBT003 - a default
@@ -225,6 +265,38 @@ class ServerConfig:
         "Empty: there are no tokens.",
         "On loopback everyone is the user of the machine.",
     )
+    jwt_issuer: str = _setting(
+        "",
+        "Issuer of JWTs, as their `iss` has it. With jwt_audience and jwt_jwks, callers may be "
+        "known by JWTs.",
+        "There is no identity provider.",
+    )
+    jwt_audience: str = _setting(
+        "",
+        "What the `aud` of JWTs has to have: the name of this service at the identity provider.",
+        "There is no identity provider.",
+    )
+    jwt_jwks: str = _setting(
+        "",
+        "JWK set with the keys of the issuer: a file, or an https URL. It is read again when it "
+        "changes, and a URL for tokens with an unknown key, at most every 30 s.",
+        "There is no identity provider.",
+    )
+    jwt_tenant_claim: str = _setting(
+        "tenant",
+        "Claim of a JWT that has the name of its tenant.",
+        "A plain name; providers let you choose.",
+    )
+    jwt_scopes_claim: str = _setting(
+        "scope",
+        "Claim of a JWT that has its scopes, step, read or admin: a text with spaces, or a list.",
+        "As RFC 8693 has it.",
+    )
+    jwt_leeway: float = _setting(
+        30.0,
+        "Seconds by which the clock of the issuer may be different.",
+        "More than clocks differ that are set by NTP, and little beside the life of a token.",
+    )
     reflection: bool = _setting(
         True,  # noqa: FBT003 - a default
         "Serve gRPC reflection, also to clients without a credential.",
@@ -265,6 +337,17 @@ class ServerConfig:
         "Seconds to finish accepted steps after SIGTERM.",
         "The usual time that an orchestrator allows between SIGTERM and SIGKILL.",
     )
+    log_level: str = _setting(
+        "INFO",
+        "Lowest level that is logged: DEBUG, INFO, WARNING or ERROR.",
+        "What an operator wants to know, and nothing for each request.",
+        reloads=True,
+    )
+    log_format: str = _setting(
+        "auto",
+        "json, text, or auto: text on a terminal, otherwise JSON.",
+        "People read terminals, programs the rest.",
+    )
 
     def __post_init__(self) -> None:
         _check_address("listen", self.listen)
@@ -273,12 +356,42 @@ class ServerConfig:
         _check_one_of("transport", self.transport, TRANSPORTS)
         _check_one_of("weights", self.weights, WEIGHTS)
         _check_one_of("engine", self.engine, ENGINES)
+        self._check_tls()
+        _check_one_of("log_level", self.log_level, LOG_LEVELS)
+        _check_one_of("log_format", self.log_format, LOG_FORMATS)
         self._check_password()
         self._check_device()
         self._check_memory_limit()
         self._check_trusted_proxies()
+        self._check_jwt()
         self._check_numbers()
         self._check_idle_timeouts()
+
+    def _check_tls(self) -> None:
+        for name, needed in (
+            ("tls_cert", "tls_key"),
+            ("tls_key", "tls_cert"),
+            ("tls_client_ca", "tls_cert"),
+        ):
+            if getattr(self, name) and not getattr(self, needed):
+                raise ConfigError(f"{name} is given without {needed}: give both, or neither")
+        if self.tls_client_auth:
+            _check_one_of("tls_client_auth", self.tls_client_auth, CLIENT_AUTHS)
+        if self.client_auth != "none" and not self.tls_client_ca:
+            raise ConfigError(
+                f"tls_client_auth is {self.tls_client_auth} without tls_client_ca, which signs the "
+                "certificates of clients: give it, too"
+            )
+        if self.client_auth == "optional" and self.transport == "grpcio":
+            raise ConfigError(
+                "tls_client_auth is optional, which the transport grpcio can't do: choose required "
+                "or none, or the transport lean"
+            )
+
+    @property
+    def client_auth(self) -> str:
+        """Of `CLIENT_AUTHS`: `tls_client_auth`, or what it is if it is empty."""
+        return self.tls_client_auth or ("required" if self.tls_client_ca else "none")
 
     def _check_password(self) -> None:
         given = [n for n in ("store_password", "store_password_file") if getattr(self, n)]
@@ -288,6 +401,8 @@ class ServerConfig:
             raise ConfigError(f"the store's password is in {' and '.join(given)}: give it once")
         if given and not self.store.startswith("redis"):
             raise ConfigError(f"{given[0]} is for Redis, and store is another one: leave it out")
+        if self.store_ca_file and not self.store.startswith("rediss"):
+            raise ConfigError("store_ca_file is for a store with rediss://: leave it out")
 
     def _check_device(self) -> None:
         if not _DEVICE.fullmatch(self.device):
@@ -304,6 +419,15 @@ class ServerConfig:
             raise ConfigError(f"memory_limit is {text!r}, expected such as 2GiB, 500MB or 25%")
         if text.endswith("%") and not 0 < float(text[:-1]) <= 100:
             raise ConfigError(f"memory_limit is {text}, expected more than 0% and at most 100%")
+
+    def _check_jwt(self) -> None:
+        settings = ("jwt_issuer", "jwt_audience", "jwt_jwks")
+        missing = [name for name in settings if not getattr(self, name)]
+        if 0 < len(missing) < len(settings):
+            raise ConfigError(f"{' and '.join(missing)} is missing: JWTs need all of {settings}")
+        scheme, separator, rest = self.jwt_jwks.partition("://")
+        if separator and (scheme != "https" or "@" in rest.partition("/")[0]):
+            raise ConfigError("jwt_jwks has to be a file, or an https URL without a password")
 
     def _check_trusted_proxies(self) -> None:
         try:

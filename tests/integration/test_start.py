@@ -94,7 +94,7 @@ def options() -> Iterator[tuple[str, click.Option]]:
 
 # What images, shells and Kubernetes (for a service named "stepstate") set.
 TAKEN = re.compile(
-    r"STEPSTATE_(VERSION|HOME|ROOT|PORT|PORT_.*|SERVICE_HOST|SERVICE_PORT.*|ENV|CONFIG|USER|PATH)"
+    r"STEPSTATE_(VERSION|HOME|ROOT|PORT|PORT_.*|SERVICE_HOST|SERVICE_PORT.*|ENV|USER|PATH)"
 )
 
 

@@ -23,7 +23,9 @@ _VARIABLES = {"--version": "STEPSTATE_MODEL_VERSION"}
 """Images use STEPSTATE_VERSION for the version of the software."""
 
 
-def option(name: str, default: object, kind: object, text: str) -> Callable[[Command], Command]:
+def option(
+    name: str, default: object, kind: object, text: str, *, hidden: bool = False
+) -> Callable[[Command], Command]:
     """The option --some-name, which the variable STEPSTATE_SOME_NAME also sets.
 
     Args:
@@ -31,6 +33,7 @@ def option(name: str, default: object, kind: object, text: str) -> Callable[[Com
         default: its value if neither sets it.
         kind: its type in click; the option of a bool without a value means true.
         text: for --help.
+        hidden: whether --help leaves it out.
     """
     variable = "STEPSTATE_" + name.removeprefix("--").replace("-", "_").upper()
     decorator = partial(
@@ -42,6 +45,7 @@ def option(name: str, default: object, kind: object, text: str) -> Callable[[Com
         envvar=_VARIABLES.get(name, variable),
         show_envvar=True,
         show_default=True,
+        hidden=hidden,
     )
     return decorator(is_flag=False, flag_value=True) if kind is bool else decorator()
 

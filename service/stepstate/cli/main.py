@@ -14,6 +14,7 @@ from stepstate.cli.common import INTERRUPTED
 
 COMMANDS = {
     "serve": ("stepstate.cli.serve:serve_command", "Serves the models of a folder."),
+    "config": ("stepstate.cli.config:config_group", "Checks and shows the settings of a server."),
     "step": ("stepstate.cli.step:step_command", "Steps a session with rows of standard input."),
     "forecast": ("stepstate.cli.forecast:forecast_command", "Prints a session's forecast."),
     "sessions": ("stepstate.cli.sessions:sessions_group", "Lists, shows and moves sessions."),

@@ -19,6 +19,7 @@ from stepstate.errors import (
     SessionUnreadable,
     StaleOwner,
 )
+from stepstate.identity import SessionKey
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import Limits, SessionContext
 from stepstate.sessions.loader import SessionLoader, blank_snapshot
@@ -35,7 +36,7 @@ from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.sweeper import ExpirySweeper
 from stepstate.sessions.types import ResidentSession
-from stepstate.stores import EndReason, StoredSession, Tombstone, UnreadableSession
+from stepstate.stores import EndReason, StoredSession, TenantFull, Tombstone, UnreadableSession
 
 log = logging.getLogger(__name__)
 
@@ -135,13 +136,13 @@ class SessionLifecycle:
     async def close_stored(self, session_id: str) -> StoredSession | UnreadableSession:
         """See `SessionService.close_stored`."""
         backend = self._store.backend
-        found = await self._store.ask(backend.find(session_id))
+        found = await self._store.ask(backend.find(SessionKey(session_id)))
         if isinstance(found, UnreadableSession):
             ending = Tombstone(EndReason.CLOSED, 0, 0.0)
-            ended = await self._store.ask(backend.discard(session_id, ending))
+            ended = await self._store.ask(backend.discard(SessionKey(session_id), ending))
         elif isinstance(found, StoredSession) and not self._sweeper.is_past(found):
             ending = Tombstone(EndReason.CLOSED, found.t, found.record.idle_timeout_seconds)
-            ended = await self._store.ask(backend.end(session_id, found.epoch, ending))
+            ended = await self._store.ask(backend.end(SessionKey(session_id), found.epoch, ending))
         else:
             raise await self._loader.missing_reason(found, session_id)
         if not ended:
@@ -164,7 +165,7 @@ class SessionLifecycle:
             await self._table.when_idle(session)
         t = self._table.t[session.handle]
         ending = Tombstone(EndReason.CLOSED, t, session.record.idle_timeout_seconds)
-        end = self._store.backend.end(session.session_id, session.epoch, ending)
+        end = self._store.backend.end(session.record.key, session.epoch, ending)
         try:
             ended = await self._store.ask(end)
         except BaseException:
@@ -185,8 +186,11 @@ class SessionLifecycle:
         with self._counted_opening():
             expires_at = self._store.backend.now() + entry.record.idle_timeout_seconds
             opened = await self._store.ask(
-                self._store.backend.restore(session_id, entry.epoch, expires_at=expires_at)
+                self._store.backend.restore(
+                    SessionKey(session_id), entry.epoch, expires_at=expires_at
+                )
             )
+            assert not isinstance(opened, TenantFull)  # there is no limit
             if opened:
                 self._counts.restored(entry.record.model_key)
                 log.info("an expired session was restored", extra={"session_id": session_id})
@@ -194,7 +198,7 @@ class SessionLifecycle:
 
     async def _expired_entry(self, session_id: str) -> StoredSession:
         """An expired session of a model that is loaded here, marked as such."""
-        found = await self._store.ask(self._store.backend.find(session_id))
+        found = await self._store.ask(self._store.backend.find(SessionKey(session_id)))
         if not isinstance(found, StoredSession):
             raise await self._loader.missing_reason(found, session_id)
         if not self._sweeper.is_past(found):
@@ -281,19 +285,20 @@ class SessionLifecycle:
             created = await self._create_in_store(snapshot, expires_at, replacing=before.epoch)
             if not isinstance(created, StoredSession):
                 self._sweeper.replaced(before)
+        assert not isinstance(created, TenantFull)  # there is no limit
         if isinstance(created, StoredSession):
             raise SessionExists(record.session_id, created.t)
         if isinstance(created, UnreadableSession):
             raise SessionUnreadable(record.session_id, created.problem)
         if self._admission.draining:  # began meanwhile: nobody would save it
             ending = Tombstone(EndReason.CLOSED, snapshot.t, record.idle_timeout_seconds)
-            await self._store.ask(self._store.backend.end(record.session_id, created, ending))
+            await self._store.ask(self._store.backend.end(record.key, created, ending))
             raise Draining
         return created
 
     async def _create_in_store(
         self, snapshot: Snapshot, expires_at: float, *, replacing: int
-    ) -> int | StoredSession | UnreadableSession:
+    ) -> int | StoredSession | UnreadableSession | TenantFull:
         backend = self._store.backend
         data = b""
         if backend.durable:  # another one gives no session back but one that expired

@@ -23,6 +23,7 @@ from stepstate.errors import (
     SnapshotModelMismatch,
     StepstateError,
 )
+from stepstate.identity import SessionKey
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SessionContext
 from stepstate.sessions.counts import StoreSurvey
@@ -107,7 +108,7 @@ class SessionLoader:
         """
         backend = self._store.backend
         if not backend.durable:  # only one that was restored is there and not here
-            found = await backend.find(session_id)
+            found = await backend.find(SessionKey(session_id))
             if not isinstance(found, StoredSession) or self._sweeper.is_past(found):
                 raise await self.missing_reason(found, session_id)
         with await self.slots.reserve():
@@ -146,7 +147,9 @@ class SessionLoader:
         models = [scheduler.model for scheduler in self.schedulers.values()]
         fingerprints = [one for model in models for one in model.fingerprints]
         found = await self._store.ask(
-            self._store.backend.acquire(session_id, owner=self._owner, fingerprints=fingerprints)
+            self._store.backend.acquire(
+                SessionKey(session_id), owner=self._owner, fingerprints=fingerprints
+            )
         )
         if not isinstance(found, tuple):
             raise await self.missing_reason(found, session_id)
@@ -201,13 +204,13 @@ class SessionLoader:
         return SnapshotModelMismatch(record.session_id, key, record.fingerprint, loaded)
 
     def _unreadable(self, session_id: str, problem: str) -> SessionUnreadable:
-        self.survey.met(UnreadableSession(session_id, problem))
+        self.survey.met(UnreadableSession(SessionKey(session_id), problem))
         return SessionUnreadable(session_id, problem)
 
     async def _end_as_lost(self, entry: StoredSession) -> StepstateError:
         record = entry.record
         ending = Tombstone(EndReason.LOST, entry.t, record.idle_timeout_seconds)
-        end = self._store.backend.end(record.session_id, entry.epoch, ending)
+        end = self._store.backend.end(record.key, entry.epoch, ending)
         if await self._store.ask(end):
             self._observer.closed(ending.reason.value)
         return error_for_ending(record.session_id, ending)

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.errors import InvalidField, SessionLost, StepstateError, StoreUnavailable
+from stepstate.identity import SessionKey
 from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import Limits, SchedulerSettings, SessionContext
@@ -407,7 +408,7 @@ class SessionService:
             session = self.table.usable(session_id, self._clock())
             if session is not None:
                 return self.summary(session)
-            found = await self.store.ask(self.store.backend.find(session_id))
+            found = await self.store.ask(self.store.backend.find(SessionKey(session_id)))
             if isinstance(found, StoredSession) and not self._sweeper.is_past(found):
                 if self._summaries.lost(found):
                     raise SessionLost(session_id)

@@ -104,7 +104,7 @@ class ExpirySweeper:
         """
         if entry.delete_at is None:
             await self._expire_stored([entry])
-            found = await self._store.ask(self._store.backend.find(entry.record.session_id))
+            found = await self._store.ask(self._store.backend.find(entry.record.key))
             entry = found if isinstance(found, StoredSession) else entry
         if entry.delete_at is None:
             delete_in = self._grace_seconds  # it is about to be marked
@@ -187,7 +187,7 @@ class ExpirySweeper:
     async def _delete(self, reason: str, entries: Sequence[StoredSession]) -> int:
         store = self._store.backend
         results = await asyncio.gather(  # the store takes them together
-            *(store.end(e.record.session_id, e.epoch, _ending(e)) for e in entries),
+            *(store.end(e.record.key, e.epoch, _ending(e)) for e in entries),
             return_exceptions=True,
         )
         gone = [entry for entry, done in zip(entries, results, strict=True) if done is True]
@@ -224,9 +224,7 @@ def _groups(entries: Sequence[StoredSession]) -> Iterator[Sequence[StoredSession
 
 def _last_save(entry: StoredSession) -> SaveRequest:
     # Its owner stays: a server that ended without giving the lease up may have been further.
-    return SaveRequest(
-        entry.record.session_id, entry.epoch, entry.owner, entry.t, entry.expires_at, None
-    )
+    return SaveRequest(entry.record.key, entry.epoch, entry.owner, entry.t, entry.expires_at, None)
 
 
 def _ending(entry: StoredSession) -> Tombstone:

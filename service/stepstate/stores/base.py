@@ -11,6 +11,8 @@ Rule 4: times are read from the store's own clock, `now`: seconds in which at le
         so neither an outage nor a change of a wall clock expires a session.
 Rule 5: an expired session is kept, marked as expired, until it is restored, replaced or deleted.
         Until then no other operation changes it.
+Rule 6: a session is named by its key, the tenant and the id: the same id of two tenants is two
+        sessions, with tombstones of their own.
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
+from stepstate.identity import SessionKey
 from stepstate.stores.types import (
     DiskUsage,
     SaveRequest,
     SaveResult,
     SessionRecord,
     StoredSession,
+    TenantFull,
     Tombstone,
     UnreadableSession,
 )
@@ -84,8 +88,9 @@ class SessionStore(Protocol):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | StoredSession | UnreadableSession:
-        """Adds a new session, and deletes the tombstone of its id.
+        most_of_tenant: int | None = None,
+    ) -> int | StoredSession | UnreadableSession | TenantFull:
+        """Adds a new session, and deletes the tombstone of its key.
 
         Args:
             record: what is fixed about it.
@@ -93,20 +98,24 @@ class SessionStore(Protocol):
             t: rows in the snapshot.
             expires_at: by the store's clock.
             snapshot: its state.
-            replacing: the epoch of an overdue or expired session of this id, which is deleted.
+            replacing: the epoch of an overdue or expired session of this key, which is deleted.
+            most_of_tenant: how many open sessions its tenant may have; None: any number. It holds
+                however many servers open sessions at once. Overdue ones are open, expired ones
+                are not.
 
         Returns:
-            Its epoch; or, with nothing changed, the session that has its id, open or expired.
+            Its epoch; or, with nothing changed, the session that has its key, open or expired,
+            or that the tenant has no room.
         """
         ...
 
     async def acquire(
-        self, session_id: str, *, owner: str, fingerprints: Collection[str]
+        self, key: SessionKey, *, owner: str, fingerprints: Collection[str]
     ) -> tuple[StoredSession, bytes] | StoredSession | UnreadableSession | Tombstone | None:
         """Takes a session's lease, whoever held it, and raises its epoch.
 
         Args:
-            session_id: its id.
+            key: its key.
             owner: the server that takes it.
             fingerprints: the models that this server has; sessions of others are not taken.
 
@@ -117,8 +126,8 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def find(self, session_id: str) -> StoredSession | UnreadableSession | Tombstone | None:
-        """The session of an id, or its tombstone. It takes no lease."""
+    async def find(self, key: SessionKey) -> StoredSession | UnreadableSession | Tombstone | None:
+        """The session of a key, or its tombstone. It takes no lease."""
         ...
 
     async def save(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
@@ -143,15 +152,28 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def restore(self, session_id: str, epoch: int, *, expires_at: float) -> bool:
+    async def restore(
+        self,
+        key: SessionKey,
+        epoch: int,
+        *,
+        expires_at: float,
+        most_of_tenant: int | None = None,
+    ) -> bool | TenantFull:
         """Reopens an expired session if `epoch` is the newest, and raises the epoch.
 
+        Args:
+            key: its key.
+            epoch: the one that is expected.
+            expires_at: by the store's clock.
+            most_of_tenant: as of `create`.
+
         Returns:
-            Whether it was reopened.
+            Whether it was reopened; or that its tenant has no room.
         """
         ...
 
-    async def end(self, session_id: str, epoch: int, tombstone: Tombstone) -> bool:
+    async def end(self, key: SessionKey, epoch: int, tombstone: Tombstone) -> bool:
         """Replaces a session by a tombstone if `epoch` is the newest.
 
         Returns:
@@ -159,7 +181,7 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def discard(self, session_id: str, tombstone: Tombstone) -> bool:
+    async def discard(self, key: SessionKey, tombstone: Tombstone) -> bool:
         """Replaces an `UnreadableSession` by a tombstone.
 
         Returns:
@@ -179,16 +201,25 @@ class SessionStore(Protocol):
         ...
 
     async def page(
-        self, token: str, size: int, model: str = "", *, expired: bool = False
+        self,
+        token: str,
+        size: int,
+        model: str = "",
+        *,
+        tenant: str | None = None,
+        expired: bool = False,
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
         """One page of a listing of sessions.
 
-        A session that is open during the whole listing is in exactly one page.
+        A session that is open during the whole listing is in exactly one page. The listing of a
+        tenant takes as long as its sessions do, however many others have. A token has ids of the
+        listing that it is of; in another tenant's listing it is only a place in the order.
 
         Args:
             token: empty for the first page, then the token that the previous page returned.
             size: the maximum number of sessions.
             model: only sessions of the model of this name; empty: all.
+            tenant: only its sessions; None: those of all tenants.
             expired: whether to include expired sessions.
 
         Returns:
@@ -199,8 +230,8 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def count(self) -> Mapping[str, int]:
-        """Open sessions by model "name/version"; it may include overdue ones."""
+    async def count(self) -> Mapping[tuple[str, str], int]:
+        """Open sessions by tenant and model "name/version"; overdue ones are open."""
         ...
 
     async def count_expired(self) -> int:

@@ -22,7 +22,7 @@ from pydantic import (
     ValidationError,
 )
 
-from stepstate.identity import DEFAULT_TENANT, SessionKey, session_key
+from stepstate.identity import DEFAULT_TENANT, SessionKey, session_key, split_key
 
 MAX_T = 2**53
 """No session has applied so many rows; every number below it is exact in Lua and in a float."""
@@ -180,6 +180,11 @@ class StoredSession:
     """When it may be deleted, by the store's clock; None: it is not marked as expired."""
 
     @property
+    def key(self) -> SessionKey:
+        """Its name among all sessions of the server."""
+        return self.record.key
+
+    @property
     def session_id(self) -> str:
         """Its id."""
         return self.record.session_id
@@ -189,16 +194,30 @@ class StoredSession:
 class UnreadableSession:
     """A session whose record in the store can't be read. It can be listed and discarded."""
 
-    session_id: str
+    key: SessionKey
     problem: str
     """What is wrong with the record, for a person."""
+
+    @property
+    def session_id(self) -> str:
+        """Its id."""
+        return split_key(self.key)[1]
+
+
+@dataclass(frozen=True, slots=True)
+class TenantFull:
+    """A session was not opened, because its tenant may not have one more."""
+
+    open: int
+    """Sessions of the tenant that are open, on all servers of the store."""
+    limit: int
 
 
 @dataclass(frozen=True, slots=True)
 class SaveRequest:
     """One session to save."""
 
-    session_id: str
+    key: SessionKey
     epoch: int
     owner: str
     """Empty: the save also releases the lease."""
@@ -232,7 +251,7 @@ class DiskUsage:
 
 
 def decode_session(
-    session_id: str,
+    key: SessionKey,
     model: str,
     *,
     record: object,
@@ -242,10 +261,10 @@ def decode_session(
     owner: object,
     delete: object,
 ) -> StoredSession | UnreadableSession:
-    """A session, from what a store has under its id.
+    """A session, from what a store has under its key.
 
     Args:
-        session_id: the id under which it was found.
+        key: the key under which it was found.
         model: the model "name/version" under which it was found.
         record: the text of its `SessionRecord`, in UTF-8.
         t: rows; an integer, or its digits.
@@ -256,7 +275,7 @@ def decode_session(
     """
     try:
         return StoredSession(
-            _record_of(session_id, model, _bytes("record", record)),
+            _record_of(key, model, _bytes("record", record)),
             t=_integer("t", t, MAX_T),
             expires_at=_integer("expires", expires, MAX_MICROS) / MICROS,
             epoch=_integer("epoch", epoch, MAX_EPOCH),
@@ -264,7 +283,7 @@ def decode_session(
             delete_at=None if delete is None else _integer("delete", delete, MAX_MICROS) / MICROS,
         )
     except ValueError as error:
-        return UnreadableSession(session_id, str(error)[:_PROBLEM_LENGTH])
+        return UnreadableSession(key, str(error)[:_PROBLEM_LENGTH])
 
 
 def decode_tombstone(reason: object, t: object, idle_timeout_seconds: object) -> Tombstone | None:
@@ -290,10 +309,11 @@ def _integer(name: str, value: object, end: int) -> int:
     raise ValueError(f"its {name} is no number from 0 to {end}")
 
 
-def _record_of(session_id: str, model: str, text: bytes) -> SessionRecord:
+def _record_of(key: SessionKey, model: str, text: bytes) -> SessionRecord:
     record = SessionRecord.from_json(text)
-    if (record.session_id, record.model_key) != (session_id, model):
-        raise ValueError(f"it has the record of {record.session_id!r} of {record.model_key}")
+    if (record.key, record.model_key) != (key, model):
+        whose = repr(record.session_id) if record.tenant == split_key(key)[0] else "another tenant"
+        raise ValueError(f"it has the record of {whose} of {record.model_key}")
     return record
 
 

@@ -123,7 +123,7 @@ def encode_session(summary: SessionSummary | UnreadableSession) -> pb.Session:
             log.exception(
                 "a session can't be shown", extra={"session_id": summary.record.session_id}
             )
-            summary = UnreadableSession(summary.record.session_id, "")
+            summary = UnreadableSession(summary.record.key, "")
     return pb.Session(session_id=summary.session_id, status=pb.SESSION_STATUS_UNREADABLE)
 
 

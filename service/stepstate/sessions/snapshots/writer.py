@@ -130,7 +130,7 @@ class SnapshotWriter:
         session = step.session
         found: StoredSession | UnreadableSession | Tombstone | None = None
         try:
-            found = await self._store.ask(self._store.backend.find(session.session_id))
+            found = await self._store.ask(self._store.backend.find(session.record.key))
         except Exception as error:  # noqa: BLE001 - it is logged, and the step is answered
             # To ask the client for rows that may be saved elsewhere would be wrong.
             step.error = unexpected("a look for a session failed", error, session.session_id)
@@ -212,8 +212,8 @@ class SnapshotWriter:
         t = self._table.t[session.handle]
         expires_at = self.expires_at(session)
         self._touch_later(session)
-        session_id = session.record.session_id
-        return session, SaveRequest(session_id, session.epoch, owner, t, expires_at, snapshot)
+        key = session.record.key
+        return session, SaveRequest(key, session.epoch, owner, t, expires_at, snapshot)
 
     def _touch_later(self, session: ResidentSession) -> None:
         """A session that is not saved for its rows is saved now and then for its expiry."""
@@ -237,7 +237,7 @@ class SnapshotWriter:
         if verdict is SaveResult.MISSING and await self._recreate(session, save):
             return
         self._observer.not_saved("fenced", 1)
-        found = await self._store.ask(self._store.backend.find(session.session_id))
+        found = await self._store.ask(self._store.backend.find(session.record.key))
         if isinstance(found, UnreadableSession):  # nobody can tell any more who holds it
             self._table.lose(session, SessionUnreadable(session.session_id, found.problem))
             return

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Self, TypeVar
 
+from stepstate.identity import SessionKey
 from stepstate.stores.base import SessionStore
 from stepstate.stores.sqlite import reads, schema
 from stepstate.stores.sqlite.file import SessionFile
@@ -20,6 +21,7 @@ from stepstate.stores.types import (
     SaveResult,
     SessionRecord,
     StoredSession,
+    TenantFull,
     Tombstone,
     UnreadableSession,
 )
@@ -86,37 +88,44 @@ class SqliteStore(SessionStore):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | StoredSession | UnreadableSession:
-        session_id = record.session_id
+        most_of_tenant: int | None = None,
+    ) -> int | StoredSession | UnreadableSession | TenantFull:
         return await self._write(
-            Create(session_id, record, owner, t, expires_at, snapshot, replacing)
+            Create(record.key, record, owner, t, expires_at, snapshot, replacing, most_of_tenant)
         )
 
     async def acquire(
-        self, session_id: str, *, owner: str, fingerprints: Collection[str]
+        self, key: SessionKey, *, owner: str, fingerprints: Collection[str]
     ) -> tuple[StoredSession, bytes] | StoredSession | UnreadableSession | Tombstone | None:
-        return await self._write(Acquire(session_id, owner, fingerprints))
+        return await self._write(Acquire(key, owner, fingerprints))
 
-    async def find(self, session_id: str) -> StoredSession | UnreadableSession | Tombstone | None:
+    async def find(self, key: SessionKey) -> StoredSession | UnreadableSession | Tombstone | None:
         now = self._clock()
-        found = await self._thread.call(lambda file: reads.look_up(file, [session_id], now))
-        return found.of(session_id)
+        found = await self._thread.call(lambda file: reads.look_up(file, [key], now))
+        return found.of(key)
 
     async def save(self, saves: Sequence[SaveRequest]) -> list[SaveResult]:
-        return await self._thread.write([SaveOne(save.session_id, save) for save in saves])
+        return await self._thread.write([SaveOne(save.key, save) for save in saves])
 
     async def expire(self, saves: Sequence[SaveRequest], *, delete_at: float) -> list[SaveResult]:
-        writes = [Expire(save.session_id, save, delete_at) for save in saves]
+        writes = [Expire(save.key, save, delete_at) for save in saves]
         return await self._thread.write(writes)
 
-    async def restore(self, session_id: str, epoch: int, *, expires_at: float) -> bool:
-        return await self._write(Restore(session_id, epoch, expires_at))
+    async def restore(
+        self,
+        key: SessionKey,
+        epoch: int,
+        *,
+        expires_at: float,
+        most_of_tenant: int | None = None,
+    ) -> bool | TenantFull:
+        return await self._write(Restore(key, epoch, expires_at, most_of_tenant))
 
-    async def end(self, session_id: str, epoch: int, tombstone: Tombstone) -> bool:
-        return await self._write(End(session_id, epoch, tombstone))
+    async def end(self, key: SessionKey, epoch: int, tombstone: Tombstone) -> bool:
+        return await self._write(End(key, epoch, tombstone))
 
-    async def discard(self, session_id: str, tombstone: Tombstone) -> bool:
-        return await self._write(End(session_id, None, tombstone))
+    async def discard(self, key: SessionKey, tombstone: Tombstone) -> bool:
+        return await self._write(End(key, None, tombstone))
 
     async def overdue(self, before: float, limit: int) -> list[StoredSession]:
         return await self._due(lambda file: reads.overdue(file, before, limit), before)
@@ -125,14 +134,19 @@ class SqliteStore(SessionStore):
         return await self._due(lambda file: reads.expired(file, before, limit), before)
 
     async def page(
-        self, token: str, size: int, model: str = "", *, expired: bool = False
+        self,
+        token: str,
+        size: int,
+        model: str = "",
+        *,
+        tenant: str | None = None,
+        expired: bool = False,
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
-        # The token is the last id, so nearly every text is a valid one.
         return await self._thread.call(
-            lambda file: reads.page(file, token, size, model, expired=expired)
+            lambda file: reads.page(file, token, size, model, tenant=tenant, expired=expired)
         )
 
-    async def count(self) -> Mapping[str, int]:
+    async def count(self) -> Mapping[tuple[str, str], int]:
         return await self._thread.call(reads.count)
 
     async def count_expired(self) -> int:

@@ -1,0 +1,113 @@
+"""The configuration of a server, from all that says something: what it is, and why."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+
+from stepstate.config import VARIABLES_ONLY, ConfigError, ServerConfig, has_secret
+from stepstate.configuration.file import (
+    LIMITS,
+    SERVER,
+    TENANTS,
+    TOGETHER,
+    UNLIMITED,
+    FileSettings,
+    Value,
+)
+from stepstate.tenants import LimitTable, RateLimits, TenantLimits
+
+
+class SettingOrigin(StrEnum):
+    """Where a setting's value is from; an earlier one wins."""
+
+    OPTION = "option"
+    VARIABLE = "variable"
+    FILE = "file"
+    DEFAULT = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What an option or a variable says."""
+
+    value: Value
+    origin: SettingOrigin
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Configuration:
+    """All settings of a server, and where each is from."""
+
+    server: ServerConfig
+    origins: Mapping[str, SettingOrigin]
+    """By the name of the setting."""
+    limits: LimitTable
+    """They can be set in the file only."""
+    file: str
+    """Its name; empty: there is none."""
+
+
+Load = Callable[[], Configuration]
+"""Reads the file again, and makes the configuration of it and of the same options and variables."""
+
+
+def resolve(given: Mapping[str, Given], file: FileSettings) -> Configuration:
+    """The configuration by options and variables, a file, and defaults, in this order.
+
+    Raises:
+        ConfigError: a value can't be used.
+    """
+    origins = dict.fromkeys((one.name for one in fields(ServerConfig)), SettingOrigin.DEFAULT)
+    origins |= dict.fromkeys(file.server, SettingOrigin.FILE)
+    origins |= {name: one.origin for name, one in given.items()}
+    values = {**file.server, **{name: one.value for name, one in given.items()}}
+    try:
+        server = ServerConfig(**values)  # type: ignore[arg-type]
+    except ConfigError as error:
+        name = str(error).partition(" ")[0].rstrip(":")
+        if origins.get(name) is SettingOrigin.FILE:
+            raise file.source.error(name, str(error)) from error
+        raise
+    return Configuration(server=server, origins=origins, limits=file.limits, file=file.source.name)
+
+
+def as_toml(configuration: Configuration) -> str:
+    """A configuration file that says the same, with the origin of each setting; without secrets."""
+    limits = configuration.limits
+    lines = [f"[{SERVER}]", *_settings(configuration)]
+    lines += ["", f"[{LIMITS}]", *_limits(limits.defaults, TenantLimits())]
+    lines += ["", f"[{LIMITS}.{TOGETHER}]", *_limits(limits.together, RateLimits())]
+    for name, exception in limits.tenants.items():
+        lines += ["", f"[{TENANTS}.{_toml(name)}]", *_limits(exception, limits.defaults)]
+    return "\n".join(lines) + "\n"
+
+
+def _settings(configuration: Configuration) -> Iterator[str]:
+    for name, origin in configuration.origins.items():
+        value: Value = getattr(configuration.server, name)
+        variable = f"STEPSTATE_{name.upper()}"
+        if name in VARIABLES_ONLY:
+            if value:
+                yield f"# {name}: a secret, from {variable}"
+        elif isinstance(value, str) and has_secret(value):
+            yield f"# {name}: contains a password, from {variable}"
+        else:
+            yield f"{name} = {_toml(value)}  # {origin}"
+
+
+def _limits(limits: RateLimits, base: RateLimits) -> Iterator[str]:
+    for one in fields(limits):
+        value = getattr(limits, one.name)
+        if value != getattr(base, one.name):
+            yield f"{one.name} = {_toml(UNLIMITED if value is None else value)}"
+
+
+def _toml(value: object) -> str:
+    """A value as TOML writes it: as JSON does, which has no escape for DEL."""
+    if isinstance(value, Path):
+        value = str(value)
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

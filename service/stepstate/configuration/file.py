@@ -1,0 +1,209 @@
+"""The configuration file of a server: TOML, checked name by name.
+
+Its tables are
+
+- `[server]`: the settings of `ServerConfig`, by their names;
+- `[limits]`: those of `TenantLimits`, for each tenant, and `[limits.together]`: those of
+  `RateLimits`, for all tenants together;
+- `[tenants.NAME]`: what of `[limits]` is different for one tenant.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import Field, dataclass, field, fields, replace
+from pathlib import Path
+from reprlib import repr as shortened
+from types import NoneType
+from typing import TypeVar, get_args, get_type_hints
+
+from stepstate.config import VARIABLES_ONLY, ConfigError, ServerConfig, has_secret
+from stepstate.identity import TENANT_GRAMMAR, is_tenant
+from stepstate.tenants import LimitTable, RateLimits, TenantLimits
+
+MAX_FILE_BYTES = 2**20
+"""A thousand tenants, each with limits of its own, take a tenth."""
+MAX_LISTED = 12
+"""Names that an error may list."""
+SERVER, LIMITS, TOGETHER, TENANTS = "server", "limits", "together", "tenants"
+UNLIMITED = "unlimited"
+"""A limit of a tenant that has none where the others have one."""
+_EXPECTED: Mapping[type, str] = {
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a text in quotes",
+}
+
+Value = bool | int | float | str | Path
+"""Of a setting."""
+Table = Mapping[str, object]
+Limits = TypeVar("Limits", RateLimits, TenantLimits)
+
+
+@dataclass(frozen=True, slots=True)
+class FileText:
+    """Where a file is and what is in it, for errors that say where."""
+
+    name: str
+    text: str = ""
+
+    def error(self, key: str, problem: str) -> ConfigError:
+        """An error about a key, with its line if that can be told."""
+        begins = re.compile(rf"[\s\[]*(?:[^=]*\.)?[\"']?{re.escape(key)}[\"']?\s*[=.\]]")
+        lines = [at for at, line in enumerate(self.text.splitlines(), 1) if begins.match(line)]
+        where = f"{self.name}, line {lines[0]}" if len(lines) == 1 else self.name
+        return ConfigError(f"{where}: {problem}")
+
+
+@dataclass(frozen=True, slots=True)
+class FileSettings:
+    """What a configuration file says; by default nothing, as without a file."""
+
+    source: FileText = FileText("")
+    server: Mapping[str, Value] = field(default_factory=dict)
+    """By the name of the setting."""
+    limits: LimitTable = field(default_factory=LimitTable)
+
+
+def read_file(path: str) -> FileSettings:
+    """Reads a configuration file.
+
+    Raises:
+        ConfigError: it can't be read, or what it says can't be used.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            content = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: {getattr(error, 'strerror', None) or error}") from error
+    return parse(path, content)
+
+
+def parse(name: str, content: bytes) -> FileSettings:
+    """What a configuration file with this content says.
+
+    Args:
+        name: of the file, for errors.
+        content: of the file.
+
+    Raises:
+        ConfigError: it can't be used.
+    """
+    if len(content) > MAX_FILE_BYTES:
+        raise ConfigError(f"{name}: more than {MAX_FILE_BYTES} bytes")
+    try:
+        text = content.decode()
+        tables = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{name}: this is no TOML: {error}") from error
+    source = FileText(name, text)
+    for key, table in tables.items():
+        if key in _SETTINGS and not isinstance(table, dict):
+            raise source.error(key, f"{key} stands before any table: move it below [{SERVER}]")
+        _check_name(source, key, (SERVER, LIMITS, TENANTS), "the file")
+    server = _server(source, _table(source, SERVER, tables))
+    return FileSettings(source, server, _limits(source, tables))
+
+
+def _table(source: FileText, name: str, tables: Table) -> Table:
+    """One of the tables in a table; if it is not there, an empty one."""
+    table = tables.get(name, {})
+    if not isinstance(table, dict):
+        raise source.error(name, f"{name} is {_shown(table)}, expected a table")
+    return table
+
+
+def _check_name(source: FileText, key: str, known: Iterable[str], where: str) -> None:
+    """Refuses a name that is not known, with the nearest that is."""
+    names = list(known)
+    if key in names:
+        return
+    nearest = difflib.get_close_matches(key[:100], names, n=1)
+    if nearest:
+        hint = f"did you mean {nearest[0]}?"
+    elif len(names) <= MAX_LISTED:
+        hint = f"there are {', '.join(names)}"
+    else:
+        hint = "`stepstate config show` prints all"
+    raise source.error(key, f"{key[:100]!r} is no name in {where}: {hint}")
+
+
+def _shown(value: object) -> str:
+    """A value for an error: short, and without a password."""
+    return "a text with a password" if has_secret(str(value)) else shortened(value)
+
+
+def _checked(source: FileText, key: str, value: object, kind: type) -> Value:
+    """A value, if it has the type that is expected."""
+    if kind is float and type(value) is int:
+        return value
+    if type(value) is not kind:
+        raise source.error(key, f"{key} is {_shown(value)}, expected {_EXPECTED[kind]}")
+    assert isinstance(value, bool | int | float | str)
+    return value
+
+
+_SETTINGS: Mapping[str, Field[Value]] = {one.name: one for one in fields(ServerConfig)}
+
+
+def _server(source: FileText, table: Table) -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    for key, value in table.items():
+        _check_name(source, key, _SETTINGS, f"[{SERVER}]")
+        if key in VARIABLES_ONLY:
+            raise source.error(key, f"{key} is a secret, {_ways_of_secrets(key)}")
+        default = _SETTINGS[key].default
+        is_path = isinstance(default, Path)
+        given = _checked(source, key, value, str if is_path else type(default))
+        if isinstance(given, str) and has_secret(given):
+            raise source.error(key, f"{key} contains a password, {_ways_of_secrets(key)}")
+        found[key] = Path(given) if isinstance(given, str) and is_path else given
+    return found
+
+
+def _limits(source: FileText, tables: Table) -> LimitTable:
+    table = dict(_table(source, LIMITS, tables))
+    together = _filled(
+        source, f"[{LIMITS}.{TOGETHER}]", _table(source, TOGETHER, table), RateLimits()
+    )
+    table.pop(TOGETHER, None)
+    defaults = _filled(source, f"[{LIMITS}]", table, TenantLimits())
+    exceptions = _table(source, TENANTS, tables)
+    for name in exceptions:
+        if not is_tenant(name):
+            raise source.error(name, f"{name[:100]!r} is no tenant: expected {TENANT_GRAMMAR}")
+    return LimitTable(
+        defaults=defaults,
+        together=together,
+        tenants={
+            name: _filled(source, f"[{TENANTS}.{name}]", _table(source, name, exceptions), defaults)
+            for name in exceptions
+        },
+    )
+
+
+def _filled(source: FileText, where: str, table: Table, base: Limits) -> Limits:
+    """Limits with what a table says, and else those of `base`."""
+    hints = get_type_hints(type(base))
+    said = {}
+    for key, value in table.items():
+        _check_name(source, key, hints, where)
+        kinds = get_args(hints[key]) or (hints[key],)
+        is_none = value == UNLIMITED and NoneType in kinds
+        said[key] = None if is_none else _checked(source, key, value, kinds[0])
+    try:
+        return replace(base, **said)  # type: ignore[arg-type]
+    except ValueError as error:
+        problem = str(error)
+        raise source.error(problem.partition(" ")[0], f"{where}: {problem}") from error
+
+
+def _ways_of_secrets(variable: str) -> str:
+    return (
+        "and many may read this file: write the password alone into a file that only the server's "
+        f"user can read, and name it as store_password_file, or set STEPSTATE_{variable.upper()}"
+    )

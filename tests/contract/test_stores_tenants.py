@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from asyncio.subprocess import PIPE
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +25,7 @@ from stepstate.stores import (
     UnreadableSession,
 )
 from stepstate.stores.memory import MemoryStore
+from tests.contract import store_opener
 from tests.contract.conftest import KINDS
 from tests.stores import (
     CLOSED,
@@ -322,3 +325,41 @@ async def test_servers_that_open_at_once_never_pass_the_limit(home, tenant):
     assert sum(isinstance(one, int) for one in told) == 10
     assert told.count(TenantFull(10, 10)) == 50
     assert await stores[0].count() == {(tenant, "lstm/1"): 10}
+
+
+async def processes(home: Home, what: str, *names: str, limit: int = 0) -> list:
+    """Some processes on the same store."""
+    command = [sys.executable, "-m", store_opener.__name__, home.url, what]
+    return [
+        await asyncio.create_subprocess_exec(*command, name, str(limit), stdout=PIPE)
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("home", KINDS[1:3], indirect=True)
+async def test_processes_that_open_at_once_never_pass_the_limit(home):
+    store = await home.open()
+    openers = await processes(home, "fill", "x", "y", limit=200)
+    told = [int((await opener.communicate())[0]) for opener in openers]
+    assert sum(told) == 200
+    assert await store.count() == {("acme", "lstm/1"): 200}
+
+
+@pytest.mark.parametrize("home", KINDS[1:], indirect=True)
+async def test_counts_and_listings_are_right_whenever_a_server_is_killed(home):
+    store = await home.open()
+    for round_ in range(2):
+        servers = await processes(home, "churn", "x", "y")
+        for server in servers:
+            for _ in range(60 * (round_ + 1)):
+                await server.stdout.readline()
+        for server in servers:
+            server.kill()
+            await server.wait()
+    wanted = {}
+    for tenant in (DEFAULT_TENANT, "acme", "other"):
+        for one in await listed(store, tenant=tenant):
+            assert record(one).tenant == tenant
+            wanted[tenant, "lstm/1"] = wanted.get((tenant, "lstm/1"), 0) + 1
+    assert await store.count() == wanted
+    assert len(await listed(store)) == sum(wanted.values())

@@ -11,7 +11,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -22,7 +22,17 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from stepstate.auth import Credentials, TokenFile
+from stepstate.auth import (
+    CertificateMapping,
+    CertificateRule,
+    Credentials,
+    JwtSettings,
+    KeyFile,
+    KeyRing,
+    KeyUrl,
+    TokenFile,
+    WebTokens,
+)
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
 from stepstate.configuration import Configuration, Load, check_exposure
@@ -423,12 +433,12 @@ class Server:
 
     async def _watch_credentials(self, credentials: Credentials) -> None:
         while True:
-            await asyncio.sleep(CREDENTIALS_CHECK_SECONDS)
             try:
                 await credentials.refresh()
                 self._interceptor.open_calls.end_where(credentials.problem_of)
             except Exception:
                 log.exception("credentials were not checked; the next check tries again")
+            await asyncio.sleep(CREDENTIALS_CHECK_SECONDS)
 
     async def _tick(self) -> None:
         while True:
@@ -465,6 +475,7 @@ class Server:
 async def build_server(
     config: ServerConfig,
     *,
+    certificates: Sequence[CertificateRule] = (),
     authenticator: Authenticator | None = None,
     limits: LimitTable | None = None,
 ) -> Server:
@@ -472,7 +483,9 @@ async def build_server(
 
     Args:
         config: the settings.
-        authenticator: knows who calls; None: everyone is anonymous.
+        certificates: whose the certificates of clients are.
+        authenticator: knows who calls, where the settings name no credentials; None: everyone is
+            anonymous there.
         limits: of the tenants.
 
     Raises:
@@ -485,8 +498,8 @@ async def build_server(
         CredentialsInvalid: tokens, or keys of JWTs, can't be read.
         StoreOpenError: the store is not to be had.
     """
-    identities = bool(config.tokens_file) or authenticator is not None
-    check_exposure(config, identities=identities)
+    identities = config.tokens_file or config.jwt_jwks or certificates or authenticator
+    check_exposure(config, identities=bool(identities))
     if config.device != "cpu":
         check_accelerator(config.device)
     check_runtime(Runtime(config.engine))
@@ -494,7 +507,7 @@ async def build_server(
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
-    credentials, files = _credentials(config), tls_files(config)
+    credentials, files = await _credentials(config, certificates), tls_files(config)
     return Server(
         config,
         catalog,
@@ -511,11 +524,14 @@ async def build_server(
 async def running_server(
     config: ServerConfig,
     *,
+    certificates: Sequence[CertificateRule] = (),
     authenticator: Authenticator | None = None,
     limits: LimitTable | None = None,
 ) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained at its end; see `build_server`."""
-    server = await build_server(config, authenticator=authenticator, limits=limits)
+    server = await build_server(
+        config, certificates=certificates, authenticator=authenticator, limits=limits
+    )
     try:
         await server.start()
         yield server
@@ -524,15 +540,36 @@ async def running_server(
         await server.stop()
 
 
-def _credentials(config: ServerConfig) -> Credentials | None:
+async def _credentials(
+    config: ServerConfig, certificates: Sequence[CertificateRule]
+) -> Credentials | None:
     """What callers are known by, if anything is configured.
 
     Raises:
-        CredentialsInvalid: it can't be read.
+        CredentialsInvalid: a file of it can't be read.
     """
-    if not config.tokens_file:
+    if not config.tokens_file and not config.jwt_jwks and not certificates:
         return None
-    return Credentials(tokens=TokenFile(config.tokens_file))
+    return Credentials(
+        tokens=TokenFile(config.tokens_file) if config.tokens_file else None,
+        jwts=await _web_tokens(config) if config.jwt_jwks else None,
+        certificates=CertificateMapping(certificates) if certificates else None,
+    )
+
+
+async def _web_tokens(config: ServerConfig) -> WebTokens:
+    settings = JwtSettings(
+        issuer=config.jwt_issuer,
+        audience=config.jwt_audience,
+        tenant_claim=config.jwt_tenant_claim,
+        scopes_claim=config.jwt_scopes_claim,
+        leeway_seconds=config.jwt_leeway,
+    )
+    if "://" in config.jwt_jwks:  # read in the background: its provider may be away now
+        return WebTokens(settings, KeyRing(KeyUrl(config.jwt_jwks)))
+    keys = KeyRing(KeyFile(config.jwt_jwks))
+    await keys.read_now()
+    return WebTokens(settings, keys)
 
 
 async def _store(config: ServerConfig) -> SessionStore:

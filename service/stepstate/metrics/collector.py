@@ -278,7 +278,7 @@ SERIES = (
            "unknown, expired or revoked, lacks a scope, or too many of its address were refused "
            "(limited)."),
     Series("stepstate_credentials_stale", GAUGE, ("source",),
-           _by(lambda s: s.counters.stale_credentials),
+           _by(lambda s: s.counters.stale_credentials()),
            "1 if a source of credentials (tokens, jwks) could not be read again: what it was "
            "before is still used."),
     Series("stepstate_sessions", GAUGE, (*MODEL, "residency"), _sessions,

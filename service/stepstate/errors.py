@@ -32,6 +32,7 @@
     │   ├── QueueFull
     │   ├── MemoryLimit         the client makes the server hold too many bytes
     │   ├── TooManyCalls        the client has too many calls under way
+    │   ├── TenantLimitReached  a tenant has, or asks for, as much as it may
     │   ├── TooManyAuthFailures too many credentials of this client proved nothing
     │   ├── KeysUnavailable     the key of a JWT is not known yet
     │   ├── Draining
@@ -48,6 +49,7 @@
         ├── SnapshotKeyInvalid  the keys of snapshots can't be read
         ├── TlsInvalid          a certificate or its key can't be used
         ├── CredentialsInvalid  tokens, or keys of JWTs, can't be read
+        ├── AuditLogError       the audit log can't be written
         ├── ListenError         an address can't be listened on
         └── InsecureAddress     other machines could reach sessions that nothing protects
 
@@ -479,6 +481,26 @@ class TooManyCalls(Unavailable, reason="TOO_MANY_CALLS"):
 
 
 @dataclass(eq=False)
+class TenantLimitReached(Unavailable, reason="TENANT_LIMIT"):
+    """A tenant has, or asks for, as much as it may."""
+
+    tenant: str
+    """Whose limit it is; empty: of all tenants together."""
+    limit: str
+    """Its name, as in the configuration."""
+    value: float
+    retry_after_seconds: float
+
+    def __str__(self) -> str:
+        owner = f"tenant {self.tenant!r} has" if self.tenant else "all tenants together have"
+        return (
+            f"{owner} reached {self.limit} = {self.value:g}; nothing was applied: retry after "
+            f"{self.retry_after_seconds:g} s, ask for less, or ask whoever runs the server for a "
+            "higher limit"
+        )
+
+
+@dataclass(eq=False)
 class TooManyAuthFailures(Unavailable, reason="TOO_MANY_AUTH_FAILURES"):
     """Many credentials from the client's address proved nothing: none is checked for now."""
 
@@ -633,6 +655,18 @@ class SnapshotKeyInvalid(StartError):
     message = (
         "--snapshot-key {file}: {problem}; write one key a line, such as from "
         "`openssl rand -hex 32`"
+    )
+    file: str
+    problem: str
+
+
+@dataclass(eq=False)
+class AuditLogError(StartError):
+    """The audit log can't be written."""
+
+    message = (
+        "--audit-log {file}: it can't be written ({problem}); name a file in a folder that the "
+        "server's user may write"
     )
     file: str
     problem: str

@@ -17,6 +17,7 @@ from stepstate.config import ServerConfig
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.certificates import Authority, Certificate
+from tests.credentials import token
 from tests.integration.prometheus import DASHBOARD, DEPLOY, filled, panels
 from tests.networks import Network
 from tests.offline import forecasting_network
@@ -61,14 +62,18 @@ def exposed(
     authority: Authority,
     certificate: Certificate,
 ) -> str:
-    """/metrics of a server with TLS that was used and refused something; one model tracks."""
+    """/metrics of a server with TLS and tokens that was used and refused something."""
     root = tmp_path_factory.mktemp("models")
     for network in (networks["lstm"], forecasting_network()):
         network.write(root)
     tls = ("--tls-cert", str(certificate.file), "--tls-key", str(certificate.key))
     trusting = grpc.ssl_channel_credentials(authority.file.read_bytes())
-    with server_process("--models", str(root), *tls) as server:
-        with grpc.secure_channel(server.address, trusting) as channel:
+    tokens = tmp_path_factory.mktemp("tokens") / "tokens.json"
+    caller = grpc.access_token_call_credentials(token(tokens))
+    options = ("--models", str(root), *tls, "--tokens-file", str(tokens))
+    with server_process(*options) as server:
+        both = grpc.composite_channel_credentials(trusting, caller)
+        with grpc.secure_channel(server.address, both) as channel:
             stub = StepstateServiceStub(channel)
             for name in ("one", "two"):
                 stub.OpenSession(pb.OpenSessionRequest(session_id=name, model="lstm"))

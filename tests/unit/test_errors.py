@@ -75,6 +75,7 @@ WHAT_NEXT = {
     errors.QueueFull: "retry after 0.3 s",
     errors.MemoryLimit: "retry after 0.3 s, read the replies",
     errors.TooManyCalls: "retry after 0.3 s, and have fewer under way",
+    errors.TenantLimitReached: "retry after 0.3 s, ask for less",
     errors.TooManyAuthFailures: "with one that does",
     errors.KeysUnavailable: "retry after 0.3 s",
     errors.Draining: "retry on another server",
@@ -84,6 +85,7 @@ WHAT_NEXT = {
     errors.Internal: "server's log",
     errors.DeviceUnavailable: "leave the option out",
     errors.RuntimeUnavailable: "--engine torch",
+    errors.AuditLogError: "name a file in a folder",
     errors.ListenError: "choose another, port 0",
     errors.InsecureAddress: "Either give the server TLS and identities",
 }

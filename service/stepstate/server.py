@@ -6,12 +6,13 @@ import asyncio
 import enum
 import gc
 import logging
+import os
 import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -21,10 +22,22 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from stepstate.auth import Credentials, TokenFile
+from stepstate.auth import (
+    CertificateMapping,
+    CertificateRule,
+    Credentials,
+    JwtSettings,
+    KeyFile,
+    KeyRing,
+    KeyUrl,
+    TokenFile,
+    WebTokens,
+)
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
-from stepstate.configuration import check_exposure
+from stepstate.configuration import Configuration, Load, check_exposure
+from stepstate.configuration.checks import tls_files
+from stepstate.configuration.reload import ConfigurationReloader
 from stepstate.engine import (
     EngineSettings,
     Precision,
@@ -35,14 +48,15 @@ from stepstate.engine import (
     measure_loss,
     use_one_thread,
 )
-from stepstate.errors import ListenError, StoreUnavailable
+from stepstate.errors import AuditLogError, ListenError, StoreUnavailable
 from stepstate.h2grpc import ConnectionTimes, H2Server, Http2Limits
+from stepstate.logging import audit_lines
 from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store, read_password
 from stepstate.tenants import LimitTable, TenantTable
-from stepstate.tls import ClientAuth, ServerTls, TlsFiles
+from stepstate.tls import ServerTls
 from stepstate.transport import (
     MAX_MESSAGE_BYTES,
     Authenticator,
@@ -197,6 +211,7 @@ class Server:
             self._interceptor.expect(self._triton.methods())
         self._grpc = _transport(config, self._interceptor, self.receiver)
         self._http: tuple[WSGIServer, Thread] | None = None
+        self._audit = ExitStack()
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
         self._drained: asyncio.Task[None] | None = None
@@ -209,8 +224,10 @@ class Server:
         """Listens, then says that it serves.
 
         Raises:
+            AuditLogError: the audit log can't be written.
             ListenError: an address is taken, or not ours.
         """
+        self._open_audit_log()
         add_service(self._grpc, SERVICE, self._servicer, parse_stepstate)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         services = [SERVICE.full_name]
@@ -244,6 +261,17 @@ class Server:
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self.state = ServerState.SERVING
 
+    async def apply(self, configuration: Configuration) -> None:
+        """Puts what can be reloaded into use; the files that it names were found to be usable."""
+        logging.getLogger().setLevel(configuration.server.log_level)
+        self.set_limits(configuration.limits)
+        if self.tls is not None:
+            await asyncio.to_thread(self.tls.reload)
+        if self.credentials is not None:
+            rules = configuration.certificates
+            self.credentials.map_certificates(CertificateMapping(rules) if rules else None)
+            await self.credentials.refresh(force=True)
+
     async def drain(self) -> None:
         """Stops in order, and loses nothing that was accepted. Further calls wait for the first.
 
@@ -256,6 +284,18 @@ class Server:
         if self._drained is None:
             self._drained = asyncio.create_task(self._drain())
         await asyncio.shield(self._drained)
+
+    def reload_with(self, load: Load, configuration: Configuration) -> ConfigurationReloader:
+        """Lets a running server reload its configuration when the file of it changes.
+
+        Args:
+            load: makes the configuration anew.
+            configuration: the one with which it has started.
+        """
+        file = Path(configuration.file)
+        reloader = ConfigurationReloader(file, load, configuration, self.apply, self._metrics)
+        self._tasks.append(asyncio.create_task(reloader.run()))
+        return reloader
 
     async def stop(self, grace_seconds: float = 0.0) -> None:
         """Stops: calls that are not done within the grace are cut."""
@@ -274,6 +314,7 @@ class Server:
             http.server_close()
             thread.join()
             self._http = None
+        self._audit.close()
         self.state = ServerState.STOPPED
 
     async def _drain(self) -> None:
@@ -290,6 +331,12 @@ class Server:
             log.warning("not all accepted steps were answered and saved in time: calls are cut")
         await self.stop(LAST_CALLS_SECONDS)
         log.info("stopped")
+
+    def _open_audit_log(self) -> None:
+        try:
+            self._audit.enter_context(audit_lines(self._config.audit_log))
+        except OSError as error:
+            raise AuditLogError(self._config.audit_log, str(error.strerror)) from error
 
     def _triton_service(self, backend: Backend) -> TritonService | None:
         """The API for Triton's clients, if the package with its messages is installed."""
@@ -399,12 +446,12 @@ class Server:
 
     async def _watch_credentials(self, credentials: Credentials) -> None:
         while True:
-            await asyncio.sleep(CREDENTIALS_CHECK_SECONDS)
             try:
                 await credentials.refresh()
                 self._interceptor.open_calls.end_where(credentials.problem_of)
             except Exception:
                 log.exception("credentials were not checked; the next check tries again")
+            await asyncio.sleep(CREDENTIALS_CHECK_SECONDS)
 
     async def _tick(self) -> None:
         while True:
@@ -441,6 +488,7 @@ class Server:
 async def build_server(
     config: ServerConfig,
     *,
+    certificates: Sequence[CertificateRule] = (),
     authenticator: Authenticator | None = None,
     limits: LimitTable | None = None,
 ) -> Server:
@@ -448,7 +496,9 @@ async def build_server(
 
     Args:
         config: the settings.
-        authenticator: knows who calls; None: everyone is anonymous.
+        certificates: whose the certificates of clients are.
+        authenticator: knows who calls, where the settings name no credentials; None: everyone is
+            anonymous there.
         limits: of the tenants.
 
     Raises:
@@ -461,8 +511,8 @@ async def build_server(
         CredentialsInvalid: tokens, or keys of JWTs, can't be read.
         StoreOpenError: the store is not to be had.
     """
-    identities = bool(config.tokens_file) or authenticator is not None
-    check_exposure(config, tls=False, identities=identities)
+    identities = config.tokens_file or config.jwt_jwks or certificates or authenticator
+    check_exposure(config, identities=bool(identities))
     if config.device != "cpu":
         check_accelerator(config.device)
     check_runtime(Runtime(config.engine))
@@ -470,13 +520,13 @@ async def build_server(
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
-    credentials, tls = _credentials(config), _tls(config)
+    credentials, files = await _credentials(config, certificates), tls_files(config)
     return Server(
         config,
         catalog,
         store=await _store(config),
         keys=keys,
-        tls=tls,
+        tls=ServerTls(files) if files is not None else None,
         credentials=credentials,
         authenticator=authenticator,
         limits=limits,
@@ -487,11 +537,14 @@ async def build_server(
 async def running_server(
     config: ServerConfig,
     *,
+    certificates: Sequence[CertificateRule] = (),
     authenticator: Authenticator | None = None,
     limits: LimitTable | None = None,
 ) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained at its end; see `build_server`."""
-    server = await build_server(config, authenticator=authenticator, limits=limits)
+    server = await build_server(
+        config, certificates=certificates, authenticator=authenticator, limits=limits
+    )
     try:
         await server.start()
         yield server
@@ -500,15 +553,36 @@ async def running_server(
         await server.stop()
 
 
-def _credentials(config: ServerConfig) -> Credentials | None:
+async def _credentials(
+    config: ServerConfig, certificates: Sequence[CertificateRule]
+) -> Credentials | None:
     """What callers are known by, if anything is configured.
 
     Raises:
-        CredentialsInvalid: it can't be read.
+        CredentialsInvalid: a file of it can't be read.
     """
-    if not config.tokens_file:
+    if not config.tokens_file and not config.jwt_jwks and not certificates:
         return None
-    return Credentials(tokens=TokenFile(config.tokens_file))
+    return Credentials(
+        tokens=TokenFile(config.tokens_file) if config.tokens_file else None,
+        jwts=await _web_tokens(config) if config.jwt_jwks else None,
+        certificates=CertificateMapping(certificates) if certificates else None,
+    )
+
+
+async def _web_tokens(config: ServerConfig) -> WebTokens:
+    settings = JwtSettings(
+        issuer=config.jwt_issuer,
+        audience=config.jwt_audience,
+        tenant_claim=config.jwt_tenant_claim,
+        scopes_claim=config.jwt_scopes_claim,
+        leeway_seconds=config.jwt_leeway,
+    )
+    if "://" in config.jwt_jwks:  # read in the background: its provider may be away now
+        return WebTokens(settings, KeyRing(KeyUrl(config.jwt_jwks)))
+    keys = KeyRing(KeyFile(config.jwt_jwks))
+    await keys.read_now()
+    return WebTokens(settings, keys)
 
 
 async def _store(config: ServerConfig) -> SessionStore:
@@ -521,14 +595,6 @@ async def _store(config: ServerConfig) -> SessionStore:
         unix_time=time.time,
         fsync=config.store_fsync,
     )
-
-
-def _tls(config: ServerConfig) -> ServerTls | None:
-    if not config.tls_cert:
-        return None
-    authority = Path(config.tls_client_ca) if config.tls_client_ca else None
-    client_auth = ClientAuth(config.client_auth)
-    return ServerTls(TlsFiles(Path(config.tls_cert), Path(config.tls_key), authority, client_auth))
 
 
 def _add_port(server: Any, config: ServerConfig, tls: ServerTls | None) -> int:
@@ -585,11 +651,17 @@ def _calm_collector() -> None:
     gc.set_threshold(5_000, 20, 100)
 
 
-async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> bool:
+async def serve(
+    load: Load, configuration: Configuration, announce: Callable[[Server], None]
+) -> bool:
     """Runs a server until a signal: the first one drains it, a second one cuts that short.
 
+    With a configuration file, SIGHUP reloads that; without one, and when the terminal of the server
+    closes, it drains as the others do.
+
     Args:
-        config: the settings.
+        load: makes the configuration anew.
+        configuration: what it has made for the start.
         announce: called once, when the server listens.
 
     Returns:
@@ -597,14 +669,22 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
     """
     signals = asyncio.Semaphore(0)
     loop = asyncio.get_running_loop()
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
-    for number in numbers:
+    for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.release)
-    server = await build_server(config)
+    listens_to_hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as under nohup
+    if listens_to_hangup:
+        loop.add_signal_handler(signal.SIGHUP, signals.release)
+    server = await build_server(
+        configuration.server,
+        certificates=configuration.certificates,
+        limits=configuration.limits,
+    )
     try:
         await server.start()
+        if configuration.file:
+            reloader = server.reload_with(load, configuration)
+            if listens_to_hangup:
+                loop.add_signal_handler(signal.SIGHUP, _hung_up(reloader, signals.release))
         _calm_collector()
         announce(server)
         await signals.acquire()
@@ -617,3 +697,25 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
         return drained.done()
     finally:
         await server.stop()
+
+
+def _hung_up(reloader: ConfigurationReloader, drain: Callable[[], None]) -> Callable[[], None]:
+    """What SIGHUP does: it asks for a reload, unless it says that the terminal has closed."""
+    had_terminal = _has_terminal()
+
+    def hung_up() -> None:
+        if had_terminal and not _has_terminal():
+            drain()
+        else:
+            reloader.ask()
+
+    return hung_up
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal controls this process; one that has closed does not any more."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

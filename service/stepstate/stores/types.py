@@ -205,6 +205,15 @@ class UnreadableSession:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantFull:
+    """A session was not opened, because its tenant may not have one more."""
+
+    open: int
+    """Sessions of the tenant that are open, on all servers of the store."""
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
 class SaveRequest:
     """One session to save."""
 
@@ -303,7 +312,8 @@ def _integer(name: str, value: object, end: int) -> int:
 def _record_of(key: SessionKey, model: str, text: bytes) -> SessionRecord:
     record = SessionRecord.from_json(text)
     if (record.key, record.model_key) != (key, model):
-        raise ValueError(f"it has the record of {record.session_id!r} of {record.model_key}")
+        whose = repr(record.session_id) if record.tenant == split_key(key)[0] else "another tenant"
+        raise ValueError(f"it has the record of {whose} of {record.model_key}")
     return record
 
 

@@ -12,7 +12,7 @@ K horizons, Q quantile levels, D inputs, P rows of a scenario.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -108,10 +108,15 @@ class Forecaster:
         self._long = asyncio.Lock()
 
     async def forecast(
-        self, session_ids: Sequence[str], request: ForecastRequest, reserve: Reserve
+        self,
+        session_ids: Sequence[str],
+        request: ForecastRequest,
+        admit: Callable[[int], None],
+        reserve: Reserve,
     ) -> list[list[SessionForecast] | StepstateError]:
         """See `SessionService.forecast`."""
         check_request(session_ids, request)
+        admit(len(session_ids) * max(1, len(request.scenarios)))
         reserve = within_call(reserve)
         reserve(sum(scenario.x.nbytes for scenario in request.scenarios))
         origins = await self._copier.copy(dict.fromkeys(session_ids), reserve)

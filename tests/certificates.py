@@ -33,23 +33,26 @@ class Authority:
         """Its own certificate."""
         return self._own.file
 
-    def issue(self, name: str, alternative_names: str = "") -> Certificate:
+    def issue(self, name: str, alternative_names: str = "", *, age_days: int = 0) -> Certificate:
         """Makes a certificate with this common name.
 
         Args:
             name: the common name, and the name of its files.
             alternative_names: as openssl takes them, such as "DNS:localhost,IP:127.0.0.1".
+            age_days: how long ago it was made; after two days it has expired.
         """
         options = ["-CA", str(self.file), "-CAkey", str(self._own.key)]
         options += ["-addext", "basicConstraints=CA:FALSE"]
         if alternative_names:
             options += ["-addext", f"subjectAltName={alternative_names}"]
-        return self._make(name, *options)
+        return self._make(name, *options, age_days=age_days)
 
-    def _make(self, name: str, *options: str) -> Certificate:
+    def _make(self, name: str, *options: str, age_days: int = 0) -> Certificate:
         made = Certificate(self._folder / f"{name}.pem", self._folder / f"{name}.key")
         command = [self._openssl, "req", "-x509", "-days", "2", "-subj", f"/CN={name}", "-nodes"]
         command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
         command += ["-out", str(made.file), "-keyout", str(made.key), *options]
+        if age_days:
+            command = ["faketime", f"{age_days} days ago", *command]
         subprocess.run(command, check=True, capture_output=True)
         return made

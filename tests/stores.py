@@ -8,6 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from stepstate.errors import StoreUnavailable
+from stepstate.identity import SessionKey, split_key
 from stepstate.stores import (
     Durability,
     EndReason,
@@ -113,14 +114,16 @@ class RedisHome(Home):
         self.empty()
 
 
-def record(session_id: str, model: str = "lstm", start: datetime | None = STARTED) -> SessionRecord:
-    return SessionRecord(session_id, model, "1", FINGERPRINT, 60.0, start, OPENED, Durability.ASYNC)
+def record(key: str, model: str = "lstm", start: datetime | None = STARTED) -> SessionRecord:
+    tenant, session_id = split_key(SessionKey(key))
+    how = (model, "1", FINGERPRINT, 60.0, start, OPENED, Durability.ASYNC)
+    return SessionRecord(session_id, *how, tenant=tenant)
 
 
 async def create(
     home: Home,
     store: SessionStore,
-    session_id: str,
+    key: str,
     model: str = "lstm",
     owner: str = "A",
     *,
@@ -128,7 +131,7 @@ async def create(
 ) -> int:
     """A session that is open for a minute; returns its epoch."""
     epoch = await store.create(
-        record(session_id, model),
+        record(key, model),
         owner=owner,
         t=0,
         expires_at=home.clock() + 60.0,
@@ -139,17 +142,27 @@ async def create(
     return epoch
 
 
-async def acquire(
-    store: SessionStore, session_id: str, owner: str = "B"
-) -> tuple[StoredSession, bytes]:
+async def acquire(store: SessionStore, key: str, owner: str = "B") -> tuple[StoredSession, bytes]:
     """Takes a session that can be taken."""
-    taken = await store.acquire(session_id, owner=owner, fingerprints={FINGERPRINT, "other"})
+    taken = await store.acquire(SessionKey(key), owner=owner, fingerprints={FINGERPRINT, "other"})
     assert isinstance(taken, tuple)
     return taken
 
 
 def saving(
-    home: Home, session_id: str, epoch: int, t: int = 1, snapshot: bytes | None = b"later"
+    home: Home, key: str, epoch: int, t: int = 1, snapshot: bytes | None = b"later"
 ) -> SaveRequest:
     """A save that is as good as its epoch."""
-    return SaveRequest(session_id, epoch, "A", t, home.clock() + 60.0, snapshot)
+    return SaveRequest(SessionKey(key), epoch, "A", t, home.clock() + 60.0, snapshot)
+
+
+async def listed(store: SessionStore, size: int = 100, **which: object) -> list[str]:
+    """The keys of a whole listing, page by page."""
+    keys: list[str] = []
+    token, begun = "", False
+    while token or not begun:
+        entries, token = await store.page(token, size, **which)  # type: ignore[arg-type]
+        assert len(entries) <= size
+        keys += [entry.key for entry in entries]
+        begun = True
+    return keys

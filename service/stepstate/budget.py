@@ -7,8 +7,10 @@ first, and releases them when it is really gone.
 A peer may hold as much as would still be free (the dynamic threshold of A. K. Choudhury and
 E. L. Hahne, "Dynamic queue length thresholds for shared-memory packet switches", 1998): alone it
 gets half, two greedy peers get a third each. So no share has to be set aside for peers that are not
-there. But what one peer after the other takes and never gives back leaves half as much each time:
-so a quarter of the limit is kept for peers that hold little.
+there. Where it is known who calls, all peers of a tenant have one account together, with a limit
+of its own, `memory_bytes`, if that is configured. But what one after the other takes and never
+gives back leaves half as much each time: so a quarter of the limit is kept for those that hold
+little.
 
 `CallMemory` is what one RPC holds of its peer's account: what is left of it when the RPC is done is
 released then, whatever has happened to it.
@@ -17,6 +19,7 @@ released then, whatever has happened to it.
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 from collections import defaultdict, deque
 from contextvars import ContextVar
@@ -26,6 +29,7 @@ from pathlib import Path
 from pydantic import ByteSize, TypeAdapter
 
 from stepstate.errors import MemoryLimit
+from stepstate.tenants import Tenant
 
 SMALLEST_LIMIT = 128 * 2**20
 """Bytes: room for the longest message while it is received and served, beside short ones."""
@@ -93,33 +97,45 @@ class MemoryBudget:
 
 
 class MemoryAccount:
-    """What one peer makes a server hold.
+    """What one peer, or all peers of a tenant, make a server hold.
 
     Args:
         budget: of the server.
+        tenant: whose limit it keeps; None: nobody's.
     """
 
-    __slots__ = ("_budget", "held")
+    __slots__ = ("_budget", "_most", "_tenant", "held")
 
-    def __init__(self, budget: MemoryBudget) -> None:
+    def __init__(self, budget: MemoryBudget, tenant: Tenant | None = None) -> None:
         self._budget = budget
+        self._tenant = tenant
         self.held = 0
         """Bytes reserved now."""
+        self.read_limit()
 
     def fits(self, size: int) -> bool:
         """Whether so many bytes more could be reserved now."""
         budget, total = self._budget, self.held + size
-        return total <= budget.shared - budget.used or (
-            total <= budget.little and size <= budget.limit - budget.used
+        return total <= self._most and (
+            total <= budget.shared - budget.used
+            or (total <= budget.little and size <= budget.limit - budget.used)
         )
+
+    def read_limit(self) -> None:
+        """Keeps the limit that its tenant has now."""
+        most = None if self._tenant is None else self._tenant.limits.memory_bytes
+        self._most = math.inf if most is None else most
 
     def reserve(self, use: MemoryUse, size: int) -> None:
         """Reserves bytes.
 
         Raises:
             MemoryLimit: the peer would hold more than would be free; nothing was reserved.
+            TenantLimitReached: it would be more than its tenant may have.
         """
         budget = self._budget
+        if self._tenant is not None and self.held + size > self._most:
+            self._tenant.refuse("memory_bytes")
         if self.held + size > budget.shared - budget.used and not self.fits(size):
             free = max(0, budget.shared - budget.used)
             raise MemoryLimit(size, self.held, free, budget.limit)

@@ -17,6 +17,7 @@ LONGEST_IDLE_SECONDS = 100 * 366 * 86_400.0
 DURABILITIES = ("none", "async", "sync")
 MAY_BE_ZERO = ("max_connection_age",)
 TRANSPORTS = ("lean", "grpcio")
+CLIENT_AUTHS = ("none", "optional", "required")
 WEIGHTS = ("float32", "bfloat16", "int8")
 ENGINES = ("onnxruntime", "torch")
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
@@ -88,6 +89,29 @@ class ServerConfig:
         "The gRPC server: lean, Stepstate's own, or grpcio.",
         "It costs a fraction of the CPU, and bounds what each connection can hold.",
     )
+    tls_cert: str = _setting(
+        "",
+        "PEM file with the server's certificate, then those between it and its authority. gRPC and "
+        "the metrics port speak TLS then. It is read again when it changes.",
+        "Loopback needs no TLS.",
+    )
+    tls_key: str = _setting(
+        "",
+        "PEM file with the key of tls_cert, without a password. Only the server's user should be "
+        "able to read it.",
+        "Loopback needs no TLS.",
+    )
+    tls_client_ca: str = _setting(
+        "",
+        "PEM file with the authorities that sign the certificates of clients.",
+        "Clients may prove who they are in other ways.",
+    )
+    tls_client_auth: str = _setting(
+        "",
+        "Whether clients must show a certificate of tls_client_ca: none, optional or required. "
+        "Empty: required if tls_client_ca is given. /healthz needs none.",
+        "Who names an authority for clients wants them to be checked.",
+    )
     max_concurrent_streams: int = _setting(
         1024,
         "Most calls of one connection at a time; further ones wait in the client. A StreamSteps "
@@ -132,6 +156,12 @@ class ServerConfig:
         "File with the password of Redis, such as a mounted secret; a line break at its end is not "
         "part of it. Or set STEPSTATE_STORE_PASSWORD to the password itself.",
         "A Redis that only this server can reach needs none.",
+    )
+    store_ca_file: str = _setting(
+        "",
+        "PEM file with the authorities of Redis's certificate, for rediss://. Empty: those of the "
+        "system.",
+        "A Redis of a cloud provider often has a certificate of a public authority.",
     )
     store_fsync: bool = _setting(
         False,  # noqa: FBT003 - a default
@@ -287,6 +317,7 @@ class ServerConfig:
         _check_one_of("transport", self.transport, TRANSPORTS)
         _check_one_of("weights", self.weights, WEIGHTS)
         _check_one_of("engine", self.engine, ENGINES)
+        self._check_tls()
         _check_one_of("log_level", self.log_level, LOG_LEVELS)
         _check_one_of("log_format", self.log_format, LOG_FORMATS)
         self._check_password()
@@ -296,6 +327,32 @@ class ServerConfig:
         self._check_numbers()
         self._check_idle_timeouts()
 
+    def _check_tls(self) -> None:
+        for name, needed in (
+            ("tls_cert", "tls_key"),
+            ("tls_key", "tls_cert"),
+            ("tls_client_ca", "tls_cert"),
+        ):
+            if getattr(self, name) and not getattr(self, needed):
+                raise ConfigError(f"{name} is given without {needed}: give both, or neither")
+        if self.tls_client_auth:
+            _check_one_of("tls_client_auth", self.tls_client_auth, CLIENT_AUTHS)
+        if self.client_auth != "none" and not self.tls_client_ca:
+            raise ConfigError(
+                f"tls_client_auth is {self.tls_client_auth} without tls_client_ca, which signs the "
+                "certificates of clients: give it, too"
+            )
+        if self.client_auth == "optional" and self.transport == "grpcio":
+            raise ConfigError(
+                "tls_client_auth is optional, which the transport grpcio can't do: choose required "
+                "or none, or the transport lean"
+            )
+
+    @property
+    def client_auth(self) -> str:
+        """Of `CLIENT_AUTHS`: `tls_client_auth`, or what it is if it is empty."""
+        return self.tls_client_auth or ("required" if self.tls_client_ca else "none")
+
     def _check_password(self) -> None:
         given = [n for n in ("store_password", "store_password_file") if getattr(self, n)]
         if _PASSWORD.search(self.store):
@@ -304,6 +361,8 @@ class ServerConfig:
             raise ConfigError(f"the store's password is in {' and '.join(given)}: give it once")
         if given and not self.store.startswith("redis"):
             raise ConfigError(f"{given[0]} is for Redis, and store is another one: leave it out")
+        if self.store_ca_file and not self.store.startswith("rediss"):
+            raise ConfigError("store_ca_file is for a store with rediss://: leave it out")
 
     def _check_device(self) -> None:
         if not _DEVICE.fullmatch(self.device):

@@ -32,6 +32,7 @@
     │   ├── QueueFull
     │   ├── MemoryLimit         the client makes the server hold too many bytes
     │   ├── TooManyCalls        the client has too many calls under way
+    │   ├── TenantLimitReached  a tenant has, or asks for, as much as it may
     │   ├── TooManyAuthFailures too many credentials of this client proved nothing
     │   ├── KeysUnavailable     the key of a JWT is not known yet
     │   ├── Draining
@@ -46,6 +47,7 @@
         ├── RuntimeUnavailable  a package of the engine is not installed
         ├── StoreOpenError      the store can't be opened
         ├── SnapshotKeyInvalid  the keys of snapshots can't be read
+        ├── TlsInvalid          a certificate or its key can't be used
         ├── CredentialsInvalid  tokens, or keys of JWTs, can't be read
         ├── ListenError         an address can't be listened on
         └── InsecureAddress     other machines could reach sessions that nothing protects
@@ -478,6 +480,26 @@ class TooManyCalls(Unavailable, reason="TOO_MANY_CALLS"):
 
 
 @dataclass(eq=False)
+class TenantLimitReached(Unavailable, reason="TENANT_LIMIT"):
+    """A tenant has, or asks for, as much as it may."""
+
+    tenant: str
+    """Whose limit it is; empty: of all tenants together."""
+    limit: str
+    """Its name, as in the configuration."""
+    value: float
+    retry_after_seconds: float
+
+    def __str__(self) -> str:
+        owner = f"tenant {self.tenant!r} has" if self.tenant else "all tenants together have"
+        return (
+            f"{owner} reached {self.limit} = {self.value:g}; nothing was applied: retry after "
+            f"{self.retry_after_seconds:g} s, ask for less, or ask whoever runs the server for a "
+            "higher limit"
+        )
+
+
+@dataclass(eq=False)
 class TooManyAuthFailures(Unavailable, reason="TOO_MANY_AUTH_FAILURES"):
     """Many credentials from the client's address proved nothing: none is checked for now."""
 
@@ -633,6 +655,16 @@ class SnapshotKeyInvalid(StartError):
         "--snapshot-key {file}: {problem}; write one key a line, such as from "
         "`openssl rand -hex 32`"
     )
+    file: str
+    problem: str
+
+
+@dataclass(eq=False)
+class TlsInvalid(StartError):
+    """A certificate, its key or the authority of clients can't be used."""
+
+    message = "{option} {file}: {problem}"
+    option: str
     file: str
     problem: str
 

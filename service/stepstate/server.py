@@ -6,12 +6,14 @@ import asyncio
 import enum
 import gc
 import logging
+import os
 import secrets
 import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
@@ -23,7 +25,9 @@ from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector,
 from stepstate.auth import Credentials, TokenFile
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
-from stepstate.configuration import check_exposure
+from stepstate.configuration import Configuration, Load, check_exposure
+from stepstate.configuration.checks import tls_files
+from stepstate.configuration.reload import ConfigurationReloader
 from stepstate.engine import (
     EngineSettings,
     Precision,
@@ -40,6 +44,8 @@ from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store, read_password
+from stepstate.tenants import LimitTable, TenantTable
+from stepstate.tls import ServerTls
 from stepstate.transport import (
     MAX_MESSAGE_BYTES,
     Authenticator,
@@ -55,6 +61,7 @@ from stepstate.transport import (
     StepstateServicer,
     add_reflection,
     add_service,
+    grpcio_credentials,
     parse_stepstate,
     read_keys,
 )
@@ -127,13 +134,17 @@ class Server:
         *,
         store: SessionStore,
         keys: SnapshotKeys,
+        tls: ServerTls | None = None,
         credentials: Credentials | None = None,
         authenticator: Authenticator | None = None,
+        limits: LimitTable | None = None,
     ) -> None:
         use_one_thread()
         self.state = ServerState.STARTING
         self.address = ""
         self.metrics_address = ""
+        self.tls = tls
+        """Of both ports; None: plain text."""
         self._config = config
         self._store = store
         self._precision = Precision(config.weights)
@@ -147,6 +158,7 @@ class Server:
         received = self.receiver.budget.limit + self.receiver.windows.limit
         self.memory = MemoryBudget(memory_limit - received)
         """What clients make it hold, beside what is being received."""
+        self.tenants = TenantTable(limits)
         self.sessions = self._wire_sessions(catalog)
         self._registry.register(
             MetricsCollector(
@@ -163,12 +175,15 @@ class Server:
                 },
                 memory=self.memory,
                 skipped_models=len(catalog.skipped),
+                tls=tls,
             )
         )
         for standard in (ProcessCollector, PlatformCollector, GCCollector):
             standard(registry=self._registry)
-        peers = PeerTable(self.memory, self.receiver.budget, config.trusted_networks)
-        admission = CallAdmission(peers, self._metrics)
+        self.peers = PeerTable(
+            self.memory, self.receiver.budget, config.trusted_networks, self.tenants
+        )
+        admission = CallAdmission(self.peers, self._metrics)
         expected = ExpectedRows(self.sessions.table.limit)
         backend = Backend(self.sessions, self._metrics, admission, expected)
         self._servicer = StepstateServicer(backend, keys)
@@ -188,6 +203,10 @@ class Server:
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
         self._drained: asyncio.Task[None] | None = None
+
+    def set_limits(self, limits: LimitTable) -> None:
+        """Changes the limits of all tenants, from the next request on."""
+        self.peers.set_limits(limits)
 
     async def start(self) -> None:
         """Listens, then says that it serves.
@@ -216,6 +235,8 @@ class Server:
             Trimmer(lambda: self.memory.used).run,
         )
         self._tasks = [asyncio.create_task(loop()) for loop in loops]
+        if self.tls is not None:
+            self._tasks.append(asyncio.create_task(self.tls.watch()))
         if self.credentials is not None:
             self._tasks.append(asyncio.create_task(self._watch_credentials(self.credentials)))
         if self._store.durable:
@@ -225,6 +246,15 @@ class Server:
         for service in ("", *services, STORE_SERVICE):
             await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self.state = ServerState.SERVING
+
+    async def apply(self, configuration: Configuration) -> None:
+        """Puts what can be reloaded into use; the files that it names were found to be usable."""
+        logging.getLogger().setLevel(configuration.server.log_level)
+        self.set_limits(configuration.limits)
+        if self.tls is not None:
+            await asyncio.to_thread(self.tls.reload)
+        if self.credentials is not None:
+            await self.credentials.refresh(force=True)
 
     async def drain(self) -> None:
         """Stops in order, and loses nothing that was accepted. Further calls wait for the first.
@@ -238,6 +268,18 @@ class Server:
         if self._drained is None:
             self._drained = asyncio.create_task(self._drain())
         await asyncio.shield(self._drained)
+
+    def reload_with(self, load: Load, configuration: Configuration) -> ConfigurationReloader:
+        """Lets a running server reload its configuration when the file of it changes.
+
+        Args:
+            load: makes the configuration anew.
+            configuration: the one with which it has started.
+        """
+        file = Path(configuration.file)
+        reloader = ConfigurationReloader(file, load, configuration, self.apply, self._metrics)
+        self._tasks.append(asyncio.create_task(reloader.run()))
+        return reloader
 
     async def stop(self, grace_seconds: float = 0.0) -> None:
         """Stops: calls that are not done within the grace are cut."""
@@ -340,7 +382,7 @@ class Server:
 
     def _listen_grpc(self) -> str:
         try:
-            port = self._grpc.add_insecure_port(self._config.listen)
+            port = _add_port(self._grpc, self._config, self.tls)
         except RuntimeError as error:
             raise ListenError("--listen", self._config.listen, str(error)) from error
         return f"{self._config.listen.rpartition(':')[0]}:{port}"
@@ -349,7 +391,11 @@ class Server:
         host, port = split_address(self._config.metrics_listen)
         try:
             self._http = start_http(
-                host, port, self._registry, serving=lambda: self.state is ServerState.SERVING
+                host,
+                port,
+                self._registry,
+                serving=lambda: self.state is ServerState.SERVING,
+                tls=self.tls,
             )
         except OSError as error:
             address = self._config.metrics_listen
@@ -387,6 +433,7 @@ class Server:
     async def _tick(self) -> None:
         while True:
             UPTIME.heartbeat()
+            self.tenants.forget_idle()
             await self._report_store_health()
             await asyncio.sleep(TICK_SECONDS)
 
@@ -416,13 +463,17 @@ class Server:
 
 
 async def build_server(
-    config: ServerConfig, *, authenticator: Authenticator | None = None
+    config: ServerConfig,
+    *,
+    authenticator: Authenticator | None = None,
+    limits: LimitTable | None = None,
 ) -> Server:
     """A server that is to be started; where there are no models, nothing is left behind.
 
     Args:
         config: the settings.
         authenticator: knows who calls; None: everyone is anonymous.
+        limits: of the tenants.
 
     Raises:
         InsecureAddress: other machines could reach sessions that nothing protects.
@@ -430,11 +481,12 @@ async def build_server(
         DeviceUnavailable: the device is not here.
         RuntimeUnavailable: a package of the engine is not installed.
         SnapshotKeyInvalid: the keys of snapshots can't be read.
+        TlsInvalid: the certificate, its key or the authority of clients can't be used.
         CredentialsInvalid: tokens, or keys of JWTs, can't be read.
         StoreOpenError: the store is not to be had.
     """
     identities = bool(config.tokens_file) or authenticator is not None
-    check_exposure(config, tls=False, identities=identities)
+    check_exposure(config, identities=identities)
     if config.device != "cpu":
         check_accelerator(config.device)
     check_runtime(Runtime(config.engine))
@@ -442,23 +494,28 @@ async def build_server(
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
-    credentials = _credentials(config)
+    credentials, files = _credentials(config), tls_files(config)
     return Server(
         config,
         catalog,
         store=await _store(config),
         keys=keys,
+        tls=ServerTls(files) if files is not None else None,
         credentials=credentials,
         authenticator=authenticator,
+        limits=limits,
     )
 
 
 @asynccontextmanager
 async def running_server(
-    config: ServerConfig, *, authenticator: Authenticator | None = None
+    config: ServerConfig,
+    *,
+    authenticator: Authenticator | None = None,
+    limits: LimitTable | None = None,
 ) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained at its end; see `build_server`."""
-    server = await build_server(config, authenticator=authenticator)
+    server = await build_server(config, authenticator=authenticator, limits=limits)
     try:
         await server.start()
         yield server
@@ -483,10 +540,26 @@ async def _store(config: ServerConfig) -> SessionStore:
     return await open_store(
         config.store,
         password=read_password(file) if file else config.store_password,
+        ca_file=config.store_ca_file,
         clock=UPTIME,
         unix_time=time.time,
         fsync=config.store_fsync,
     )
+
+
+def _add_port(server: Any, config: ServerConfig, tls: ServerTls | None) -> int:
+    """Listens with TLS or without; returns the port.
+
+    Raises:
+        RuntimeError: it can't.
+    """
+    if tls is None:
+        port: int = server.add_insecure_port(config.listen)
+    elif config.transport == "grpcio":
+        port = server.add_secure_port(config.listen, grpcio_credentials(tls))
+    else:
+        port = server.add_secure_port(config.listen, lambda: tls.current.http2)
+    return port
 
 
 def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiver: Receiver) -> Any:
@@ -528,11 +601,17 @@ def _calm_collector() -> None:
     gc.set_threshold(5_000, 20, 100)
 
 
-async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> bool:
+async def serve(
+    load: Load, configuration: Configuration, announce: Callable[[Server], None]
+) -> bool:
     """Runs a server until a signal: the first one drains it, a second one cuts that short.
 
+    With a configuration file, SIGHUP reloads that; without one, and when the terminal of the server
+    closes, it drains as the others do.
+
     Args:
-        config: the settings.
+        load: makes the configuration anew.
+        configuration: what it has made for the start.
         announce: called once, when the server listens.
 
     Returns:
@@ -540,14 +619,18 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
     """
     signals = asyncio.Semaphore(0)
     loop = asyncio.get_running_loop()
-    numbers = [signal.SIGTERM, signal.SIGINT]
-    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
-        numbers.append(signal.SIGHUP)
-    for number in numbers:
+    for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, signals.release)
-    server = await build_server(config)
+    listens_to_hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as under nohup
+    if listens_to_hangup:
+        loop.add_signal_handler(signal.SIGHUP, signals.release)
+    server = await build_server(configuration.server, limits=configuration.limits)
     try:
         await server.start()
+        if configuration.file:
+            reloader = server.reload_with(load, configuration)
+            if listens_to_hangup:
+                loop.add_signal_handler(signal.SIGHUP, _hung_up(reloader, signals.release))
         _calm_collector()
         announce(server)
         await signals.acquire()
@@ -560,3 +643,25 @@ async def serve(config: ServerConfig, announce: Callable[[Server], None]) -> boo
         return drained.done()
     finally:
         await server.stop()
+
+
+def _hung_up(reloader: ConfigurationReloader, drain: Callable[[], None]) -> Callable[[], None]:
+    """What SIGHUP does: it asks for a reload, unless it says that the terminal has closed."""
+    had_terminal = _has_terminal()
+
+    def hung_up() -> None:
+        if had_terminal and not _has_terminal():
+            drain()
+        else:
+            reloader.ask()
+
+    return hung_up
+
+
+def _has_terminal() -> bool:
+    """Whether a terminal controls this process; one that has closed does not any more."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

@@ -73,7 +73,7 @@ async def _serve(certificate: Certificate, pipe: Connection) -> None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(certificate.file, certificate.key)
     server = H2Server(times=ConnectionTimes(handshake=HANDSHAKE_SECONDS))
-    port = server.add_secure_port("127.0.0.1:0", context)
+    port = server.add_secure_port("127.0.0.1:0", lambda: context)
     await server.start()
     pipe.send(port)
     asyncio.get_running_loop().add_reader(pipe.fileno(), _measure, pipe)

@@ -116,7 +116,7 @@ async def serve(port: int, folder: Path | None) -> None:
         made = authority.issue("localhost", "DNS:localhost")
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(made.file, made.key)
-        print(server.add_secure_port(address, context), authority.file)
+        print(server.add_secure_port(address, lambda: context), authority.file)
     await server.start()
     sys.stdout.flush()
     await server.wait_for_termination()

@@ -62,7 +62,7 @@ def test_h2spec_on_tls(
     context.load_cert_chain(certificate.file, certificate.key)
 
     def add_port(server: H2Server, address: str) -> int:
-        return server.add_secure_port(address, context)
+        return server.add_secure_port(address, lambda: context)
 
     monkeypatch.setattr(H2Server, "add_insecure_port", add_port)
     with asyncio.Runner(loop_factory=ServerLoop) as runner:

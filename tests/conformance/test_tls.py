@@ -91,7 +91,7 @@ async def serving(
     if context is None:
         port = server.add_insecure_port(address)
     else:
-        port = server.add_secure_port(address, context)
+        port = server.add_secure_port(address, lambda: context)
     await server.start()
     try:
         yield port
@@ -106,7 +106,7 @@ async def under_way(
     """A server, and a connection to it that has been accepted and has sent nothing."""
     server = H2Server(times=ConnectionTimes(handshake=60.0))
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test.Echo", METHODS)])
-    port = server.add_secure_port("127.0.0.1:0", context)
+    port = server.add_secure_port("127.0.0.1:0", lambda: context)
     await server.start()
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     await asyncio.sleep(0.1)

@@ -66,7 +66,7 @@ async def test_a_restart_of_redis_fails_no_call_that_comes_after_it(home, server
     for call in calls:
         server.restart()
         assert await call()
-    assert await store.count() == {"lstm/1": 1}
+    assert await store.count() == {("default", "lstm/1"): 1}
 
 
 async def test_without_redis_each_call_says_so_at_once_until_it_is_back(home, server):
@@ -128,7 +128,7 @@ async def test_a_call_whose_answer_was_lost_is_sent_again_and_acts_once(far_home
     assert (entry.owner, entry.epoch, snapshot) == ("A", first + 1, SNAPSHOT)
     assert (await store.find("a")).epoch == first + 1
     assert await losing(store.save([saving(home, "a", first + 1, t=3)])) == [SaveResult.DONE]
-    assert await losing(store.count()) == {"lstm/1": 1}
+    assert await losing(store.count()) == {("default", "lstm/1"): 1}
     assert await losing(store.end("a", first + 1, CLOSED)) is True
     assert await store.end("a", first + 1, CLOSED) is False
     assert await store.count() == {}
@@ -274,7 +274,7 @@ async def test_sessions_whose_keys_are_gone_are_not_counted(home, server):
         client.delete(keys.session("a"), keys.session("b"))
     await home.pass_time(61)
     assert [e.record.session_id for e in await store.overdue(home.clock(), 10)] == ["c"]
-    assert await store.count() == {"lstm/1": 1}
+    assert await store.count() == {("default", "lstm/1"): 1}
     assert [e.record.session_id for e in (await store.page("", 10))[0]] == ["c"]
 
 
@@ -284,7 +284,7 @@ async def test_a_session_that_went_by_itself_may_come_again_with_another_model(h
     server.command("DEL", keys.session("a"))
     await create(home, store, "a", model="gru")
     assert [e.record.model for e in (await store.page("", 10))[0]] == ["gru"]
-    assert await store.count() == {"gru/1": 1}
+    assert await store.count() == {("default", "gru/1"): 1}
 
 
 async def test_passwords_are_used_and_never_told(server, caplog):

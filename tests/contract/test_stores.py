@@ -47,7 +47,7 @@ async def test_an_id_that_is_open_is_not_created_again(home, store):
     other = replace(record("a"), model="gru")
     held = await store.create(other, owner="B", t=9, expires_at=home.clock() + 9, snapshot=b"")
     assert held == await store.find("a") == before
-    assert await store.count() == {"lstm/1": 1}
+    assert await store.count() == {("default", "lstm/1"): 1}
 
 
 async def test_a_session_past_its_time_is_replaced_on_request_with_a_higher_epoch(home, store):
@@ -61,7 +61,7 @@ async def test_a_session_past_its_time_is_replaced_on_request_with_a_higher_epoc
     assert second > first
     found = await store.find("a")
     assert (found.record.model, found.owner, found.t) == ("gru", "B", 0)
-    assert await store.count() == {"gru/1": 1}
+    assert await store.count() == {("default", "gru/1"): 1}
     assert await store.save([saving(home, "a", first)]) == [SaveResult.FENCED]
 
 
@@ -201,9 +201,9 @@ async def test_a_session_that_was_lengthened_and_shortened_is_overdue_by_its_las
 async def test_open_sessions_are_counted_by_model(home, store):
     for name, model in (("a", "lstm"), ("b", "gru"), ("c", "lstm")):
         epoch = await create(home, store, name, model)
-    assert await store.count() == {"lstm/1": 2, "gru/1": 1}
+    assert await store.count() == {("default", "lstm/1"): 2, ("default", "gru/1"): 1}
     assert await store.end("c", epoch, CLOSED)
-    assert await store.count() == {"lstm/1": 1, "gru/1": 1}
+    assert await store.count() == {("default", "lstm/1"): 1, ("default", "gru/1"): 1}
 
 
 @pytest.mark.parametrize("size", [1, 4, 1000])
@@ -273,4 +273,4 @@ async def test_a_probe_leaves_sessions_as_they_are(home, store):
     for _ in range(2):
         await store.probe()
     assert await store.find("a") == before
-    assert await store.count() == {"lstm/1": 1}
+    assert await store.count() == {("default", "lstm/1"): 1}

@@ -103,7 +103,7 @@ async def test_an_expired_session_is_kept_whole_and_out_of_the_way(home, store):
     assert found.epoch > epoch
     assert found.delete_at == pytest.approx(store.now() + GRACE)
     assert await store.acquire("a", owner="B", fingerprints={FINGERPRINT}) == found
-    assert await store.count() == {"lstm/1": 1}
+    assert await store.count() == {("default", "lstm/1"): 1}
     assert await store.count_expired() == 1
     assert [e.record.session_id for e in (await store.page("", 9))[0]] == ["b"]
     assert await store.overdue(store.now() + 1e6, 9) == [await store.find("b")]
@@ -131,7 +131,7 @@ async def test_a_restored_session_is_as_it_was(home, store):
     assert found == replace(marked, epoch=found.epoch, expires_at=found.expires_at, delete_at=None)
     assert found.expires_at == pytest.approx(until)
     assert found.epoch > marked.epoch
-    assert await store.count() == {"lstm/1": 1}
+    assert await store.count() == {("default", "lstm/1"): 1}
     assert await store.count_expired() == 0
     assert not await store.restore("a", marked.epoch, expires_at=until)
     entry, snapshot = await acquire(store, "a")
@@ -189,7 +189,7 @@ async def test_an_expired_session_is_replaced_on_request(home, store):
     marked = await store.find("a")
     epoch = await create(home, store, "a", model="gru", replacing=marked.epoch)
     assert epoch > marked.epoch
-    assert await store.count() == {"gru/1": 1}
+    assert await store.count() == {("default", "gru/1"): 1}
     assert await store.count_expired() == 0
 
 
@@ -206,7 +206,7 @@ async def test_each_of_many_that_expire_together_has_its_own_verdict(home, store
     }
     assert verdicts == [*wanted.values(), SaveResult.MISSING]
     assert await store.count_expired() == 598
-    assert await store.count() == {"lstm/1": 1}
+    assert await store.count() == {("default", "lstm/1"): 1}
 
 
 async def test_of_many_servers_one_restores_a_session(home, store):

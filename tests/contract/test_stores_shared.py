@@ -67,7 +67,7 @@ async def test_what_one_server_writes_another_reads(home):
     assert await one.save([saving(home, "a", epoch)]) == [SaveResult.FENCED]
     assert await other.save([saving(home, "a", entry.epoch, t=9)]) == [SaveResult.DONE]
     assert (await one.find("a")).t == 9
-    assert await one.count() == {"lstm/1": 1}
+    assert await one.count() == {("default", "lstm/1"): 1}
 
 
 async def test_a_store_that_lost_everything_gives_no_epoch_again(home, store):

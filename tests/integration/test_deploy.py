@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import ssl
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from stepstate.config import ServerConfig
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
+from tests.certificates import Authority, Certificate
+from tests.credentials import token
 from tests.integration.prometheus import DASHBOARD, DEPLOY, filled, panels
 from tests.networks import Network
 from tests.offline import forecasting_network
@@ -53,13 +56,24 @@ def _alert_expressions() -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def exposed(networks: dict[str, Network], tmp_path_factory: pytest.TempPathFactory) -> str:
-    """/metrics of a server that was used and refused something; one of its models tracks."""
+def exposed(
+    networks: dict[str, Network],
+    tmp_path_factory: pytest.TempPathFactory,
+    authority: Authority,
+    certificate: Certificate,
+) -> str:
+    """/metrics of a server with TLS and tokens that was used and refused something."""
     root = tmp_path_factory.mktemp("models")
     for network in (networks["lstm"], forecasting_network()):
         network.write(root)
-    with server_process("--models", str(root)) as server:
-        with grpc.insecure_channel(server.address) as channel:
+    tls = ("--tls-cert", str(certificate.file), "--tls-key", str(certificate.key))
+    trusting = grpc.ssl_channel_credentials(authority.file.read_bytes())
+    tokens = tmp_path_factory.mktemp("tokens") / "tokens.json"
+    caller = grpc.access_token_call_credentials(token(tokens))
+    options = ("--models", str(root), *tls, "--tokens-file", str(tokens))
+    with server_process(*options) as server:
+        both = grpc.composite_channel_credentials(trusting, caller)
+        with grpc.secure_channel(server.address, both) as channel:
             stub = StepstateServiceStub(channel)
             for name in ("one", "two"):
                 stub.OpenSession(pb.OpenSessionRequest(session_id=name, model="lstm"))
@@ -67,7 +81,8 @@ def exposed(networks: dict[str, Network], tmp_path_factory: pytest.TempPathFacto
             stub.CloseSession(pb.CloseSessionRequest(session_id="two"))
             with pytest.raises(grpc.RpcError):
                 stub.Step(pb.StepRequest(session_id="one", t=9, x=[0.0] * 3))
-        with urlopen(server.metrics_url) as answer:
+        context = ssl.create_default_context(cafile=authority.file)
+        with urlopen(server.metrics_url, context=context) as answer:
             return answer.read().decode()
 
 

@@ -152,7 +152,7 @@ async def survive(home: FileHome | RedisHome | MemoryHome, damage: object) -> No
     assert isinstance(y[1], (np.ndarray, *TYPED)), y[1]
     await sessions.sweep()
     counts = await store.count()
-    assert counts.get("lstm/1", 0) >= len(GOOD)
+    assert counts.get(("default", "lstm/1"), 0) >= len(GOOD)
     assert sessions.unreadable_sessions <= 1
 
     listed = await second.listed()

@@ -172,7 +172,7 @@ async def survive(home: FileHome | RedisHome | MemoryHome, which: int, edit: dic
     await second.rig.sessions.start()
     await used(second)
     await works(second, STEPPED + 1)
-    assert (await store.count())[MODELS[which].key] == 3
+    assert (await store.count())["default", MODELS[which].key] == 3
     await second.close(ODD)
     assert set(await second.listed()) == {"a", "b"}
     assert second.rig.sessions.unreadable_sessions == 0

@@ -7,6 +7,7 @@ import pytest
 from stepstate.config import MAY_BE_ZERO, WEIGHTS, ConfigError, ServerConfig, split_address
 from stepstate.engine import Precision
 
+TLS = {"tls_cert": "c", "tls_key": "k", "tls_client_ca": "a"}
 NUMBERS = [
     field.name
     for field in dataclasses.fields(ServerConfig)
@@ -80,3 +81,30 @@ def test_every_setting_has_its_help_and_the_reason_for_its_default():
     for setting in dataclasses.fields(ServerConfig):
         assert setting.metadata["help"]
         assert setting.metadata["reason"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"tls_cert": "c"}, "tls_cert is given without tls_key"),
+        ({"tls_key": "k"}, "tls_key is given without tls_cert"),
+        ({"tls_client_ca": "a"}, "tls_client_ca is given without tls_cert"),
+        ({"tls_client_auth": "required"}, "required without tls_client_ca"),
+        ({"tls_client_auth": "optional"}, "optional without tls_client_ca"),
+        ({"tls_client_auth": "other"}, "expected none or optional or required"),
+        (
+            {**TLS, "tls_client_auth": "optional", "transport": "grpcio"},
+            "optional, which the transport grpcio can't do",
+        ),
+        ({"store_ca_file": "a", "store": "redis://h"}, "store_ca_file is for a store with rediss"),
+    ],
+)
+def test_tls_settings_that_do_not_fit_together_are_refused(settings, problem):
+    with pytest.raises(ConfigError, match=problem):
+        ServerConfig(**settings)
+
+
+def test_an_authority_of_clients_means_that_they_need_a_certificate():
+    assert ServerConfig().client_auth == "none"
+    assert ServerConfig(**TLS).client_auth == "required"
+    assert ServerConfig(**TLS, tls_client_auth="none").client_auth == "none"

@@ -75,6 +75,7 @@ WHAT_NEXT = {
     errors.QueueFull: "retry after 0.3 s",
     errors.MemoryLimit: "retry after 0.3 s, read the replies",
     errors.TooManyCalls: "retry after 0.3 s, and have fewer under way",
+    errors.TenantLimitReached: "retry after 0.3 s, ask for less",
     errors.TooManyAuthFailures: "with one that does",
     errors.KeysUnavailable: "retry after 0.3 s",
     errors.Draining: "retry on another server",
@@ -101,6 +102,7 @@ def test_every_error_says_what_to_do_next_or_lets_its_maker_say_it():
         errors.CredentialsInvalid,
         ModelInvalid,
         errors.StoreOpenError,
+        errors.TlsInvalid,
     }
     assert set(LEAVES) == set(WHAT_NEXT) | says_it
 

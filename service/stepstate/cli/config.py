@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
-from stepstate.cli.settings import Load, loader, settings_options
+from stepstate.cli.settings import loader, settings_options
 from stepstate.config import ConfigError
-from stepstate.configuration import Configuration, as_toml
+from stepstate.configuration import Configuration, Load, as_toml
 
 _file = click.argument("file", default="", envvar="STEPSTATE_CONFIG")
 _options = partial(settings_options, hidden=True)

@@ -30,9 +30,6 @@ _ORIGINS = {
 
 _PATH = click.Path(path_type=Path)
 
-Load = Callable[[], Configuration]
-"""Reads the file again, and makes the configuration of it and of the same options and variables."""
-
 
 def settings_options(command: Command, *, hidden: bool = False) -> Command:
     """An option for every setting that may be one.
@@ -54,7 +51,7 @@ config_option = option(
 )
 
 
-def loader(config: str, settings: Mapping[str, Any]) -> Load:
+def loader(config: str, settings: Mapping[str, Any]) -> Callable[[], Configuration]:
     """What makes the configuration of the command that runs.
 
     Args:

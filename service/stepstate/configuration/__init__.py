@@ -5,7 +5,14 @@ Rule 2: nothing is guessed. A name that is not known and a value of another type
 Rule 3: no secret is on a command line, in the file, or in what is shown.
 """
 
-from stepstate.configuration.effective import Configuration, Given, SettingOrigin, as_toml, resolve
+from stepstate.configuration.effective import (
+    Configuration,
+    Given,
+    Load,
+    SettingOrigin,
+    as_toml,
+    resolve,
+)
 from stepstate.configuration.exposure import check_exposure
 from stepstate.configuration.file import FileSettings, read_file
 
@@ -13,6 +20,7 @@ __all__ = [
     "Configuration",
     "FileSettings",
     "Given",
+    "Load",
     "SettingOrigin",
     "as_toml",
     "check_exposure",

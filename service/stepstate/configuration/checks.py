@@ -1,8 +1,9 @@
-"""What would stop a server before it listens, found without one."""
+"""What would stop a server before it listens, or a reload, found without doing either."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 from stepstate.auth import TokenFile
 from stepstate.config import ServerConfig
@@ -11,13 +12,36 @@ from stepstate.configuration.exposure import check_exposure
 from stepstate.errors import StartError
 from stepstate.models import load_catalog
 from stepstate.stores import read_password
+from stepstate.tls import ClientAuth, TlsFiles, load_tls
 from stepstate.transport import read_keys
+
+Check = Callable[[], object]
+"""Raises `StartError` with the problem, if there is one."""
 
 
 def problems(configuration: Configuration) -> list[str]:
     """What would stop a server with this configuration; it reads the files that are named."""
+    server = configuration.server
+    return _problems((*_of_reload(server), *_of_start(server)))
+
+
+def problems_of_reload(configuration: Configuration) -> list[str]:
+    """What speaks against putting a configuration into use; it reads files that are read again."""
+    return _problems(_of_reload(configuration.server))
+
+
+def tls_files(config: ServerConfig) -> TlsFiles | None:
+    """The files of TLS; None: the server speaks plain text."""
+    if not config.tls_cert:
+        return None
+    authority = Path(config.tls_client_ca) if config.tls_client_ca else None
+    client_auth = ClientAuth(config.client_auth)
+    return TlsFiles(Path(config.tls_cert), Path(config.tls_key), authority, client_auth)
+
+
+def _problems(checks: Iterable[Check]) -> list[str]:
     found = []
-    for check in _checks(configuration.server):
+    for check in checks:
         try:
             check()
         except StartError as error:
@@ -25,11 +49,17 @@ def problems(configuration: Configuration) -> list[str]:
     return found
 
 
-def _checks(config: ServerConfig) -> Iterator[Callable[[], object]]:
-    yield lambda: check_exposure(config, tls=False, identities=bool(config.tokens_file))
-    yield lambda: load_catalog(config.models, skip_invalid=config.skip_invalid_models)
-    yield lambda: read_keys(config.snapshot_key)
+def _of_reload(config: ServerConfig) -> Iterator[Check]:
+    yield lambda: check_exposure(config, identities=bool(config.tokens_file))
+    files = tls_files(config)
+    if files is not None:
+        yield lambda: load_tls(files)
     if config.tokens_file:
         yield lambda: TokenFile(config.tokens_file)
+
+
+def _of_start(config: ServerConfig) -> Iterator[Check]:
+    yield lambda: load_catalog(config.models, skip_invalid=config.skip_invalid_models)
+    yield lambda: read_keys(config.snapshot_key)
     if config.store_password_file:
         yield lambda: read_password(config.store_password_file)

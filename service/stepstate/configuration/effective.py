@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -47,6 +47,12 @@ class Configuration:
     """By the name of the setting."""
     limits: LimitTable
     """They can be set in the file only."""
+    file: str
+    """Its name; empty: there is none."""
+
+
+Load = Callable[[], Configuration]
+"""Reads the file again, and makes the configuration of it and of the same options and variables."""
 
 
 def resolve(given: Mapping[str, Given], file: FileSettings) -> Configuration:
@@ -66,7 +72,7 @@ def resolve(given: Mapping[str, Given], file: FileSettings) -> Configuration:
         if origins.get(name) is SettingOrigin.FILE:
             raise file.source.error(name, str(error)) from error
         raise
-    return Configuration(server=server, origins=origins, limits=file.limits)
+    return Configuration(server=server, origins=origins, limits=file.limits, file=file.source.name)
 
 
 def as_toml(configuration: Configuration) -> str:

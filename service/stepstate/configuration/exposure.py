@@ -9,7 +9,7 @@ from stepstate.config import ServerConfig, split_address
 from stepstate.errors import InsecureAddress, ListenError
 
 
-def check_exposure(config: ServerConfig, *, tls: bool, identities: bool) -> None:
+def check_exposure(config: ServerConfig, *, identities: bool) -> None:
     """Refuses an address that other machines reach, unless TLS and identities protect the sessions.
 
     The metrics' address is a switch of its own, on loopback unless it is set: what is there can be
@@ -19,7 +19,8 @@ def check_exposure(config: ServerConfig, *, tls: bool, identities: bool) -> None
         InsecureAddress: with the ways out.
         ListenError: the address is none.
     """
-    missing = [what for what, there in (("TLS", tls), ("identities", identities)) if not there]
+    missing = [] if config.tls_cert else ["TLS"]
+    missing += [] if identities else ["identities"]
     if missing and not config.insecure and not is_local(config.listen):
         raise InsecureAddress(config.listen, " and no ".join(missing))
 

@@ -21,7 +21,6 @@ from stepstate.engine.accelerator import check_accelerator
 from stepstate.engine.arena import Layout
 from stepstate.engine.cells import TRACE_NAMES
 from stepstate.engine.engine import Engine, EngineSettings, Observer, use_one_thread
-from stepstate.engine.fair import FairQueue
 from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Method, Plan
 from stepstate.engine.linear import Precision, has_instructions
 from stepstate.engine.network import QuantizationError, measure_loss
@@ -36,7 +35,6 @@ __all__ = [
     "DriftStatus",
     "Engine",
     "EngineSettings",
-    "FairQueue",
     "Floats",
     "ForecastOrigins",
     "ForecastQuality",

@@ -7,7 +7,7 @@ Rule 4: nothing waits for a timer. A turn takes all that is queued, up to the
         batch limit, as soon as a round of the event loop brings no more; what
         arrives while it computes is for the next turn.
 Rule 5: what is more than the limit is taken from its sources in turn (see
-        `fair`). So a source with 10,000 waiting rows delays the row of another
+        `tenants.fair`). So a source with 10,000 waiting rows delays the row of another
         by one micro-batch, and one with 100 long requests gets no more rows of
         a chunk than one with a single one.
 
@@ -35,7 +35,7 @@ from numpy.typing import NDArray
 from stepstate.engine.accelerator import place_states
 from stepstate.engine.arena import Layout
 from stepstate.engine.chunked import Chunk, ChunkedRequest, compute_chunk
-from stepstate.engine.fair import FairQueue, RequestQueue
+from stepstate.engine.fair import RequestQueue
 from stepstate.engine.forecast.intervals import quantiles_of
 from stepstate.engine.forecast.rollout import ForecastOrigins, HorizonForecast, Plan, Rollout
 from stepstate.engine.forward import Forward, ForwardResult
@@ -47,6 +47,7 @@ from stepstate.engine.tracking.scores import ScoreTotals
 from stepstate.engine.tracking.tracker import ForecastQuality, Tracker
 from stepstate.engine.work import CompletionSink, Floats, MicroBatch, P, RowColumns, W, WorkItem
 from stepstate.models import Model, Timeline
+from stepstate.tenants import FairQueue
 
 ROUNDS_TO_A_CHUNK = 4
 """Rounds of the event loop; one without work takes some ten microseconds."""

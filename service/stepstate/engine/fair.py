@@ -1,90 +1,84 @@
-"""Fair queues: what waits is taken from its sources in turn, so that none waits for all of another.
-
-A source is whoever sends work: any hashable object, see `engine.work.Caller`.
-"""
+"""Long requests: in which order they get rows of a chunk; see `tenants.fair` for single rows."""
 
 from __future__ import annotations
 
+import random
 from collections import deque
-from collections.abc import Hashable
-from heapq import heappop, heappush, heapreplace
-from itertools import count, islice
-from typing import Generic, TypeVar
+from collections.abc import Hashable, Iterable
+from itertools import islice
+from typing import Generic
 
 from stepstate.engine.chunked import ChunkedRequest
 from stepstate.engine.work import W
-
-T = TypeVar("T")
-
-
-class FairQueue(Generic[T]):
-    """Items with some rows each, in an order in which all sources get the same number of rows.
-
-    Self-clocked fair queueing (S. J. Golestani, "A self-clocked fair queueing scheme for broadband
-    applications", 1994): an item of n rows has its turn when each other source that waits has had
-    about n rows since the item became the first of its own. A single row of a source that had
-    nothing waiting comes before the second row of any other.
-    """
-
-    def __init__(self) -> None:
-        self._items: dict[Hashable, deque[tuple[T, int]]] = {}
-        self.turns: list[tuple[int, int, Hashable]] = []
-        """A heap, empty if nothing waits: when the first item of a source is due, in rows; a number
-        to break ties; the source."""
-        self._now = 0
-        self._numbers = count()
-
-    def put(self, source: Hashable, item: T, rows: int) -> None:
-        """Queues an item behind those of its source."""
-        items = self._items.get(source)
-        if items is None:
-            items = self._items[source] = deque()
-            heappush(self.turns, (self._now + rows, next(self._numbers), source))
-        items.append((item, rows))
-
-    def first(self) -> tuple[T, int]:
-        """The item whose turn it is, and its rows."""
-        return self._items[self.turns[0][2]][0]
-
-    def take(self) -> None:
-        """Removes the item whose turn it is."""
-        self._now, _, source = self.turns[0]
-        items = self._items[source]
-        items.popleft()
-        if items:
-            heapreplace(self.turns, (self._now + items[0][1], next(self._numbers), source))
-        else:
-            heappop(self.turns)
-            del self._items[source]
+from stepstate.tenants import Share, WorkSource
 
 
 class RequestQueue(Generic[W]):
-    """Long requests, by kind and source: kinds take turns, and so do the sources of one kind."""
+    """Long requests, by kind, share and sender: kinds take turns, and so do those of one kind.
+
+    Each share gets rows in proportion to its weight, and has its senders take turns.
+    """
 
     def __init__(self) -> None:
-        self.kinds: dict[Hashable, dict[Hashable, deque[ChunkedRequest[W]]]] = {}
+        self.kinds: dict[Hashable, dict[Share, _ShareRequests[W]]] = {}
         """Empty if nothing waits."""
 
     def put(self, request: ChunkedRequest[W]) -> None:
-        """Queues a request behind those of its kind and source."""
-        sources = self.kinds.setdefault(request.kind, {})
-        sources.setdefault(request.work.reply_to.source, deque()).append(request)
+        """Queues a request behind those of its kind and sender."""
+        sender = request.work.reply_to.source
+        shares = self.kinds.setdefault(request.kind, {})
+        waiting = shares.get(sender.share)
+        if waiting is None:
+            waiting = shares[sender.share] = _ShareRequests()
+        waiting.put(sender, request)
 
     def take(self, most: int) -> list[ChunkedRequest[W]]:
-        """Removes the next requests for one chunk: of one kind, and as many of each source.
+        """Removes the next requests for one chunk: of one kind, and as many of each share.
 
-        So sources with many requests get no more rows of the chunk than those with one.
+        So shares with many requests get no more rows of the chunk than those with one.
         """
         kind = next(iter(self.kinds))
-        sources = self.kinds.pop(kind)
-        chosen = list(islice(sources, most))
-        each = min(most // len(chosen), *(len(sources[source]) for source in chosen))
+        shares = self.kinds.pop(kind)
+        chosen = _drawn(islice(shares, most))
+        each = min(most // len(chosen), *(shares[share].count for share in chosen))
         taken = []
-        for source in chosen:
-            waiting = sources.pop(source)
-            taken += [waiting.popleft() for _ in range(each)]
-            if waiting:
-                sources[source] = waiting  # behind the others
-        if sources:
-            self.kinds[kind] = sources
+        for share in chosen:
+            waiting = shares.pop(share)
+            taken += [waiting.take() for _ in range(each)]
+            if waiting.count:
+                shares[share] = waiting  # behind the others
+        if shares:
+            self.kinds[kind] = shares
         return taken
+
+
+class _ShareRequests(Generic[W]):
+    """The requests of one share, by sender."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._senders: dict[WorkSource, deque[ChunkedRequest[W]]] = {}
+
+    def put(self, sender: WorkSource, request: ChunkedRequest[W]) -> None:
+        self.count += 1
+        self._senders.setdefault(sender, deque()).append(request)
+
+    def take(self) -> ChunkedRequest[W]:
+        self.count -= 1
+        sender = next(iter(self._senders))
+        requests = self._senders.pop(sender)
+        request = requests.popleft()
+        if requests:
+            self._senders[sender] = requests  # behind the others
+        return request
+
+
+def _drawn(shares: Iterable[Share]) -> list[Share]:
+    """Those whose turn it is: the heaviest always, others as often as their weights say.
+
+    Drawn by lot (C. A. Waldspurger and W. E. Weihl, "Lottery scheduling", 1994), as a request
+    may be in many chunks, and comes anew for each.
+    """
+    by_weight = [(share, share.weight) for share in shares]
+    heaviest = max(weight for _, weight in by_weight)
+    return [share for share, weight in by_weight if random.random() * heaviest < weight]  # noqa: S311 - a lot

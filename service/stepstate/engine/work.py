@@ -9,12 +9,14 @@ T rows of one request, B rows of different slots, D inputs, O outputs, H hidden 
 from __future__ import annotations
 
 import time
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from stepstate.tenants import WorkSource
 
 Floats = NDArray[np.float32]
 Layers = list[dict[str, Floats]]
@@ -30,8 +32,8 @@ class Caller(Protocol):
         ...
 
     @property
-    def source(self) -> Hashable:
-        """Whose work it is: sources take turns."""
+    def source(self) -> WorkSource:
+        """Whose work it is: senders take turns."""
         ...
 
 

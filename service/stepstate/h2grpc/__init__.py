@@ -2,7 +2,8 @@
 
 It takes what `grpc.aio.server()` takes: the same servicers, handlers and interceptors. It knows
 nothing of Stepstate. In a program, `H2Server(interceptors)` takes the place of
-`grpc.aio.server(interceptors=interceptors)`, and an `ssl.SSLContext` that of credentials:
+`grpc.aio.server(interceptors=interceptors)`, and a function that gives an `ssl.SSLContext` that of
+credentials:
 
     server = H2Server()
     health_pb2_grpc.add_HealthServicer_to_server(health.aio.HealthServicer(), server)

@@ -35,7 +35,7 @@ from stepstate.h2grpc.limits import Http2Limits
 from stepstate.h2grpc.listening import BACKLOG, listen
 from stepstate.h2grpc.memory import ConnectionMemory, UncountedMemory
 from stepstate.h2grpc.stream import Http2Stream, SilentReceiver, StreamReceiver
-from stepstate.h2grpc.tls import ALPN, INSECURE, TlsListener, auth_context_of, set_up_http2
+from stepstate.h2grpc.tls import ALPN, INSECURE, TlsListener, auth_context_of
 
 if TYPE_CHECKING:
     from stepstate.h2grpc.call import Handler
@@ -92,7 +92,7 @@ class H2Server:
             raise ValueError("interceptors must be of the class grpc.aio.ServerInterceptor")
         self._interceptors = tuple(interceptors)
         self._generic: list[grpc.GenericRpcHandler] = []
-        self._sockets: list[tuple[socket.socket, ssl.SSLContext | None]] = []
+        self._sockets: list[tuple[socket.socket, Callable[[], ssl.SSLContext] | None]] = []
         self._listeners: list[asyncio.Server] = []
         self._tls_listeners: list[TlsListener] = []
         self._stopped = asyncio.Event()
@@ -144,20 +144,20 @@ class H2Server:
         """
         return self._listen(address, None)
 
-    def add_secure_port(self, address: str, context: ssl.SSLContext) -> int:
+    def add_secure_port(self, address: str, context: Callable[[], ssl.SSLContext]) -> int:
         """Listens at host:port with TLS; returns the port.
 
         Args:
             address: see `listen`.
-            context: of a server, with its certificate. It is set up for HTTP/2.
+            context: gives that of a server, with its certificate, for each connection: another
+                one when the certificate changes. It is set up for HTTP/2.
 
         Raises:
             RuntimeError: it can't.
         """
-        set_up_http2(context)
         return self._listen(address, context)
 
-    def _listen(self, address: str, context: ssl.SSLContext | None) -> int:
+    def _listen(self, address: str, context: Callable[[], ssl.SSLContext] | None) -> int:
         listeners = listen(address)
         self._sockets += ((listener, context) for listener in listeners)
         port: int = listeners[0].getsockname()[1]

@@ -41,7 +41,7 @@ class TlsListener:
 
     Args:
         listener: a socket that listens.
-        context: of the server.
+        context: gives that of the server, anew for each connection, so that it may change.
         handshake_seconds: how long a handshake may take.
         protocol: makes the protocol of a connection, which begins after the handshake.
     """
@@ -49,7 +49,7 @@ class TlsListener:
     def __init__(
         self,
         listener: socket.socket,
-        context: ssl.SSLContext,
+        context: Callable[[], ssl.SSLContext],
         handshake_seconds: float,
         protocol: Callable[[], asyncio.Protocol],
     ) -> None:
@@ -94,11 +94,13 @@ class TlsListener:
             handshake.add_done_callback(self._handshakes.pop)
 
     async def _shake_hands(self, connection: socket.socket) -> None:
+        context = self._context()
+        set_up_http2(context)
         with suppress(OSError):  # a client that speaks no TLS, is too slow, or is gone
             await asyncio.get_running_loop().connect_accepted_socket(
                 self._protocol,
                 connection,
-                ssl=self._context,
+                ssl=context,
                 ssl_handshake_timeout=self._handshake_seconds,
             )
 

@@ -27,6 +27,7 @@ from stepstate.logging import DROPPED
 from stepstate.metrics.counters import Histogram, Metrics, ModelMetrics, RpcMetrics
 from stepstate.sessions import SessionService, StepScheduler
 from stepstate.stores import DiskUsage
+from stepstate.tls import ServerTls
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class MetricsCollector(Collector):
         limits: the bounds that the server keeps, by what they bound.
         memory: what clients make the server hold.
         skipped_models: models in its folder that can't be served.
+        tls: of its ports; None: plain text.
     """
 
     def __init__(
@@ -55,12 +57,14 @@ class MetricsCollector(Collector):
         limits: Mapping[str, float],
         memory: MemoryBudget,
         skipped_models: int = 0,
+        tls: ServerTls | None = None,
     ) -> None:
         self.counters = counters
         self.sessions = sessions
         self.limits = limits
         self.memory = memory
         self.skipped_models = skipped_models
+        self.tls = tls
         self.failures = 0
         """Series that could not be read."""
 
@@ -190,6 +194,11 @@ def _files(source: MetricsCollector) -> Samples:
         yield ("database",), usage.database
         yield ("wal",), usage.wal
         yield ("reserve",), usage.reserve
+
+
+def _tls(value: Callable[[ServerTls], float]) -> Read:
+    """A series of servers with TLS."""
+    return lambda source: [] if source.tls is None else [((), value(source.tls))]
 
 
 COUNTER: SeriesType = "counter"
@@ -326,6 +335,20 @@ SERIES = (
            "Free bytes on the volume of the sqlite store."),
     Series("stepstate_store_volume_bytes", GAUGE, (), _disk(lambda u: u.volume),
            "Size of the volume of the sqlite store."),
+    Series("stepstate_config_reloads_total", COUNTER, ("result",),
+           _by(lambda s: s.counters.reloads),
+           "Reloads of the configuration file: applied, or refused because it can't be used, so "
+           "that the one before stays in use."),
+    Series("stepstate_config_last_reload_success_timestamp_seconds", GAUGE, (),
+           _one(lambda s: s.counters.reloaded_at),
+           "When the configuration in use was read, in Unix seconds."),
+    Series("stepstate_tls_certificate_expiry_timestamp_seconds", GAUGE, (),
+           _tls(lambda t: t.current.expires_at),
+           "When the certificate that new connections get expires, or the first one of its chain: "
+           "Unix seconds."),
+    Series("stepstate_tls_reload_failed", GAUGE, (), _tls(lambda t: t.reload_failed),
+           "1 if the TLS files that are there now can't be used, so that those before stay in use; "
+           "the log says why."),
     Series("stepstate_event_loop_lag_seconds", HISTOGRAM, (), _one(lambda s: s.counters.loop_lag),
            "How late timers of the event loop are, measured 20 times a second. Nobody is answered "
            "while something holds the loop."),

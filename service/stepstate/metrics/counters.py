@@ -29,6 +29,7 @@ RESULTS = ("applied", "replayed", "refused", "cancelled", "failed")
 END_REASONS = ("closed", "expired", "lost")
 DELETION_REASONS = ("grace_over", "limit", "replaced")
 NOT_SAVED = ("failed", "fenced")
+RELOADS = ("applied", "refused")
 # google.golang.org/grpc/codes, Code.String, as go-grpc-middleware labels them.
 GRPC_CODES = (
     "OK", "Canceled", "Unknown", "InvalidArgument", "DeadlineExceeded", "NotFound",
@@ -150,6 +151,9 @@ class Metrics:
         self.snapshot_bytes = 0
         self.snapshot_seconds = Histogram(SECONDS)
         self.snapshot_failures = dict.fromkeys(NOT_SAVED, 0)
+        self.reloads = dict.fromkeys(RELOADS, 0)
+        self.reloaded_at = time.time()
+        """Of the configuration in use, in Unix seconds; at first, when the server started."""
         self.loop_lag = Histogram(LAG_SECONDS)
 
     def model(self, name: str, version: str) -> ModelMetrics:
@@ -203,3 +207,9 @@ class Metrics:
     def not_saved(self, reason: str, count: int) -> None:
         """Snapshots were not written: "fenced" or "failed"."""
         self.snapshot_failures[reason] += count
+
+    def reloaded(self, result: str) -> None:
+        """A reload of the configuration was "applied" or "refused"."""
+        self.reloads[result] += 1
+        if result == "applied":
+            self.reloaded_at = time.time()

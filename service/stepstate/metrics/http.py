@@ -7,6 +7,7 @@ with a pause, a new one ends the oldest if there are too many, and none lasts lo
 from __future__ import annotations
 
 import socket
+import ssl
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -21,6 +22,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CollectorRegistry
 
 from stepstate.metrics.pages import Environ, SharedPages, StartResponse
+from stepstate.tls import ClientAuth, ServerTls
 
 MAX_CONNECTIONS = 64
 CONNECTION_SECONDS = 10.0
@@ -31,6 +33,8 @@ MAX_HEAD_BYTES = 16_384
 
 Application = Callable[[Environ, StartResponse], Iterable[bytes]]
 _TEXT = ("Content-Type", "text/plain; charset=utf-8")
+_CERTIFICATE = "stepstate.certificate"
+"""In the environment of a request: the fields of its client's certificate, or nothing."""
 
 
 class _BoundedServer(ThreadingMixIn, WSGIServer):
@@ -98,23 +102,38 @@ class _BoundedHead(BufferedIOBase):
 
 class _QuietHandler(WSGIRequestHandler):
     def setup(self) -> None:
+        if isinstance(self.request, ssl.SSLSocket):
+            self.request.do_handshake()  # here, as it may take long, and others are accepted
         super().setup()
         self.rfile = _BoundedHead(self.rfile)
+
+    def get_environ(self) -> Environ:
+        is_tls = isinstance(self.request, ssl.SSLSocket)
+        certificate = self.request.getpeercert() if is_tls else None
+        return {**super().get_environ(), _CERTIFICATE: certificate}
 
     def log_message(self, *_: object) -> None:
         """Does not log requests."""
 
 
 def start_http(
-    host: str, port: int, registry: CollectorRegistry, *, serving: Callable[[], bool]
+    host: str,
+    port: int,
+    registry: CollectorRegistry,
+    *,
+    serving: Callable[[], bool],
+    tls: ServerTls | None = None,
 ) -> tuple[WSGIServer, Thread]:
     """Starts a thread that serves /metrics and /healthz.
+
+    Where clients need a certificate, /healthz is open all the same: an orchestrator has none.
 
     Args:
         host: an address, IPv4 or IPv6.
         port: 0 for any.
         registry: what /metrics shows.
         serving: whether /healthz answers 200, otherwise 503.
+        tls: of its connections; None: plain text.
 
     Raises:
         OSError: it can't listen there.
@@ -124,16 +143,30 @@ def start_http(
     class MetricsServer(_BoundedServer):
         address_family = family
 
-    app = _application(SharedPages(registry), serving)
+        def get_request(self) -> tuple[socket.socket, Any]:
+            connection, address = super().get_request()
+            if tls is not None:
+                connection = tls.current.http.wrap_socket(
+                    connection, server_side=True, do_handshake_on_connect=False
+                )
+            return connection, address
+
+    required = tls is not None and tls.current.files.client_auth is ClientAuth.REQUIRED
+    app = _application(SharedPages(registry), serving, certificate_required=required)
     server = make_server(host, port, app, MetricsServer, handler_class=_QuietHandler)
     thread = Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     return server, thread
 
 
-def _application(metrics: Application, serving: Callable[[], bool]) -> Application:
+def _application(
+    metrics: Application, serving: Callable[[], bool], *, certificate_required: bool
+) -> Application:
     def answer(environ: Environ, start_response: StartResponse) -> Iterable[bytes]:
         path = environ.get("PATH_INFO", "")
+        if path == "/metrics" and certificate_required and not environ[_CERTIFICATE]:
+            start_response("403 Forbidden", [_TEXT])
+            return [b"/metrics needs a client certificate of --tls-client-ca\n"]
         if path == "/metrics":
             return metrics(environ, start_response)
         if path == "/healthz":

@@ -14,8 +14,8 @@ _WAITING = "waiting on this server, of which a client may have as many as are fr
 class Admission:
     """Counts accepted requests until they have their outcome, and refuses more than the limits.
 
-    A source may have as many waiting as are free, so that a few greedy ones leave room for others
-    (see `stepstate.budget`).
+    A share of the server may have as many waiting as are free, so that a few greedy ones leave room
+    for others (see `stepstate.budget`).
     """
 
     def __init__(self, limits: Limits) -> None:
@@ -41,30 +41,40 @@ class Admission:
         """Accepts requests of a source; `settled` is called for each.
 
         Raises:
-            Draining, QueueFull: nothing was accepted.
+            Draining, QueueFull, TenantLimitReached: nothing was accepted.
+        """
+        self.check(rows, source=source)
+        source.tenant.rows.take(rows)
+        self.count(requests, rows, source=source)
+
+    def check(self, rows: int, *, source: Source) -> None:
+        """Makes sure that there is room for a request.
+
+        Raises:
+            Draining, QueueFull: there is none.
         """
         if self.draining:
             raise Draining
-        if source.queued_requests >= self._max_requests - self.queued_requests:
+        share = source.share
+        if share.queued_requests >= self._max_requests - self.queued_requests:
             raise QueueFull(f"requests {_WAITING}", self._max_requests)
         queued = self.queued_rows
-        if queued and source.queued_rows + rows > self._max_rows - queued:
+        if queued and share.queued_rows + rows > self._max_rows - queued:
             raise QueueFull(f"rows {_WAITING}", self._max_rows)
-        self.count(requests, rows, source=source)
 
     def count(self, requests: int, rows: int, *, source: Source) -> None:
         """Counts requests that have their place already: they are never refused."""
         self.queued_requests += requests
         self.queued_rows += rows
-        source.queued_requests += requests
-        source.queued_rows += rows
+        source.share.queued_requests += requests
+        source.share.queued_rows += rows
 
     def settled(self, requests: int, rows: int, *, source: Source) -> None:
         """Accepted requests have their outcome; called before it is delivered."""
         self.queued_requests -= requests
         self.queued_rows -= rows
-        source.queued_requests -= requests
-        source.queued_rows -= rows
+        source.share.queued_requests -= requests
+        source.share.queued_rows -= rows
         if self.draining and not self.queued_requests:
             self._all_settled.set()
 

@@ -94,7 +94,9 @@ class SessionCounts:
         counts = await self._store.ask(self._store.backend.count())
         expired = await self._store.ask(self._store.backend.count_expired())
         if before == self._changes:
-            self._counts = Counter(counts)
+            self._counts = Counter()
+            for (_, model_key), sessions in counts.items():
+                self._counts[model_key] += sessions
             self.expired = expired
         self._due_at = self._clock() + COUNT_SECONDS
 

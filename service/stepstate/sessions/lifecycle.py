@@ -36,7 +36,7 @@ from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.sweeper import ExpirySweeper
 from stepstate.sessions.types import ResidentSession
-from stepstate.stores import EndReason, StoredSession, Tombstone, UnreadableSession
+from stepstate.stores import EndReason, StoredSession, TenantFull, Tombstone, UnreadableSession
 
 log = logging.getLogger(__name__)
 
@@ -188,6 +188,7 @@ class SessionLifecycle:
             opened = await self._store.ask(
                 self._store.backend.restore(key, entry.epoch, expires_at=expires_at)
             )
+            assert not isinstance(opened, TenantFull)  # there is no limit
             if opened:
                 self._counts.restored(entry.record.model_key)
                 log.info(
@@ -285,6 +286,7 @@ class SessionLifecycle:
             created = await self._create_in_store(snapshot, expires_at, replacing=before.epoch)
             if not isinstance(created, StoredSession):
                 self._sweeper.replaced(before)
+        assert not isinstance(created, TenantFull)  # there is no limit
         if isinstance(created, StoredSession):
             raise SessionExists(record.session_id, created.t)
         if isinstance(created, UnreadableSession):
@@ -297,7 +299,7 @@ class SessionLifecycle:
 
     async def _create_in_store(
         self, snapshot: Snapshot, expires_at: float, *, replacing: int
-    ) -> int | StoredSession | UnreadableSession:
+    ) -> int | StoredSession | UnreadableSession | TenantFull:
         backend = self._store.backend
         data = b""
         if backend.durable:  # another one gives no session back but one that expired

@@ -11,6 +11,7 @@ came; so what is refused, replayed, imputed or saved first is decided in one pla
                                                                        StepScheduler._start
     one at a time of a session, as they came    ResidentSession.waiting, of both
     a row that waits is accepted, or refused    Admission, of both
+    its tenant may have so many a second        RowBatcher._pay        Admission.accept
     at most a micro-batch; sources take turns   RowBatcher._take       Engine._take
     nobody waits any more: it is not applied    RowBatcher._take       Engine._take
     the forward                                 Forward.step, of both
@@ -33,12 +34,13 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.engine import Engine, FairQueue, Floats, RowColumns
+from stepstate.engine import Engine, Floats, RowColumns
 from stepstate.errors import Draining, StepstateError
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
@@ -51,6 +53,7 @@ from stepstate.sessions.types import (
     StepObserver,
     Waiting,
 )
+from stepstate.tenants import FairQueue
 
 
 class RowCommitter:
@@ -152,15 +155,17 @@ class RowBatcher:
         if row.reply_to.cancelled:
             self._drop(row)
         elif not self._enter(row):
-            self._give_back(row)
+            self._give_back(row, self._pay_one(row))
 
     def _accept(self, row: SingleRow) -> bool:
-        """Lets a row wait, unless it has to be refused."""
+        """Lets a row wait, unless there is no room."""
         if not row.accepted:
+            source = row.reply_to.source
             try:
-                self._admission.accept(1, 1, source=row.reply_to.source)
+                self._admission.check(1, source=source)
             except StepstateError:
                 return False
+            self._admission.count(1, 1, source=source)
             row.accepted = True
             self.accepted += 1
             row.reply_to.hold_row(row)
@@ -202,7 +207,8 @@ class RowBatcher:
 
     def _take(self) -> list[SingleRow]:
         """The rows of the next forward; those whose caller or session is gone leave here."""
-        rows, self._arrived = self._arrived, []
+        arrived, self._arrived = self._arrived, []
+        rows = self._pay(arrived)
         if self._backlog.turns or len(rows) > self._batch_rows:
             rows = self._in_turn(rows)
         generation, draining = self._generation, self._admission.draining
@@ -214,6 +220,40 @@ class RowBatcher:
             else:
                 taken.append(row)
         return taken
+
+    def _pay(self, rows: list[SingleRow]) -> list[SingleRow]:
+        """The rows that their tenants may have by now; the others are refused in their place.
+
+        Once for all rows of a tenant: most often one has sent them all.
+        """
+        if not rows:
+            return rows
+        tenants = [row.reply_to.source.tenant for row in rows]
+        first = tenants[0]
+        if tenants.count(first) == len(rows):
+            granted = {first: first.rows.take_some(len(rows))}
+        else:
+            counts = Counter(tenants)
+            granted = {tenant: tenant.rows.take_some(count) for tenant, count in counts.items()}
+        if sum(granted.values()) == len(rows):
+            return rows
+        paid: list[SingleRow] = []
+        for row, tenant in zip(rows, tenants, strict=True):
+            granted[tenant] -= 1
+            error = None if granted[tenant] >= 0 else self._pay_one(row)
+            if error is None:
+                paid.append(row)
+            else:
+                self._leave(row, error)
+        return paid
+
+    def _pay_one(self, row: SingleRow) -> StepstateError | None:
+        """Takes a row out of what its tenant may have; returns why it can't."""
+        try:
+            row.reply_to.source.tenant.rows.take(1)
+        except StepstateError as error:
+            return error.with_traceback(None)
+        return None
 
     def _in_turn(self, rows: Sequence[SingleRow]) -> list[SingleRow]:
         """As many rows as one forward takes, of their sources in turn; the others wait."""
@@ -283,13 +323,13 @@ class RowBatcher:
             if awaited[row.session.handle]:
                 self._resume(row.session)
 
-    def _leave(self, row: SingleRow) -> None:
-        """A row that was to be in a forward is in none."""
+    def _leave(self, row: SingleRow, error: StepstateError | None = None) -> None:
+        """A row that was to be in a forward is in none; `error`: why it is refused."""
         self._busy[row.session.handle] = False
         if row.reply_to.cancelled:
             self._drop(row)
         else:
-            self._give_back(row)
+            self._give_back(row, error)
         self._resume(row.session)
 
     def _drop(self, row: SingleRow) -> None:
@@ -298,10 +338,11 @@ class RowBatcher:
             self._settle(row)
         self._observer.ended("cancelled")
 
-    def _give_back(self, row: SingleRow) -> None:
+    def _give_back(self, row: SingleRow, error: StepstateError | None = None) -> None:
         """Lets a row of a session that is not busy go the ordinary way, as a step in its place."""
         step = row.reply_to.step_of(row)
         if step is not None:
+            step.error = error
             if self._admission.draining and not row.accepted:
                 step.error = Draining()
             self._admission.count(1, 1, source=row.reply_to.source)

@@ -23,6 +23,7 @@ from stepstate.identity import SessionKey, split_key
 from stepstate.models import Model
 from stepstate.sessions.replay import ReplayWindow
 from stepstate.stores import Durability, SessionRecord
+from stepstate.tenants import Share, Tenant
 
 log = logging.getLogger(__name__)
 
@@ -35,15 +36,18 @@ what it sends waits at its side."""
 
 @dataclass(slots=True, eq=False)
 class Source:
-    """Where requests come from: queues share their room between sources, and serve them in turn."""
+    """Where requests come from, a client: queues serve sources in turn, see `tenants.fair`."""
 
-    queued_requests: int = 0
-    """Accepted requests of it without an outcome."""
-    queued_rows: int = 0
-    """Rows of these."""
+    share: Share = field(default_factory=Share)
+    """Of the queues."""
     running: int = 0
     """Requests of it that the engine has."""
+    tenant: Tenant = field(init=False)
+    """Whose limits its requests keep."""
     _readers: deque[asyncio.Future[None]] | None = None  # made when it is needed: most are not
+
+    def __post_init__(self) -> None:
+        self.tenant = self.share.tenant
 
     async def wait_for_room(self) -> None:
         """Waits while the engine has so many of its requests that one more would only wait."""

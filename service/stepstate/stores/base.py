@@ -27,6 +27,7 @@ from stepstate.stores.types import (
     SaveResult,
     SessionRecord,
     StoredSession,
+    TenantFull,
     Tombstone,
     UnreadableSession,
 )
@@ -87,7 +88,8 @@ class SessionStore(Protocol):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | StoredSession | UnreadableSession:
+        most_of_tenant: int | None = None,
+    ) -> int | StoredSession | UnreadableSession | TenantFull:
         """Adds a new session, and deletes the tombstone of its key.
 
         Args:
@@ -97,9 +99,13 @@ class SessionStore(Protocol):
             expires_at: by the store's clock.
             snapshot: its state.
             replacing: the epoch of an overdue or expired session of this key, which is deleted.
+            most_of_tenant: how many open sessions its tenant may have; None: any number. It holds
+                however many servers open sessions at once. Overdue ones are open, expired ones
+                are not.
 
         Returns:
-            Its epoch; or, with nothing changed, the session that has its key, open or expired.
+            Its epoch; or, with nothing changed, the session that has its key, open or expired,
+            or that the tenant has no room.
         """
         ...
 
@@ -146,11 +152,24 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def restore(self, key: SessionKey, epoch: int, *, expires_at: float) -> bool:
+    async def restore(
+        self,
+        key: SessionKey,
+        epoch: int,
+        *,
+        expires_at: float,
+        most_of_tenant: int | None = None,
+    ) -> bool | TenantFull:
         """Reopens an expired session if `epoch` is the newest, and raises the epoch.
 
+        Args:
+            key: its key.
+            epoch: the one that is expected.
+            expires_at: by the store's clock.
+            most_of_tenant: as of `create`.
+
         Returns:
-            Whether it was reopened.
+            Whether it was reopened; or that its tenant has no room.
         """
         ...
 
@@ -192,7 +211,9 @@ class SessionStore(Protocol):
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
         """One page of a listing of sessions.
 
-        A session that is open during the whole listing is in exactly one page.
+        A session that is open during the whole listing is in exactly one page. The listing of a
+        tenant takes as long as its sessions do, however many others have. A token has ids of the
+        listing that it is of; in another tenant's listing it is only a place in the order.
 
         Args:
             token: empty for the first page, then the token that the previous page returned.
@@ -209,8 +230,8 @@ class SessionStore(Protocol):
         """
         ...
 
-    async def count(self) -> Mapping[str, int]:
-        """Open sessions by model "name/version"; it may include overdue ones."""
+    async def count(self) -> Mapping[tuple[str, str], int]:
+        """Open sessions by tenant and model "name/version"; overdue ones are open."""
         ...
 
     async def count_expired(self) -> int:

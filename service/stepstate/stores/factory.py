@@ -11,10 +11,12 @@ from stepstate.stores.base import SessionStore
 from stepstate.stores.memory import MemoryStore
 from stepstate.stores.sqlite import SqliteStore
 
-REDIS = ("redis", "rediss", "redis+cluster", "rediss+cluster", "redis+sentinel")
+REDIS = tuple(
+    f"{plain}{kind}" for plain in ("redis", "rediss") for kind in ("", "+cluster", "+sentinel")
+)
 KINDS = (
-    "sqlite:PATH, redis://HOST:PORT/DB, rediss://, redis+cluster://HOST:PORT, "
-    "redis+sentinel://HOST:PORT/SERVICE or memory:"
+    "sqlite:PATH, redis://HOST:PORT/DB, redis+cluster://HOST:PORT, "
+    "redis+sentinel://HOST:PORT/SERVICE, each with TLS as rediss, or memory:"
 )
 
 
@@ -25,18 +27,19 @@ async def open_store(
     unix_time: Callable[[], float] = time.time,
     fsync: bool = False,
     password: str = "",
+    ca_file: str = "",
 ) -> SessionStore:
     """Opens the store that a URL names.
 
     Args:
-        url: `sqlite:PATH`, `redis://[USER:PASSWORD@]HOST:PORT/DB` (`rediss://` with TLS),
-            `redis+cluster://HOST:PORT` (`rediss+cluster://`),
-            `redis+sentinel://HOST:PORT/SERVICE/DB` or `memory:`.
+        url: `sqlite:PATH`, `redis://[USER:PASSWORD@]HOST:PORT/DB`, `redis+cluster://HOST:PORT`,
+            `redis+sentinel://HOST:PORT/SERVICE/DB` or `memory:`. With TLS it begins with `rediss`.
         clock: monotonic seconds; may be called from a thread.
         unix_time: seconds since 1970, for epochs and for the start of a new store's clock; may
             be called from a thread.
         fsync: whether a commit of sqlite waits for the disk. Redis has its own configuration.
         password: of Redis, if it is not in the URL; empty: there is none.
+        ca_file: PEM file with the authorities of Redis's certificate; empty: the system's.
 
     Raises:
         StoreOpenError: there is no such store.
@@ -51,7 +54,9 @@ async def open_store(
     if scheme in REDIS and rest.startswith("//"):
         from stepstate.stores.redis import open_redis  # noqa: PLC0415 - 0.1 s of CPU, only here
 
-        return await open_redis(url, clock=clock, unix_time=unix_time, password=password)
+        return await open_redis(
+            url, clock=clock, unix_time=unix_time, password=password, ca_file=ca_file
+        )
     raise StoreOpenError(repr(scheme), f"no such kind of store, expected {KINDS}")
 
 

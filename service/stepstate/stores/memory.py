@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
+from typing import Any
 
 from stepstate.identity import SessionKey
 from stepstate.stores.base import TOMBSTONE_SECONDS, SessionStore, next_epoch
@@ -16,6 +17,7 @@ from stepstate.stores.types import (
     SaveResult,
     SessionRecord,
     StoredSession,
+    TenantFull,
     Tombstone,
     UnreadableSession,
 )
@@ -44,6 +46,8 @@ class MemoryStore(SessionStore):
         self._clock = clock
         self._max_tombstones = max_tombstones
         self._sessions: dict[SessionKey, _Kept] = {}
+        self._tenants: dict[str, dict[SessionKey, _Kept]] = {}  # open and expired
+        self._open: dict[str, Counter[str]] = {}  # by tenant and model
         self._expired: dict[SessionKey, _Kept] = {}  # the oldest first
         self._tombstones: dict[SessionKey, tuple[float, Tombstone]] = {}  # the oldest first
         self._epoch = 0
@@ -63,14 +67,17 @@ class MemoryStore(SessionStore):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | StoredSession:
+        most_of_tenant: int | None = None,
+    ) -> int | StoredSession | TenantFull:
         kept = self._kept(record.key)
         if kept and not (kept.session.epoch == replacing and self._is_overdue(kept.session)):
             return kept.session
-        self._expired.pop(record.key, None)
+        if record.key not in self._sessions and (full := self._full(record, most_of_tenant)):
+            return full
+        self._remove(record.key)
         self._tombstones.pop(record.key, None)
         session = StoredSession(record, t, expires_at, self._next_epoch(), owner)
-        self._sessions[record.key] = _Kept(session, snapshot)
+        self._add(_Kept(session, snapshot))
         return session.epoch
 
     async def acquire(
@@ -98,22 +105,31 @@ class MemoryStore(SessionStore):
     async def expire(self, saves: Sequence[SaveRequest], *, delete_at: float) -> list[SaveResult]:
         return [self._expire(save, delete_at) for save in saves]
 
-    async def restore(self, key: SessionKey, epoch: int, *, expires_at: float) -> bool:
+    async def restore(
+        self,
+        key: SessionKey,
+        epoch: int,
+        *,
+        expires_at: float,
+        most_of_tenant: int | None = None,
+    ) -> bool | TenantFull:
         kept = self._expired.get(key)
         if kept is None or kept.session.epoch != epoch:
             return False
+        if full := self._full(kept.session.record, most_of_tenant):
+            return full
+        self._remove(key)
         kept.session = replace(
             kept.session, epoch=self._next_epoch(), expires_at=expires_at, delete_at=None
         )
-        self._sessions[key] = self._expired.pop(key)
+        self._add(kept)
         return True
 
     async def end(self, key: SessionKey, epoch: int, tombstone: Tombstone) -> bool:
         kept = self._kept(key)
         if kept is None or kept.session.epoch != epoch:
             return False
-        self._sessions.pop(key, None)
-        self._expired.pop(key, None)
+        self._remove(key)
         self._tombstones[key] = (self._clock() + TOMBSTONE_SECONDS, tombstone)
         self._delete_old_tombstones()
         return True
@@ -139,20 +155,24 @@ class MemoryStore(SessionStore):
         tenant: str | None = None,
         expired: bool = False,
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
-        everything = chain(self._sessions.items(), self._expired.items() if expired else ())
+        tenants = self._tenants.values() if tenant is None else [self._tenants.get(tenant, {})]
         later = (
             (key, kept.session)
-            for key, kept in everything
+            for key, kept in chain.from_iterable(sessions.items() for sessions in tenants)
             if key > token
             and model in ("", kept.session.record.model)
-            and tenant in (None, kept.session.record.tenant)
+            and (expired or kept.session.delete_at is None)
         )
         found = heapq.nsmallest(size + 1, later, key=lambda pair: pair[0])
         next_token = found[size - 1][0] if len(found) > size else ""
         return [session for _, session in found[:size]], next_token
 
-    async def count(self) -> Mapping[str, int]:
-        return Counter(kept.session.record.model_key for kept in self._sessions.values())
+    async def count(self) -> Mapping[tuple[str, str], int]:
+        return {
+            (tenant, model): sessions
+            for tenant, models in self._open.items()
+            for model, sessions in models.items()
+        }
 
     async def count_expired(self) -> int:
         return len(self._expired)
@@ -168,6 +188,30 @@ class MemoryStore(SessionStore):
 
     def _kept(self, key: SessionKey) -> _Kept | None:
         return self._sessions.get(key) or self._expired.get(key)
+
+    def _add(self, kept: _Kept) -> None:
+        record = kept.session.record
+        self._tenants.setdefault(record.tenant, {})[record.key] = kept
+        if kept.session.delete_at is None:
+            self._sessions[record.key] = kept
+            self._open.setdefault(record.tenant, Counter())[record.model_key] += 1
+        else:
+            self._expired[record.key] = kept
+
+    def _remove(self, key: SessionKey) -> None:
+        if kept := self._sessions.pop(key, None):
+            record = kept.session.record
+            self._open[record.tenant][record.model_key] -= 1
+            self._open[record.tenant] += Counter()  # drops those at 0
+            _drop_empty(self._open, record.tenant)
+        if kept := kept or self._expired.pop(key, None):
+            tenant = kept.session.record.tenant
+            del self._tenants[tenant][key]
+            _drop_empty(self._tenants, tenant)
+
+    def _full(self, record: SessionRecord, limit: int | None) -> TenantFull | None:
+        count = self._open.get(record.tenant, Counter[str]()).total()
+        return TenantFull(count, limit) if limit is not None and count >= limit else None
 
     def _is_overdue(self, session: StoredSession) -> bool:
         return session.delete_at is not None or session.expires_at <= self._clock()
@@ -193,8 +237,9 @@ class MemoryStore(SessionStore):
         before = kept.session.expires_at if kept else 0.0
         result = self._save(replace(save, expires_at=before))
         if kept and result is SaveResult.DONE:
+            self._remove(save.key)
             kept.session = replace(kept.session, epoch=self._next_epoch(), delete_at=delete_at)
-            self._expired[save.key] = self._sessions.pop(save.key)
+            self._add(kept)
         return result
 
     def _delete_old_tombstones(self) -> None:
@@ -204,3 +249,8 @@ class MemoryStore(SessionStore):
             if len(self._tombstones) <= self._max_tombstones and self._tombstones[oldest][0] > now:
                 return
             del self._tombstones[oldest]
+
+
+def _drop_empty(sessions: dict[str, Any], tenant: str) -> None:
+    if not sessions[tenant]:
+        del sessions[tenant]

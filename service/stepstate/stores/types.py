@@ -210,6 +210,15 @@ class UnreadableSession:
 
 
 @dataclass(frozen=True, slots=True)
+class TenantFull:
+    """A session was not opened, because its tenant may not have one more."""
+
+    open: int
+    """Sessions of the tenant that are open, on all servers of the store."""
+    limit: int
+
+
+@dataclass(frozen=True, slots=True)
 class SaveRequest:
     """One session to save."""
 

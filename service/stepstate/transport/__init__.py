@@ -3,6 +3,7 @@
 from stepstate.transport.admission import CallAdmission
 from stepstate.transport.authentication import Authenticator, CredentialAuthenticator
 from stepstate.transport.bidi import Backend
+from stepstate.transport.credentials import grpcio_credentials
 from stepstate.transport.expected_rows import ExpectedRows
 from stepstate.transport.interceptor import RpcInterceptor
 from stepstate.transport.peers import PeerTable
@@ -26,6 +27,7 @@ __all__ = [
     "StepstateServicer",
     "add_reflection",
     "add_service",
+    "grpcio_credentials",
     "parse_stepstate",
     "read_keys",
 ]

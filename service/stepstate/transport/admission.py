@@ -1,10 +1,11 @@
 """Which calls are accepted, and which long ones have their turn.
 
-Rule 1: a peer has at most as many open calls of a kind as are still free of `MAX_OPEN`, so that a
-        few greedy peers leave room for others (see `budget`). More are refused before their
-        request is read.
-Rule 2: at most `MAX_RUNNING` long calls work at a time, and a peer has at most as many of these
-        turns as are free. The others wait, and their peers take turns.
+Rule 1: a group of peers (see `peers`) has at most as many open calls of a kind as are still free of
+        `MAX_OPEN`, so that a few greedy ones leave room for others (see `budget`), and a tenant at
+        most as many as its limits say. More are refused before their request is read.
+Rule 2: at most `MAX_RUNNING` long calls work at a time, and a group has at most as many of these
+        turns as are free. The others wait, and their groups take turns: with twice the weight a
+        group has twice as many. So do the peers of a group.
 Rule 3: after one has begun, the event loop makes some rounds before the next one does: what steps
         have to do comes in between.
 """
@@ -21,11 +22,13 @@ from typing import TYPE_CHECKING, Any
 from stepstate.budget import CallMemory, MemoryUse, call_memory
 from stepstate.errors import TooManyCalls
 from stepstate.metrics import Metrics
-from stepstate.transport.peers import Peer, PeerTable, current_peer
+from stepstate.transport.peers import Peer, PeerGroup, PeerTable, current_peer
 from stepstate.transport.shares import LoopShares
 
 if TYPE_CHECKING:
     from stepstate.transport.peers import Context
+
+    _Turns = deque[asyncio.Future[None]]
 
 
 class CallKind(StrEnum):
@@ -103,7 +106,8 @@ class CallAdmission:
         self._open = dict.fromkeys(CallKind, 0)
         self.running = 0
         """Long calls that have their turn."""
-        self._waiting: OrderedDict[Peer, deque[asyncio.Future[None]]] = OrderedDict()
+        self._waiting: dict[PeerGroup, OrderedDict[Peer, _Turns]] = {}
+        self._now = 0.0  # when the last turn was due; a group with weight 1 has one in each unit
         self._rounds = 0
 
     def begin(
@@ -120,13 +124,16 @@ class CallAdmission:
             when_done: has a function called when gRPC is done with it.
 
         Raises:
-            TooManyCalls, MemoryLimit: it is refused.
+            TooManyCalls, MemoryLimit, TenantLimitReached: it is refused.
         """
         peer = self._peers.join(context)
         memory = CallMemory(peer.memory)
+        tenant, limit = peer.source.tenant, "streams" if kind is STREAM else "calls"
         counted = 0
 
         def end(_: object) -> None:
+            if counted:
+                tenant.release(limit)
             self._count(peer, kind, -counted)
             memory.close()
             self._peers.leave(peer)
@@ -134,17 +141,18 @@ class CallAdmission:
 
         when_done(end)
         self._metrics.peers = self._peers.count
-        free = MAX_OPEN[kind] - self._open[kind]
-        if peer.open[kind] >= free:
-            raise TooManyCalls(f"open {kind} calls", peer.open[kind], free, MAX_OPEN[kind])
+        free, held = MAX_OPEN[kind] - self._open[kind], peer.group.open[kind]
+        if held >= free:
+            raise TooManyCalls(f"open {kind} calls", held, free, MAX_OPEN[kind])
         memory.reserve(MemoryUse.CALLS, CALL_BYTES)
+        tenant.hold(limit)
         counted = 1
         self._count(peer, kind, counted)
         current_peer.set(peer)
         call_memory.set(memory)
 
     def _count(self, peer: Peer, kind: CallKind, more: int) -> None:
-        peer.open[kind] += more
+        peer.group.open[kind] += more
         self._open[kind] += more
         self._metrics.calls[kind, "open"] = self._open[kind]
 
@@ -161,18 +169,22 @@ class CallAdmission:
     async def turn(self) -> AsyncIterator[None]:
         """Waits until the peer of this task may do long work; the block is its turn."""
         peer = current_peer.get()
-        if self._rounds or self._waiting or not self._may_run(peer):
+        if self._rounds or self._waiting or not self._may_run(peer.group):
             await self._wait(peer)
         else:
-            self._start(peer)
+            self._start(peer.group)
         try:
             yield
         finally:
-            self._finish(peer)
+            self._finish(peer.group)
 
     async def _wait(self, peer: Peer) -> None:
         future = asyncio.get_running_loop().create_future()
-        self._waiting.setdefault(peer, deque()).append(future)
+        group = peer.group
+        if group not in self._waiting:
+            self._waiting[group] = OrderedDict()
+            group.due = self._now + 1 / group.weight
+        self._waiting[group].setdefault(peer, deque()).append(future)
         self._count_waiting(1)
         self._start_next()
         try:
@@ -181,31 +193,34 @@ class CallAdmission:
             if future.cancelled():
                 self._withdraw(peer, future)
             else:  # it was cancelled just after it got its turn
-                self._finish(peer)
+                self._finish(group)
             raise
 
     def _withdraw(self, peer: Peer, future: asyncio.Future[None]) -> None:
-        futures = self._waiting.get(peer)
-        if futures is not None and future in futures:
-            futures.remove(future)
-            self._count_waiting(-1)
-            if not futures:
-                del self._waiting[peer]
+        peers = self._waiting.get(peer.group)
+        if peers is None or future not in peers.get(peer, ()):
+            return
+        peers[peer].remove(future)
+        self._count_waiting(-1)
+        if not peers[peer]:
+            del peers[peer]
+        if not peers:
+            del self._waiting[peer.group]
 
     def _count_waiting(self, more: int) -> None:
         self._metrics.calls[LONG, "waiting"] += more
 
-    def _may_run(self, peer: Peer) -> bool:
-        return peer.running < MAX_RUNNING - self.running
+    def _may_run(self, group: PeerGroup) -> bool:
+        return group.running < MAX_RUNNING - self.running
 
-    def _start(self, peer: Peer) -> None:
-        peer.running += 1
+    def _start(self, group: PeerGroup) -> None:
+        group.running += 1
         self.running += 1
         self._rounds = ROUNDS_BETWEEN
         asyncio.get_running_loop().call_soon(self._pass_round)
 
-    def _finish(self, peer: Peer) -> None:
-        peer.running -= 1
+    def _finish(self, group: PeerGroup) -> None:
+        group.running -= 1
         self.running -= 1
         self._start_next()
 
@@ -217,21 +232,27 @@ class CallAdmission:
             self._start_next()
 
     def _start_next(self) -> None:
-        """Gives the next peer a turn, unless a round has to pass or all turns are taken."""
+        """Gives the next group a turn, unless a round has to pass or all turns are taken."""
         while not self._rounds:
-            peer = next(filter(self._may_run, self._waiting), None)
-            if peer is None:
+            ready = filter(self._may_run, self._waiting)
+            group = min(ready, key=lambda group: group.due, default=None)
+            if group is None:
                 return
-            future = self._take(peer)
+            future = self._take(group)
             if not future.cancelled():
-                self._start(peer)
+                self._start(group)
                 future.set_result(None)
 
-    def _take(self, peer: Peer) -> asyncio.Future[None]:
-        """The first of a peer that waits; its next one is behind those of the others."""
-        futures = self._waiting.pop(peer)
+    def _take(self, group: PeerGroup) -> asyncio.Future[None]:
+        """The first of a group that waits; what follows of its peer is behind the other peers."""
+        peers = self._waiting[group]
+        peer, futures = peers.popitem(last=False)
         future = futures.popleft()
         self._count_waiting(-1)
+        self._now = max(self._now, group.due)
+        group.due = self._now + 1 / group.weight
         if futures:
-            self._waiting[peer] = futures
+            peers[peer] = futures
+        if not peers:
+            del self._waiting[group]
         return future

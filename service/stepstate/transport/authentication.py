@@ -22,7 +22,7 @@ from stepstate.identity import (
     is_tenant,
     session_key,
 )
-from stepstate.transport.peers import Network, address_of, client_name
+from stepstate.transport.addresses import Network, address_of, client_name
 
 if TYPE_CHECKING:
     import grpc

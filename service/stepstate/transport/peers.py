@@ -1,69 +1,95 @@
 """Who calls: the peers of a server, and what each of them makes it hold.
 
-A peer is one connection, as gRPC names it ("ipv4:127.0.0.1:51724"). The clients of a proxy share
-its connections: there, each client address that the proxy names in `x-forwarded-for` is a peer.
-Only trusted proxies are asked: anyone can send the header.
+The server is shared between tenants, and the share of each between its peers: a `PeerGroup` has
+what the peers of a tenant have together. Where nobody is known, each peer is a group of its own.
 
-A peer is known while it has calls.
+A peer is one connection, or the client that a trusted proxy names (see `addresses`).
+Peers and groups are known while they have calls.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
-from functools import lru_cache
-from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address
 from typing import TYPE_CHECKING, Any
-from urllib.parse import unquote
 
 import grpc
 
 from stepstate.budget import MemoryAccount, MemoryBudget
 from stepstate.errors import TooManyCalls
+from stepstate.identity import ANONYMOUS
 from stepstate.sessions import Source
+from stepstate.tenants import LimitTable, Share, SourceQueue, Tenant, TenantTable
+from stepstate.transport.addresses import Network, client_name
+from stepstate.transport.authentication import current_principal
 
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
 
-Network = IPv4Network | IPv6Network
-Address = IPv4Address | IPv6Address
-
 MAX_PEERS = 65_536
 """More than there are descriptors for connections; it bounds what proxies name."""
-_FORWARDED = "x-forwarded-for"
 
 
-class Peer:
-    """One client: a connection, or an address behind a proxy.
+Key = tuple[str | None, str]
+
+
+class PeerGroup:
+    """The peers of one tenant; or one peer, where nobody is known.
 
     Args:
-        name: for the log.
+        key: its place in the table.
+        tenant: whose limits its calls keep.
         memory: what it makes the server hold.
-        receiving: what it takes while requests of it are received.
     """
 
     __slots__ = (
-        "calls", "credit", "memory", "name", "open", "receiving", "running", "source", "turns",
+        "calls", "credit", "due", "key", "memory", "open", "running", "share", "turns", "weight",
     )  # fmt: skip
 
-    def __init__(self, name: str, memory: MemoryAccount, receiving: MemoryAccount) -> None:
-        self.name = name
+    def __init__(self, key: Key, tenant: Tenant, memory: MemoryAccount) -> None:
+        self.key = key
+        self.share = Share(tenant)
+        """Of the queues of sessions."""
+        self.weight = tenant.limits.weight
         self.memory = memory
-        self.receiving = receiving
-        self.source = Source()
-        """What it has in the queues of sessions."""
         self.calls = 0
         """RPCs that have not ended."""
         self.open: Counter[str] = Counter()
         """The same, by kind."""
         self.running = 0
         """Long calls of it that have their turn."""
-        self.credit = 1
+        self.due = 0.0
+        """When it has its next turn for a long call; see `admission`."""
+        self.credit = 1.0
         """What it may still have handled in this round of the loop; see `shares`."""
-        self.turns: deque[tuple[int, asyncio.Future[None]]] | None = None
-        """Its messages that wait for another round, with what each costs; None: none ever did."""
+        self.turns: SourceQueue[asyncio.Future[None]] | None = None
+        """Its messages that wait for another round; None: none ever did."""
+
+
+class Peer:
+    """One client: a connection, or an address behind a proxy.
+
+    Args:
+        key: its tenant, if that is known, and its name.
+        group: those with whom it shares.
+        receiving: what it takes while requests of it are received.
+    """
+
+    __slots__ = ("calls", "group", "key", "memory", "name", "receiving", "source")
+
+    def __init__(self, key: Key, group: PeerGroup, receiving: MemoryAccount) -> None:
+        self.key = key
+        _, self.name = key
+        self.group = group
+        self.memory = group.memory
+        """What the group makes the server hold."""
+        self.receiving = receiving
+        self.source = Source(group.share)
+        """What it has in the queues of sessions."""
+        self.calls = 0
+        """RPCs that have not ended."""
 
 
 current_peer: ContextVar[Peer] = ContextVar("current_peer")
@@ -77,6 +103,7 @@ class PeerTable:
         memory: what they may hold together.
         receiving: what may be taken while their requests are received.
         trusted_proxies: networks of proxies that say whose calls they forward.
+        tenants: have the limits.
     """
 
     def __init__(
@@ -84,11 +111,16 @@ class PeerTable:
         memory: MemoryBudget,
         receiving: MemoryBudget,
         trusted_proxies: Sequence[Network] = (),
+        tenants: TenantTable | None = None,
     ) -> None:
+        self.tenants = tenants or TenantTable()
         self._memory = memory
         self._receiving = receiving
         self._trusted = tuple(trusted_proxies)
-        self._peers: dict[str, Peer] = {}
+        self._peers: dict[Key, Peer] = {}
+        self._groups: dict[Key, PeerGroup] = {}
+        self.weight = 0.0
+        """Of all groups together."""
         self.count = 0
         """Peers that have calls."""
 
@@ -101,79 +133,52 @@ class PeerTable:
         name = context.peer()
         if self._trusted:
             name = client_name(name, tuple(context.invocation_metadata() or ()), self._trusted)
-        peer = self._peers.get(name)
+        identity = current_principal.get().identity
+        key = (None if identity is ANONYMOUS else identity.tenant, name)
+        peer = self._peers.get(key)
         if peer is None:
             if len(self._peers) >= MAX_PEERS:
                 raise TooManyCalls("clients of this server", 0, 0, MAX_PEERS)
-            accounts = MemoryAccount(self._memory), MemoryAccount(self._receiving)
-            peer = self._peers[name] = Peer(name, *accounts)
+            group = self._group(key, identity.tenant)
+            peer = self._peers[key] = Peer(key, group, MemoryAccount(self._receiving))
             self.count += 1
         peer.calls += 1
+        peer.group.calls += 1
         return peer
+
+    def _group(self, peer: Key, tenant_name: str) -> PeerGroup:
+        key = peer if peer[0] is None else (tenant_name, "")
+        group = self._groups.get(key)
+        if group is None:
+            tenant = self.tenants.get(tenant_name)
+            memory = MemoryAccount(self._memory, tenant)
+            group = self._groups[key] = PeerGroup(key, tenant, memory)
+            self.weight += group.weight
+        return group
 
     def leave(self, peer: Peer) -> None:
         """An RPC of a peer has ended."""
+        group = peer.group
         peer.calls -= 1
+        group.calls -= 1
         if not peer.calls:
-            del self._peers[peer.name]
+            del self._peers[peer.key]
             self.count -= 1
+        if not group.calls:
+            del self._groups[group.key]
+            self.weight = self.weight - group.weight if self._groups else 0.0
 
+    def set_limits(self, limits: LimitTable) -> None:
+        """Changes the limits of all tenants."""
+        self.tenants.set(limits)
+        for group in self._groups.values():
+            group.weight = group.share.weight
+            group.memory.read_limit()
+        self.weight = sum(group.weight for group in self._groups.values())
 
-def client_name(
-    connection: str,
-    metadata: Sequence[tuple[str, str | bytes]],
-    trusted: tuple[Network, ...],
-) -> str:
-    """The name of the peer that a call is from.
-
-    It is the last address of `x-forwarded-for` that is not itself a trusted proxy: what is before
-    it the client may have written. Where no such address can be read, it is the connection.
-
-    Args:
-        connection: the name that gRPC has for it.
-        metadata: of the call.
-        trusted: networks of proxies.
-    """
-    if not _is_trusted(connection, trusted):
-        return connection
-    given = [str(value) for key, value in metadata if key == _FORWARDED]
-    for text in reversed(",".join(given).split(",")):
-        try:
-            address = _plain(ip_address(text.strip()))
-        except ValueError:
-            return connection
-        if not _within(address, trusted):
-            return f"forwarded:{address}"
-    return connection
-
-
-@lru_cache(maxsize=4096)
-def _is_trusted(connection: str, trusted: tuple[Network, ...]) -> bool:
-    address = address_of(connection)
-    return address is not None and _within(address, trusted)
-
-
-def address_of(connection: str) -> Address | None:
-    """The address in gRPC's name of a connection; None: it has none, as of a unix socket.
-
-    The forms are "ipv4:1.2.3.4:5", "ipv6:[::1]:5" (with `%5B` and `%5D` for the brackets) and
-    "unix:PATH" (grpc/doc/naming.md).
-    """
-    scheme, _, rest = connection.partition(":")
-    if scheme not in ("ipv4", "ipv6"):
-        return None
-    host = unquote(rest).rpartition(":")[0].strip("[]").partition("%")[0]  # without a zone
-    try:
-        return _plain(ip_address(host))
-    except ValueError:
-        return None
-
-
-def _plain(address: Address) -> Address:
-    """IPv4 as such, also where a socket for both shows it as "::ffff:1.2.3.4"."""
-    mapped = address.ipv4_mapped if isinstance(address, IPv6Address) else None
-    return mapped or address
-
-
-def _within(address: Address, networks: tuple[Network, ...]) -> bool:
-    return any(address in network for network in networks)
+    def held_bytes(self) -> Mapping[str, int]:
+        """What the peers of each tenant make the server hold, by its name."""
+        held: Counter[str] = Counter()
+        for group in list(self._groups.values()):
+            held[group.share.tenant.name] += group.memory.held
+        return held

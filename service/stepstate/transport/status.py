@@ -46,6 +46,7 @@ _CODES: dict[type[errors.StepstateError], StatusCode] = {
     errors.PermissionDenied: StatusCode.PERMISSION_DENIED,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TenantLimitReached: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyAuthFailures: StatusCode.RESOURCE_EXHAUSTED,
     errors.Unavailable: StatusCode.UNAVAILABLE,
     errors.Internal: StatusCode.INTERNAL,
@@ -70,6 +71,7 @@ _RETRYABLE = (
     errors.QueueFull,
     errors.MemoryLimit,
     errors.TooManyCalls,
+    errors.TenantLimitReached,
     errors.TooManyAuthFailures,
     errors.KeysUnavailable,
     errors.Draining,
@@ -106,8 +108,8 @@ def _details(error: errors.StepstateError) -> Iterator[Message]:
         field = error.field if isinstance(error, errors.InvalidField) else _FIELDS[type(error)]
         violation = BadRequest.FieldViolation(field=field, description=_cut(str(error)))
         yield BadRequest(field_violations=[violation])
-    if type(error) in _QUOTAS:
-        quota = QuotaFailure.Violation(subject=_QUOTAS[type(error)], description=str(error))
+    if (subject := _quota(error)) is not None:
+        quota = QuotaFailure.Violation(subject=subject, description=_cut(str(error)))
         yield QuotaFailure(violations=[quota])
     if isinstance(error, errors.ForecastImpossible):
         yield _precondition("FORECAST", error.subject, error)
@@ -119,6 +121,14 @@ def _details(error: errors.StepstateError) -> Iterator[Message]:
         delay = Duration()
         delay.FromNanoseconds(round(error.retry_after_seconds * 1e9))
         yield RetryInfo(retry_delay=delay)
+
+
+def _quota(error: errors.StepstateError) -> str | None:
+    """Whose quota of what is used up; None: none is."""
+    if isinstance(error, errors.TenantLimitReached):
+        owner = f"tenant:{error.tenant}" if error.tenant else "server"
+        return _cut(f"{owner}:{error.limit}")
+    return _QUOTAS.get(type(error))
 
 
 def _precondition(kind: str, subject: str, error: errors.StepstateError) -> PreconditionFailure:

@@ -10,16 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepstate.engine.fair import FairQueue
 from stepstate.errors import QueueFull
 from stepstate.sessions import MAX_SOURCE_RUNNING, Source
+from stepstate.tenants import SourceQueue
 from tests.networks import make_network
 from tests.unit.rig import Rig, model_of
 
 ITEMS = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 20)), max_size=60)
 
 
-def drain(queue: FairQueue[tuple[int, int]]) -> list[tuple[int, int]]:
+def drain(queue: SourceQueue[tuple[int, int]]) -> list[tuple[int, int]]:
     taken = []
     while queue.turns:
         item, rows = queue.first()
@@ -32,7 +32,7 @@ def drain(queue: FairQueue[tuple[int, int]]) -> list[tuple[int, int]]:
 @given(ITEMS)
 def test_sources_that_wait_have_had_about_as_many_rows(items):
     """None is ahead of another that still waits by more than one item of each."""
-    queue: FairQueue[tuple[int, int]] = FairQueue()
+    queue: SourceQueue[tuple[int, int]] = SourceQueue()
     for number, (source, rows) in enumerate(items):
         queue.put(source, (number, rows), rows)
     left = Counter(source for source, _ in items)
@@ -53,7 +53,7 @@ def test_sources_that_wait_have_had_about_as_many_rows(items):
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=30))
 def test_one_row_of_a_source_that_had_nothing_waiting_is_next(greedy):
-    queue: FairQueue[str] = FairQueue()
+    queue: SourceQueue[str] = SourceQueue()
     for rows in greedy:
         queue.put("greedy", "greedy", rows)
     for _ in range(len(greedy) // 2):
@@ -105,7 +105,7 @@ async def test_what_was_cancelled_is_dropped_a_batch_at_a_time_and_holds_up_none
     for caller in sent:
         await caller.outcome()
     assert rig.results["applied"] == 1
-    assert (greedy.queued_requests, greedy.queued_rows) == (0, 0)
+    assert (greedy.share.queued_requests, greedy.share.queued_rows) == (0, 0)
 
 
 async def test_a_long_request_is_not_behind_a_hundred_of_another_source():
@@ -141,7 +141,7 @@ async def test_requests_of_all_kinds_and_sources_end():
         sent.append(rig.send(session, rows, inspect=number % 3 == 0, source=sources[number % 5]))
     for number, caller in enumerate(sent):
         assert (await caller.outcome()).t_after == 1 + number % 7
-    assert not any(source.queued_rows or source.queued_requests for source in sources)
+    assert not any(source.share.queued_rows or source.share.queued_requests for source in sources)
 
 
 async def test_a_source_may_have_as_many_waiting_as_are_free():
@@ -150,13 +150,13 @@ async def test_a_source_may_have_as_many_waiting_as_are_free():
     greedy, x = Source(), np.zeros((50, 3), np.float32)
 
     def fill(source: Source) -> int:
-        before = source.queued_requests
+        before = source.share.queued_requests
         for session in sessions:
             try:
                 rig.send(session, x, source=source)
             except QueueFull:
                 break
-        return source.queued_requests - before
+        return source.share.queued_requests - before
 
     assert fill(greedy) == 20
     assert fill(greedy) == 0

@@ -17,19 +17,42 @@ from stepstate.errors import STORE_CAUSES, InvalidField
 from stepstate.stores.redis import keys, scripts
 from stepstate.stores.redis.commands import Command
 from stepstate.stores.redis.connection import cause_of, may_pass
-from stepstate.stores.redis.keys import id_of, model_of, place_after, place_of, token_of
+from stepstate.stores.redis.keys import key_of, model_of, place_after, place_of, token_of
 
 IDS = [f"meter-{i}" for i in range(5000)]
 
 
 def test_the_keys_of_a_session_are_in_one_slot_of_a_cluster():
-    for session_id in [*IDS[:50], "{a}b", "a:{}:b"]:
-        assert len({key_slot(name.encode()) for name in keys.of(session_id)}) == 1
+    for key in [*IDS[:50], "{a}b", "a:{}:b", "acme/a", "acme/{a}b", "a}c{m:e/x"]:
+        assert len({key_slot(name.encode()) for name in keys.of(key, cluster=True)}) == 1
 
 
-def test_a_session_stays_in_its_bucket_whatever_version_looks_for_it():
-    assert keys.session("meter-7") == "stepstate:{82}:session:meter-7"
-    assert keys.due(82) == "stepstate:{82}:due"
+def test_sessions_of_the_default_tenant_are_where_versions_without_tenants_look_for_them():
+    for cluster in (False, True):
+        found = keys.of("meter-7", cluster=cluster)._asdict()
+        del found["listing"]  # of other tenants only
+        assert found == {
+            "session": "stepstate:{82}:session:meter-7",
+            "tombstone": "stepstate:{82}:ending:meter-7",
+            "due": "stepstate:{82}:due",
+            "counts": "stepstate:{82}:counts",
+            "expired": "stepstate:{82}:expired",
+            "tombstones": "stepstate:{82}:endings",
+        }
+
+
+@pytest.mark.parametrize("tenant", ["acme", "session", "due", "tenants", "a:session:b"])
+def test_nothing_of_another_tenant_is_where_those_versions_look(tenant):
+    theirs = {
+        name
+        for session_id in [*IDS[:50], f"{tenant}:x", tenant]
+        for name in keys.of(session_id, cluster=False)
+    }
+    theirs |= {key(number) for key in (keys.due, keys.expired) for number in keys.ALL_BUCKETS}
+    theirs |= {key(number) for key in (keys.counts, keys.tombstones) for number in keys.ALL_BUCKETS}
+    for cluster in (False, True):
+        for session_id in IDS[:50]:
+            assert not theirs & {*keys.of(f"{tenant}/{session_id}", cluster=cluster)}
 
 
 def test_sessions_are_spread_over_all_buckets():
@@ -38,7 +61,7 @@ def test_sessions_are_spread_over_all_buckets():
 
 
 def test_a_token_is_the_place_that_it_was_made_of():
-    for session_id in IDS[:50]:
+    for session_id in [*IDS[:50], "acme/a"]:
         place = place_of(f"{session_id} lstm/1")
         assert place_after(token_of(place)) == place
     assert place_after("") == (0, "")
@@ -52,7 +75,7 @@ def test_what_is_no_token_is_refused(token):
 
 
 def test_a_member_has_id_and_model():
-    assert (id_of("a:b lstm/1"), model_of("a:b lstm/1")) == ("a:b", "lstm/1")
+    assert (key_of("a:b lstm/1"), model_of("a:b lstm/1")) == ("a:b", "lstm/1")
 
 
 def test_a_command_is_sent_by_name_or_whole():

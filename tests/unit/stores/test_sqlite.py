@@ -109,8 +109,8 @@ async def test_a_save_is_done_if_and_only_if_it_says_so_whenever_another_server_
     epochs = {name: await create(home, store, name) for name in ("taken", "held too", "stale")}
     await acquire(store, "stale", owner="B")
     make = {
-        "save": lambda save: writes.SaveOne(save.session_id, save),
-        "expire": lambda save: writes.Expire(save.session_id, save, home.clock()),
+        "save": lambda save: writes.SaveOne(save.key, save),
+        "expire": lambda save: writes.Expire(save.key, save, home.clock()),
     }[kind]
     saves = [make(saving(home, name, epochs[name])) for name in ("taken", *beside)]
     connection = sqlite3.connect(home.path, factory=RacedConnection, isolation_level=None)
@@ -210,15 +210,22 @@ INDEXES = {
     "a page": (lambda store, _: store.page("", 10), "INDEX sessions_open"),
     "a page with expired ones": (
         lambda store, _: store.page("", 10, expired=True),
-        "sqlite_autoindex_sessions_1",
+        "INDEX sessions_expired",
+    ),
+    "a page of a tenant": (
+        lambda store, _: store.page("", 10, tenant="default"),
+        "INDEX sessions_open (tenant=? AND session_id>?)",
+    ),
+    "a page of a tenant with expired ones": (
+        lambda store, _: store.page("", 10, tenant="default", expired=True),
+        "INDEX sessions_expired (tenant=? AND session_id>?)",
     ),
     "a page of a model": (
-        lambda store, _: store.page("", 10, "lstm"),
-        "COVERING INDEX sessions_by_model",
+        lambda store, _: store.page("", 10, "lstm", tenant="default"),
+        "COVERING INDEX sessions_by_model (tenant=? AND model=? AND expired=? AND session_id>?)",
     ),
     "what is due": (lambda store, _: store.overdue(ANY_TIME, 10), "sessions_by_due"),
     "what is to be deleted": (lambda store, _: store.expired(ANY_TIME, 10), "sessions_by_due"),
-    "a count": (lambda store, _: store.count(), "COVERING INDEX sessions_by_model"),
     "a count of expired ones": (
         lambda store, _: store.count_expired(),
         "COVERING INDEX sessions_by_due",
@@ -292,46 +299,6 @@ def plan(path, statement) -> str:
         connection.close()
 
 
-async def test_a_file_of_version_1_keeps_its_sessions_and_the_time_they_had_left(home, store):
-    """Its times were Unix times; it had no clock and no expired sessions."""
-    for name in "ab":
-        await create(home, store, name)
-    await home.pass_time(20)
-    await store.save([saving(home, "b", (await store.find("b")).epoch)])
-    await store.end("a", (await store.find("a")).epoch, Tombstone(EndReason.CLOSED, 1, 60.0))
-    await create(home, store, "c")
-    await home.close()
-    for jump in (-21 * 86_400, 400 * 86_400):  # a wrong clock, or years in a cupboard
-        _downgrade_to_version_1(home.path)
-        home.clock.now += jump
-        opened = await home.open()
-        left = (await opened.find("b")).expires_at - opened.now()
-        assert left >= 60 if jump < 0 else left == pytest.approx(60)
-        assert isinstance(await opened.acquire("b", owner="B", fingerprints={FINGERPRINT}), tuple)
-        assert (await opened.find("a")).reason is EndReason.CLOSED
-        assert await opened.count() == {"lstm/1": 2}
-        await opened.expire([saving(home, "c", (await opened.find("c")).epoch)], delete_at=9e9)
-        assert await opened.count_expired() == 1
-        marked = await opened.find("c")
-        assert await opened.restore("c", marked.epoch, expires_at=opened.now() + 60)
-        await home.close()
-
-
-@pytest.mark.parametrize(
-    "damage", ["record = '{no json'", "expires = 1 << 62", "expires = 'soon'", "expires = 5"]
-)
-async def test_a_damaged_row_of_version_1_does_not_matter_to_the_others(home, store, damage):
-    for name in "ab":
-        await create(home, store, name)
-    await home.close()
-    _downgrade_to_version_1(home.path)
-    write(home.path, f"UPDATE sessions SET {damage} WHERE session_id = 'a'")
-    home.clock.now += 86_400
-    opened = await home.open()
-    assert (await opened.find("b")).expires_at - opened.now() == pytest.approx(60)
-    assert isinstance(await opened.acquire("b", owner="B", fingerprints={FINGERPRINT}), tuple)
-
-
 DAMAGED_CLOCKS = ("'soon'", "x'00ff'", "1 << 62", "-5", "1.5")
 
 
@@ -353,20 +320,6 @@ async def test_a_clock_that_is_damaged_under_a_server_is_the_servers(home, store
     await home.pass_time(20)
     assert (await store.find("a")).expires_at - store.now() == pytest.approx(40)
     assert ask(home.path, "SELECT micros FROM clock") == home.clock() * 1e6
-
-
-def _downgrade_to_version_1(path) -> None:
-    for statement in (
-        "DROP TABLE clock",
-        "DROP INDEX sessions_by_model",
-        "DROP INDEX sessions_by_due",
-        "DROP INDEX sessions_open",
-        "ALTER TABLE sessions DROP COLUMN expired",
-        "CREATE INDEX sessions_by_model ON sessions (model, session_id)",
-        "CREATE INDEX sessions_by_due ON sessions (due)",
-        "PRAGMA user_version = 1",
-    ):
-        write(path, statement)
 
 
 def write(path, statement) -> None:

@@ -10,7 +10,8 @@ from stepstate.budget import MemoryBudget
 from stepstate.config import ConfigError, ServerConfig
 from stepstate.errors import TooManyCalls
 from stepstate.transport import peers
-from stepstate.transport.peers import PeerTable, address_of, client_name
+from stepstate.transport.addresses import address_of, client_name
+from stepstate.transport.peers import PeerTable
 from tests.unit.transport.contexts import CallContext
 
 PROXY = "ipv4:10.0.0.7:51724"

@@ -44,6 +44,7 @@ CODES = {
     errors.QueueFull: StatusCode.UNAVAILABLE,
     errors.MemoryLimit: StatusCode.RESOURCE_EXHAUSTED,
     errors.TooManyCalls: StatusCode.RESOURCE_EXHAUSTED,
+    errors.TenantLimitReached: StatusCode.RESOURCE_EXHAUSTED,
     errors.Unauthenticated: StatusCode.UNAUTHENTICATED,
     errors.PermissionDenied: StatusCode.PERMISSION_DENIED,
     errors.TooManyAuthFailures: StatusCode.RESOURCE_EXHAUSTED,
@@ -63,6 +64,8 @@ NEVER_SENT = {
     errors.SnapshotKeyInvalid,
     errors.CredentialsInvalid,
     errors.ListenError,
+    errors.InsecureAddress,
+    errors.TlsInvalid,
 }
 
 
@@ -101,12 +104,7 @@ def test_an_error_has_the_details_of_the_design(cls):
         errors.ForecastImpossible,
     ):
         wanted.add(PreconditionFailure)
-    if cls in (
-        errors.SessionLimit,
-        errors.MemoryLimit,
-        errors.TooManyCalls,
-        errors.TooManyAuthFailures,
-    ):
+    if code_of(sample(cls)) is StatusCode.RESOURCE_EXHAUSTED:
         wanted.add(QuotaFailure)
     if issubclass(cls, errors.Unavailable):
         wanted.add(RetryInfo)

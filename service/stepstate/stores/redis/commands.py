@@ -50,19 +50,18 @@ def save(saves: Sequence[SaveRequest], mark: Mark) -> Command:
     where: list[str] = []
     arguments: list[Argument] = []
     for one in saves:
-        of = keys.of(one.key)
-        where += (of.session, of.tombstone, of.due)
+        where += keys.of_save(one.key)
         numbers = f"{one.epoch} {mark[0]} {one.t} {micros(one.expires_at)}"
         arguments += _words(one, numbers)
     return Command(scripts.SAVE, where, arguments)
 
 
-def expire(saves: Sequence[SaveRequest], delete_at: float, mark: Mark) -> Command:
+def expire(saves: Sequence[SaveRequest], delete_at: float, mark: Mark, *, cluster: bool) -> Command:
     """Saves sessions of one slot, and marks them as expired."""
     where: list[str] = []
     arguments: list[Argument] = [micros(delete_at), mark[1]]
     for one in saves:
-        where += keys.of(one.key)[:5]
+        where += keys.of(one.key, cluster=cluster)[:6]
         arguments += _words(one, f"{one.epoch} {mark[0]} {one.t}")
     return Command(scripts.EXPIRE, where, arguments)
 
@@ -74,21 +73,21 @@ def _words(one: SaveRequest, numbers: str) -> tuple[str, bytes]:
 
 def postpone(member: str, score: int) -> Command:
     """Moves the next check of a session."""
-    of = keys.of(keys.id_of(member))
+    of = keys.of(keys.key_of(member), cluster=True)
     return Command(scripts.POSTPONE, (of.due, of.expired), (score, member))
 
 
-def tidy(member: str) -> Command:
+def tidy(member: str, *, cluster: bool) -> Command:
     """Removes a session that is gone from the sets of its bucket."""
-    of = keys.of(keys.id_of(member))
-    where = (of.session, of.due, of.counts, of.expired)
+    of = keys.of(keys.key_of(member), cluster=cluster)
+    where = (of.session, of.due, of.counts, of.expired, of.listing)
     return Command(scripts.TIDY, where, (member, keys.model_of(member)))
 
 
-def delete_tombstone(session_id: str, now: int) -> Command:
+def delete_tombstone(key: SessionKey, now: int) -> Command:
     """Deletes a tombstone that is too old."""
-    of = keys.of(session_id)
-    return Command(scripts.FORGET, (of.tombstone, of.tombstones), (session_id, now))
+    of = keys.of(key, cluster=True)
+    return Command(scripts.FORGET, (of.tombstone, of.tombstones), (key, now))
 
 
 def read_session(key: SessionKey, reply: Reply) -> StoredSession | UnreadableSession:

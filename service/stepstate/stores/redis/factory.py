@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 
 from redis.asyncio import Redis
 from redis.asyncio.cluster import ClusterNode, RedisCluster
-from redis.asyncio.connection import parse_url
+from redis.asyncio.connection import SSLConnection, parse_url
 from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import NoBackoff
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 PORT = 6379
 SENTINEL_PORT = 26379
+TLS = "rediss"
+"""What URLs of a Redis with TLS begin with."""
 SENTINEL_SECONDS = 0.5
 """For one Sentinel: short enough to ask the next one within the timeout of a pipeline."""
 
@@ -42,9 +44,11 @@ _OPTIONS: Mapping[str, Any] = {
 }
 
 
-def _options(password: str) -> dict[str, Any]:
+def _options(url: str, password: str, ca_file: str) -> dict[str, Any]:
     """The options of a client, which does not retry by itself."""
     given = {"password": password} if password else {}  # else that of the URL
+    if ca_file and url.startswith(TLS):
+        given["ssl_ca_certs"] = ca_file
     return {**_OPTIONS, **given, "retry": Retry(NoBackoff(), 0)}
 
 
@@ -54,26 +58,28 @@ async def open_redis(
     clock: Callable[[], float],
     unix_time: Callable[[], float] = time.time,
     password: str = "",
+    ca_file: str = "",
 ) -> RedisStore:
     """Opens a store on the Redis, or the cluster, that a URL names.
 
     If Redis is away this succeeds; the store's methods raise `StoreUnavailable` until it is back.
 
     Args:
-        url: `redis://[USER:PASSWORD@]HOST:PORT/DB`, `rediss://` with TLS; for a cluster
-            `redis+cluster://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]` or `rediss+cluster://`;
+        url: `redis://[USER:PASSWORD@]HOST:PORT/DB`; for a cluster
+            `redis+cluster://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]`;
             for a primary that Sentinels name
             `redis+sentinel://[USER:PASSWORD@]HOST:PORT[,HOST:PORT...]/SERVICE[/DB]`: user and
             password are those of Redis; those of the Sentinels are `?sentinel_password=` and
-            `&sentinel_username=`.
+            `&sentinel_username=`. With TLS, also to Sentinels, it begins with `rediss`.
         clock: monotonic seconds.
         unix_time: seconds since 1970.
         password: of Redis, if it is not in the URL; empty: there is none.
+        ca_file: PEM file with the authorities of Redis's certificate; empty: the system's.
 
     Raises:
         StoreOpenError: the URL can't be read, or Redis refuses what it says.
     """
-    connection = _connection(url, password)
+    connection = _connection(url, _options(url, password, ca_file))
     name = f"{url.partition(':')[0]}://{connection.place}"
     try:
         problem = _check(name, await _info(connection), is_cluster=connection.is_cluster)
@@ -92,16 +98,16 @@ async def open_redis(
     return RedisStore(connection, clock=clock, unix_time=unix_time)
 
 
-def _connection(url: str, password: str) -> RedisConnection:
+def _connection(url: str, options: Mapping[str, Any]) -> RedisConnection:
     scheme, _, rest = url.partition("://")
     try:
         urls = _urls(scheme, rest)
         if scheme.endswith("+sentinel"):
-            return _sentinel_connection(urls, _options(password))
+            return _sentinel_connection(urls, options)
         place = ",".join(f"{host}:{port}" for host, port in map(_address, urls))
         if scheme.endswith("+cluster"):
-            return ClusterConnection(_cluster(urls, _options(password)), place)
-        return SingleConnection(Redis.from_url(urls[0], **_options(password)), place)
+            return ClusterConnection(_cluster(urls, options), place)
+        return SingleConnection(Redis.from_url(urls[0], **options), place)
     except (ValueError, TypeError, *AWAY):
         # Without its text, which may contain a part of the password.
         sentinels = "[,HOST:PORT...]/SERVICE[/DB]" if scheme.endswith("+sentinel") else ""
@@ -128,9 +134,12 @@ def _sentinel_connection(urls: Sequence[str], common: Mapping[str, Any]) -> Redi
     options: dict[str, Any] = {**parse_url(urls[0]), **common, "db": int(db or 0)}
     del options["host"]  # of a Sentinel, as the port
     options.pop("port", None)
+    tls = {"ssl": options.pop("connection_class", None) is SSLConnection}
+    options |= tls
     ask = {name: options.pop(f"sentinel_{name}", None) for name in ("username", "password")}
     seconds = {"socket_timeout": SENTINEL_SECONDS, "socket_connect_timeout": SENTINEL_SECONDS}
-    ask |= {"protocol": 2, "retry": options["retry"], **seconds}
+    ask |= {"protocol": 2, "retry": options["retry"], **seconds, **tls}
+    ask |= {name: value for name, value in options.items() if name.startswith("ssl_")}
     sentinel = Sentinel(sentinels, sentinel_kwargs=ask, **options)  # type: ignore[no-untyped-call]
     return SentinelConnection(
         sentinel, service, ",".join(f"{host}:{port}" for host, port in sentinels)

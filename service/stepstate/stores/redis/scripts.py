@@ -55,18 +55,46 @@ local function raised(epoch, unix_time)
     return number(math.max((whole(epoch) and tonumber(epoch) or 0) + 1, tonumber(unix_time)))
 end
 local function member_of(name) return (name[1] or '') .. ' ' .. (name[2] or '') end
-local function arrive(name, due, counts, expires)
-    if redis.call('ZADD', due, expires, member_of(name)) == 1 then
-        redis.pcall('HINCRBY', counts, name[2] or '', 1)
+local function tenant_of(name) return string.match(name[1] or '', '^([^/]*)/') end
+local function add(counts, field, sessions)
+    if redis.pcall('HINCRBY', counts, field, sessions) == 0 then
+        redis.call('HDEL', counts, field)
     end
 end
-local function leave(name, due, counts, expired)
+local function count(name, counts, sessions)
+    local tenant, model = tenant_of(name), name[2] or ''
+    if tenant then
+        add(counts, tenant, sessions)
+        model = tenant .. '/' .. model
+    end
+    add(counts, model, sessions)
+end
+local function list(name, listing, mark)
+    if tenant_of(name) then redis.call('ZADD', listing, mark, member_of(name)) end
+end
+local function arrive(name, due, counts, listing, expires)
+    list(name, listing, 0)
+    if redis.call('ZADD', due, expires, member_of(name)) == 1 then count(name, counts, 1) end
+end
+local function leave(name, due, counts, expired, listing)
     local member = member_of(name)
+    redis.call('ZREM', listing, member)
     if redis.call('ZREM', due, member) == 1 then
-        redis.pcall('HINCRBY', counts, name[2] or '', -1)
+        count(name, counts, -1)
     else
         redis.call('ZREM', expired, member)
     end
+end
+local function open_of(tenant, counts, known)
+    if known ~= '' then return tonumber(known) end
+    if tenant then return tonumber(fields(counts, tenant)[1]) or 0 end
+    local open = 0
+    for bucket = 0, 255 do
+        for _, sessions in ipairs(redis.pcall('HVALS', 'stepstate:{' .. bucket .. '}:counts')) do
+            open = open + (tonumber(sessions) or 0)
+        end
+    end
+    return open
 end
 local function past(expires, delete, now) return delete or tonumber(expires) <= tonumber(now) end
 """
@@ -78,9 +106,9 @@ def _with_common(text: str) -> Script:
 
 CREATE = _with_common(
     """
-local key, gone, due, counts, expired, endings = unpack(KEYS)
+local key, gone, due, counts, expired, listing, endings = unpack(KEYS)
 local id, model, fingerprint, record, owner, t, expires, snapshot = unpack(ARGV)
-local now, unix_time, replacing, q, w = unpack(ARGV, 9)
+local now, unix_time, replacing, q, w, most, known = unpack(ARGV, 9)
 local old = fields(key, 'e', 'x', 'd', 'q', 'w', 'i', 'm')
 local there = redis.call('EXISTS', key) == 1
 if there then
@@ -88,20 +116,24 @@ if there then
     if not (whole(old[1]) and whole(old[2])) then return {0, entry(key)} end
     if old[1] ~= replacing or not past(old[2], old[3], now) then return {0, entry(key)} end
 end
+if most ~= '' and (not there or old[3]) then
+    local open = open_of(tenant_of({id}), counts, known)
+    if open >= tonumber(most) then return {2, open} end
+end
 local epoch = raised(old[1] or fields(gone, 'e')[1], unix_time)
 if there then
     redis.call('DEL', key)
-    leave({old[6], old[7]}, due, counts, expired)
+    leave({old[6], old[7]}, due, counts, expired, listing)
 end
 redis.call('HSET', key, 'i', id, 'm', model, 'f', fingerprint, 'r', record, 'o', owner, 'p', '',
     'e', epoch, 't', t, 'x', expires, 's', snapshot, 'q', q, 'w', w)
-arrive({id, model}, due, counts, expires)
+arrive({id, model}, due, counts, listing, expires)
 redis.call('DEL', gone)
 redis.call('ZREM', endings, id)
 return {1, epoch}
 """
 )
-"""{1, epoch}, or {0, entry} of the session that has its id."""
+"""{1, epoch}, {0, entry} of the session that has its key, or {2, open}: its tenant has no room."""
 
 ACQUIRE = _with_common(
     """
@@ -166,8 +198,8 @@ Few arguments, because redis-py spends most of its time on each."""
 EXPIRE = _with_common(
     """
 local delete, w, verdicts = ARGV[1], ARGV[2], {}
-for i = 1, #KEYS / 5 do
-    local key, gone, due, counts, expired = unpack(KEYS, 5 * i - 4, 5 * i)
+for i = 1, #KEYS / 6 do
+    local key, gone, due, counts, expired, listing = unpack(KEYS, 6 * i - 5, 6 * i)
     local numbers = '^(%d+) (%d+) (%d+) (%d) (.*)$'
     local epoch, q, t, has_snapshot, owner = string.match(ARGV[2 * i + 1], numbers)
     local old = fields(key, 'e', 'q', 'w', 'd', 'i', 'm')
@@ -183,34 +215,39 @@ for i = 1, #KEYS / 5 do
             'q', q, 'w', w)
         if has_snapshot == '1' then redis.call('HSET', key, 's', ARGV[2 * i + 2]) end
         redis.call('PERSIST', key)
-        leave({old[5], old[6]}, due, counts, expired)
+        leave({old[5], old[6]}, due, counts, expired, listing)
         redis.call('ZADD', expired, delete, member_of({old[5], old[6]}))
+        list({old[5], old[6]}, listing, 1)
     end
 end
 return verdicts
 """
 )
-"""The result of each save: five keys, "epoch q t has_snapshot owner", and the snapshot."""
+"""The result of each save: six keys, "epoch q t has_snapshot owner", and the snapshot."""
 
 RESTORE = _with_common(
     """
-local key, due, counts, expired = unpack(KEYS)
-local epoch, expires, q, w = unpack(ARGV)
+local key, due, counts, expired, listing = unpack(KEYS)
+local epoch, expires, q, w, most, known = unpack(ARGV)
 local old = fields(key, 'e', 'd', 'q', 'w', 'i', 'm')
-if old[3] == q and old[4] == w then return 1 end
-if old[1] ~= epoch or not old[2] then return 0 end
+if old[3] == q and old[4] == w then return {1} end
+if old[1] ~= epoch or not old[2] then return {0} end
+if most ~= '' then
+    local open = open_of(tenant_of({old[5]}), counts, known)
+    if open >= tonumber(most) then return {2, open} end
+end
 redis.call('HDEL', key, 'd')
 redis.call('HSET', key, 'e', raised(epoch, 0), 'x', expires, 'q', q, 'w', w)
 redis.call('ZREM', expired, member_of({old[5], old[6]}))
-arrive({old[5], old[6]}, due, counts, expires)
-return 1
+arrive({old[5], old[6]}, due, counts, listing, expires)
+return {1}
 """
 )
-"""1 if it was expired and is open now."""
+"""{1} if it was expired and is open now, {0} if not, or {2, open} if its tenant has no room."""
 
 END = _with_common(
     """
-local key, gone, due, counts, expired, endings = unpack(KEYS)
+local key, gone, due, counts, expired, listing, endings = unpack(KEYS)
 local epoch, reason, t, idle, forget, q, w = unpack(ARGV)
 if fields(key, 'e')[1] ~= epoch then
     local done = fields(gone, 'q', 'w')
@@ -218,7 +255,7 @@ if fields(key, 'e')[1] ~= epoch then
 end
 local name = fields(key, 'i', 'm')
 redis.call('DEL', key, gone)
-leave(name, due, counts, expired)
+leave(name, due, counts, expired, listing)
 redis.call('HSET', gone, 'e', epoch, 'r', reason, 't', t, 'i', idle, 'x', forget, 'q', q, 'w', w)
 if name[1] then redis.call('ZADD', endings, forget, name[1]) end
 return 1
@@ -228,7 +265,7 @@ return 1
 
 DISCARD = _with_common(
     """
-local key, gone, due, counts, expired, endings = unpack(KEYS)
+local key, gone, due, counts, expired, listing, endings = unpack(KEYS)
 local id, reason, t, idle, forget, q, w = unpack(ARGV)
 if redis.call('EXISTS', key) == 0 then
     local done = fields(gone, 'q', 'w')
@@ -236,7 +273,7 @@ if redis.call('EXISTS', key) == 0 then
 end
 local found = entry(key)
 for i = 1, #found do if found[i] ~= ARGV[7 + i] then return 0 end end
-leave(fields(key, 'i', 'm'), due, counts, expired)
+leave(fields(key, 'i', 'm'), due, counts, expired, listing)
 redis.call('DEL', key, gone)
 local epoch = whole(found[4]) and found[4] or '0'
 redis.call('HSET', gone, 'e', epoch, 'r', reason, 't', t, 'i', idle, 'x', forget, 'q', q, 'w', w)
@@ -345,7 +382,7 @@ return counts
 
 TIDY = _with_common(
     """
-local key, due, counts, expired = unpack(KEYS)
+local key, due, counts, expired, listing = unpack(KEYS)
 local member, model = unpack(ARGV)
 if redis.call('EXISTS', key) == 1 then
     local other = member_of(fields(key, 'i', 'm'))
@@ -354,8 +391,7 @@ if redis.call('EXISTS', key) == 1 then
         return 0
     end
 end
-redis.call('ZREM', expired, member)
-if redis.call('ZREM', due, member) == 1 then redis.pcall('HINCRBY', counts, model, -1) end
+leave({string.sub(member, 1, -2 - #model), model}, due, counts, expired, listing)
 return 1
 """
 )

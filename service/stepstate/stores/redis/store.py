@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 from stepstate.errors import StoreUnavailable
-from stepstate.identity import SessionKey
+from stepstate.identity import DEFAULT_TENANT, SessionKey, split_key
 from stepstate.stores.base import TOMBSTONE_SECONDS, UNREADABLE_SECONDS, SessionStore
 from stepstate.stores.redis import commands, keys, scripts
 from stepstate.stores.redis.commands import (
@@ -22,6 +22,7 @@ from stepstate.stores.redis.commands import (
     text_of,
 )
 from stepstate.stores.redis.connection import RedisConnection
+from stepstate.stores.redis.keys import SessionKeys
 from stepstate.stores.redis.pipeline import CommandPipeline
 from stepstate.stores.redis.scripts import Script
 from stepstate.stores.types import (
@@ -32,6 +33,7 @@ from stepstate.stores.types import (
     SaveResult,
     SessionRecord,
     StoredSession,
+    TenantFull,
     Tombstone,
     UnreadableSession,
 )
@@ -50,6 +52,8 @@ READ_AT_ONCE = 64
 
 _NO_LIMIT = 2**53
 """More members than there are."""
+_FULL = 2
+"""What scripts reply when a tenant has no room."""
 
 
 class RedisStore(SessionStore):
@@ -107,20 +111,24 @@ class RedisStore(SessionStore):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | StoredSession | UnreadableSession:
+        most_of_tenant: int | None = None,
+    ) -> int | StoredSession | UnreadableSession | TenantFull:
         await self._start()
         fixed = (record.key, record.model_key, record.fingerprint, record.to_json())
         arguments: list[Argument] = [*fixed, owner, t, micros(expires_at), snapshot]
         arguments += (self._now(), micros(self._unix_time()), replacing, *self._mark())
-        where = keys.of(record.key)
-        created, reply = await self._ask(Command(scripts.CREATE, where, arguments))
+        arguments += await self._limit_arguments(record.tenant, most_of_tenant)
+        command = Command(scripts.CREATE, self._keys(record.key), arguments)
+        created, reply = await self._ask(command)
+        if created == _FULL and most_of_tenant is not None:
+            return TenantFull(reply, most_of_tenant)
         return int(reply) if created else read_session(record.key, reply)
 
     async def acquire(
         self, key: SessionKey, *, owner: str, fingerprints: Collection[str]
     ) -> tuple[StoredSession, bytes] | StoredSession | UnreadableSession | Tombstone | None:
         await self._start()
-        where = keys.of(key)[:2]
+        where = keys.of_save(key)[:2]
         arguments: list[Argument] = [owner, self._now(), micros(self._unix_time()), *self._mark()]
         arguments += fingerprints
         found, *reply = await self._ask(Command(scripts.ACQUIRE, where, arguments))
@@ -140,18 +148,32 @@ class RedisStore(SessionStore):
         return await self._save(saves, lambda some: commands.save(some, self._mark()))
 
     async def expire(self, saves: Sequence[SaveRequest], *, delete_at: float) -> list[SaveResult]:
-        return await self._save(saves, lambda some: commands.expire(some, delete_at, self._mark()))
+        cluster = self._connection.is_cluster
+        return await self._save(
+            saves, lambda some: commands.expire(some, delete_at, self._mark(), cluster=cluster)
+        )
 
-    async def restore(self, key: SessionKey, epoch: int, *, expires_at: float) -> bool:
-        of = keys.of(key)
-        where = (of.session, of.due, of.counts, of.expired)
-        arguments = (epoch, micros(expires_at), *self._mark())
-        return bool(await self._ask(Command(scripts.RESTORE, where, arguments)))
+    async def restore(
+        self,
+        key: SessionKey,
+        epoch: int,
+        *,
+        expires_at: float,
+        most_of_tenant: int | None = None,
+    ) -> bool | TenantFull:
+        of = self._keys(key)
+        where = (of.session, of.due, of.counts, of.expired, of.listing)
+        limit = await self._limit_arguments(split_key(key)[0], most_of_tenant)
+        arguments = (epoch, micros(expires_at), *self._mark(), *limit)
+        done, *reply = await self._ask(Command(scripts.RESTORE, where, arguments))
+        if done == _FULL and most_of_tenant is not None:
+            return TenantFull(reply[0], most_of_tenant)
+        return bool(done)
 
     async def end(self, key: SessionKey, epoch: int, tombstone: Tombstone) -> bool:
         await self._start()
         arguments = (epoch, *self._tombstone_arguments(tombstone))
-        return bool(await self._ask(Command(scripts.END, keys.of(key), arguments)))
+        return bool(await self._ask(Command(scripts.END, self._keys(key), arguments)))
 
     async def discard(self, key: SessionKey, tombstone: Tombstone) -> bool:
         await self._start()
@@ -159,13 +181,13 @@ class RedisStore(SessionStore):
         if not found or isinstance(read_session(key, found), StoredSession):
             return False
         arguments = (key, *self._tombstone_arguments(tombstone), *found)
-        return bool(await self._ask(Command(scripts.DISCARD, keys.of(key), arguments)))
+        return bool(await self._ask(Command(scripts.DISCARD, self._keys(key), arguments)))
 
     async def overdue(self, before: float, limit: int) -> list[StoredSession]:
         sessions: list[StoredSession] = []
         step = BUCKETS_AT_ONCE if self._connection.is_cluster else keys.BUCKETS
         for first in range(0, keys.BUCKETS, step):
-            where = list(map(keys.due, range(first, first + step)))
+            where = _in_all(keys.due, range(first, first + step))
             rest = limit - len(sessions)
             members = await self._members(where, f"({micros(before)}", rest)
             sessions += await self._readable(members[:rest], before)
@@ -174,7 +196,7 @@ class RedisStore(SessionStore):
         return sessions
 
     async def expired(self, before: float, limit: int) -> list[StoredSession]:
-        where = list(map(keys.expired, keys.ALL_BUCKETS))
+        where = _in_all(keys.expired)
         score = f"({micros(before)}" if before < float("inf") else "+inf"
         each = -(-limit // keys.BUCKETS)  # the same number of each bucket
         members = await self._members(where, score, _NO_LIMIT, each=each)
@@ -188,7 +210,7 @@ class RedisStore(SessionStore):
         size: int,
         model: str = "",
         *,
-        tenant: str | None = None,  # noqa: ARG002 - sessions are not kept by tenant yet
+        tenant: str | None = None,
         expired: bool = False,
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
         last = keys.place_after(token)
@@ -196,9 +218,7 @@ class RedisStore(SessionStore):
         first, step = last[0], 1
         while first < keys.BUCKETS and len(members) <= size:
             buckets = range(first, min(first + step, keys.BUCKETS))
-            where = [keys.due(number) for number in buckets]
-            where += [keys.expired(number) for number in buckets if expired]
-            found = await self._members(where, "+inf", _NO_LIMIT)
+            found = await self._listed(buckets, tenant, expired=expired)
             wanted = (m for m in found if model in ("", keys.model_of(m).partition("/")[0]))
             later = (m for m in wanted if keys.place_of(m) > last)
             members += sorted(later, key=keys.place_of)
@@ -207,17 +227,17 @@ class RedisStore(SessionStore):
         is_last = len(members) <= size
         return sessions, "" if is_last else keys.token_of(keys.place_of(members[size - 1]))
 
-    async def count(self) -> Mapping[str, int]:
-        where = list(map(keys.counts, keys.ALL_BUCKETS))
-        values = await self._each(scripts.COUNTS, where)
-        counts: Counter[str] = Counter()
-        for model, sessions in zip(values[::2], values[1::2], strict=True):
-            if sessions.isdigit():
-                counts[text_of(model)] += int(sessions)
+    async def count(self) -> Mapping[tuple[str, str], int]:
+        counts: Counter[tuple[str, str]] = Counter()
+        for model, sessions in await self._fields(map(keys.counts, keys.ALL_BUCKETS)):
+            counts[DEFAULT_TENANT, model] += sessions
+        for field, sessions in await self._fields(self._tenant_counts()):
+            tenant, separator, model = field.partition("/")
+            counts[tenant, model] += sessions if separator else 0  # else it is of all models
         return +counts  # only those above 0
 
     async def count_expired(self) -> int:
-        where = list(map(keys.expired, keys.ALL_BUCKETS))
+        where = _in_all(keys.expired)
         return sum(await self._each(scripts.SIZES, where))
 
     async def probe(self) -> None:
@@ -273,19 +293,20 @@ class RedisStore(SessionStore):
         ]
         for due in where:
             members = await self._members([due], "+inf", _NO_LIMIT)
-            sessions = [keys.session(keys.id_of(member)) for member in members]
+            sessions = [keys.session(keys.key_of(member)) for member in members]
             firsts = range(0, len(sessions), PERSISTED_AT_ONCE)
             groups = (sessions[first : first + PERSISTED_AT_ONCE] for first in firsts)
             await self._ask_all([Command(scripts.PERSIST, group, ()) for group in groups])
         return micros(max((at for at in used_at if 0 <= at <= unix_time), default=unix_time))
 
     async def _delete_old_tombstones(self) -> None:
-        where = list(map(keys.tombstones, keys.ALL_BUCKETS))
+        where = _in_all(keys.tombstones)
         now = self._now()
         while True:
-            ids = await self._members(where, str(now), TOMBSTONES_AT_ONCE)
-            await self._ask_all([commands.delete_tombstone(one, now) for one in ids])
-            if len(ids) < TOMBSTONES_AT_ONCE:
+            found = await self._members(where, str(now), TOMBSTONES_AT_ONCE)
+            ended = map(SessionKey, found)
+            await self._ask_all([commands.delete_tombstone(one, now) for one in ended])
+            if len(found) < TOMBSTONES_AT_ONCE:
                 return
 
     async def _save(
@@ -316,25 +337,64 @@ class RedisStore(SessionStore):
         members = await self._each(scripts.MEMBERS, where, score, limit, each)
         return [text_of(member) for member in members]
 
+    async def _listed(
+        self, buckets: Iterable[int], tenant: str | None, *, expired: bool
+    ) -> list[str]:
+        """The members of some buckets that are of a tenant, or all."""
+        if tenant is not None and tenant != DEFAULT_TENANT:
+            where = [keys.listing(number, tenant) for number in buckets]
+            return await self._members(where, "+inf" if expired else "0", _NO_LIMIT)
+        families = keys.FAMILIES if tenant is None else keys.FAMILIES[:1]
+        where = _in_all(keys.due, buckets, families)
+        where += _in_all(keys.expired, buckets, families) if expired else []
+        return await self._members(where, "+inf", _NO_LIMIT)
+
+    async def _fields(self, where: Iterable[str]) -> Iterator[tuple[str, int]]:
+        """The fields of some hashes that are numbers."""
+        values = await self._each(scripts.COUNTS, list(where))
+        fields = zip(values[::2], values[1::2], strict=True)
+        return ((text_of(name), int(number)) for name, number in fields if number.isdigit())
+
+    def _tenant_counts(self) -> list[str]:
+        cluster = self._connection.is_cluster
+        buckets = keys.ALL_BUCKETS if cluster else keys.ALL_BUCKETS[:1]
+        return [keys.tenant_counts(number, cluster=cluster) for number in buckets]
+
+    async def _limit_arguments(self, tenant: str, limit: int | None) -> tuple[int | str, int | str]:
+        """The last arguments of the scripts that open a session: its limit, and what is open.
+
+        A script counts for itself, unless the counts are on other nodes of a cluster.
+        """
+        if limit is None:
+            return "", ""
+        if not self._connection.is_cluster:
+            return limit, ""
+        if tenant == DEFAULT_TENANT:
+            fields = await self._fields(map(keys.counts, keys.ALL_BUCKETS))
+            return limit, sum(sessions for _, sessions in fields)
+        fields = await self._fields(self._tenant_counts())
+        return limit, sum(sessions for name, sessions in fields if name == tenant)
+
     async def _sessions(
         self, members: Sequence[str]
     ) -> list[tuple[str, StoredSession | UnreadableSession]]:
         """The sessions of members; those of deleted sessions are removed from their sets."""
-        where = [keys.session(keys.id_of(member)) for member in members]
+        where = [keys.session(keys.key_of(member)) for member in members]
         replies = await self._each(scripts.ENTRIES, where)
         sessions: list[tuple[str, StoredSession | UnreadableSession]] = []
         others: list[str] = []
         for place, (member, reply) in enumerate(zip(members, replies, strict=True)):
             if reply and text_of(reply[-1]) == keys.model_of(member):
-                sessions.append((member, read_session(keys.id_of(member), reply)))
+                sessions.append((member, read_session(keys.key_of(member), reply)))
             else:
                 others.append(member)
             if place % READ_AT_ONCE == 0:
                 await asyncio.sleep(0)
-        tidied = await self._ask_all([commands.tidy(member) for member in others])
+        cluster = self._connection.is_cluster
+        tidied = await self._ask_all([commands.tidy(one, cluster=cluster) for one in others])
         problem = "its model is not the one it is kept by"
         return sessions + [
-            (member, UnreadableSession(keys.id_of(member), problem))
+            (member, UnreadableSession(keys.key_of(member), problem))
             for member, removed in zip(others, tidied, strict=True)
             if not removed
         ]
@@ -375,6 +435,9 @@ class RedisStore(SessionStore):
             self._pipelines[node] = CommandPipeline(self._connection)
         return self._pipelines[node]
 
+    def _keys(self, key: SessionKey) -> SessionKeys:
+        return keys.of(key, cluster=self._connection.is_cluster)
+
     def _tombstone_arguments(self, tombstone: Tombstone) -> tuple[str | int, ...]:
         """The arguments of the scripts that end a session, from the reason on."""
         how = (tombstone.reason.value, tombstone.t, repr(tombstone.idle_timeout_seconds))
@@ -386,3 +449,12 @@ class RedisStore(SessionStore):
     def _mark(self) -> Mark:
         self._number += 1
         return self._number, self._name
+
+
+def _in_all(
+    key: Callable[[int, str], str],
+    buckets: Iterable[int] = keys.ALL_BUCKETS,
+    families: Sequence[str] = keys.FAMILIES,
+) -> list[str]:
+    """The keys of some buckets, bucket by bucket."""
+    return [key(number, family) for number in buckets for family in families]

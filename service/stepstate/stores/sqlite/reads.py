@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import heapq
 import json
-import re
 import sqlite3
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -31,8 +30,6 @@ from stepstate.stores.types import (
 
 DUE_AT_ONCE = 1024
 """Sessions that are due for a check: how many are read in one call, which takes some 10 ms."""
-
-_PLAIN = re.compile(r"[A-Za-z0-9._:-]*")
 
 
 def _integer(column: str) -> str:
@@ -68,29 +65,41 @@ UPDATE sessions SET due = expires WHERE rowid IN (SELECT value FROM json_each(?1
 """
 _POSTPONE = "UPDATE sessions SET due = ?2 WHERE rowid IN (SELECT value FROM json_each(?1))"
 _IDS = """
-SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
-    SELECT session_id, rowid FROM sessions
-    WHERE session_id > CAST(?1 AS TEXT) AND typeof(session_id) = 'text'
-    ORDER BY session_id LIMIT ?2)
+SELECT json_group_array(json_array(hex(tenant), hex(session_id), rowid)) FROM (
+    SELECT tenant, session_id, rowid FROM sessions :which
+    AND tenant = CAST(?1 AS TEXT) AND session_id > CAST(?2 AS TEXT)
+    AND typeof(session_id) = 'text' :others ORDER BY tenant, session_id LIMIT ?3)
 """
-# Without this index it would pass all expired sessions, or read and sort all open ones.
-_OPEN_IDS = _IDS.replace("WHERE", "INDEXED BY sessions_open WHERE expired = 0 AND")
-_IDS_OF_MODEL = """
-SELECT json_group_array(json_array(hex(session_id), rowid)) FROM (
-    SELECT session_id, rowid FROM sessions
-    WHERE model = CAST(?4 AS TEXT) AND expired = ?3 AND session_id > CAST(?1 AS TEXT)
-    AND typeof(session_id) = 'text' ORDER BY session_id LIMIT ?2)
-"""
+_OTHER_TENANTS = """
+    AND :model UNION ALL SELECT tenant, session_id, rowid FROM sessions :which
+    AND tenant > CAST(?1 AS TEXT) AND typeof(session_id) = 'text' AND :model
+""".replace(":model", "(?4 = '' OR model >= ?4 AND model < ?5)")
+# Without these indexes it would pass all sessions that are not wanted, or read and sort all others.
+_OPEN = "INDEXED BY sessions_open WHERE expired = 0"
+_EXPIRED = "INDEXED BY sessions_expired WHERE expired <> 0"
+_IDS_OF_TENANT, _IDS_OF_ALL = (
+    tuple(_IDS.replace(":others", others).replace(":which", which) for which in (_OPEN, _EXPIRED))
+    for others in ("", _OTHER_TENANTS)
+)
+"""Of open sessions, and of expired ones."""
+_IDS_OF_MODEL = _IDS.replace(":others", "").replace(
+    ":which", "WHERE model = CAST(?4 AS TEXT) AND expired = ?5"
+)
 _MODELS = """
 WITH RECURSIVE models (model) AS (
-    SELECT min(model) FROM sessions WHERE model >= ?1 AND model < ?2
-    UNION ALL SELECT (SELECT min(model) FROM sessions WHERE model > models.model AND model < ?2)
+    SELECT min(model) FROM sessions WHERE tenant = ?1 AND model >= ?2 AND model < ?3
+    UNION ALL SELECT (SELECT min(model) FROM sessions
+        WHERE tenant = ?1 AND model > models.model AND model < ?3)
     FROM models WHERE model IS NOT NULL)
 SELECT json_group_array(hex(model)) FROM models WHERE model IS NOT NULL
 """
 _COUNTS = """
-SELECT json_group_array(json_array(hex(model), sessions)) FROM
-(SELECT model, count(*) AS sessions FROM sessions WHERE +expired = 0 GROUP BY model)
+SELECT json_group_array(json_array(hex(tenant), hex(model), sessions))
+FROM counts WHERE typeof(sessions) = 'integer' AND sessions > 0
+"""
+_OPEN_BY_TENANT = """
+SELECT json_group_object(value, (SELECT ifnull(sum(sessions), 0) FROM counts WHERE tenant = value))
+FROM json_each(?1)
 """
 _COUNT_EXPIRED = "SELECT count(*) FROM sessions WHERE expired = 1"
 
@@ -184,33 +193,57 @@ def _due(
 
 
 def page(
-    connection: sqlite3.Connection, token: str, size: int, model: str, *, expired: bool
+    connection: sqlite3.Connection,
+    token: str,
+    size: int,
+    model: str,
+    *,
+    tenant: str | None,
+    expired: bool,
 ) -> tuple[list[StoredSession | UnreadableSession], str]:
-    """See `SessionStore.page`: in the order of ids; the index has them in it for each model.
+    """See `SessionStore.page`: in the order of tenants and ids, which the indexes have.
 
     Raises:
         InvalidField: page_token.
     """
-    limits = (_id_after(token), size + 1)
-    if model:
-        versions = json.loads(_one(connection, _MODELS, (f"{model}/", f"{model}0")))
-        of_models = [
-            json.loads(_one(connection, _IDS_OF_MODEL, (*limits, marked, _text(version))))
-            for version in versions
-            for marked in range(1 + expired)
+    tenant_after, after = _place_after(token)
+    marks = range(1 + expired)
+    models = (f"{model}/", f"{model}0") if model else ("", "")
+    if tenant is None:
+        found = [
+            _one(connection, _IDS_OF_ALL[mark], (tenant_after, after, size + 1, *models))
+            for mark in marks
         ]
-        ids = heapq.nsmallest(size + 1, chain.from_iterable(of_models))
+    elif model:
+        versions = json.loads(_one(connection, _MODELS, (tenant, *models)))
+        found = [
+            _one(connection, _IDS_OF_MODEL, (tenant, after, size + 1, _text(version), mark))
+            for version in versions
+            for mark in marks
+        ]
     else:
-        ids = json.loads(_one(connection, _IDS if expired else _OPEN_IDS, limits))
-    rows = _rows(_one(connection, _ROWS, (json.dumps([rowid for _, rowid in ids[:size]]),)))
-    sessions = [row.session for row in sorted(rows, key=lambda row: row.session_id)]
-    return sessions, _token_of(ids[size - 1][0]) if len(ids) > size else ""
+        found = [
+            _one(connection, _IDS_OF_TENANT[mark], (tenant, after, size + 1)) for mark in marks
+        ]
+    ids = heapq.nsmallest(size + 1, chain.from_iterable(map(json.loads, found)))
+    rows = _rows(_one(connection, _ROWS, (json.dumps([rowid for *_, rowid in ids[:size]]),)))
+    sessions = {row.rowid: row.session for row in rows}
+    following = ":".join(ids[size - 1][:2]) if len(ids) > size else ""
+    return [sessions[rowid] for *_, rowid in ids[:size] if rowid in sessions], following
 
 
-def count(connection: sqlite3.Connection) -> Mapping[str, int]:
+def count(connection: sqlite3.Connection) -> Mapping[tuple[str, str], int]:
     """See `SessionStore.count`."""
     counts = json.loads(_one(connection, _COUNTS, ()))
-    return {_name(model): sessions for model, sessions in counts}
+    return {(_name(tenant), _name(model)): sessions for tenant, model, sessions in counts}
+
+
+def open_by_tenant(connection: sqlite3.Connection, tenants: Iterable[str]) -> dict[str, int]:
+    """How many open sessions some tenants have."""
+    counts: dict[str, int] = json.loads(
+        _one(connection, _OPEN_BY_TENANT, (json.dumps(list(tenants)),))
+    )
+    return counts
 
 
 def count_expired(connection: sqlite3.Connection) -> int:
@@ -253,14 +286,10 @@ def _name(hexadecimal: str) -> str:
     return bytes.fromhex(hexadecimal).decode(errors="backslashreplace")
 
 
-def _token_of(hexadecimal: str) -> str:
-    """The token of the page after an id: the id itself, or its bytes if it may be damaged."""
-    name = _name(hexadecimal)
-    return name if _PLAIN.fullmatch(name) else f"~{hexadecimal}"
-
-
-def _id_after(token: str) -> bytes:
+def _place_after(token: str) -> tuple[bytes, bytes]:
+    """The tenant and the key after which a page begins."""
     try:
-        return bytes.fromhex(token[1:]) if token.startswith("~") else token.encode()
+        tenant, _, key = token.partition(":")
+        return bytes.fromhex(tenant), bytes.fromhex(key)
     except ValueError:
         raise InvalidField("page_token", "is not a token of an earlier page") from None

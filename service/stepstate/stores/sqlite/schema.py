@@ -15,28 +15,25 @@ from stepstate.stores.types import MAX_MICROS, MICROS
 
 APPLICATION_ID = 0x53544550
 """ "STEP": marks our files (PRAGMA application_id)."""
-VERSION = 2
-"""Of the tables below (PRAGMA user_version). Version 1 had no expired sessions and no clock."""
+VERSION = 3
+"""Of the tables below (PRAGMA user_version). Version 1 had no expired sessions and no clock,
+version 2 no tenants."""
 WAL_PAGES = 8192
 """32 MiB of WAL between checkpoints: one takes some 20 ms, and pages that were written many
 times since the last are copied once. A restart after kill -9 reads it in some 30 ms."""
 WAL_BYTES = 64 * 2**20
 """A WAL that grew further, because of a reader, is truncated to this size."""
 
-_SINCE_VERSION_2 = (
-    "CREATE INDEX sessions_by_model ON sessions (model, expired, session_id)",
-    "CREATE INDEX sessions_by_due ON sessions (expired, due)",
-    "CREATE INDEX sessions_open ON sessions (session_id) WHERE expired = 0",
-    "CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), micros INTEGER NOT NULL)",
-    f"PRAGMA user_version = {VERSION}",
-)
+# `session_id` is a `SessionKey`: "TENANT/ID", or the id alone for the tenant `default`. So the
+# tenant is in the primary keys, and files of earlier versions get it without a copy of their rows,
+# whose sessions are those of `default`. `tenant` repeats it for people and for indexes.
 # `due` is never later than `expires`, and it is indexed: so a save changes `expires` without
 # writing to an index, which halves what it writes, and `reads.postpone` moves `due` later. Only
 # when `expires` moves back, `due` has to follow at once.
 # An expired session has `expired` = 1, and is deleted when `due` has passed.
-# The snapshot is the last column, so that the others are read without its pages (in files that
-# had version 1 `expired` comes after it).
-# `sessions_by_model` and `sessions_open` serve counts and pages without reading rows.
+# The snapshot is the last column, so that the others are read without its pages (in files that had
+# an earlier version `tenant` and `expired` come after it; they are read from indexes).
+# `sessions_by_model`, `sessions_open` and `sessions_expired` serve pages without reading rows.
 _TABLES = (
     """\
 CREATE TABLE sessions (
@@ -49,6 +46,7 @@ CREATE TABLE sessions (
     expires INTEGER NOT NULL,
     due INTEGER NOT NULL,
     expired INTEGER NOT NULL DEFAULT 0,
+    tenant TEXT NOT NULL DEFAULT 'default',
     snapshot BLOB NOT NULL
 )""",
     """\
@@ -66,15 +64,64 @@ CREATE TABLE endings (
 ) WITHOUT ROWID""",
     "CREATE INDEX endings_by_forget ON endings (forget)",
     f"PRAGMA application_id = {APPLICATION_ID}",
-    *_SINCE_VERSION_2,
 )
-_FROM_VERSION_1 = (
-    "ALTER TABLE sessions ADD COLUMN expired INTEGER NOT NULL DEFAULT 0",
-    "DROP INDEX sessions_by_model",
-    "DROP INDEX sessions_by_due",
-    *_SINCE_VERSION_2,
+_SINCE_VERSION_2 = (
+    "CREATE INDEX sessions_by_due ON sessions (expired, due)",
+    "CREATE TABLE clock (id INTEGER PRIMARY KEY CHECK (id = 0), micros INTEGER NOT NULL)",
 )
-_UPGRADES = {0: _TABLES, 1: _FROM_VERSION_1}
+_COUNT_ONE_MORE = """
+    INSERT INTO counts SELECT NEW.tenant, NEW.model, 1 WHERE NEW.expired = 0
+        ON CONFLICT (tenant, model) DO UPDATE SET sessions = sessions + 1;"""
+_COUNT_ONE_LESS = """
+    UPDATE counts SET sessions = sessions - 1
+        WHERE OLD.expired = 0 AND (tenant, model) = (OLD.tenant, OLD.model);
+    DELETE FROM counts WHERE (tenant, model) = (OLD.tenant, OLD.model) AND sessions <= 0;"""
+# A row that INSERT OR REPLACE replaces fires no trigger of DELETE, hence `counts_replaced`. The
+# triggers are in the file, so they count what servers of version 2 do too that still have it open.
+_SINCE_VERSION_3 = (
+    "CREATE INDEX sessions_by_model ON sessions (tenant, model, expired, session_id)",
+    "CREATE INDEX sessions_open ON sessions (tenant, session_id) WHERE expired = 0",
+    "CREATE INDEX sessions_expired ON sessions (tenant, session_id) WHERE expired <> 0",
+    """\
+CREATE TABLE counts (
+    tenant TEXT NOT NULL,
+    model TEXT NOT NULL,
+    sessions INTEGER NOT NULL,
+    PRIMARY KEY (tenant, model)
+) WITHOUT ROWID""",
+    """\
+INSERT INTO counts
+SELECT tenant, model, count(*) FROM sessions WHERE +expired = 0 GROUP BY tenant, model""",
+    """\
+CREATE TRIGGER counts_replaced BEFORE INSERT ON sessions BEGIN
+    UPDATE sessions SET expired = 1 WHERE session_id = NEW.session_id AND expired = 0;
+END""",
+    f"CREATE TRIGGER counts_inserted AFTER INSERT ON sessions BEGIN{_COUNT_ONE_MORE}\nEND",
+    f"CREATE TRIGGER counts_deleted AFTER DELETE ON sessions BEGIN{_COUNT_ONE_LESS}\nEND",
+    f"""\
+CREATE TRIGGER counts_updated AFTER UPDATE OF session_id, model, expired ON sessions BEGIN\
+{_COUNT_ONE_LESS}{_COUNT_ONE_MORE}
+END""",
+    f"PRAGMA user_version = {VERSION}",
+)
+_ADD_TENANT = "ALTER TABLE sessions ADD COLUMN tenant TEXT NOT NULL DEFAULT 'default'"
+_UPGRADES = {
+    0: (*_TABLES, *_SINCE_VERSION_2, *_SINCE_VERSION_3),
+    1: (
+        _ADD_TENANT,
+        "ALTER TABLE sessions ADD COLUMN expired INTEGER NOT NULL DEFAULT 0",
+        "DROP INDEX sessions_by_model",
+        "DROP INDEX sessions_by_due",
+        *_SINCE_VERSION_2,
+        *_SINCE_VERSION_3,
+    ),
+    2: (
+        _ADD_TENANT,
+        "DROP INDEX sessions_by_model",
+        "DROP INDEX sessions_open",
+        *_SINCE_VERSION_3,
+    ),
+}
 """Statements that turn a file of a version into one of `VERSION`; 0: the file is empty."""
 _VALID = f"typeof(clock.micros) = 'integer' AND clock.micros BETWEEN 0 AND {MAX_MICROS}"
 _CLOCK = "SELECT micros FROM clock WHERE id = 0 AND :valid".replace(":valid", _VALID)

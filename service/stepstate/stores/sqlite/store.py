@@ -21,6 +21,7 @@ from stepstate.stores.types import (
     SaveResult,
     SessionRecord,
     StoredSession,
+    TenantFull,
     Tombstone,
     UnreadableSession,
 )
@@ -87,9 +88,10 @@ class SqliteStore(SessionStore):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-    ) -> int | StoredSession | UnreadableSession:
+        most_of_tenant: int | None = None,
+    ) -> int | StoredSession | UnreadableSession | TenantFull:
         return await self._write(
-            Create(record.key, record, owner, t, expires_at, snapshot, replacing)
+            Create(record.key, record, owner, t, expires_at, snapshot, replacing, most_of_tenant)
         )
 
     async def acquire(
@@ -109,8 +111,15 @@ class SqliteStore(SessionStore):
         writes = [Expire(save.key, save, delete_at) for save in saves]
         return await self._thread.write(writes)
 
-    async def restore(self, key: SessionKey, epoch: int, *, expires_at: float) -> bool:
-        return await self._write(Restore(key, epoch, expires_at))
+    async def restore(
+        self,
+        key: SessionKey,
+        epoch: int,
+        *,
+        expires_at: float,
+        most_of_tenant: int | None = None,
+    ) -> bool | TenantFull:
+        return await self._write(Restore(key, epoch, expires_at, most_of_tenant))
 
     async def end(self, key: SessionKey, epoch: int, tombstone: Tombstone) -> bool:
         return await self._write(End(key, epoch, tombstone))
@@ -130,15 +139,14 @@ class SqliteStore(SessionStore):
         size: int,
         model: str = "",
         *,
-        tenant: str | None = None,  # noqa: ARG002 - sessions are not kept by tenant yet
+        tenant: str | None = None,
         expired: bool = False,
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
-        # The token is the last id, so nearly every text is a valid one.
         return await self._thread.call(
-            lambda file: reads.page(file, token, size, model, expired=expired)
+            lambda file: reads.page(file, token, size, model, tenant=tenant, expired=expired)
         )
 
-    async def count(self) -> Mapping[str, int]:
+    async def count(self) -> Mapping[tuple[str, str], int]:
         return await self._thread.call(reads.count)
 
     async def count_expired(self) -> int:

@@ -13,14 +13,16 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar
 
+from stepstate.identity import SessionKey, split_key
 from stepstate.stores.base import TOMBSTONE_SECONDS, next_epoch
-from stepstate.stores.sqlite.reads import Lookup, Row, look_up
+from stepstate.stores.sqlite.reads import Lookup, Row, look_up, open_by_tenant
 from stepstate.stores.types import (
     MICROS,
     SaveRequest,
     SaveResult,
     SessionRecord,
     StoredSession,
+    TenantFull,
     Tombstone,
     UnreadableSession,
 )
@@ -40,8 +42,8 @@ FROM (VALUES {}) AS v WHERE session_id = v.column1 AND epoch = v.column2
 """
 _CREATE = """
 INSERT OR REPLACE INTO sessions
-    (session_id, model, record, epoch, owner, t, expires, snapshot, due)
-SELECT *, column7 FROM (VALUES {}) WHERE column1 IS NOT NULL
+    (session_id, tenant, model, record, epoch, owner, t, expires, snapshot, due)
+SELECT *, column8 FROM (VALUES {}) WHERE column1 IS NOT NULL
 """
 _ACQUIRE = """
 UPDATE sessions SET epoch = v.column2, owner = v.column3
@@ -78,12 +80,12 @@ SELECT * FROM (VALUES {}) WHERE column1 IS NOT NULL
 class Write(Generic[T]):
     """One write to one session; `write` sets its result."""
 
-    session_id: str
+    session_id: SessionKey
     result: T = field(init=False)
 
 
 @dataclass(slots=True, eq=False)
-class Create(Write[int | StoredSession | UnreadableSession]):
+class Create(Write[int | StoredSession | UnreadableSession | TenantFull]):
     """See `SessionStore.create`."""
 
     record: SessionRecord
@@ -92,6 +94,7 @@ class Create(Write[int | StoredSession | UnreadableSession]):
     expires_at: float
     snapshot: bytes
     replacing: int
+    most_of_tenant: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -120,11 +123,12 @@ class Expire(Write[SaveResult]):
 
 
 @dataclass(slots=True, eq=False)
-class Restore(Write[bool]):
+class Restore(Write[bool | TenantFull]):
     """See `SessionStore.restore`."""
 
     epoch: int
     expires_at: float
+    most_of_tenant: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -228,17 +232,21 @@ class _Transaction:
 
     def _create(self, found: Lookup, writes: list[Create]) -> None:
         new: list[Values] = []
+        room = self._open_by_tenant(writes)
         for one in writes:
             row = found.rows.get(one.session_id)
             if row and not (row.epoch == one.replacing and self._is_overdue(row.session)):
                 one.result = row.session
                 continue
+            if not (row and _is_open(row.session)) and (full := _take_room(room, one)):
+                one.result = full
+                continue
             one.result = next_epoch(found.epoch(one.session_id), self.unix_time)
             record, expires = one.record, round(one.expires_at * MICROS)
-            columns = (record.session_id, record.model_key, record.to_json(), one.result)
+            columns = (record.key, record.tenant, record.model_key, record.to_json(), one.result)
             new.append((*columns, one.owner, one.t, expires, one.snapshot))
         self._execute_many(_CREATE, new)
-        if ended := [one.session_id for one in writes if one.session_id in found.tombstones]:
+        if ended := [key for key, *_ in new if key in found.tombstones]:
             self.connection.execute(_DELETE_TOMBSTONES, (json.dumps(ended),))
 
     def _acquire(self, found: Lookup, writes: list[Acquire]) -> None:
@@ -275,6 +283,8 @@ class _Transaction:
                 start += size
 
     def _restore(self, found: Lookup, writes: list[Restore]) -> None:
+        rows: list[Values] = []
+        room = self._open_by_tenant(writes)
         for one in writes:
             session = found.of(one.session_id)
             one.result = (
@@ -282,7 +292,10 @@ class _Transaction:
                 and session.epoch == one.epoch
                 and session.delete_at is not None
             )
-        rows = [(one.session_id, round(one.expires_at * MICROS)) for one in writes if one.result]
+            if one.result and (full := _take_room(room, one)):
+                one.result = full
+            elif one.result:
+                rows.append((one.session_id, round(one.expires_at * MICROS)))
         self._execute_many(_RESTORE, rows)
 
     def _end(self, found: Lookup, writes: list[End]) -> None:
@@ -298,6 +311,11 @@ class _Transaction:
             self.connection.execute(_DELETE_SESSIONS, (json.dumps([row[0] for row in rows]),))
             self.connection.execute(_DELETE_OLD_TOMBSTONES, (round(self.now * MICROS),))
             self._execute_many(_ADD_TOMBSTONES, rows)
+
+    def _open_by_tenant(self, writes: Iterable[Create | Restore]) -> dict[str, int]:
+        """How many open sessions those tenants have that a write limits."""
+        limited = {split_key(one.session_id)[0] for one in writes if one.most_of_tenant is not None}
+        return open_by_tenant(self.connection, limited) if limited else {}
 
     def _is_overdue(self, session: StoredSession | UnreadableSession) -> bool:
         if isinstance(session, UnreadableSession):
@@ -316,6 +334,20 @@ class _Transaction:
             marks = ",".join(["(" + ",".join("?" * width) + ")"] * length)
             changed += self.connection.execute(statement.format(marks), values).rowcount
         return changed
+
+
+def _take_room(room: dict[str, int], one: Create | Restore) -> TenantFull | None:
+    """Counts one more open session of its tenant; or says that it may have no more."""
+    tenant, limit = split_key(one.session_id)[0], one.most_of_tenant
+    count = room.get(tenant, 0)
+    if limit is not None and count >= limit:
+        return TenantFull(count, limit)
+    room[tenant] = count + 1
+    return None
+
+
+def _is_open(session: StoredSession | UnreadableSession) -> bool:
+    return isinstance(session, StoredSession) and session.delete_at is None
 
 
 def _values(save: SaveRequest, at: float) -> Values:

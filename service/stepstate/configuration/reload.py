@@ -1,0 +1,130 @@
+"""A running server gets a changed configuration: all of it that can be reloaded, or nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Protocol
+
+from stepstate.config import ConfigError, ServerConfig
+from stepstate.configuration.checks import problems_of_reload
+from stepstate.configuration.effective import Configuration, Load
+
+log = logging.getLogger(__name__)
+
+LOOK_SECONDS = 1.0
+"""Between two looks at the file. It is read when it has changed, but not since the last look: who
+writes it in parts is done then."""
+
+_Version = tuple[int, int, int] | None
+
+
+class ReloadObserver(Protocol):
+    """Is told how reloads end."""
+
+    def reloaded(self, result: str) -> None:
+        """A reload was "applied" or "refused"."""
+        ...
+
+
+class ConfigurationReloader:
+    """Reloads the configuration of a server when it is asked to, and when its file changes.
+
+    What can't be changed while the server runs is named in the log, and waits for a restart.
+
+    Args:
+        file: the configuration file.
+        load: makes the configuration.
+        started: the configuration with which the server has started.
+        apply: lets the server use one whose files were found to be usable.
+        observer: is told how reloads end.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        load: Load,
+        started: Configuration,
+        apply: Callable[[Configuration], Awaitable[None]],
+        observer: ReloadObserver,
+    ) -> None:
+        self._file = file
+        self._load = load
+        self._started = started
+        self._apply = apply
+        self._observer = observer
+        self._asked = asyncio.Event()
+        self._seen = self._tried = self._version()
+
+    def ask(self) -> None:
+        """Lets it reload soon, whether the file has changed or not."""
+        self._asked.set()
+
+    async def run(self) -> None:
+        """Reloads until it is cancelled."""
+        while True:
+            try:
+                async with asyncio.timeout(LOOK_SECONDS):
+                    await self._asked.wait()
+            except TimeoutError:
+                if not await asyncio.to_thread(self._look):
+                    continue
+            self._asked.clear()
+            try:
+                await self.reload()
+            except Exception:
+                log.exception("the configuration was not reloaded; the next change tries again")
+
+    async def reload(self) -> bool:
+        """Puts what the file says now into use, or nothing of it; the log says which and why.
+
+        Returns:
+            Whether it is in use.
+        """
+        self._tried = self._version()
+        try:
+            found = await asyncio.to_thread(self._load)
+            problems = await asyncio.to_thread(problems_of_reload, found)
+        except ConfigError as error:
+            problems = [str(error)]
+        if problems:
+            self._observer.reloaded("refused")
+            log.error(
+                "the configuration is not reloaded: the one before stays in use",
+                extra={"problems": "; ".join(problems)},
+            )
+            return False
+        await self._apply(found)
+        self._observer.reloaded("applied")
+        log.info("the configuration is reloaded", extra={"file": str(self._file)})
+        waiting = needs_restart(self._started.server, found.server)
+        if waiting:
+            log.warning(
+                "settings have changed that need a restart", extra={"settings": ", ".join(waiting)}
+            )
+        return True
+
+    def _look(self) -> bool:
+        """Whether the file has changed since it was read, and not since the last look."""
+        seen, self._seen = self._seen, self._version()
+        return self._seen == seen != self._tried
+
+    def _version(self) -> _Version:
+        """Another one when the file was written or replaced, also by a link on the way."""
+        try:
+            found = self._file.stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def needs_restart(before: ServerConfig, after: ServerConfig) -> list[str]:
+    """The settings that are different and can't be reloaded."""
+    return [
+        one.name
+        for one in fields(ServerConfig)
+        if not one.metadata["reloads"] and getattr(before, one.name) != getattr(after, one.name)
+    ]

@@ -15,7 +15,7 @@ MAX_NUMBER = 2**40
 LONGEST_IDLE_SECONDS = 100 * 366 * 86_400.0
 """A century: beyond it the time of expiry overflows."""
 DURABILITIES = ("none", "async", "sync")
-MAY_BE_ZERO = ("max_connection_age",)
+MAY_BE_ZERO = ("max_connection_age", "jwt_leeway")
 TRANSPORTS = ("lean", "grpcio")
 CLIENT_AUTHS = ("none", "optional", "required")
 WEIGHTS = ("float32", "bfloat16", "int8")
@@ -265,6 +265,38 @@ class ServerConfig:
         "Empty: there are no tokens.",
         "On loopback everyone is the user of the machine.",
     )
+    jwt_issuer: str = _setting(
+        "",
+        "Issuer of JWTs, as their `iss` has it. With jwt_audience and jwt_jwks, callers may be "
+        "known by JWTs.",
+        "There is no identity provider.",
+    )
+    jwt_audience: str = _setting(
+        "",
+        "What the `aud` of JWTs has to have: the name of this service at the identity provider.",
+        "There is no identity provider.",
+    )
+    jwt_jwks: str = _setting(
+        "",
+        "JWK set with the keys of the issuer: a file, or an https URL. It is read again when it "
+        "changes, and a URL for tokens with an unknown key, at most every 30 s.",
+        "There is no identity provider.",
+    )
+    jwt_tenant_claim: str = _setting(
+        "tenant",
+        "Claim of a JWT that has the name of its tenant.",
+        "A plain name; providers let you choose.",
+    )
+    jwt_scopes_claim: str = _setting(
+        "scope",
+        "Claim of a JWT that has its scopes, step, read or admin: a text with spaces, or a list.",
+        "As RFC 8693 has it.",
+    )
+    jwt_leeway: float = _setting(
+        30.0,
+        "Seconds by which the clock of the issuer may be different.",
+        "More than clocks differ that are set by NTP, and little beside the life of a token.",
+    )
     reflection: bool = _setting(
         True,  # noqa: FBT003 - a default
         "Serve gRPC reflection, also to clients without a credential.",
@@ -292,6 +324,13 @@ class ServerConfig:
         "Addresses and networks of proxies, separated by commas, such as 10.0.0.7,fd00::/8. Calls "
         "through them are those of the address that they name in x-forwarded-for.",
         "None: anyone can send that header, and each connection is a client of its own.",
+    )
+    audit_log: str = _setting(
+        "",
+        "File for the audit log: a JSON line for each session opened, closed, exported or "
+        "imported, each act of an admin and each refused credential. It may be rotated. "
+        "-: standard output.",
+        "Empty, no lines: a server on loopback has nobody to call to account.",
     )
     drain_seconds: float = _setting(
         30.0,
@@ -324,6 +363,7 @@ class ServerConfig:
         self._check_device()
         self._check_memory_limit()
         self._check_trusted_proxies()
+        self._check_jwt()
         self._check_numbers()
         self._check_idle_timeouts()
 
@@ -379,6 +419,15 @@ class ServerConfig:
             raise ConfigError(f"memory_limit is {text!r}, expected such as 2GiB, 500MB or 25%")
         if text.endswith("%") and not 0 < float(text[:-1]) <= 100:
             raise ConfigError(f"memory_limit is {text}, expected more than 0% and at most 100%")
+
+    def _check_jwt(self) -> None:
+        settings = ("jwt_issuer", "jwt_audience", "jwt_jwks")
+        missing = [name for name in settings if not getattr(self, name)]
+        if 0 < len(missing) < len(settings):
+            raise ConfigError(f"{' and '.join(missing)} is missing: JWTs need all of {settings}")
+        scheme, separator, rest = self.jwt_jwks.partition("://")
+        if separator and (scheme != "https" or "@" in rest.partition("/")[0]):
+            raise ConfigError("jwt_jwks has to be a file, or an https URL without a password")
 
     def _check_trusted_proxies(self) -> None:
         try:

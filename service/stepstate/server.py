@@ -11,8 +11,8 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,17 @@ import grpc
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
-from stepstate.auth import Credentials, TokenFile
+from stepstate.auth import (
+    CertificateMapping,
+    CertificateRule,
+    Credentials,
+    JwtSettings,
+    KeyFile,
+    KeyRing,
+    KeyUrl,
+    TokenFile,
+    WebTokens,
+)
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
 from stepstate.configuration import Configuration, Load, check_exposure
@@ -38,8 +48,9 @@ from stepstate.engine import (
     measure_loss,
     use_one_thread,
 )
-from stepstate.errors import ListenError, StoreUnavailable
+from stepstate.errors import AuditLogError, ListenError, StoreUnavailable
 from stepstate.h2grpc import ConnectionTimes, H2Server, Http2Limits
+from stepstate.logging import audit_lines
 from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
@@ -200,6 +211,7 @@ class Server:
             self._interceptor.expect(self._triton.methods())
         self._grpc = _transport(config, self._interceptor, self.receiver)
         self._http: tuple[WSGIServer, Thread] | None = None
+        self._audit = ExitStack()
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
         self._drained: asyncio.Task[None] | None = None
@@ -212,8 +224,10 @@ class Server:
         """Listens, then says that it serves.
 
         Raises:
+            AuditLogError: the audit log can't be written.
             ListenError: an address is taken, or not ours.
         """
+        self._open_audit_log()
         add_service(self._grpc, SERVICE, self._servicer, parse_stepstate)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         services = [SERVICE.full_name]
@@ -254,6 +268,8 @@ class Server:
         if self.tls is not None:
             await asyncio.to_thread(self.tls.reload)
         if self.credentials is not None:
+            rules = configuration.certificates
+            self.credentials.map_certificates(CertificateMapping(rules) if rules else None)
             await self.credentials.refresh(force=True)
 
     async def drain(self) -> None:
@@ -298,6 +314,7 @@ class Server:
             http.server_close()
             thread.join()
             self._http = None
+        self._audit.close()
         self.state = ServerState.STOPPED
 
     async def _drain(self) -> None:
@@ -314,6 +331,12 @@ class Server:
             log.warning("not all accepted steps were answered and saved in time: calls are cut")
         await self.stop(LAST_CALLS_SECONDS)
         log.info("stopped")
+
+    def _open_audit_log(self) -> None:
+        try:
+            self._audit.enter_context(audit_lines(self._config.audit_log))
+        except OSError as error:
+            raise AuditLogError(self._config.audit_log, str(error.strerror)) from error
 
     def _triton_service(self, backend: Backend) -> TritonService | None:
         """The API for Triton's clients, if the package with its messages is installed."""
@@ -423,12 +446,12 @@ class Server:
 
     async def _watch_credentials(self, credentials: Credentials) -> None:
         while True:
-            await asyncio.sleep(CREDENTIALS_CHECK_SECONDS)
             try:
                 await credentials.refresh()
                 self._interceptor.open_calls.end_where(credentials.problem_of)
             except Exception:
                 log.exception("credentials were not checked; the next check tries again")
+            await asyncio.sleep(CREDENTIALS_CHECK_SECONDS)
 
     async def _tick(self) -> None:
         while True:
@@ -465,6 +488,7 @@ class Server:
 async def build_server(
     config: ServerConfig,
     *,
+    certificates: Sequence[CertificateRule] = (),
     authenticator: Authenticator | None = None,
     limits: LimitTable | None = None,
 ) -> Server:
@@ -472,7 +496,9 @@ async def build_server(
 
     Args:
         config: the settings.
-        authenticator: knows who calls; None: everyone is anonymous.
+        certificates: whose the certificates of clients are.
+        authenticator: knows who calls, where the settings name no credentials; None: everyone is
+            anonymous there.
         limits: of the tenants.
 
     Raises:
@@ -485,8 +511,8 @@ async def build_server(
         CredentialsInvalid: tokens, or keys of JWTs, can't be read.
         StoreOpenError: the store is not to be had.
     """
-    identities = bool(config.tokens_file) or authenticator is not None
-    check_exposure(config, identities=identities)
+    identities = config.tokens_file or config.jwt_jwks or certificates or authenticator
+    check_exposure(config, identities=bool(identities))
     if config.device != "cpu":
         check_accelerator(config.device)
     check_runtime(Runtime(config.engine))
@@ -494,7 +520,7 @@ async def build_server(
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
-    credentials, files = _credentials(config), tls_files(config)
+    credentials, files = await _credentials(config, certificates), tls_files(config)
     return Server(
         config,
         catalog,
@@ -511,11 +537,14 @@ async def build_server(
 async def running_server(
     config: ServerConfig,
     *,
+    certificates: Sequence[CertificateRule] = (),
     authenticator: Authenticator | None = None,
     limits: LimitTable | None = None,
 ) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained at its end; see `build_server`."""
-    server = await build_server(config, authenticator=authenticator, limits=limits)
+    server = await build_server(
+        config, certificates=certificates, authenticator=authenticator, limits=limits
+    )
     try:
         await server.start()
         yield server
@@ -524,15 +553,36 @@ async def running_server(
         await server.stop()
 
 
-def _credentials(config: ServerConfig) -> Credentials | None:
+async def _credentials(
+    config: ServerConfig, certificates: Sequence[CertificateRule]
+) -> Credentials | None:
     """What callers are known by, if anything is configured.
 
     Raises:
-        CredentialsInvalid: it can't be read.
+        CredentialsInvalid: a file of it can't be read.
     """
-    if not config.tokens_file:
+    if not config.tokens_file and not config.jwt_jwks and not certificates:
         return None
-    return Credentials(tokens=TokenFile(config.tokens_file))
+    return Credentials(
+        tokens=TokenFile(config.tokens_file) if config.tokens_file else None,
+        jwts=await _web_tokens(config) if config.jwt_jwks else None,
+        certificates=CertificateMapping(certificates) if certificates else None,
+    )
+
+
+async def _web_tokens(config: ServerConfig) -> WebTokens:
+    settings = JwtSettings(
+        issuer=config.jwt_issuer,
+        audience=config.jwt_audience,
+        tenant_claim=config.jwt_tenant_claim,
+        scopes_claim=config.jwt_scopes_claim,
+        leeway_seconds=config.jwt_leeway,
+    )
+    if "://" in config.jwt_jwks:  # read in the background: its provider may be away now
+        return WebTokens(settings, KeyRing(KeyUrl(config.jwt_jwks)))
+    keys = KeyRing(KeyFile(config.jwt_jwks))
+    await keys.read_now()
+    return WebTokens(settings, keys)
 
 
 async def _store(config: ServerConfig) -> SessionStore:
@@ -624,7 +674,11 @@ async def serve(
     listens_to_hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as under nohup
     if listens_to_hangup:
         loop.add_signal_handler(signal.SIGHUP, signals.release)
-    server = await build_server(configuration.server, limits=configuration.limits)
+    server = await build_server(
+        configuration.server,
+        certificates=configuration.certificates,
+        limits=configuration.limits,
+    )
     try:
         await server.start()
         if configuration.file:

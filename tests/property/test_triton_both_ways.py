@@ -126,7 +126,10 @@ class Pair:
     def recognized(self, request: bytes) -> list[bool]:
         """Whether each server would recognize a request."""
         tritons = [server._triton for server in self._servers]  # noqa: SLF001 - it shows nowhere
-        return [one is not None and one.expected.find(DEFAULT_TENANT, request) is not None for one in tritons]
+        return [
+            one is not None and one.expected.find(DEFAULT_TENANT, request) is not None
+            for one in tritons
+        ]
 
 
 async def _replies(

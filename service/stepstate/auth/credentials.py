@@ -11,7 +11,6 @@ Rule 3: nothing here keeps, logs or answers a credential. Only whoever has the s
 
 from __future__ import annotations
 
-import logging
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,17 +18,20 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from stepstate.auth.attempts import AuthAttempts
+from stepstate.auth.certificates import CertificateMapping
 from stepstate.auth.token_file import TokenFile
 from stepstate.auth.tokens import PREFIX, digest_of, is_token
-from stepstate.errors import CredentialsInvalid, StepstateError, Unauthenticated
+from stepstate.auth.web_tokens import WebTokens
+from stepstate.errors import KeysUnavailable, StepstateError, Unauthenticated
 from stepstate.identity import Identity
-
-log = logging.getLogger(__name__)
 
 MAX_CREDENTIAL_BYTES = 8192
 """Of `authorization`. JWTs with many claims take 2 KiB; gRPC's own limit for all metadata is 8."""
 _BEARER = re.compile(r"bearer +([\x21-\x7e]+) *", re.IGNORECASE)
 """RFC 6750, section 2.1, with the form of any credential."""
+
+_CERTIFICATE = "x509_pem_cert"
+"""gRPC's name for the certificate of a client, in PEM."""
 
 AuthContext = Mapping[str, Iterable[bytes]]
 """What TLS tells of a client, with the names of gRPC."""
@@ -39,9 +41,10 @@ class _Source(Protocol):
     """What credentials are checked with, read from somewhere."""
 
     name: str
+    stale: bool
 
-    async def refresh(self, *, force: bool = False) -> bool:
-        """Reads it again if it has changed, or if `force`; returns whether it did."""
+    async def refresh(self, *, force: bool = False) -> None:
+        """Reads it again if it has changed, or if `force`; logs and notes what fails."""
         ...
 
 
@@ -50,6 +53,8 @@ class Credentials:
 
     Args:
         tokens: bearer tokens, if there are any.
+        jwts: JWTs of an identity provider, if there is one.
+        certificates: client certificates, if they are identities.
         unix_time: the time, by which credentials expire.
     """
 
@@ -57,28 +62,46 @@ class Credentials:
         self,
         *,
         tokens: TokenFile | None = None,
+        jwts: WebTokens | None = None,
+        certificates: CertificateMapping | None = None,
         unix_time: Callable[[], float] = time.time,
     ) -> None:
         self._tokens = tokens
+        self._jwts = jwts
+        self._certificates = certificates
         self._unix_time = unix_time
         self._attempts = AuthAttempts()
-        self._sources: tuple[_Source, ...] = tuple(source for source in (tokens,) if source)
-        self.stale = {source.name: False for source in self._sources}
-        """By source: whether it could not be read again, so that what it was before still holds."""
+        self._sources: tuple[_Source, ...] = tuple(
+            source for source in (tokens, jwts.keys if jwts else None) if source
+        )
 
-    def known(self, authorization: Sequence[str | bytes]) -> Identity | None:
-        """The identity that a credential proves, if that takes no more than a look.
+    def stale(self) -> dict[str, bool]:
+        """By source: whether it could not be read again, so that what it was before still holds."""
+        return {source.name: source.stale for source in self._sources}
+
+    def known(
+        self, authorization: Sequence[str | bytes], auth_context: AuthContext
+    ) -> Identity | None:
+        """The identity that a call's credentials prove, if that takes no more than a look.
 
         Args:
-            authorization: the values of this name in a call's metadata.
+            authorization: the values of this name in its metadata.
+            auth_context: what TLS tells; not looked at if there is a value.
         """
-        text = _bearer(authorization)
-        if text is None or self._tokens is None:
-            return None
-        token = self._tokens.find(digest_of(text))
-        if token is None or token.revoked or self._expired(token.identity):
-            return None
-        return token.identity
+        if authorization:
+            text = _bearer(authorization)
+            identity = None if text is None else self._known_bearer(text)
+        else:
+            pem = _certificate(auth_context)
+            identity = self._certificates.find(pem) if self._certificates and pem else None
+        return None if identity is None or self._expired(identity) else identity
+
+    def _known_bearer(self, text: str) -> Identity | None:
+        sha256 = digest_of(text)
+        if self._tokens and text.startswith(PREFIX):
+            token = self._tokens.find(sha256)
+            return None if token is None or token.revoked else token.identity
+        return self._jwts.find(sha256) if self._jwts else None
 
     async def verify(
         self, authorization: Sequence[str | bytes], auth_context: AuthContext, client: str
@@ -92,6 +115,7 @@ class Credentials:
 
         Raises:
             Unauthenticated: there are none, or they prove nothing.
+            KeysUnavailable: it can't be told yet.
             TooManyAuthFailures: the client has failed too often; nothing was looked at.
         """
         self._attempts.check(client)
@@ -99,7 +123,7 @@ class Credentials:
             if not authorization:
                 return self._of_certificate(auth_context)
             return await self._of_bearer(authorization)
-        except Unauthenticated:
+        except (Unauthenticated, KeysUnavailable):
             self._attempts.failed(client)
             raise
 
@@ -108,9 +132,18 @@ class Credentials:
         if self._expired(identity):
             return _expired(identity)
         kind = identity.credential.partition(" ")[0]
-        if kind == "token" and self._tokens and not self._tokens.is_usable(identity.credential):
+        source = {"token": self._tokens, "jwt": self._jwts}.get(kind)
+        if source is not None and not source.is_usable(identity.credential):
+            return _revoked(identity)
+        if kind == "certificate" and not (
+            self._certificates and self._certificates.is_usable(identity)
+        ):
             return _revoked(identity)
         return None
+
+    def map_certificates(self, certificates: CertificateMapping | None) -> None:
+        """Changes what client certificates prove, from the next call on."""
+        self._certificates = certificates
 
     async def refresh(self, *, force: bool = False) -> None:
         """Reads again what has changed. What can't be read stays as it was, and is logged.
@@ -119,11 +152,7 @@ class Credentials:
             force: also what has not changed.
         """
         for source in self._sources:
-            try:
-                self.stale[source.name] &= not await source.refresh(force=force)
-            except CredentialsInvalid as error:
-                self.stale[source.name] = True
-                log.error("what was read before stays in use: %s", error)  # noqa: TRY400 - expected
+            await source.refresh(force=force)
 
     async def _of_bearer(self, authorization: Sequence[str | bytes]) -> Identity:
         text = _bearer(authorization)
@@ -135,7 +164,9 @@ class Credentials:
             )
         if text.startswith(PREFIX):
             return self._of_token(text)
-        raise Unauthenticated("authorization holds no token of this server", "malformed")
+        if self._jwts is None:
+            raise Unauthenticated("authorization holds no token of this server", "malformed")
+        return await self._jwts.verify(text, digest_of(text))
 
     def _of_token(self, text: str) -> Identity:
         if not is_token(text):
@@ -151,10 +182,18 @@ class Credentials:
             raise _expired(token.identity)
         return token.identity
 
-    def _of_certificate(self, auth_context: AuthContext) -> Identity:  # noqa: ARG002
-        raise Unauthenticated(
-            "this server asks for a credential: send authorization: Bearer TOKEN", "missing"
-        )
+    def _of_certificate(self, auth_context: AuthContext) -> Identity:
+        pem = _certificate(auth_context)
+        if self._certificates is None or pem is None:
+            raise Unauthenticated(
+                "this server asks for a credential: send authorization: Bearer TOKEN"
+                + (", or a certificate" if self._certificates else ""),
+                "missing",
+            )
+        identity = self._certificates.verify(pem)
+        if self._expired(identity):
+            raise _expired(identity)
+        return identity
 
     def _expired(self, identity: Identity) -> bool:
         return identity.expires_at is not None and identity.expires_at <= self._unix_time()
@@ -167,6 +206,10 @@ def _bearer(authorization: Sequence[str | bytes]) -> str | None:
     value = authorization[0]
     match = _BEARER.fullmatch(value if isinstance(value, str) else value.decode("latin-1"))
     return match[1] if match else None
+
+
+def _certificate(auth_context: AuthContext) -> bytes | None:
+    return next(iter(auth_context.get(_CERTIFICATE, ())), None)
 
 
 def _revoked(identity: Identity) -> Unauthenticated:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from stepstate.auth.tokens import KnownToken, TokenList, TokenRecord, TokenTable
 from stepstate.auth.watched_file import WatchedFile
+from stepstate.errors import CredentialsInvalid
 
 log = logging.getLogger(__name__)
 
@@ -46,6 +47,8 @@ class TokenFile:
     """In metrics."""
 
     def __init__(self, file: str) -> None:
+        self.stale = False
+        """Whether the file could not be read again."""
         self._file = WatchedFile(OPTION, file, secret=True)
         self._table = TokenTable(_parse(self._file))
 
@@ -57,20 +60,18 @@ class TokenFile:
         """Whether the token with this name is known and not revoked."""
         return self._table.is_usable(credential)
 
-    async def refresh(self, *, force: bool = False) -> bool:
-        """Reads the file again if it has changed; returns whether it did.
-
-        Args:
-            force: also if it has not.
-
-        Raises:
-            CredentialsInvalid: it can't be read; the tokens stay those that they were.
-        """
+    async def refresh(self, *, force: bool = False) -> None:
+        """Reads the file again if it has changed, or if `force`; what fails changes nothing."""
         if not force and not await asyncio.to_thread(self._file.changed):
-            return False
-        self._table = TokenTable(await asyncio.to_thread(_parse, self._file))
-        log.info("tokens were read", extra={"tokens": len(self._table), "file": self._file.file})
-        return True
+            return
+        try:
+            self._table = TokenTable(await asyncio.to_thread(_parse, self._file))
+            self.stale = False
+            log.info("tokens were read", extra={"tokens": len(self._table)})
+        except CredentialsInvalid as error:
+            if not self.stale or force:
+                log.error("the tokens that are known stay in use: %s", error)  # noqa: TRY400
+            self.stale = True
 
 
 def read_tokens(file: str) -> Tokens:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, product
 
 from stepstate.errors import AUTH_CAUSES, REASONS
@@ -142,7 +142,7 @@ class Metrics:
         self.refusals = dict.fromkeys(REASONS, 0)
         self.auth_failures = dict.fromkeys(AUTH_CAUSES, 0)
         """Calls refused for their credential, by cause."""
-        self.stale_credentials: Mapping[str, bool] = {}
+        self.stale_credentials: Callable[[], Mapping[str, bool]] = dict
         """By source: whether it could not be read again, and what it was before is still used."""
         self.ends = dict.fromkeys(END_REASONS, 0)
         self.deletions = dict.fromkeys(DELETION_REASONS, 0)

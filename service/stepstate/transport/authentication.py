@@ -81,6 +81,11 @@ class Principal:
     identity: Identity
     tenant: str
 
+    @property
+    def acts_for_another(self) -> bool:
+        """Whether it acts on the sessions of another tenant than its own, as an admin may."""
+        return self.tenant != self.identity.tenant
+
     def key(self, session_id: str) -> SessionKey:
         """The key of the session that this principal means by an id."""
         return session_key(self.tenant, session_id)
@@ -128,11 +133,12 @@ class CredentialAuthenticator:
         """See `Authenticator`."""
         metadata = context.invocation_metadata() or ()
         authorization = [value for key, value in metadata if key == CREDENTIAL_KEY]
-        known = self._credentials.known(authorization)
+        auth_context = {} if authorization else context.auth_context()
+        known = self._credentials.known(authorization, auth_context)
         if known is not None:
             return known
         client = _client_of(client_name(context.peer(), tuple(metadata), self._trusted))
-        return await self._credentials.verify(authorization, context.auth_context(), client)
+        return await self._credentials.verify(authorization, auth_context, client)
 
 
 def _client_of(name: str) -> str:

@@ -325,6 +325,13 @@ class ServerConfig:
         "through them are those of the address that they name in x-forwarded-for.",
         "None: anyone can send that header, and each connection is a client of its own.",
     )
+    audit_log: str = _setting(
+        "",
+        "File for the audit log: a JSON line for each session opened, closed, exported or "
+        "imported, each act of an admin and each refused credential. It may be rotated. "
+        "-: standard output.",
+        "Empty, no lines: a server on loopback has nobody to call to account.",
+    )
     drain_seconds: float = _setting(
         30.0,
         "Seconds to finish accepted steps after SIGTERM.",

@@ -49,6 +49,7 @@
         ├── SnapshotKeyInvalid  the keys of snapshots can't be read
         ├── TlsInvalid          a certificate or its key can't be used
         ├── CredentialsInvalid  tokens, or keys of JWTs, can't be read
+        ├── AuditLogError       the audit log can't be written
         ├── ListenError         an address can't be listened on
         └── InsecureAddress     other machines could reach sessions that nothing protects
 
@@ -654,6 +655,18 @@ class SnapshotKeyInvalid(StartError):
     message = (
         "--snapshot-key {file}: {problem}; write one key a line, such as from "
         "`openssl rand -hex 32`"
+    )
+    file: str
+    problem: str
+
+
+@dataclass(eq=False)
+class AuditLogError(StartError):
+    """The audit log can't be written."""
+
+    message = (
+        "--audit-log {file}: it can't be written ({problem}); name a file in a folder that the "
+        "server's user may write"
     )
     file: str
     problem: str

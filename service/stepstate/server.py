@@ -12,7 +12,7 @@ import signal
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -48,8 +48,9 @@ from stepstate.engine import (
     measure_loss,
     use_one_thread,
 )
-from stepstate.errors import ListenError, StoreUnavailable
+from stepstate.errors import AuditLogError, ListenError, StoreUnavailable
 from stepstate.h2grpc import ConnectionTimes, H2Server, Http2Limits
+from stepstate.logging import audit_lines
 from stepstate.metrics import Metrics, MetricsCollector, start_http
 from stepstate.models import Catalog, Model, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
@@ -210,6 +211,7 @@ class Server:
             self._interceptor.expect(self._triton.methods())
         self._grpc = _transport(config, self._interceptor, self.receiver)
         self._http: tuple[WSGIServer, Thread] | None = None
+        self._audit = ExitStack()
         self._store_reported_up = True
         self._tasks: list[asyncio.Task[None]] = []
         self._drained: asyncio.Task[None] | None = None
@@ -222,8 +224,10 @@ class Server:
         """Listens, then says that it serves.
 
         Raises:
+            AuditLogError: the audit log can't be written.
             ListenError: an address is taken, or not ours.
         """
+        self._open_audit_log()
         add_service(self._grpc, SERVICE, self._servicer, parse_stepstate)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
         services = [SERVICE.full_name]
@@ -308,6 +312,7 @@ class Server:
             http.server_close()
             thread.join()
             self._http = None
+        self._audit.close()
         self.state = ServerState.STOPPED
 
     async def _drain(self) -> None:
@@ -324,6 +329,12 @@ class Server:
             log.warning("not all accepted steps were answered and saved in time: calls are cut")
         await self.stop(LAST_CALLS_SECONDS)
         log.info("stopped")
+
+    def _open_audit_log(self) -> None:
+        try:
+            self._audit.enter_context(audit_lines(self._config.audit_log))
+        except OSError as error:
+            raise AuditLogError(self._config.audit_log, str(error.strerror)) from error
 
     def _triton_service(self, backend: Backend) -> TritonService | None:
         """The API for Triton's clients, if the package with its messages is installed."""

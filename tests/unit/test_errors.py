@@ -85,6 +85,7 @@ WHAT_NEXT = {
     errors.Internal: "server's log",
     errors.DeviceUnavailable: "leave the option out",
     errors.RuntimeUnavailable: "--engine torch",
+    errors.AuditLogError: "name a file in a folder",
     errors.ListenError: "choose another, port 0",
     errors.InsecureAddress: "Either give the server TLS and identities",
 }

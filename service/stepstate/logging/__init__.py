@@ -18,11 +18,19 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from stepstate.logging.audit import AUDIT_DROPPED, audit_lines
 from stepstate.logging.limit import LINES_PER_SECOND, LineLimit
 from stepstate.logging.lines import MAX_LINE_BYTES, renderer
-from stepstate.logging.writer import DROPPED, LineQueue, LineWriter
+from stepstate.logging.writer import DROPPED, DescriptorOutput, LineQueue, LineWriter
 
-__all__ = ["DROPPED", "LINES_PER_SECOND", "MAX_LINE_BYTES", "logs_on_stderr"]
+__all__ = [
+    "AUDIT_DROPPED",
+    "DROPPED",
+    "LINES_PER_SECOND",
+    "MAX_LINE_BYTES",
+    "audit_lines",
+    "logs_on_stderr",
+]
 
 log = logging.getLogger(__name__)
 
@@ -42,9 +50,10 @@ def logs_on_stderr(level: str, style: str) -> Iterator[None]:
             Text has colours on a terminal, unless NO_COLOR is set.
     """
     limit = LineLimit()
-    writer = LineWriter(STDERR, renderer(style, terminal=os.isatty(STDERR)), limit)
+    render = renderer(style, terminal=os.isatty(STDERR))
+    writer = LineWriter(DescriptorOutput(STDERR), render, limit, dropped=DROPPED)
     root = logging.getLogger()
-    root.handlers[:] = [LineQueue(writer.lines, limit)]
+    root.handlers[:] = [LineQueue(writer.lines, limit, DROPPED)]
     root.setLevel(level)
     logging.captureWarnings(capture=True)
     sys.unraisablehook = _log_unraisable

@@ -23,7 +23,7 @@ from prometheus_client.registry import Collector
 from stepstate import __version__
 from stepstate.budget import MemoryBudget
 from stepstate.engine.tracking.scores import Score
-from stepstate.logging import DROPPED
+from stepstate.logging import AUDIT_DROPPED, DROPPED
 from stepstate.metrics.counters import Histogram, Metrics, ModelMetrics, RpcMetrics
 from stepstate.sessions import SessionService, StepScheduler
 from stepstate.stores import DiskUsage
@@ -355,6 +355,9 @@ SERIES = (
     Series("stepstate_log_lines_dropped_total", COUNTER, ("cause",), _by(lambda _: DROPPED),
            "Log lines that were not written: nobody reads standard error (queue_full), a place in "
            "the code logged more than 10 in a second (rate_limit), or an error (failed)."),
+    Series("stepstate_audit_lines_dropped_total", COUNTER, ("cause",), _by(lambda _: AUDIT_DROPPED),
+           "Lines of --audit-log that were not written: the disk is too slow (queue_full), more "
+           "than 10 acts a second were refused for one reason (rate_limit), or an error (failed)."),
     Series("stepstate_metrics_failures_total", COUNTER, (), _one(lambda s: s.failures),
            "Series that could not be read for a scrape, and had no samples in it; see the log."),
     Series("grpc_server_started_total", COUNTER, RPC, _rpc(lambda r: r.started),

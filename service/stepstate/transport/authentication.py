@@ -81,6 +81,11 @@ class Principal:
     identity: Identity
     tenant: str
 
+    @property
+    def acts_for_another(self) -> bool:
+        """Whether it acts on the sessions of another tenant than its own, as an admin may."""
+        return self.tenant != self.identity.tenant
+
     def key(self, session_id: str) -> SessionKey:
         """The key of the session that this principal means by an id."""
         return session_key(self.tenant, session_id)

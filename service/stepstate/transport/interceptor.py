@@ -26,18 +26,11 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 
 from stepstate.budget import MemoryUse, call_memory
-from stepstate.errors import (
-    Internal,
-    InvalidField,
-    KeysUnavailable,
-    PermissionDenied,
-    StepstateError,
-    TooManyAuthFailures,
-    Unauthenticated,
-)
+from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.h2grpc import Call, MessageSink
 from stepstate.metrics import Metrics, RpcMetrics
 from stepstate.transport.admission import KINDS, LONG, STREAM, CallAdmission
+from stepstate.transport.auditing import AUTH_ERRORS, on_record, refused_credential
 from stepstate.transport.authentication import Authenticator, NoAuthentication, authenticate
 from stepstate.transport.open_calls import OpenCalls
 from stepstate.transport.peers import current_peer
@@ -75,7 +68,6 @@ class DecodeFailure:
         return InvalidField(self.field, self.problem)
 
 
-_AUTH_ERRORS = (Unauthenticated, PermissionDenied, TooManyAuthFailures, KeysUnavailable)
 DECODED = 3
 """Bytes that a request of one byte takes while it is served: received, decoded, and copied."""
 SENT = 2
@@ -240,7 +232,7 @@ class _Rpc:
         """Serves handlers that return their one response; `read` gives them their requests."""
         if self._kind is LONG:
             behavior = self._admission.in_turn(behavior)
-        serve = self._serving(behavior, read)
+        serve = self._serving(on_record(self._method, behavior), read)
 
         async def watched(_: object, context: Context) -> Any:
             async with self._watch(context):
@@ -257,7 +249,7 @@ class _Rpc:
         """Serves handlers that use `context.write`, and async generators."""
         if inspect.isasyncgenfunction(behavior):
             behavior = _written(behavior)
-        serve = self._serving(behavior, read)
+        serve = self._serving(on_record(self._method, behavior), read)
 
         async def watched(_: object, context: Context) -> None:
             async with self._watch(context):
@@ -284,7 +276,7 @@ class _Rpc:
         """
         try:
             await authenticate(self._authenticator, context, self._method)
-        except _AUTH_ERRORS as error:
+        except AUTH_ERRORS as error:
             self._metrics.auth_failures[error.cause] += 1
             raise
         self._admission.begin(context, self._kind, _when_done)
@@ -326,6 +318,8 @@ class _Rpc:
             code = code_of(error)
             self._metrics.refused(error.reason)
             log.info("refused: %s", error, extra={"rpc": self._path, "reason": error.reason})
+            if isinstance(error, AUTH_ERRORS):
+                refused_credential(error, self._method, context)
             _refuse(context, error)
             _drop_frames(error)
         except Exception as error:

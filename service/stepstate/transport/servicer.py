@@ -155,7 +155,9 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         session = await self._sessions.restore(snapshot, decode_import(request))
         return pb.ImportSessionResponse(session=self._encoded(session))
 
-    async def StreamExport(self, request: pb.StreamExportRequest, context: Context) -> None:
+    async def StreamExport(
+        self, request: pb.StreamExportRequest, context: Context
+    ) -> pb.StreamExportResponse:
         session_id = request.session_id
         memory = call_memory.get()
         memory.reserve(MemoryUse.REPLIES, SENT * PART_BYTES)
@@ -167,11 +169,13 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         size = len(snapshot)
         if size > MAX_SNAPSHOT_BYTES:
             raise SnapshotTooLarge(session_id, size, MAX_SNAPSHOT_BYTES)
-        reply = pb.StreamExportResponse(session=encode_session(summary), size=size)
+        session = encode_session(summary)
+        reply = pb.StreamExportResponse(session=session, size=size)
         for first in range(0, size, PART_BYTES):
             reply.data = snapshot[first : first + PART_BYTES]
             await context.write(reply)
             reply = pb.StreamExportResponse()
+        return pb.StreamExportResponse(session=session)  # for the audit log
 
     async def StreamImport(
         self, requests: MessageChannel, context: Context

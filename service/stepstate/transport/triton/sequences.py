@@ -17,7 +17,10 @@ from functools import partial
 from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.errors import NotFound, SequenceNotStarted, SessionExists, StepMismatch
+from stepstate.logging.audit import AuditEvent, audit
+from stepstate.models import Model
 from stepstate.sessions import Hold, ResidentSession, Step
+from stepstate.transport.auditing import act_of_call, failures_on_record
 from stepstate.transport.bidi import Backend
 from stepstate.transport.peers import current_peer
 from stepstate.transport.steps import apply_step
@@ -29,6 +32,8 @@ log = logging.getLogger(__name__)
 MAX_WAIT_SECONDS = 10.0
 """For a full queue; then the error says that it is full."""
 RETRY_SECONDS = 0.02
+METHOD = "ModelInfer"
+"""Of the acts on record, also for requests of streams."""
 
 
 class SequenceService:
@@ -80,11 +85,11 @@ class SequenceService:
                 raise not_started(infer, gone) from None
         if step.error is not None:
             if infer.start and step.session.open and not self._sessions.t(step.session):
-                await self._sessions.close(infer.session_id, hold=hold)
+                await self._close(step.session, hold)
             raise step.error
         reply = infer.reply(step)
         if infer.end:
-            await self._sessions.close(infer.session_id, hold=hold)
+            await self._close(step.session, hold)
             self._remember_ended(infer, step, reply)
         return reply
 
@@ -103,6 +108,14 @@ class SequenceService:
             InvalidField: the id is that of a session of another model; as `SessionService.open`.
         """
         model = self._sessions.catalog.find(infer.head.model, infer.head.version)
+        act = act_of_call(AuditEvent.SESSION_OPENED, METHOD, infer.session_id, model.key)
+        with failures_on_record(act):
+            opened = await self._open_new(infer, model, hold, restart=restart)
+        if opened:
+            audit(act)
+
+    async def _open_new(self, infer: InferCall, model: Model, hold: Hold, *, restart: bool) -> bool:
+        """See `_open`; False: it is open already."""
         opening = infer.opening(model, time.time())
         deadline = asyncio.get_running_loop().time() + MAX_WAIT_SECONDS
         while True:
@@ -113,24 +126,32 @@ class SequenceService:
                     raise
             else:
                 self._ended.discard(infer.session_id)
-                return
+                return True
             try:
                 session = await self._sessions.get(infer.session_id, hold=hold)
                 infer.check(session)
                 if not restart:
-                    return
+                    return False
                 await self._end_early(session, hold)
             except NotFound:  # it has ended meanwhile
                 await asyncio.sleep(RETRY_SECONDS)
 
     async def _end_early(self, session: ResidentSession, hold: Hold) -> None:
-        t = await self._sessions.close(session.session_id, hold=hold)
+        t = await self._close(session, hold)
         record = session.record
         self._metrics.restarted(record.model, record.version)
         log.info(
             "a sequence was restarted before it had ended",
             extra={"session": session.session_id, "model": record.model, "t": t},
         )
+
+    async def _close(self, session: ResidentSession, hold: Hold) -> int:
+        """Closes a session; returns its last t."""
+        act = act_of_call(AuditEvent.SESSION_CLOSED, METHOD, session.session_id, session.model.key)
+        with failures_on_record(act):
+            t = await self._sessions.close(session.session_id, hold=hold)
+        audit(act)
+        return t
 
     def _retry_of_end(self, infer: InferCall) -> pb.ModelInferResponse | None:
         """The reply that ended the sequence, if this is a retry of its request."""

@@ -1,0 +1,176 @@
+"""What calls put on record: see `stepstate.logging.audit` for the lines.
+
+A call is one line at most: when it ends, or, of a stream that lasts, when it begins. What it does
+to a session is the event (`EVENTS`); any other call of an admin on the sessions of another tenant
+is an `ADMIN_ACT`. Steps, reads and forecasts of a tenant's own are not on record.
+
+A call that was cancelled may have been carried out: what has begun in the store is finished.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from stepstate.errors import (
+    KeysUnavailable,
+    PermissionDenied,
+    StepstateError,
+    TooManyAuthFailures,
+    Unauthenticated,
+)
+from stepstate.logging.audit import Act, AuditEvent, audit
+from stepstate.transport.authentication import current_principal
+from stepstate.transport.peers import current_peer
+from stepstate.transport.status import code_of
+from stepstate.v1 import stepstate_pb2 as pb
+
+if TYPE_CHECKING:
+    from stepstate.transport.peers import Context
+
+MAX_NAMES = 512
+"""Characters of the ids of a call that names many sessions."""
+
+EVENTS: dict[str, AuditEvent | None] = {
+    "OpenSession": AuditEvent.SESSION_OPENED,
+    "GetSession": None,
+    "ListSessions": None,
+    "RestoreSession": AuditEvent.SESSION_RESTORED,
+    "CloseSession": AuditEvent.SESSION_CLOSED,
+    "ResetAccuracy": None,
+    "ForkSession": AuditEvent.SESSION_FORKED,
+    "ExportSession": AuditEvent.SESSION_EXPORTED,
+    "ImportSession": AuditEvent.SESSION_IMPORTED,
+    "StreamExport": AuditEvent.SESSION_EXPORTED,
+    "StreamImport": AuditEvent.SESSION_IMPORTED,
+    "Step": None,
+    "StreamSteps": None,
+    "StreamPacked": None,
+    "Forecast": None,
+    "ListModels": None,
+    "GetModel": None,
+    # Triton: a request that starts or ends a sequence says so itself, see `triton.sequences`
+    "ServerLive": None,
+    "ServerReady": None,
+    "ModelReady": None,
+    "ServerMetadata": None,
+    "ModelMetadata": None,
+    "ModelConfig": None,
+    "ModelInfer": None,
+    "ModelStreamInfer": None,
+    "ModelStatistics": None,
+    "RepositoryIndex": None,
+    # Health, reflection
+    "Check": None,
+    "Watch": None,
+    "ServerReflectionInfo": None,
+}
+"""By method, what it does to a session."""
+LASTING = frozenset({"StreamSteps", "StreamPacked", "ModelStreamInfer"})
+"""Streams as long as their client likes."""
+
+AuthError = Unauthenticated | PermissionDenied | TooManyAuthFailures | KeysUnavailable
+AUTH_ERRORS = (Unauthenticated, PermissionDenied, TooManyAuthFailures, KeysUnavailable)
+
+Behavior = Callable[[Any, "Context"], Awaitable[Any]]
+
+
+def on_record(method: str, behavior: Behavior) -> Behavior:
+    """A handler whose calls are put on record.
+
+    Args:
+        method: the name of its RPC.
+        behavior: takes a request and the context; returns the reply, if there is one.
+    """
+    event = EVENTS[method]
+
+    async def recorded(request: Any, context: Context) -> Any:
+        if event is None and not current_principal.get().acts_for_another:
+            return await behavior(request, context)
+        act = _act_of_request(event or AuditEvent.ADMIN_ACT, method, request)
+        if method in LASTING:
+            audit(act)
+            return await behavior(request, context)
+        with failures_on_record(act):
+            reply = await behavior(request, context)
+        audit(_with_session(act, getattr(reply, "session", None)))
+        return reply
+
+    return recorded
+
+
+def act_of_call(event: AuditEvent, method: str, session: str | None, model: str | None) -> Act:
+    """An act that the call of this task does.
+
+    Args:
+        event: what it does.
+        method: the name of its RPC.
+        session: the id of the session, without its tenant.
+        model: of the session.
+    """
+    principal = current_principal.get()
+    return Act(
+        event=event,
+        method=method,
+        tenant=principal.tenant,
+        identity=principal.identity.name,
+        identity_tenant=principal.identity.tenant,
+        admin=principal.acts_for_another or event is AuditEvent.ADMIN_ACT,
+        peer=current_peer.get().name,
+        session=session,
+        model=model,
+    )
+
+
+@contextmanager
+def failures_on_record(act: Act) -> Iterator[None]:
+    """Puts an act on record if the block fails."""
+    try:
+        yield
+    except AUTH_ERRORS:
+        raise  # `refused_credential` has its line
+    except StepstateError as error:
+        audit(replace(act, result=code_of(error).name, reason=error.reason))
+        raise
+    except asyncio.CancelledError:
+        audit(replace(act, result="CANCELLED"))
+        raise
+    except Exception:
+        audit(replace(act, result="INTERNAL"))
+        raise
+
+
+def refused_credential(error: AuthError, method: str, context: Context) -> None:
+    """Puts on record that a call was refused for what its credential proves, or does not."""
+    audit(
+        Act(
+            event=AuditEvent.CREDENTIAL_REFUSED,
+            result=code_of(error).name,
+            reason=error.cause,
+            method=method,
+            identity=error.identity if isinstance(error, PermissionDenied) else None,
+            peer=context.peer(),
+            detail=str(error),
+        )
+    )
+
+
+def _act_of_request(event: AuditEvent, method: str, request: object) -> Act:
+    named = getattr(request, "session_id", None) or None
+    if named is not None and not isinstance(named, str):
+        named = " ".join(named)[:MAX_NAMES]
+    act = act_of_call(event, method, named, getattr(request, "model", None) or None)
+    if event is AuditEvent.SESSION_FORKED:
+        act = replace(act, session=getattr(request, "new_session_id", None), source=named)
+    return act
+
+
+def _with_session(act: Act, session: pb.Session | None) -> Act:
+    """The act, with what the reply says of its session."""
+    if session is None:
+        return act
+    model = f"{session.model}/{session.version}"
+    return replace(act, session=session.session_id, model=model if session.model else act.model)

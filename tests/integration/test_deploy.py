@@ -235,6 +235,28 @@ def test_every_server_of_compose_outlives_a_drain_and_writes_to_its_store_only()
             assert line in server
 
 
+def test_every_server_of_compose_has_the_configuration_and_the_credentials() -> None:
+    servers = {**_services(COMPOSE[1]), **_services(COMPOSE[0])}
+    for server in (servers["stepstate"], servers["stepstate-2"]):
+        for line in (
+            "STEPSTATE_CONFIG: /etc/stepstate.toml",
+            "- ./deploy/stepstate.toml:/etc/stepstate.toml:ro",
+            "- credentials:/etc/stepstate:ro",
+            "      credentials:\n        condition: service_completed_successfully\n",
+        ):
+            assert line in server
+    maker = servers["credentials"]
+    for line in (
+        "entrypoint: [/bin/sh, /dev-credentials.sh, /etc/stepstate]",
+        "- ./deploy/dev-credentials.sh:/dev-credentials.sh:ro",
+        "- credentials:/etc/stepstate\n",
+        "network_mode: none",
+        "read_only: true",
+        "cap_drop: [ALL]",
+    ):
+        assert line in maker
+
+
 def test_sessions_are_in_a_volume_that_the_image_lets_its_user_write_to() -> None:
     image = (ROOT / "Dockerfile").read_text()
     (folder,) = re.findall(r"STEPSTATE_STORE=sqlite:(\S+)/sessions\.db", image)
@@ -242,13 +264,14 @@ def test_sessions_are_in_a_volume_that_the_image_lets_its_user_write_to() -> Non
     assert f"--owner={user} " in image
     assert image.index(f"--mode=700 {folder}\n") < image.index(f"VOLUME {folder}\n")
     assert f"- sessions:{folder}\n" in _services(COMPOSE[0])["stepstate"]
+    assert f"--owner={user} --group={user} --mode=755 /etc/stepstate\n" in image
 
 
 def test_both_servers_of_one_redis_are_scraped() -> None:
     servers = _services(COMPOSE[1])
-    assert "STEPSTATE_STORE: redis://redis:6379/0" in servers["stepstate"]
-    for line in ("environment: *store", "depends_on: *redis"):
-        assert line in servers["stepstate-2"]
+    for server in ("stepstate", "stepstate-2"):
+        assert "STEPSTATE_STORE: redis://redis:6379/0" in servers[server]
+        assert "      redis:\n        condition: service_healthy\n" in servers[server]
     targets = re.findall(r'"([^"]+)"', (DEPLOY / "servers-redis.yml").read_text())
     assert targets == ["stepstate:9464", "stepstate-2:9464"]
     assert "./deploy/servers-redis.yml:/etc/prometheus/servers.yml:ro" in servers["prometheus"]

@@ -1,6 +1,6 @@
-# The server of Stepstate, with the models of models/. `docker compose up` starts it with
-# Prometheus and Grafana;
-# `docker run --rm -p 127.0.0.1:50051:50051 -v stepstate:/var/lib/stepstate stepstate` alone.
+# The server of Stepstate, with the models of models/. `docker compose up` starts it with TLS, a
+# token, Prometheus and Grafana. Alone, without either, and with its port on loopback:
+# `docker run --rm -p 127.0.0.1:50051:50051 -e STEPSTATE_INSECURE=true stepstate`.
 ARG PYTHON_IMAGE=python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS build
@@ -33,9 +33,13 @@ RUN useradd --system --uid 10001 --user-group --no-create-home --home-dir /app \
 # Where sessions are kept. An empty volume mounted here takes this owner; a folder of the host's
 # has to belong to 10001 already (Kubernetes: fsGroup: 10001).
 RUN install --directory --owner=10001 --group=10001 --mode=700 /var/lib/stepstate
+# Where certificates and tokens are mounted. It only reads them: as 10001, or by their group.
+RUN install --directory --owner=10001 --group=10001 --mode=755 /etc/stepstate
 COPY --from=build /opt/stepstate /opt/stepstate
 COPY --from=build /app /app
-# Inside a container the address must not be loopback; publish the ports with care.
+# Inside a container the address must not be loopback. So the server starts only with TLS and
+# identities (STEPSTATE_CONFIG, or STEPSTATE_TLS_CERT, STEPSTATE_TLS_KEY, STEPSTATE_TOKENS_FILE ...),
+# or with STEPSTATE_INSECURE=true. What is on the metrics port is of no session; publish it with care.
 ENV PATH=/opt/stepstate/bin:$PATH \
     STEPSTATE_LISTEN=0.0.0.0:50051 \
     STEPSTATE_METRICS_LISTEN=0.0.0.0:9464 \
@@ -50,7 +54,8 @@ EXPOSE 50051 9464
 # The first signal drains and saves every session, within STEPSTATE_DRAIN_SECONDS (30): grant more
 # before SIGKILL (`docker stop -t 40`, stop_grace_period, terminationGracePeriodSeconds).
 STOPSIGNAL SIGTERM
-# Asks grpc.health.v1 at STEPSTATE_SERVER, by default 127.0.0.1:50051.
+# Asks grpc.health.v1 at STEPSTATE_TARGET, by default 127.0.0.1:50051; with TLS set it, for example
+# to grpcs://localhost:50051, and STEPSTATE_CA_FILE. It needs no token.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=30s --retries=3 \
     CMD ["stepstate", "health"]
 ENTRYPOINT ["stepstate"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,15 @@ class Certificate:
 
     file: Path
     key: Path
+
+
+def install(certificate: Certificate, file: Path, key: Path) -> None:
+    """Puts a certificate and its key where a server looks for them, each by a rename."""
+    for source, target in ((certificate.file, file), (certificate.key, key)):
+        new = target.with_suffix(".new")
+        shutil.copy(source, new)
+        new.chmod(0o600)
+        new.rename(target)
 
 
 class Authority:

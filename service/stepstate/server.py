@@ -268,6 +268,8 @@ class Server:
         if self.tls is not None:
             await asyncio.to_thread(self.tls.reload)
         if self.credentials is not None:
+            rules = configuration.certificates
+            self.credentials.map_certificates(CertificateMapping(rules) if rules else None)
             await self.credentials.refresh(force=True)
 
     async def drain(self) -> None:
@@ -672,7 +674,11 @@ async def serve(
     listens_to_hangup = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN  # as under nohup
     if listens_to_hangup:
         loop.add_signal_handler(signal.SIGHUP, signals.release)
-    server = await build_server(configuration.server, limits=configuration.limits)
+    server = await build_server(
+        configuration.server,
+        certificates=configuration.certificates,
+        limits=configuration.limits,
+    )
     try:
         await server.start()
         if configuration.file:

@@ -15,6 +15,7 @@ from stepstate.config import ServerConfig
 from stepstate.server import Server
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests import offline
+from tests.certificates import Authority, Certificate, install
 from tests.chaos.restartable import RestartableServer, restartable_server
 from tests.integration.clients import KINDS, AnyClient, Connect
 from tests.integration.forecasters import write_forecasters
@@ -56,6 +57,20 @@ async def restartable(
             return await stack.enter_async_context(restartable_server(tmp_path, *told, *options))
 
         yield start
+
+
+@pytest.fixture
+def with_tls(config: ServerConfig, certificate: Certificate, tmp_path: Path) -> ServerConfig:
+    """Settings of a server with TLS, whose files a test may replace."""
+    files = tmp_path / "tls.crt", tmp_path / "tls.key"
+    install(certificate, *files)
+    return dataclasses.replace(config, tls_cert=str(files[0]), tls_key=str(files[1]))
+
+
+@pytest.fixture
+def mutual(with_tls: ServerConfig, authority: Authority) -> ServerConfig:
+    """Clients have to have a certificate, too."""
+    return dataclasses.replace(with_tls, tls_client_ca=str(authority.file))
 
 
 @pytest.fixture(params=KINDS)

@@ -226,7 +226,7 @@ async def test_a_proxy_that_wants_a_token_says_so(connect: Connect, guarded: tup
 
 async def test_plain_text_to_a_port_with_tls_is_told(connect: Connect, guarded: tuple[str, Gate]):
     async with connect(guarded[0], connect_timeout=0.5) as client:
-        with pytest.raises(errors.ServerUnreachable, match="whether it needs TLS"):
+        with pytest.raises(errors.ServerUnreachable, match="the server speaks TLS there"):
             await client.models()
 
 

@@ -26,9 +26,10 @@ from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
 from stepstate.configuration import Configuration, Given, SettingOrigin, read_file, resolve
 from stepstate.configuration.reload import ConfigurationReloader
+from stepstate.errors import Unauthenticated
 from stepstate.server import Server, running_server
 from stepstate.tenants import LimitTable
-from tests.certificates import Authority
+from tests.certificates import Authority, Certificate
 from tests.credentials import bearer, token
 from tests.integration.commands import read_terminal
 from tests.integration.wire import HANG
@@ -64,7 +65,8 @@ async def reloading(config: ServerConfig, file: Path, text: str = "") -> AsyncIt
         return resolve(given, read_file(str(file)))
 
     configuration = load()
-    async with running_server(configuration.server, limits=configuration.limits) as server:
+    tables = {"limits": configuration.limits, "certificates": configuration.certificates}
+    async with running_server(configuration.server, **tables) as server:
         yield Reloading(server, file, server.reload_with(load, configuration))
 
 
@@ -116,6 +118,33 @@ async def test_a_file_with_one_error_changes_nothing_and_says_so(
         assert one.server.tenants.limits == LimitTable()
     (record,) = [record for record in caplog.records if record.getMessage() == REFUSED]
     assert problem in record.problems
+
+
+@pytest.mark.transports
+async def test_what_a_certificate_proves_is_reloaded_and_its_streams_end_with_that(
+    config: ServerConfig, tmp_path: Path, authority: Authority, certificate: Certificate
+):
+    own = authority.issue("meter")
+    tls = f"tls_cert = '{certificate.file}'\ntls_key = '{certificate.key}'\n"
+    tls += f"tls_client_ca = '{authority.file}'\n"
+    rule = "[[certificates]]\nmatch = 'CN:meter'\ntenant = 'acme'\nscopes = ['step', 'read']\n"
+    parts = (authority.file, own.key, own.file)
+    credentials = grpc.ssl_channel_credentials(*(part.read_bytes() for part in parts))
+    async with reloading(config, tmp_path / "f.toml", tls + rule) as one:
+        assert await one.reload(f"{ADDRESSES}{tls}{rule}")
+        async with (
+            AsyncClient(one.server.address, credentials=credentials, timeout=1.0) as client,
+            await client.open("lstm", session_id="s") as session,
+        ):
+            await session.step([1.0, 2.0, 3.0])
+            other = rule.replace("CN:meter", "CN:other")
+            assert await one.reload(f"{ADDRESSES}{tls}{other}")
+            await asyncio.sleep(1.5)  # credentials of open calls are looked at every second
+            with pytest.raises(Unauthenticated):
+                await session.step([1.0, 2.0, 3.0])
+            assert await one.reload(f"{ADDRESSES}{tls}{other}{rule}")
+            await session.step([1.0, 2.0, 3.0])
+            assert session.t == 2
 
 
 # As a process, by its signals and its file.

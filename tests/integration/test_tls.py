@@ -18,32 +18,12 @@ from stepstate.config import ServerConfig
 from stepstate.server import Server, running_server
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
-from tests.certificates import Authority, Certificate
+from tests.certificates import Authority, Certificate, install
 
 pytestmark = pytest.mark.transports
 
 EXPIRY = "stepstate_tls_certificate_expiry_timestamp_seconds"
 REFUSED = grpc.StatusCode.UNAVAILABLE
-
-
-@pytest.fixture
-def with_tls(config: ServerConfig, certificate: Certificate, tmp_path: Path) -> ServerConfig:
-    """Settings of a server whose files a test may replace."""
-    files = tmp_path / "tls.crt", tmp_path / "tls.key"
-    put(certificate, *files)
-    return replace(config, tls_cert=str(files[0]), tls_key=str(files[1]))
-
-
-@pytest.fixture
-def mutual(with_tls: ServerConfig, authority: Authority) -> ServerConfig:
-    """Clients have to have a certificate, too."""
-    return replace(with_tls, tls_client_ca=str(authority.file))
-
-
-def put(certificate: Certificate, file: Path, key: Path) -> None:
-    for source, target in ((certificate.file, file), (certificate.key, key)):
-        shutil.copy(source, new := target.with_suffix(".new"))
-        new.rename(target)
 
 
 class Channel:
@@ -160,7 +140,7 @@ async def test_a_certificate_may_be_optional(
 async def replaced(server: Server, made: Certificate) -> None:
     """New files are there, and the server has looked at them."""
     files, before = server.tls.current.files, server.tls.current
-    put(made, files.certificate, files.key)
+    install(made, files.certificate, files.key)
     while server.tls.current is before and not server.tls.reload_failed:
         await asyncio.sleep(0.01)
 

@@ -15,7 +15,7 @@ import pytest
 
 from stepstate.errors import TlsInvalid
 from stepstate.tls import ClientAuth, ServerTls, TlsFiles, load_tls
-from tests.certificates import Authority, Certificate
+from tests.certificates import Authority, Certificate, install
 
 
 @pytest.fixture
@@ -27,12 +27,7 @@ def files(certificate: Certificate, tmp_path: Path) -> TlsFiles:
 
 
 def put(certificate: Certificate, files: TlsFiles) -> None:
-    """Replaces the files as a renewal does."""
-    for source, target in ((certificate.file, files.certificate), (certificate.key, files.key)):
-        new = target.with_suffix(".new")
-        shutil.copy(source, new)
-        new.chmod(0o600)
-        new.rename(target)
+    install(certificate, files.certificate, files.key)
 
 
 def encrypted(key: Path) -> None:

@@ -81,6 +81,14 @@ class CertificateMapping:
             )
         return identity
 
+    def is_usable(self, identity: Identity) -> bool:
+        """Whether the name that proved an identity still proves as much."""
+        name = identity.credential.partition(" ")[2]
+        rule = next((rule for rule in self._rules if rule.fits(name)), None)
+        return rule is not None and (
+            rule.tenant == identity.tenant and identity.scopes <= rule.scopes
+        )
+
     def _identity_of(self, pem: bytes) -> Identity | None:
         try:
             certificate = x509.load_pem_x509_certificate(pem)
@@ -94,7 +102,7 @@ class CertificateMapping:
                     rule.tenant,
                     rule.scopes,
                     expires_at=certificate.not_valid_after_utc.timestamp(),
-                    credential="certificate",
+                    credential=f"certificate {name}",
                 )
         return None
 

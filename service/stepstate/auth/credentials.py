@@ -135,7 +135,15 @@ class Credentials:
         source = {"token": self._tokens, "jwt": self._jwts}.get(kind)
         if source is not None and not source.is_usable(identity.credential):
             return _revoked(identity)
+        if kind == "certificate" and not (
+            self._certificates and self._certificates.is_usable(identity)
+        ):
+            return _revoked(identity)
         return None
+
+    def map_certificates(self, certificates: CertificateMapping | None) -> None:
+        """Changes what client certificates prove, from the next call on."""
+        self._certificates = certificates
 
     async def refresh(self, *, force: bool = False) -> None:
         """Reads again what has changed. What can't be read stays as it was, and is logged.

@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from dataclasses import dataclass, fields
+from functools import partial, wraps
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -13,7 +15,7 @@ import click
 from stepstate.errors import StepstateError
 
 if TYPE_CHECKING:
-    from stepstate.client import Client
+    from stepstate.client import Client, Tls
 
 Command = Callable[..., None]
 
@@ -50,7 +52,57 @@ def option(
     return decorator(is_flag=False, flag_value=True) if kind is bool else decorator()
 
 
-server_option = option("--server", "127.0.0.1:50051", str, "The server's host:port.")
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """Where a command finds its server, and who it is there."""
+
+    target: str
+    ca_file: str
+    cert_file: str
+    key_file: str
+    token_file: str
+    tenant: str
+
+    def tls(self) -> Tls | None:
+        """The files of TLS as a client takes them; None: there are none."""
+        from stepstate.client import Tls  # noqa: PLC0415 - `--help` is shown without gRPC
+
+        files = [name or None for name in (self.ca_file, self.cert_file, self.key_file)]
+        return Tls(*files) if any(files) else None
+
+
+_TARGET = click.option(
+    "--server",
+    "--target",
+    "target",
+    default="127.0.0.1:50051",
+    envvar=["STEPSTATE_SERVER", "STEPSTATE_TARGET"],
+    show_envvar=True,
+    show_default=True,
+    help="The server's host:port; grpcs://host:port with TLS.",
+)
+_SERVER = (
+    _TARGET,
+    option("--ca-file", "", str, "PEM file with the authorities of the server's certificate."),
+    option("--cert-file", "", str, "PEM file with a certificate of yours."),
+    option("--key-file", "", str, "PEM file with its key."),
+    option("--token-file", "", str, "File with your token."),
+    option("--tenant", "", str, "For administrators: on whose sessions to act."),
+)
+
+
+def server_options(command: Callable[..., None]) -> Command:
+    """The options that say where the server is; the command gets them as `server`."""
+
+    @wraps(command)
+    def with_server(*args: Any, **options: Any) -> None:
+        names = [field.name for field in fields(ServerOptions)]
+        command(*args, server=ServerOptions(*map(options.pop, names)), **options)
+
+    decorated: Command = with_server
+    for one in reversed(_SERVER):
+        decorated = one(decorated)
+    return decorated
 
 
 def format_options(command: Command) -> Command:
@@ -70,12 +122,13 @@ def format_options(command: Command) -> Command:
 
 
 @contextmanager
-def connect(server: str) -> Iterator[Client]:
+def connect(server: ServerOptions) -> Iterator[Client]:
     """A client whose errors end the command with one line."""
     from stepstate.client import Client  # noqa: PLC0415 - `--help` is shown without gRPC
 
+    token = Path(server.token_file) if server.token_file else None
     try:
-        with Client(server) as client:
+        with Client(server.target, tls=server.tls(), token=token, tenant=server.tenant) as client:
             yield client
     except StepstateError as error:
         raise click.ClickException(str(error)) from error

@@ -11,7 +11,14 @@ from typing import Any
 
 import click
 
-from stepstate.cli.common import connect, format_options, server_option, short, without_nan
+from stepstate.cli.common import (
+    ServerOptions,
+    connect,
+    format_options,
+    server_options,
+    short,
+    without_nan,
+)
 from stepstate.cli.plot import plot_forecasts
 from stepstate.cli.rows import BadRow, Format, RowReader, whole
 from stepstate.client import Forecast, ModelInfo, OutputForecast, TimedRows
@@ -30,7 +37,7 @@ def _levels(_context: click.Context, _parameter: click.Parameter, value: str) ->
 
 
 @click.command("forecast")
-@server_option
+@server_options
 @click.argument("session_id")
 @click.option(
     "--horizon",
@@ -62,7 +69,7 @@ def _levels(_context: click.Context, _parameter: click.Parameter, value: str) ->
     "--plot/--no-plot", default=None, help="Also draw a plot. Default: only on a terminal."
 )
 def forecast_command(
-    server: str,
+    server: ServerOptions,
     session_id: str,
     horizon: int | None,
     quantiles: Sequence[float],

@@ -8,16 +8,16 @@ from pathlib import Path
 
 import click
 
-from stepstate.cli.common import connect, server_option
+from stepstate.cli.common import ServerOptions, connect, server_options
 from stepstate.client import ModelInfo
 
 EXAMPLE = "electricity/2"
 
 
 @click.group("models", invoke_without_command=True)
-@server_option
+@server_options
 @click.pass_context
-def models_group(ctx: click.Context, server: str) -> None:
+def models_group(ctx: click.Context, server: ServerOptions) -> None:
     """Prints the models that a server has loaded, with their inputs and outputs."""
     if ctx.invoked_subcommand is not None:
         return

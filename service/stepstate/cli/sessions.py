@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 import click
 
-from stepstate.cli.common import connect, option, server_option, without_nan
+from stepstate.cli.common import ServerOptions, connect, option, server_options, without_nan
 from stepstate.client import SessionInfo
 
 
@@ -20,10 +20,10 @@ def sessions_group() -> None:
 
 
 @sessions_group.command("list")
-@server_option
+@server_options
 @option("--model", "", str, "Only sessions of this model.")
 @click.option("--expired", is_flag=True, help="Also list expired sessions that can be restored.")
-def list_command(server: str, model: str, *, expired: bool) -> None:
+def list_command(server: ServerOptions, model: str, *, expired: bool) -> None:
     """Prints a line for each open session. `durable` of its t rows survive the end of the server.
 
     Sessions that are `model_missing` or `unreadable` take no steps, and can be closed. With
@@ -49,27 +49,27 @@ def list_command(server: str, model: str, *, expired: bool) -> None:
 
 
 @sessions_group.command("show")
-@server_option
+@server_options
 @click.argument("session_id")
-def show_command(server: str, session_id: str) -> None:
+def show_command(server: ServerOptions, session_id: str) -> None:
     """Prints the status of a session, as JSON."""
     with connect(server) as client:
         _print(client.info(session_id))
 
 
 @sessions_group.command("close")
-@server_option
+@server_options
 @click.argument("session_id")
-def close_command(server: str, session_id: str) -> None:
+def close_command(server: ServerOptions, session_id: str) -> None:
     """Closes a session and prints its last status, as JSON."""
     with connect(server) as client:
         _print(client.close(session_id))
 
 
 @sessions_group.command("reset-accuracy")
-@server_option
+@server_options
 @click.argument("session_id")
-def reset_accuracy_command(server: str, session_id: str) -> None:
+def reset_accuracy_command(server: ServerOptions, session_id: str) -> None:
     """Resets the accuracy and drift of a session, and prints its status, as JSON.
 
     Its state, its forecasts and their intervals do not change.
@@ -79,19 +79,19 @@ def reset_accuracy_command(server: str, session_id: str) -> None:
 
 
 @sessions_group.command("restore")
-@server_option
+@server_options
 @click.argument("session_id")
-def restore_command(server: str, session_id: str) -> None:
+def restore_command(server: ServerOptions, session_id: str) -> None:
     """Opens an expired session again, as it was, and prints its status, as JSON."""
     with connect(server) as client:
         _print(client.restore_expired(session_id).info)
 
 
 @sessions_group.command("fork")
-@server_option
+@server_options
 @click.argument("session_id")
 @click.argument("new_id", required=False)
-def fork_command(server: str, session_id: str, new_id: str | None) -> None:
+def fork_command(server: ServerOptions, session_id: str, new_id: str | None) -> None:
     """Opens a copy of a session and prints its status, as JSON.
 
     Without NEW_ID the server makes an id.
@@ -101,11 +101,13 @@ def fork_command(server: str, session_id: str, new_id: str | None) -> None:
 
 
 @sessions_group.command("export")
-@server_option
+@server_options
 @click.argument("session_id")
 @click.option("--output", type=click.Path(), help="The file to write; - is standard output.")
 @click.option("--force", is_flag=True, help="Overwrite the file.")
-def export_command(server: str, session_id: str, output: str | None, *, force: bool) -> None:
+def export_command(
+    server: ServerOptions, session_id: str, output: str | None, *, force: bool
+) -> None:
     """Writes a snapshot of a session to SESSION_ID.snapshot. The session stays open."""
     with connect(server) as client:
         snapshot = client.export(session_id)
@@ -118,10 +120,10 @@ def export_command(server: str, session_id: str, output: str | None, *, force: b
 
 
 @sessions_group.command("import")
-@server_option
+@server_options
 @click.argument("file", type=click.File("rb"))
 @click.option("--session-id", help="Id of the new session. Default: the id in the snapshot.")
-def import_command(server: str, file: BinaryIO, session_id: str | None) -> None:
+def import_command(server: ServerOptions, file: BinaryIO, session_id: str | None) -> None:
     """Opens a session from the snapshot in FILE (- for standard input), and prints it as JSON."""
     with connect(server) as client:
         _print(client.restore(file.read(), session_id=session_id).info)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import click
 
-from stepstate.cli.common import connect, format_options, option, server_option
+from stepstate.cli.common import ServerOptions, connect, format_options, option, server_options
 from stepstate.cli.inputs import HistoryFile, InputReader
 from stepstate.cli.rows import BadRow, Format
 from stepstate.client import Client, Durability, MissingPolicy, Session, SessionInfo
@@ -39,7 +39,7 @@ class _SessionOptions:
 
 
 @click.command("step")
-@server_option
+@server_options
 @option("--model", "", str, "Name of the model. Not needed if only one is loaded.")
 @option("--version", "", str, "Version of the model. Default: the newest.")
 @option("--session-id", "", str, "Opens this session or continues it. Default: a new one.")
@@ -68,7 +68,7 @@ class _SessionOptions:
 @format_options
 @click.option("--keep", is_flag=True, help="Leave the session open at the end.")
 def step_command(
-    server: str,
+    server: ServerOptions,
     model: str,
     version: str,
     session_id: str,

@@ -11,6 +11,7 @@ from stepstate.client.aio.pack import AsyncPack
 from stepstate.client.aio.session import AsyncSession
 from stepstate.client.forecast import Forecast, OutputForecast
 from stepstate.client.outputs import Outputs
+from stepstate.client.security import Tls, Token
 from stepstate.client.sync.client import Client
 from stepstate.client.sync.pack import Pack
 from stepstate.client.sync.session import Session
@@ -48,4 +49,6 @@ __all__ = [
     "Session",
     "SessionInfo",
     "TimedRows",
+    "Tls",
+    "Token",
 ]

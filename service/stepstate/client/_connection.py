@@ -6,6 +6,7 @@ No I/O here.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 from typing import Any, ClassVar
@@ -16,8 +17,10 @@ from stepstate.client import convert
 from stepstate.client._api import ConnectionAPI
 from stepstate.client._protocol.replay import RESUME_ROWS
 from stepstate.client._protocol.retry import CONNECT_TIMEOUT, TIMEOUT, CallAttempts, ServerReach
+from stepstate.client.diagnosis import why_unreachable
+from stepstate.client.security import Tls, Token, endpoint_of
 from stepstate.client.types import ModelInfo
-from stepstate.errors import Cancelled
+from stepstate.errors import Cancelled, ServerUnreachable, StepstateError
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
 CHANNEL_OPTIONS = (
@@ -47,21 +50,30 @@ def channel_options(options: Options) -> list[tuple[str, Any]]:
 
 
 class MetadataChannel:
-    """A channel for a stub whose calls all carry the same metadata.
+    """A channel for a stub whose calls all carry the client's metadata, and its token.
 
     Args:
         channel: of gRPC, asynchronous or not.
         metadata: what is sent with each call.
+        token: gives the token of a call; None: there is none.
     """
 
-    def __init__(self, channel: Any, metadata: Metadata) -> None:
+    def __init__(self, channel: Any, metadata: Metadata, token: Callable[[], str] | None) -> None:
         self._channel = channel
         self._metadata = tuple(metadata)
+        self._token = token
 
     def __getattr__(self, kind: str) -> Callable[..., Callable[..., Any]]:
         """`unary_unary`, `unary_stream`, `stream_unary` and `stream_stream` of a channel."""
         make = getattr(self._channel, kind)
-        return lambda *args, **options: partial(make(*args, **options), metadata=self._metadata)
+        if self._token is None:
+            return lambda *args, **options: partial(make(*args, **options), metadata=self._metadata)
+        return lambda *args, **options: partial(self._call, make(*args, **options))
+
+    def _call(self, rpc: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        assert self._token is not None, "there is one"
+        metadata = (*self._metadata, ("authorization", f"Bearer {self._token()}"))
+        return rpc(*args, metadata=metadata, **options)
 
 
 class BaseConnection(ConnectionAPI):
@@ -72,8 +84,11 @@ class BaseConnection(ConnectionAPI):
 
     def __init__(
         self,
-        target: str,
+        target: str | None = None,
         *,
+        tls: bool | Tls | None = None,
+        token: Token | None = None,
+        tenant: str = "",
         timeout: float = TIMEOUT,
         connect_timeout: float = CONNECT_TIMEOUT,
         resume_rows: int = RESUME_ROWS,
@@ -84,7 +99,17 @@ class BaseConnection(ConnectionAPI):
         """Makes a client; it connects with its first call.
 
         Args:
-            target: host:port, or another name that gRPC resolves.
+            target: host:port, or another name that gRPC resolves. `grpcs://host:port` means TLS,
+                `grpc://host:port` plain text. Without one, the environment says where and how:
+                STEPSTATE_TARGET (default: 127.0.0.1:50051), STEPSTATE_CA_FILE,
+                STEPSTATE_CERT_FILE, STEPSTATE_KEY_FILE and STEPSTATE_TOKEN_FILE.
+            tls: True: TLS, with the authorities that gRPC brings; `Tls(...)`: with files of your
+                own. False: plain text, on purpose. Default: as the target says, else plain text.
+            token: of the client's identity, as text; a `Path` of the file that has it, which is
+                read again when it changes; or a function that returns it, called for each call.
+                It is not sent in plain text, unless to loopback or where the target or `tls` asks
+                for that.
+            tenant: for administrators: on whose sessions to act. Default: the identity's own.
             timeout: seconds that a call may take with all its retries, and that a stream may be
                 without an answer. The default survives the restart of a server. `step`, `prime`,
                 `forecast` and others take one of their own.
@@ -92,24 +117,26 @@ class BaseConnection(ConnectionAPI):
                 wrong address calls fail after them.
             resume_rows: most rows that each session keeps, to send them again to a server that was
                 rolled back. What a server has saved is not kept.
-            credentials: of the channel, for a server or proxy with TLS:
-                `grpc.ssl_channel_credentials(...)`, also composed with call credentials. Default:
-                plain text.
-            metadata: keys and values that are sent with every call, such as ("authorization",
-                "Bearer ..."). Over plain text anyone on the way can read them.
-            options: gRPC's channel options, such as ("grpc.ssl_target_name_override", "stepstate");
-                they replace the client's own of the same name.
+            credentials: gRPC's own, instead of `tls`: `grpc.ssl_channel_credentials(...)`, also
+                composed with call credentials.
+            metadata: keys and values that are sent with every call. Over plain text anyone on the
+                way can read them.
+            options: gRPC's channel options, such as ("grpc.keepalive_time_ms", 60_000); they
+                replace the client's own of the same name.
+
+        Raises:
+            InvalidField: the arguments contradict each other, or a file can't be read.
         """
-        self.target = target
+        self._endpoint = endpoint_of(target, tls=tls, token=token, credentials=credentials)
+        self.target = self._endpoint.target
         self.timeout = timeout
         self.resume_rows = resume_rows
-        all_options = channel_options(options)
-        self._channel = (
-            self._grpc.insecure_channel(target, options=all_options)
-            if credentials is None
-            else self._grpc.secure_channel(target, credentials, options=all_options)
+        self._channel = self._endpoint.channel(self._grpc, channel_options(options))
+        if tenant:
+            metadata = [*metadata, ("x-stepstate-tenant", tenant)]
+        self._stub = StepstateServiceStub(
+            MetadataChannel(self._channel, metadata, self._endpoint.token)
         )
-        self._stub = StepstateServiceStub(MetadataChannel(self._channel, metadata))
         self._reach = ServerReach(connect_timeout)
         self._disconnected = False
         self._models: dict[tuple[str, str], ModelInfo] = {}
@@ -123,6 +150,13 @@ class BaseConnection(ConnectionAPI):
         if self._disconnected:
             raise Cancelled(convert.DISCONNECTED)
         return self._stub
+
+    def _explained(self, error: StepstateError) -> StepstateError:
+        """The error, with the reason if no server has ever answered. It may connect to find it."""
+        if self._reach.reached or not isinstance(error, ServerUnreachable):
+            return error
+        why = why_unreachable(self._endpoint, error.detail)
+        return replace(error, detail=f"{error.detail} (no server has answered there yet: {why})")
 
     def _attempts(self, timeout: float | None) -> CallAttempts:
         return CallAttempts(self._reach, self.timeout if timeout is None else timeout)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from stepstate.auth import TokenFile
+from stepstate.auth import KeyFile, KeyRing, TokenFile
 from stepstate.config import ServerConfig
 from stepstate.configuration.effective import Configuration
 from stepstate.configuration.exposure import check_exposure
@@ -21,13 +22,12 @@ Check = Callable[[], object]
 
 def problems(configuration: Configuration) -> list[str]:
     """What would stop a server with this configuration; it reads the files that are named."""
-    server = configuration.server
-    return _problems((*_of_reload(server), *_of_start(server)))
+    return _problems((*_of_reload(configuration), *_of_start(configuration.server)))
 
 
 def problems_of_reload(configuration: Configuration) -> list[str]:
     """What speaks against putting a configuration into use; it reads files that are read again."""
-    return _problems(_of_reload(configuration.server))
+    return _problems(_of_reload(configuration))
 
 
 def tls_files(config: ServerConfig) -> TlsFiles | None:
@@ -49,13 +49,16 @@ def _problems(checks: Iterable[Check]) -> list[str]:
     return found
 
 
-def _of_reload(config: ServerConfig) -> Iterator[Check]:
-    yield lambda: check_exposure(config, identities=bool(config.tokens_file))
+def _of_reload(configuration: Configuration) -> Iterator[Check]:
+    config = configuration.server
+    yield lambda: check_exposure(config, identities=configuration.identities)
     files = tls_files(config)
     if files is not None:
         yield lambda: load_tls(files)
     if config.tokens_file:
         yield lambda: TokenFile(config.tokens_file)
+    if config.jwt_jwks and "://" not in config.jwt_jwks:
+        yield lambda: asyncio.run(KeyRing(KeyFile(config.jwt_jwks)).read_now())
 
 
 def _of_start(config: ServerConfig) -> Iterator[Check]:

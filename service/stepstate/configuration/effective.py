@@ -8,8 +8,10 @@ from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 
+from stepstate.auth import CertificateRule
 from stepstate.config import VARIABLES_ONLY, ConfigError, ServerConfig, has_secret
 from stepstate.configuration.file import (
+    CERTIFICATES,
     LIMITS,
     SERVER,
     TENANTS,
@@ -46,9 +48,15 @@ class Configuration:
     origins: Mapping[str, SettingOrigin]
     """By the name of the setting."""
     limits: LimitTable
-    """They can be set in the file only."""
+    certificates: tuple[CertificateRule, ...]
+    """Like limits, they can be set in the file only."""
     file: str
     """Its name; empty: there is none."""
+
+    @property
+    def identities(self) -> bool:
+        """Whether callers have to prove who they are."""
+        return bool(self.server.tokens_file or self.server.jwt_jwks or self.certificates)
 
 
 Load = Callable[[], Configuration]
@@ -72,7 +80,16 @@ def resolve(given: Mapping[str, Given], file: FileSettings) -> Configuration:
         if origins.get(name) is SettingOrigin.FILE:
             raise file.source.error(name, str(error)) from error
         raise
-    return Configuration(server=server, origins=origins, limits=file.limits, file=file.source.name)
+    if file.certificates and server.client_auth == "none":
+        problem = "[[certificates]] are for clients that show one: set tls_client_ca, too"
+        raise file.source.error(CERTIFICATES, problem)
+    return Configuration(
+        server=server,
+        origins=origins,
+        limits=file.limits,
+        certificates=file.certificates,
+        file=file.source.name,
+    )
 
 
 def as_toml(configuration: Configuration) -> str:
@@ -83,6 +100,10 @@ def as_toml(configuration: Configuration) -> str:
     lines += ["", f"[{LIMITS}.{TOGETHER}]", *_limits(limits.together, RateLimits())]
     for name, exception in limits.tenants.items():
         lines += ["", f"[{TENANTS}.{_toml(name)}]", *_limits(exception, limits.defaults)]
+    for rule in configuration.certificates:
+        lines += ["", f"[[{CERTIFICATES}]]"]
+        lines += [f"{name} = {_toml(getattr(rule, name))}" for name in ("match", "tenant")]
+        lines += [f"scopes = {_toml(sorted(rule.scopes))}", f"identity = {_toml(rule.identity)}"]
     return "\n".join(lines) + "\n"
 
 

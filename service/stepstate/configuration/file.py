@@ -5,7 +5,8 @@ Its tables are
 - `[server]`: the settings of `ServerConfig`, by their names;
 - `[limits]`: those of `TenantLimits`, for each tenant, and `[limits.together]`: those of
   `RateLimits`, for all tenants together;
-- `[tenants.NAME]`: what of `[limits]` is different for one tenant.
+- `[tenants.NAME]`: what of `[limits]` is different for one tenant;
+- `[[certificates]]`: a `CertificateRule`, which says whose certain client certificates are.
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from reprlib import repr as shortened
 from types import NoneType
 from typing import TypeVar, get_args, get_type_hints
 
+from stepstate.auth import CertificateRule
 from stepstate.config import VARIABLES_ONLY, ConfigError, ServerConfig, has_secret
-from stepstate.identity import TENANT_GRAMMAR, is_tenant
+from stepstate.identity import TENANT_GRAMMAR, Scope, is_tenant
 from stepstate.tenants import LimitTable, RateLimits, TenantLimits
 
 MAX_FILE_BYTES = 2**20
@@ -29,6 +31,7 @@ MAX_FILE_BYTES = 2**20
 MAX_LISTED = 12
 """Names that an error may list."""
 SERVER, LIMITS, TOGETHER, TENANTS = "server", "limits", "together", "tenants"
+CERTIFICATES = "certificates"
 UNLIMITED = "unlimited"
 """A limit of a tenant that has none where the others have one."""
 _EXPECTED: Mapping[type, str] = {
@@ -67,6 +70,7 @@ class FileSettings:
     server: Mapping[str, Value] = field(default_factory=dict)
     """By the name of the setting."""
     limits: LimitTable = field(default_factory=LimitTable)
+    certificates: tuple[CertificateRule, ...] = ()
 
 
 def read_file(path: str) -> FileSettings:
@@ -104,9 +108,10 @@ def parse(name: str, content: bytes) -> FileSettings:
     for key, table in tables.items():
         if key in _SETTINGS and not isinstance(table, dict):
             raise source.error(key, f"{key} stands before any table: move it below [{SERVER}]")
-        _check_name(source, key, (SERVER, LIMITS, TENANTS), "the file")
+        _check_name(source, key, (SERVER, LIMITS, TENANTS, CERTIFICATES), "the file")
     server = _server(source, _table(source, SERVER, tables))
-    return FileSettings(source, server, _limits(source, tables))
+    rules = _certificates(source, tables.get(CERTIFICATES, []))
+    return FileSettings(source, server, _limits(source, tables), rules)
 
 
 def _table(source: FileText, name: str, tables: Table) -> Table:
@@ -184,6 +189,32 @@ def _limits(source: FileText, tables: Table) -> LimitTable:
             for name in exceptions
         },
     )
+
+
+def _certificates(source: FileText, tables: object) -> tuple[CertificateRule, ...]:
+    if not isinstance(tables, list) or not all(isinstance(one, dict) for one in tables):
+        raise source.error(CERTIFICATES, f"certificates are tables: [[{CERTIFICATES}]]")
+    return tuple(_certificate(source, table) for table in tables)
+
+
+def _certificate(source: FileText, table: Table) -> CertificateRule:
+    where = f"[[{CERTIFICATES}]]"
+    names = [one.name for one in fields(CertificateRule)]
+    for key in table:
+        _check_name(source, key, names, where)
+    texts = {
+        key: str(_checked(source, key, value, str))
+        for key, value in {"match": "", "tenant": "", "identity": "", **table}.items()
+        if key != "scopes"
+    }
+    scopes = table.get("scopes", [])
+    if not isinstance(scopes, list) or not all(one in list(Scope) for one in scopes):
+        known = ", ".join(f'"{scope}"' for scope in Scope)
+        raise source.error("scopes", f"scopes is {_shown(scopes)}, expected a list of {known}")
+    try:
+        return CertificateRule(**texts, scopes=frozenset(map(Scope, scopes)))
+    except ValueError as error:
+        raise source.error(str(error).partition(" ")[0], f"{where}: {error}") from error
 
 
 def _filled(source: FileText, where: str, table: Table, base: Limits) -> Limits:

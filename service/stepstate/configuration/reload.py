@@ -100,7 +100,7 @@ class ConfigurationReloader:
         await self._apply(found)
         self._observer.reloaded("applied")
         log.info("the configuration is reloaded", extra={"file": str(self._file)})
-        waiting = needs_restart(self._started.server, found.server)
+        waiting = needs_restart(self._started, found)
         if waiting:
             log.warning(
                 "settings have changed that need a restart", extra={"settings": ", ".join(waiting)}
@@ -121,10 +121,14 @@ class ConfigurationReloader:
         return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def needs_restart(before: ServerConfig, after: ServerConfig) -> list[str]:
+def needs_restart(before: Configuration, after: Configuration) -> list[str]:
     """The settings that are different and can't be reloaded."""
-    return [
+    names = [
         one.name
         for one in fields(ServerConfig)
-        if not one.metadata["reloads"] and getattr(before, one.name) != getattr(after, one.name)
+        if not one.metadata["reloads"]
+        and getattr(before.server, one.name) != getattr(after.server, one.name)
     ]
+    if after.certificates and not before.identities:  # its callers are anonymous until then
+        names.append("certificates")
+    return names

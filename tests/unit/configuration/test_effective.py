@@ -40,3 +40,14 @@ def test_secrets_are_not_shown():
     assert "hunter2" not in text
     assert "# store_password: a secret, from STEPSTATE_STORE_PASSWORD\n" in text
     assert 'store = "redis://h"  # file\n' in text
+
+
+def test_certificates_need_an_authority_and_are_shown_as_they_were_written():
+    rule = "[[certificates]]\nmatch = 'CN:a'\ntenant = 'acme'\nscopes = ['read', 'step']\n"
+    with pytest.raises(ConfigError, match=r"^f, line 1: \[\[certificates\]\] are for clients"):
+        resolve({}, parse("f", rule.encode()))
+    server = "[server]\ntls_cert = 'c'\ntls_key = 'k'\ntls_client_ca = 'a'\n"
+    made = resolve({}, parse("f", (server + rule).encode()))
+    assert len(made.certificates) == 1
+    again = resolve({}, parse("f", as_toml(made).encode()))
+    assert again.certificates == made.certificates

@@ -5,9 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from stepstate.auth import CertificateRule
 from stepstate.config import ConfigError, ServerConfig
 from stepstate.configuration.file import MAX_FILE_BYTES, FileSettings, parse, read_file
+from stepstate.identity import Scope
 from stepstate.tenants import LimitTable, RateLimits, TenantLimits
+
+RULE = "[[certificates]]\nmatch = 'CN:a'\ntenant = 'acme'\nscopes = ['step']\n"
 
 
 def parsed(text: str) -> FileSettings:
@@ -42,9 +46,18 @@ def test_a_tenant_has_the_limits_of_all_but_for_its_own():
     assert limits.of("acme") == TenantLimits(rows_per_second=7, open_sessions=9, weight=2)
 
 
+def test_certificates_are_rules_in_their_order():
+    second = RULE.replace("'CN:a'", "'URI:spiffe://x/*'") + "identity = 'meters'\n"
+    assert parsed(RULE + second).certificates == (
+        CertificateRule("CN:a", "acme", frozenset({Scope.STEP})),
+        CertificateRule("URI:spiffe://x/*", "acme", frozenset({Scope.STEP}), "meters"),
+    )
+
+
 def test_an_empty_file_says_nothing():
     assert parsed("").server == {}
     assert parsed("").limits == LimitTable()
+    assert parsed("").certificates == ()
 
 
 @pytest.mark.parametrize(
@@ -73,6 +86,18 @@ def test_an_empty_file_says_nothing():
         ("[tenants.a]\nweight = -1", "line 2: [tenants.a]: weight is -1, expected 0.01 to 100"),
         ("[tenants.A]", "line 1: 'A' is no tenant: expected a-z, 0-9"),
         ("[tenants]\na = 1", "line 2: a is 1, expected a table"),
+        ("certificates = 1", "line 1: certificates are tables: [[certificates]]"),
+        ("[certificates]", "line 1: certificates are tables: [[certificates]]"),
+        (f"{RULE}name = 'x'", "line 5: 'name' is no name in [[certificates]]: there are match, "),
+        (RULE.replace("'CN:a'", "1"), "line 2: match is 1, expected a text in quotes"),
+        (RULE.replace("CN:", ""), "line 2: [[certificates]]: match is 'a', expected URI:"),
+        (RULE.replace("'acme'", "'A'"), "line 3: [[certificates]]: tenant is 'A', expected a-z"),
+        (RULE.replace("['step']", "'step'"), "line 4: scopes is 'step', expected a list of "),
+        (RULE.replace("['step']", "['stop']"), "line 4: scopes is ['stop'], expected a list of "),
+        (RULE.replace("['step']", "[[]]"), "line 4: scopes is [[]], expected a list of "),
+        (RULE.replace("['step']", "[]"), "line 4: [[certificates]]: scopes are missing"),
+        ("[[certificates]]\nmatch = 'CN:a'", "tenant is '', expected a-z"),
+        ("[[certificates]]", "match is '', expected URI:"),
         ("[server]\nslots = ", "this is no TOML: Invalid value (at end of document)"),
         ("[server]\nslots = 1\nslots = 2", "this is no TOML: Cannot overwrite a value (at "),
         ("x = " + "[" * 10_000, "this is no TOML: "),

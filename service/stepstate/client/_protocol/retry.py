@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from stepstate.errors import ServerUnreachable, StaleOwner, StepstateError, Unavailable
 
@@ -139,14 +139,4 @@ class CallAttempts:
             self._reach.reached = True
         if not is_retryable(error):
             raise error
-        if self._reach.reached:
-            return self._all.wait(error)
-        try:
-            return self._first.wait(error)
-        except ServerUnreachable as last:
-            raise _never_reached(last) from None
-
-
-def _never_reached(error: ServerUnreachable) -> ServerUnreachable:
-    hint = "no server has answered there yet: check the host and the port, and whether it needs TLS"
-    return replace(error, detail=f"{error.detail} ({hint})")
+        return (self._all if self._reach.reached else self._first).wait(error)

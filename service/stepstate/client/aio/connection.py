@@ -13,7 +13,7 @@ from stepstate.client import convert
 from stepstate.client._connection import BaseConnection
 from stepstate.client._protocol import calls
 from stepstate.client.types import ModelInfo, SessionInfo
-from stepstate.errors import Cancelled, SessionExists
+from stepstate.errors import Cancelled, ServerUnreachable, SessionExists
 from stepstate.v1 import stepstate_pb2 as pb
 
 R = TypeVar("R")
@@ -47,7 +47,11 @@ class AsyncConnection(BaseConnection):
             else:
                 attempts.answered()
                 return reply
-            await asyncio.sleep(attempts.wait(error))
+            try:
+                delay = attempts.wait(error)
+            except ServerUnreachable as last:
+                raise await asyncio.to_thread(self._explained, last) from None
+            await asyncio.sleep(delay)
 
     async def info(self, session_id: str) -> SessionInfo:
         return await ask(self, calls.get_session(session_id))

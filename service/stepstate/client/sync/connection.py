@@ -13,7 +13,7 @@ from stepstate.client import convert
 from stepstate.client._connection import BaseConnection
 from stepstate.client._protocol import calls
 from stepstate.client.types import ModelInfo, SessionInfo
-from stepstate.errors import SessionExists
+from stepstate.errors import ServerUnreachable, SessionExists
 from stepstate.v1 import stepstate_pb2 as pb
 
 R = TypeVar("R")
@@ -45,7 +45,11 @@ class Connection(BaseConnection):
             else:
                 attempts.answered()
                 return reply
-            time.sleep(attempts.wait(error))
+            try:
+                delay = attempts.wait(error)
+            except ServerUnreachable as last:
+                raise self._explained(last) from None
+            time.sleep(delay)
 
     def info(self, session_id: str) -> SessionInfo:
         return ask(self, calls.get_session(session_id))

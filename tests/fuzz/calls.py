@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +29,10 @@ MODEL = next(iter(load_catalog(Path(__file__).parents[2] / "models")))
 MAX_GROWTH = 2**20
 """Bytes for a table of handles; the server reserves them before it binds."""
 DECODERS: dict[str, Callable[..., object]] = {
-    "OpenSession": convert.decode_opening,
-    "ForkSession": convert.decode_fork,
-    "ImportSession": convert.decode_import,
-    "StreamImport": convert.decode_import,
+    "OpenSession": partial(convert.decode_opening, tenant="acme"),
+    "ForkSession": partial(convert.decode_fork, tenant="acme"),
+    "ImportSession": partial(convert.decode_import, tenant="acme"),
+    "StreamImport": partial(convert.decode_import, tenant="acme"),
     "Forecast": convert.decode_forecast,
 }
 """By method, what looks at its request before the sessions do."""
@@ -88,7 +89,7 @@ def run_infer(data: bytes) -> None:
     with suppress(DecodeError):
         try:
             request = parse_triton(triton_pb.ModelInferRequest)(data)
-            call = InferCall.of(request, RequestHead.of(request))
+            call = InferCall.of(request, RequestHead.of(request), "acme")
             _ = call.plain, call.held_bytes
             call.opening(MODEL, 1.8e9)
             call.read(MODEL.manifest)

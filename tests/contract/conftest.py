@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
@@ -53,3 +54,31 @@ _HOMES: dict[str, Callable[[pytest.FixtureRequest, Path], Home]] = {
     "redis": lambda request, _path: RedisHome(request.getfixturevalue("one_redis")),
     "cluster": lambda request, _path: RedisHome(*request.getfixturevalue("one_cluster")),
 }
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MiB, where mounting is permitted."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not permitted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
+def read_only():
+    """Makes a folder, or a file, read-only by a mount, where mounting is permitted."""
+    mounted = []
+
+    def mount(place: Path) -> None:
+        for options in (("--bind", place, place), ("-o", "remount,bind,ro", place)):
+            if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
+                pytest.skip("mounting is not permitted here")
+            mounted.append(place)
+
+    yield mount
+    for place in set(mounted):
+        subprocess.run(["umount", "-l", place], check=True)

@@ -15,7 +15,7 @@ from stepstate.stores.base import TOMBSTONE_SECONDS
 from stepstate.stores.redis import keys, pipeline
 from tests.contract.proxy import proxy
 from tests.redis_process import free_port, redis_process
-from tests.stores import CLOSED, FINGERPRINT, SNAPSHOT, RedisHome, acquire, create, saving
+from tests.stores import CLOSED, FINGERPRINT, SNAPSHOT, RedisHome, acquire, create, record, saving
 
 
 @pytest.fixture
@@ -111,7 +111,8 @@ async def far_home(server):
         await made.close()
 
 
-async def test_a_call_whose_answer_was_lost_is_sent_again_and_acts_once(far_home):
+@pytest.mark.parametrize("key", ["a", "acme/a"])
+async def test_a_call_whose_answer_was_lost_is_sent_again_and_acts_once(far_home, key):
     home, between = far_home
     store = await home.open()
     await use_every_script(home, store)
@@ -122,15 +123,22 @@ async def test_a_call_whose_answer_was_lost_is_sent_again_and_acts_once(far_home
         assert not between.losing
         return answer
 
-    first = await losing(create(home, store, "a"))
-    assert (await store.find("a")).epoch == first
-    entry, snapshot = await losing(acquire(store, "a", owner="B"))
+    one_open = {(record(key).tenant, "lstm/1"): 1}
+    until = {"expires_at": home.clock() + 60.0, "most_of_tenant": 1}
+    first = await losing(store.create(record(key), owner="A", t=0, snapshot=SNAPSHOT, **until))
+    assert (await store.find(key)).epoch == first
+    entry, snapshot = await losing(acquire(store, key, owner="B"))
     assert (entry.owner, entry.epoch, snapshot) == ("A", first + 1, SNAPSHOT)
-    assert (await store.find("a")).epoch == first + 1
-    assert await losing(store.save([saving(home, "a", first + 1, t=3)])) == [SaveResult.DONE]
-    assert await losing(store.count()) == {("default", "lstm/1"): 1}
-    assert await losing(store.end("a", first + 1, CLOSED)) is True
-    assert await store.end("a", first + 1, CLOSED) is False
+    assert (await store.find(key)).epoch == first + 1
+    save = saving(home, key, first + 1, t=3)
+    assert await losing(store.save([save])) == [SaveResult.DONE]
+    assert await losing(store.count()) == one_open
+    assert await losing(store.expire([save], delete_at=9e9)) == [SaveResult.DONE]
+    assert await store.count() == {}
+    assert await losing(store.restore(key, first + 2, **until)) is True
+    assert await store.count() == one_open
+    assert await losing(store.end(key, first + 3, CLOSED)) is True
+    assert await store.end(key, first + 3, CLOSED) is False
     assert await store.count() == {}
 
 
@@ -139,7 +147,9 @@ async def use_every_script(home, store) -> None:
     epoch = await create(home, store, "warm")
     await acquire(store, "warm")
     await store.save([saving(home, "warm", epoch)])
-    assert await store.end("warm", epoch + 1, CLOSED)
+    await store.expire([saving(home, "warm", epoch + 1)], delete_at=9e9)
+    await store.restore("warm", epoch + 2, expires_at=home.clock() + 60)
+    assert await store.end("warm", epoch + 3, CLOSED)
 
 
 async def test_a_save_that_arrives_late_undoes_no_newer_one(far_home, monkeypatch):
@@ -354,3 +364,15 @@ async def test_one_node_of_a_cluster_is_opened_only_as_a_cluster(one_cluster, se
         await open_store(one_cluster[0].url, clock=time.time)
     with pytest.raises(StoreOpenError, match="no cluster"):
         await open_store(f"redis+cluster://127.0.0.1:{server.port}", clock=time.time)
+
+
+async def test_a_page_of_a_tenant_reads_no_sessions_of_others(home, server):
+    store = await home.open()
+    names = [f"{tenant}s{i:03}" for tenant in ("", "other/") for i in range(300)]
+    await asyncio.gather(*(create(home, store, key) for key in [*names, "acme/a"]))
+    server.command("CONFIG", "RESETSTAT")
+    entries, token = await store.page("", 100, tenant="acme", expired=True)
+    assert ([entry.key for entry in entries], token) == (["acme/a"], "")
+    done = server.command("INFO", "commandstats")
+    assert done["cmdstat_hmget"]["calls"] == 1
+    assert done["cmdstat_zrangebyscore"]["calls"] == keys.BUCKETS

@@ -79,18 +79,6 @@ async def test_a_store_that_cant_grow_says_so_and_goes_on_when_it_can(home):
     assert (await acquire(store, "a"))[1] == b"later"
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A file system of 3 MiB, where mounting is permitted."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
-    if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting is not permitted here")
-    yield folder
-    subprocess.run(["umount", "-l", str(folder)], check=True)
-
-
 async def test_on_a_full_disk_what_is_there_is_read_and_it_goes_on_when_there_is_room(small_disk):
     home = FileHome(small_disk / "sessions.db")
     store = await home.open()
@@ -429,22 +417,6 @@ async def test_a_deleted_wal_is_not_acknowledged_into_while_another_server_does_
         assert refused.value.cause == "busy"
     await other.close()
     assert await store.save([saving(home, "a", epoch, t=8)]) == [SaveResult.DONE]
-
-
-@pytest.fixture
-def read_only():
-    """Makes a folder, or a file, read-only by a mount, where mounting is permitted."""
-    mounted = []
-
-    def mount(place: Path) -> None:
-        for options in (("--bind", place, place), ("-o", "remount,bind,ro", place)):
-            if subprocess.run(["mount", *options], capture_output=True, check=False).returncode:
-                pytest.skip("mounting is not permitted here")
-            mounted.append(place)
-
-    yield mount
-    for place in set(mounted):
-        subprocess.run(["umount", "-l", place], check=True)
 
 
 @pytest.mark.parametrize("parts", [(), ("-wal",), ("-wal", "-shm"), ("-wal", "-shm", "-reserve")])

@@ -6,7 +6,8 @@ import asyncio
 import os
 import sqlite3
 import time
-from contextlib import suppress
+from collections import Counter
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from stepstate.stores import EndReason, SaveResult, Tombstone
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reads, writer_thread, writes
 from stepstate.uptime import UptimeClock
-from tests.stores import FINGERPRINT, FileHome, acquire, create, saving
+from tests.stores import FINGERPRINT, FileHome, acquire, create, record, saving
 
 UPTIME = UptimeClock(time.monotonic)
 
@@ -347,20 +348,40 @@ async def test_a_listing_of_open_sessions_does_not_look_at_expired_ones(connecti
     epochs = {f"s{i:04}": await create(home, store, f"s{i:04}") for i in range(600)}
     gone = [saving(home, name, epochs[name]) for name in epochs if name != "s0599"]
     await store.expire(gone, delete_at=9e9)
-    connection = connections[-1]
-    steps = 0
-
-    def count() -> int:
-        nonlocal steps
-        steps += 1
-        return 0
-
-    connection.set_progress_handler(count, 100)  # instructions of SQLite's machine
-    entries, token = await store.page("", 100)
-    connection.set_progress_handler(None, 0)
+    with counted(connections[-1]) as steps:
+        entries, token = await store.page("", 100)
     assert [entry.session_id for entry in entries] == ["s0599"]
     assert not token
-    assert steps < 10
+    assert steps.total() < 10
+
+
+async def test_what_a_tenant_asks_for_takes_no_longer_when_others_have_many_sessions(
+    connections, home, store
+):
+    keys = [f"{tenant}s{i:03}" for tenant in ("", "acme/", "other/") for i in range(300)]
+    epochs = {key: await create(home, store, key) for key in keys}
+    await store.expire([saving(home, key, epochs[key]) for key in keys[::2]], delete_at=9e9)
+    for key in ("a", "mid/a", "z/a"):
+        await create(home, store, key)
+    with counted(connections[-1]) as steps:
+        for which in ({}, {"model": "lstm"}, {"expired": True}):
+            for tenant in ("mid", "z"):
+                entries, token = await store.page("", 100, tenant=tenant, **which)
+                assert ([entry.key for entry in entries], token) == ([f"{tenant}/a"], "")
+        assert (await store.page("", 1, tenant="default"))[0][0].key == "a"
+        await store.count()
+        until = {"expires_at": 9e9, "most_of_tenant": 1}
+        await store.create(record("z/b"), owner="A", t=0, snapshot=b"", **until)
+    assert steps.total() < 60
+
+
+@contextmanager
+def counted(connection):
+    """How many hundred instructions SQLite's machine took."""
+    steps = Counter()
+    connection.set_progress_handler(lambda: steps.update(hundred=1), 100)
+    yield steps
+    connection.set_progress_handler(None, 0)
 
 
 @pytest.fixture

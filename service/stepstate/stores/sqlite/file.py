@@ -255,6 +255,7 @@ _ADVICE = {
     "SQLITE_NOTADB": "give a path of its own, the file there is something else",
     "SQLITE_BUSY": "another process keeps it locked, end that one",
     "SQLITE_FULL": "make room on the disk",
+    "SQLITE_IOERR_SHMSIZE": "make room on the disk",
     "SQLITE_CORRUPT": "move it away, or bring back a copy",
 }
 _OTHER_ADVICE = "see that the server may write there, or give another path"

@@ -6,12 +6,15 @@ starts at the Unix time at which the file is made, and stands still while no ser
 
 from __future__ import annotations
 
+import logging
 import sqlite3
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from stepstate.stores.types import MAX_MICROS, MICROS
+
+log = logging.getLogger(__name__)
 
 APPLICATION_ID = 0x53544550
 """ "STEP": marks our files (PRAGMA application_id)."""
@@ -159,12 +162,20 @@ def prepare(connection: sqlite3.Connection, now: float) -> float:
         NotAStepstateFile: this version can't use it; nothing was changed.
         sqlite3.Error: it can't be read or written.
     """
+    # A statement of many rows has a journal of its own, which goes to a temporary file beyond
+    # 64 KiB, and so does what is sorted for an index; a container may have no folder for that.
+    connection.execute("PRAGMA temp_store = MEMORY")
     with _transaction(connection, "BEGIN"):  # no write lock on another program's file
         _check(connection)
     with _transaction(connection, "BEGIN IMMEDIATE"):
         version = _check(connection)
         for statement in _UPGRADES.get(version, ()):
             connection.execute(statement)
+        if version in (1, 2):
+            log.info(
+                "the store was updated; an earlier Stepstate can't open it any more",
+                extra={"from_version": version, "to_version": VERSION},
+            )
         if connection.execute(_CLOCK).fetchone() is None:
             connection.execute(_BEGIN_CLOCK, (round(now * MICROS),))
         return _clock(connection)
@@ -185,9 +196,6 @@ def configure(connection: sqlite3.Connection, *, fsync: bool, busy_seconds: floa
     connection.execute(f"PRAGMA synchronous = {'FULL' if fsync else 'NORMAL'}")
     connection.execute(f"PRAGMA wal_autocheckpoint = {WAL_PAGES}")
     connection.execute(f"PRAGMA journal_size_limit = {WAL_BYTES}")
-    # A statement of many rows has a journal of its own, which goes to a temporary file
-    # beyond 64 KiB; a container may have no folder for that.
-    connection.execute("PRAGMA temp_store = MEMORY")
     connection.execute("PRAGMA user_version")  # the first read makes the WAL and its index
 
 

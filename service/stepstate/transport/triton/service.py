@@ -17,6 +17,7 @@ from tritonclient.grpc import service_pb2 as pb
 from stepstate.budget import MemoryAccount
 from stepstate.errors import InvalidField, ModelUnknown
 from stepstate.models import Model
+from stepstate.transport.authentication import current_principal
 from stepstate.transport.bidi import Backend, StreamRegistry
 from stepstate.transport.convert import REPLY_BYTES
 from stepstate.transport.interceptor import MessageChannel
@@ -104,10 +105,11 @@ class TritonService:
     async def ModelInfer(
         self, request: pb.ModelInferRequest, context: Context
     ) -> pb.ModelInferResponse:
-        infer = InferCall.of(request, RequestHead.of(request))
+        tenant = current_principal.get().tenant
+        infer = InferCall.of(request, RequestHead.of(request), tenant)
         if infer.plain:
             return infer.reply(await self.sequences.step(infer))
-        async with self._sessions.hold(infer.session_id) as hold:
+        async with self._sessions.hold(infer.key) as hold:
             return await self.sequences.apply(infer, hold)
 
     async def ModelStreamInfer(self, messages: MessageChannel, context: Context) -> None:

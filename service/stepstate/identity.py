@@ -69,6 +69,11 @@ def session_key(tenant: str, session_id: str) -> SessionKey:
     return SessionKey(f"{tenant}{_SEPARATOR}{session_id}")
 
 
+def id_of(key: SessionKey) -> str:
+    """The id that a key was made of: what a client calls the session."""
+    return split_key(key)[1]
+
+
 def split_key(key: SessionKey) -> tuple[str, str]:
     """The tenant and the id that a key was made of."""
     tenant, separator, session_id = key.partition(_SEPARATOR)

@@ -21,6 +21,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stepstate import errors
+from stepstate.identity import DEFAULT_TENANT
 from stepstate.sessions.options import CopyOptions
 from stepstate.stores import Durability
 from stepstate.v1 import stepstate_pb2 as pb
@@ -137,7 +138,7 @@ async def survive(home: FileHome | RedisHome | MemoryHome, damage: object) -> No
         sessions.fork(ODD, CopyOptions("copy", None, None)),
         sessions.restore_expired(ODD),
         sessions.reset_accuracy(ODD),
-        sessions.page("", 10, "", expired=True),
+        sessions.page("", 10, "", expired=True, tenant=DEFAULT_TENANT),
         second.native.GetSession(pb.GetSessionRequest(session_id=ODD), None),
     ):
         with suppress(*TYPED):

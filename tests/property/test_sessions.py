@@ -26,6 +26,7 @@ from stepstate.errors import (
     StepstateError,
     StepTooOld,
 )
+from stepstate.identity import DEFAULT_TENANT
 from stepstate.stores.base import TOMBSTONE_SECONDS
 from tests.hypothesis_profiles import examples
 from tests.networks import make_network
@@ -414,7 +415,7 @@ class SessionsMachine(RuleBasedStateMachine):
         sessions = self.rig.sessions
         assert len(sessions) == self.rig.scheduler.open_sessions == self.held()
         assert sessions.queued_rows == self.rig.scheduler.queued_rows == 0
-        for standing in self.run(sessions.page("", 10, ""))[0]:
+        for standing in self.run(sessions.page("", 10, "", tenant=DEFAULT_TENANT))[0]:
             known = self.model[standing.record.session_id]
             assert standing.t == known.t
             assert standing.seconds_left == known.expires_at - self.now

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.config import ServerConfig
+from stepstate.identity import DEFAULT_TENANT
 from stepstate.server import Server, running_server
 from tests.hypothesis_profiles import examples
 from tests.integration.triton import infer, put
@@ -125,7 +126,10 @@ class Pair:
     def recognized(self, request: bytes) -> list[bool]:
         """Whether each server would recognize a request."""
         tritons = [server._triton for server in self._servers]  # noqa: SLF001 - it shows nowhere
-        return [one is not None and one.expected.find(request) is not None for one in tritons]
+        return [
+            one is not None and one.expected.find(DEFAULT_TENANT, request) is not None
+            for one in tritons
+        ]
 
 
 async def _replies(

@@ -11,6 +11,7 @@ a block has the bytes of the one before, changes no table, and so means the same
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from hpack import Decoder
@@ -20,6 +21,9 @@ from stepstate.h2grpc.errors import ConnectionFailure, HeadersTooLong
 from stepstate.h2grpc.frames import STREAM_ID, ErrorCode, Flag, read_number, without_padding
 from stepstate.h2grpc.headers import Headers
 from stepstate.h2grpc.limits import Http2Limits, WorkMeter
+
+# Its lines for debugging have the values of headers, and a header may be a credential.
+logging.getLogger("hpack").setLevel(logging.WARNING)
 
 BYTES_PER_CREDIT = 512
 """Decoding so many bytes of Huffman code is as much work as a frame that does nothing."""

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from stepstate.errors import StoreUnavailable
+from stepstate.identity import SessionKey
 from stepstate.sessions.context import SessionContext
 from stepstate.sessions.status import SessionSummaries
 from stepstate.stores import EndReason, StoredSession, Tombstone, UnreadableSession
@@ -130,26 +131,30 @@ class StoreSurvey:
         self._summaries = summaries
         self.orphaned: Counter[str] = Counter()
         """Sessions whose model is not loaded here, by model "name/version"."""
-        self.unreadable: set[str] = set()
-        """Ids of damaged sessions."""
+        self.unreadable: set[SessionKey] = set()
+        """Keys of damaged sessions."""
 
     def met(self, unreadable: UnreadableSession) -> None:
         """Somebody came across a damaged session; it is logged the first time."""
-        if unreadable.session_id in self.unreadable or len(self.unreadable) >= MAX_UNREADABLE:
+        if unreadable.key in self.unreadable or len(self.unreadable) >= MAX_UNREADABLE:
             return
-        self.unreadable.add(unreadable.session_id)
+        self.unreadable.add(unreadable.key)
         log.warning(
             "a stored session can't be read; close it with: stepstate sessions close ID",
-            extra={"session_id": unreadable.session_id, "problem": unreadable.problem},
+            extra={
+                "tenant": unreadable.tenant,
+                "session_id": unreadable.session_id,
+                "problem": unreadable.problem,
+            },
         )
 
-    def loaded(self, session_id: str) -> None:
+    def loaded(self, key: SessionKey) -> None:
         """A session could be read."""
-        self.unreadable.discard(session_id)
+        self.unreadable.discard(key)
 
     def ended(self, found: StoredSession | UnreadableSession) -> None:
         """Such a session was closed, or expired."""
-        self.unreadable.discard(found.session_id)
+        self.unreadable.discard(found.key)
         if isinstance(found, UnreadableSession):
             return
         if self._summaries.orphaned(found) and self.orphaned[found.record.model_key]:
@@ -173,7 +178,7 @@ class StoreSurvey:
             StoreUnavailable.
         """
         orphaned: Counter[str] = Counter()
-        unreadable: set[str] = set()
+        unreadable: set[SessionKey] = set()
         token, begun = "", False
         while token or not begun:
             began, begun = time.perf_counter(), True
@@ -181,8 +186,8 @@ class StoreSurvey:
             for entry in entries:
                 if isinstance(entry, UnreadableSession):
                     self.met(entry)
-                if entry.session_id in self.unreadable:
-                    unreadable.add(entry.session_id)
+                if entry.key in self.unreadable:
+                    unreadable.add(entry.key)
                 elif isinstance(entry, StoredSession) and self._summaries.orphaned(entry):
                     orphaned[entry.record.model_key] += 1
             if token:

@@ -20,7 +20,7 @@ from stepstate.errors import (
     SessionUnreadable,
     StaleOwner,
 )
-from stepstate.identity import SessionKey
+from stepstate.identity import SessionKey, id_of
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import Limits, SessionContext
 from stepstate.sessions.loader import SessionLoader, blank_snapshot
@@ -93,69 +93,69 @@ class SessionLifecycle:
     async def open(self, options: OpenOptions, *, hold: Hold | None = None) -> ResidentSession:
         """See `SessionService.open`."""
         self._admission.check_open()
-        model = self._catalog.find(options.model, options.version)
+        model = self._catalog.of(options.tenant).find(options.model, options.version)
         record = make_record(options, model.manifest, self._limits)
         scheduler = self._loader.schedulers[model.key]
         blank = blank_snapshot(record, scheduler, self._unix_time())
         if hold is not None:
             return await self._create(blank, hold)
-        async with self._queues.hold(record.session_id) as mine:
+        async with self._queues.hold(record.key) as mine:
             return await self._create(blank, mine)
 
-    async def fork(self, session_id: str, options: CopyOptions) -> ResidentSession:
+    async def fork(self, key: SessionKey, options: CopyOptions) -> ResidentSession:
         """See `SessionService.fork`."""
         self._admission.check_open()
         check_id(options.session_id)
-        call = self._queues.enqueue(session_id, self._writer.snapshot)  # first in its queue
+        call = self._queues.enqueue(key, self._writer.snapshot)  # first in its queue
         try:
-            async with self._queues.hold(options.session_id) as hold:
+            async with self._queues.hold(options.key) as hold:
                 source = decode(await (await call.result).result())
                 return await self._create_copy(source, options, hold)
         finally:
-            self._queues.drop(session_id, call)
+            self._queues.drop(key, call)
             del call  # its error's traceback leads here: no circle
 
     async def restore(self, data: bytes, options: CopyOptions) -> ResidentSession:
         """See `SessionService.restore`."""
         self._admission.check_open()
-        snapshot = self._loader.adapt(decode(data))
+        snapshot = self._loader.adapt(decode(data), options.tenant)
         check_import(snapshot)
         if not options.session_id:
             options = replace(options, session_id=snapshot.record.session_id)
-        async with self._queues.hold(options.session_id) as hold:
+        async with self._queues.hold(options.key) as hold:
             return await self._create_copy(snapshot, options, hold)
 
-    async def restore_expired(self, session_id: str) -> ResidentSession:
+    async def restore_expired(self, key: SessionKey) -> ResidentSession:
         """See `SessionService.restore_expired`."""
         self._admission.check_open()
-        async with self._queues.hold(session_id) as hold:
-            while not await hold.finish(self._reopen(session_id)):
+        async with self._queues.hold(key) as hold:
+            while not await hold.finish(self._reopen(key)):
                 pass  # somebody was faster
-            return await self._queues.get(session_id, hold=hold)
+            return await self._queues.get(key, hold=hold)
 
-    async def close(self, session_id: str, *, hold: Hold | None = None) -> int:
+    async def close(self, key: SessionKey, *, hold: Hold | None = None) -> int:
         """See `SessionService.close`."""
         if hold is None:
-            async with self._queues.hold(session_id) as mine:
-                return await self.close(session_id, hold=mine)
-        session = await self._queues.get(session_id, hold=hold)
+            async with self._queues.hold(key) as mine:
+                return await self.close(key, hold=mine)
+        session = await self._queues.get(key, hold=hold)
         self._table.begin_end(session)
         return await hold.finish(self._end(session))
 
-    async def close_stored(self, session_id: str) -> StoredSession | UnreadableSession:
+    async def close_stored(self, key: SessionKey) -> StoredSession | UnreadableSession:
         """See `SessionService.close_stored`."""
         backend = self._store.backend
-        found = await self._store.ask(backend.find(SessionKey(session_id)))
+        found = await self._store.ask(backend.find(key))
         if isinstance(found, UnreadableSession):
             ending = Tombstone(EndReason.CLOSED, 0, 0.0)
-            ended = await self._store.ask(backend.discard(SessionKey(session_id), ending))
+            ended = await self._store.ask(backend.discard(key, ending))
         elif isinstance(found, StoredSession) and not self._sweeper.is_past(found):
             ending = Tombstone(EndReason.CLOSED, found.t, found.record.idle_timeout_seconds)
-            ended = await self._store.ask(backend.end(SessionKey(session_id), found.epoch, ending))
+            ended = await self._store.ask(backend.end(key, found.epoch, ending))
         else:
-            raise await self._loader.missing_reason(found, session_id)
+            raise await self._loader.missing_reason(found, key)
         if not ended:
-            raise StaleOwner(session_id, 0)
+            raise StaleOwner(id_of(key), 0)
         self._loader.survey.ended(found)
         if isinstance(found, UnreadableSession):
             self._observer.closed(ending.reason.value)  # no model counts it
@@ -174,13 +174,13 @@ class SessionLifecycle:
             await self._table.when_idle(session)
         t = self._table.t[session.handle]
         ending = Tombstone(EndReason.CLOSED, t, session.record.idle_timeout_seconds)
-        end = self._store.backend.end(session.record.key, session.epoch, ending)
+        end = self._store.backend.end(session.key, session.epoch, ending)
         try:
             ended = await self._store.ask(end)
         except BaseException:
             self._table.reopen(session)
             raise
-        if self._table.get(session.session_id) is session:
+        if self._table.get(session.key) is session:
             self._table.remove(session)
             if ended:
                 self._counts.ended(session.record.model_key, ending)
@@ -188,15 +188,15 @@ class SessionLifecycle:
             raise session.lost or StaleOwner(session.session_id, t)
         return t
 
-    async def _reopen(self, session_id: str) -> bool:
+    async def _reopen(self, key: SessionKey) -> bool:
         """Makes an expired session open again in the store; False if somebody was faster."""
-        await self._free_id(session_id)
-        entry = await self._expired_entry(session_id)
+        await self._free_id(key)
+        entry = await self._expired_entry(key)
         with self._counted_opening():
             expires_at = self._store.backend.now() + entry.record.idle_timeout_seconds
             opened = await self._store.ask(
                 self._store.backend.restore(
-                    SessionKey(session_id),
+                    key,
                     entry.epoch,
                     expires_at=expires_at,
                     most_of_tenant=self._most_of_tenant(entry.record),
@@ -206,24 +206,25 @@ class SessionLifecycle:
                 self._refuse_tenant(entry.record)
             if opened:
                 self._counts.restored(entry.record.model_key)
-                log.info("an expired session was restored", extra={"session_id": session_id})
+                log.info(
+                    "an expired session was restored",
+                    extra={"tenant": entry.record.tenant, "session_id": id_of(key)},
+                )
             return opened
 
-    async def _expired_entry(self, session_id: str) -> StoredSession:
+    async def _expired_entry(self, key: SessionKey) -> StoredSession:
         """An expired session of a model that is loaded here, marked as such."""
-        found = await self._store.ask(self._store.backend.find(SessionKey(session_id)))
+        found = await self._store.ask(self._store.backend.find(key))
         if not isinstance(found, StoredSession):
-            raise await self._loader.missing_reason(found, session_id)
+            raise await self._loader.missing_reason(found, key)
         if not self._sweeper.is_past(found):
-            raise SessionExists(session_id, found.t)
-        record = found.record
-        scheduler = self._loader.schedulers.get(record.model_key)
-        if scheduler is None or record.fingerprint not in scheduler.model.fingerprints:
-            raise self._loader.model_mismatch(record)
+            raise SessionExists(id_of(key), found.t)
+        if self._loader.scheduler_of(found.record, found.record.tenant) is None:
+            raise self._loader.model_mismatch(found.record, found.record.tenant)
         if found.delete_at is not None:
             return found
         await self._sweeper.settle(found)
-        return await self._expired_entry(session_id)
+        return await self._expired_entry(key)
 
     @contextmanager
     def _counted_opening(self) -> Iterator[None]:
@@ -250,28 +251,28 @@ class SessionLifecycle:
 
     async def _create(self, snapshot: Snapshot, hold: Hold) -> ResidentSession:
         """Opens a session that starts from a snapshot."""
-        session_id = snapshot.record.session_id
-        if self._table.get(session_id) is not None:
-            await hold.finish(self._free_id(session_id))
+        key = snapshot.record.key
+        if self._table.get(key) is not None:
+            await hold.finish(self._free_id(key))
         with ExitStack() as held:
             held.enter_context(self._counted_opening())
             held.enter_context(await self._loader.slots.reserve())
             placing = self._store_and_place(snapshot, held.pop_all())
         return await hold.finish(placing)
 
-    async def _free_id(self, session_id: str) -> None:
+    async def _free_id(self, key: SessionKey) -> None:
         """Ends a resident session of this id if its time is up.
 
         Raises:
             SessionExists: it is open.
         """
-        session = self._table.get(session_id)
+        session = self._table.get(key)
         if session is None:
             return
         if session.open and self._table.is_overdue(session, self._clock()):
             await self._sweeper.expire_resident([session])
         elif session.left is None:
-            raise SessionExists(session_id, self._table.t[session.handle])
+            raise SessionExists(id_of(key), self._table.t[session.handle])
 
     async def _store_and_place(self, snapshot: Snapshot, held: ExitStack) -> ResidentSession:
         """Creates a session in the store, and in the reserved slot.

@@ -23,7 +23,7 @@ from stepstate.errors import (
     SnapshotModelMismatch,
     StepstateError,
 )
-from stepstate.identity import SessionKey
+from stepstate.identity import SessionKey, id_of, split_key
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SessionContext
 from stepstate.sessions.counts import StoreSurvey
@@ -67,6 +67,7 @@ class SessionLoader:
         admission: Admission,
     ) -> None:
         self.schedulers = schedulers
+        self._catalog = context.catalog
         self.slots = slots
         self.survey = survey
         self._store = context.store
@@ -77,21 +78,21 @@ class SessionLoader:
         self._observer = context.observer
         self._sweeper = sweeper
 
-    async def make_ready(self, session_id: str) -> None:
-        """Makes the session of an id usable.
+    async def make_ready(self, key: SessionKey) -> None:
+        """Makes a session usable.
 
         Raises:
             as `load`; Draining.
         """
-        while self._table.usable(session_id, self._clock()) is None:
+        while self._table.usable(key, self._clock()) is None:
             self._admission.check_open()
-            await self.settle_resident(session_id)
-            if self._table.get(session_id) is None:
-                await self.load(session_id)
+            await self.settle_resident(key)
+            if self._table.get(key) is None:
+                await self.load(key)
 
-    async def settle_resident(self, session_id: str) -> None:
+    async def settle_resident(self, key: SessionKey) -> None:
         """Waits until a resident session that takes no steps is gone, or takes them again."""
-        session = self._table.get(session_id)
+        session = self._table.get(key)
         if session is None:
             return
         if session.left is not None:
@@ -99,7 +100,7 @@ class SessionLoader:
         elif session.open:
             await self._sweeper.expire_resident([session])  # if it is overdue
 
-    async def load(self, session_id: str) -> None:
+    async def load(self, key: SessionKey) -> None:
         """Takes a session's lease and makes it resident.
 
         Raises:
@@ -108,11 +109,11 @@ class SessionLoader:
         """
         backend = self._store.backend
         if not backend.durable:  # only one that was restored is there and not here
-            found = await backend.find(SessionKey(session_id))
+            found = await backend.find(key)
             if not isinstance(found, StoredSession) or self._sweeper.is_past(found):
-                raise await self.missing_reason(found, session_id)
+                raise await self.missing_reason(found, key)
         with await self.slots.reserve():
-            entry, snapshot = await self._take(session_id)
+            entry, snapshot = await self._take(key)
             session = self.place(snapshot, entry.epoch, expires_at=entry.expires_at)
         session.position_unknown = entry.owner != "" and session.bounded
         record = entry.record
@@ -139,20 +140,18 @@ class SessionLoader:
             )
         if record.durability is Durability.NONE:
             self._table.touch_at[session.handle] = self._clock() + record.idle_timeout_seconds / 2
-        self.survey.loaded(record.session_id)
+        self.survey.loaded(session.key)
         return session
 
-    async def _take(self, session_id: str) -> tuple[StoredSession, Snapshot]:
+    async def _take(self, key: SessionKey) -> tuple[StoredSession, Snapshot]:
         """Takes a session's lease, and reads its snapshot."""
-        models = [scheduler.model for scheduler in self.schedulers.values()]
+        models = self._catalog.of(split_key(key)[0])
         fingerprints = [one for model in models for one in model.fingerprints]
         found = await self._store.ask(
-            self._store.backend.acquire(
-                SessionKey(session_id), owner=self._owner, fingerprints=fingerprints
-            )
+            self._store.backend.acquire(key, owner=self._owner, fingerprints=fingerprints)
         )
         if not isinstance(found, tuple):
-            raise await self.missing_reason(found, session_id)
+            raise await self.missing_reason(found, key)
         entry, data = found
         if entry.owner and entry.record.durability is Durability.NONE:
             # Its lease was not given up: what is stored may be old. A lease in this process' own
@@ -160,52 +159,62 @@ class SessionLoader:
             raise await self._end_as_lost(entry)
         try:
             snapshot = decode(data)
-            if snapshot.record.session_id != session_id:
-                other = snapshot.record.session_id
-                raise self._unreadable(session_id, f"it has the snapshot of {other!r}")
-            return entry, self.adapt(snapshot)
+            if snapshot.record.key != key:
+                raise self._unreadable(key, "it has the snapshot of another session")
+            return entry, self.adapt(snapshot, snapshot.record.tenant)
         except SnapshotCorrupt as error:
-            raise self._unreadable(session_id, error.problem) from error
+            raise self._unreadable(key, error.problem) from error
 
-    def adapt(self, snapshot: Snapshot) -> Snapshot:
-        """A snapshot whose state has the layout of its model here.
+    def adapt(self, snapshot: Snapshot, tenant: str) -> Snapshot:
+        """A snapshot whose state has the layout of its model here, for a session of a tenant.
 
         Raises:
-            SnapshotModelMismatch: its state means nothing to the models here.
+            SnapshotModelMismatch: its state means nothing to the models that the tenant may use.
             SnapshotCorrupt: it is no state.
         """
-        record = snapshot.record
-        scheduler = self.schedulers.get(record.model_key)
-        if scheduler is not None and record.fingerprint in scheduler.model.fingerprints:
-            adapted = adapt(snapshot, scheduler)
-            if adapted is not None:
-                return adapted
-        raise self.model_mismatch(record)
+        scheduler = self.scheduler_of(snapshot.record, tenant)
+        adapted = None if scheduler is None else adapt(snapshot, scheduler)
+        if adapted is None:
+            raise self.model_mismatch(snapshot.record, tenant)
+        return adapted
+
+    def scheduler_of(self, record: SessionRecord, tenant: str) -> StepScheduler | None:
+        """Steps a session's model, if the very same is loaded here and a tenant may use it."""
+        scheduler = self._loaded(record, tenant)
+        if scheduler is None or record.fingerprint not in scheduler.model.fingerprints:
+            return None
+        return scheduler
+
+    def _loaded(self, record: SessionRecord, tenant: str) -> StepScheduler | None:
+        """Steps the model of a session's model's name and version, for a tenant that may use it."""
+        if not self._catalog.access.allows(tenant, record.model):
+            return None
+        return self.schedulers.get(record.model_key)
 
     async def missing_reason(
-        self, found: StoredSession | UnreadableSession | Tombstone | None, session_id: str
+        self, found: StoredSession | UnreadableSession | Tombstone | None, key: SessionKey
     ) -> StepstateError:
-        """Why what the store has of an id is no session to step; expires it if it is overdue."""
+        """Why what the store has of a key is no session to step; expires it if it is overdue."""
         if found is None:
-            return SessionUnknown(session_id)
+            return SessionUnknown(id_of(key))
         if isinstance(found, Tombstone):
-            return error_for_ending(session_id, found)
+            return error_for_ending(id_of(key), found)
         if isinstance(found, UnreadableSession):
-            return self._unreadable(session_id, found.problem)
+            return self._unreadable(key, found.problem)
         if self._sweeper.is_past(found):
             return await self._sweeper.settle(found)
-        return self.model_mismatch(found.record)
+        return self.model_mismatch(found.record, found.record.tenant)
 
-    def model_mismatch(self, record: SessionRecord) -> SnapshotModelMismatch:
-        """The error for a session of another model than is loaded here."""
+    def model_mismatch(self, record: SessionRecord, tenant: str) -> SnapshotModelMismatch:
+        """The error for a session of another model than is loaded here for a tenant."""
         key = record.model_key
-        scheduler = self.schedulers.get(key)
+        scheduler = self._loaded(record, tenant)
         loaded = "" if scheduler is None else scheduler.model.manifest.fingerprint
         return SnapshotModelMismatch(record.session_id, key, record.fingerprint, loaded)
 
-    def _unreadable(self, session_id: str, problem: str) -> SessionUnreadable:
-        self.survey.met(UnreadableSession(SessionKey(session_id), problem))
-        return SessionUnreadable(session_id, problem)
+    def _unreadable(self, key: SessionKey, problem: str) -> SessionUnreadable:
+        self.survey.met(UnreadableSession(key, problem))
+        return SessionUnreadable(id_of(key), problem)
 
     async def _end_as_lost(self, entry: StoredSession) -> StepstateError:
         record = entry.record

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 
 from stepstate.config import LONGEST_IDLE_SECONDS
 from stepstate.errors import InvalidField
+from stepstate.identity import DEFAULT_TENANT, SessionKey, session_key
 from stepstate.models import MAX_LEVEL, MIN_LEVEL, Manifest
 from stepstate.sessions.context import Limits
 from stepstate.stores import Durability, MissingPolicy, SessionRecord, to_utc
@@ -32,6 +33,8 @@ class OpenOptions:
     durability: Durability | None = None
     missing: MissingPolicy = MissingPolicy.REJECT
     interval_level: float | None = None
+    tenant: str = DEFAULT_TENANT
+    """Whose it will be."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,13 @@ class CopyOptions:
     session_id: str
     idle_timeout_seconds: float | None
     durability: Durability | None
+    tenant: str = DEFAULT_TENANT
+    """Whose the copy will be, whoever the source's is."""
+
+    @property
+    def key(self) -> SessionKey:
+        """Of the copy."""
+        return session_key(self.tenant, self.session_id)
 
 
 def make_record(options: OpenOptions, manifest: Manifest, limits: Limits) -> SessionRecord:
@@ -68,6 +78,7 @@ def make_record(options: OpenOptions, manifest: Manifest, limits: Limits) -> Ses
         durability=_durability(options.durability, limits),
         missing=options.missing,
         interval_level=_interval_level(options.interval_level, manifest),
+        tenant=options.tenant,
     )
 
 
@@ -92,6 +103,7 @@ def copy_record(
         idle_timeout_seconds=_idle_timeout(idle, manifest, limits),
         open_time=datetime.now(UTC),
         durability=_durability(durability, limits),
+        tenant=options.tenant,
     )
 
 

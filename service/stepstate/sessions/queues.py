@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.errors import MemoryLimit, QueueFull, StepstateError
+from stepstate.identity import SessionKey, id_of
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SessionContext
 from stepstate.sessions.loader import SessionLoader
@@ -156,17 +157,17 @@ class RequestQueues:
         self._admission = admission
         self._clock = context.clock
         self._loader = loader
-        self._queues: dict[str, _Queue] = {}
+        self._queues: dict[SessionKey, _Queue] = {}
         self._deferred: set[DeferredRows] = set()
 
-    def __contains__(self, session_id: str) -> bool:
-        return session_id in self._queues
+    def __contains__(self, key: SessionKey) -> bool:
+        return key in self._queues
 
-    def find(self, session_id: str) -> ResidentSession | None:
-        """The resident session of this id if it takes steps now, and nobody waits for it."""
+    def find(self, key: SessionKey) -> ResidentSession | None:
+        """The resident session of this key if it takes steps now, and nobody waits for it."""
         table = self._table
-        session = table.by_id.get(session_id)
-        if session is None or session.state is not OPEN or session_id in self._queues:
+        session = table.by_key.get(key)
+        if session is None or session.state is not OPEN or key in self._queues:
             return None
         handle = session.handle
         if table.expires_at[handle] <= self._clock() and not table.busy[handle]:
@@ -184,61 +185,61 @@ class RequestQueues:
         self._admission.accept(1, step.rows, source=step.reply_to.source)
         step.session.scheduler.submit(step)
 
-    def arrive(self, session_id: str, waiter: Waiter) -> None:
+    def arrive(self, key: SessionKey, waiter: Waiter) -> None:
         """Serves a request at once, or lets it wait in its session's queue."""
-        session = self.find(session_id)
+        session = self.find(key)
         if session is None or not served(waiter, session):
-            self.wait(session_id, waiter)
+            self.wait(key, waiter)
 
-    def wait(self, session_id: str, waiter: Waiter, *, start: bool = True) -> None:
+    def wait(self, key: SessionKey, waiter: Waiter, *, start: bool = True) -> None:
         """Queues a request for a session that `find` did not return.
 
         Args:
-            session_id: of the session.
+            key: of the session.
             waiter: gets the session, or why there is none, when its turn has come.
             start: makes the session resident; else that waits for `load`, or for others.
         """
         try:
-            check_id(session_id)
-            if session_id not in self._queues:
+            check_id(id_of(key))
+            if key not in self._queues:
                 self._admission.check_open()
         except StepstateError as error:
             waiter.failed(error.with_traceback(None))
             return
-        self._join(session_id, waiter)
+        self._join(key, waiter)
         if start:
-            self.load(session_id)
+            self.load(key)
 
-    def load(self, session_id: str) -> None:
+    def load(self, key: SessionKey) -> None:
         """Begins to make a session ready that somebody waits for, unless that has begun."""
-        queue = self._queues.get(session_id)
+        queue = self._queues.get(key)
         if queue is not None and queue.idle:
             queue.idle = False
-            self._move(session_id)
+            self._move(key)
 
-    def drop(self, session_id: str, waiter: Waiter) -> None:
+    def drop(self, key: SessionKey, waiter: Waiter) -> None:
         """Takes a request out of its queue, if it is still there."""
-        queue = self._queues.get(session_id)
+        queue = self._queues.get(key)
         if queue is not None:
             queue.waiters.pop(waiter, None)
             if queue.idle and not queue.waiters:
-                self._remove(session_id)
+                self._remove(key)
 
-    def hold(self, session_id: str) -> Hold:
+    def hold(self, key: SessionKey) -> Hold:
         """Takes a place in a session's queue that nobody comes past until it is released.
 
         Raises:
             InvalidField: no session can have that id.
         """
-        check_id(session_id)
-        hold = Hold(lambda hold: self._leave(session_id, hold))
-        self._join(session_id, hold)
-        self.load(session_id)
+        check_id(id_of(key))
+        hold = Hold(lambda hold: self._leave(key, hold))
+        self._join(key, hold)
+        self.load(key)
         return hold
 
     async def in_turn(
         self,
-        session_id: str,
+        key: SessionKey,
         act: Callable[[ResidentSession], T],
         *,
         patience_seconds: float = 0.0,
@@ -247,7 +248,7 @@ class RequestQueues:
         """Uses a session as soon as it can be used, after all who came before.
 
         Args:
-            session_id: of the session, which is made resident if it is not.
+            key: of the session, which is made resident if it is not.
             act: called with it, without a wait between; returns what is returned.
             patience_seconds: how long to wait for room, in its place in the queue.
             hold: the caller's place in the queue, if it has one.
@@ -257,23 +258,23 @@ class RequestQueues:
         """
         deadline = asyncio.get_running_loop().time() + patience_seconds
         if hold is not None:
-            return await self._use_held(session_id, act, deadline, hold)
-        if not patience_seconds and (session := self.find(session_id)) is not None:
+            return await self._use_held(key, act, deadline, hold)
+        if not patience_seconds and (session := self.find(key)) is not None:
             return act(session)
         call = WaitingCall(act, deadline)
-        self.arrive(session_id, call)
+        self.arrive(key, call)
         try:
             return await call.result
         finally:
-            self.drop(session_id, call)
+            self.drop(key, call)
             del call  # its error's traceback leads here: no circle
 
     async def _use_held(
-        self, session_id: str, act: Callable[[ResidentSession], T], deadline: float, hold: Hold
+        self, key: SessionKey, act: Callable[[ResidentSession], T], deadline: float, hold: Hold
     ) -> T:
         """See `in_turn`; the session is looked up again after every wait, as it may have ended."""
         while True:
-            session = await self.get(session_id, hold=hold)
+            session = await self.get(key, hold=hold)
             try:
                 return act(session)
             except (QueueFull, MemoryLimit):
@@ -281,8 +282,8 @@ class RequestQueues:
                     raise
             await asyncio.sleep(RETRY_SECONDS)
 
-    async def get(self, session_id: str, *, hold: Hold | None = None) -> ResidentSession:
-        """The open session of this id, made resident if it is not.
+    async def get(self, key: SessionKey, *, hold: Hold | None = None) -> ResidentSession:
+        """The open session of this key, made resident if it is not.
 
         Only with a `hold` nobody else can use it before the caller does.
 
@@ -291,9 +292,9 @@ class RequestQueues:
             SnapshotModelMismatch, SnapshotCorrupt, Draining, QueueFull, StoreUnavailable.
         """
         if hold is None:
-            return await self.in_turn(session_id, lambda session: session)
-        while (session := self._table.usable(session_id, self._clock())) is None:
-            await hold.finish(self._loader.make_ready(session_id))
+            return await self.in_turn(key, lambda session: session)
+        while (session := self._table.usable(key, self._clock())) is None:
+            await hold.finish(self._loader.make_ready(key))
         return session
 
     @staticmethod
@@ -304,24 +305,24 @@ class RequestQueues:
         return barrier
 
     def enqueue(
-        self, session_id: str, act: Callable[[ResidentSession], T]
+        self, key: SessionKey, act: Callable[[ResidentSession], T]
     ) -> WaitingCall[SessionBarrier[T]]:
         """Takes a place in a session's queue, then one among its steps; `drop` it at the end."""
         call = WaitingCall(lambda session: self.turn(session, lambda: act(session)))
-        self.arrive(session_id, call)
+        self.arrive(key, call)
         return call
 
-    async def after_steps(self, session_id: str, act: Callable[[ResidentSession], T]) -> T:
+    async def after_steps(self, key: SessionKey, act: Callable[[ResidentSession], T]) -> T:
         """Calls a function with a session after the steps that it has accepted by now.
 
         Raises:
             as `get`, and what `act` raises.
         """
-        call = self.enqueue(session_id, act)
+        call = self.enqueue(key, act)
         try:
             return await (await call.result).result()
         finally:
-            self.drop(session_id, call)
+            self.drop(key, call)
             del call  # its error's traceback leads here: no circle
 
     async def wait_served(self) -> None:
@@ -331,7 +332,7 @@ class RequestQueues:
             async with hold:
                 pass
 
-        await asyncio.gather(*[passed(self.hold(session_id)) for session_id in list(self._queues)])
+        await asyncio.gather(*[passed(self.hold(key)) for key in list(self._queues)])
 
     def defer(self, rows: DeferredRows, handles: NDArray[np.int64]) -> None:
         """Notes that packed rows wait until their sessions [N] are no longer busy.
@@ -352,58 +353,58 @@ class RequestQueues:
         for rows in list(self._deferred):
             rows.flush(session.handle)
 
-    def _join(self, session_id: str, waiter: Waiter | Hold) -> None:
-        session = self._table.get(session_id)
+    def _join(self, key: SessionKey, waiter: Waiter | Hold) -> None:
+        session = self._table.get(key)
         if session is not None:  # packed rows join the queue too
             self._table.revoke(session)
             if self._table.deferred[session.handle]:
                 self._flush(session)
-        queue = self._queues.get(session_id)
+        queue = self._queues.get(key)
         if queue is None:
-            queue = self._queues[session_id] = _Queue()
-            self._table.requested.add(session_id)
+            queue = self._queues[key] = _Queue()
+            self._table.requested.add(key)
         queue.waiters[waiter] = None
 
-    def _remove(self, session_id: str) -> None:
-        del self._queues[session_id]
-        self._table.requested.discard(session_id)
+    def _remove(self, key: SessionKey) -> None:
+        del self._queues[key]
+        self._table.requested.discard(key)
 
-    def _leave(self, session_id: str, hold: Hold) -> None:
-        queue = self._queues.get(session_id)
+    def _leave(self, key: SessionKey, hold: Hold) -> None:
+        queue = self._queues.get(key)
         if queue is None or hold not in queue.waiters:
             return
         at_head = next(iter(queue.waiters)) is hold
         del queue.waiters[hold]
         if at_head and queue.mover is None:
-            self._move(session_id)
+            self._move(key)
 
-    def _move(self, session_id: str) -> None:
+    def _move(self, key: SessionKey) -> None:
         """Serves a queue until it is empty, or something has to be waited for."""
-        queue = self._queues[session_id]
+        queue = self._queues[key]
         queue.mover = None
         while queue.waiters:
             head = next(iter(queue.waiters))
             if isinstance(head, Hold):
                 head.grant()
                 return
-            session = self._table.usable(session_id, self._clock())
+            session = self._table.usable(key, self._clock())
             if session is None:
-                queue.mover = asyncio.ensure_future(self._load(session_id, queue))
+                queue.mover = asyncio.ensure_future(self._load(key, queue))
                 return
             if not served(head, session):
                 loop = asyncio.get_running_loop()
-                queue.mover = loop.call_later(RETRY_SECONDS, self._move, session_id)
+                queue.mover = loop.call_later(RETRY_SECONDS, self._move, key)
                 return
             queue.waiters.pop(head, None)
-        self._remove(session_id)
+        self._remove(key)
 
-    async def _load(self, session_id: str, queue: _Queue) -> None:
+    async def _load(self, key: SessionKey, queue: _Queue) -> None:
         """Makes a session ready for all who wait for it, or fails them with the reason."""
         try:
-            await self._loader.make_ready(session_id)
+            await self._loader.make_ready(key)
         except Exception as error:  # noqa: BLE001 - it is logged
-            _fail(queue, unexpected("a load failed", error, session_id))
-        self._move(session_id)
+            _fail(queue, unexpected("a load failed", error, key))
+        self._move(key)
 
 
 def served(waiter: Waiter, session: ResidentSession) -> bool:
@@ -415,7 +416,7 @@ def served(waiter: Waiter, session: ResidentSession) -> bool:
             return False
         waiter.failed(full.with_traceback(None))
     except Exception as error:  # noqa: BLE001 - it is logged
-        waiter.failed(unexpected("a request failed", error, session.session_id))
+        waiter.failed(unexpected("a request failed", error, session.key))
     return True
 
 

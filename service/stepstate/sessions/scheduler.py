@@ -34,6 +34,7 @@ from stepstate.errors import (
     StepTooOld,
     StoreUnavailable,
 )
+from stepstate.identity import SessionKey, id_of
 from stepstate.models import Model, build_timeline
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
@@ -390,7 +391,7 @@ class StepScheduler:
     def failed(self, work: Step, error: Exception) -> None:
         """See `CompletionSink`: the forward raised."""
         work.reply_to.source.finished(1)
-        work.error = unexpected("a forward failed", error, work.session.session_id)
+        work.error = unexpected("a forward failed", error, work.session.key)
         self._observer.ended("failed")
         self._finish(work)
 
@@ -401,14 +402,14 @@ class StepScheduler:
         errors: dict[str, StepstateError] = {}
         for row in rows:
             session = self._table.at(int(pack.handles[row]))
-            session_id = "" if session is None else session.session_id
+            key = SessionKey("") if session is None else session.key
             error = failed.get(row)
             if error is None:
-                pack.errors.append((row, NonFiniteResult(session_id, int(pack.at[row]))))
+                pack.errors.append((row, NonFiniteResult(id_of(key), int(pack.at[row]))))
                 continue
             kind = repr(error)
             if kind not in errors:
-                errors[kind] = unexpected("a forward failed", error, session_id)
+                errors[kind] = unexpected("a forward failed", error, key)
             pack.errors.append((row, errors[kind]))
         if failed:
             self._observer.ended("failed", len(failed))

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.errors import InvalidField, SessionLost, StepstateError, StoreUnavailable
-from stepstate.identity import SessionKey
+from stepstate.identity import SessionKey, id_of
 from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import Limits, SchedulerSettings, SessionContext
@@ -230,7 +230,7 @@ class SessionService:
         return self.schedulers[model.key].submit_pack(rows, reply_to)
 
     def refuse(
-        self, session_id: str, error: StepstateError, reply_to: ReplyTo, *, held_bytes: int
+        self, key: SessionKey, error: StepstateError, reply_to: ReplyTo, *, held_bytes: int
     ) -> bool:
         """Queues a refusal behind the session's steps, so that replies keep their order.
 
@@ -239,7 +239,7 @@ class SessionService:
         Returns:
             False if there are none: the caller delivers it at once.
         """
-        session = self.table.get(session_id)
+        session = self.table.get(key)
         if session is None or not self.table.busy[session.handle]:
             return False
         step = Step((), 0, False, False, reply_to, session, None, held_bytes)  # noqa: FBT003 - a hot constructor
@@ -250,7 +250,7 @@ class SessionService:
 
     def ref_of(self, session: ResidentSession) -> SessionRef | None:
         """A reference for a session's packed rows; None: they can't take the fast path for now."""
-        return None if session.session_id in self._queues else self.table.ref_of(session)
+        return None if session.key in self._queues else self.table.ref_of(session)
 
     def packed_model(self, rows: RowBatch) -> Model | None:
         """The model of the first packed row whose reference is valid."""
@@ -263,7 +263,7 @@ class SessionService:
 
     async def forecast(
         self,
-        session_ids: Sequence[str],
+        keys: Sequence[SessionKey],
         request: ForecastRequest,
         *,
         admit: Callable[[int], None] = lambda _: None,
@@ -272,7 +272,7 @@ class SessionService:
         """For each session its forecasts, one for each scenario, or why there are none.
 
         Args:
-            session_ids: of the sessions.
+            keys: of the sessions.
             request: what is asked for.
             admit: called with the number of forecasts, before anything else is done.
             reserve: called with the bytes of what is made, before it is.
@@ -281,7 +281,7 @@ class SessionService:
             InvalidField: no session could be forecast like that; and what `admit` and `reserve`
                 raise.
         """
-        return await self._forecaster.forecast(session_ids, request, admit, reserve)
+        return await self._forecaster.forecast(keys, request, admit, reserve)
 
     # The life of sessions
 
@@ -297,13 +297,13 @@ class SessionService:
         """
         return await self._lifecycle.open(options, hold=hold)
 
-    async def fork(self, session_id: str, options: CopyOptions) -> ResidentSession:
+    async def fork(self, key: SessionKey, options: CopyOptions) -> ResidentSession:
         """Opens a session that starts from a copy of another.
 
         Raises:
             as `get` for the source, and as `open` for the copy.
         """
-        return await self._lifecycle.fork(session_id, options)
+        return await self._lifecycle.fork(key, options)
 
     async def restore(self, data: bytes, options: CopyOptions) -> ResidentSession:
         """Opens a session from a snapshot; with an empty id in `options`, under its own.
@@ -313,7 +313,7 @@ class SessionService:
         """
         return await self._lifecycle.restore(data, options)
 
-    async def restore_expired(self, session_id: str) -> ResidentSession:
+    async def restore_expired(self, key: SessionKey) -> ResidentSession:
         """Opens an expired session again, as it was; its idle time begins anew.
 
         Raises:
@@ -321,36 +321,36 @@ class SessionService:
             SessionUnknown, SessionExpired, SessionClosed: there is nothing to restore.
             SessionLimit; and as `get`.
         """
-        return await self._lifecycle.restore_expired(session_id)
+        return await self._lifecycle.restore_expired(key)
 
-    async def close(self, session_id: str, *, hold: Hold | None = None) -> int:
+    async def close(self, key: SessionKey, *, hold: Hold | None = None) -> int:
         """Finishes a session's accepted steps and closes it; returns its last t.
 
         Args:
-            session_id: of the session.
+            key: of the session.
             hold: the caller's place in its queue, if it has one.
 
         Raises:
             as `get`, and StaleOwner.
         """
-        return await self._lifecycle.close(session_id, hold=hold)
+        return await self._lifecycle.close(key, hold=hold)
 
-    async def close_stored(self, session_id: str) -> SessionSummary | UnreadableSession:
+    async def close_stored(self, key: SessionKey) -> SessionSummary | UnreadableSession:
         """Closes a session that can't be loaded here; returns its last status.
 
         Raises:
             as `look`, and StaleOwner: it changed meanwhile.
         """
-        found = await self._lifecycle.close_stored(session_id)
+        found = await self._lifecycle.close_stored(key)
         return found if isinstance(found, UnreadableSession) else self._summaries.stored(found)
 
     async def export(
-        self, session_id: str, *, reserve: Callable[[int], None] = lambda _: None
+        self, key: SessionKey, *, reserve: Callable[[int], None] = lambda _: None
     ) -> tuple[bytes, SessionSummary]:
         """A session's snapshot after the steps accepted so far, and its status then.
 
         Args:
-            session_id: of the session.
+            key: of the session.
             reserve: called with the size of the snapshot, before anything else is done.
 
         Raises:
@@ -362,9 +362,9 @@ class SessionService:
             reserve(len(data))
             return data, self.summary(session)
 
-        return await self._queues.after_steps(session_id, snapshot)
+        return await self._queues.after_steps(key, snapshot)
 
-    async def reset_accuracy(self, session_id: str) -> SessionSummary:
+    async def reset_accuracy(self, key: SessionKey) -> SessionSummary:
         """Resets the scores of a session's forecasts, after the steps accepted so far.
 
         It is saved before it is answered, if the session's steps are saved.
@@ -379,7 +379,7 @@ class SessionService:
             return session, self.summary(session)
 
         self._admission.check_open()
-        session, summary = await self._queues.after_steps(session_id, reset)
+        session, summary = await self._queues.after_steps(key, reset)
         await self._save_changes(session)
         return summary
 
@@ -403,37 +403,38 @@ class SessionService:
         """The status of a resident session."""
         return self._summaries.resident(session)
 
-    async def look(self, session_id: str) -> SessionSummary:
+    async def look(self, key: SessionKey) -> SessionSummary:
         """The status of a session, which stays where it is.
 
         Raises:
             SessionUnknown, SessionExpired, SessionClosed, SessionLost, InvalidField,
             StoreUnavailable.
         """
-        session = self.find(session_id)
+        session = self.find(key)
         if session is not None:
             return self.summary(session)
-        async with self.hold(session_id) as hold:
-            await hold.finish(self._loader.settle_resident(session_id))
-            session = self.table.usable(session_id, self._clock())
+        async with self.hold(key) as hold:
+            await hold.finish(self._loader.settle_resident(key))
+            session = self.table.usable(key, self._clock())
             if session is not None:
                 return self.summary(session)
-            found = await self.store.ask(self.store.backend.find(SessionKey(session_id)))
+            found = await self.store.ask(self.store.backend.find(key))
             if isinstance(found, StoredSession) and not self._sweeper.is_past(found):
                 if self._summaries.lost(found):
-                    raise SessionLost(session_id)
+                    raise SessionLost(id_of(key))
                 return self._summaries.stored(found)
-            raise await self._loader.missing_reason(found, session_id)
+            raise await self._loader.missing_reason(found, key)
 
     async def page(
-        self, token: str, size: int, model: str, *, expired: bool = False
+        self, token: str, size: int, model: str, *, tenant: str, expired: bool = False
     ) -> tuple[list[SessionSummary | UnreadableSession], str]:
-        """Up to `size` open sessions, and the token of the next page; empty: there is none.
+        """Up to `size` open sessions of a tenant, and the token of the next page, if there is one.
 
         Args:
             token: empty for the first page, else that of the page before.
             size: the most sessions wanted.
             model: of the model of this name only; empty: of all, loaded or not.
+            tenant: whose they are.
             expired: whether expired sessions that are kept are wanted too.
 
         Raises:
@@ -441,13 +442,13 @@ class SessionService:
         """
         if not _PAGE_TOKEN.fullmatch(token):
             raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
-        page = self.store.backend.page(token, size, model, expired=expired)
+        page = self.store.backend.page(token, size, model, tenant=tenant, expired=expired)
         entries, following = await self.store.ask(page)
         listed: list[SessionSummary | UnreadableSession] = []
         for place, entry in enumerate(entries):
             if place % _LISTED_AT_ONCE == 0:
                 await asyncio.sleep(0)
-            session = self.table.usable(entry.session_id, self._clock())
+            session = self.table.usable(entry.key, self._clock())
             if session is not None:
                 listed.append(self.summary(session))
             elif isinstance(entry, UnreadableSession):
@@ -458,7 +459,7 @@ class SessionService:
         return listed, following
 
     def _open_elsewhere(self, entry: StoredSession) -> bool:
-        session = self.table.get(entry.record.session_id)
+        session = self.table.get(entry.key)
         ending_here = session is not None and session.state is SessionState.ENDING
         return not (ending_here or self._sweeper.is_past(entry) or self._summaries.lost(entry))
 
@@ -503,8 +504,8 @@ class SessionService:
 
     async def _expire_unused(self, sessions: Sequence[ResidentSession]) -> int:
         """Expires those of some overdue sessions that nobody waits for."""
-        unused = [session for session in sessions if session.session_id not in self._queues]
-        holds = [self.hold(session.session_id) for session in unused]
+        unused = [session for session in sessions if session.key not in self._queues]
+        holds = [self.hold(session.key) for session in unused]
         try:
             return await self._sweeper.expire_resident(unused)
         finally:

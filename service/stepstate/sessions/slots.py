@@ -115,5 +115,5 @@ class SlotAllocator:
         return len(chosen)
 
     def _can_leave(self, session: ResidentSession) -> bool:
-        requested = session.session_id in self._table.requested
+        requested = session.key in self._table.requested
         return session.open and not (self._table.busy[session.handle] or requested)

@@ -104,7 +104,7 @@ class ExpirySweeper:
         """
         if entry.delete_at is None:
             await self._expire_stored([entry])
-            found = await self._store.ask(self._store.backend.find(entry.record.key))
+            found = await self._store.ask(self._store.backend.find(entry.key))
             entry = found if isinstance(found, StoredSession) else entry
         if entry.delete_at is None:
             delete_in = self._grace_seconds  # it is about to be marked
@@ -123,7 +123,7 @@ class ExpirySweeper:
         while True:
             before = store.now() - OVERDUE_GRACE_SECONDS
             entries = await self._store.ask(store.overdue(before, LOOKED_AT_ONCE))
-            gone = [e for e in entries if self._table.get(e.record.session_id) is None]
+            gone = [e for e in entries if self._table.get(e.key) is None]
             for group in _groups(gone):
                 began = time.perf_counter()
                 ended += await self._expire_stored(group)
@@ -187,7 +187,7 @@ class ExpirySweeper:
     async def _delete(self, reason: str, entries: Sequence[StoredSession]) -> int:
         store = self._store.backend
         results = await asyncio.gather(  # the store takes them together
-            *(store.end(e.record.key, e.epoch, _ending(e)) for e in entries),
+            *(store.end(e.key, e.epoch, _ending(e)) for e in entries),
             return_exceptions=True,
         )
         gone = [entry for entry, done in zip(entries, results, strict=True) if done is True]
@@ -202,8 +202,8 @@ class ExpirySweeper:
         if entries:
             self._observer.deleted(reason, len(entries))
         for first in range(0, len(entries), LOGGED_AT_ONCE):
-            ids = [entry.record.session_id for entry in entries[first : first + LOGGED_AT_ONCE]]
-            extra = {"reason": reason, "count": len(ids), "sessions": " ".join(ids)}
+            keys = [entry.key for entry in entries[first : first + LOGGED_AT_ONCE]]
+            extra = {"reason": reason, "count": len(keys), "sessions": " ".join(keys)}
             log.info("expired sessions were deleted", extra=extra)
 
 
@@ -224,7 +224,7 @@ def _groups(entries: Sequence[StoredSession]) -> Iterator[Sequence[StoredSession
 
 def _last_save(entry: StoredSession) -> SaveRequest:
     # Its owner stays: a server that ended without giving the lease up may have been further.
-    return SaveRequest(entry.record.key, entry.epoch, entry.owner, entry.t, entry.expires_at, None)
+    return SaveRequest(entry.key, entry.epoch, entry.owner, entry.t, entry.expires_at, None)
 
 
 def _ending(entry: StoredSession) -> Tombstone:

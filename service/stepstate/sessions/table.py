@@ -1,4 +1,4 @@
-"""Every resident session, by id and by handle, with its numbers in arrays.
+"""Every resident session, by key and by handle, with its numbers in arrays.
 
 Rule 1: t, durable_t, expiry and timeout live here and nowhere else.
 Rule 2: a handle is a session's place in the arrays while it is resident; then it is reused.
@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.errors import StepstateError
+from stepstate.identity import SessionKey
 from stepstate.sessions.types import (
     OPEN,
     TRANSITIONS,
@@ -69,34 +70,34 @@ class Table:
         self.expires_at: memoryview[float] = memoryview(self.expires_at_array.data)
         self.generation: memoryview[int] = memoryview(self.generation_array.data)
         self.saved_behind: memoryview[bool] = memoryview(self.saved_behind_array.data)
-        self.requested: set[str] = set()
-        """Ids of sessions, resident or not, that somebody waits for."""
+        self.requested: set[SessionKey] = set()
+        """Keys of sessions, resident or not, that somebody waits for."""
         self.promised = 0
         self.promises: deque[asyncio.Future[None]] = deque()
         """Promises that wait for a free place."""
-        self.by_id: dict[str, ResidentSession] = {}
+        self.by_key: dict[SessionKey, ResidentSession] = {}
         """Read-only: the hot path saves the call of `get`."""
         self._by_handle: list[ResidentSession | None] = [None] * limit
         self._free = list(range(limit - 1, -1, -1))
         self._first: NDArray[np.int64] = np.zeros(limit, np.int64)
 
     def __len__(self) -> int:
-        return len(self.by_id)
+        return len(self.by_key)
 
     def __iter__(self) -> Iterator[ResidentSession]:
-        return iter(list(self.by_id.values()))
+        return iter(list(self.by_key.values()))
 
-    def get(self, session_id: str) -> ResidentSession | None:
-        """The resident session of this id, in whatever state."""
-        return self.by_id.get(session_id)
+    def get(self, key: SessionKey) -> ResidentSession | None:
+        """The resident session of this key, in whatever state."""
+        return self.by_key.get(key)
 
     def at(self, handle: int) -> ResidentSession | None:
         """The session at a handle."""
         return self._by_handle[handle]
 
-    def usable(self, session_id: str, now: float) -> ResidentSession | None:
-        """The resident session of this id if it takes steps now."""
-        session = self.by_id.get(session_id)
+    def usable(self, key: SessionKey, now: float) -> ResidentSession | None:
+        """The resident session of this key if it takes steps now."""
+        session = self.by_key.get(key)
         if session is None or session.state is not OPEN or self.is_overdue(session, now):
             return None
         return session
@@ -146,7 +147,7 @@ class Table:
     def add(
         self, session: ResidentSession, *, t: int, durable_t: int, now: float, expires_at: float
     ) -> None:
-        """Adds a session whose id is not resident; there is a place."""
+        """Adds a session whose key is not resident; there is a place."""
         session.handle = handle = self._free[-1]
         self.t[handle] = t
         self.durable_t[handle] = durable_t
@@ -158,7 +159,7 @@ class Table:
         self.slot_array[handle] = session.slot
         self.phase_array[handle] = session.phase
         self.saved_behind_array[handle] = session.record.durability is Durability.ASYNC
-        self.by_id[session.session_id] = session
+        self.by_key[session.key] = session
         self._by_handle[handle] = session
         self._free.pop()  # last: what raises before takes nothing
 
@@ -203,7 +204,7 @@ class Table:
         self.saved_behind_array[session.handle] = False
         self._by_handle[session.handle] = None
         self._free.append(session.handle)
-        del self.by_id[session.session_id]
+        del self.by_key[session.key]
         session.scheduler.release(session.slot)
         _resolve(session)
         self._grant()

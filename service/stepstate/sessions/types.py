@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from stepstate.engine import Engine, Floats, Layers, Observer, PackedWork, WorkItem
 from stepstate.errors import Internal, StepstateError
+from stepstate.identity import SessionKey, split_key
 from stepstate.models import Model
 from stepstate.sessions.replay import ReplayWindow
 from stepstate.stores import Durability, SessionRecord
@@ -353,6 +354,8 @@ class ResidentSession:
     slot: int
     phase: int
     """Step of row 0 in the model's timeline; 0 for a session without a time."""
+    key: SessionKey = field(init=False)
+    """Its name among all sessions of the server."""
     model: Model = field(init=False)
     handle: int = field(init=False, default=-1)
     """Its place in the table's arrays."""
@@ -385,13 +388,14 @@ class ResidentSession:
     """It may have been rolled back: a step must say its t."""
 
     def __post_init__(self) -> None:
+        self.key = self.record.key
         self.model = self.scheduler.model
         self.sync = self.record.durability is Durability.SYNC
         self.bounded = self.record.durability is Durability.ASYNC
 
     @property
     def session_id(self) -> str:
-        """Its id."""
+        """Its id: what its clients call it."""
         return self.record.session_id
 
     @property
@@ -447,7 +451,7 @@ Waiting = Step | SingleRow | SessionBarrier[Any]
 """What waits in a session until it is no longer busy."""
 
 
-def unexpected(what: str, error: Exception, session_id: str) -> StepstateError:
+def unexpected(what: str, error: Exception, key: SessionKey) -> StepstateError:
     """What a client is told of an exception that nobody expected.
 
     It has an id, and the log has all of it under that id. A `StepstateError` is returned as it is.
@@ -455,5 +459,7 @@ def unexpected(what: str, error: Exception, session_id: str) -> StepstateError:
     if isinstance(error, StepstateError):
         return error.with_traceback(None)
     internal = Internal(secrets.token_hex(8))
-    log.error(what, exc_info=error, extra={"error_id": internal.error_id, "session_id": session_id})
+    tenant, session_id = split_key(key)
+    extra = {"error_id": internal.error_id, "tenant": tenant, "session_id": session_id}
+    log.error(what, exc_info=error, extra=extra)
     return internal

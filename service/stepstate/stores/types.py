@@ -199,6 +199,11 @@ class UnreadableSession:
     """What is wrong with the record, for a person."""
 
     @property
+    def tenant(self) -> str:
+        """Whose it is."""
+        return split_key(self.key)[0]
+
+    @property
     def session_id(self) -> str:
         """Its id."""
         return split_key(self.key)[1]
@@ -312,8 +317,8 @@ def _integer(name: str, value: object, end: int) -> int:
 def _record_of(key: SessionKey, model: str, text: bytes) -> SessionRecord:
     record = SessionRecord.from_json(text)
     if (record.key, record.model_key) != (key, model):
-        whose = repr(record.session_id) if record.tenant == split_key(key)[0] else "another tenant"
-        raise ValueError(f"it has the record of {whose} of {record.model_key}")
+        # Which one may be no business of this one's tenant.
+        raise ValueError("it has the record of another session")
     return record
 
 

@@ -25,6 +25,7 @@ from typing import Any, Generic, Protocol, TypeVar
 
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Draining, MemoryLimit, StepstateError
+from stepstate.identity import SessionKey
 from stepstate.metrics import Metrics
 from stepstate.sessions import (
     MAX_SOURCE_RUNNING,
@@ -34,6 +35,7 @@ from stepstate.sessions import (
     Step,
 )
 from stepstate.transport.admission import CallAdmission
+from stepstate.transport.authentication import current_principal
 from stepstate.transport.expected_rows import ExpectedRows
 from stepstate.transport.interceptor import DecodeFailure, MessageChannel
 from stepstate.transport.open_calls import current_call
@@ -96,6 +98,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     ) -> None:
         self.cancelled = False
         self._peer = current_peer.get()
+        self._principal = current_principal.get()
         self.source = self._peer.source
         self.refusals: Counter[str] = Counter()
         """Refused requests, by reason."""
@@ -374,7 +377,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
             self._release(MemoryUse.REQUESTS, load.size)
             self._refuse(load.request, error)
 
-    def _wait(self, session_id: str, request: W, size: int) -> None:
+    def _wait(self, key: SessionKey, request: W, size: int) -> None:
         """Queues a request of `size` bytes for its session, which `find` did not give.
 
         Raises:
@@ -382,20 +385,20 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         """
         self._reserve(MemoryUse.REQUESTS, size)
         deadline = asyncio.get_running_loop().time() + self._patience_seconds
-        load = _PendingLoad(self, session_id, request, size, deadline)
+        load = _PendingLoad(self, key, request, size, deadline)
         self._waiting_loads.add(load)
-        self._sessions.wait(session_id, load)
+        self._sessions.wait(key, load)
 
     def _drop_waiting(self) -> int:
         """Takes all waiting requests out of their queues; returns how many."""
         dropped, self._waiting_loads = self._waiting_loads, set()
         for load in dropped:
-            self._sessions.drop(load.session_id, load)
+            self._sessions.drop(load.key, load)
         return len(dropped)
 
-    def _refuse_in_order(self, session_id: str, error: StepstateError, reply_to: ReplyTo) -> bool:
+    def _refuse_in_order(self, key: SessionKey, error: StepstateError, reply_to: ReplyTo) -> bool:
         """Delivers a refusal after the session's steps; False: there are none to wait for."""
-        refused = self._sessions.refuse(session_id, error, reply_to, held_bytes=REFUSAL_BYTES)
+        refused = self._sessions.refuse(key, error, reply_to, held_bytes=REFUSAL_BYTES)
         if refused:
             self._charge(MemoryUse.REPLIES, REFUSAL_BYTES)
         return refused
@@ -472,7 +475,7 @@ class _PendingLoad(Generic[W]):
     """A request of a stream in the queue of its session; a `Waiter`."""
 
     stream: BidiStream[Any, Any, Any, W]
-    session_id: str
+    key: SessionKey
     request: W
     size: int
     deadline: float

@@ -87,7 +87,7 @@ _METHODS: dict[int, pb.ForecastMethod] = {
 _VALUES = pb.OutputForecast.VALUES_FIELD_NUMBER
 
 
-def decode_opening(request: pb.OpenSessionRequest) -> OpenOptions:
+def decode_opening(request: pb.OpenSessionRequest, tenant: str) -> OpenOptions:
     """What a client asks for when it opens a session."""
     return OpenOptions(
         session_id=request.session_id,
@@ -98,18 +98,23 @@ def decode_opening(request: pb.OpenSessionRequest) -> OpenOptions:
         durability=_durability(request.durability),
         missing=_known("missing", request.missing, _MISSING),
         interval_level=request.interval_level or None,
+        tenant=tenant,
     )
 
 
-def decode_fork(request: pb.ForkSessionRequest) -> CopyOptions:
+def decode_fork(request: pb.ForkSessionRequest, tenant: str) -> CopyOptions:
     """What a client asks for when it forks a session."""
     session_id = request.new_session_id or new_id()
-    return CopyOptions(session_id, _idle_timeout(request), _durability(request.durability))
+    idle, durability = _idle_timeout(request), _durability(request.durability)
+    return CopyOptions(session_id, idle, durability, tenant)
 
 
-def decode_import(request: pb.ImportSessionRequest | pb.StreamImportRequest) -> CopyOptions:
+def decode_import(
+    request: pb.ImportSessionRequest | pb.StreamImportRequest, tenant: str
+) -> CopyOptions:
     """What a client asks for when it imports a session, beside the snapshot."""
-    return CopyOptions(request.session_id, _idle_timeout(request), _durability(request.durability))
+    idle, durability = _idle_timeout(request), _durability(request.durability)
+    return CopyOptions(request.session_id, idle, durability, tenant)
 
 
 def encode_session(summary: SessionSummary | UnreadableSession) -> pb.Session:
@@ -121,11 +126,15 @@ def encode_session(summary: SessionSummary | UnreadableSession) -> pb.Session:
         try:
             return _session(summary)
         except (ValueError, OverflowError):
-            log.exception(
-                "a session can't be shown", extra={"session_id": summary.record.session_id}
-            )
+            record = summary.record
+            extra = {"tenant": record.tenant, "session_id": record.session_id}
+            log.exception("a session can't be shown", extra=extra)
             summary = UnreadableSession(summary.record.key, "")
-    return pb.Session(session_id=summary.session_id, status=pb.SESSION_STATUS_UNREADABLE)
+    return pb.Session(
+        session_id=summary.session_id,
+        status=pb.SESSION_STATUS_UNREADABLE,
+        tenant=summary.tenant,
+    )
 
 
 def _session(summary: SessionSummary) -> pb.Session:
@@ -150,6 +159,7 @@ def _session(summary: SessionSummary) -> pb.Session:
         status=_STATUS_NUMBERS[summary.status],
         **_quality(summary.quality),
         purge_time=_later(now, summary.delete_seconds),
+        tenant=record.tenant,
     )
 
 

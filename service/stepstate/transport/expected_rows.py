@@ -88,13 +88,14 @@ class ExpectedRows:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._by_name: dict[bytes, ExpectedRow] = {}  # the first bytes of a request
+        # By the tenant and the first bytes of a request, which are the id.
+        self._by_name: dict[tuple[str, bytes], ExpectedRow] = {}
 
-    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+    def take(self, tenant: str, request: bytes, reply_to: RowReplyTo) -> bool:
         """Hands over the row of a request that was expected; False: it goes the ordinary way."""
         if len(request) < 2:
             return False
-        expected = self._by_name.get(request[: 2 + request[1]])
+        expected = self._by_name.get((tenant, request[: 2 + request[1]]))
         return expected is not None and expected.take(request, reply_to)
 
     def expect(self, session: ResidentSession, ref: SessionRef | None, t: int) -> None:
@@ -103,7 +104,8 @@ class ExpectedRows:
         lacks_lags = t < manifest.lag_rows  # which a reply would have to say
         if ref is None or lacks_lags or is_wide(manifest) or len(name) > LONGEST_NAME:
             return
-        key = packed_header(pb.StepRequest.SESSION_ID_FIELD_NUMBER, len(name)) + name
+        head = packed_header(pb.StepRequest.SESSION_ID_FIELD_NUMBER, len(name)) + name
+        key = (session.record.tenant, head)
         known = self._by_name.get(key)
         if known is not None and known.is_of(session, ref):
             known.expect(t)

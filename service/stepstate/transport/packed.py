@@ -188,10 +188,11 @@ class PackedStream(
 
     def _start_row(self, row: _Row) -> None:
         """Submits a row as a step, or queues it for its session."""
-        session = self._sessions.find(row.session_id)
+        key = self._principal.key(row.session_id)
+        session = self._sessions.find(key)
         if session is None:
             self._grow(row.message, STEP_BYTES)
-            self._wait(row.session_id, row, 0)
+            self._wait(key, row, 0)
             return
         try:
             self._accept(row, session)

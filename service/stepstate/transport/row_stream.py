@@ -20,8 +20,14 @@ from stepstate.transport.interceptor import MessageChannel
 class ExpectedRequests(Protocol):
     """The requests that may come next."""
 
-    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
-        """Hands the row of an expected request over; False: it has to go the ordinary way."""
+    def take(self, tenant: str, request: bytes, reply_to: RowReplyTo) -> bool:
+        """Hands the row of an expected request over; False: it has to go the ordinary way.
+
+        Args:
+            tenant: whose request it is.
+            request: as it came.
+            reply_to: its stream.
+        """
         ...
 
 
@@ -48,6 +54,7 @@ class RowStream(BidiStream[Q, A, Step, W], Generic[Q, A, W, E]):
     ) -> None:
         super().__init__(backend, messages, patience_seconds=patience_seconds)
         self._expected = expected
+        self._tenant = self._principal.tenant
 
     @abstractmethod
     def _make_step(self, request: Q, session: ResidentSession) -> Step:
@@ -68,7 +75,7 @@ class RowStream(BidiStream[Q, A, Step, W], Generic[Q, A, W, E]):
     def received(self, payload: bytes) -> None:
         """See `MessageSink`: takes a row that was expected, or whatever else it is."""
         fast = not self._paused and self._memory.fits(STEP_BYTES)
-        if fast and self._expected.take(payload, self):
+        if fast and self._expected.take(self._tenant, payload, self):
             self._messages.counts.received += 1
             self._unanswered += 1
             if self._held_bytes or self._unanswered >= MAX_UNANSWERED:

@@ -18,8 +18,9 @@ from stepstate.errors import (
     SnapshotModelMismatch,
     SnapshotTooLarge,
 )
-from stepstate.identity import is_tenant
+from stepstate.identity import SessionKey, is_tenant
 from stepstate.sessions import ResidentSession
+from stepstate.transport.authentication import current_principal
 from stepstate.transport.bidi import Backend, StreamRegistry
 from stepstate.transport.convert import (
     REPLY_BYTES,
@@ -55,6 +56,16 @@ LISTED_BYTES = 4096
 MAX_SNAPSHOT_BYTES = 256 * 2**20
 """As many bytes as the replay windows of all sessions have by default."""
 
+_OfOneSession = (
+    pb.GetSessionRequest
+    | pb.RestoreSessionRequest
+    | pb.CloseSessionRequest
+    | pb.ResetAccuracyRequest
+    | pb.ForkSessionRequest
+    | pb.ExportSessionRequest
+    | pb.StreamExportRequest
+    | pb.StepRequest
+)
 _DIGITS = re.compile(r"[0-9]{1,9}")
 
 
@@ -70,19 +81,19 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         self._backend = backend
         self._keys = keys or SnapshotKeys()
         self._sessions = backend.sessions
-        self._models = [encode_model(model) for model in backend.sessions.catalog]
+        self._models = {model.key: encode_model(model) for model in backend.sessions.catalog}
         self._streams = StreamRegistry()
 
     async def OpenSession(
         self, request: pb.OpenSessionRequest, context: Context
     ) -> pb.OpenSessionResponse:
-        session = await self._sessions.open(decode_opening(request))
+        session = await self._sessions.open(decode_opening(request, _tenant()))
         return pb.OpenSessionResponse(session=self._encoded(session))
 
     async def GetSession(
         self, request: pb.GetSessionRequest, context: Context
     ) -> pb.GetSessionResponse:
-        summary = await self._sessions.look(request.session_id)
+        summary = await self._sessions.look(_key(request))
         return pb.GetSessionResponse(session=encode_session(summary))
 
     async def ListSessions(
@@ -97,7 +108,11 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         call_memory.get().reserve(MemoryUse.REPLIES, size * LISTED_BYTES)
         while True:
             found, following = await self._sessions.page(
-                request.page_token, size, request.model, expired=request.show_expired
+                request.page_token,
+                size,
+                request.model,
+                tenant=_tenant(),
+                expired=request.show_expired,
             )
             page = await encode_page(found)
             if len(page) == len(found):
@@ -107,33 +122,34 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def RestoreSession(
         self, request: pb.RestoreSessionRequest, context: Context
     ) -> pb.RestoreSessionResponse:
-        session = await self._sessions.restore_expired(request.session_id)
+        session = await self._sessions.restore_expired(_key(request))
         return pb.RestoreSessionResponse(session=self._encoded(session))
 
     async def CloseSession(
         self, request: pb.CloseSessionRequest, context: Context
     ) -> pb.CloseSessionResponse:
-        async with self._sessions.hold(request.session_id) as hold:
+        key = _key(request)
+        async with self._sessions.hold(key) as hold:
             try:
-                session = await self._sessions.get(request.session_id, hold=hold)
+                session = await self._sessions.get(key, hold=hold)
             except (SnapshotModelMismatch, SessionUnreadable):  # it is closed without being loaded
-                stored = await hold.finish(self._sessions.close_stored(request.session_id))
+                stored = await hold.finish(self._sessions.close_stored(key))
                 return pb.CloseSessionResponse(session=encode_session(stored))
             before = self._encoded(session)
-            before.t = await self._sessions.close(request.session_id, hold=hold)
+            before.t = await self._sessions.close(key, hold=hold)
         before.queued_requests = 0
         return pb.CloseSessionResponse(session=before)
 
     async def ResetAccuracy(
         self, request: pb.ResetAccuracyRequest, context: Context
     ) -> pb.ResetAccuracyResponse:
-        summary = await self._sessions.reset_accuracy(request.session_id)
+        summary = await self._sessions.reset_accuracy(_key(request))
         return pb.ResetAccuracyResponse(session=encode_session(summary))
 
     async def ForkSession(
         self, request: pb.ForkSessionRequest, context: Context
     ) -> pb.ForkSessionResponse:
-        session = await self._sessions.fork(request.session_id, decode_fork(request))
+        session = await self._sessions.fork(_key(request), decode_fork(request, _tenant()))
         return pb.ForkSessionResponse(session=self._encoded(session))
 
     async def ExportSession(
@@ -145,7 +161,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
             memory.reserve(MemoryUse.SNAPSHOTS, size)
             memory.reserve(MemoryUse.REPLIES, SENT * size)
 
-        snapshot, summary = await self._sessions.export(request.session_id, reserve=reserve)
+        snapshot, summary = await self._sessions.export(_key(request), reserve=reserve)
         snapshot = self._keys.signed(snapshot)
         reply = pb.ExportSessionResponse(snapshot=snapshot, session=encode_session(summary))
         if reply.ByteSize() > REPLY_BYTES:
@@ -157,23 +173,22 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     ) -> pb.ImportSessionResponse:
         call_memory.get().reserve(MemoryUse.SNAPSHOTS, len(request.snapshot))
         snapshot = self._keys.verified(request.snapshot)
-        session = await self._sessions.restore(snapshot, decode_import(request))
+        session = await self._sessions.restore(snapshot, decode_import(request, _tenant()))
         return pb.ImportSessionResponse(session=self._encoded(session))
 
     async def StreamExport(
         self, request: pb.StreamExportRequest, context: Context
     ) -> pb.StreamExportResponse:
-        session_id = request.session_id
         memory = call_memory.get()
         memory.reserve(MemoryUse.REPLIES, SENT * PART_BYTES)
         async with self._backend.admission.turn():
             snapshot, summary = await self._sessions.export(
-                session_id, reserve=lambda size: memory.reserve(MemoryUse.SNAPSHOTS, 2 * size)
+                _key(request), reserve=lambda size: memory.reserve(MemoryUse.SNAPSHOTS, 2 * size)
             )
             snapshot = await asyncio.to_thread(self._keys.signed, snapshot)
         size = len(snapshot)
         if size > MAX_SNAPSHOT_BYTES:
-            raise SnapshotTooLarge(session_id, size, MAX_SNAPSHOT_BYTES)
+            raise SnapshotTooLarge(request.session_id, size, MAX_SNAPSHOT_BYTES)
         session = encode_session(summary)
         reply = pb.StreamExportResponse(session=session, size=size)
         for first in range(0, size, PART_BYTES):
@@ -194,7 +209,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
                 "size",
                 f"is {size}, expected the bytes of the snapshot, at most {MAX_SNAPSHOT_BYTES}",
             )
-        options, part, memory = decode_import(first), first.data, call_memory.get()
+        options, part, memory = decode_import(first, _tenant()), first.data, call_memory.get()
         while len(data) <= size:
             memory.reserve(MemoryUse.SNAPSHOTS, 2 * len(part))  # what has come, and later a copy
             data += part
@@ -214,7 +229,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
 
     async def Step(self, request: pb.StepRequest, context: Context) -> pb.StepResponse:
         make = partial(decode_step, request)
-        step = await apply_step(self._backend, request.session_id, make)
+        step = await apply_step(self._backend, _key(request), make)
         if step.error is not None:
             raise step.error
         return encode_step(step)
@@ -227,8 +242,9 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
 
     async def Forecast(self, request: pb.ForecastRequest, context: Context) -> pb.ForecastResponse:
         reserve = partial(call_memory.get().reserve, MemoryUse.REPLIES)
+        key = current_principal.get().key
         results = await self._sessions.forecast(
-            request.session_id,
+            [key(session_id) for session_id in request.session_id],
             decode_forecast(request),
             admit=current_peer.get().source.tenant.forecasts.take,
             reserve=reserve,
@@ -239,7 +255,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        models = self._models
+        models = [self._models[model.key] for model in self._sessions.catalog.of(_tenant())]
         token = request.page_token or "0"  # the number of models on the pages before
         if not _DIGITS.fullmatch(token) or int(token) > len(models):
             raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
@@ -254,8 +270,8 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         return pb.ListModelsResponse(models=page, next_page_token=following)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        model = self._sessions.catalog.find(request.model, request.version)
-        return pb.GetModelResponse(model=encode_model(model))
+        model = self._sessions.catalog.of(_tenant()).find(request.model, request.version)
+        return pb.GetModelResponse(model=self._models[model.key])
 
     async def ListTenants(
         self, request: pb.ListTenantsRequest, context: Context
@@ -282,3 +298,13 @@ def _page_size(asked: int) -> int:
     if asked > MAX_PAGE_SIZE:
         raise InvalidField("page_size", f"is {asked}, expected at most {MAX_PAGE_SIZE}")
     return asked or PAGE_SIZE
+
+
+def _tenant() -> str:
+    """Whose sessions the call acts on."""
+    return current_principal.get().tenant
+
+
+def _key(request: _OfOneSession) -> SessionKey:
+    """Of the session that a request names."""
+    return current_principal.get().key(request.session_id)

@@ -16,6 +16,7 @@ import numpy as np
 
 from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import InvalidField, MemoryLimit, NonFiniteInput, StepstateError
+from stepstate.identity import SessionKey
 from stepstate.models import Manifest, Model
 from stepstate.sessions import ID_LENGTH, Hold, ReplyTo, ResidentSession, SingleRow, Step
 from stepstate.stores import MissingPolicy
@@ -60,9 +61,10 @@ class StepStream(RowStream[pb.StepRequest, pb.StepResponse, pb.StepRequest, Expe
         return reply + saved(durable_t) if durable_t else reply
 
     def _take(self, request: pb.StepRequest) -> None:
-        session = self._sessions.find(request.session_id)
+        key = self._principal.key(request.session_id)
+        session = self._sessions.find(key)
         if session is None:
-            self._wait(request.session_id, request, STEP_BYTES + request.ByteSize())
+            self._wait(key, request, STEP_BYTES + request.ByteSize())
             return
         try:
             self._accept(request, session)
@@ -78,8 +80,8 @@ class StepStream(RowStream[pb.StepRequest, pb.StepResponse, pb.StepRequest, Expe
             self._expected.expect(session, self._sessions.ref_of(session), step.t + 1)
 
     def _refuse(self, waiting: pb.StepRequest, error: StepstateError) -> None:
-        session_id = waiting.session_id
-        if not self._refuse_in_order(session_id, error, self):
+        key = self._principal.key(waiting.session_id)
+        if not self._refuse_in_order(key, error, self):
             self._reply(self._encode_refusal(waiting, error))
 
     def _encode_failure(self, error: StepstateError) -> pb.StepResponse:
@@ -114,7 +116,7 @@ class UnaryReply:
 
 async def apply_step(
     backend: Backend,
-    session_id: str,
+    key: SessionKey,
     make: Callable[[ResidentSession, ReplyTo], Step],
     *,
     patience_seconds: float = 0.0,
@@ -126,7 +128,7 @@ async def apply_step(
 
     Args:
         backend: serves it.
-        session_id: of the session.
+        key: of the session.
         make: makes the step of the session.
         patience_seconds: see `SessionService.in_turn`.
         hold: see `SessionService.in_turn`.
@@ -148,9 +150,7 @@ async def apply_step(
         return step
 
     try:
-        step = await sessions.in_turn(
-            session_id, accept, patience_seconds=patience_seconds, hold=hold
-        )
+        step = await sessions.in_turn(key, accept, patience_seconds=patience_seconds, hold=hold)
         await call.answered
     except asyncio.CancelledError:
         call.cancelled = True

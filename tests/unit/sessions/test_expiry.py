@@ -18,6 +18,7 @@ from stepstate.errors import (
     SessionLost,
     SnapshotModelMismatch,
 )
+from stepstate.identity import DEFAULT_TENANT
 from stepstate.sessions import CopyOptions, sweeper
 from stepstate.stores import Durability, Tombstone
 from tests.networks import make_network
@@ -78,8 +79,10 @@ async def test_an_expired_session_says_how_to_restore_it_and_until_when(rig, clo
 async def test_an_expired_session_is_no_open_one_and_is_listed_on_request(rig, clock):
     await expire(rig, clock, "a")
     await rig.open("b")
-    assert [s.record.session_id for s in (await rig.sessions.page("", 9, ""))[0]] == ["b"]
-    shown = (await rig.sessions.page("", 9, "", expired=True))[0]
+    assert [
+        s.record.session_id for s in (await rig.sessions.page("", 9, "", tenant=DEFAULT_TENANT))[0]
+    ] == ["b"]
+    shown = (await rig.sessions.page("", 9, "", expired=True, tenant=DEFAULT_TENANT))[0]
     left = {s.record.session_id: s.delete_seconds for s in shown}
     assert left == {"a": GRACE_SECONDS, "b": None}
     assert rig.sessions.expired == 1

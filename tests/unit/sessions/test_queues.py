@@ -17,7 +17,7 @@ from tests.unit.rig import rounds
 class Place:
     """A session that can be used when a test says so."""
 
-    session_id = "a"
+    key = "a"
 
     def __init__(self) -> None:
         self.usable = False

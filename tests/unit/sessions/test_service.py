@@ -18,6 +18,7 @@ from stepstate.errors import (
     StepAhead,
     StoreUnavailable,
 )
+from stepstate.identity import DEFAULT_TENANT, session_key
 from stepstate.sessions import check_id
 from tests.offline import forecasting_network
 from tests.unit.rig import (
@@ -63,7 +64,7 @@ def test_good_ids_pass(session_id):
 @pytest.mark.parametrize("session_id", ["", "a b", "é", "a/b", "a\n", "x" * 129])
 async def test_a_bad_id_is_refused_by_open_and_by_look_up(rig, session_id):
     with pytest.raises(InvalidField, match="session_id"):
-        await rig.sessions.get(session_id)
+        await rig.sessions.get(session_key(DEFAULT_TENANT, session_id))
     if session_id:
         with pytest.raises(InvalidField, match="session_id"):
             await rig.open(session_id)
@@ -183,7 +184,7 @@ async def test_pages_give_every_open_session_once(rig):
     await rig.sessions.close("b")
     seen, following = [], None
     while following != "":
-        page, following = await rig.sessions.page(following or "", 2, "")
+        page, following = await rig.sessions.page(following or "", 2, "", tenant=DEFAULT_TENANT)
         assert len(page) <= 2
         seen += [standing.record.session_id for standing in page]
     assert sorted(seen) == ["a", "c", "d", "e"]
@@ -202,7 +203,7 @@ async def test_others_take_turns_while_a_long_page_is_listed(make_rig):
             turns += 1
 
     counting = asyncio.create_task(count())
-    page, _ = await rig.sessions.page("", 1_000, "")
+    page, _ = await rig.sessions.page("", 1_000, "", tenant=DEFAULT_TENANT)
     counting.cancel()
     assert len(page) == 600
     assert turns >= 4
@@ -212,7 +213,7 @@ async def test_a_page_can_be_of_one_model(make_rig, networks):
     rig = make_rig(model_of(networks["lstm"]), model_of(networks["gru"]))
     for name, model in (("a", "gru"), ("b", "lstm"), ("c", "gru")):
         await rig.open(name, model=model)
-    found, following = await rig.sessions.page("", 10, "gru")
+    found, following = await rig.sessions.page("", 10, "gru", tenant=DEFAULT_TENANT)
     assert sorted(standing.record.session_id for standing in found) == ["a", "c"]
     assert following == ""
 

@@ -15,6 +15,7 @@ from stepstate.errors import (
     SessionUnknown,
     StoreUnavailable,
 )
+from stepstate.identity import DEFAULT_TENANT
 from stepstate.stores import MemoryStore, SessionRecord, StoredSession, Tombstone
 from stepstate.stores.base import TOMBSTONE_SECONDS
 from tests.unit.rig import (
@@ -84,7 +85,10 @@ async def test_a_sweep_ends_those_whose_time_is_up_and_no_others(rig, x):
     rig.clock.advance(5)
     assert await rig.sessions.sweep() == 2
     assert await rig.sessions.sweep() == 0
-    assert [one.record.session_id for one in (await rig.sessions.page("", 10, ""))[0]] == ["b"]
+    assert [
+        one.record.session_id
+        for one in (await rig.sessions.page("", 10, "", tenant=DEFAULT_TENANT))[0]
+    ] == ["b"]
     assert rig.scheduler.open_sessions == 1
 
 

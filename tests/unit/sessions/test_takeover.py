@@ -11,6 +11,7 @@ from stepstate.errors import (
     StepAhead,
     StoreUnavailable,
 )
+from stepstate.identity import DEFAULT_TENANT
 from stepstate.stores import Durability
 from tests.unit.rig import (
     rounds,
@@ -122,6 +123,6 @@ async def test_looking_takes_nothing_over(start, x):
     standing = await two.sessions.look("a")
     assert (standing.t, standing.durable_t, standing.resident) == (3, 3, False)
     assert standing.owner == "server-0"
-    (listed,), following = await two.sessions.page("", 10, "")
+    (listed,), following = await two.sessions.page("", 10, "", tenant=DEFAULT_TENANT)
     assert (listed.record.session_id, listed.t, following) == ("a", 3, "")
     await one.step(session, x[3], 3)

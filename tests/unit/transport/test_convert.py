@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from stepstate.errors import InvalidField, NonFiniteInput
+from stepstate.identity import DEFAULT_TENANT
 from stepstate.sessions import Step
 from stepstate.stores import MissingPolicy
 from stepstate.transport.convert import (
@@ -131,11 +132,11 @@ async def test_inspected_layers_have_the_fields_of_their_cell(make_rig, networks
 
 def test_an_opening_has_what_was_asked_for():
     asked = pb.OpenSessionRequest(session_id="a", model="m", version="2")
-    assert decode_opening(asked).idle_timeout_seconds is None
-    assert decode_opening(asked).start_time is None
+    assert decode_opening(asked, DEFAULT_TENANT).idle_timeout_seconds is None
+    assert decode_opening(asked, DEFAULT_TENANT).start_time is None
     asked.idle_timeout.FromTimedelta(timedelta(seconds=2.5))
     asked.start_time.FromDatetime(datetime(1969, 7, 20, 20, 17, tzinfo=UTC))
-    found = decode_opening(asked)
+    found = decode_opening(asked, DEFAULT_TENANT)
     assert (found.session_id, found.model, found.version) == ("a", "m", "2")
     assert found.idle_timeout_seconds == 2.5
     assert found.start_time == datetime(1969, 7, 20, 20, 17, tzinfo=UTC)
@@ -146,7 +147,7 @@ def test_a_start_time_that_is_none_is_refused_by_name(seconds, nanos):
     asked = pb.OpenSessionRequest()
     asked.start_time.seconds, asked.start_time.nanos = seconds, nanos
     with pytest.raises(InvalidField, match="start_time"):
-        decode_opening(asked)
+        decode_opening(asked, DEFAULT_TENANT)
 
 
 @pytest.mark.parametrize("seconds", [2**60, -(2**60)])
@@ -154,7 +155,7 @@ async def test_an_idle_timeout_beyond_any_duration_is_refused_by_name(rig, secon
     asked = pb.OpenSessionRequest()
     asked.idle_timeout.seconds = seconds
     with pytest.raises(InvalidField, match="idle_timeout"):
-        await rig.sessions.open(decode_opening(asked))
+        await rig.sessions.open(decode_opening(asked, DEFAULT_TENANT))
 
 
 async def test_a_session_is_told_as_it_stands(rig, network):
@@ -260,7 +261,7 @@ async def test_a_reply_says_what_stood_in(make_rig):
 @pytest.mark.parametrize("number", [4, -1])
 def test_a_policy_of_a_later_version_is_refused(number):
     with pytest.raises(InvalidField, match="missing"):
-        decode_opening(pb.OpenSessionRequest(missing=number))
+        decode_opening(pb.OpenSessionRequest(missing=number), DEFAULT_TENANT)
 
 
 async def test_a_session_tells_how_good_its_forecasts_are(make_rig):

@@ -20,6 +20,7 @@ import numpy as np
 
 from stepstate.engine import Floats, ForecastOrigins, HorizonForecast
 from stepstate.errors import InvalidField, StepstateError
+from stepstate.identity import SessionKey, id_of
 from stepstate.models import Manifest, OutputSpec
 from stepstate.sessions.forecasting.limits import (
     Reserve,
@@ -109,18 +110,18 @@ class Forecaster:
 
     async def forecast(
         self,
-        session_ids: Sequence[str],
+        keys: Sequence[SessionKey],
         request: ForecastRequest,
         admit: Callable[[int], None],
         reserve: Reserve,
     ) -> list[list[SessionForecast] | StepstateError]:
         """See `SessionService.forecast`."""
-        check_request(session_ids, request)
-        admit(len(session_ids) * max(1, len(request.scenarios)))
+        check_request(len(keys), request)
+        admit(len(keys) * max(1, len(request.scenarios)))
         reserve = within_call(reserve)
         reserve(sum(scenario.x.nbytes for scenario in request.scenarios))
-        origins = await self._copier.copy(dict.fromkeys(session_ids), reserve)
-        results: dict[str, _Result] = {
+        origins = await self._copier.copy(dict.fromkeys(keys), reserve)
+        results: dict[SessionKey, _Result] = {
             name: one for name, one in origins.items() if isinstance(one, StepstateError)
         }
         models = []
@@ -129,21 +130,21 @@ class Forecaster:
                 models.append(await _model_origins(scheduler, its, request))
             except StepstateError as error:
                 failure = error.with_traceback(None)
-                results.update({origin.session_id: failure for origin in its})
+                results.update({origin.key: failure for origin in its})
         check_fed_rows(sum(model.fed_rows for model in models))
-        size = _reply_bytes(session_ids, request, results, models)
-        check_bytes(len(session_ids), size)
+        size = _reply_bytes(keys, request, results, models)
+        check_bytes(len(keys), size)
         reserve(size)
         for model in models:
             results.update(await self._roll_forward(model, request))
-        return [results[session_id] for session_id in session_ids]
+        return [results[key] for key in keys]
 
     async def _roll_forward(
         self, model: _ModelOrigins, request: ForecastRequest
-    ) -> dict[str, _Result]:
+    ) -> dict[SessionKey, _Result]:
         """The forecasts of a model's sessions under every scenario."""
-        found: dict[str, dict[int, SessionForecast]] = {o.session_id: {} for o in model.origins}
-        failed: dict[str, StepstateError] = {}
+        found: dict[SessionKey, dict[int, SessionForecast]] = {o.key: {} for o in model.origins}
+        failed: dict[SessionKey, StepstateError] = {}
         for group in model.groups:
             lock = self._long if group.plan.fed_rows > LONG_ROWS else self._short
             positions = range(len(group.indices))
@@ -154,16 +155,16 @@ class Forecaster:
                     forecasts = await _run_isolated(model.scheduler, group, block, request)
                 for (origin, position), one in zip(block, forecasts, strict=True):
                     if isinstance(one, StepstateError):
-                        failed[origin.session_id] = one
+                        failed[origin.key] = one
                     else:
-                        found[one.session_id][group.indices[position]] = one
+                        found[origin.key][group.indices[position]] = one
                 await asyncio.sleep(0)
         in_order = {name: [its[index] for index in sorted(its)] for name, its in found.items()}
         return {**in_order, **failed}
 
 
 def _by_scheduler(
-    origins: dict[str, Origin | StepstateError],
+    origins: dict[SessionKey, Origin | StepstateError],
 ) -> dict[Scheduler, list[Origin]]:
     """The sessions of each model."""
     found: dict[Scheduler, list[Origin]] = {}
@@ -198,7 +199,7 @@ async def _run_isolated(
         return await _run(scheduler, group, block, request)
     except Exception as error:  # noqa: BLE001 - it is one session's, not the call's
         if len(block) == 1:
-            return [unexpected("a forecast failed", error, block[0][0].session_id)]
+            return [unexpected("a forecast failed", error, block[0][0].key)]
     middle = len(block) // 2
     return [
         one
@@ -228,14 +229,14 @@ async def _run(
     specs = [forecast.output for forecast in forecasts]
     return [
         SessionForecast(
-            session_id=origin.session_id,
+            session_id=origin.session.session_id,
             scenario=group.names[position],
             t=origin.t,
             first_time=_first_time(manifest, origin),
             step_interval_seconds=manifest.step_interval_seconds,
             levels=its_levels,
             outputs=its_outputs,
-            reply_bytes=text_bytes(origin.session_id, group.names[position])
+            reply_bytes=text_bytes(origin.session.session_id, group.names[position])
             + forecast_bytes(specs, group.plan.horizon, len(its_levels)),
         )
         for (origin, position), its_levels, its_outputs in zip(block, levels, outputs, strict=True)
@@ -308,14 +309,14 @@ def _first_time(manifest: Manifest, origin: Origin) -> datetime | None:
 
 
 def _reply_bytes(
-    session_ids: Sequence[str],
+    keys: Sequence[SessionKey],
     request: ForecastRequest,
-    results: dict[str, _Result],
+    results: dict[SessionKey, _Result],
     models: Sequence[_ModelOrigins],
 ) -> int:
     """What the reply takes."""
     sizes = {
-        name: text_bytes(name[:ID_LENGTH]) + error_bytes(one)
+        name: text_bytes(id_of(name)[:ID_LENGTH]) + error_bytes(one)
         for name, one in results.items()
         if isinstance(one, StepstateError)
     }
@@ -324,5 +325,5 @@ def _reply_bytes(
         manifest = model.scheduler.model.manifest
         horizon, levels = _horizon(manifest, request), len(request.quantiles) or 3
         each = names + count * forecast_bytes(manifest.outputs, horizon, levels)
-        sizes |= {o.session_id: each + count * len(o.session_id) for o in model.origins}
-    return sum(sizes[session_id] for session_id in session_ids)
+        sizes |= {o.key: each + count * len(o.session.session_id) for o in model.origins}
+    return sum(sizes[key] for key in keys)

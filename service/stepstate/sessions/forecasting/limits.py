@@ -70,16 +70,14 @@ def text_bytes(*texts: str) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
-def check_request(session_ids: Sequence[str], request: ForecastRequest) -> None:
+def check_request(sessions: int, request: ForecastRequest) -> None:
     """Refuses a request that is too large, whatever its sessions are.
 
     Raises:
         InvalidField.
     """
-    if not 0 < len(session_ids) <= MAX_SESSIONS:
-        raise InvalidField(
-            "session_id", f"names {len(session_ids)} sessions, expected 1 to {MAX_SESSIONS}"
-        )
+    if not 0 < sessions <= MAX_SESSIONS:
+        raise InvalidField("session_id", f"names {sessions} sessions, expected 1 to {MAX_SESSIONS}")
     if request.horizon > MAX_HORIZON:
         raise InvalidField("horizon", f"is {request.horizon}, expected at most {MAX_HORIZON}")
     _check_quantiles(request.quantiles)
@@ -91,7 +89,7 @@ def check_request(session_ids: Sequence[str], request: ForecastRequest) -> None:
                 f"has {len(one.name)} characters, expected at most {NAME_LENGTH}",
             )
     least = _MESSAGE_BYTES + (request.horizon or 1) * (4 * (len(request.quantiles) or 1) + 1)
-    check_bytes(len(session_ids), least * len(session_ids) * max(1, len(request.scenarios)))
+    check_bytes(sessions, least * sessions * max(1, len(request.scenarios)))
 
 
 def check_scenario_count(count: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 
 from stepstate.engine import Floats
 from stepstate.errors import ForecastImpossible, StepstateError
+from stepstate.identity import SessionKey
 from stepstate.sessions.forecasting.limits import Reserve
 from stepstate.sessions.queues import RequestQueues, WaitingCall
 from stepstate.sessions.table import Table
@@ -30,9 +31,9 @@ class Origin:
     state: Floats
 
     @property
-    def session_id(self) -> str:
-        """The session's id."""
-        return self.session.session_id
+    def key(self) -> SessionKey:
+        """The session's."""
+        return self.session.key
 
 
 _Call = WaitingCall[SessionBarrier[Origin | StepstateError]]
@@ -51,8 +52,8 @@ class OriginCopier:
         self._table = table
 
     async def copy(
-        self, session_ids: Iterable[str], reserve: Reserve
-    ) -> dict[str, Origin | StepstateError]:
+        self, keys: Iterable[SessionKey], reserve: Reserve
+    ) -> dict[SessionKey, Origin | StepstateError]:
         """The origin of each session, or why there is none.
 
         Every session has its place in its queue before anything is waited for.
@@ -61,56 +62,58 @@ class OriginCopier:
             InvalidField, MemoryLimit: there is no memory for the copies.
         """
         loading = asyncio.Semaphore(MAX_LOADS)
-        found: dict[str, Origin | StepstateError] = {}
-        calls: dict[str, _Call] = {}
-        tasks: dict[str, asyncio.Task[Origin | StepstateError]] = {}
+        found: dict[SessionKey, Origin | StepstateError] = {}
+        calls: dict[SessionKey, _Call] = {}
+        tasks: dict[SessionKey, asyncio.Task[Origin | StepstateError]] = {}
         try:
-            for session_id in session_ids:
-                if not self._copied_at_once(session_id, found):
-                    calls[session_id] = self._enqueue(session_id)
+            for key in keys:
+                if not self._copied_at_once(key, found):
+                    calls[key] = self._enqueue(key)
             for origin in found.values():
                 _reserve(origin, reserve)
-            for index, (session_id, call) in enumerate(calls.items()):
-                fetching = self._fetch(session_id, call, loading, reserve)
-                tasks[session_id] = asyncio.create_task(fetching)
+            for index, (key, call) in enumerate(calls.items()):
+                fetching = self._fetch(key, call, loading, reserve)
+                tasks[key] = asyncio.create_task(fetching)
                 if index % COPIES_PER_TURN == COPIES_PER_TURN - 1:
                     await asyncio.sleep(0)
             found.update(zip(tasks, await asyncio.gather(*tasks.values()), strict=True))
         finally:
-            for session_id, call in calls.items():
-                self._queues.drop(session_id, call)
+            for key, call in calls.items():
+                self._queues.drop(key, call)
             for task in tasks.values():
                 task.cancel()
             await asyncio.gather(*tasks.values(), return_exceptions=True)
         return found
 
-    def _copied_at_once(self, session_id: str, found: dict[str, Origin | StepstateError]) -> bool:
+    def _copied_at_once(
+        self, key: SessionKey, found: dict[SessionKey, Origin | StepstateError]
+    ) -> bool:
         """Copies a session that has nothing to finish, unless many have been copied."""
-        session = self._queues.find(session_id) if len(found) < COPIES_PER_TURN else None
+        session = self._queues.find(key) if len(found) < COPIES_PER_TURN else None
         if session is None or self._table.busy[session.handle]:
             return False
-        found[session_id] = self._copied(session)
+        found[key] = self._copied(session)
         return True
 
-    def _enqueue(self, session_id: str) -> _Call:
+    def _enqueue(self, key: SessionKey) -> _Call:
         """Takes a place in a session's queue, and then one among its steps."""
         call = WaitingCall(
             lambda session: self._queues.turn(session, lambda: self._copied(session))
         )
-        session = self._queues.find(session_id)
+        session = self._queues.find(key)
         if session is not None and self._table.busy[session.handle]:
             call.found(session)
         else:
-            self._queues.wait(session_id, call, start=False)
+            self._queues.wait(key, call, start=False)
         return call
 
     async def _fetch(
-        self, session_id: str, call: _Call, loading: asyncio.Semaphore, reserve: Reserve
+        self, key: SessionKey, call: _Call, loading: asyncio.Semaphore, reserve: Reserve
     ) -> Origin | StepstateError:
         """Copies a session that has to be loaded, or has steps to finish."""
         async with loading:
             try:
-                self._queues.load(session_id)
+                self._queues.load(key)
                 origin = await (await call.result).result()
             except StepstateError as error:
                 return error.with_traceback(None)  # or it would keep this frame, in a circle
@@ -120,7 +123,7 @@ class OriginCopier:
         try:
             return self._copy(session)
         except Exception as error:  # noqa: BLE001 - it is this session's, not the call's
-            return unexpected("a forecast failed", error, session.session_id)
+            return unexpected("a forecast failed", error, session.key)
 
     def _copy(self, session: ResidentSession) -> Origin | StepstateError:
         t = self._table.t[session.handle]

@@ -118,7 +118,7 @@ class SnapshotWriter:
         try:
             await self.save([step.session for step in steps])
         except Exception as error:  # noqa: BLE001 - it is logged, and the steps are answered
-            failure = unexpected("a commit failed", error, steps[0].session.session_id)
+            failure = unexpected("a commit failed", error, steps[0].session.key)
             for step in steps:
                 self._table.lose(step.session, failure)
 
@@ -130,10 +130,10 @@ class SnapshotWriter:
         session = step.session
         found: StoredSession | UnreadableSession | Tombstone | None = None
         try:
-            found = await self._store.ask(self._store.backend.find(session.record.key))
+            found = await self._store.ask(self._store.backend.find(session.key))
         except Exception as error:  # noqa: BLE001 - it is logged, and the step is answered
             # To ask the client for rows that may be saved elsewhere would be wrong.
-            step.error = unexpected("a look for a session failed", error, session.session_id)
+            step.error = unexpected("a look for a session failed", error, session.key)
         if isinstance(found, StoredSession) and found.epoch > session.epoch:
             self._table.lose(session, StaleOwner(session.session_id, found.t))
 
@@ -212,7 +212,7 @@ class SnapshotWriter:
         t = self._table.t[session.handle]
         expires_at = self.expires_at(session)
         self._touch_later(session)
-        key = session.record.key
+        key = session.key
         return session, SaveRequest(key, session.epoch, owner, t, expires_at, snapshot)
 
     def _touch_later(self, session: ResidentSession) -> None:
@@ -237,7 +237,7 @@ class SnapshotWriter:
         if verdict is SaveResult.MISSING and await self._recreate(session, save):
             return
         self._observer.not_saved("fenced", 1)
-        found = await self._store.ask(self._store.backend.find(session.record.key))
+        found = await self._store.ask(self._store.backend.find(session.key))
         if isinstance(found, UnreadableSession):  # nobody can tell any more who holds it
             self._table.lose(session, SessionUnreadable(session.session_id, found.problem))
             return
@@ -247,7 +247,8 @@ class SnapshotWriter:
 
     async def _recreate(self, session: ResidentSession, save: SaveRequest) -> bool:
         """Creates a session again that the store has lost; False if somebody else has it."""
-        log.warning("the store had lost a session", extra={"session_id": session.session_id})
+        extra = {"tenant": session.record.tenant, "session_id": session.session_id}
+        log.warning("the store had lost a session", extra=extra)
         kept = await self._store.ask(
             self._store.backend.create(
                 session.record,

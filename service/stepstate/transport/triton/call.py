@@ -15,6 +15,7 @@ import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.errors import InvalidField
+from stepstate.identity import SessionKey, session_key
 from stepstate.models import EPOCH, Manifest, Model
 from stepstate.sessions import OpenOptions, ReplyTo, ResidentSession, Step, check_id
 from stepstate.stores import MissingPolicy, SessionRecord
@@ -94,6 +95,8 @@ class InferCall:
     end: bool
     t: int | None
     """The parameter step_t."""
+    tenant: str
+    """Whose sequence it is."""
     _body: InferBody | InvalidField
     """Or why it is refused, which is said in its turn."""
     rows: InputRows | None = field(init=False, default=None)
@@ -102,8 +105,8 @@ class InferCall:
     _read_for: Manifest | None = field(init=False, default=None)
 
     @classmethod
-    def of(cls, request: pb.ModelInferRequest, head: RequestHead) -> InferCall:
-        """Reads a request.
+    def of(cls, request: pb.ModelInferRequest, head: RequestHead, tenant: str) -> InferCall:
+        """Reads a request of a tenant.
 
         Raises:
             InvalidField: a field is too long, there is no sequence id, or a parameter is of another
@@ -117,10 +120,15 @@ class InferCall:
         if start and t:
             raise InvalidField("step_t", f"is {t}, but a sequence starts at 0")
         _flag(parameters, ASKS_FOR_FINAL)
-        call = cls(head, session_id, start, end, t, _read(request, start=start))
+        call = cls(head, session_id, start, end, t, tenant, _read(request, start=start))
         if request.ByteSize() - call._value_bytes > MAX_TEXT_BYTES:  # else no field can be longer
             check_lengths(request)
         return call
+
+    @property
+    def key(self) -> SessionKey:
+        """Of its session."""
+        return session_key(self.tenant, self.session_id)
 
     @property
     def body(self) -> InferBody:
@@ -248,7 +256,13 @@ class InferCall:
             moment = datetime.fromtimestamp(now, UTC)
             start_time = moment - (moment - EPOCH) % interval
         return OpenOptions(
-            self.session_id, manifest.name, manifest.version, None, start_time, missing=missing
+            self.session_id,
+            manifest.name,
+            manifest.version,
+            None,
+            start_time,
+            missing=missing,
+            tenant=self.tenant,
         )
 
     def reply(self, step: Step) -> pb.ModelInferResponse:

@@ -12,6 +12,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from stepstate.budget import MemoryAccount, MemoryUse
+from stepstate.identity import SessionKey
 
 MAX_ENDED = 1024
 MAX_ENDED_BYTES = 8 * 2**20
@@ -42,7 +43,7 @@ class EndedSequence:
 
 
 class EndedSequences:
-    """Ended sequences by id, in the order of their ends.
+    """Ended sequences by key, in the order of their ends.
 
     Args:
         memory: what they all hold is counted there.
@@ -50,34 +51,34 @@ class EndedSequences:
 
     def __init__(self, memory: MemoryAccount) -> None:
         self._memory = memory
-        self._by_id: dict[str, EndedSequence] = {}
+        self._by_key: dict[SessionKey, EndedSequence] = {}
         self._counts: Counter[str] = Counter()  # by peer
         self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._by_id)
+        return len(self._by_key)
 
-    def get(self, session_id: str) -> EndedSequence | None:
-        """The sequence that had this id last, if it is remembered."""
-        return self._by_id.get(session_id)
+    def get(self, key: SessionKey) -> EndedSequence | None:
+        """The sequence that had this key last, if it is remembered."""
+        return self._by_key.get(key)
 
-    def add(self, session_id: str, ended: EndedSequence) -> None:
+    def add(self, key: SessionKey, ended: EndedSequence) -> None:
         """Remembers a sequence, if its reply is not too long and there is memory."""
-        self.discard(session_id)
+        self.discard(key)
         size = ended.size
         if len(ended.reply) > MAX_REPLY_BYTES:
             return
-        while self._by_id and not self._has_room(size):
+        while self._by_key and not self._has_room(size):
             self.discard(self._oldest_of(max(self._counts, key=self._counts.__getitem__)))
         if self._has_room(size):
             self._memory.reserve(MemoryUse.ENDED, size)
             self._bytes += size
-            self._by_id[session_id] = ended
+            self._by_key[key] = ended
             self._counts[ended.peer] += 1
 
-    def discard(self, session_id: str) -> None:
+    def discard(self, key: SessionKey) -> None:
         """Forgets a sequence."""
-        ended = self._by_id.pop(session_id, None)
+        ended = self._by_key.pop(key, None)
         if ended is None:
             return
         self._memory.release(MemoryUse.ENDED, ended.size)
@@ -88,10 +89,10 @@ class EndedSequences:
 
     def _has_room(self, size: int) -> bool:
         return (
-            len(self._by_id) < MAX_ENDED
+            len(self._by_key) < MAX_ENDED
             and self._bytes + size <= MAX_ENDED_BYTES
             and self._memory.fits(size)
         )
 
-    def _oldest_of(self, peer: str) -> str:
-        return next(one for one, ended in self._by_id.items() if ended.peer == peer)
+    def _oldest_of(self, peer: str) -> SessionKey:
+        return next(one for one, ended in self._by_key.items() if ended.peer == peer)

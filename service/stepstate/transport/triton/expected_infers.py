@@ -49,25 +49,27 @@ class ExpectedInfers:
 
     def __init__(self, most: int) -> None:
         self._most = most
-        self._x_bytes: dict[bytes, int] = {}  # by the names in a request: of the last one learned
-        self._known: dict[tuple[bytes, bytes], ExpectedInfer] = {}  # by names and content
+        # By the tenant and the names in a request: of the last one learned.
+        self._x_bytes: dict[tuple[str, bytes], int] = {}
+        # By the tenant, names and content.
+        self._known: dict[tuple[str, bytes, bytes], ExpectedInfer] = {}
 
-    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+    def take(self, tenant: str, request: bytes, reply_to: RowReplyTo) -> bool:
         """Hands the row of an expected request over; False: it has to go the ordinary way."""
-        known = self.find(request)
+        known = self.find(tenant, request)
         return known is not None and known.take(request, reply_to)
 
-    def find(self, request: bytes) -> ExpectedInfer | None:
+    def find(self, tenant: str, request: bytes) -> ExpectedInfer | None:
         """What a request repeats."""
         try:
             start, end = id_span(request)
         except IndexError:
             return None
         names = request[:start]
-        x_bytes = self._x_bytes.get(names)
+        x_bytes = self._x_bytes.get((tenant, names))
         if x_bytes is None or not request[start:end].isascii():
             return None
-        known = self._known.get((names, request[end:-x_bytes]))
+        known = self._known.get((tenant, names, request[end:-x_bytes]))
         if known is None or known.x_bytes != x_bytes:  # these names have rows of several widths
             return None
         return known
@@ -83,7 +85,8 @@ class ExpectedInfers:
             session: that it steps.
             ref: to the session.
         """
-        known = self.find(request)
+        tenant = session.record.tenant
+        known = self.find(tenant, request)
         if ref is None or (known is not None and known.is_of(session, ref)):
             return
         manifest, reply = session.model.manifest, infer.row_reply(session)
@@ -96,5 +99,5 @@ class ExpectedInfers:
         if len(self._known) >= self._most:  # among them sequences that have ended
             self._known.clear()
             self._x_bytes.clear()
-        self._x_bytes[codec.names] = codec.x_bytes
-        self._known[codec.names, codec.content] = ExpectedInfer(session, ref, codec)
+        self._x_bytes[tenant, codec.names] = codec.x_bytes
+        self._known[tenant, codec.names, codec.content] = ExpectedInfer(session, ref, codec)

@@ -57,7 +57,7 @@ class SequenceService:
             SequenceNotStarted, and StepstateError: why not; then nothing was applied.
         """
         try:
-            step = await self._apply(infer.session_id, infer.step)
+            step = await self._apply(infer.key, infer.step)
         except NotFound as gone:
             raise not_started(infer, gone) from None
         if step.error is not None:
@@ -80,7 +80,7 @@ class SequenceService:
             step = await self._start(infer, hold)
         else:
             try:
-                step = await self._apply(infer.session_id, infer.step, hold=hold)
+                step = await self._apply(infer.key, infer.step, hold=hold)
             except NotFound as gone:
                 raise not_started(infer, gone) from None
         if step.error is not None:
@@ -95,10 +95,10 @@ class SequenceService:
 
     async def _start(self, infer: InferCall, hold: Hold) -> Step:
         await self._open(infer, hold, restart=infer.t is None)
-        step = await self._apply(infer.session_id, infer.step, hold=hold)
+        step = await self._apply(infer.key, infer.step, hold=hold)
         if isinstance(step.error, StepMismatch):  # no retry of the first request
             await self._open(infer, hold, restart=True)
-            step = await self._apply(infer.session_id, infer.step, hold=hold)
+            step = await self._apply(infer.key, infer.step, hold=hold)
         return step
 
     async def _open(self, infer: InferCall, hold: Hold, *, restart: bool) -> None:
@@ -107,7 +107,7 @@ class SequenceService:
         Raises:
             InvalidField: the id is that of a session of another model; as `SessionService.open`.
         """
-        model = self._sessions.catalog.find(infer.head.model, infer.head.version)
+        model = self._sessions.catalog.of(infer.tenant).find(infer.head.model, infer.head.version)
         act = act_of_call(AuditEvent.SESSION_OPENED, METHOD, infer.session_id, model.key)
         with failures_on_record(act):
             opened = await self._open_new(infer, model, hold, restart=restart)
@@ -125,10 +125,10 @@ class SequenceService:
                 if asyncio.get_running_loop().time() > deadline:
                     raise
             else:
-                self._ended.discard(infer.session_id)
+                self._ended.discard(infer.key)
                 return True
             try:
-                session = await self._sessions.get(infer.session_id, hold=hold)
+                session = await self._sessions.get(infer.key, hold=hold)
                 infer.check(session)
                 if not restart:
                     return False
@@ -142,24 +142,29 @@ class SequenceService:
         self._metrics.restarted(record.model, record.version)
         log.info(
             "a sequence was restarted before it had ended",
-            extra={"session": session.session_id, "model": record.model, "t": t},
+            extra={
+                "tenant": record.tenant,
+                "session": session.session_id,
+                "model": record.model,
+                "t": t,
+            },
         )
 
     async def _close(self, session: ResidentSession, hold: Hold) -> int:
         """Closes a session; returns its last t."""
         act = act_of_call(AuditEvent.SESSION_CLOSED, METHOD, session.session_id, session.model.key)
         with failures_on_record(act):
-            t = await self._sessions.close(session.session_id, hold=hold)
+            t = await self._sessions.close(session.key, hold=hold)
         audit(act)
         return t
 
     def _retry_of_end(self, infer: InferCall) -> pb.ModelInferResponse | None:
         """The reply that ended the sequence, if this is a retry of its request."""
-        ended = self._ended.get(infer.session_id)
+        ended = self._ended.get(infer.key)
         if ended is None or infer.t is None or ended.t != infer.t:
             return None
         reply = pb.ModelInferResponse.FromString(ended.reply)
-        model = self._sessions.catalog.find(reply.model_name, reply.model_version)
+        model = self._sessions.catalog.of(infer.tenant).find(reply.model_name, reply.model_version)
         if infer.head.model not in ("", reply.model_name):
             return None
         if infer.digest(model.manifest) != ended.digest:
@@ -173,7 +178,7 @@ class SequenceService:
             return
         digest = infer.digest(step.session.model.manifest)
         ended = EndedSequence(current_peer.get().name, infer.t, digest, reply.SerializeToString())
-        self._ended.add(infer.session_id, ended)
+        self._ended.add(infer.key, ended)
 
 
 def not_started(infer: InferCall, gone: NotFound) -> SequenceNotStarted:

@@ -53,7 +53,7 @@ class InferStream(
         self._bytes = b""  # of the request that is being taken
 
     def _make_step(self, request: pb.ModelInferRequest, session: ResidentSession) -> Step:
-        infer = InferCall.of(request, RequestHead.of(request))
+        infer = InferCall.of(request, RequestHead.of(request), self._tenant)
         return infer.step(session, _StreamReply(self, infer))
 
     def _encode_refusal(
@@ -72,18 +72,18 @@ class InferStream(
     def _take(self, request: pb.ModelInferRequest) -> None:
         head = RequestHead.of(request)
         try:
-            infer = InferCall.of(request, head)
+            infer = InferCall.of(request, head, self._tenant)
         except StepstateError as error:
             self._reply(self._error(head, error))
             return
         if not infer.plain:
             self._begin(infer)
         elif not self._accept_now(infer):
-            self._wait(infer.session_id, infer, infer.held_bytes)
+            self._wait(infer.key, infer, infer.held_bytes)
 
     def _accept_now(self, infer: InferCall) -> bool:
         """Accepts or refuses a request if its session takes steps now; False: it has to wait."""
-        session = self._sessions.find(infer.session_id)
+        session = self._sessions.find(infer.key)
         if session is None:
             return False
         try:
@@ -116,7 +116,7 @@ class InferStream(
         size = infer.held_bytes
         self._reserve(MemoryUse.REQUESTS, size)
         try:
-            hold = self._sessions.hold(infer.session_id)
+            hold = self._sessions.hold(infer.key)
         except StepstateError as error:
             self._release(MemoryUse.REQUESTS, size)
             self._reject(infer, error)
@@ -155,7 +155,7 @@ class InferStream(
         return response
 
     def _reject(self, infer: InferCall, error: StepstateError) -> None:
-        if not self._refuse_in_order(infer.session_id, error, _StreamReply(self, infer)):
+        if not self._refuse_in_order(infer.key, error, _StreamReply(self, infer)):
             self._reply(self._error(infer.head, error))
 
     def _error(self, head: RequestHead, error: StepstateError) -> pb.ModelStreamInferResponse:

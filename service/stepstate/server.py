@@ -265,6 +265,7 @@ class Server:
         """Puts what can be reloaded into use; the files that it names were found to be usable."""
         logging.getLogger().setLevel(configuration.server.log_level)
         self.set_limits(configuration.limits)
+        self.sessions.catalog.restrict(ModelAccess(configuration.model_tenants))
         if self.credentials is not None:
             rules = configuration.certificates
             self.credentials.map_certificates(CertificateMapping(rules) if rules else None)
@@ -685,6 +686,7 @@ async def serve(
         configuration.server,
         certificates=configuration.certificates,
         limits=configuration.limits,
+        access=ModelAccess(configuration.model_tenants),
     )
     try:
         await server.start()

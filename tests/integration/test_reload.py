@@ -27,7 +27,8 @@ from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
 from stepstate.configuration import Configuration, Given, SettingOrigin, read_file, resolve
 from stepstate.configuration.reload import ConfigurationReloader
-from stepstate.errors import Unauthenticated
+from stepstate.errors import ModelUnknown, Unauthenticated
+from stepstate.models import ModelAccess
 from stepstate.server import Server, running_server
 from stepstate.tenants import LimitTable
 from tests.certificates import Authority, Certificate
@@ -66,8 +67,12 @@ async def reloading(config: ServerConfig, file: Path, text: str = "") -> AsyncIt
         return resolve(given, read_file(str(file)))
 
     configuration = load()
-    tables = {"limits": configuration.limits, "certificates": configuration.certificates}
-    async with running_server(configuration.server, **tables) as server:
+    async with running_server(
+        configuration.server,
+        limits=configuration.limits,
+        certificates=configuration.certificates,
+        access=ModelAccess(configuration.model_tenants),
+    ) as server:
         yield Reloading(server, file, server.reload_with(load, configuration))
 
 
@@ -93,6 +98,22 @@ async def test_what_can_be_reloaded_is_and_the_rest_is_named(
     assert waiting == ["slots, batch_rows", "slots"]
 
 
+async def test_the_tenants_of_models_are_reloaded(config: ServerConfig, tmp_path: Path):
+    limited = "[models.lstm]\ntenants = ['acme']\n"
+    async with (
+        reloading(config, tmp_path / "f.toml", limited) as one,
+        AsyncClient(one.server.address) as client,
+    ):
+        assert "lstm" not in [model.name for model in await client.models()]
+        assert await one.reload(ADDRESSES)
+        session = await client.open("lstm", session_id="s")
+        assert await one.reload(f"{ADDRESSES}{limited}[models.gru]\ntenants = ['default']")
+        await session.step([1.0, 2.0, 3.0])  # it is in memory
+        assert {"lstm", "gru"} & {model.name for model in await client.models()} == {"gru"}
+        with pytest.raises(ModelUnknown):
+            await client.open("lstm", session_id="other")
+
+
 DEBUG = f"{ADDRESSES}log_level = 'DEBUG'\n"
 
 
@@ -104,6 +125,7 @@ DEBUG = f"{ADDRESSES}log_level = 'DEBUG'\n"
         (f"{DEBUG}tokens_file = 'none'", "--tokens-file none: "),
         (f"{DEBUG}tls_cert = 'a'\ntls_key = 'b'", "--tls-cert a: "),
         (f"{DEBUG}[limits]\nstreams = 3\n[tenants.a]\nweight = 0", "weight is 0"),
+        (f"{DEBUG}[models.gruu]\ntenants = ['acme']", "has no model 'gruu'"),
         (f"{DEBUG}log_", "this is no TOML"),
         (DEBUG.replace("127.0.0.1", "0.0.0.0"), "--listen 0.0.0.0:0: other machines can reach it"),
     ],

@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import ast
 import inspect
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 import click
 import yaml
@@ -25,18 +28,41 @@ from google.protobuf.descriptor_pb2 import (
 from grpc_tools import protoc
 
 from stepstate import client, config, errors
+from stepstate.auth import CertificateRule
 from stepstate.cli.main import main as stepstate_command
 from stepstate.metrics import SERIES
+from stepstate.tenants import RateLimits, TenantLimits
 from stepstate.transport.status import code_of
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 ROOT = Path(__file__).parent.parent
 CONTRACT = "stepstate/v1/stepstate.proto"
 PACKAGE = ".stepstate.v1."
 CONFIGURATION = """\
-Every setting is an option of `stepstate serve` and an environment variable; the option wins. The
-reason for each default is beside it. `stepstate serve --help` prints the same list.
+Every setting is an option of `stepstate serve`, an environment variable, and a key of the table
+`[server]` in the [configuration file](operations.md#the-configuration-file), in this order: an
+option wins over a variable, that over the file, and that over the default. The reason for each
+default is beside it. `stepstate config show` prints the settings that a server would have, and the
+origin of each. [Further tables](#tables-of-the-file) can be in the file only.
 
 """
+TABLES = (
+    (
+        "[limits]",
+        TenantLimits,
+        """What each tenant may use; a key that is left out is no limit. `[tenants.NAME]` has the
+        same keys, where one tenant is different; `"unlimited"` takes a limit away.""",
+    ),
+    ("[limits.together]", RateLimits, "What all tenants together may use, on one server."),
+    (
+        "[[certificates]]",
+        CertificateRule,
+        "Whose the client certificates with certain names are. The first rule that fits counts.",
+    ),
+)
+"""Of the configuration file, beside `[server]`."""
 METRICS = """\
 The series of `http://127.0.0.1:9464/metrics` (`--metrics-listen`), beside those of the process, of
 Python and of its garbage collector. Labels are bounded: no series has the id of a session.
@@ -54,6 +80,8 @@ ERROR = """\
         inherited_members: false
 
 """
+
+_KINDS = {"int | None": "int", "float | None": "float", "frozenset[Scope]": "list of str"}
 
 Comments = dict[tuple[int, ...], str]
 """The comments of the contract, by the path of what they describe in its descriptor."""
@@ -240,6 +268,7 @@ def configuration() -> str:
     for field in fields(config.ServerConfig):
         option, variable = field.name.replace("_", "-"), field.name.upper()
         kind = "path" if isinstance(field.default, Path) else type(field.default).__name__
+        kind += ", can be reloaded" if field.metadata["reloads"] else ""
         text, reason = _plain(field.metadata["help"]), _plain(field.metadata["reason"])
         default = f"`{field.default}`" if field.default != "" else "empty"
         is_option = field.name not in config.VARIABLES_ONLY
@@ -249,7 +278,38 @@ def configuration() -> str:
             f"## `{heading}`\n\n{also}\n\n{text}\n\n",
             f"Default: {default}. {reason}\n\n",
         ]
+    parts.append("## Tables of the file\n\nAll of them can be reloaded.\n\n")
+    for name, cls, text in TABLES:
+        keys = [(f"`{key}`", f"`{kind}`", meaning) for key, kind, meaning in _documented(cls)]
+        parts.append(
+            f"### `{name}`\n\n{inspect.cleandoc(text)}\n\n"
+            + _table(("Key", "Type", "Meaning"), keys)
+        )
     return "".join(parts)
+
+
+def _documented(cls: type[DataclassInstance]) -> Iterator[tuple[str, str, str]]:
+    """The fields of a dataclass: name, type, and the text below it or in its docstring."""
+    below: dict[str, str] = {}
+    for base in cls.__mro__[:-1]:
+        (tree,) = ast.parse(inspect.getsource(base)).body
+        assert isinstance(tree, ast.ClassDef)
+        for field, text in pairwise(tree.body):
+            if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr):
+                below[ast.unparse(field.target)] = ast.literal_eval(text.value)
+    listed = dict(
+        re.findall(
+            r"^ {4}(\w+): (.*?)(?=^ {4}\w|^$|\Z)",
+            inspect.getdoc(cls) or "",
+            re.MULTILINE | re.DOTALL,
+        )
+    )
+    for one in fields(cls):
+        yield (
+            one.name,
+            _KINDS.get(str(one.type), str(one.type)),
+            _plain({**listed, **below}[one.name]),
+        )
 
 
 def metrics() -> str:

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import redis
 
+from tests.certificates import Authority, Certificate
+
 SLOTS = 16_384
 START_SECONDS = 20.0
 
@@ -39,6 +41,8 @@ class RedisProcess:
     def __init__(self, folder: Path, *options: str) -> None:
         self.folder = folder
         self.port = free_port()
+        self.tls_port = free_port()
+        """Where it speaks TLS, if its options have `tls_options`."""
         self._options = options
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -56,6 +60,8 @@ class RedisProcess:
         """Starts it, perhaps with more options; it may not answer yet."""
         command = [redis_server(), "--port", str(self.port), "--bind", "127.0.0.1"]
         command += ["--dir", str(self.folder), "--save", "", *self._options, *more]
+        if "--tls-cert-file" in self._options:
+            command += ["--tls-port", str(self.tls_port)]
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
 
     def wait(self) -> None:
@@ -104,24 +110,38 @@ class RedisProcess:
             return False
 
 
+def tls_options(authority: Authority, certificate: Certificate) -> tuple[str, ...]:
+    """The options of a server that speaks TLS too; its clients need no certificate."""
+    own = ("--tls-cert-file", str(certificate.file), "--tls-key-file", str(certificate.key))
+    return (*own, "--tls-ca-cert-file", str(authority.file), "--tls-auth-clients", "no")
+
+
 class SentinelProcess(RedisProcess):
     """A Redis Sentinel that watches one primary as the service "sessions".
 
     Args:
         folder: its configuration is there; it writes it anew.
         primary: whom it watches.
+        options: of redis-server; with `tls_options` it names the primary's port with TLS.
     """
 
-    def __init__(self, folder: Path, primary: RedisProcess) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: Path, primary: RedisProcess, *options: str) -> None:
+        super().__init__(folder, *options)
         self._primary = primary
 
     def launch(self, *more: str) -> None:
         """See `RedisProcess.launch`."""
         config = self.folder / "sentinel.conf"
+        pairs = zip(self._options[::2], self._options[1::2], strict=True)
+        lines = [f"{name.removeprefix('--')} {value}" for name, value in pairs]
+        port = self._primary.port
+        if lines:
+            lines += [f"tls-port {self.tls_port}", "tls-replication yes"]
+            port = self._primary.tls_port
         config.write_text(
             f"port {self.port}\nbind 127.0.0.1\ndir {self.folder}\n"
-            f"sentinel monitor sessions 127.0.0.1 {self._primary.port} 1\n"
+            + "".join(f"{line}\n" for line in lines)
+            + f"sentinel monitor sessions 127.0.0.1 {port} 1\n"
             "sentinel down-after-milliseconds sessions 1000\n"
         )
         command = [redis_server(), str(config), "--sentinel", *more]
@@ -129,10 +149,10 @@ class SentinelProcess(RedisProcess):
 
 
 @contextmanager
-def redis_sentinel(folder: Path, primary: RedisProcess) -> Iterator[SentinelProcess]:
+def redis_sentinel(folder: Path, primary: RedisProcess, *options: str) -> Iterator[SentinelProcess]:
     """One Sentinel, for the time of the block."""
     folder.mkdir(parents=True, exist_ok=True)
-    sentinel = SentinelProcess(folder, primary)
+    sentinel = SentinelProcess(folder, primary, *options)
     sentinel.start()
     try:
         yield sentinel
@@ -153,17 +173,22 @@ def redis_process(folder: Path, *options: str) -> Iterator[RedisProcess]:
 
 
 @contextmanager
-def redis_cluster(folder: Path, nodes: int = 3) -> Iterator[list[RedisProcess]]:
-    """A cluster whose nodes share the slots evenly."""
+def redis_cluster(
+    folder: Path, nodes: int = 3, *, tls: tuple[str, ...] = ()
+) -> Iterator[list[RedisProcess]]:
+    """A cluster whose nodes share the slots evenly; with `tls_options` they talk by TLS, too."""
     with ExitStack() as stack:
-        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000")
+        options = ("--cluster-enabled", "yes", "--cluster-node-timeout", "2000", *tls)
+        if tls:
+            options += ("--tls-cluster", "yes")
         servers = [
             stack.enter_context(redis_process(folder / str(i), *options)) for i in range(nodes)
         ]
         for i, server in enumerate(servers):
             first, end = SLOTS * i // nodes, SLOTS * (i + 1) // nodes
             server.command("CLUSTER", "ADDSLOTSRANGE", first, end - 1)
-            server.command("CLUSTER", "MEET", "127.0.0.1", servers[0].port)
+            port = servers[0].tls_port if tls else servers[0].port
+            server.command("CLUSTER", "MEET", "127.0.0.1", port)
         until = time.monotonic() + START_SECONDS
         while not all(_is_whole(server, nodes) for server in servers):
             assert time.monotonic() < until, "the cluster does not form"

@@ -102,20 +102,27 @@ def instance(server: ServerProcess) -> str:
 @contextmanager
 def running_prometheus(folder: Path, *servers: ServerProcess) -> Iterator[Prometheus]:
     """Scrapes servers every second until the block ends, with the rules of deploy/."""
+    targets = json.dumps([instance(server) for server in servers])
+    config = CONFIG.format(targets=targets, rules=DEPLOY / "alerts.yml")
+    with configured_prometheus(folder, config, len(servers)) as prometheus:
+        yield prometheus
+
+
+@contextmanager
+def configured_prometheus(folder: Path, config: str, servers: int) -> Iterator[Prometheus]:
+    """Runs with a configuration, which has so many targets."""
     program = shutil.which("prometheus")
     if program is None:
         pytest.skip("MISSING PROGRAM: prometheus; .ci/run installs it, or apt-get install it")
-    rules = DEPLOY / "alerts.yml"
-    config, log = folder / "prometheus.yml", folder / "log"
-    targets = json.dumps([instance(server) for server in servers])
-    config.write_text(CONFIG.format(targets=targets, rules=rules))
-    command = [program, f"--config.file={config}", f"--storage.tsdb.path={folder / 'data'}"]
+    file, log = folder / "prometheus.yml", folder / "log"
+    file.write_text(config)
+    command = [program, f"--config.file={file}", f"--storage.tsdb.path={folder / 'data'}"]
     command += ["--web.listen-address=127.0.0.1:0"]
     with log.open("w") as sink:
         process = subprocess.Popen(command, stdout=sink, stderr=sink)
     try:
         eventually(lambda: _port(log) is not None or process.poll() is not None)
-        prometheus = Prometheus(f"http://127.0.0.1:{_port(log)}", len(servers))
+        prometheus = Prometheus(f"http://127.0.0.1:{_port(log)}", servers)
         eventually(lambda: _is_ready(prometheus))
         yield prometheus
     finally:

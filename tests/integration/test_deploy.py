@@ -3,25 +3,37 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import ssl
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.request import urlopen
 
 import grpc
 import pytest
+from click.testing import CliRunner, Result
 
+from stepstate.cli import main as stepstate
 from stepstate.config import ServerConfig
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.certificates import Authority, Certificate
 from tests.credentials import token
-from tests.integration.prometheus import DASHBOARD, DEPLOY, filled, panels
+from tests.integration.prometheus import (
+    DASHBOARD,
+    DEPLOY,
+    configured_prometheus,
+    eventually,
+    filled,
+    panels,
+)
 from tests.networks import Network
 from tests.offline import forecasting_network
-from tests.processes import server_process
+from tests.processes import ServerProcess, server_process
 
 ROOT = Path(__file__).parents[2]
 
@@ -255,6 +267,79 @@ def test_every_server_of_compose_has_the_configuration_and_the_credentials() -> 
         "cap_drop: [ALL]",
     ):
         assert line in maker
+
+
+@dataclass(frozen=True, slots=True)
+class Composed:
+    """A server with the configuration and the credentials of compose."""
+
+    process: ServerProcess
+    folder: Path
+    """What is in /etc/stepstate there."""
+    variables: dict[str, str]
+    """Of its container."""
+
+    def run(self, *arguments: str, **variables: str) -> Result:
+        """Runs `stepstate` there."""
+        return CliRunner(env=self.variables | variables).invoke(stepstate, arguments)
+
+
+@pytest.fixture
+def composed(program: Callable[[str], str], model_root: Path, tmp_path: Path) -> Iterator[Composed]:
+    program("openssl")
+    here = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    command = ["sh", str(DEPLOY / "dev-credentials.sh"), str(tmp_path)]
+    for _ in range(2):  # the second one finds all there
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | {"PATH": here})
+    server = _services(COMPOSE[0])["stepstate"]
+    variables = dict(re.findall(r"^      (STEPSTATE_\w+): (\S+)$", server, re.MULTILINE))
+    file = tmp_path / "stepstate.toml"
+    assert variables.pop("STEPSTATE_CONFIG") == "/etc/stepstate.toml"
+    file.write_text(
+        (DEPLOY / "stepstate.toml").read_text().replace("/etc/stepstate", str(tmp_path))
+    )
+    with server_process("--config", str(file), "--models", str(model_root)) as process:
+        assert variables == {
+            "STEPSTATE_TARGET": "grpcs://localhost:50051",
+            "STEPSTATE_CA_FILE": "/etc/stepstate/ca.pem",
+        }
+        port = process.address.rpartition(":")[2]
+        variables["STEPSTATE_TARGET"] = f"grpcs://localhost:{port}"
+        variables["STEPSTATE_CA_FILE"] = str(tmp_path / "ca.pem")
+        yield Composed(process, tmp_path, variables)
+
+
+def test_the_health_check_of_the_image_works_in_compose_and_sessions_need_the_token(
+    composed: Composed,
+) -> None:
+    check = re.search(r'CMD \["stepstate", "(\w+)"\]', (ROOT / "Dockerfile").read_text())
+    assert check is not None
+    done = composed.run(check[1])
+    assert (done.exit_code, done.stdout) == (0, "SERVING\n")
+    done = composed.run("sessions", "list")
+    assert done.exit_code == 1
+    assert "credential" in done.stderr
+    done = composed.run("sessions", "list", STEPSTATE_TOKEN_FILE=str(composed.folder / "token"))
+    assert done.exit_code == 0, done.output
+
+
+def test_what_is_secret_in_compose_can_be_read_by_its_owner_only(composed: Composed) -> None:
+    modes = {path.name: path.stat().st_mode & 0o777 for path in composed.folder.iterdir()}
+    readable = {name for name, mode in modes.items() if mode & 0o077}
+    assert {"key.pem", "token", "tokens.json"} <= modes.keys() - readable
+    assert {"ca.pem", "cert.pem"} <= readable
+    assert "ca.key" not in modes
+
+
+def test_the_prometheus_of_compose_scrapes_with_tls(composed: Composed, tmp_path: Path) -> None:
+    config = (DEPLOY / "prometheus.yml").read_text()
+    config = config.replace("/etc/stepstate", str(composed.folder)).replace("5s", "1s")
+    config = config.replace("alerts.yml", str(DEPLOY / "alerts.yml"))
+    port = composed.process.metrics_url.rpartition(":")[2].removesuffix("/metrics")
+    servers = (DEPLOY / "servers.yml").read_text().replace("stepstate:9464", f"localhost:{port}")
+    (tmp_path / "servers.yml").write_text(servers)
+    with configured_prometheus(tmp_path, config, 1) as prometheus:
+        eventually(lambda: prometheus.value('up{job="stepstate"}') == 1)
 
 
 def test_sessions_are_in_a_volume_that_the_image_lets_its_user_write_to() -> None:

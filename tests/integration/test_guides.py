@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import textwrap
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from stepstate.configuration import parse, resolve
 from tests.markdown import ROOT, blocks_of, dead_links, run_python, run_shell
 from tests.processes import server_process
 
@@ -32,6 +34,12 @@ def run_through(
     printed = []
     for language, block in blocks_of(guide):
         if language == "text":
+            continue
+        if language == "json":
+            json.loads(block)
+            continue
+        if language == "toml":
+            resolve({}, parse(guide.name, block.encode()))
             continue
         lines = [block] if language == "python" else block.splitlines()
         for line in lines:

@@ -14,7 +14,7 @@ from stepstate.configuration.effective import (
     resolve,
 )
 from stepstate.configuration.exposure import check_exposure
-from stepstate.configuration.file import FileSettings, read_file
+from stepstate.configuration.file import FileSettings, parse, read_file
 
 __all__ = [
     "Configuration",
@@ -24,6 +24,7 @@ __all__ = [
     "SettingOrigin",
     "as_toml",
     "check_exposure",
+    "parse",
     "read_file",
     "resolve",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -79,6 +80,7 @@ async def open_redis(
     Raises:
         StoreOpenError: the URL can't be read, or Redis refuses what it says.
     """
+    _check_authorities(ca_file)
     connection = _connection(url, _options(url, password, ca_file))
     name = f"{url.partition(':')[0]}://{connection.place}"
     try:
@@ -96,6 +98,15 @@ async def open_redis(
         await connection.close()
         raise StoreOpenError(name, problem)
     return RedisStore(connection, clock=clock, unix_time=unix_time)
+
+
+def _check_authorities(ca_file: str) -> None:
+    """Raises StoreOpenError if the file can't be used; redis-py would find out much later."""
+    try:
+        ssl.create_default_context(cafile=ca_file or None)
+    except OSError as error:  # ssl.SSLError is one
+        problem = error.strerror or "it has no certificates in PEM"
+        raise StoreOpenError(f"--store-ca-file {ca_file}", f"{problem}: give a PEM file") from error
 
 
 def _connection(url: str, options: Mapping[str, Any]) -> RedisConnection:
@@ -199,6 +210,22 @@ def _refusal(error: BaseException) -> str:
             f"{cause}: see the user in its URL, and the password in the file of "
             "--store-password-file or in STEPSTATE_STORE_PASSWORD"
         )
+    if problem := _tls_problem(error):
+        return problem
     if "Cluster mode is not enabled" in str(error):
         return "it is no cluster: write redis://"
     return str(error) if type(error) is ResponseError else ""
+
+
+def _tls_problem(error: BaseException | None) -> str:
+    """Why its certificate is not trusted, if that is why an error came: redis-py's has no cause."""
+    while error is not None and not isinstance(error, ssl.SSLCertVerificationError):
+        error = error.__cause__ or error.__context__
+    return (
+        ""
+        if error is None
+        else (
+            f"its certificate can't be verified: {error.verify_message}; give the authority that "
+            "signed it in --store-ca-file, and connect by a name that is in it"
+        )
+    )

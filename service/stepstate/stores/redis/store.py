@@ -225,7 +225,12 @@ class RedisStore(SessionStore):
         while first < keys.BUCKETS and len(members) <= size:
             buckets = range(first, min(first + step, keys.BUCKETS))
             found = await self._listed(buckets, tenant, expired=expired)
-            wanted = (m for m in found if model in ("", keys.model_of(m).partition("/")[0]))
+            wanted = (
+                member
+                for member in found
+                if model in ("", keys.model_of(member).partition("/")[0])
+                and tenant in (None, split_key(keys.key_of(member))[0])
+            )
             later = (m for m in wanted if keys.place_of(m) > last)
             members += sorted(later, key=keys.place_of)
             first, step = first + step, step * 4

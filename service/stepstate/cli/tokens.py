@@ -62,10 +62,7 @@ def create_command(
     scopes: tuple[str, ...],
     expires_in: str,
 ) -> None:
-    """Makes a token for IDENTITY, who may have several, and prints it: this once.
-
-    The token alone is on standard output, so that `> FILE` keeps it.
-    """
+    """Makes a token for IDENTITY, who may have several, and prints it: this once."""
     now = datetime.now(UTC).replace(microsecond=0)
     text = make_token()
     try:
@@ -81,7 +78,6 @@ def create_command(
         first = error.errors()[0]
         raise click.ClickException(f"{first['loc'][0]}: {first['msg']}") from error
     _change(tokens_file, audit_log, lambda tokens: (*tokens, record))
-    click.echo(f"token {record.id} of {identity}, tenant {tenant}, {_end(record)}", err=True)
     click.echo(text)
 
 
@@ -89,11 +85,11 @@ def create_command(
 @file_option
 def list_command(tokens_file: str | None) -> None:
     """Prints a line for each token. The id of a token is the beginning of its SHA-256."""
-    click.echo(f"{'id':<12}  {'identity':<20} {'tenant':<16} {'scopes':<16} {'created':<12} state")
     try:
         tokens = read_tokens(_required(tokens_file))
     except CredentialsInvalid as error:
         _fail(error)
+    click.echo(f"{'id':<12}  {'identity':<20} {'tenant':<16} {'scopes':<16} {'created':<12} state")
     for token in tokens:
         scopes = ",".join(token.scopes)
         click.echo(

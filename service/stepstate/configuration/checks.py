@@ -11,7 +11,7 @@ from stepstate.config import ServerConfig
 from stepstate.configuration.effective import Configuration
 from stepstate.configuration.exposure import check_exposure
 from stepstate.errors import StartError
-from stepstate.models import load_catalog
+from stepstate.models import ModelAccess, check_access, load_catalog
 from stepstate.stores import read_password
 from stepstate.tls import ClientAuth, TlsFiles, load_tls
 from stepstate.transport import read_keys
@@ -52,6 +52,9 @@ def _problems(checks: Iterable[Check]) -> list[str]:
 def _of_reload(configuration: Configuration) -> Iterator[Check]:
     config = configuration.server
     yield lambda: check_exposure(config, identities=configuration.identities)
+    if configuration.model_tenants:
+        access = ModelAccess(configuration.model_tenants)
+        yield lambda: check_access(config.models, access)
     files = tls_files(config)
     if files is not None:
         yield lambda: load_tls(files)

@@ -72,7 +72,8 @@ _MESSAGES = {
         Names.NOTHING: (
             "Binding.handle ForecastRequest.horizon GetModelRequest.version "
             "ListModelsRequest.page_size ListModelsRequest.page_token "
-            "ListSessionsRequest.page_size OpenSessionRequest.version Scenario.name "
+            "ListSessionsRequest.page_size ListTenantsRequest.page_size "
+            "ListTenantsRequest.page_token OpenSessionRequest.version Scenario.name "
             "StepRequest.advance StepRequest.t StreamImportRequest.size "
             "StreamPackedRequest.handles StreamPackedRequest.id StreamPackedRequest.t "
             "StreamPackedRequest.x"
@@ -292,6 +293,7 @@ REQUESTS: Mapping[str, Callable[[Own], Sequence[Message]]] = {
         ),
     ],
     "ListModels": lambda own: [pb.ListModelsRequest()],
+    "ListTenants": lambda own: [pb.ListTenantsRequest()],
     "GetModel": lambda own: [
         pb.GetModelRequest(model=MODEL),
         pb.GetModelRequest(model=MODEL, version="1"),

@@ -34,6 +34,7 @@ from tests.tenants import SaidTenants, as_tenant
 OWNER, OTHER = "acme", "initech"
 SECRET, NO_MODEL = "gru", "grx"
 """A model that only the owner may use, and one that is not there: of the same length."""
+WITHOUT_ADMIN = "step,read"
 RESTRICTED = ModelAccess({SECRET: frozenset({OWNER})})
 
 
@@ -64,7 +65,9 @@ class House:
         """What a tenant is told."""
         name = method or type(request).__name__.removesuffix("Request")
         async with asyncio.timeout(HANG):
-            return await requests_of.call(self.channel, METHODS[name], request, as_tenant(tenant))
+            return await requests_of.call(
+                self.channel, METHODS[name], request, as_tenant(tenant, WITHOUT_ADMIN)
+            )
 
     async def done(self, tenant: str, request: Message, method: str = "") -> Outcome:
         """The same, of a call that must succeed."""

@@ -185,6 +185,7 @@ class Server:
                     "memory_bytes": self.memory.limit,
                 },
                 memory=self.memory,
+                tenants=self.tenants,
                 skipped_models=len(catalog.skipped),
                 tls=tls,
             )
@@ -381,6 +382,7 @@ class Server:
                 sessions=self._max_sessions,
                 durability=Durability(config.durability),
                 durable=self._store.durable,
+                tenants=self.tenants,
             ),
             owner=f"{config.server_name or _host_and_port(config)}#{secrets.token_hex(4)}",
             clock=UPTIME,

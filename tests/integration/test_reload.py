@@ -25,7 +25,14 @@ import pytest
 
 from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
-from stepstate.configuration import Configuration, Given, SettingOrigin, read_file, resolve
+from stepstate.configuration import (
+    Configuration,
+    Given,
+    SettingOrigin,
+    read_file,
+    reload,
+    resolve,
+)
 from stepstate.configuration.reload import ConfigurationReloader
 from stepstate.errors import ModelUnknown, Unauthenticated
 from stepstate.models import ModelAccess
@@ -168,6 +175,21 @@ async def test_what_a_certificate_proves_is_reloaded_and_its_streams_end_with_th
             assert await one.reload(f"{ADDRESSES}{tls}{other}{rule}")
             await session.step([1.0, 2.0, 3.0])
             assert session.t == 2
+
+
+async def test_a_refused_file_is_tried_again_until_what_it_names_is_right(
+    config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(reload, "RETRY_SECONDS", 0.1)
+    tokens = tmp_path / "tokens.json"
+    async with reloading(config, tmp_path / "f.toml") as one:
+        text = f"{ADDRESSES}tokens_file = '{tokens}'\n[limits]\nstreams = 3\n"
+        assert not await one.reload(text)
+        token(tokens)
+        async with asyncio.timeout(HANG):
+            while one.server.tenants.limits.defaults.streams != 3:
+                await asyncio.sleep(0.02)
 
 
 # As a process, by its signals and its file.

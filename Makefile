@@ -38,7 +38,7 @@ conformance: setup ## Run h2spec and grpc-go's interoperability client (tests/RE
 	$(BIN)/pytest tests/conformance
 
 FUZZ_SECONDS ?= 3600
-fuzz: setup ## Fuzz the gRPC server's HTTP/2 for an hour, or FUZZ_SECONDS
+fuzz: setup ## Fuzz all that decodes bytes from outside for an hour, or FUZZ_SECONDS
 	$(BIN)/python -m tests.fuzz $(FUZZ_SECONDS)
 
 lint: setup ## Check style, formatting and the layers of imports

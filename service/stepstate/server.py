@@ -52,7 +52,7 @@ from stepstate.errors import AuditLogError, ListenError, StoreUnavailable
 from stepstate.h2grpc import ConnectionTimes, H2Server, Http2Limits
 from stepstate.logging import audit_lines
 from stepstate.metrics import Metrics, MetricsCollector, start_http
-from stepstate.models import Catalog, Model, load_catalog
+from stepstate.models import EVERYONE, Catalog, Model, ModelAccess, load_catalog
 from stepstate.sessions import Limits, SchedulerSettings, SessionService
 from stepstate.stores import Durability, SessionStore, open_store, read_password
 from stepstate.tenants import LimitTable, TenantTable
@@ -491,6 +491,7 @@ async def build_server(
     certificates: Sequence[CertificateRule] = (),
     authenticator: Authenticator | None = None,
     limits: LimitTable | None = None,
+    access: ModelAccess = EVERYONE,
 ) -> Server:
     """A server that is to be started; where there are no models, nothing is left behind.
 
@@ -500,6 +501,7 @@ async def build_server(
         authenticator: knows who calls, where the settings name no credentials; None: everyone is
             anonymous there.
         limits: of the tenants.
+        access: which of them may use which models.
 
     Raises:
         InsecureAddress: other machines could reach sessions that nothing protects.
@@ -516,7 +518,7 @@ async def build_server(
     if config.device != "cpu":
         check_accelerator(config.device)
     check_runtime(Runtime(config.engine))
-    catalog = load_catalog(config.models, skip_invalid=config.skip_invalid_models)
+    catalog = load_catalog(config.models, skip_invalid=config.skip_invalid_models, access=access)
     for error in catalog.skipped:
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
@@ -540,10 +542,15 @@ async def running_server(
     certificates: Sequence[CertificateRule] = (),
     authenticator: Authenticator | None = None,
     limits: LimitTable | None = None,
+    access: ModelAccess = EVERYONE,
 ) -> AsyncIterator[Server]:
     """A server that serves inside the block and is drained at its end; see `build_server`."""
     server = await build_server(
-        config, certificates=certificates, authenticator=authenticator, limits=limits
+        config,
+        certificates=certificates,
+        authenticator=authenticator,
+        limits=limits,
+        access=access,
     )
     try:
         await server.start()

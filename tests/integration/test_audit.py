@@ -11,9 +11,11 @@ from pathlib import Path
 
 import grpc
 import pytest
+from click.testing import CliRunner
 from tritonclient.grpc import service_pb2 as triton_pb
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
+from stepstate.cli.main import main
 from stepstate.config import ServerConfig
 from stepstate.errors import Unauthenticated
 from stepstate.identity import Identity, Scope
@@ -376,3 +378,45 @@ async def test_no_session_that_opens_is_left_out(as_: Callable[..., Caller], lin
     async with many_opened(as_("ci"), count):
         found = await lines.new()
     assert len({line["session"] for line in found}) == len(found) == count
+
+
+async def test_changes_of_tokens_are_on_record_where_they_are_made_and_where_they_are_read(
+    config: ServerConfig, audit_file: Path, tmp_path: Path
+):
+    """Once each, with what names a token and never with the token."""
+    tokens, cli_log = str(tmp_path / "tokens.json"), tmp_path / "cli.jsonl"
+
+    def run(*arguments: str) -> str:
+        options = ("--tokens-file", tokens, "--audit-log", str(cli_log))
+        done = CliRunner().invoke(main, ["tokens", *arguments, *options], catch_exceptions=False)
+        assert done.exit_code == 0, done.output
+        return done.stdout.strip()
+
+    secrets = [run("create", "ci", "--tenant", "acme")]
+    audited = replace(config, audit_log=str(audit_file), tokens_file=tokens)
+    async with running_server(audited) as server:
+        secrets.append(run("create", "cd", "--tenant", "acme"))
+        await server.credentials.refresh(force=True)
+        run("revoke", "--identity", "ci")
+        await server.credentials.refresh(force=True)
+    made, all_here = (
+        [json.loads(line) for line in file.read_text().splitlines()]
+        for file in (cli_log, audit_file)
+    )
+    read = [line for line in all_here if line["identity"] is None]  # the CLI runs here as well
+    assert [line["event"] for line in made] == ["token created", "token created", "token revoked"]
+    assert [line["event"] for line in read] == ["token loaded", "token dropped"]
+    for line, name in zip([*made, *read], ["ci", "cd", "ci", "cd", "ci"], strict=True):
+        assert line["tenant"] == "acme"
+        assert line["detail"].startswith(f"{name}#")
+        assert not [secret for secret in secrets if secret in json.dumps(line)]
+    assert {line["identity"].partition(":")[0] for line in made} == {"os"}
+
+
+def test_a_token_that_can_not_be_put_on_record_is_not_made(tmp_path: Path):
+    tokens = tmp_path / "tokens.json"
+    options = ("--tokens-file", str(tokens), "--audit-log", str(tmp_path / "none" / "audit"))
+    done = CliRunner().invoke(main, ["tokens", "create", "ci", *options])
+    assert done.exit_code == 1
+    assert "No such file" in done.stderr
+    assert not tokens.exists()

@@ -438,7 +438,7 @@ def test_the_version_is_the_packages():
 
 def test_every_command_has_help(run_here: Callable[..., Done]):
     listed = run_here("--help").stdout
-    for command in ("serve", "step", "forecast", "sessions", "models", "health"):
+    for command in ("serve", "step", "forecast", "sessions", "models", "tokens", "health"):
         assert command in listed
         assert run_here(command, "--help").returncode == 0
 

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from stepstate.auth.tokens import KnownToken, TokenList, TokenRecord, TokenTable
 from stepstate.auth.watched_file import WatchedFile
 from stepstate.errors import CredentialsInvalid
+from stepstate.logging.audit import Act, AuditEvent, audit
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ class TokenFile:
         self.stale = False
         """Whether the file could not be read again."""
         self._file = WatchedFile(OPTION, file, secret=True)
-        self._table = TokenTable(_parse(self._file))
+        self._tokens = _parse(self._file)
+        self._table = TokenTable(self._tokens)
 
     def find(self, sha256: str) -> KnownToken | None:
         """The token with a hash."""
@@ -65,8 +67,14 @@ class TokenFile:
         if not force and not await asyncio.to_thread(self._file.changed):
             return
         try:
-            self._table = TokenTable(await asyncio.to_thread(_parse, self._file))
+            tokens = await asyncio.to_thread(_parse, self._file)
+            before, self._tokens = self._tokens, tokens
+            self._table = TokenTable(self._tokens)
             self.stale = False
+            for record in added(before, self._tokens):
+                audit(act_of_token(AuditEvent.TOKEN_LOADED, record))
+            for record in ended(before, self._tokens):
+                audit(act_of_token(AuditEvent.TOKEN_DROPPED, record))
             log.info("tokens were read", extra={"tokens": len(self._table)})
         except CredentialsInvalid as error:
             if not self.stale or force:
@@ -83,8 +91,8 @@ def read_tokens(file: str) -> Tokens:
     return _parse(WatchedFile(OPTION, file, secret=True))
 
 
-def change_tokens(file: str, change: Callable[[Tokens], Tokens]) -> None:
-    """Changes a file of tokens, or makes it.
+def change_tokens(file: str, change: Callable[[Tokens], Tokens]) -> tuple[Tokens, Tokens]:
+    """Changes a file of tokens, or makes it; returns what was in it, and what is.
 
     Args:
         file: its name.
@@ -96,7 +104,8 @@ def change_tokens(file: str, change: Callable[[Tokens], Tokens]) -> None:
     """
     path = Path(file).resolve()  # of a link, what it leads to
     with _only_writer(path):
-        tokens = change(read_tokens(file) if path.exists() else ())
+        before = read_tokens(file) if path.exists() else ()
+        tokens = change(before)
         limit = datetime.now(UTC) - FORGET_AFTER
         kept = tuple(token for token in tokens if token.ended is None or token.ended > limit)
         try:
@@ -104,6 +113,28 @@ def change_tokens(file: str, change: Callable[[Tokens], Tokens]) -> None:
         except ValidationError as error:
             raise WatchedFile(OPTION, file).invalid(_problem(error)) from None
         _replace(path, checked.model_dump_json(indent=1, exclude_none=True).encode() + b"\n")
+    return before, kept
+
+
+def added(before: Tokens, after: Tokens) -> Iterator[TokenRecord]:
+    """The tokens that are new in a file."""
+    known = {record.sha256 for record in before}
+    return (record for record in after if record.sha256 not in known)
+
+
+def ended(before: Tokens, after: Tokens) -> Iterator[TokenRecord]:
+    """The tokens of a file that were revoked, or taken out of it before they expired."""
+    now = datetime.now(UTC)
+    usable = {record.sha256 for record in after if not record.revoked}
+    gone = (record for record in before if record.sha256 not in usable and not record.revoked)
+    return (record for record in gone if record.expires is None or record.expires > now)
+
+
+def act_of_token(event: AuditEvent, record: TokenRecord, identity: str | None = None) -> Act:
+    """What is put on record of a token; `identity`: who did it, where it is known."""
+    expires = "never" if record.expires is None else f"{record.expires:%FT%TZ}"
+    detail = f"{record.identity}#{record.id}, {','.join(record.scopes)}, expires {expires}"
+    return Act(event=event, tenant=record.tenant, identity=identity, detail=detail)
 
 
 def _parse(file: WatchedFile) -> Tokens:

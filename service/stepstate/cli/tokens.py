@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import pwd
 import re
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -11,15 +13,18 @@ import click
 from pydantic import ValidationError
 
 from stepstate.auth import TokenRecord, change_tokens, digest_of, make_token, read_tokens
+from stepstate.auth.token_file import act_of_token, added, ended
 from stepstate.cli.common import option
 from stepstate.errors import CredentialsInvalid
 from stepstate.identity import DEFAULT_TENANT, Scope
+from stepstate.logging.audit import AuditEvent, audit, audit_lines
 
 Change = Callable[[tuple[TokenRecord, ...]], tuple[TokenRecord, ...]]
 
 _DAYS = re.compile(r"([1-9][0-9]{0,4})d")
 
 file_option = option("--tokens-file", None, str, "The file of tokens; a server reads it again.")
+audit_option = option("--audit-log", "", str, "File in which the change is put on record.")
 
 
 @click.group("tokens")
@@ -33,6 +38,7 @@ def tokens_group() -> None:
 @tokens_group.command("create")
 @click.argument("identity")
 @file_option
+@audit_option
 @click.option(
     "--tenant", default=DEFAULT_TENANT, show_default=True, help="Whose sessions it works on."
 )
@@ -49,12 +55,14 @@ def tokens_group() -> None:
     "--expires-in", default="365d", show_default=True, help='Days, such as 90d, or "never".'
 )
 def create_command(
-    identity: str, tokens_file: str | None, tenant: str, scopes: tuple[str, ...], expires_in: str
+    identity: str,
+    tokens_file: str | None,
+    audit_log: str,
+    tenant: str,
+    scopes: tuple[str, ...],
+    expires_in: str,
 ) -> None:
-    """Makes a token for IDENTITY, who may have several, and prints it: this once.
-
-    The token alone is on standard output, so that `> FILE` keeps it.
-    """
+    """Makes a token for IDENTITY, who may have several, and prints it: this once."""
     now = datetime.now(UTC).replace(microsecond=0)
     text = make_token()
     try:
@@ -69,8 +77,7 @@ def create_command(
     except ValidationError as error:
         first = error.errors()[0]
         raise click.ClickException(f"{first['loc'][0]}: {first['msg']}") from error
-    _change(tokens_file, lambda tokens: (*tokens, record))
-    click.echo(f"token {record.id} of {identity}, tenant {tenant}, {_end(record)}", err=True)
+    _change(tokens_file, audit_log, lambda tokens: (*tokens, record))
     click.echo(text)
 
 
@@ -78,11 +85,11 @@ def create_command(
 @file_option
 def list_command(tokens_file: str | None) -> None:
     """Prints a line for each token. The id of a token is the beginning of its SHA-256."""
-    click.echo(f"{'id':<12}  {'identity':<20} {'tenant':<16} {'scopes':<16} {'created':<12} state")
     try:
         tokens = read_tokens(_required(tokens_file))
     except CredentialsInvalid as error:
         _fail(error)
+    click.echo(f"{'id':<12}  {'identity':<20} {'tenant':<16} {'scopes':<16} {'created':<12} state")
     for token in tokens:
         scopes = ",".join(token.scopes)
         click.echo(
@@ -94,8 +101,11 @@ def list_command(tokens_file: str | None) -> None:
 @tokens_group.command("revoke")
 @click.argument("ids", nargs=-1, metavar="[ID]...")
 @file_option
+@audit_option
 @click.option("--identity", help="Revoke all tokens of this identity.")
-def revoke_command(ids: tuple[str, ...], tokens_file: str | None, identity: str | None) -> None:
+def revoke_command(
+    ids: tuple[str, ...], tokens_file: str | None, audit_log: str, identity: str | None
+) -> None:
     """Revokes tokens by their ids. Open streams that began with them end within seconds."""
     now = datetime.now(UTC).replace(microsecond=0)
     revoked: list[str] = []
@@ -114,16 +124,32 @@ def revoke_command(ids: tuple[str, ...], tokens_file: str | None, identity: str 
             raise click.ClickException(f"no token {what}; `stepstate tokens list` shows them")
         return changed
 
-    _change(tokens_file, change)
+    _change(tokens_file, audit_log, change)
     click.echo(f"revoked: {', '.join(revoked)}")
 
 
-def _change(tokens_file: str | None, change: Change) -> None:
+def _change(tokens_file: str | None, audit_log: str, change: Change) -> None:
+    """Changes the file and puts that on record; where that is not possible, it is not changed."""
     file = _required(tokens_file)
     try:
-        change_tokens(file, change)
+        with audit_lines(audit_log):
+            before, after = change_tokens(file, change)
+            for record in added(before, after):
+                audit(act_of_token(AuditEvent.TOKEN_CREATED, record, _user()))
+            for record in ended(before, after):
+                audit(act_of_token(AuditEvent.TOKEN_REVOKED, record, _user()))
     except CredentialsInvalid as error:
         _fail(error)
+    except OSError as error:
+        raise click.ClickException(f"{error.filename or file}: {error.strerror}") from error
+
+
+def _user() -> str:
+    """Who runs this command, as the system knows it."""
+    try:
+        return f"os:{pwd.getpwuid(os.getuid()).pw_name}"
+    except KeyError:
+        return f"os:{os.getuid()}"
 
 
 def _required(tokens_file: str | None) -> str:

@@ -191,6 +191,7 @@ def session_info(session: pb.Session) -> SessionInfo:
         drift=_drift(session.drift),
         status=_STATUSES.get(session.status, ""),
         purge_time=purge,
+        tenant=session.tenant or "default",
     )
 
 

@@ -247,6 +247,7 @@ class SessionInfo:
     `purge_time`, and `Client.restore_expired` opens it again; "model_missing": the server has not
     loaded its model, or another one under this name; "unreadable": its data in the store is
     damaged, and only its id is known. All but open sessions take no steps, and can be closed.
+    `tenant`: whose it is; ids are unique within a tenant.
     """
 
     session_id: str
@@ -269,6 +270,7 @@ class SessionInfo:
     drift: Drift = Drift()
     status: str = "open"
     purge_time: datetime | None = None
+    tenant: str = "default"
 
     @property
     def resumable(self) -> bool:

@@ -1,6 +1,6 @@
 """Models: load, verify, describe and write them. Needs no torch."""
 
-from stepstate.models.catalog import Catalog, load_catalog
+from stepstate.models.catalog import EVERYONE, Catalog, ModelAccess, load_catalog
 from stepstate.models.files import load_model, write_model
 from stepstate.models.manifest import (
     MAX_LEVEL,
@@ -22,6 +22,7 @@ from stepstate.models.timeline import EPOCH, Timeline, build_timeline
 
 __all__ = [
     "EPOCH",
+    "EVERYONE",
     "MAX_LEVEL",
     "MIN_LEVEL",
     "Catalog",
@@ -33,6 +34,7 @@ __all__ = [
     "LaggedInput",
     "Manifest",
     "Model",
+    "ModelAccess",
     "OutputSpec",
     "PageHinkleySpec",
     "Rolling",

@@ -1,8 +1,9 @@
-"""The models of a server: every version that is in one folder, by name."""
+"""The models of a server: every version that is in one folder, by name, and who may use them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from stepstate.errors import InvalidField, ModelInvalid, ModelUnknown
@@ -16,16 +17,40 @@ _HOW = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class ModelAccess:
+    """Which tenants may use which models."""
+
+    tenants: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """By the name of a model; a model that is not in it is everyone's."""
+
+    def allows(self, tenant: str, model: str) -> bool:
+        """Whether a tenant may use the model of a name, in all its versions."""
+        allowed = self.tenants.get(model)
+        return allowed is None or tenant in allowed
+
+
+EVERYONE = ModelAccess()
+"""Every tenant may use every model."""
+
+
 class Catalog:
     """Loaded models, by name and version.
 
     Args:
         models: those that are served.
         skipped: why others can't be.
+        access: who may use them.
     """
 
-    def __init__(self, models: Iterable[Model], skipped: Sequence[ModelInvalid] = ()) -> None:
+    def __init__(
+        self,
+        models: Iterable[Model],
+        skipped: Sequence[ModelInvalid] = (),
+        access: ModelAccess = EVERYONE,
+    ) -> None:
         self.skipped = tuple(skipped)
+        self.access = access
         ordered = sorted(models, key=lambda m: (m.manifest.name, int(m.manifest.version)))
         self._models = {model.key: model for model in ordered}
         self._versions: dict[str, dict[str, Model]] = {}
@@ -34,6 +59,13 @@ class Catalog:
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
+
+    def of(self, tenant: str) -> Catalog:
+        """The models that a tenant may use: for it there are no others."""
+        if not self.access.tenants:
+            return self
+        allowed = self.access.allows
+        return Catalog(model for model in self if allowed(tenant, model.manifest.name))
 
     def find(self, name: str, version: str = "") -> Model:
         """The model of this name: this version of it, or the newest.
@@ -54,21 +86,33 @@ class Catalog:
         return found
 
 
-def load_catalog(root: Path, *, skip_invalid: bool = False) -> Catalog:
+def load_catalog(
+    root: Path, *, skip_invalid: bool = False, access: ModelAccess = EVERYONE
+) -> Catalog:
     """Loads every <name>/<version>/manifest.json under a folder.
 
     Args:
         root: the folder.
         skip_invalid: leave out models that can't be served, if at least one can.
+        access: who may use them.
 
     Raises:
-        ModelInvalid: there is no model, or one that can't be served.
+        ModelInvalid: there is no model, or one that can't be served, or not one that only some
+            tenants may use: its name may be misspelt, and the model open to all.
     """
     if not root.is_dir():
         raise ModelInvalid(str(root), f"is not a folder; {_HOW}")
     folders = sorted(path.parent for path in root.resolve().glob(f"*/*/{MANIFEST}"))
     if not folders:
         raise ModelInvalid(str(root), f"holds no <name>/<version>/{MANIFEST}; {_HOW}")
+    names = {folder.parent.name for folder in folders}
+    for name in access.tenants:
+        if name not in names:
+            raise ModelInvalid(
+                str(root),
+                f"has no model {name!r}, which only some tenants may use; it has: "
+                f"{', '.join(sorted(names))}",
+            )
     loaded: list[Model] = []
     skipped: list[ModelInvalid] = []
     for folder in folders:
@@ -80,4 +124,4 @@ def load_catalog(root: Path, *, skip_invalid: bool = False) -> Catalog:
             skipped.append(error)
     if not loaded:
         raise skipped[0]
-    return Catalog(loaded, skipped)
+    return Catalog(loaded, skipped, access)

@@ -84,7 +84,7 @@ class SessionLifecycle:
     async def open(self, options: OpenOptions, *, hold: Hold | None = None) -> ResidentSession:
         """See `SessionService.open`."""
         self._admission.check_open()
-        model = self._catalog.find(options.model, options.version)
+        model = self._catalog.of(options.tenant).find(options.model, options.version)
         record = make_record(options, model.manifest, self._limits)
         scheduler = self._loader.schedulers[model.key]
         blank = blank_snapshot(record, scheduler, self._unix_time())
@@ -109,7 +109,7 @@ class SessionLifecycle:
     async def restore(self, data: bytes, options: CopyOptions) -> ResidentSession:
         """See `SessionService.restore`."""
         self._admission.check_open()
-        snapshot = self._loader.adapt(decode(data))
+        snapshot = self._loader.adapt(decode(data), options.tenant)
         check_import(snapshot)
         if not options.session_id:
             options = replace(options, session_id=snapshot.record.session_id)
@@ -204,10 +204,8 @@ class SessionLifecycle:
             raise await self._loader.missing_reason(found, key)
         if not self._sweeper.is_past(found):
             raise SessionExists(id_of(key), found.t)
-        record = found.record
-        scheduler = self._loader.schedulers.get(record.model_key)
-        if scheduler is None or record.fingerprint not in scheduler.model.fingerprints:
-            raise self._loader.model_mismatch(record)
+        if self._loader.scheduler_of(found.record, found.record.tenant) is None:
+            raise self._loader.model_mismatch(found.record, found.record.tenant)
         if found.delete_at is not None:
             return found
         await self._sweeper.settle(found)

@@ -23,7 +23,7 @@ from stepstate.errors import (
     SnapshotModelMismatch,
     StepstateError,
 )
-from stepstate.identity import SessionKey, id_of
+from stepstate.identity import SessionKey, id_of, split_key
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SessionContext
 from stepstate.sessions.counts import StoreSurvey
@@ -67,6 +67,7 @@ class SessionLoader:
         admission: Admission,
     ) -> None:
         self.schedulers = schedulers
+        self._catalog = context.catalog
         self.slots = slots
         self.survey = survey
         self._store = context.store
@@ -144,7 +145,7 @@ class SessionLoader:
 
     async def _take(self, key: SessionKey) -> tuple[StoredSession, Snapshot]:
         """Takes a session's lease, and reads its snapshot."""
-        models = [scheduler.model for scheduler in self.schedulers.values()]
+        models = self._catalog.of(split_key(key)[0])
         fingerprints = [one for model in models for one in model.fingerprints]
         found = await self._store.ask(
             self._store.backend.acquire(key, owner=self._owner, fingerprints=fingerprints)
@@ -160,24 +161,35 @@ class SessionLoader:
             snapshot = decode(data)
             if snapshot.record.key != key:
                 raise self._unreadable(key, "it has the snapshot of another session")
-            return entry, self.adapt(snapshot)
+            return entry, self.adapt(snapshot, snapshot.record.tenant)
         except SnapshotCorrupt as error:
             raise self._unreadable(key, error.problem) from error
 
-    def adapt(self, snapshot: Snapshot) -> Snapshot:
-        """A snapshot whose state has the layout of its model here.
+    def adapt(self, snapshot: Snapshot, tenant: str) -> Snapshot:
+        """A snapshot whose state has the layout of its model here, for a session of a tenant.
 
         Raises:
-            SnapshotModelMismatch: its state means nothing to the models here.
+            SnapshotModelMismatch: its state means nothing to the models that the tenant may use.
             SnapshotCorrupt: it is no state.
         """
-        record = snapshot.record
-        scheduler = self.schedulers.get(record.model_key)
-        if scheduler is not None and record.fingerprint in scheduler.model.fingerprints:
-            adapted = adapt(snapshot, scheduler)
-            if adapted is not None:
-                return adapted
-        raise self.model_mismatch(record)
+        scheduler = self.scheduler_of(snapshot.record, tenant)
+        adapted = None if scheduler is None else adapt(snapshot, scheduler)
+        if adapted is None:
+            raise self.model_mismatch(snapshot.record, tenant)
+        return adapted
+
+    def scheduler_of(self, record: SessionRecord, tenant: str) -> StepScheduler | None:
+        """Steps a session's model, if the very same is loaded here and a tenant may use it."""
+        scheduler = self._loaded(record, tenant)
+        if scheduler is None or record.fingerprint not in scheduler.model.fingerprints:
+            return None
+        return scheduler
+
+    def _loaded(self, record: SessionRecord, tenant: str) -> StepScheduler | None:
+        """Steps the model of a session's model's name and version, for a tenant that may use it."""
+        if not self._catalog.access.allows(tenant, record.model):
+            return None
+        return self.schedulers.get(record.model_key)
 
     async def missing_reason(
         self, found: StoredSession | UnreadableSession | Tombstone | None, key: SessionKey
@@ -191,12 +203,12 @@ class SessionLoader:
             return self._unreadable(key, found.problem)
         if self._sweeper.is_past(found):
             return await self._sweeper.settle(found)
-        return self.model_mismatch(found.record)
+        return self.model_mismatch(found.record, found.record.tenant)
 
-    def model_mismatch(self, record: SessionRecord) -> SnapshotModelMismatch:
-        """The error for a session of another model than is loaded here."""
+    def model_mismatch(self, record: SessionRecord, tenant: str) -> SnapshotModelMismatch:
+        """The error for a session of another model than is loaded here for a tenant."""
         key = record.model_key
-        scheduler = self.schedulers.get(key)
+        scheduler = self._loaded(record, tenant)
         loaded = "" if scheduler is None else scheduler.model.manifest.fingerprint
         return SnapshotModelMismatch(record.session_id, key, record.fingerprint, loaded)
 

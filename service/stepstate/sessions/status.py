@@ -51,6 +51,7 @@ class SessionSummaries:
         self._owner = context.owner
         self._clock = context.clock
         self._now = context.store.backend.now
+        self._access = context.catalog.access
         self._fingerprints = {model.key: model.fingerprints for model in context.catalog}
 
     def resident(self, session: ResidentSession) -> SessionSummary:
@@ -92,8 +93,10 @@ class SessionSummaries:
         return SessionStatus.MODEL_MISSING if self.orphaned(entry) else SessionStatus.OPEN
 
     def orphaned(self, entry: StoredSession) -> bool:
-        """Whether its model is not loaded here, or is another one by now."""
+        """Whether its model is not loaded here for its tenant, or is another one by now."""
         record = entry.record
+        if not self._access.allows(record.tenant, record.model):
+            return True
         return record.fingerprint not in self._fingerprints.get(record.model_key, ())
 
     def lost(self, entry: StoredSession) -> bool:

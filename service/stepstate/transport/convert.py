@@ -129,7 +129,11 @@ def encode_session(summary: SessionSummary | UnreadableSession) -> pb.Session:
             extra = {"tenant": record.tenant, "session_id": record.session_id}
             log.exception("a session can't be shown", extra=extra)
             summary = UnreadableSession(summary.record.key, "")
-    return pb.Session(session_id=summary.session_id, status=pb.SESSION_STATUS_UNREADABLE)
+    return pb.Session(
+        session_id=summary.session_id,
+        status=pb.SESSION_STATUS_UNREADABLE,
+        tenant=summary.tenant,
+    )
 
 
 def _session(summary: SessionSummary) -> pb.Session:
@@ -154,6 +158,7 @@ def _session(summary: SessionSummary) -> pb.Session:
         status=_STATUS_NUMBERS[summary.status],
         **_quality(summary.quality),
         purge_time=_later(now, summary.delete_seconds),
+        tenant=record.tenant,
     )
 
 

@@ -79,7 +79,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         self._backend = backend
         self._keys = keys or SnapshotKeys()
         self._sessions = backend.sessions
-        self._models = [encode_model(model) for model in backend.sessions.catalog]
+        self._models = {model.key: encode_model(model) for model in backend.sessions.catalog}
         self._streams = StreamRegistry()
 
     async def OpenSession(
@@ -250,7 +250,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
     ) -> pb.ListModelsResponse:
-        models = self._models
+        models = [self._models[model.key] for model in self._sessions.catalog.of(_tenant())]
         token = request.page_token or "0"  # the number of models on the pages before
         if not _DIGITS.fullmatch(token) or int(token) > len(models):
             raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
@@ -265,8 +265,8 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         return pb.ListModelsResponse(models=page, next_page_token=following)
 
     async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
-        model = self._sessions.catalog.find(request.model, request.version)
-        return pb.GetModelResponse(model=encode_model(model))
+        model = self._sessions.catalog.of(_tenant()).find(request.model, request.version)
+        return pb.GetModelResponse(model=self._models[model.key])
 
     async def drain(self) -> None:
         """See `StreamRegistry.drain`."""

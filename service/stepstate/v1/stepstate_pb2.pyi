@@ -94,7 +94,7 @@ class OpenSessionResponse(_message.Message):
     def __init__(self, session: _Optional[_Union[Session, _Mapping]] = ...) -> None: ...
 
 class Session(_message.Message):
-    __slots__ = ("session_id", "model", "version", "fingerprint", "t", "idle_timeout", "start_time", "open_time", "expire_time", "queued_requests", "durable_t", "durability", "residency", "owner", "epoch", "accuracy", "missing", "interval_level", "drift", "status", "purge_time")
+    __slots__ = ("session_id", "model", "version", "fingerprint", "t", "idle_timeout", "start_time", "open_time", "expire_time", "queued_requests", "durable_t", "durability", "residency", "owner", "epoch", "accuracy", "missing", "interval_level", "drift", "status", "purge_time", "tenant")
     SESSION_ID_FIELD_NUMBER: _ClassVar[int]
     MODEL_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -116,6 +116,7 @@ class Session(_message.Message):
     DRIFT_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     PURGE_TIME_FIELD_NUMBER: _ClassVar[int]
+    TENANT_FIELD_NUMBER: _ClassVar[int]
     session_id: str
     model: str
     version: str
@@ -137,7 +138,8 @@ class Session(_message.Message):
     drift: Drift
     status: SessionStatus
     purge_time: _timestamp_pb2.Timestamp
-    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., t: _Optional[int] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., open_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queued_requests: _Optional[int] = ..., durable_t: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., missing: _Optional[_Union[MissingPolicy, str]] = ..., interval_level: _Optional[float] = ..., drift: _Optional[_Union[Drift, _Mapping]] = ..., status: _Optional[_Union[SessionStatus, str]] = ..., purge_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ...) -> None: ...
+    tenant: str
+    def __init__(self, session_id: _Optional[str] = ..., model: _Optional[str] = ..., version: _Optional[str] = ..., fingerprint: _Optional[str] = ..., t: _Optional[int] = ..., idle_timeout: _Optional[_Union[datetime.timedelta, _duration_pb2.Duration, _Mapping]] = ..., start_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., open_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., expire_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., queued_requests: _Optional[int] = ..., durable_t: _Optional[int] = ..., durability: _Optional[_Union[Durability, str]] = ..., residency: _Optional[_Union[Residency, str]] = ..., owner: _Optional[str] = ..., epoch: _Optional[int] = ..., accuracy: _Optional[_Iterable[_Union[Accuracy, _Mapping]]] = ..., missing: _Optional[_Union[MissingPolicy, str]] = ..., interval_level: _Optional[float] = ..., drift: _Optional[_Union[Drift, _Mapping]] = ..., status: _Optional[_Union[SessionStatus, str]] = ..., purge_time: _Optional[_Union[datetime.datetime, _timestamp_pb2.Timestamp, _Mapping]] = ..., tenant: _Optional[str] = ...) -> None: ...
 
 class Accuracy(_message.Message):
     __slots__ = ("output", "horizon", "scored", "mean_absolute_error", "mean_absolute_scaled_error", "coverage", "offset", "recent_scored", "recent_mean_absolute_error", "recent_mean_absolute_scaled_error", "recent_coverage", "recent_median_absolute_error")

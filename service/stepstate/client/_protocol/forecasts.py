@@ -27,9 +27,11 @@ from stepstate.errors import (
     Draining,
     ForecastImpossible,
     InvalidField,
+    PermissionDenied,
     ServerUnreachable,
     StepAhead,
     StepstateError,
+    Unauthenticated,
     UnexpectedStatus,
 )
 from stepstate.v1 import stepstate_pb2 as pb
@@ -51,7 +53,10 @@ USUAL_HORIZON = 48
 """If neither the horizon nor the model is known."""
 MAX_TIMES_AHEAD = 10
 """How often scenarios are placed anew, for a session that is stepped at the same time."""
-_ERRORS_OF_CALL = (InvalidField, ServerUnreachable, Draining, Cancelled, UnexpectedStatus)
+_ERRORS_OF_CALL = (
+    InvalidField, ServerUnreachable, Draining, Cancelled, UnexpectedStatus, Unauthenticated,
+    PermissionDenied,
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, eq=False)

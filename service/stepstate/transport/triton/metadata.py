@@ -43,10 +43,14 @@ class Descriptions:
             model.key: _config(model, idle_timeout(model.manifest)) for model in catalog
         }
         """By the key of the model."""
-        self.index = pb.RepositoryIndexResponse()
-        for model in catalog:
-            name, version = model.manifest.name, model.manifest.version
-            self.index.models.add(name=name, version=version, state="READY")
+
+
+def index(catalog: Catalog) -> pb.RepositoryIndexResponse:
+    """The models and their versions."""
+    found = pb.RepositoryIndexResponse()
+    for model in catalog:
+        found.models.add(name=model.manifest.name, version=model.manifest.version, state="READY")
+    return found
 
 
 def _metadata(model: Model, versions: list[str]) -> pb.ModelMetadataResponse:

@@ -107,7 +107,7 @@ class SequenceService:
         Raises:
             InvalidField: the id is that of a session of another model; as `SessionService.open`.
         """
-        model = self._sessions.catalog.find(infer.head.model, infer.head.version)
+        model = self._sessions.catalog.of(infer.tenant).find(infer.head.model, infer.head.version)
         act = act_of_call(AuditEvent.SESSION_OPENED, METHOD, infer.session_id, model.key)
         with failures_on_record(act):
             opened = await self._open_new(infer, model, hold, restart=restart)
@@ -164,7 +164,7 @@ class SequenceService:
         if ended is None or infer.t is None or ended.t != infer.t:
             return None
         reply = pb.ModelInferResponse.FromString(ended.reply)
-        model = self._sessions.catalog.find(reply.model_name, reply.model_version)
+        model = self._sessions.catalog.of(infer.tenant).find(reply.model_name, reply.model_version)
         if infer.head.model not in ("", reply.model_name):
             return None
         if infer.digest(model.manifest) != ended.digest:

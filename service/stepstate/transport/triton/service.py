@@ -16,7 +16,7 @@ from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.budget import MemoryAccount
 from stepstate.errors import InvalidField, ModelUnknown
-from stepstate.models import Model
+from stepstate.models import Catalog, Model
 from stepstate.transport.authentication import current_principal
 from stepstate.transport.bidi import Backend, StreamRegistry
 from stepstate.transport.convert import REPLY_BYTES
@@ -122,7 +122,7 @@ class TritonService:
         if request.name:
             self._model(request.name, request.version)
         reply = pb.ModelStatisticsResponse()
-        for place, model in enumerate(self._sessions.catalog, 1):
+        for place, model in enumerate(self._catalog(), 1):
             name, version = model.manifest.name, model.manifest.version
             if request.name in ("", name) and request.version in ("", version):
                 counted = self._backend.metrics.model(name, version)
@@ -136,14 +136,18 @@ class TritonService:
     async def RepositoryIndex(
         self, request: pb.RepositoryIndexRequest, context: Context
     ) -> pb.RepositoryIndexResponse:
-        return self._descriptions.index
+        return metadata.index(self._catalog())
 
     async def drain(self) -> None:
         """See `StreamRegistry.drain`."""
         await self._streams.drain()
 
+    def _catalog(self) -> Catalog:
+        """The models that the caller may use."""
+        return self._sessions.catalog.of(current_principal.get().tenant)
+
     def _model(self, name: str, version: str) -> Model:
-        return self._sessions.catalog.find(name, version)
+        return self._catalog().find(name, version)
 
 
 def _parser(request: type[Message]) -> Callable[[bytes], Message]:

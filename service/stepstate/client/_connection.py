@@ -5,6 +5,7 @@ No I/O here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -20,7 +21,7 @@ from stepstate.client._protocol.retry import CONNECT_TIMEOUT, TIMEOUT, CallAttem
 from stepstate.client.diagnosis import why_unreachable
 from stepstate.client.security import Tls, Token, endpoint_of
 from stepstate.client.types import ModelInfo
-from stepstate.errors import Cancelled, ServerUnreachable, StepstateError
+from stepstate.errors import Cancelled, ServerUnreachable, StepstateError, Unauthenticated
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
 CHANNEL_OPTIONS = (
@@ -157,6 +158,16 @@ class BaseConnection(ConnectionAPI):
             return error
         why = why_unreachable(self._endpoint, error.detail)
         return replace(error, detail=f"{error.detail} (no server has answered there yet: {why})")
+
+    def call_errors(self) -> Callable[[Any], StepstateError]:
+        """Is asked before a call is begun; what it returns makes the error of its failure."""
+        return partial(self._error_of, time.monotonic())
+
+    def _error_of(self, began: float, failure: Any) -> StepstateError:
+        error, token = convert.from_rpc(failure, self.target), self._endpoint.token
+        if isinstance(error, Unauthenticated) and token and token.renewed_since(began):
+            return ServerUnreachable(self.target, f"{error}, and there is a new token")
+        return error
 
     def _attempts(self, timeout: float | None) -> CallAttempts:
         return CallAttempts(self._reach, self.timeout if timeout is None else timeout)

@@ -48,6 +48,11 @@ default is beside it. `stepstate config show` prints the settings that a server 
 origin of each. [Further tables](#tables-of-the-file) can be in the file only.
 
 """
+FILE_ONLY = """\
+All of them can be reloaded. Beside those below there is `[models."NAME"]`: its key `tenants` lists
+the tenants that may use a model; without such a table all may.
+
+"""
 TABLES = (
     (
         "[limits]",
@@ -278,7 +283,7 @@ def configuration() -> str:
             f"## `{heading}`\n\n{also}\n\n{text}\n\n",
             f"Default: {default}. {reason}\n\n",
         ]
-    parts.append("## Tables of the file\n\nAll of them can be reloaded.\n\n")
+    parts.append(f"## Tables of the file\n\n{FILE_ONLY}")
     for name, cls, text in TABLES:
         keys = [(f"`{key}`", f"`{kind}`", meaning) for key, kind, meaning in _documented(cls)]
         parts.append(

@@ -131,7 +131,7 @@ class MemoryAccount:
 
         Raises:
             MemoryLimit: the peer would hold more than would be free; nothing was reserved.
-            TenantLimitReached: it would be more than its tenant may have.
+            TenantLimitReached: it would be more than its tenant may have; nothing was reserved.
         """
         budget = self._budget
         if self._tenant is not None and self.held + size > self._most:
@@ -139,6 +139,8 @@ class MemoryAccount:
         if self.held + size > budget.shared - budget.used and not self.fits(size):
             free = max(0, budget.shared - budget.used)
             raise MemoryLimit(size, self.held, free, budget.limit)
+        if use is MemoryUse.SNAPSHOTS and self._tenant is not None:
+            self._tenant.hold("snapshot_bytes", size)
         self.held += size
         budget.used += size
         budget.by_use[use] += size
@@ -153,6 +155,8 @@ class MemoryAccount:
     def release(self, use: MemoryUse, size: int) -> None:
         """Releases bytes that were reserved."""
         budget = self._budget
+        if use is MemoryUse.SNAPSHOTS and self._tenant is not None:
+            self._tenant.release("snapshot_bytes", size)
         self.held -= size
         budget.used -= size
         budget.by_use[use] -= size

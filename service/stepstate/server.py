@@ -185,6 +185,7 @@ class Server:
                     "memory_bytes": self.memory.limit,
                 },
                 memory=self.memory,
+                tenants=self.tenants,
                 skipped_models=len(catalog.skipped),
                 tls=tls,
             )
@@ -265,12 +266,13 @@ class Server:
         """Puts what can be reloaded into use; the files that it names were found to be usable."""
         logging.getLogger().setLevel(configuration.server.log_level)
         self.set_limits(configuration.limits)
-        if self.tls is not None:
-            await asyncio.to_thread(self.tls.reload)
+        self.sessions.catalog.restrict(ModelAccess(configuration.model_tenants))
         if self.credentials is not None:
             rules = configuration.certificates
             self.credentials.map_certificates(CertificateMapping(rules) if rules else None)
             await self.credentials.refresh(force=True)
+        if self.tls is not None:
+            await asyncio.to_thread(self.tls.reload)
 
     async def drain(self) -> None:
         """Stops in order, and loses nothing that was accepted. Further calls wait for the first.
@@ -380,6 +382,7 @@ class Server:
                 sessions=self._max_sessions,
                 durability=Durability(config.durability),
                 durable=self._store.durable,
+                tenants=self.tenants,
             ),
             owner=f"{config.server_name or _host_and_port(config)}#{secrets.token_hex(4)}",
             clock=UPTIME,
@@ -685,6 +688,7 @@ async def serve(
         configuration.server,
         certificates=configuration.certificates,
         limits=configuration.limits,
+        access=ModelAccess(configuration.model_tenants),
     )
     try:
         await server.start()

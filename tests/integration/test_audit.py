@@ -165,6 +165,7 @@ REQUESTS: dict[str, Callable[[bytes], Iterable[object]]] = {
     "Forecast": lambda _: [pb.ForecastRequest(session_id=["a", "b"], horizon=1)],
     "ListModels": lambda _: [pb.ListModelsRequest()],
     "GetModel": lambda _: [pb.GetModelRequest(model="lstm")],
+    "ListTenants": lambda _: [pb.ListTenantsRequest()],
     "ModelReady": lambda _: [triton_pb.ModelReadyRequest(name="lstm")],
     "ModelMetadata": lambda _: [triton_pb.ModelMetadataRequest(name="lstm")],
     "ModelConfig": lambda _: [triton_pb.ModelConfigRequest(name="lstm")],
@@ -209,7 +210,7 @@ async def test_each_event_of_a_tenants_own_is_one_line_and_nothing_else_is_on_re
     snapshot = await prepare(caller)
     await lines.new()
     for method, event in EVENTS.items():
-        if method not in REQUESTS:
+        if method not in REQUESTS or Scope.ADMIN in SCOPES[method]:
             continue
         result = await made(caller, method, snapshot)
         found = await lines.new()

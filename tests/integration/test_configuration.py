@@ -73,17 +73,27 @@ def test_check_accepts_what_a_server_can_start_with(file: Path):
 
 def test_check_names_all_that_would_stop_a_server(file: Path, tmp_path: Path):
     options = [
-        *("--listen", "0.0.0.0:1", "--models", tmp_path / "none", "--store", "redis://h"),
+        *("--models", tmp_path / "none", "--store", "redis://h"),
         *("--store-password-file", tmp_path / "none", "--snapshot-key", tmp_path / "none"),
+        *("--tokens-file", tmp_path / "none", "--tls-cert", "none", "--tls-key", "none"),
+        *("--jwt-issuer", "i", "--jwt-audience", "a", "--jwt-jwks", tmp_path / "none"),
+        *("--audit-log", tmp_path / "none" / "log"),
     ]
     done = run("config", "check", file, *options)
     assert done.exit_code == 1
     *problems, last = done.stderr.splitlines()
-    assert last == "Error: 4 to put right"
-    for problem, start in zip(
-        problems, ("--listen", str(tmp_path), "--snapshot-key", "store "), strict=True
-    ):
-        assert problem.startswith(start)
+    assert last == "Error: 7 to put right"
+    starts = ["--tls-cert", "--tokens-file", "--jwt-jwks", str(tmp_path), "--snapshot-key"]
+    starts += ["store ", "--audit-log"]
+    assert [
+        problem[: len(start)] for problem, start in zip(problems, starts, strict=True)
+    ] == starts
+
+
+def test_check_asks_for_protection_where_others_could_reach_the_server(file: Path):
+    done = run("config", "check", file, "--listen", "0.0.0.0:1")
+    assert done.exit_code == 1
+    assert done.stderr.startswith("--listen 0.0.0.0:1: other machines can reach it")
 
 
 @pytest.mark.parametrize(

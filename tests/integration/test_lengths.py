@@ -59,6 +59,7 @@ ANSWERS = {
     "ResetAccuracy": {"session_id": INVALID},
     "ListModels": {"page_token": INVALID},
     "GetModel": {"model": UNKNOWN, "version": UNKNOWN},
+    "ListTenants": {"page_token": INVALID},
 }
 """To a request with one field that is far too long, all else being right."""
 
@@ -106,6 +107,7 @@ async def _good_requests(stub: StepstateServiceStub) -> dict[str, Message]:
         "ListSessions": pb.ListSessionsRequest(),
         "ListModels": pb.ListModelsRequest(),
         "GetModel": pb.GetModelRequest(model="electricity"),
+        "ListTenants": pb.ListTenantsRequest(),
         "Step": request("a", None, row),
         "StreamSteps": request("a", None, row),
         "StreamPacked": packed,

@@ -10,6 +10,7 @@ import pty
 import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
 import time
@@ -24,15 +25,23 @@ import pytest
 
 from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
-from stepstate.configuration import Configuration, Given, SettingOrigin, read_file, resolve
+from stepstate.configuration import (
+    Configuration,
+    Given,
+    SettingOrigin,
+    read_file,
+    reload,
+    resolve,
+)
 from stepstate.configuration.reload import ConfigurationReloader
-from stepstate.errors import Unauthenticated
+from stepstate.errors import ModelUnknown, Unauthenticated
+from stepstate.models import ModelAccess
 from stepstate.server import Server, running_server
 from stepstate.tenants import LimitTable
 from tests.certificates import Authority, Certificate
-from tests.credentials import bearer, token
+from tests.credentials import AUDIENCE, ISSUER, Provider, bearer, token
 from tests.integration.commands import read_terminal
-from tests.integration.wire import HANG
+from tests.integration.wire import HANG, SHARED_SECONDS
 from tests.processes import ServerProcess, server_process
 
 RELOADED = "the configuration is reloaded"
@@ -65,8 +74,12 @@ async def reloading(config: ServerConfig, file: Path, text: str = "") -> AsyncIt
         return resolve(given, read_file(str(file)))
 
     configuration = load()
-    tables = {"limits": configuration.limits, "certificates": configuration.certificates}
-    async with running_server(configuration.server, **tables) as server:
+    async with running_server(
+        configuration.server,
+        limits=configuration.limits,
+        certificates=configuration.certificates,
+        access=ModelAccess(configuration.model_tenants),
+    ) as server:
         yield Reloading(server, file, server.reload_with(load, configuration))
 
 
@@ -92,6 +105,22 @@ async def test_what_can_be_reloaded_is_and_the_rest_is_named(
     assert waiting == ["slots, batch_rows", "slots"]
 
 
+async def test_the_tenants_of_models_are_reloaded(config: ServerConfig, tmp_path: Path):
+    limited = "[models.lstm]\ntenants = ['acme']\n"
+    async with (
+        reloading(config, tmp_path / "f.toml", limited) as one,
+        AsyncClient(one.server.address) as client,
+    ):
+        assert "lstm" not in [model.name for model in await client.models()]
+        assert await one.reload(ADDRESSES)
+        session = await client.open("lstm", session_id="s")
+        assert await one.reload(f"{ADDRESSES}{limited}[models.gru]\ntenants = ['default']")
+        await session.step([1.0, 2.0, 3.0])  # it is in memory
+        assert {"lstm", "gru"} & {model.name for model in await client.models()} == {"gru"}
+        with pytest.raises(ModelUnknown):
+            await client.open("lstm", session_id="other")
+
+
 DEBUG = f"{ADDRESSES}log_level = 'DEBUG'\n"
 
 
@@ -103,6 +132,7 @@ DEBUG = f"{ADDRESSES}log_level = 'DEBUG'\n"
         (f"{DEBUG}tokens_file = 'none'", "--tokens-file none: "),
         (f"{DEBUG}tls_cert = 'a'\ntls_key = 'b'", "--tls-cert a: "),
         (f"{DEBUG}[limits]\nstreams = 3\n[tenants.a]\nweight = 0", "weight is 0"),
+        (f"{DEBUG}[models.gruu]\ntenants = ['acme']", "has no model 'gruu'"),
         (f"{DEBUG}log_", "this is no TOML"),
         (DEBUG.replace("127.0.0.1", "0.0.0.0"), "--listen 0.0.0.0:0: other machines can reach it"),
     ],
@@ -145,6 +175,21 @@ async def test_what_a_certificate_proves_is_reloaded_and_its_streams_end_with_th
             assert await one.reload(f"{ADDRESSES}{tls}{other}{rule}")
             await session.step([1.0, 2.0, 3.0])
             assert session.t == 2
+
+
+async def test_a_refused_file_is_tried_again_until_what_it_names_is_right(
+    config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(reload, "RETRY_SECONDS", 0.1)
+    tokens = tmp_path / "tokens.json"
+    async with reloading(config, tmp_path / "f.toml") as one:
+        text = f"{ADDRESSES}tokens_file = '{tokens}'\n[limits]\nstreams = 3\n"
+        assert not await one.reload(text)
+        token(tokens)
+        async with asyncio.timeout(HANG):
+            while one.server.tenants.limits.defaults.streams != 3:
+                await asyncio.sleep(0.02)
 
 
 # As a process, by its signals and its file.
@@ -220,24 +265,41 @@ def test_a_server_with_a_file_drains_when_its_terminal_closes(model_root: Path, 
 # Under load.
 
 STREAMS = 64
+LEVELS = ("WARNING", "ERROR")
+
+
+@dataclass(frozen=True, slots=True)
+class Rotating:
+    """Files of credentials that are replaced."""
+
+    folder: Path
+    authority: Authority
+    provider: Provider
+
+    def replace(self, name: str) -> tuple[str, str]:
+        """Replaces all of them; a new token, and a JWT of a new key."""
+        made = self.authority.issue(f"reload-{name}", "DNS:localhost,IP:127.0.0.1")
+        shutil.copy(made.file, self.folder / "cert.pem")
+        shutil.copy(made.key, self.folder / "key.pem")
+        self.provider.add(name)
+        (self.folder / "jwks.json").write_bytes(self.provider.jwks())
+        return token(self.folder / "tokens.json", name), self.provider.token(name)
+
+    @property
+    def settings(self) -> str:
+        """They, as settings."""
+        names = {"tls_cert": "cert.pem", "tls_key": "key.pem"}
+        names |= {"tokens_file": "tokens.json", "jwt_jwks": "jwks.json"}
+        files = "".join(f"{key} = '{self.folder / name}'\n" for key, name in names.items())
+        return f"{files}jwt_issuer = '{ISSUER}'\njwt_audience = '{AUDIENCE}'\n"
 
 
 @pytest.mark.transports
 async def test_64_streams_step_on_while_all_is_replaced(
     config: ServerConfig, tmp_path: Path, authority: Authority, level: None
 ):
-    """The certificate and its key, the tokens, the limits and the log level; no step fails."""
-    certificate, key, tokens = (tmp_path / name for name in ("cert.pem", "key.pem", "tokens.json"))
-    names = "DNS:localhost,IP:127.0.0.1"
-
-    def replace_certificate(name: str) -> None:
-        made = authority.issue(name, names)
-        shutil.copy(made.file, certificate)
-        shutil.copy(made.key, key)
-
-    replace_certificate("reload-first")
-    caller = token(tokens)
-    files = f"tls_cert = '{certificate}'\ntls_key = '{key}'\ntokens_file = '{tokens}'\n"
+    """The certificate, tokens, JWKS, limits and the log level: no step fails, and all are used."""
+    files = Rotating(tmp_path, authority, Provider())
     stop = asyncio.Event()
 
     async def step(client: AsyncClient, number: int) -> int:
@@ -246,22 +308,48 @@ async def test_64_streams_step_on_while_all_is_replaced(
                 await session.step([1.0, 2.0, 3.0])
             return session.t
 
-    async with reloading(config, tmp_path / "f.toml", files) as one:
+    bearers = files.replace("first")
+    async with reloading(config, tmp_path / "f.toml", files.settings) as one:
         trusting = grpc.ssl_channel_credentials(authority.file.read_bytes())
-        async with AsyncClient(
-            one.server.address, credentials=trusting, metadata=bearer(caller)
-        ) as client:
-            stepping = asyncio.gather(*(step(client, number) for number in range(STREAMS)))
+
+        def connect(text: str) -> AsyncClient:
+            return AsyncClient(one.server.address, credentials=trusting, metadata=bearer(text))
+
+        async with connect(bearers[0]) as first, connect(bearers[1]) as second:
+            clients = (first, second)
+            stepping = asyncio.gather(*(step(clients[n % 2], n) for n in range(STREAMS)))
             for turn in range(5):
                 await asyncio.sleep(0.2)
-                await asyncio.to_thread(replace_certificate, f"reload-{turn}")
-                token(tokens, f"other-{turn}")
-                level_now = ("WARNING", "ERROR")[turn % 2]
-                limits = f"[limits]\nstreams = {1000 + turn}\n[tenants.default]\nweight = 2\n"
-                said = f"{ADDRESSES}log_level = '{level_now}'\n{files}{limits}"
-                assert await one.reload(said)
+                bearers = await asyncio.to_thread(files.replace, f"turn-{turn}")
+                text = f"{ADDRESSES}{files.settings}log_level = '{LEVELS[turn % 2]}'\n"
+                limits = f"[limits]\nstreams = {1000 + turn}\n[tenants.acme]\nweight = 2\n"
+                assert await one.reload(text + limits)
+                assert one.server.tenants.limits.of("acme").streams == 1000 + turn
+                for text in bearers:
+                    async with connect(text) as new:
+                        assert len(await new.models()) > 0
             stop.set()
             steps = await stepping
-        assert one.server.tls is not None
-        assert not one.server.tls.reload_failed
+            page = await asyncio.to_thread(metrics_with_tls, one.server, authority)
     assert min(steps) >= 5
+    # The client library would try again: no call and no request was refused to begin with.
+    assert failures(page) == []
+    assert "stepstate_tls_reload_failed 0.0\n" in page
+
+
+def metrics_with_tls(server: Server, authority: Authority) -> str:
+    time.sleep(SHARED_SECONDS)
+    context = ssl.create_default_context(cafile=authority.file)
+    port = server.metrics_address.rpartition(":")[2]
+    with urlopen(f"https://localhost:{port}/metrics", context=context) as page:
+        return page.read().decode()
+
+
+def failures(page: str) -> list[str]:
+    """The lines that count calls which ended with an error, and refused requests."""
+    counted = re.findall(
+        r"^(?:grpc_server_handled_total|stepstate_requests_refused_total)\{.* [1-9].*$",
+        page,
+        re.MULTILINE,
+    )
+    return [line for line in counted if 'grpc_code="OK"' not in line]

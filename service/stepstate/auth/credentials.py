@@ -132,14 +132,13 @@ class Credentials:
         if self._expired(identity):
             return _expired(identity)
         kind = identity.credential.partition(" ")[0]
-        source = {"token": self._tokens, "jwt": self._jwts}.get(kind)
-        if source is not None and not source.is_usable(identity.credential):
-            return _revoked(identity)
-        if kind == "certificate" and not (
-            self._certificates and self._certificates.is_usable(identity)
-        ):
-            return _revoked(identity)
-        return None
+        source = {
+            "token": self._tokens,
+            "jwt": self._jwts,
+            "certificate": self._certificates,
+        }[kind]
+        usable = source is not None and source.is_usable(identity)
+        return None if usable else _revoked(identity)
 
     def map_certificates(self, certificates: CertificateMapping | None) -> None:
         """Changes what client certificates prove, from the next call on."""

@@ -22,6 +22,7 @@ from pydantic import ValidationError
 from stepstate.auth.tokens import KnownToken, TokenList, TokenRecord, TokenTable
 from stepstate.auth.watched_file import WatchedFile
 from stepstate.errors import CredentialsInvalid
+from stepstate.identity import Identity
 from stepstate.logging.audit import Act, AuditEvent, audit
 
 log = logging.getLogger(__name__)
@@ -58,9 +59,9 @@ class TokenFile:
         """The token with a hash."""
         return self._table.find(sha256)
 
-    def is_usable(self, credential: str) -> bool:
-        """Whether the token with this name is known and not revoked."""
-        return self._table.is_usable(credential)
+    def is_usable(self, identity: Identity) -> bool:
+        """Whether a token proves this identity, and is not revoked."""
+        return self._table.is_usable(identity)
 
     async def refresh(self, *, force: bool = False) -> None:
         """Reads the file again if it has changed, or if `force`; what fails changes nothing."""

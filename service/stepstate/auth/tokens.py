@@ -141,9 +141,7 @@ class TokenTable:
 
     def __init__(self, records: Iterable[TokenRecord]) -> None:
         self._tokens = {record.sha256: _known(record) for record in records}
-        self._usable = {
-            token.identity.credential: not token.revoked for token in self._tokens.values()
-        }
+        self._usable = {token.identity for token in self._tokens.values() if not token.revoked}
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -155,9 +153,9 @@ class TokenTable:
             return None
         return token
 
-    def is_usable(self, credential: str) -> bool:
-        """Whether the token with this name is known and not revoked."""
-        return self._usable.get(credential, False)
+    def is_usable(self, identity: Identity) -> bool:
+        """Whether a token proves this identity, and is not revoked."""
+        return identity in self._usable
 
 
 def _known(record: TokenRecord) -> KnownToken:

@@ -62,15 +62,15 @@ class WebTokens:
         if identity is None:
             return None
         expired = identity.expires_at is None or identity.expires_at <= self._unix_time()
-        if expired or not self.is_usable(identity.credential):
+        if expired or not self.is_usable(identity):
             del self._known[sha256]
             return None
         self._known.move_to_end(sha256)
         return identity
 
-    def is_usable(self, credential: str) -> bool:
-        """Whether the key of an accepted token is still one of the provider's."""
-        return self.keys.has(credential.partition(" ")[2])
+    def is_usable(self, identity: Identity) -> bool:
+        """Whether the key of the token that proved an identity is still one of the provider's."""
+        return self.keys.has(identity.credential.partition(" ")[2])
 
     async def verify(self, text: str, sha256: str) -> Identity:
         """The identity that a token proves.

@@ -20,6 +20,7 @@ COMMANDS = {
     "sessions": ("stepstate.cli.sessions:sessions_group", "Lists, shows and moves sessions."),
     "models": ("stepstate.cli.models:models_group", "Prints the loaded models, or writes one."),
     "tokens": ("stepstate.cli.tokens:tokens_group", "Makes, lists and revokes bearer tokens."),
+    "tenants": ("stepstate.cli.tenants:tenants_command", "Prints what tenants use, and may use."),
     "health": ("stepstate.cli.health:health_command", "Asks whether a server is serving."),
 }
 """Where each command is, and its line in the list, which is shown without importing it."""

@@ -21,11 +21,13 @@ from stepstate.client.types import (
     Drift,
     Durability,
     Inspection,
+    LimitUsage,
     MissingPolicy,
     ModelInfo,
     Output,
     Result,
     SessionInfo,
+    TenantUsage,
 )
 
 __all__ = [
@@ -38,6 +40,7 @@ __all__ = [
     "Durability",
     "Forecast",
     "Inspection",
+    "LimitUsage",
     "MissingPolicy",
     "ModelInfo",
     "Output",
@@ -48,6 +51,7 @@ __all__ = [
     "Result",
     "Session",
     "SessionInfo",
+    "TenantUsage",
     "TimedRows",
     "Tls",
     "Token",

@@ -126,6 +126,15 @@ class ConnectionAPI(ABC):
         """
 
     @abstractmethod
+    def tenants(self) -> Any:
+        """Lists the tenants of the server with their limits and what they use; for admins.
+
+        Raises:
+            PermissionDenied: the credential lacks the scope admin.
+            Unavailable: no answer in time.
+        """
+
+    @abstractmethod
     def model(self, *args: Any, **kwargs: Any) -> Any:
         """Returns one loaded model.
 

@@ -17,9 +17,11 @@ from stepstate.client.types import (
     Drift,
     Floats,
     Inspection,
+    LimitUsage,
     ModelInfo,
     Output,
     SessionInfo,
+    TenantUsage,
 )
 from stepstate.errors import (
     Cancelled,
@@ -208,6 +210,15 @@ def _drift(message: pb.Drift) -> Drift:
         learning=message.learning,
         score=message.score,
     )
+
+
+def tenant_usage(tenant: pb.Tenant) -> TenantUsage:
+    """A tenant."""
+    limits = {
+        one.name: LimitUsage(one.value if one.HasField("value") else None, one.used, one.refused)
+        for one in tenant.limits
+    }
+    return TenantUsage(tenant.name, tenant.weight, limits)
 
 
 def model_info(model: pb.Model) -> ModelInfo:

@@ -60,6 +60,29 @@ class Output:
 
 
 @dataclass(frozen=True, slots=True)
+class LimitUsage:
+    """A limit of a tenant, and what it uses of it.
+
+    `value`: None if there is no limit. `used`: what the tenant has now, of open sessions on all
+    servers of a store; of a rate, all that it asked for since the server knows it. `refused`:
+    requests, since then.
+    """
+
+    value: float | None
+    used: float
+    refused: int
+
+
+@dataclass(frozen=True, slots=True)
+class TenantUsage:
+    """A tenant of a server: its share of the server when that is busy, and its limits by name."""
+
+    name: str
+    weight: float
+    limits: Mapping[str, LimitUsage]
+
+
+@dataclass(frozen=True, slots=True)
 class ModelInfo:
     """A model that the server has loaded.
 

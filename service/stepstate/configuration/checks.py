@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -10,9 +11,10 @@ from stepstate.auth import KeyFile, KeyRing, TokenFile
 from stepstate.config import ServerConfig
 from stepstate.configuration.effective import Configuration
 from stepstate.configuration.exposure import check_exposure
-from stepstate.errors import StartError
-from stepstate.models import load_catalog
+from stepstate.errors import AuditLogError, StartError
+from stepstate.models import ModelAccess, check_access, load_catalog
 from stepstate.stores import read_password
+from stepstate.stores.redis.factory import check_authorities
 from stepstate.tls import ClientAuth, TlsFiles, load_tls
 from stepstate.transport import read_keys
 
@@ -52,6 +54,9 @@ def _problems(checks: Iterable[Check]) -> list[str]:
 def _of_reload(configuration: Configuration) -> Iterator[Check]:
     config = configuration.server
     yield lambda: check_exposure(config, identities=configuration.identities)
+    if configuration.model_tenants:
+        access = ModelAccess(configuration.model_tenants)
+        yield lambda: check_access(config.models, access)
     files = tls_files(config)
     if files is not None:
         yield lambda: load_tls(files)
@@ -66,3 +71,14 @@ def _of_start(config: ServerConfig) -> Iterator[Check]:
     yield lambda: read_keys(config.snapshot_key)
     if config.store_password_file:
         yield lambda: read_password(config.store_password_file)
+    if config.store_ca_file:
+        yield lambda: check_authorities(config.store_ca_file)
+    if config.audit_log not in {"", "-"}:
+        yield lambda: _check_audit_log(config.audit_log)
+
+
+def _check_audit_log(file: str) -> None:
+    """It makes no file where there is none yet."""
+    target = Path(file) if Path(file).exists() else Path(file).parent
+    if (target == Path(file) and target.is_dir()) or not os.access(target, os.W_OK):
+        raise AuditLogError(file, "no such folder, or no right to write there")

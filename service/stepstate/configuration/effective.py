@@ -13,6 +13,7 @@ from stepstate.config import VARIABLES_ONLY, ConfigError, ServerConfig, has_secr
 from stepstate.configuration.file import (
     CERTIFICATES,
     LIMITS,
+    MODELS,
     SERVER,
     TENANTS,
     TOGETHER,
@@ -48,8 +49,10 @@ class Configuration:
     origins: Mapping[str, SettingOrigin]
     """By the name of the setting."""
     limits: LimitTable
+    model_tenants: Mapping[str, frozenset[str]]
+    """By the name of a model that some tenants only may use."""
     certificates: tuple[CertificateRule, ...]
-    """Like limits, they can be set in the file only."""
+    """Like limits and models' tenants, they can be set in the file only."""
     file: str
     """Its name; empty: there is none."""
 
@@ -87,6 +90,7 @@ def resolve(given: Mapping[str, Given], file: FileSettings) -> Configuration:
         server=server,
         origins=origins,
         limits=file.limits,
+        model_tenants=file.model_tenants,
         certificates=file.certificates,
         file=file.source.name,
     )
@@ -100,6 +104,8 @@ def as_toml(configuration: Configuration) -> str:
     lines += ["", f"[{LIMITS}.{TOGETHER}]", *_limits(limits.together, RateLimits())]
     for name, exception in limits.tenants.items():
         lines += ["", f"[{TENANTS}.{_toml(name)}]", *_limits(exception, limits.defaults)]
+    for model, allowed in configuration.model_tenants.items():
+        lines += ["", f"[{MODELS}.{_toml(model)}]", f"{TENANTS} = {_toml(sorted(allowed))}"]
     for rule in configuration.certificates:
         lines += ["", f"[[{CERTIFICATES}]]"]
         lines += [f"{name} = {_toml(getattr(rule, name))}" for name in ("match", "tenant")]

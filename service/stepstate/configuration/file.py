@@ -6,6 +6,7 @@ Its tables are
 - `[limits]`: those of `TenantLimits`, for each tenant, and `[limits.together]`: those of
   `RateLimits`, for all tenants together;
 - `[tenants.NAME]`: what of `[limits]` is different for one tenant;
+- `[models."NAME"]`: the `tenants` that may use a model, where not every tenant may;
 - `[[certificates]]`: a `CertificateRule`, which says whose certain client certificates are.
 """
 
@@ -31,7 +32,8 @@ MAX_FILE_BYTES = 2**20
 MAX_LISTED = 12
 """Names that an error may list."""
 SERVER, LIMITS, TOGETHER, TENANTS = "server", "limits", "together", "tenants"
-CERTIFICATES = "certificates"
+MODELS, CERTIFICATES = "models", "certificates"
+_TABLES = (SERVER, LIMITS, TENANTS, MODELS, CERTIFICATES)
 UNLIMITED = "unlimited"
 """A limit of a tenant that has none where the others have one."""
 _EXPECTED: Mapping[type, str] = {
@@ -70,6 +72,8 @@ class FileSettings:
     server: Mapping[str, Value] = field(default_factory=dict)
     """By the name of the setting."""
     limits: LimitTable = field(default_factory=LimitTable)
+    model_tenants: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """By the name of a model that some tenants only may use."""
     certificates: tuple[CertificateRule, ...] = ()
 
 
@@ -108,10 +112,15 @@ def parse(name: str, content: bytes) -> FileSettings:
     for key, table in tables.items():
         if key in _SETTINGS and not isinstance(table, dict):
             raise source.error(key, f"{key} stands before any table: move it below [{SERVER}]")
-        _check_name(source, key, (SERVER, LIMITS, TENANTS, CERTIFICATES), "the file")
+        _check_name(source, key, _TABLES, "the file")
     server = _server(source, _table(source, SERVER, tables))
-    rules = _certificates(source, tables.get(CERTIFICATES, []))
-    return FileSettings(source, server, _limits(source, tables), rules)
+    return FileSettings(
+        source,
+        server,
+        _limits(source, tables),
+        _model_tenants(source, _table(source, MODELS, tables)),
+        _certificates(source, tables.get(CERTIFICATES, [])),
+    )
 
 
 def _table(source: FileText, name: str, tables: Table) -> Table:
@@ -189,6 +198,25 @@ def _limits(source: FileText, tables: Table) -> LimitTable:
             for name in exceptions
         },
     )
+
+
+def _model_tenants(source: FileText, models: Table) -> dict[str, frozenset[str]]:
+    found = {}
+    for model in models:
+        table = _table(source, model, models)
+        for key in table:
+            _check_name(source, key, (TENANTS,), f"[{MODELS}.{model}]")
+        names = table.get(TENANTS)
+        if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
+            problem = f"tenants of {model} is {_shown(names)}, expected a list of names"
+            raise source.error(TENANTS, problem)
+        for name in names:
+            if not is_tenant(name):
+                raise source.error(
+                    TENANTS, f"{name[:100]!r} is no tenant: expected {TENANT_GRAMMAR}"
+                )
+        found[model] = frozenset(names)
+    return found
 
 
 def _certificates(source: FileText, tables: object) -> tuple[CertificateRule, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import fields
 from pathlib import Path
@@ -19,6 +21,8 @@ LOOK_SECONDS = 1.0
 """Between two looks at the file. It is read when it has changed, but not since the last look: who
 writes it in parts is done then."""
 
+RETRY_SECONDS = 30.0
+"""After a refusal: a file that the configuration names may be put right meanwhile."""
 _Version = tuple[int, int, int] | None
 
 
@@ -58,6 +62,7 @@ class ConfigurationReloader:
         self._observer = observer
         self._asked = asyncio.Event()
         self._seen = self._tried = self._version()
+        self._retry_at = math.inf
 
     def ask(self) -> None:
         """Lets it reload soon, whether the file has changed or not."""
@@ -90,6 +95,7 @@ class ConfigurationReloader:
             problems = await asyncio.to_thread(problems_of_reload, found)
         except ConfigError as error:
             problems = [str(error)]
+        self._retry_at = time.monotonic() + RETRY_SECONDS if problems else math.inf
         if problems:
             self._observer.reloaded("refused")
             log.error(
@@ -108,9 +114,12 @@ class ConfigurationReloader:
         return True
 
     def _look(self) -> bool:
-        """Whether the file has changed since it was read, and not since the last look."""
+        """Whether the file has changed since it was read, and not since the last look.
+
+        Or whether it was refused, and is to be tried again.
+        """
         seen, self._seen = self._seen, self._version()
-        return self._seen == seen != self._tried
+        return self._seen == seen != self._tried or time.monotonic() >= self._retry_at
 
     def _version(self) -> _Version:
         """Another one when the file was written or replaced, also by a link on the way."""

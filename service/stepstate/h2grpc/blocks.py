@@ -5,8 +5,9 @@ bytes of the list that HPACK makes of them (its bombs, CVE-2016-6581), and the w
 is. A list that is only longer than was announced costs its own call alone. Sources: RFC 9113,
 sections 4.3, 6.2 and 6.10; RFC 7541 (HPACK).
 
-The calls of a client mostly have the same headers, each of which is in HPACK's tables by then. Such
-a block has the bytes of the one before, changes no table, and so means the same: it is not decoded.
+The calls of a client mostly have the same headers. By then each is in HPACK's tables, or, as the
+token of a call, a literal that does not go there. Such a block has the bytes of the one before,
+changes no table, and so means the same: it is not decoded.
 """
 
 from __future__ import annotations
@@ -27,6 +28,12 @@ logging.getLogger("hpack").setLevel(logging.WARNING)
 
 BYTES_PER_CREDIT = 512
 """Decoding so many bytes of Huffman code is as much work as a frame that does nothing."""
+INDEXED = 0x80
+"""A field that begins with such a byte, or a larger one, is in a table."""
+NEW_ENTRY_OR_SIZE = 0x20
+"""One that begins with such a byte, or a larger one, changes the dynamic table."""
+MAX_KEPT_BYTES = 4096
+"""Of a block with literals that is remembered: most tokens, and the other headers of a call."""
 MAX_TABLE_UPDATES = 2
 """At the beginning of a block (RFC 7541, section 4.2). One is a byte, and takes 3 µs."""
 
@@ -61,7 +68,7 @@ class HeaderReader:
         self._decoder = Decoder(limits.header_block_bytes)
         self._last = b""
         self.last_fields: Headers = ()
-        """Of the last block, if it has only what is in the tables: it may come again."""
+        """Of the last block, if it changed no table: it may come again."""
 
     def headers(self, flags: int, stream_id: int, payload: bytes) -> HeaderBlock | None:
         """Takes a HEADERS frame; returns the block if that is all of it.
@@ -117,7 +124,7 @@ class HeaderReader:
         except (HPACKError, ValueError, IndexError):
             raise ConnectionFailure(ErrorCode.COMPRESSION_ERROR) from None
         found = [(bytes(name), bytes(value)) for name, value in fields]
-        self._last, self.last_fields = (data, found) if _is_in_tables(data) else (b"", ())
+        self._last, self.last_fields = (data, found) if _changes_no_table(data) else (b"", ())
         return found
 
 
@@ -139,9 +146,39 @@ def depends_on_itself(stream_id: int, priority: bytes) -> bool:
     return len(priority) >= 5 and read_number(priority[:4]) & STREAM_ID == stream_id
 
 
-def _is_in_tables(data: bytes) -> bool:
-    """Whether each byte of a block is an indexed field (RFC 7541, section 6.1)."""
-    return bool(data) and min(data) >= 0x80  # the last byte of a longer number is smaller
+def _changes_no_table(data: bytes) -> bool:
+    """Whether a valid block has only indexed fields, and literals that stay out of the table.
+
+    A long one with literals does not count. Source: RFC 7541, sections 6.1, 6.2.2 and 6.2.3.
+    """
+    if data and min(data) >= INDEXED:  # the last byte of a longer number is smaller
+        return True
+    if len(data) > MAX_KEPT_BYTES:
+        return False
+    place = 0
+    while place < len(data):
+        first = data[place]
+        if INDEXED > first >= NEW_ENTRY_OR_SIZE:
+            return False
+        index, place = _number(data, place, 0x7F if first >= INDEXED else 0x0F)
+        if first < NEW_ENTRY_OR_SIZE:
+            for _ in range(1 if index else 2):  # the name, if it is not in the tables; the value
+                length, place = _number(data, place, 0x7F)
+                place += length
+    return bool(data)
+
+
+def _number(data: bytes, place: int, mask: int) -> tuple[int, int]:
+    """A number, and the place after it (RFC 7541, section 5.1)."""
+    number, shift = data[place] & mask, 0
+    place += 1
+    while number >= mask:
+        number += (data[place] & 0x7F) << shift
+        shift += 7
+        place += 1
+        if data[place - 1] < 0x80:
+            break
+    return number, place
 
 
 def _table_updates(data: bytes) -> int:

@@ -8,6 +8,7 @@ event of a new one.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,6 +28,7 @@ from stepstate.logging import AUDIT_DROPPED, DROPPED
 from stepstate.metrics.counters import Histogram, Metrics, ModelMetrics, RpcMetrics
 from stepstate.sessions import SessionService, StepScheduler
 from stepstate.stores import DiskUsage
+from stepstate.tenants import LIMITS, TenantTable, TenantTotals
 from stepstate.tls import ServerTls
 
 log = logging.getLogger(__name__)
@@ -47,6 +49,7 @@ class MetricsCollector(Collector):
         memory: what clients make the server hold.
         skipped_models: models in its folder that can't be served.
         tls: of its ports; None: plain text.
+        tenants: what each of them uses.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class MetricsCollector(Collector):
         memory: MemoryBudget,
         skipped_models: int = 0,
         tls: ServerTls | None = None,
+        tenants: TenantTable | None = None,
     ) -> None:
         self.counters = counters
         self.sessions = sessions
@@ -65,6 +69,7 @@ class MetricsCollector(Collector):
         self.memory = memory
         self.skipped_models = skipped_models
         self.tls = tls
+        self.tenants = tenants or TenantTable()
         self.failures = 0
         """Series that could not be read."""
 
@@ -201,6 +206,36 @@ def _tls(value: Callable[[ServerTls], float]) -> Read:
     return lambda source: [] if source.tls is None else [((), value(source.tls))]
 
 
+def _tenants(value: Callable[[TenantTotals], float]) -> Read:
+    """A series of each tenant that has one of its own, and of all others together."""
+    return lambda source: [((label,), value(one)) for label, one in source.tenants.totals().items()]
+
+
+def _tenant_sessions(source: MetricsCollector) -> Samples:
+    sessions = Counter[str]()
+    for name, count in source.sessions.open_by_tenant.items():
+        sessions[source.tenants.look(name).label] += count
+    return [((label,), count) for label, count in sessions.items()]
+
+
+def _tenant_uses(limits: Sequence[str]) -> Read:
+    """What the tenants have now, by the names of limits."""
+
+    def read(source: MetricsCollector) -> Samples:
+        uses = Counter[tuple[str, str]]()
+        for tenant in source.tenants:
+            for limit in limits:
+                uses[tenant.label, limit] += int(tenant.used(limit))
+        return list(uses.items())
+
+    return read
+
+
+def _tenant_refusals(source: MetricsCollector) -> Samples:
+    for label, one in source.tenants.totals().items():
+        yield from (((label, limit), one.refused[limit]) for limit in LIMITS)
+
+
 COUNTER: SeriesType = "counter"
 GAUGE: SeriesType = "gauge"
 HISTOGRAM: SeriesType = "histogram"
@@ -223,6 +258,22 @@ SERIES = (
            lambda s: list(s.counters.calls.items()),
            "Calls now, by kind (short, long, stream): open, and those of them that wait for their "
            "turn."),
+    Series("stepstate_tenant_sessions", GAUGE, ("tenant",), _tenant_sessions,
+           "Open sessions of tenants, on all servers of the store; the count may be some seconds "
+           "old. Here and below: the first 100 tenants, and those with limits of their own, have "
+           'series of their own; the others are "other" together.'),
+    Series("stepstate_tenant_calls", GAUGE, ("tenant", "limit"), _tenant_uses(("streams", "calls")),
+           "Calls of tenants now, by the limit that they count for."),
+    Series("stepstate_tenant_bytes", GAUGE, ("tenant", "limit"),
+           _tenant_uses(("replay_bytes", "snapshot_bytes", "memory_bytes")),
+           "Bytes that tenants make the server keep, by the limit that they count for."),
+    Series("stepstate_tenant_rows_total", COUNTER, ("tenant",), _tenants(lambda t: t.rows),
+           "Rows that tenants asked for and that their rates allowed."),
+    Series("stepstate_tenant_forecasts_total", COUNTER, ("tenant",),
+           _tenants(lambda t: t.forecasts),
+           "Forecasts that tenants asked for and that their rates allowed."),
+    Series("stepstate_tenant_refused_total", COUNTER, ("tenant", "limit"), _tenant_refusals,
+           "Requests that were refused because of a limit of their tenant, or of all together."),
     Series("stepstate_models", GAUGE, ("state",),
            _by(lambda s: {"loaded": len(s.counters.models), "skipped": s.skipped_models}),
            "Models in the server's folder: loaded, or skipped because they can't be served."),

@@ -1,6 +1,6 @@
 """Models: load, verify, describe and write them. Needs no torch."""
 
-from stepstate.models.catalog import EVERYONE, Catalog, ModelAccess, load_catalog
+from stepstate.models.catalog import EVERYONE, Catalog, ModelAccess, check_access, load_catalog
 from stepstate.models.files import load_model, write_model
 from stepstate.models.manifest import (
     MAX_LEVEL,
@@ -41,6 +41,7 @@ __all__ = [
     "Timeline",
     "Tracking",
     "build_timeline",
+    "check_access",
     "load_catalog",
     "load_model",
     "write_model",

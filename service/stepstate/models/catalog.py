@@ -67,6 +67,10 @@ class Catalog:
         allowed = self.access.allows
         return Catalog(model for model in self if allowed(tenant, model.manifest.name))
 
+    def restrict(self, access: ModelAccess) -> None:
+        """Changes who may use them. Sessions in memory go on until they are closed or spilled."""
+        self.access = access
+
     def find(self, name: str, version: str = "") -> Model:
         """The model of this name: this version of it, or the newest.
 
@@ -105,14 +109,7 @@ def load_catalog(
     folders = sorted(path.parent for path in root.resolve().glob(f"*/*/{MANIFEST}"))
     if not folders:
         raise ModelInvalid(str(root), f"holds no <name>/<version>/{MANIFEST}; {_HOW}")
-    names = {folder.parent.name for folder in folders}
-    for name in access.tenants:
-        if name not in names:
-            raise ModelInvalid(
-                str(root),
-                f"has no model {name!r}, which only some tenants may use; it has: "
-                f"{', '.join(sorted(names))}",
-            )
+    check_access(root, access)
     loaded: list[Model] = []
     skipped: list[ModelInvalid] = []
     for folder in folders:
@@ -125,3 +122,20 @@ def load_catalog(
     if not loaded:
         raise skipped[0]
     return Catalog(loaded, skipped, access)
+
+
+def check_access(root: Path, access: ModelAccess) -> None:
+    """Refuses to limit what is not there.
+
+    Raises:
+        ModelInvalid: the folder has no model of a name; it may be misspelt, and the model open to
+            all.
+    """
+    names = {path.parent.parent.name for path in root.glob(f"*/*/{MANIFEST}")}
+    for name in access.tenants:
+        if name not in names:
+            raise ModelInvalid(
+                str(root),
+                f"has no model {name!r}, which only some tenants may use; it has: "
+                f"{', '.join(sorted(names))}",
+            )

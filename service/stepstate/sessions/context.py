@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from stepstate.budget import MemoryAccount
 from stepstate.engine import EngineSettings
@@ -12,6 +12,7 @@ from stepstate.sessions.monitored_store import MonitoredStore
 from stepstate.sessions.table import Table
 from stepstate.sessions.types import SessionObserver
 from stepstate.stores import Durability
+from stepstate.tenants import TenantTable
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,8 @@ class Limits:
     """Of sessions that ask for none in particular."""
     durable: bool
     """Whether there is a store that outlives the server."""
+    tenants: TenantTable = field(default_factory=TenantTable)
+    """What each tenant may have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,3 +67,5 @@ class SessionContext:
     unix_time: Callable[[], float]
     """Unix seconds."""
     observer: SessionObserver
+    tenants: TenantTable
+    """Whose sessions they are."""

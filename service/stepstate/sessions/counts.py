@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from stepstate.errors import StoreUnavailable
 from stepstate.identity import SessionKey
@@ -41,9 +41,11 @@ class SessionCounts:
         self._observer = context.observer
         self.expired = 0
         """Expired sessions that are kept."""
+        self.by_tenant: Counter[str] = Counter()
+        """Open sessions, as the store counted them last."""
         self._counts: Counter[str] = Counter()
         self._changes = 0
-        self._due_at = context.clock()
+        self._due_at = self._tenants_due_at = context.clock()
 
     def __getitem__(self, model_key: str) -> int:
         return self._counts[model_key]
@@ -97,8 +99,24 @@ class SessionCounts:
             self._counts = Counter()
             for (_, model_key), sessions in counts.items():
                 self._counts[model_key] += sessions
+            self._take_tenants(counts)
             self.expired = expired
         self._due_at = self._clock() + COUNT_SECONDS
+
+    async def count_tenants(self) -> None:
+        """Takes the count by tenant of a store that does not last.
+
+        Raises:
+            StoreUnavailable.
+        """
+        if self._clock() >= self._tenants_due_at:
+            self._tenants_due_at = self._clock() + COUNT_SECONDS
+            self._take_tenants(await self._store.ask(self._store.backend.count()))
+
+    def _take_tenants(self, counts: Mapping[tuple[str, str], int]) -> None:
+        self.by_tenant = Counter()
+        for (tenant, _), sessions in counts.items():
+            self.by_tenant[tenant] += sessions
 
 
 class StoreSurvey:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from typing import NoReturn
 
 from stepstate.errors import (
     Draining,
@@ -36,7 +37,15 @@ from stepstate.sessions.snapshots.format import Snapshot, decode, encode
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.sweeper import ExpirySweeper
 from stepstate.sessions.types import ResidentSession
-from stepstate.stores import EndReason, StoredSession, TenantFull, Tombstone, UnreadableSession
+from stepstate.stores import (
+    EndReason,
+    SessionRecord,
+    StoredSession,
+    TenantFull,
+    Tombstone,
+    UnreadableSession,
+)
+from stepstate.tenants import SESSIONS_RETRY_SECONDS
 
 log = logging.getLogger(__name__)
 
@@ -186,9 +195,15 @@ class SessionLifecycle:
         with self._counted_opening():
             expires_at = self._store.backend.now() + entry.record.idle_timeout_seconds
             opened = await self._store.ask(
-                self._store.backend.restore(key, entry.epoch, expires_at=expires_at)
+                self._store.backend.restore(
+                    key,
+                    entry.epoch,
+                    expires_at=expires_at,
+                    most_of_tenant=self._most_of_tenant(entry.record),
+                )
             )
-            assert not isinstance(opened, TenantFull)  # there is no limit
+            if isinstance(opened, TenantFull):
+                self._refuse_tenant(entry.record)
             if opened:
                 self._counts.restored(entry.record.model_key)
                 log.info(
@@ -282,9 +297,10 @@ class SessionLifecycle:
         if isinstance(created, StoredSession) and self._sweeper.is_past(created):
             before = created
             created = await self._create_in_store(snapshot, expires_at, replacing=before.epoch)
-            if not isinstance(created, StoredSession):
+            if isinstance(created, int):
                 self._sweeper.replaced(before)
-        assert not isinstance(created, TenantFull)  # there is no limit
+        if isinstance(created, TenantFull):
+            self._refuse_tenant(record)
         if isinstance(created, StoredSession):
             raise SessionExists(record.session_id, created.t)
         if isinstance(created, UnreadableSession):
@@ -310,5 +326,13 @@ class SessionLifecycle:
                 expires_at=expires_at,
                 snapshot=data,
                 replacing=replacing,
+                most_of_tenant=self._most_of_tenant(snapshot.record),
             )
         )
+
+    def _most_of_tenant(self, record: SessionRecord) -> int | None:
+        return self._limits.tenants.limits.of(record.tenant).open_sessions
+
+    def _refuse_tenant(self, record: SessionRecord) -> NoReturn:
+        tenant = self._limits.tenants.get(record.tenant)
+        tenant.refuse("open_sessions", SESSIONS_RETRY_SECONDS)

@@ -127,7 +127,7 @@ class SessionLoader:
         phase = 0 if record.start_time is None else scheduler.timeline.phase(record.start_time)
         with scheduler.claimed() as slot:
             scheduler.engine.write_state(slot, snapshot.state)
-            scheduler.window.write(slot, snapshot.window)
+            scheduler.window.write(slot, snapshot.window, tenant=snapshot.record.tenant)
             session = ResidentSession(record, scheduler, slot, phase)
             session.epoch = epoch
             session.identity = identity_of(record, self._owner)

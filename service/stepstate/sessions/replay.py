@@ -5,7 +5,8 @@ stored in two writes, and a snapshot is one copy. x itself is kept, not a digest
 a retry and a mismatch are told apart exactly. Replies to requests with many rows, or with
 `inspect`, are kept whole, within a bound in bytes for all sessions.
 
-Beyond the bound, replies that are not the last of their session go first, the oldest first: what
+A tenant may have fewer bytes: beyond its own limit its oldest replies go. Beyond the bound of all,
+replies that are not the last of their session go first, the oldest first: what
 the others do costs no session its last reply. When only last replies are left, the largest goes,
 so that many large ones never push a small one out.
 
@@ -24,6 +25,8 @@ from numpy.typing import NDArray
 
 from stepstate.budget import MemoryAccount, MemoryUse
 from stepstate.engine.work import Floats, Layers, WorkItem
+from stepstate.identity import DEFAULT_TENANT
+from stepstate.tenants import TenantTable
 
 RING_BYTES = 65_536
 """A ring is larger only for rows of over a thousand columns: 10,000 sessions stay below 655 MB."""
@@ -43,6 +46,7 @@ class CachedReply:
     layers: Layers | None = None
     digest: bytes = b""
     slot: int = 0
+    tenant: str = DEFAULT_TENANT
 
     @property
     def nbytes(self) -> int:
@@ -74,6 +78,7 @@ class ReplayWindow:
             `ROWS_IN_FLIGHT` of them.
         long_bytes: bound for the replies with many rows, all slots together.
         memory: these replies are reserved there, too.
+        tenants: how many bytes each may have, in all windows.
     """
 
     def __init__(
@@ -85,7 +90,10 @@ class ReplayWindow:
         rows: int,
         long_bytes: int,
         memory: MemoryAccount,
+        tenants: TenantTable | None = None,
     ) -> None:
+        self._tenants = tenants or TenantTable()
+        self._of_tenant: dict[str, dict[CachedReply, None]] = {}  # the oldest first
         width = input_width + output_width
         self.rows = min(rows, max(ROWS_IN_FLIGHT, RING_BYTES // (4 * width)))
         self._input_width = input_width
@@ -126,14 +134,26 @@ class ReplayWindow:
         row[: self._input_width] = x
         row[self._input_width :] = y
 
-    def add_long(self, work: WorkItem, t: int, y: bytes, layers: Layers | None) -> None:
-        """Adds the reply to a request with many rows, or with `inspect`."""
-        self._keep(work.slot, CachedReply(t, work.rows, y, layers, _digest(work)))
+    def add_long(
+        self,
+        work: WorkItem,
+        t: int,
+        y: bytes,
+        layers: Layers | None,
+        *,
+        tenant: str = DEFAULT_TENANT,
+    ) -> None:
+        """Adds the reply to a request of a tenant with many rows, or with `inspect`."""
+        self._keep(work.slot, CachedReply(t, work.rows, y, layers, _digest(work)), tenant)
 
-    def _keep(self, slot: int, reply: CachedReply) -> None:
-        if reply.nbytes > self._long_limit:
+    def _keep(self, slot: int, reply: CachedReply, tenant: str) -> None:
+        owner = self._tenants.get(tenant)
+        most = owner.limits.replay_bytes
+        if reply.nbytes > self._long_limit or (most is not None and reply.nbytes > most):
             return
-        reply.slot = slot
+        reply.slot, reply.tenant = slot, tenant
+        owner.held["replay_bytes"] += reply.nbytes
+        self._of_tenant.setdefault(tenant, {})[reply] = None
         replies = self._long.setdefault(slot, deque())
         if replies:
             self._superseded[replies[-1]] = None
@@ -143,6 +163,11 @@ class ReplayWindow:
         self.long_bytes += reply.nbytes
         if len(replies) > self.rows:
             self._evict(replies[0])
+        while most is not None and owner.held["replay_bytes"] > most:
+            its = self._of_tenant.get(tenant)
+            if its is None:
+                break  # the others are of other models
+            self._evict(next(iter(its)))
         while self._is_full():
             self._evict(next(iter(self._superseded), None) or self._largest_last())
         self._reserve()
@@ -166,15 +191,15 @@ class ReplayWindow:
             stamps, ring = stamps[held], ring[held]
         return ReplayState(stamps, ring, self._newest(slot))
 
-    def write(self, slot: int, state: ReplayState) -> None:
-        """Fills an empty slot from a snapshot; a shorter ring keeps the newest rows."""
+    def write(self, slot: int, state: ReplayState, *, tenant: str = DEFAULT_TENANT) -> None:
+        """Fills an empty slot from a tenant's snapshot; a shorter ring keeps the newest rows."""
         order = np.argsort(state.stamps)[-self.rows :]
         stamps = state.stamps[order]
         places = slot * self.rows + (stamps - 1) % self.rows
         self._stamps[places] = stamps
         self._ring[places] = state.ring[order]
         for reply in state.replies:
-            self._keep(slot, reply)
+            self._keep(slot, reply, tenant)
 
     def _newest(self, slot: int) -> tuple[CachedReply, ...]:
         newest: list[CachedReply] = []
@@ -213,6 +238,11 @@ class ReplayWindow:
 
     def _evict(self, reply: CachedReply) -> None:
         """Drops a reply: a superseded one, or the only one of its slot."""
+        self._tenants.get(reply.tenant).release("replay_bytes", reply.nbytes)
+        its = self._of_tenant[reply.tenant]
+        del its[reply]
+        if not its:
+            del self._of_tenant[reply.tenant]
         replies = self._long[reply.slot]
         replies.remove(reply)
         self._superseded.pop(reply, None)

@@ -103,6 +103,7 @@ class StepScheduler:
             rows=settings.replay_rows,
             long_bytes=settings.replay_bytes,
             memory=settings.replay_memory,
+            tenants=context.tenants,
         )
         self._committer = RowCommitter(context, self.window)
         self._rows = RowBatcher(
@@ -344,7 +345,7 @@ class StepScheduler:
         work.t_after = table.t[session.handle] = t + work.rows
         table.expires_at[session.handle] = self._clock() + session.record.idle_timeout_seconds
         work.y, work.layers = y.tobytes(), layers
-        self.window.add_long(work, t, work.y, layers)
+        self.window.add_long(work, t, work.y, layers, tenant=session.record.tenant)
         if session.sync:
             self._spawn(self._commit([work]))
             return

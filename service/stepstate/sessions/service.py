@@ -97,7 +97,9 @@ class SessionService:
         self._limits = limits
         self._clock = clock
         self._admission = Admission(limits)
-        context = SessionContext(catalog, self.store, self.table, owner, clock, unix_time, observer)
+        context = SessionContext(
+            catalog, self.store, self.table, owner, clock, unix_time, observer, limits.tenants
+        )
         self._summaries = SessionSummaries(context)
         self._counts = SessionCounts(context)
         self.survey = StoreSurvey(context, self._summaries)
@@ -184,6 +186,11 @@ class SessionService:
         """Expired sessions that are kept, by a count that is some seconds old."""
         return self._counts.expired
 
+    @property
+    def open_by_tenant(self) -> Mapping[str, int]:
+        """Open sessions of each tenant, by a count that is some seconds old."""
+        return self._counts.by_tenant
+
     def spilled(self, model_key: str) -> int:
         """Open sessions of a model that are in the store only, or on another server."""
         return max(0, self._counts[model_key] - self.schedulers[model_key].open_sessions)
@@ -259,6 +266,7 @@ class SessionService:
         keys: Sequence[SessionKey],
         request: ForecastRequest,
         *,
+        admit: Callable[[int], None] = lambda _: None,
         reserve: Callable[[int], None] = lambda _: None,
     ) -> list[list[SessionForecast] | StepstateError]:
         """For each session its forecasts, one for each scenario, or why there are none.
@@ -266,12 +274,14 @@ class SessionService:
         Args:
             keys: of the sessions.
             request: what is asked for.
+            admit: called with the number of forecasts, before anything else is done.
             reserve: called with the bytes of what is made, before it is.
 
         Raises:
-            InvalidField: no session could be forecast like that; and what `reserve` raises.
+            InvalidField: no session could be forecast like that; and what `admit` and `reserve`
+                raise.
         """
-        return await self._forecaster.forecast(keys, request, reserve)
+        return await self._forecaster.forecast(keys, request, admit, reserve)
 
     # The life of sessions
 
@@ -487,6 +497,8 @@ class SessionService:
             if self.store.backend.durable:
                 ended += await self._sweeper.sweep()
                 await self._counts.count()
+            else:
+                await self._counts.count_tenants()
             await self._sweeper.purge()
         return ended
 

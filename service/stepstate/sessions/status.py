@@ -51,7 +51,7 @@ class SessionSummaries:
         self._owner = context.owner
         self._clock = context.clock
         self._now = context.store.backend.now
-        self._access = context.catalog.access
+        self._catalog = context.catalog
         self._fingerprints = {model.key: model.fingerprints for model in context.catalog}
 
     def resident(self, session: ResidentSession) -> SessionSummary:
@@ -95,7 +95,7 @@ class SessionSummaries:
     def orphaned(self, entry: StoredSession) -> bool:
         """Whether its model is not loaded here for its tenant, or is another one by now."""
         record = entry.record
-        if not self._access.allows(record.tenant, record.model):
+        if not self._catalog.access.allows(record.tenant, record.model):
             return True
         return record.fingerprint not in self._fingerprints.get(record.model_key, ())
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-_ROUNDING = 1e-9
-"""A token that lacks so little is there: whoever waited exactly as long as it was told gets it."""
+_ROUNDING = 1e-3
+"""Tokens. One that lacks so little is there: whoever waited exactly as long as it was told gets it,
+however many a second there are, and however long the clock has run."""
 
 
 class TokenBucket:

@@ -11,6 +11,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 SMALLEST_WEIGHT, LARGEST_WEIGHT = 0.01, 100.0
+LIMITS = (
+    "open_sessions", "streams", "calls", "rows_per_second", "forecasts_per_second",
+    "replay_bytes", "snapshot_bytes", "memory_bytes",
+)  # fmt: skip
+"""The limits of `TenantLimits`, without what goes with them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,7 +46,7 @@ class TenantLimits(RateLimits):
     """What one tenant may use."""
 
     open_sessions: int | None = None
-    """Open and expired sessions, on all servers of one store."""
+    """Open sessions, on all servers of one store."""
     streams: int | None = None
     """Streaming calls that have not ended, on one server."""
     calls: int | None = None
@@ -49,7 +54,8 @@ class TenantLimits(RateLimits):
     replay_bytes: int | None = None
     """Remembered replies with many rows, on one server: beyond it the oldest are forgotten."""
     snapshot_bytes: int | None = None
-    """Snapshots that are sent or received, on one server."""
+    """Memory for snapshots that are being exported or imported, on one server: about two copies of
+    each. Those in the store are bounded by `open_sessions`."""
     memory_bytes: int | None = None
     """Part of the memory that clients may make one server hold (`memory_limit`)."""
     weight: float = 1.0

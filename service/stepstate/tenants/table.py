@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from stepstate.errors import TenantLimitReached
 from stepstate.identity import DEFAULT_TENANT
@@ -25,9 +25,17 @@ MAX_NAMED = 100
 OTHERS = "other"
 """The label of all other tenants together."""
 RETRY_SECONDS = 0.5
-"""For what ends with others' calls: nobody knows when."""
+"""For what ends with other calls of the tenant: nobody knows when."""
+SESSIONS_RETRY_SECONDS = 5.0
+"""Sessions end when they are closed, or expire."""
 
 Clock = Callable[[], float]
+
+
+class HeldBytes(Protocol):
+    """Whatever counts the memory that clients of a tenant make the server hold."""
+
+    held: int
 
 
 class Rate:
@@ -125,7 +133,9 @@ class Tenant:
         limits: of it.
     """
 
-    __slots__ = ("_rates", "_refused", "forecasts", "held", "label", "limits", "name", "rows")
+    __slots__ = (
+        "_rates", "_refused", "accounts", "forecasts", "held", "label", "limits", "name", "rows",
+    )  # fmt: skip
 
     def __init__(self, name: str, label: str, rates: Rates, limits: TenantLimits) -> None:
         self.name = name
@@ -134,6 +144,8 @@ class Tenant:
         self.rows, self.forecasts = rates.rows, rates.forecasts
         self.held: Counter[str] = Counter()
         """What it has now, by the name of the limit in `TenantLimits`."""
+        self.accounts: set[HeldBytes] = set()
+        """Of its clients."""
         self._refused: Counter[str] = Counter()  # by the name of the limit in `held`
         self.set(limits)
 
@@ -153,18 +165,26 @@ class Tenant:
             self.refuse(limit)
         self.held[limit] += more
 
-    def refuse(self, limit: str) -> NoReturn:
+    def refuse(self, limit: str, retry_seconds: float = RETRY_SECONDS) -> NoReturn:
         """Refuses a request because of a limit of what it has.
 
         Raises:
             TenantLimitReached.
         """
         self._refused[limit] += 1
-        raise TenantLimitReached(self.name, limit, getattr(self.limits, limit), RETRY_SECONDS)
+        raise TenantLimitReached(self.name, limit, getattr(self.limits, limit), retry_seconds)
 
     def release(self, limit: str, less: int = 1) -> None:
         """Counts what it no longer has."""
         self.held[limit] -= less
+
+    def used(self, limit: str) -> float:
+        """What it has now, or of a rate all that it asked for."""
+        if limit == "memory_bytes":
+            return sum(account.held for account in list(self.accounts))
+        if limit == "rows_per_second":
+            return self.rows.taken
+        return self.forecasts.taken if limit == "forecasts_per_second" else self.held[limit]
 
     @property
     def refused(self) -> Counter[str]:
@@ -241,6 +261,11 @@ class TenantTable:
             Rate("rows_per_second", tenant, clock, together.rows),
             Rate("forecasts_per_second", tenant, clock, together.forecasts),
         )
+
+    def look(self, name: str) -> Tenant:
+        """As `get`, but a tenant that is new is not kept."""
+        known = self._tenants.get(name)
+        return known or Tenant(name, OTHERS, self._rates(name), self.limits.of(name))
 
     def __iter__(self) -> Iterator[Tenant]:
         return iter(list(self._tenants.values()))

@@ -61,6 +61,7 @@ KINDS = {
     "Forecast": LONG,
     "ListModels": LONG,
     "GetModel": SHORT,
+    "ListTenants": LONG,
     # Triton
     "ServerLive": SHORT,
     "ServerReady": SHORT,
@@ -101,6 +102,8 @@ class CallAdmission:
     def __init__(self, peers: PeerTable, metrics: Metrics) -> None:
         self.shares = LoopShares(peers)
         """Shares the event loop between the peers."""
+        self.tenants = peers.tenants
+        """The tenants that have calls, and others."""
         self._peers = peers
         self._metrics = metrics
         self._open = dict.fromkeys(CallKind, 0)

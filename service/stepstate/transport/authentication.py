@@ -37,6 +37,7 @@ TENANT_KEY = "x-stepstate-tenant"
 OPEN: frozenset[Scope] = frozenset()
 READ = frozenset({Scope.READ})
 STEP = frozenset({Scope.STEP})
+ADMIN = frozenset({Scope.ADMIN})
 SCOPES = {
     "OpenSession": STEP,
     "GetSession": READ,
@@ -55,6 +56,7 @@ SCOPES = {
     "Forecast": READ,
     "ListModels": READ,
     "GetModel": READ,
+    "ListTenants": ADMIN,
     # Triton
     "ServerLive": OPEN,
     "ServerReady": OPEN,

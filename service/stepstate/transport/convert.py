@@ -32,6 +32,7 @@ from stepstate.sessions import (
     new_id,
 )
 from stepstate.stores import Durability, MissingPolicy, UnreadableSession
+from stepstate.tenants import LIMITS, Tenant
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.floats import array_of, put_floats
@@ -177,6 +178,21 @@ class ReplyPage(list[M]):
         self.append(message)
         self.size += size
         return True
+
+
+def encode_tenant(tenant: Tenant, open_sessions: int) -> pb.Tenant:
+    """A tenant, with what it uses."""
+    refused = tenant.refused
+    limits = [
+        pb.TenantLimit(
+            name=name,
+            value=getattr(tenant.limits, name),
+            used=open_sessions if name == "open_sessions" else tenant.used(name),
+            refused=refused[name],
+        )
+        for name in LIMITS
+    ]
+    return pb.Tenant(name=tenant.name, weight=tenant.limits.weight, limits=limits)
 
 
 async def encode_page(found: Sequence[SessionSummary | UnreadableSession]) -> ReplyPage[pb.Session]:

@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -69,8 +68,22 @@ class OpenCalls:
         """A function that serves a call, until the credential of the call ends."""
 
         async def until_ended(context: Any) -> Any:
-            async with self._watched():
+            identity = current_principal.get().identity
+            if identity is ANONYMOUS:
                 return await serve(context)
+            scope = asyncio.timeout(None)
+            call = OpenCall(scope)
+            self._calls[identity].add(call)
+            current_call.set(call)
+            try:
+                async with scope:
+                    return await serve(context)
+            except TimeoutError:
+                if not scope.expired() or call.error is None:
+                    raise
+                raise call.error from None
+            finally:
+                self._forget(identity, call)
 
         return until_ended
 
@@ -79,27 +92,6 @@ class OpenCalls:
         for identity, calls in list(self._calls.items()):
             while calls and (problem := problem_of(identity)) is not None:
                 calls.pop().end(problem)  # an error of its own for each
-
-    @asynccontextmanager
-    async def _watched(self) -> AsyncIterator[None]:
-        """The block is ended with the error that `end` is given."""
-        identity = current_principal.get().identity
-        if identity is ANONYMOUS:
-            yield
-            return
-        scope = asyncio.timeout(None)
-        call = OpenCall(scope)
-        self._calls[identity].add(call)
-        current_call.set(call)
-        try:
-            async with scope:
-                yield
-        except TimeoutError:
-            if not scope.expired() or call.error is None:
-                raise
-            raise call.error from None
-        finally:
-            self._forget(identity, call)
 
     def _forget(self, identity: Identity, call: OpenCall) -> None:
         self._calls[identity].discard(call)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -152,6 +152,7 @@ class PeerTable:
         if group is None:
             tenant = self.tenants.get(tenant_name)
             memory = MemoryAccount(self._memory, tenant)
+            tenant.accounts.add(memory)
             group = self._groups[key] = PeerGroup(key, tenant, memory)
             self.weight += group.weight
         return group
@@ -166,6 +167,7 @@ class PeerTable:
             self.count -= 1
         if not group.calls:
             del self._groups[group.key]
+            group.share.tenant.accounts.discard(group.memory)
             self.weight = self.weight - group.weight if self._groups else 0.0
 
     def set_limits(self, limits: LimitTable) -> None:
@@ -175,10 +177,3 @@ class PeerTable:
             group.weight = group.share.weight
             group.memory.read_limit()
         self.weight = sum(group.weight for group in self._groups.values())
-
-    def held_bytes(self) -> Mapping[str, int]:
-        """What the peers of each tenant make the server hold, by its name."""
-        held: Counter[str] = Counter()
-        for group in list(self._groups.values()):
-            held[group.share.tenant.name] += group.memory.held
-        return held

@@ -18,7 +18,7 @@ from stepstate.errors import (
     SnapshotModelMismatch,
     SnapshotTooLarge,
 )
-from stepstate.identity import SessionKey
+from stepstate.identity import SessionKey, is_tenant
 from stepstate.sessions import ResidentSession
 from stepstate.transport.authentication import current_principal
 from stepstate.transport.bidi import Backend, StreamRegistry
@@ -33,10 +33,12 @@ from stepstate.transport.convert import (
     encode_model,
     encode_page,
     encode_session,
+    encode_tenant,
     forecast_reply_bytes,
 )
 from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.packed import PackedStream
+from stepstate.transport.peers import current_peer
 from stepstate.transport.signatures import SnapshotKeys
 from stepstate.transport.steps import StepStream, apply_step, decode_step, encode_step
 from stepstate.v1 import stepstate_pb2 as pb
@@ -97,9 +99,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def ListSessions(
         self, request: pb.ListSessionsRequest, context: Context
     ) -> pb.ListSessionsResponse:
-        size = request.page_size or PAGE_SIZE
-        if size > MAX_PAGE_SIZE:
-            raise InvalidField("page_size", f"is {size}, expected at most {MAX_PAGE_SIZE}")
+        size = _page_size(request.page_size)
         if len(request.model) > MODEL_NAME_LENGTH:
             raise InvalidField(
                 "model",
@@ -156,9 +156,12 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         self, request: pb.ExportSessionRequest, context: Context
     ) -> pb.ExportSessionResponse:
         memory = call_memory.get()
-        snapshot, summary = await self._sessions.export(
-            _key(request), reserve=lambda size: memory.reserve(MemoryUse.REPLIES, SENT * size)
-        )
+
+        def reserve(size: int) -> None:
+            memory.reserve(MemoryUse.SNAPSHOTS, size)
+            memory.reserve(MemoryUse.REPLIES, SENT * size)
+
+        snapshot, summary = await self._sessions.export(_key(request), reserve=reserve)
         snapshot = self._keys.signed(snapshot)
         reply = pb.ExportSessionResponse(snapshot=snapshot, session=encode_session(summary))
         if reply.ByteSize() > REPLY_BYTES:
@@ -168,6 +171,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
     async def ImportSession(
         self, request: pb.ImportSessionRequest, context: Context
     ) -> pb.ImportSessionResponse:
+        call_memory.get().reserve(MemoryUse.SNAPSHOTS, len(request.snapshot))
         snapshot = self._keys.verified(request.snapshot)
         session = await self._sessions.restore(snapshot, decode_import(request, _tenant()))
         return pb.ImportSessionResponse(session=self._encoded(session))
@@ -242,6 +246,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         results = await self._sessions.forecast(
             [key(session_id) for session_id in request.session_id],
             decode_forecast(request),
+            admit=current_peer.get().source.tenant.forecasts.take,
             reserve=reserve,
         )
         reserve(SENT * forecast_reply_bytes(results))
@@ -268,12 +273,31 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         model = self._sessions.catalog.of(_tenant()).find(request.model, request.version)
         return pb.GetModelResponse(model=self._models[model.key])
 
+    async def ListTenants(
+        self, request: pb.ListTenantsRequest, context: Context
+    ) -> pb.ListTenantsResponse:
+        size, token = _page_size(request.page_size), request.page_token
+        if token and not is_tenant(token):
+            raise InvalidField("page_token", "is not a token of an earlier page; begin with none")
+        tenants, sessions = self._backend.admission.tenants, self._sessions.open_by_tenant
+        known = {*tenants.limits.tenants, *sessions, *(tenant.name for tenant in tenants)}
+        names = sorted(name for name in known if name > token)
+        page = [encode_tenant(tenants.look(name), sessions.get(name, 0)) for name in names[:size]]
+        following = names[size - 1] if len(names) > size else ""
+        return pb.ListTenantsResponse(tenants=page, next_page_token=following)
+
     async def drain(self) -> None:
         """See `StreamRegistry.drain`."""
         await self._streams.drain()
 
     def _encoded(self, session: ResidentSession) -> pb.Session:
         return encode_session(self._sessions.summary(session))
+
+
+def _page_size(asked: int) -> int:
+    if asked > MAX_PAGE_SIZE:
+        raise InvalidField("page_size", f"is {asked}, expected at most {MAX_PAGE_SIZE}")
+    return asked or PAGE_SIZE
 
 
 def _tenant() -> str:

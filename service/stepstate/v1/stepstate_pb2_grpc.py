@@ -123,6 +123,11 @@ class StepstateServiceStub(object):
                 request_serializer=stepstate_dot_v1_dot_stepstate__pb2.GetModelRequest.SerializeToString,
                 response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.GetModelResponse.FromString,
                 _registered_method=True)
+        self.ListTenants = channel.unary_unary(
+                '/stepstate.v1.StepstateService/ListTenants',
+                request_serializer=stepstate_dot_v1_dot_stepstate__pb2.ListTenantsRequest.SerializeToString,
+                response_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ListTenantsResponse.FromString,
+                _registered_method=True)
 
 
 class StepstateServiceServicer(object):
@@ -330,6 +335,15 @@ class StepstateServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ListTenants(self, request, context):
+        """Lists the tenants, what each of them may use of this server, and what it
+        uses, by name. It needs the scope admin.
+        Errors: INVALID_ARGUMENT INVALID_FIELD.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_StepstateServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -417,6 +431,11 @@ def add_StepstateServiceServicer_to_server(servicer, server):
                     servicer.GetModel,
                     request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.GetModelRequest.FromString,
                     response_serializer=stepstate_dot_v1_dot_stepstate__pb2.GetModelResponse.SerializeToString,
+            ),
+            'ListTenants': grpc.unary_unary_rpc_method_handler(
+                    servicer.ListTenants,
+                    request_deserializer=stepstate_dot_v1_dot_stepstate__pb2.ListTenantsRequest.FromString,
+                    response_serializer=stepstate_dot_v1_dot_stepstate__pb2.ListTenantsResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -882,6 +901,33 @@ class StepstateService(object):
             '/stepstate.v1.StepstateService/GetModel',
             stepstate_dot_v1_dot_stepstate__pb2.GetModelRequest.SerializeToString,
             stepstate_dot_v1_dot_stepstate__pb2.GetModelResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ListTenants(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/stepstate.v1.StepstateService/ListTenants',
+            stepstate_dot_v1_dot_stepstate__pb2.ListTenantsRequest.SerializeToString,
+            stepstate_dot_v1_dot_stepstate__pb2.ListTenantsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -231,6 +231,25 @@ async def test_only_who_has_the_secret_is_told_how_it_ended(file: Path, way: str
     assert "gone" not in unknown.problem
 
 
+@pytest.mark.parametrize("field", ["tenant", "scopes", "expires", "gone"])
+async def test_a_token_that_was_changed_in_its_file_ends_what_it_began(file: Path, field: str):
+    text = token(file)
+    token(file, "other")
+    credentials = Credentials(tokens=TokenFile(str(file)))
+    identity = credentials.known([f"Bearer {text}"], {})
+    assert identity is not None
+    assert credentials.problem_of(identity) is None
+    content = json.loads(file.read_text())  # noqa: ASYNC240 - a small file
+    if field == "gone":
+        del content["tokens"][0]
+    else:
+        new = {"tenant": "acme", "scopes": ["read"], "expires": "2099-01-01T00:00:00Z"}
+        content["tokens"][0][field] = new[field]
+    file.write_text(json.dumps(content))  # noqa: ASYNC240 - a small file
+    await credentials.refresh()
+    assert isinstance(credentials.problem_of(identity), Unauthenticated)
+
+
 async def test_a_token_says_who_whose_and_what(file: Path):
     text = token(file, "meters", tenant="acme", scopes="read admin")
     identity = Credentials(tokens=TokenFile(str(file))).known([f"bearer  {text} "], {})

@@ -25,6 +25,10 @@ def test_on_loopback_nothing_is_needed(address):
     check_exposure(ServerConfig(listen=address), identities=False)
 
 
+def test_the_metrics_port_is_a_switch_of_its_own():
+    check_exposure(ServerConfig(metrics_listen="0.0.0.0:1"), identities=False)
+
+
 @pytest.mark.parametrize("address", REACHED)
 @pytest.mark.parametrize(("tls", "identities"), [(0, 0), (0, 1), (1, 0), (1, 1)])
 def test_elsewhere_both_are_needed_or_the_risk_is_named(address, tls, identities):

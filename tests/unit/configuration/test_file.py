@@ -46,6 +46,11 @@ def test_a_tenant_has_the_limits_of_all_but_for_its_own():
     assert limits.of("acme") == TenantLimits(rows_per_second=7, open_sessions=9, weight=2)
 
 
+def test_models_may_have_tenants_of_their_own():
+    text = '[models.lstm]\ntenants = ["a", "b"]\n[models."x.y"]\ntenants = []'
+    assert parsed(text).model_tenants == {"lstm": {"a", "b"}, "x.y": set()}
+
+
 def test_certificates_are_rules_in_their_order():
     second = RULE.replace("'CN:a'", "'URI:spiffe://x/*'") + "identity = 'meters'\n"
     assert parsed(RULE + second).certificates == (
@@ -58,6 +63,7 @@ def test_an_empty_file_says_nothing():
     assert parsed("").server == {}
     assert parsed("").limits == LimitTable()
     assert parsed("").certificates == ()
+    assert parsed("").model_tenants == {}
 
 
 @pytest.mark.parametrize(
@@ -86,6 +92,13 @@ def test_an_empty_file_says_nothing():
         ("[tenants.a]\nweight = -1", "line 2: [tenants.a]: weight is -1, expected 0.01 to 100"),
         ("[tenants.A]", "line 1: 'A' is no tenant: expected a-z, 0-9"),
         ("[tenants]\na = 1", "line 2: a is 1, expected a table"),
+        ("models = 'm'", "line 1: models stands before any table: move it below [server]"),
+        ("[models]\nm = 1", "line 2: m is 1, expected a table"),
+        ("[models.m]", "tenants of m is None, expected a list of names"),
+        ("[models.m]\ntenants = 'a'", "line 2: tenants of m is 'a', expected a list of names"),
+        ("[models.m]\ntenants = [1]", "line 2: tenants of m is [1], expected a list of names"),
+        ("[models.m]\ntenants = ['A']", "line 2: 'A' is no tenant: expected a-z, 0-9"),
+        ("[models.m]\ntenant = ['a']", "line 2: 'tenant' is no name in [models.m]: did you mean t"),
         ("certificates = 1", "line 1: certificates are tables: [[certificates]]"),
         ("[certificates]", "line 1: certificates are tables: [[certificates]]"),
         (f"{RULE}name = 'x'", "line 5: 'name' is no name in [[certificates]]: there are match, "),

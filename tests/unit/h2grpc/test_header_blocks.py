@@ -138,6 +138,9 @@ parts = st.one_of(
     st.sampled_from([b"\x82", b"\x86", b"\xbe", b"\xbf", b"\xc0", b"\xff\x00"]),  # of the tables
     st.binary(max_size=2).map(lambda value: b"\x40" + literal(b"new", value)[1:]),  # into the table
     st.binary(max_size=2).map(lambda value: literal(b"other", value)),
+    st.integers(0, 400).map(lambda size: literal(b"x" * size, b"\x80" * size)),
+    st.binary(max_size=2).map(lambda value: b"\x10" + literal(b"never", value)[1:]),
+    st.sampled_from([b"\x0f\x2f\x01v", b"\x1f\x2f\x01v", b"\x02\x82\x1f\xff"]),  # by name
     st.just(b"\x20"),  # an empty table
 )
 one_block = st.lists(parts, max_size=2).map(b"".join)
@@ -161,6 +164,16 @@ def test_a_block_that_repeats_the_one_before_has_the_same_fields(
             found = reader.headers(Flag.END_HEADERS, 1, block_)
             assert found is not None
             assert list(found.fields) == [tuple(field) for field in expected]
+
+
+@pytest.mark.parametrize("size", [1, 59, 2000])
+def test_the_token_of_a_call_is_not_decoded_for_each_call(size: int) -> None:
+    reader = HeaderReader(LIMITS, WorkMeter())
+    calls = b"\x82" + literal(b"authorization", b"x" * size) + b"\x86"
+    found = [reader.headers(Flag.END_HEADERS, 1, calls) for _ in range(3)]
+    assert found[1] is not None
+    assert found[1].fields is reader.last_fields
+    assert found[1].fields[1] == (b"authorization", b"x" * size)
 
 
 def test_calls_with_the_same_headers_are_told_apart_from_those_with_others() -> None:

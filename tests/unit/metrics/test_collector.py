@@ -37,6 +37,8 @@ LABELS = {
     "grpc_service",
     "grpc_method",
     "grpc_code",
+    "tenant",
+    "limit",
 }
 
 
@@ -67,6 +69,7 @@ NO_SESSIONS = SimpleNamespace(
     store_up=True,
     store_failures={},
     disk_usage=None,
+    open_by_tenant={},
 )
 """What is read of a `SessionService` without models."""
 

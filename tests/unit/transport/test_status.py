@@ -66,6 +66,7 @@ NEVER_SENT = {
     errors.ListenError,
     errors.InsecureAddress,
     errors.TlsInvalid,
+    errors.AuditLogError,
 }
 
 

@@ -9,7 +9,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any, Generic, TypeVar
 
 from stepstate.client import convert
-from stepstate.client.types import Durability, MissingPolicy, ModelInfo, SessionInfo
+from stepstate.client.types import Durability, MissingPolicy, ModelInfo, SessionInfo, TenantUsage
 from stepstate.errors import InvalidField
 from stepstate.v1 import stepstate_pb2 as pb
 
@@ -163,6 +163,12 @@ def list_models() -> UnaryCall[ListPage[ModelInfo]]:
     """Asks for the first page of models."""
     request = pb.ListModelsRequest()
     return _page("ListModels", request, lambda reply: map(convert.model_info, reply.models))
+
+
+def list_tenants() -> UnaryCall[ListPage[TenantUsage]]:
+    """Asks for the first page of tenants."""
+    request = pb.ListTenantsRequest()
+    return _page("ListTenants", request, lambda reply: map(convert.tenant_usage, reply.tenants))
 
 
 def _page(rpc: str, request: Any, items: Callable[[Any], Iterable[R]]) -> UnaryCall[ListPage[R]]:

@@ -12,7 +12,7 @@ import grpc
 from stepstate.client import convert
 from stepstate.client._connection import BaseConnection
 from stepstate.client._protocol import calls
-from stepstate.client.types import ModelInfo, SessionInfo
+from stepstate.client.types import ModelInfo, SessionInfo, TenantUsage
 from stepstate.errors import Cancelled, ServerUnreachable, SessionExists
 from stepstate.v1 import stepstate_pb2 as pb
 
@@ -84,6 +84,15 @@ class AsyncConnection(BaseConnection):
     async def models(self) -> list[ModelInfo]:
         found: list[ModelInfo] = []
         call: calls.UnaryCall[calls.ListPage[ModelInfo]] | None = calls.list_models()
+        while call is not None:
+            page = await ask(self, call)
+            found += page.items
+            call = page.next
+        return found
+
+    async def tenants(self) -> list[TenantUsage]:
+        found: list[TenantUsage] = []
+        call: calls.UnaryCall[calls.ListPage[TenantUsage]] | None = calls.list_tenants()
         while call is not None:
             page = await ask(self, call)
             found += page.items

@@ -11,7 +11,7 @@ import grpc
 
 from stepstate.client._connection import BaseConnection
 from stepstate.client._protocol import calls
-from stepstate.client.types import ModelInfo, SessionInfo
+from stepstate.client.types import ModelInfo, SessionInfo, TenantUsage
 from stepstate.errors import ServerUnreachable, SessionExists
 from stepstate.v1 import stepstate_pb2 as pb
 
@@ -78,6 +78,15 @@ class Connection(BaseConnection):
     def models(self) -> list[ModelInfo]:
         found: list[ModelInfo] = []
         call: calls.UnaryCall[calls.ListPage[ModelInfo]] | None = calls.list_models()
+        while call is not None:
+            page = ask(self, call)
+            found += page.items
+            call = page.next
+        return found
+
+    def tenants(self) -> list[TenantUsage]:
+        found: list[TenantUsage] = []
+        call: calls.UnaryCall[calls.ListPage[TenantUsage]] | None = calls.list_tenants()
         while call is not None:
             page = ask(self, call)
             found += page.items

@@ -12,7 +12,7 @@ K horizons, Q quantile levels, D inputs, P rows of a scenario.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
 
@@ -109,10 +109,15 @@ class Forecaster:
         self._long = asyncio.Lock()
 
     async def forecast(
-        self, keys: Sequence[SessionKey], request: ForecastRequest, reserve: Reserve
+        self,
+        keys: Sequence[SessionKey],
+        request: ForecastRequest,
+        admit: Callable[[int], None],
+        reserve: Reserve,
     ) -> list[list[SessionForecast] | StepstateError]:
         """See `SessionService.forecast`."""
         check_request(len(keys), request)
+        admit(len(keys) * max(1, len(request.scenarios)))
         reserve = within_call(reserve)
         reserve(sum(scenario.x.nbytes for scenario in request.scenarios))
         origins = await self._copier.copy(dict.fromkeys(keys), reserve)

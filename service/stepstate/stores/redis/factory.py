@@ -80,7 +80,7 @@ async def open_redis(
     Raises:
         StoreOpenError: the URL can't be read, or Redis refuses what it says.
     """
-    _check_authorities(ca_file)
+    check_authorities(ca_file)
     connection = _connection(url, _options(url, password, ca_file))
     name = f"{url.partition(':')[0]}://{connection.place}"
     try:
@@ -100,8 +100,12 @@ async def open_redis(
     return RedisStore(connection, clock=clock, unix_time=unix_time)
 
 
-def _check_authorities(ca_file: str) -> None:
-    """Raises StoreOpenError if the file can't be used; redis-py would find out much later."""
+def check_authorities(ca_file: str) -> None:
+    """Whether a file with the authorities of Redis can be used: redis-py would find out much later.
+
+    Raises:
+        StoreOpenError: it can't.
+    """
     try:
         ssl.create_default_context(cafile=ca_file or None)
     except OSError as error:  # ssl.SSLError is one

@@ -22,6 +22,7 @@ from tests.certificates import Authority, Certificate
 from tests.credentials import revoke, token
 from tests.integration.clients import Connect
 from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference
+from tests.networks import Network
 
 pytestmark = pytest.mark.transports
 

@@ -19,7 +19,7 @@ from stepstate.client._api import ConnectionAPI
 from stepstate.client._protocol.replay import RESUME_ROWS
 from stepstate.client._protocol.retry import CONNECT_TIMEOUT, TIMEOUT, CallAttempts, ServerReach
 from stepstate.client.diagnosis import why_unreachable
-from stepstate.client.security import Tls, Token, endpoint_of
+from stepstate.client.security import Endpoint, Tls, Token, endpoint_of
 from stepstate.client.types import ModelInfo
 from stepstate.errors import Cancelled, ServerUnreachable, StepstateError, Unauthenticated
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
@@ -77,6 +77,28 @@ class MetadataChannel:
         return rpc(*args, metadata=metadata, **options)
 
 
+class CallErrors:
+    """What the failures of a client's calls mean.
+
+    Args:
+        endpoint: of the client.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def begin(self) -> Callable[[Any], StepstateError]:
+        """Is called before a call; what it returns makes the error of its failure."""
+        return partial(self._error_of, time.monotonic())
+
+    def _error_of(self, began: float, failure: Any) -> StepstateError:
+        target, token = self._endpoint.target, self._endpoint.token
+        error = convert.from_rpc(failure, target)
+        if isinstance(error, Unauthenticated) and token and token.renewed_since(began):
+            return ServerUnreachable(target, f"{error}, and there is a new token")
+        return error
+
+
 class BaseConnection(ConnectionAPI):
     """The state of a connection to a server."""
 
@@ -129,6 +151,7 @@ class BaseConnection(ConnectionAPI):
             InvalidField: the arguments contradict each other, or a file can't be read.
         """
         self._endpoint = endpoint_of(target, tls=tls, token=token, credentials=credentials)
+        self.call_errors = CallErrors(self._endpoint)
         self.target = self._endpoint.target
         self.timeout = timeout
         self.resume_rows = resume_rows
@@ -158,16 +181,6 @@ class BaseConnection(ConnectionAPI):
             return error
         why = why_unreachable(self._endpoint, error.detail)
         return replace(error, detail=f"{error.detail} (no server has answered there yet: {why})")
-
-    def call_errors(self) -> Callable[[Any], StepstateError]:
-        """Is asked before a call is begun; what it returns makes the error of its failure."""
-        return partial(self._error_of, time.monotonic())
-
-    def _error_of(self, began: float, failure: Any) -> StepstateError:
-        error, token = convert.from_rpc(failure, self.target), self._endpoint.token
-        if isinstance(error, Unauthenticated) and token and token.renewed_since(began):
-            return ServerUnreachable(self.target, f"{error}, and there is a new token")
-        return error
 
     def _attempts(self, timeout: float | None) -> CallAttempts:
         return CallAttempts(self._reach, self.timeout if timeout is None else timeout)

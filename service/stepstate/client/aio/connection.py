@@ -40,7 +40,7 @@ class AsyncConnection(BaseConnection):
         attempts = self._attempts(timeout)
         while True:
             connected = await self._connected(attempts.connect_seconds)
-            error_of = self.call_errors()
+            error_of = self.call_errors.begin()
             try:
                 reply = await rpc(request, timeout=attempts.left(connected=connected))
             except grpc.aio.AioRpcError as failure:

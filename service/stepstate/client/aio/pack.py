@@ -97,7 +97,7 @@ class _Stream:
     def __init__(self, client: AsyncConnection, bindings: Iterable[pb.StreamPackedRequest]) -> None:
         self.error: StepstateError | None = None
         self._target = client.target
-        self._error_of = client.call_errors()
+        self._error_of = client.call_errors.begin()
         self._call: Call = client.stub.StreamPacked()
         self._first = iter(bindings)
         self._ids = count(1)

@@ -190,7 +190,7 @@ class Pipeline(Generic[S]):
                 await self._to_send.wait()
                 continue
             error: StepstateError | None = None
-            error_of = self._client.call_errors()
+            error_of = self._client.call_errors.begin()
             try:
                 await self._converse()
             except grpc.aio.AioRpcError as failure:

@@ -225,7 +225,7 @@ class AsyncSession(BaseSession, SessionAPI):
     async def _complete(self, protocol: StepProtocol[Self]) -> pb.StepResponse:
         """Sends a protocol's one request until it is answered."""
         while True:
-            request, error_of = protocol.next_request(), self.client.call_errors()
+            request, error_of = protocol.next_request(), self.client.call_errors.begin()
             try:
                 response: pb.StepResponse = await self.client.stub.Step(
                     request, timeout=protocol.left

@@ -37,7 +37,7 @@ class Connection(BaseConnection):
         attempts = self._attempts(timeout)
         while True:
             connected = self._connected(attempts.connect_seconds)
-            error_of = self.call_errors()
+            error_of = self.call_errors.begin()
             try:
                 reply = rpc(request, timeout=attempts.left(connected=connected))
             except grpc.RpcError as failure:

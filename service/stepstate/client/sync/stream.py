@@ -36,7 +36,7 @@ def complete(
     """
     while True:
         error: StepstateError
-        error_of = client.call_errors()
+        error_of = client.call_errors.begin()
         try:
             response = ask(protocol.next_request())
         except grpc.RpcError as failure:
@@ -60,7 +60,7 @@ class RequestStream(Generic[Q, A]):
     """
 
     def __init__(self, connect: Callable[..., Any], client: Connection) -> None:
-        self._error_of = client.call_errors()
+        self._error_of = client.call_errors.begin()
         self._requests: queue.SimpleQueue[Q | None] = queue.SimpleQueue()
         self._replies = connect(iter(self._requests.get, None))
         self._target = client.target

@@ -1,142 +1,138 @@
-"""Certificate, token and signing keys are replaced while 64 streams step: nobody notices."""
+"""Tokens and keys are replaced while clients step: nobody notices."""
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
+import grpc
 import pytest
 
-from stepstate import tls as server_tls
-from stepstate.client import AsyncClient, Tls
+from stepstate.client import AsyncClient, AsyncSession
 from stepstate.config import ServerConfig
-from stepstate.server import Server, running_server
-from tests.certificates import Authority, install
-from tests.credentials import AUDIENCE, ISSUER, Provider, revoke, token
-from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference
-from tests.networks import Network
+from stepstate.server import running_server
+from stepstate.v1 import stepstate_pb2 as pb
+from tests.certificates import Authority, Certificate
+from tests.credentials import AUDIENCE, ISSUER, JwksServer, Provider, bearer, revoke, token
+from tests.integration.wire import raw_stub
 
-pytestmark = [pytest.mark.transports, pytest.mark.long]
+pytestmark = [pytest.mark.transports(long=True), pytest.mark.long]
 
 STREAMS = 64
-ROWS = 400
-PAUSE = 0.005
-"""Between two rows of a stream: it lasts 2 s at least, and all is replaced meanwhile."""
-
-
-@pytest.fixture(autouse=True)
-def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_tls, "LOOK_SECONDS", 0.05)
-
-
-async def rows(x: np.ndarray) -> AsyncIterator[np.ndarray]:
-    for row in x:
-        yield row
-        await asyncio.sleep(PAUSE)
+RANDOM_KIDS = 10_000
+ROW = (0.5, 0.5, 0.5)
 
 
 class Load:
-    """64 streams, and new connections as fast as they come, with a token of a file each."""
+    """Clients that step one session each until they are told to end; an error ends the test."""
 
-    def __init__(self, target: str, tls: Tls, token_file: Path) -> None:
-        self.connections = 0
-        self._target = target
-        self._options = {"tls": tls, "token": token_file, "connect_timeout": HANG}
-        self._done = asyncio.Event()
+    def __init__(self, address: str) -> None:
+        self._address = address
+        self._going = True
+        self.rows = 0
+        self._tasks: list[asyncio.Task[None]] = []
 
-    def client(self) -> AsyncClient:
-        return AsyncClient(
-            self._target, **self._options, options=[("grpc.use_local_subchannel_pool", 1)]
-        )
+    def add(self, credential: str, count: int) -> None:
+        """Adds clients."""
+        self._tasks += [asyncio.create_task(self._step(credential)) for _ in range(count)]
 
-    async def run(self, x: np.ndarray) -> list[np.ndarray]:
-        """The outputs of each stream."""
-        connecting = asyncio.create_task(self._connect())
-        async with self.client() as client:
-            sessions = [await client.open("lstm") for _ in range(STREAMS)]
+    async def _step(self, credential: str) -> None:
+        async with AsyncClient(self._address, token=credential) as client:
+            session = await client.open("lstm")
+            async for _ in client.stream(self._items(session)):
+                self.rows += 1
 
-            async def stepped(session) -> np.ndarray:
-                return np.array([y async for y in session.stream(rows(x))])
+    async def _items(self, session: AsyncSession) -> AsyncIterator[tuple[AsyncSession, object]]:
+        while self._going:
+            yield session, ROW
+            await asyncio.sleep(0.02)
 
-            try:
-                return await asyncio.gather(*map(stepped, sessions))
-            finally:
-                self._done.set()
-                await connecting
+    async def more(self) -> None:
+        """Waits until every client has stepped some more rows."""
+        wanted = self.rows + 5 * len(self._tasks)
+        async with asyncio.timeout(60):
+            while self.rows < wanted and not any(task.done() for task in self._tasks):
+                await asyncio.sleep(0.05)
 
-    async def _connect(self) -> None:
-        while not self._done.is_set():
-            async with self.client() as client:
-                assert len(await client.models()) == 6
-            self.connections += 1
+    async def end(self) -> None:
+        """Ends them.
 
-
-async def replace_certificate(server: Server, authority: Authority) -> None:
-    before = server.tls.current
-    files = before.files
-    made = authority.issue("renewed", "DNS:localhost,IP:127.0.0.1")
-    install(made, files.certificate, files.key)
-    while server.tls.current is before:
-        await asyncio.sleep(0.02)
+        Raises:
+            StepstateError: that one of them has met.
+        """
+        self._going = False
+        await asyncio.gather(*self._tasks)
 
 
-class TokenRotation:
-    """A bearer token, whose successor is there when it is revoked."""
-
-    def __init__(self, folder: Path) -> None:
-        self.tokens = folder / "tokens.json"
-        self.settings = {"tokens_file": str(self.tokens)}
-        self.first = token(self.tokens)
-        self.second = token(self.tokens)
-
-    def withdraw(self) -> None:
-        revoke(self.tokens, self.first)
-
-
-class KeyRotation:
-    """A JWT, and one of the next key, which is there when the first key is withdrawn."""
-
-    def __init__(self, folder: Path) -> None:
-        self.jwks, self.provider = folder / "jwks.json", Provider("first", "second")
-        self.jwks.write_bytes(self.provider.jwks())
-        self.settings = {
-            "jwt_issuer": ISSUER,
-            "jwt_audience": AUDIENCE,
-            "jwt_jwks": str(self.jwks),
-        }
-        self.first, self.second = self.provider.token("first"), self.provider.token("second")
-
-    def withdraw(self) -> None:
-        del self.provider.keys["first"]
-        self.jwks.write_bytes(self.provider.jwks())
+async def test_tokens_are_replaced(config: ServerConfig, tmp_path: Path):
+    file = tmp_path / "tokens.json"
+    old, unused = token(file, "meters"), token(file, "unused")
+    async with running_server(replace(config, tokens_file=str(file))) as server:
+        assert server.credentials is not None
+        load = Load(server.address)
+        load.add(old, STREAMS // 2)
+        await load.more()
+        new = token(file, "meters")
+        revoke(file, unused)
+        async with asyncio.timeout(20):
+            while server.credentials.known([f"Bearer {new}"], {}) is None:
+                await asyncio.sleep(0.1)
+        load.add(new, STREAMS // 2)
+        await load.more()
+        await load.end()
 
 
-@pytest.mark.parametrize("rotation", [TokenRotation, KeyRotation])
-async def test_certificate_and_credential_are_replaced_under_load(
-    rotation: type[TokenRotation | KeyRotation],
-    with_tls: ServerConfig,
+async def test_keys_are_replaced_at_their_provider(
+    config: ServerConfig,
+    certificate: Certificate,
     authority: Authority,
-    networks: dict[str, Network],
-    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    """Streams that were begun with the old credential end with it, and go on with the new one."""
-    credential, file, x = rotation(tmp_path), tmp_path / "credential", draw(ROWS)
-    file.write_text(credential.first)
-    async with running_server(replace(with_tls, **credential.settings)) as server:
-        load = Load(server.address, Tls(authority.file), file)
-        running = asyncio.create_task(load.run(x))
-        await asyncio.sleep(0.5)
-        await replace_certificate(server, authority)
-        new = tmp_path / "new"
-        new.write_text(credential.second)
-        new.rename(file)
-        credential.withdraw()
-        await server.credentials.refresh()
-        assert not running.done()
-        found = await running
-    expected = networks["lstm"].offline(x)
-    assert all(largest_difference(ys, expected) <= TOLERANCE for ys in found)
-    assert load.connections > 3
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+    provider = Provider("first")
+    with JwksServer(provider, certificate) as keys:
+        settings = {"jwt_issuer": ISSUER, "jwt_audience": AUDIENCE, "jwt_jwks": keys.url}
+        async with running_server(replace(config, **settings)) as server:
+            load = Load(server.address)
+            load.add(provider.token("first"), STREAMS // 2)
+            await load.more()
+            provider.add("second")
+            # A client that comes before the keys are read again is told to try later.
+            load.add(provider.token("second"), STREAMS // 2)
+            await load.more()
+            await load.end()
+            assert keys.asked == 2
+
+
+async def test_random_kids_cost_their_senders_alone(
+    config: ServerConfig,
+    certificate: Certificate,
+    authority: Authority,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setenv("SSL_CERT_FILE", str(authority.file))
+    provider, numbers = Provider("first"), itertools.count()
+    with JwksServer(provider, certificate) as keys:
+        settings = {"jwt_issuer": ISSUER, "jwt_audience": AUDIENCE, "jwt_jwks": keys.url}
+        async with running_server(replace(config, **settings)) as server:
+            load = Load(server.address)
+            load.add(provider.token(), 8)
+            await load.more()
+            async with raw_stub(server.address) as stub:
+
+                async def attack() -> None:
+                    for _ in range(RANDOM_KIDS // 16):
+                        kid = f"random-{next(numbers)}"
+                        metadata = bearer(provider.token(headers={"kid": kid}))
+                        with suppress(grpc.aio.AioRpcError):
+                            await stub.ListModels(pb.ListModelsRequest(), metadata=metadata)
+                            raise AssertionError(kid)
+
+                await asyncio.gather(*(attack() for _ in range(16)))
+            await load.more()
+            await load.end()
+            assert keys.asked <= 2

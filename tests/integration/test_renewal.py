@@ -1,4 +1,4 @@
-"""A certificate and the credentials of clients are renewed while 64 streams step: nobody notices."""
+"""A certificate and the credentials of clients are renewed while 64 streams step: no errors."""
 
 from __future__ import annotations
 

@@ -1,0 +1,297 @@
+"""To one tenant the sessions and models of another do not exist, whatever it asks for.
+
+The calls are generated from the contract and from Triton's protocol: see `requests_of`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import sqlite3
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import closing
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import grpc
+import pytest
+from google.protobuf.message import Message
+
+from stepstate.config import ServerConfig
+from stepstate.identity import SessionKey, session_key
+from stepstate.models import ModelAccess
+from stepstate.server import Server, running_server
+from stepstate.sessions import Hold
+from stepstate.sessions.snapshots.format import decode, encode
+from stepstate.stores import EndReason, StoredSession, Tombstone
+from stepstate.v1 import stepstate_pb2 as pb
+from tests.integration import requests_of
+from tests.integration.requests_of import METHODS, MODEL, ROWS, Case, Names, Outcome, Own, X
+from tests.integration.triton import infer
+from tests.integration.wire import HANG
+from tests.tenants import SaidTenants, as_tenant
+
+OWNER, OTHER = "acme", "initech"
+SECRET, NO_MODEL = "gru", "grx"
+"""A model that only the owner may use, and one that is not there: of the same length."""
+WITHOUT_ADMIN = "step,read"
+RESTRICTED = ModelAccess({SECRET: frozenset({OWNER})})
+
+
+def test_every_rpc_has_a_request():
+    assert requests_of.REQUESTS.keys() == METHODS.keys()
+
+
+def test_every_field_of_every_request_is_known_to_name_a_session_or_not():
+    fields = {
+        path[-1].full_name for method in METHODS.values() for path in requests_of.paths(method)
+    }
+    assert requests_of.FIELDS.keys() == fields
+
+
+@dataclass(frozen=True, slots=True)
+class House:
+    """A server with two tenants, and the file that it keeps their sessions in."""
+
+    server: Server
+    channel: grpc.aio.Channel
+    file: Path
+    snapshot: bytes
+    """Of a session of the owner's."""
+    holds: list[Hold]
+    """What makes others wait, until the end of the test."""
+
+    async def call(self, tenant: str, request: Message, method: str = "") -> Outcome:
+        """What a tenant is told."""
+        name = method or type(request).__name__.removesuffix("Request")
+        async with asyncio.timeout(HANG):
+            return await requests_of.call(
+                self.channel, METHODS[name], request, as_tenant(tenant, WITHOUT_ADMIN)
+            )
+
+    async def done(self, tenant: str, request: Message, method: str = "") -> Outcome:
+        """The same, of a call that must succeed."""
+        outcome = await self.call(tenant, request, method)
+        assert outcome.code is grpc.StatusCode.OK, outcome.message
+        return outcome
+
+    async def open(
+        self, tenant: str, session_id: str, durability: pb.Durability = pb.DURABILITY_SYNC
+    ) -> SessionKey:
+        """Opens a session and steps it."""
+        await self.done(
+            tenant, pb.OpenSessionRequest(session_id=session_id, model=MODEL, durability=durability)
+        )
+        x = X * ROWS
+        await self.done(tenant, pb.StepRequest(session_id=session_id, x=x, t=0), "Step")
+        return session_key(tenant, session_id)
+
+    async def own(self, tenant: str, session_id: str) -> Own:
+        """A session of a tenant's to ask for."""
+        key = await self.open(tenant, session_id)
+        return Own(session_id, (await self.server.sessions.export(key))[0])
+
+    async def spill(self, key: SessionKey) -> StoredSession:
+        """Sends a session to the store."""
+        sessions = self.server.sessions
+        session = sessions.table.by_key[key]
+        sessions.table.begin_spill(session)
+        await sessions.writer.save([session], release=True)
+        sessions.table.remove(session)
+        stored = await sessions.store.backend.find(key)
+        assert isinstance(stored, StoredSession)
+        return stored
+
+    def change(self, what: str, key: SessionKey) -> None:
+        """Changes a session in the file, behind the server's back."""
+        with closing(sqlite3.connect(self.file)) as file, file:
+            changed = file.execute(f"UPDATE sessions SET {what} WHERE session_id = ?", (key,))
+            assert changed.rowcount == 1
+
+    async def told(self, case: Case, own: str, session_id: str) -> Outcome:
+        """What the other tenant is told that names a session, or what was exported of it.
+
+        Args:
+            case: the call.
+            own: the id of a session of the tenant's, for the rest of the request.
+            session_id: of the session that it names.
+        """
+        mine = await self.own(OTHER, own) if case.needs_own else Own(own)
+        value: str | bytes = session_id
+        if case.names is Names.SNAPSHOT:
+            value = renamed_snapshot(self.snapshot, session_id)
+        return await self.call(OTHER, case.request(mine, value), case.method.name)
+
+    async def seen(self, key: SessionKey) -> object:
+        """All that can be seen of a session from within, to compare with later."""
+        sessions = self.server.sessions
+        session = sessions.table.get(key)
+        stored = await sessions.store.backend.find(key)
+        if session is None:
+            return stored
+        handle, table = session.handle, sessions.table
+        numbers = (table.t[handle], table.expires_at[handle], table.generation[handle])
+        return stored, session.state, session.epoch, numbers, sessions.writer.snapshot(session)
+
+
+@pytest.fixture
+async def house(config: ServerConfig, tmp_path: Path) -> AsyncIterator[House]:
+    quiet = replace(
+        config, store=f"sqlite:{tmp_path / 'two.db'}", snapshot_interval=3600.0, store_fsync=False
+    )
+    async with (
+        running_server(quiet, authenticator=SaidTenants(), access=RESTRICTED) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        house = House(server, channel, tmp_path / "two.db", b"", [])
+        yield replace(house, snapshot=(await house.own(OWNER, "exported")).snapshot)
+        for hold in house.holds:
+            hold.release()
+
+
+# The states of a session of the owner's
+
+
+async def resident(house: House, session_id: str) -> None:
+    await house.open(OWNER, session_id)
+
+
+async def stepped_on_a_stream(house: House, session_id: str) -> None:
+    """Its next row is expected, by its bytes."""
+    await house.open(OWNER, session_id, pb.DURABILITY_ASYNC)
+    row = pb.StepRequest(session_id=session_id, x=X, t=ROWS - 1)
+    table = house.server.sessions.table
+    table.t[table.by_key[session_key(OWNER, session_id)].handle] = ROWS - 1
+    await house.done(OWNER, row, "StreamSteps")
+
+
+async def stepped_by_triton(house: House, session_id: str) -> None:
+    """Its requests are recognized, by their bytes."""
+    await house.open(OWNER, session_id, pb.DURABILITY_ASYNC)
+    x = requests_of.np.array([X], "<f4")
+    row = infer(model=MODEL, sequence_id=int(session_id), x=x, request_id="r")
+    await house.done(OWNER, row, "ModelStreamInfer")
+
+
+async def ended_by_triton(house: House, session_id: str) -> None:
+    """Its last reply is kept for a retry."""
+    x = requests_of.np.array([X], "<f4")
+    row = infer(MODEL, int(session_id), x, sequence_start=True, sequence_end=True, step_t=0)
+    await house.done(OWNER, row, "ModelInfer")
+
+
+async def busy(house: House, session_id: str) -> None:
+    key = await house.open(OWNER, session_id)
+    table = house.server.sessions.table
+    table.busy[table.by_key[key].handle] = True
+
+
+async def waited_for(house: House, session_id: str) -> None:
+    """Whoever asks for it waits."""
+    house.holds.append(house.server.sessions.hold(await house.open(OWNER, session_id)))
+
+
+async def spilled(house: House, session_id: str) -> None:
+    await house.spill(await house.open(OWNER, session_id))
+
+
+async def expired(house: House, session_id: str) -> None:
+    key = await house.open(OWNER, session_id)
+    table = house.server.sessions.table
+    table.expires_at[table.by_key[key].handle] = 0.0
+    await house.server.sessions.sweep()
+
+
+async def overdue(house: House, session_id: str) -> None:
+    """Nobody has seen yet that its time is up."""
+    stored = await house.spill(await house.open(OWNER, session_id))
+    house.change("expires = 1", stored.key)
+
+
+async def closed(house: House, session_id: str) -> None:
+    await house.open(OWNER, session_id)
+    await house.done(OWNER, pb.CloseSessionRequest(session_id=session_id))
+
+
+async def lost(house: House, session_id: str) -> None:
+    stored = await house.spill(await house.open(OWNER, session_id))
+    tombstone = Tombstone(EndReason.LOST, stored.t, 60.0)
+    assert await house.server.sessions.store.backend.end(stored.key, stored.epoch, tombstone)
+
+
+async def unreadable(house: House, session_id: str) -> None:
+    stored = await house.spill(await house.open(OWNER, session_id))
+    house.change("record = '{'", stored.key)
+
+
+async def of_a_lost_model(house: House, session_id: str) -> None:
+    stored = await house.spill(await house.open(OWNER, session_id))
+    house.change("record = replace(record, 'sha256:', 'sha256:0')", stored.key)
+
+
+async def on_another_server(house: House, session_id: str) -> None:
+    stored = await house.spill(await house.open(OWNER, session_id))
+    prints = [stored.record.fingerprint]
+    backend = house.server.sessions.store.backend
+    await backend.acquire(stored.key, owner="another", fingerprints=prints)
+
+
+State = Callable[[House, str], Awaitable[None]]
+STATES: Mapping[str, State] = {
+    state.__name__: state
+    for state in (
+        resident,
+        stepped_on_a_stream,
+        stepped_by_triton,
+        ended_by_triton,
+        busy,
+        waited_for,
+        spilled,
+        expired,
+        overdue,
+        closed,
+        lost,
+        unreadable,
+        of_a_lost_model,
+        on_another_server,
+    )
+}
+CASES = requests_of.cases(Names.SESSION, Names.SNAPSHOT)
+
+
+@pytest.mark.transports(long=True)
+@pytest.mark.parametrize("state", STATES)
+async def test_another_tenants_session_is_answered_as_one_that_never_was(house: House, state: str):
+    numbers = itertools.count(10_000)
+    for case in CASES:
+        taken, free, own, another = (str(next(numbers)) for _ in range(4))
+        await STATES[state](house, taken)
+        key = session_key(OWNER, taken)
+        before = await house.seen(key)
+        told = await house.told(case, own, taken)
+        expected = await house.told(case, another, free)
+        changed = {free: taken, another: own}
+        assert told == _renamed(expected, changed), f"{case} tells that {taken} is {state}"
+        assert await house.seen(key) == before, f"{case} changes one that is {state}"
+
+
+def renamed_snapshot(snapshot: bytes, session_id: str) -> bytes:
+    """The snapshot that the owner would export of a session of another id."""
+    whole = decode(snapshot)
+    return encode(replace(whole, record=replace(whole.record, session_id=session_id)))
+
+
+def _renamed(outcome: Outcome, names: Mapping[str, str]) -> Outcome:
+    """What would be told of sessions of other ids; they have the same length."""
+
+    def bytes_of(data: bytes) -> bytes:
+        for before, after in names.items():
+            data = data.replace(before.encode(), after.encode())
+        return data
+
+    return replace(
+        outcome,
+        message=bytes_of(outcome.message.encode()).decode(),
+        details=bytes_of(outcome.details),
+        replies=tuple(map(bytes_of, outcome.replies)),
+    )

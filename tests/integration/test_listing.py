@@ -83,5 +83,6 @@ async def test_a_token_of_no_page_is_an_invalid_field(stub: Stub, token: str):
 
 async def test_a_token_past_the_end_is_an_empty_last_page(stub: Stub):
     await opened(stub, "a")
-    reply = await stub.ListSessions(pb.ListSessionsRequest(page_token="z" * 128))
+    past = f"{b'default'.hex()}:{b'z'.hex()}"
+    reply = await stub.ListSessions(pb.ListSessionsRequest(page_token=past))
     assert (list(reply.sessions), reply.next_page_token) == ([], "")

@@ -20,6 +20,7 @@ PAGES = sorted(DOCS.glob("*.md"))
 NOT_RUN_HERE = {
     "benchmarks.md": "its commands take a quarter of an hour: `make benchmarks`",
     "decisions.md": "has no commands",
+    "deployment.md": "needs two machines: see test_deployment",
     "identities.md": "has files of its own: `test_cli_tokens`",
     "style.md": "quotes the code, see below",
     "ten-minutes.md": "trains a model of its own, above",

@@ -356,7 +356,7 @@ async def call(
         await under_way.code(),
         await under_way.details(),
         bytes(trailing.get("grpc-status-details-bin", b"")),
-        tuple(_without_times(method, data) for data in replies),
+        tuple(without_times(method, data) for data in replies),
     )
 
 
@@ -365,7 +365,8 @@ async def _nothing() -> AsyncIterator[Message]:
     yield pb.StepRequest()
 
 
-def _without_times(method: MethodDescriptor, data: bytes) -> bytes:
+def without_times(method: MethodDescriptor, data: bytes) -> bytes:
+    """A reply but for what differs from call to call and from server to server."""
     reply = GetMessageClass(method.output_type).FromString(data)
     _clear(reply)
     return bytes(reply.SerializeToString(deterministic=True))
@@ -381,5 +382,6 @@ def _clear(message: Message) -> None:
 
 
 _OF_THE_MOMENT = {
-    f"stepstate.v1.Session.{name}" for name in ("open_time", "expire_time", "purge_time", "epoch")
+    f"stepstate.v1.Session.{name}"
+    for name in ("open_time", "expire_time", "purge_time", "epoch", "owner")
 } | {"stepstate.v1.StreamExportResponse.data", "stepstate.v1.ExportSessionResponse.snapshot"}

@@ -315,7 +315,6 @@ async def test_an_overdue_session_is_replaced_at_the_limit(home, store):
     assert await store.count() == {("acme", "lstm/1"): 1}
 
 
-@pytest.mark.parametrize("home", KINDS[:3], indirect=True)
 @pytest.mark.parametrize("tenant", ["acme", DEFAULT_TENANT])
 async def test_servers_that_open_at_once_never_pass_the_limit(home, tenant):
     stores = [await home.open() for _ in range(3)]
@@ -336,7 +335,7 @@ async def processes(home: Home, what: str, *names: str, limit: int = 0) -> list:
     ]
 
 
-@pytest.mark.parametrize("home", KINDS[1:3], indirect=True)
+@pytest.mark.parametrize("home", KINDS[1:], indirect=True)
 async def test_processes_that_open_at_once_never_pass_the_limit(home):
     store = await home.open()
     openers = await processes(home, "fill", "x", "y", limit=200)

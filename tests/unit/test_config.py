@@ -108,3 +108,19 @@ def test_an_authority_of_clients_means_that_they_need_a_certificate():
     assert ServerConfig().client_auth == "none"
     assert ServerConfig(**TLS).client_auth == "required"
     assert ServerConfig(**TLS, tls_client_auth="none").client_auth == "none"
+
+
+JWT = {"jwt_issuer": "i", "jwt_audience": "a", "jwt_jwks": "https://i/keys"}
+
+
+@pytest.mark.parametrize("missing", JWT)
+def test_jwts_need_an_issuer_an_audience_and_keys(missing):
+    with pytest.raises(ConfigError, match=f"^{missing} is missing"):
+        ServerConfig(**{**JWT, missing: ""})
+    ServerConfig(**JWT, jwt_leeway=0.0)
+
+
+@pytest.mark.parametrize("url", ["http://i/keys", "file:///keys", "https://a:b@i/keys"])
+def test_keys_come_from_a_file_or_a_url_that_nobody_can_change_on_the_way(url):
+    with pytest.raises(ConfigError, match="a file, or an https URL without a password"):
+        ServerConfig(**{**JWT, "jwt_jwks": url})

@@ -46,7 +46,7 @@ class TenantLimits(RateLimits):
     """What one tenant may use."""
 
     open_sessions: int | None = None
-    """Open sessions, on all servers of one store."""
+    """Open sessions, on all servers of one store; expired ones that are kept do not count."""
     streams: int | None = None
     """Streaming calls that have not ended, on one server."""
     calls: int | None = None

@@ -16,6 +16,7 @@ Network = IPv4Network | IPv6Network
 Address = IPv4Address | IPv6Address
 
 _FORWARDED = "x-forwarded-for"
+_BEHIND_PROXY = "forwarded"
 
 
 def client_name(
@@ -42,8 +43,20 @@ def client_name(
         except ValueError:
             return connection
         if not _within(address, trusted):
-            return f"forwarded:{address}"
+            return f"{_BEHIND_PROXY}:{address}"
     return connection
+
+
+def network_of(client: str) -> str:
+    """The address of a client by its name, or the network of IPv6 that one customer has.
+
+    A client without an address, as of a unix socket, keeps its name.
+    """
+    scheme, _, rest = client.partition(":")
+    address = ip_address(rest) if scheme == _BEHIND_PROXY else address_of(client)
+    if isinstance(address, IPv6Address):
+        return str(IPv6Network((address, 64), strict=False))
+    return client if address is None else str(address)
 
 
 @lru_cache(maxsize=4096)

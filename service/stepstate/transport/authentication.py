@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from contextvars import ContextVar
 from dataclasses import dataclass
-from ipaddress import IPv6Address, IPv6Network
 from typing import TYPE_CHECKING, Any, Protocol
 
 from stepstate.auth import Credentials
@@ -22,7 +21,7 @@ from stepstate.identity import (
     is_tenant,
     session_key,
 )
-from stepstate.transport.addresses import Network, address_of, client_name
+from stepstate.transport.addresses import Network, client_name, network_of
 
 if TYPE_CHECKING:
     import grpc
@@ -139,16 +138,8 @@ class CredentialAuthenticator:
         known = self._credentials.known(authorization, auth_context)
         if known is not None:
             return known
-        client = _client_of(client_name(context.peer(), tuple(metadata), self._trusted))
+        client = network_of(client_name(context.peer(), tuple(metadata), self._trusted))
         return await self._credentials.verify(authorization, auth_context, client)
-
-
-def _client_of(name: str) -> str:
-    """Whose failures count together: an address, or the network that one customer has of IPv6."""
-    address = address_of(name)
-    if isinstance(address, IPv6Address):
-        return str(IPv6Network((address, 64), strict=False))
-    return name if address is None else str(address)
 
 
 async def authenticate(authenticator: Authenticator, context: Context, method: str) -> None:

@@ -12,6 +12,7 @@ from stepstate.engine.engine import ROUNDS_TO_A_CHUNK
 from stepstate.engine.network import Network
 from stepstate.engine.runtimes import OnnxStepper
 from stepstate.models import build_timeline
+from stepstate.sessions import Source
 from tests.accelerators import ACCELERATORS, there
 from tests.networks import make_network
 from tests.unit.rig import HUGE, model_of, overflowing_network, rounds, rows_of
@@ -23,7 +24,7 @@ class Caller:
     """Waits for a request; a test may cancel it."""
 
     cancelled = False
-    source = None
+    source = Source()
 
 
 class Desk:

@@ -17,7 +17,7 @@ from stepstate.stores import EndReason, SaveResult, Tombstone
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reads, writer_thread, writes
 from stepstate.uptime import UptimeClock
-from tests.stores import FINGERPRINT, FileHome, acquire, create, record, saving
+from tests.stores import FINGERPRINT, FileHome, acquire, create, listed, record, saving
 
 UPTIME = UptimeClock(time.monotonic)
 
@@ -125,8 +125,8 @@ async def test_a_save_is_done_if_and_only_if_it_says_so_whenever_another_server_
     connection.before, connection.other_server = before, take
     writes.write(connection, saves, **now)
     for one in saves:
-        stored = await store.find(one.session_id)
-        assert (stored.t == 1) == (one.result is SaveResult.DONE), (one.session_id, one.result)
+        stored = await store.find(one.key)
+        assert (stored.t == 1) == (one.result is SaveResult.DONE), (one.key, one.result)
     connection.close()
     other.close()
 
@@ -373,6 +373,16 @@ async def test_what_a_tenant_asks_for_takes_no_longer_when_others_have_many_sess
         until = {"expires_at": 9e9, "most_of_tenant": 1}
         await store.create(record("z/b"), owner="A", t=0, snapshot=b"", **until)
     assert steps.total() < 60
+
+
+async def test_a_row_under_the_name_of_another_tenant_is_shown_to_neither(home, store):
+    """Its tenant is in its key; a damaged column must not give it away."""
+    for key in ("acme/a", "acme/b", "other/a"):
+        await create(home, store, key)
+    write(home.path, "UPDATE sessions SET tenant = 'acme' WHERE session_id = 'other/a'")
+    assert await listed(store, 1, tenant="acme") == ["acme/a", "acme/b"]
+    assert await listed(store, tenant="other") == []
+    assert await listed(store, 1) == ["acme/a", "acme/b", "other/a"]
 
 
 @contextmanager

@@ -22,6 +22,7 @@ beside this one. What a bucket has of all other tenants is apart, where those do
     stepstate:{17}:tenant:TENANT    zset   "KEY MODEL/VERSION" of a tenant: 0 open, 1 expired
     stepstate:tenants               hash   open sessions by "TENANT" and by "TENANT/MODEL/VERSION";
                                            a cluster has one in each bucket, stepstate:{17}:tenants
+    stepstate:opening:TENANT        zset   on a cluster: who opens a session of a limited tenant
 
 No key has a time to live: Redis measures it by its machine's wall clock, which may be set.
 
@@ -126,6 +127,11 @@ def expired(number: int, family: str = "") -> str:
 def listing(number: int, tenant: str) -> str:
     """The key of a bucket's sessions of a tenant; not used for the tenant `default`."""
     return f"stepstate:{{{number}}}:tenant:{tenant}"
+
+
+def queue(tenant: str) -> str:
+    """The key of those who open sessions of a tenant whose number is limited, on a cluster."""
+    return f"stepstate:opening:{tenant}"
 
 
 def tombstones(number: int, family: str = "") -> str:

@@ -398,6 +398,22 @@ return 1
 """Removes a member whose session is gone (those of earlier versions had a time to live); another
 session of its id may be there. 0: the session is there, and its own id or model is damaged."""
 
+TURN = Script(
+    """
+local queue, place, oldest = KEYS[1], ARGV[1], tonumber(ARGV[2])
+for _, other in ipairs(redis.call('ZRANGE', queue, 0, -1)) do
+    if tonumber(string.match(other, '^%d+')) < oldest then redis.call('ZREM', queue, other) end
+end
+local last = redis.call('ZRANGE', queue, -1, -1, 'WITHSCORES')[2] or '0'
+redis.call('ZADD', queue, 'NX', last + 1, place)
+return redis.call('ZRANK', queue, place)
+"""
+)
+"""How many are before a place in a queue, where a new one is the last. A place begins with the time
+at which it was taken; those that are older than `oldest` are dropped."""
+
+LEAVE = Script("return redis.call('ZREM', KEYS[1], ARGV[1])")
+
 POSTPONE = Script(
     """
 for _, key in ipairs(KEYS) do redis.call('ZADD', key, 'XX', ARGV[1], ARGV[2]) end

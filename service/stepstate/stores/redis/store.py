@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 from stepstate.errors import StoreUnavailable
 from stepstate.identity import DEFAULT_TENANT, SessionKey, split_key
@@ -25,6 +24,7 @@ from stepstate.stores.redis.connection import RedisConnection
 from stepstate.stores.redis.keys import SessionKeys
 from stepstate.stores.redis.pipeline import CommandPipeline
 from stepstate.stores.redis.scripts import Script
+from stepstate.stores.redis.tenants import TenantCounts
 from stepstate.stores.types import (
     LAST_SECONDS,
     MICROS,
@@ -52,8 +52,6 @@ READ_AT_ONCE = 64
 
 _NO_LIMIT = 2**53
 """More members than there are."""
-_FULL = 2
-"""What scripts reply when a tenant has no room."""
 
 
 class RedisStore(SessionStore):
@@ -85,6 +83,7 @@ class RedisStore(SessionStore):
         self._sweep_at = 0.0
         self._started = False
         self._starting = asyncio.Lock()
+        self._tenants = TenantCounts(self._each, self._ask, cluster=connection.is_cluster)
         self._pipelines: dict[str, CommandPipeline] = {}
         self._name = secrets.token_hex(8)
         self._number = 0
@@ -117,11 +116,16 @@ class RedisStore(SessionStore):
         fixed = (record.key, record.model_key, record.fingerprint, record.to_json())
         arguments: list[Argument] = [*fixed, owner, t, micros(expires_at), snapshot]
         arguments += (self._now(), micros(self._unix_time()), replacing, *self._mark())
-        arguments += await self._limit_arguments(record.tenant, most_of_tenant)
-        command = Command(scripts.CREATE, self._keys(record.key), arguments)
-        created, reply = await self._ask(command)
-        if created == _FULL and most_of_tenant is not None:
-            return TenantFull(reply, most_of_tenant)
+        where = self._keys(record.key)
+        told = await self._tenants.open(
+            record.tenant,
+            most_of_tenant,
+            lambda limit: Command(scripts.CREATE, where, (*arguments, *limit)),
+            now=self._now(),
+        )
+        if isinstance(told, TenantFull):
+            return told
+        created, reply = told
         return int(reply) if created else read_session(record.key, reply)
 
     async def acquire(
@@ -163,12 +167,14 @@ class RedisStore(SessionStore):
     ) -> bool | TenantFull:
         of = self._keys(key)
         where = (of.session, of.due, of.counts, of.expired, of.listing)
-        limit = await self._limit_arguments(split_key(key)[0], most_of_tenant)
-        arguments = (epoch, micros(expires_at), *self._mark(), *limit)
-        done, *reply = await self._ask(Command(scripts.RESTORE, where, arguments))
-        if done == _FULL and most_of_tenant is not None:
-            return TenantFull(reply[0], most_of_tenant)
-        return bool(done)
+        arguments = (epoch, micros(expires_at), *self._mark())
+        told = await self._tenants.open(
+            split_key(key)[0],
+            most_of_tenant,
+            lambda limit: Command(scripts.RESTORE, where, (*arguments, *limit)),
+            now=self._now(),
+        )
+        return told if isinstance(told, TenantFull) else bool(told[0])
 
     async def end(self, key: SessionKey, epoch: int, tombstone: Tombstone) -> bool:
         await self._start()
@@ -219,7 +225,12 @@ class RedisStore(SessionStore):
         while first < keys.BUCKETS and len(members) <= size:
             buckets = range(first, min(first + step, keys.BUCKETS))
             found = await self._listed(buckets, tenant, expired=expired)
-            wanted = (m for m in found if model in ("", keys.model_of(m).partition("/")[0]))
+            wanted = (
+                member
+                for member in found
+                if model in ("", keys.model_of(member).partition("/")[0])
+                and tenant in (None, split_key(keys.key_of(member))[0])
+            )
             later = (m for m in wanted if keys.place_of(m) > last)
             members += sorted(later, key=keys.place_of)
             first, step = first + step, step * 4
@@ -228,13 +239,7 @@ class RedisStore(SessionStore):
         return sessions, "" if is_last else keys.token_of(keys.place_of(members[size - 1]))
 
     async def count(self) -> Mapping[tuple[str, str], int]:
-        counts: Counter[tuple[str, str]] = Counter()
-        for model, sessions in await self._fields(map(keys.counts, keys.ALL_BUCKETS)):
-            counts[DEFAULT_TENANT, model] += sessions
-        for field, sessions in await self._fields(self._tenant_counts()):
-            tenant, separator, model = field.partition("/")
-            counts[tenant, model] += sessions if separator else 0  # else it is of all models
-        return +counts  # only those above 0
+        return await self._tenants.count()
 
     async def count_expired(self) -> int:
         where = _in_all(keys.expired)
@@ -348,32 +353,6 @@ class RedisStore(SessionStore):
         where = _in_all(keys.due, buckets, families)
         where += _in_all(keys.expired, buckets, families) if expired else []
         return await self._members(where, "+inf", _NO_LIMIT)
-
-    async def _fields(self, where: Iterable[str]) -> Iterator[tuple[str, int]]:
-        """The fields of some hashes that are numbers."""
-        values = await self._each(scripts.COUNTS, list(where))
-        fields = zip(values[::2], values[1::2], strict=True)
-        return ((text_of(name), int(number)) for name, number in fields if number.isdigit())
-
-    def _tenant_counts(self) -> list[str]:
-        cluster = self._connection.is_cluster
-        buckets = keys.ALL_BUCKETS if cluster else keys.ALL_BUCKETS[:1]
-        return [keys.tenant_counts(number, cluster=cluster) for number in buckets]
-
-    async def _limit_arguments(self, tenant: str, limit: int | None) -> tuple[int | str, int | str]:
-        """The last arguments of the scripts that open a session: its limit, and what is open.
-
-        A script counts for itself, unless the counts are on other nodes of a cluster.
-        """
-        if limit is None:
-            return "", ""
-        if not self._connection.is_cluster:
-            return limit, ""
-        if tenant == DEFAULT_TENANT:
-            fields = await self._fields(map(keys.counts, keys.ALL_BUCKETS))
-            return limit, sum(sessions for _, sessions in fields)
-        fields = await self._fields(self._tenant_counts())
-        return limit, sum(sessions for name, sessions in fields if name == tenant)
 
     async def _sessions(
         self, members: Sequence[str]

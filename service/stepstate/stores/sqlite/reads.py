@@ -16,7 +16,7 @@ from itertools import chain
 from typing import Any
 
 from stepstate.errors import InvalidField
-from stepstate.identity import SessionKey
+from stepstate.identity import SessionKey, split_key
 from stepstate.stores.base import UNREADABLE_SECONDS
 from stepstate.stores.types import (
     LAST_SECONDS,
@@ -108,7 +108,7 @@ _COUNT_EXPIRED = "SELECT count(*) FROM sessions WHERE expired = 1"
 class Row:
     """A session's row, without its snapshot."""
 
-    session_id: str
+    key: SessionKey
     session: StoredSession | UnreadableSession
     epoch: int
     """0: it can't be read."""
@@ -118,23 +118,23 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Lookup:
-    """The sessions and tombstones of some ids."""
+    """The sessions and tombstones of some keys."""
 
-    rows: dict[str, Row]
-    tombstones: dict[str, tuple[int, Tombstone | None]]
+    rows: dict[SessionKey, Row]
+    tombstones: dict[SessionKey, tuple[int, Tombstone | None]]
     """With the epochs of their sessions; None: it can't be read."""
 
-    def of(self, session_id: str) -> StoredSession | UnreadableSession | Tombstone | None:
+    def of(self, key: SessionKey) -> StoredSession | UnreadableSession | Tombstone | None:
         """The session, or its tombstone."""
-        if session_id in self.rows:
-            return self.rows[session_id].session
-        return self.tombstones.get(session_id, (0, None))[1]
+        if key in self.rows:
+            return self.rows[key].session
+        return self.tombstones.get(key, (0, None))[1]
 
-    def epoch(self, session_id: str) -> int:
+    def epoch(self, key: SessionKey) -> int:
         """The newest; 0: none is stored."""
-        if session_id in self.rows:
-            return self.rows[session_id].epoch
-        return self.tombstones.get(session_id, (0, None))[0]
+        if key in self.rows:
+            return self.rows[key].epoch
+        return self.tombstones.get(key, (0, None))[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,15 +147,15 @@ class Due:
     unreadable: list[int]
 
 
-def look_up(connection: sqlite3.Connection, session_ids: Iterable[str], now: float) -> Lookup:
-    """The sessions and tombstones of some ids."""
-    ids = json.dumps(list(session_ids))
-    sessions, tombstones = connection.execute(_LOOK_UP, (ids, round(now * MICROS))).fetchone()
+def look_up(connection: sqlite3.Connection, keys: Iterable[SessionKey], now: float) -> Lookup:
+    """The sessions and tombstones of some keys."""
+    names = json.dumps(list(keys))
+    sessions, tombstones = connection.execute(_LOOK_UP, (names, round(now * MICROS))).fetchone()
     return Lookup(
-        rows={row.session_id: row for row in _rows(sessions)},
+        rows={row.key: row for row in _rows(sessions)},
         tombstones={
-            _name(session_id): (epoch or 0, decode_tombstone(_text(reason), t, _text(idle)))
-            for session_id, epoch, reason, t, idle in json.loads(tombstones)
+            SessionKey(_name(key)): (epoch or 0, decode_tombstone(_text(reason), t, _text(idle)))
+            for key, epoch, reason, t, idle in json.loads(tombstones)
         },
     )
 
@@ -227,9 +227,10 @@ def page(
         ]
     ids = heapq.nsmallest(size + 1, chain.from_iterable(map(json.loads, found)))
     rows = _rows(_one(connection, _ROWS, (json.dumps([rowid for *_, rowid in ids[:size]]),)))
-    sessions = {row.rowid: row.session for row in rows}
+    by_rowid = {row.rowid: row for row in rows if tenant in (None, split_key(row.key)[0])}
+    sessions = [by_rowid[rowid].session for *_, rowid in ids[:size] if rowid in by_rowid]
     following = ":".join(ids[size - 1][:2]) if len(ids) > size else ""
-    return [sessions[rowid] for *_, rowid in ids[:size] if rowid in sessions], following
+    return sessions, following
 
 
 def count(connection: sqlite3.Connection) -> Mapping[tuple[str, str], int]:
@@ -263,9 +264,9 @@ def _rows(text: str) -> list[Row]:
 
 def _row(columns: list[Any]) -> Row:
     """A row, from the columns of `_row_of`."""
-    hex_id, model, record, t, expires, epoch, owner, delete, size, rowid = columns
+    hex_key, model, record, t, expires, epoch, owner, delete, size, rowid = columns
     session = decode_session(
-        SessionKey(session_id := _name(hex_id)),
+        key := SessionKey(_name(hex_key)),
         _name(model),
         record=_text(record),
         t=t,
@@ -274,7 +275,7 @@ def _row(columns: list[Any]) -> Row:
         owner=_text(owner),
         delete=delete,
     )
-    return Row(session_id, session, epoch or 0, size, rowid)
+    return Row(key, session, epoch or 0, size, rowid)
 
 
 def _text(hexadecimal: str) -> bytes:

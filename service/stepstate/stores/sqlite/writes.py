@@ -80,7 +80,7 @@ SELECT * FROM (VALUES {}) WHERE column1 IS NOT NULL
 class Write(Generic[T]):
     """One write to one session; `write` sets its result."""
 
-    session_id: SessionKey
+    key: SessionKey
     result: T = field(init=False)
 
 
@@ -171,8 +171,8 @@ def _rounds(writes: Iterable[Write[Any]]) -> list[list[Write[Any]]]:
     rounds: list[list[Write[Any]]] = []
     met: dict[str, int] = {}
     for one in writes:
-        before = met.get(one.session_id, 0)
-        met[one.session_id] = before + 1
+        before = met.get(one.key, 0)
+        met[one.key] = before + 1
         if before == len(rounds):
             rounds.append([])
         rounds[before].append(one)
@@ -198,7 +198,7 @@ class _Transaction:
         """Like `save`; but it raises the epochs, so they are compared before."""
         if not writes:
             return
-        ids = json.dumps([[one.session_id, one.save.epoch] for one in writes])
+        ids = json.dumps([[one.key, one.save.epoch] for one in writes])
         (held,) = self.connection.execute(_COUNT_HELD, (ids,)).fetchone()
         self._set_results(writes, held)
         rows = [_values(one.save, one.delete_at) for one in writes if one.result is SaveResult.DONE]
@@ -214,7 +214,7 @@ class _Transaction:
             self._end(found, _of(End, writes))
 
     def _look_up(self, writes: Iterable[Write[Any]]) -> Lookup:
-        return look_up(self.connection, [one.session_id for one in writes], self.now)
+        return look_up(self.connection, [one.key for one in writes], self.now)
 
     def _set_results(self, writes: Sequence[SaveOne | Expire], done: int) -> None:
         """Sets the results of writes; `done`: how many have the newest epoch of their session."""
@@ -224,24 +224,24 @@ class _Transaction:
             return
         found = self._look_up(writes)
         for one in writes:
-            stored = one.session_id in found.rows
-            if not stored and one.session_id not in found.tombstones:
+            stored = one.key in found.rows
+            if not stored and one.key not in found.tombstones:
                 one.result = SaveResult.MISSING
-            elif not stored or found.epoch(one.session_id) != one.save.epoch:
+            elif not stored or found.epoch(one.key) != one.save.epoch:
                 one.result = SaveResult.FENCED
 
     def _create(self, found: Lookup, writes: list[Create]) -> None:
         new: list[Values] = []
         room = self._open_by_tenant(writes)
         for one in writes:
-            row = found.rows.get(one.session_id)
+            row = found.rows.get(one.key)
             if row and not (row.epoch == one.replacing and self._is_overdue(row.session)):
                 one.result = row.session
                 continue
             if not (row and _is_open(row.session)) and (full := _take_room(room, one)):
                 one.result = full
                 continue
-            one.result = next_epoch(found.epoch(one.session_id), self.unix_time)
+            one.result = next_epoch(found.epoch(one.key), self.unix_time)
             record, expires = one.record, round(one.expires_at * MICROS)
             columns = (record.key, record.tenant, record.model_key, record.to_json(), one.result)
             new.append((*columns, one.owner, one.t, expires, one.snapshot))
@@ -253,12 +253,12 @@ class _Transaction:
         taken: dict[int, tuple[Acquire, StoredSession]] = {}
         rows: list[Row] = []
         for one in writes:
-            one.result = found.of(one.session_id)
-            row = found.rows.get(one.session_id)
+            one.result = found.of(one.key)
+            row = found.rows.get(one.key)
             if row and (session := self._acquired(row, one.fingerprints)):
                 taken[row.rowid] = one, session
                 rows.append(row)
-        owners = [(one.session_id, session.epoch, one.owner) for one, session in taken.values()]
+        owners = [(one.key, session.epoch, one.owner) for one, session in taken.values()]
         self._execute_many(_ACQUIRE, owners)
         for rowid, snapshot in self._snapshots(rows):
             one, session = taken[rowid]
@@ -286,7 +286,7 @@ class _Transaction:
         rows: list[Values] = []
         room = self._open_by_tenant(writes)
         for one in writes:
-            session = found.of(one.session_id)
+            session = found.of(one.key)
             one.result = (
                 isinstance(session, StoredSession)
                 and session.epoch == one.epoch
@@ -295,18 +295,18 @@ class _Transaction:
             if one.result and (full := _take_room(room, one)):
                 one.result = full
             elif one.result:
-                rows.append((one.session_id, round(one.expires_at * MICROS)))
+                rows.append((one.key, round(one.expires_at * MICROS)))
         self._execute_many(_RESTORE, rows)
 
     def _end(self, found: Lookup, writes: list[End]) -> None:
         forget = round((self.now + TOMBSTONE_SECONDS) * MICROS)
         rows: list[Values] = []
         for one in writes:
-            one.result = _may_end(one, found.rows.get(one.session_id))
+            one.result = _may_end(one, found.rows.get(one.key))
             if one.result:
                 tombstone, idle = one.tombstone, repr(one.tombstone.idle_timeout_seconds)
                 columns = (tombstone.reason.value, tombstone.t, idle, forget)
-                rows.append((one.session_id, found.epoch(one.session_id), *columns))
+                rows.append((one.key, found.epoch(one.key), *columns))
         if rows:
             self.connection.execute(_DELETE_SESSIONS, (json.dumps([row[0] for row in rows]),))
             self.connection.execute(_DELETE_OLD_TOMBSTONES, (round(self.now * MICROS),))
@@ -314,7 +314,7 @@ class _Transaction:
 
     def _open_by_tenant(self, writes: Iterable[Create | Restore]) -> dict[str, int]:
         """How many open sessions those tenants have that a write limits."""
-        limited = {split_key(one.session_id)[0] for one in writes if one.most_of_tenant is not None}
+        limited = {split_key(one.key)[0] for one in writes if one.most_of_tenant is not None}
         return open_by_tenant(self.connection, limited) if limited else {}
 
     def _is_overdue(self, session: StoredSession | UnreadableSession) -> bool:
@@ -338,7 +338,7 @@ class _Transaction:
 
 def _take_room(room: dict[str, int], one: Create | Restore) -> TenantFull | None:
     """Counts one more open session of its tenant; or says that it may have no more."""
-    tenant, limit = split_key(one.session_id)[0], one.most_of_tenant
+    tenant, limit = split_key(one.key)[0], one.most_of_tenant
     count = room.get(tenant, 0)
     if limit is not None and count >= limit:
         return TenantFull(count, limit)

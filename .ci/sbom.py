@@ -1,4 +1,4 @@
-"""What the package brings along: writes it as an SBOM, and asks a database what of it is vulnerable.
+"""What the package brings along: writes an SBOM, and asks a database what of it is vulnerable.
 
 `python .ci/sbom.py FILE` writes the packages that the server with all extras takes, in CycloneDX's
 format. `python .ci/sbom.py --audit` asks PyPI's database about them (pip-audit).

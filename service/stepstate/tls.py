@@ -107,7 +107,10 @@ def load_tls(files: TlsFiles) -> LoadedTls:
     expires_at = _check_times(files.certificate, certificates)
     client_ca_pem = None
     if files.client_ca is not None:
-        _, client_ca_pem = _certificates("--tls-client-ca", files.client_ca)
+        authorities, client_ca_pem = _certificates("--tls-client-ca", files.client_ca)
+        if max(map(_expiry, authorities)) <= time.time():
+            problem = "all of its certificates have expired: no client could connect"
+            raise TlsInvalid("--tls-client-ca", str(files.client_ca), problem)
     try:
         http2, http = _context(files, files.client_auth), _context(files, _at_most_optional(files))
     except OSError as error:  # ssl.SSLError is one
@@ -155,13 +158,17 @@ def _check_times(path: Path, certificates: list[x509.Certificate]) -> float:
     now = time.time()
     for one in certificates:
         name = one.subject.rfc4514_string() or "a certificate"
-        if one.not_valid_after_utc.timestamp() <= now:
+        if _expiry(one) <= now:
             problem = f"{name} expired at {one.not_valid_after_utc:%F %T}Z: renew it"
             raise TlsInvalid("--tls-cert", str(path), problem)
         if one.not_valid_before_utc.timestamp() > now:
             problem = f"{name} is valid from {one.not_valid_before_utc:%F %T}Z on: see the clock"
             raise TlsInvalid("--tls-cert", str(path), problem)
-    return min(one.not_valid_after_utc.timestamp() for one in certificates)
+    return min(map(_expiry, certificates))
+
+
+def _expiry(certificate: x509.Certificate) -> float:
+    return certificate.not_valid_after_utc.timestamp()
 
 
 def _at_most_optional(files: TlsFiles) -> ClientAuth:

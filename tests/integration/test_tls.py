@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import ssl
 import urllib.request
@@ -145,7 +146,8 @@ async def test_a_server_with_files_that_do_not_fit_does_not_start(
     wrong = replace(with_tls, tls_key=str(authority.issue("another").key))
     with pytest.raises(TlsInvalid, match="not the key of the certificate"):
         await build_server(wrong)
-    assert not Path(wrong.store.removeprefix("sqlite:")).exists()
+    store = Path(wrong.store.removeprefix("sqlite:"))
+    assert store.name not in await asyncio.to_thread(os.listdir, store.parent)
 
 
 async def replaced(server: Server, made: Certificate) -> None:

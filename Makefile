@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 
-.PHONY: help setup demo serve test test-all attacks fuzz conformance lint types protos protos-check docs build train bench benchmarks clean
+.PHONY: help setup demo serve test test-all attacks fuzz conformance lint types protos protos-check docs build audit train bench benchmarks clean
 
 help: ## Show this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-14s %s\n", $$1, $$2}'
@@ -56,10 +56,14 @@ protos-check: setup ## Fail if the committed stubs differ from the contract
 	$(BIN)/python protos/generate.py build/protos
 	for made in $$(cd build/protos && find stepstate -type f); do cmp build/protos/$$made service/$$made || exit 1; done
 
-build: setup ## Make wheel and sdist in dist/, and check them
+build: setup ## Make wheel and sdist in dist/, check them, and list what they bring along (SBOM)
 	rm -rf dist
 	$(BIN)/python -m build
 	$(BIN)/twine check --strict dist/*
+	$(BIN)/python .ci/sbom.py dist/stepstate.cdx.json
+
+audit: setup ## Fail if what the package brings along has a known vulnerability
+	$(BIN)/python .ci/sbom.py --audit
 
 docs: setup ## Build the documentation site in build/site; a broken link fails it
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from typing import TypeAlias
 
 import grpc
@@ -21,7 +21,7 @@ _WRITE_MET_END = "Internal error from Core"
 """What gRPC sets as the status when a write meets the end of the call."""
 
 Call: TypeAlias = "grpc.aio.StreamStreamCall[bytes, bytes]"
-Method: TypeAlias = "grpc.aio.UnaryUnaryMultiCallable[bytes, bytes]"
+Method: TypeAlias = "Callable[[bytes], Awaitable[bytes]]"
 Dues: TypeAlias = "Iterator[tuple[float, RequestTemplate]]"
 
 

@@ -20,6 +20,7 @@ from benchmarks.report import Report, as_json, as_text, this_machine
 from benchmarks.residency import ResidencyPlan, residency
 from benchmarks.restart import RestartPlan, restart
 from benchmarks.scale import ScalePlan, scale
+from benchmarks.security import SecurityPlan, security
 from benchmarks.steps import DurabilityPlan, StepsPlan, durability, steps
 from benchmarks.sweeps import SweepsPlan, sweeps
 from benchmarks.transports import TransportsPlan, transports
@@ -64,6 +65,7 @@ def _add(name: str, plan: type[Plan], measure: Callable[[Plan, Log], Report]) ->
 
 _add("steps", StepsPlan, steps)
 _add("transports", TransportsPlan, transports)
+_add("security", SecurityPlan, security)
 _add("profile", ProfilePlan, profile)
 _add("engines", EnginesPlan, engines)
 _add("durability", DurabilityPlan, durability)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import subprocess
 from collections.abc import Sequence
@@ -96,6 +97,7 @@ class CppGenerator:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            env={**os.environ, **load.access.variables()},
             process_group=0,  # Ctrl-C is for the benchmark, which then ends it
         )
         self._processes.append(process)

@@ -11,6 +11,9 @@
 // Printed then: for each session its id, its t and the first output of its last reply; an empty
 // line; for each reply that counts when its message was sent, and its latency, both in seconds.
 //
+// The environment says how it gets in: LOAD_CA_FILE, LOAD_CERT_FILE and LOAD_KEY_FILE, in PEM, for
+// TLS; LOAD_CREDENTIAL is sent as a bearer token. Empty, or not there: without.
+//
 // Every reply is checked. The first one that is wrong ends the program with status 1.
 
 #include <grpcpp/grpcpp.h>
@@ -19,6 +22,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <fstream>
 #include <iostream>
 #include <latch>
 #include <memory>
@@ -42,6 +46,27 @@ using Seconds = std::chrono::duration<double>;
 [[noreturn]] void Fail(const std::string& why) {
   std::cerr << why << std::endl;
   std::_Exit(1);
+}
+
+std::string Variable(const char* name) {
+  const char* value = std::getenv(name);
+  return value == nullptr ? "" : value;
+}
+
+// The content of the file that a variable names; nothing if it names none.
+std::string Content(const char* variable) {
+  const std::string path = Variable(variable);
+  if (path.empty()) return "";
+  std::ifstream file(path);
+  std::stringstream content;
+  content << file.rdbuf();
+  if (!file) Fail(path + " can't be read");
+  return content.str();
+}
+
+void AddCredential(grpc::ClientContext& context) {
+  static const std::string credential = Variable("LOAD_CREDENTIAL");
+  if (!credential.empty()) context.AddMetadata("authorization", "Bearer " + credential);
 }
 
 // What all sessions share.
@@ -135,6 +160,7 @@ class StreamSession final : public Session,
   StreamSession(Run& run, StepstateService::Stub& stub, const std::string& id,
                 const std::vector<float>& x)
       : Session(run, id, x) {
+    AddCredential(context_);
     stub.async()->StreamSteps(&context_, this);
     AddHold();  // the first message of the window is sent from the main thread
     StartCall();
@@ -189,6 +215,7 @@ class UnarySession final : public Session {
 
   void Send() override {
     context_ = std::make_unique<grpc::ClientContext>();
+    AddCredential(*context_);
     Sending();
     stub_.async()->Step(context_.get(), &request_, &response_, [this](grpc::Status status) {
       if (!status.ok()) Fail("a call failed: " + status.error_message());
@@ -221,6 +248,12 @@ std::vector<Row> ReadRows() {
   return rows;
 }
 
+std::shared_ptr<grpc::ChannelCredentials> Credentials() {
+  const std::string authority = Content("LOAD_CA_FILE");
+  if (authority.empty()) return grpc::InsecureChannelCredentials();
+  return grpc::SslCredentials({authority, Content("LOAD_KEY_FILE"), Content("LOAD_CERT_FILE")});
+}
+
 std::vector<std::unique_ptr<StepstateService::Stub>> Connect(const std::string& address,
                                                              int connections) {
   std::vector<std::unique_ptr<StepstateService::Stub>> stubs;
@@ -228,7 +261,7 @@ std::vector<std::unique_ptr<StepstateService::Stub>> Connect(const std::string& 
     grpc::ChannelArguments arguments;
     arguments.SetInt(GRPC_ARG_USE_LOCAL_SUBCHANNEL_POOL, 1);  // else channels share a connection
     stubs.push_back(StepstateService::NewStub(
-        grpc::CreateCustomChannel(address, grpc::InsecureChannelCredentials(), arguments)));
+        grpc::CreateCustomChannel(address, Credentials(), arguments)));
   }
   return stubs;
 }

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.access import OPEN, Access
 from benchmarks.sessions import SessionOptions
 
 
@@ -56,6 +57,7 @@ class Load:
     """Packed messages that are unanswered at once in closed loop."""
     connections: int = 1
     """That its calls are shared between."""
+    access: Access = OPEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ import grpc
 import numpy as np
 
 from benchmarks import BenchError
+from benchmarks.access import OPEN, Access
 from benchmarks.clients import Clients, running_clients
 from benchmarks.load import ArrivalSchedule, CallPath, Kind, Load, Sample, Window
 from benchmarks.models import INPUTS, NAME
@@ -49,6 +50,8 @@ class Target:
     """It answers steps of sessions that nobody has opened."""
     model: str = NAME
     """Of its sessions."""
+    access: Access = OPEN
+    """How a client gets in."""
 
 
 Forward = Callable[[int], Measurement]
@@ -221,6 +224,7 @@ def _loads(
             rows=case.rows,
             in_flight=plan.in_flight,
             connections=case.connections,
+            access=target.access,
         )
         for place in range(count)
     ]
@@ -236,9 +240,9 @@ def opened_sessions(target: Target, count: int) -> Iterator[list[str]]:
         return
     options = SessionOptions(target.durability, model=target.model)
     try:
-        asyncio.run(open_sessions(target.server.address, names, options))
+        asyncio.run(open_sessions(target.server.address, names, options, target.access))
         yield names
-        asyncio.run(close_sessions(target.server.address, names))
+        asyncio.run(close_sessions(target.server.address, names, target.access))
     except grpc.RpcError as error:
         raise BenchError(f"a session can't be opened or closed: {error.details()}") from error
 

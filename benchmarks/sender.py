@@ -16,6 +16,7 @@ import grpc
 import uvloop
 
 from benchmarks import BenchError, echo
+from benchmarks.access import Metadata
 from benchmarks.calls import Dues, Method, Record, StreamClient, UnaryClient
 from benchmarks.load import (
     Answer,
@@ -95,7 +96,7 @@ async def _answer(question: Question, parent: Connection[Answer, Question]) -> A
 async def _run(load: Load, parent: Connection[Answer, Question]) -> Sample:
     async with AsyncExitStack() as stack:
         channels = [
-            await stack.enter_async_context(grpc.aio.insecure_channel(load.target, options=_OWN))
+            await stack.enter_async_context(load.access.channel(load.target, _OWN))
             for _ in range(load.connections)
         ]
         templates = _packed(load) if load.path is CallPath.PACKED else _single(load)
@@ -127,22 +128,29 @@ def _clients(
 ) -> Iterator[SteppingClient]:
     """The calls of a process: a stream each, or for unary calls a session each."""
     kind, method = load.kind, _METHODS[load.kind, load.path]
-    in_turn = cycle(channels)
+    in_turn, metadata = cycle(channels), load.access.metadata
     if load.path is CallPath.UNARY:
-        unary: list[Method] = [channel.unary_unary(method) for channel in channels]
-        for call, template in zip(cycle(unary), templates, strict=False):
-            yield UnaryClient(kind, call, template)
+        unary: list[Method] = [_asking(channel, method, metadata) for channel in channels]
+        for ask, template in zip(cycle(unary), templates, strict=False):
+            yield UnaryClient(kind, ask, template)
         return
     streams: Iterator[_Method] = (channel.stream_stream(method) for channel in in_turn)
     if load.path is CallPath.PACKED:
         key_of = partial(packed_key, kind)
         in_flight = load.in_flight
-        yield StreamClient(kind, next(streams)(), templates, key_of=key_of, in_flight=in_flight)
+        call = next(streams)(metadata=metadata)
+        yield StreamClient(kind, call, templates, key_of=key_of, in_flight=in_flight)
         return
     count = min(len(templates), MAX_STREAMS)
     for place, stream in zip(range(count), streams, strict=False):
         share = templates[place::count]
-        yield StreamClient(kind, stream(), share, key_of=session_key, in_flight=len(share))
+        call = stream(metadata=metadata)
+        yield StreamClient(kind, call, share, key_of=session_key, in_flight=len(share))
+
+
+def _asking(channel: grpc.aio.Channel, method: str, metadata: Metadata) -> Method:
+    rpc: grpc.aio.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(method)
+    return lambda request: rpc(request, metadata=metadata)
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,7 @@ import uvloop
 from numpy.typing import NDArray
 
 from benchmarks import BenchError
+from benchmarks.access import OPEN, Access
 from benchmarks.models import INPUTS, NAME
 from stepstate.client.convert import from_status
 from stepstate.errors import StepstateError
@@ -66,29 +67,35 @@ def open_request(session_id: str, options: SessionOptions) -> pb.OpenSessionRequ
     return request
 
 
-async def open_sessions(target: str, names: Sequence[str], options: SessionOptions) -> None:
+async def open_sessions(
+    target: str, names: Sequence[str], options: SessionOptions, access: Access = OPEN
+) -> None:
     """Opens sessions."""
 
     async def call(stub: StepstateServiceStub, name: str) -> None:
-        await stub.OpenSession(open_request(name, options))
+        await stub.OpenSession(open_request(name, options), metadata=access.metadata)
 
-    await _all(target, names, call)
+    await _all(target, names, call, access)
 
 
-async def close_sessions(target: str, names: Sequence[str]) -> None:
+async def close_sessions(target: str, names: Sequence[str], access: Access = OPEN) -> None:
     """Closes sessions."""
 
     async def call(stub: StepstateServiceStub, name: str) -> None:
-        await stub.CloseSession(pb.CloseSessionRequest(session_id=name))
+        request = pb.CloseSessionRequest(session_id=name)
+        await stub.CloseSession(request, metadata=access.metadata)
 
-    await _all(target, names, call)
+    await _all(target, names, call, access)
 
 
 async def _all(
-    target: str, names: Sequence[str], call: Callable[[StepstateServiceStub, str], Awaitable[None]]
+    target: str,
+    names: Sequence[str],
+    call: Callable[[StepstateServiceStub, str], Awaitable[None]],
+    access: Access,
 ) -> None:
     """Makes a call for each session, `AT_ONCE` of them at a time."""
-    async with grpc.aio.insecure_channel(target) as channel:
+    async with access.channel(target) as channel:
         stub, left = StepstateServiceStub(channel), iter(names)
 
         async def caller() -> None:
@@ -154,7 +161,7 @@ class SessionGroup:
             latencies.append(time.monotonic() - sent)
 
         began = time.monotonic()
-        await _all(target, self.names, call)
+        await _all(target, self.names, call, OPEN)
         return Timing(time.monotonic() - began, np.array(latencies))
 
 

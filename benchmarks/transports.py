@@ -100,7 +100,7 @@ def transports(plan: TransportsPlan, log: Log) -> Report:
         BenchError: a server does not start, refuses a step, or breaks off.
     """
     check_proc()
-    programs, other = _programs(log), _other(plan.other, log)
+    programs, other = cpp_programs(log), _other(plan.other, log)
     with ExitStack() as stack:
         folder = stack.enter_context(bench_folder())
         servers = stack.enter_context(stepping(folder, other))
@@ -124,7 +124,7 @@ def transports(plan: TransportsPlan, log: Log) -> Report:
     )
 
 
-def _programs(log: Log) -> CppPrograms | None:
+def cpp_programs(log: Log) -> CppPrograms | None:
     """The programs in C++; None: they can't be built here."""
     log("the load generator in C++ is built, if it has to be")
     try:

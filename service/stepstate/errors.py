@@ -590,7 +590,7 @@ class UnexpectedStatus(StepstateError, reason="UNEXPECTED_STATUS"):
     def __str__(self) -> str:
         hint = "is it a Stepstate server?"
         if self.code in ("UNAUTHENTICATED", "PERMISSION_DENIED"):
-            hint = "give the client `credentials` or `metadata` that what is at this address takes"
+            hint = "give the client a `token`, `credentials` or `metadata` that what is there takes"
         return f"the server answered {self.code}: {self.detail}; {hint}"
 
 

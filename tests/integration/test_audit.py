@@ -191,7 +191,9 @@ SUBJECT = {
 def test_every_rpc_has_its_entry():
     assert EVENTS.keys() == KINDS.keys() == SCOPES.keys()
     assert REQUESTS.keys() == {method for method, scopes in SCOPES.items() if scopes}
-    assert SUBJECT.keys() == {method for method, event in EVENTS.items() if event}
+    events = {method: event for method, event in EVENTS.items() if event}
+    assert events.pop("ListTenants") == "admin act"
+    assert SUBJECT.keys() == events.keys()
 
 
 async def made(caller: Caller, method: str, snapshot: bytes) -> str:
@@ -239,6 +241,31 @@ async def test_each_call_of_an_admin_on_another_tenant_is_one_line(
         (line,) = found
         assert (line["tenant"], line["identity"]) == ("acme", "root")
         assert (line["identity_tenant"], line["admin"]) == ("platform", True)
+
+
+async def test_an_admin_who_lists_all_tenants_is_on_record(
+    as_: Callable[..., Caller], lines: Lines
+):
+    assert await made(as_("root"), "ListTenants", b"") == "OK"
+    (line,) = await lines.new()
+    assert (line["event"], line["admin"], line["session"]) == ("admin act", True, None)
+
+
+async def test_a_session_that_expires_and_is_deleted_is_on_record(
+    as_: Callable[..., Caller], lines: Lines
+):
+    """Nobody did it."""
+    opening = pb.OpenSessionRequest(session_id="brief", model="lstm")
+    opening.idle_timeout.FromMilliseconds(1)
+    await as_("ci").call("OpenSession", opening)
+    await asyncio.sleep(0.02)
+    opening.ClearField("idle_timeout")
+    await as_("ci").call("OpenSession", opening)  # takes the place of the one that has expired
+    found = [line for line in await lines.new() if line["event"] != "session opened"]
+    assert found[-1]["event"] == "expired session deleted"
+    assert {(one["tenant"], one["session"], one["identity"]) for one in found} == {
+        ("acme", "brief", None)
+    }
 
 
 async def test_a_stream_of_an_admin_is_on_record_while_it_lasts(

@@ -9,8 +9,10 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from stepstate import server as composition
 from stepstate import tls as server_tls
 from stepstate.client import Tls
 from stepstate.config import ServerConfig
@@ -19,7 +21,8 @@ from stepstate.server import Server, running_server
 from tests.certificates import Authority, Certificate
 from tests.credentials import revoke, token
 from tests.integration.clients import Connect
-from tests.integration.wire import HANG
+from tests.integration.wire import HANG, TOLERANCE, draw, largest_difference
+from tests.networks import Network
 
 pytestmark = pytest.mark.transports
 
@@ -29,6 +32,11 @@ def stranger(program: Callable[[str], str], tmp_path: Path) -> Authority:
     """Another authority, which nobody trusts."""
     (tmp_path / "stranger").mkdir()
     return Authority(tmp_path / "stranger", program("openssl"))
+
+
+@pytest.fixture(autouse=True)
+def checks_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(composition, "CREDENTIALS_CHECK_SECONDS", 0.02)
 
 
 async def test_clients_and_their_certificates_get_in(
@@ -143,6 +151,38 @@ async def test_a_token_comes_from_its_file_and_is_renewed(
                 await client.models()
             file.write_text(second)
             assert len(await client.models()) == 6
+
+
+@pytest.mark.parametrize("path", ["stream", "pack"])
+async def test_what_was_begun_with_a_token_goes_on_with_its_successor(
+    connect: Connect, config: ServerConfig, networks: dict[str, Network], tmp_path: Path, path: str
+):
+    tokens, file, x = tmp_path / "tokens.json", tmp_path / "token", draw(4)
+    first, second = token(tokens), token(tokens)
+    file.write_text(first)
+    async with (
+        running_server(replace(config, tokens_file=str(tokens))) as server,
+        connect(server.address, token=file) as client,
+    ):
+
+        async def renew() -> None:
+            file.write_text(second)
+            revoke(tokens, first)
+            await server.credentials.refresh()
+            await asyncio.sleep(0.2)  # the server ends what was begun with the first one
+
+        session = await client.open("lstm")
+        ys = []
+        if path == "pack":
+            async with client.packed([session]) as pack:
+                for row in x:
+                    ys.append((await pack.step(row[None])).y[0])
+                    await renew()
+        else:
+            async for y in session.stream(list(x)):
+                ys.append(y)
+                await renew()
+    assert largest_difference(np.array(ys), networks["lstm"].offline(x)) <= TOLERANCE
 
 
 # Commands.

@@ -82,7 +82,9 @@ def exposed(
     trusting = grpc.ssl_channel_credentials(authority.file.read_bytes())
     tokens = tmp_path_factory.mktemp("tokens") / "tokens.json"
     caller = grpc.access_token_call_credentials(token(tokens))
-    options = ("--models", str(root), *tls, "--tokens-file", str(tokens))
+    limits = tokens.with_name("stepstate.toml")
+    limits.write_text("[limits]\nstreams = 0\n")
+    options = ("--models", str(root), *tls, "--tokens-file", str(tokens), "--config", str(limits))
     with server_process(*options) as server:
         both = grpc.composite_channel_credentials(trusting, caller)
         with grpc.secure_channel(server.address, both) as channel:
@@ -93,6 +95,8 @@ def exposed(
             stub.CloseSession(pb.CloseSessionRequest(session_id="two"))
             with pytest.raises(grpc.RpcError):
                 stub.Step(pb.StepRequest(session_id="one", t=9, x=[0.0] * 3))
+            with pytest.raises(grpc.RpcError):
+                list(stub.StreamSteps(iter(())))
         context = ssl.create_default_context(cafile=authority.file)
         with urlopen(server.metrics_url, context=context) as answer:
             return answer.read().decode()

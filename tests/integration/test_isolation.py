@@ -14,8 +14,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
 from google.protobuf.message import Message
+from google.protobuf.message_factory import GetMessageClass
 
 from stepstate.config import ServerConfig
 from stepstate.identity import SessionKey, session_key
@@ -24,6 +26,7 @@ from stepstate.server import Server, running_server
 from stepstate.sessions import Hold
 from stepstate.sessions.snapshots.format import decode, encode
 from stepstate.stores import EndReason, StoredSession, Tombstone
+from stepstate.transport.authentication import OPEN, SCOPES, TENANT_KEY
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.integration import requests_of
 from tests.integration.requests_of import METHODS, MODEL, ROWS, Case, Names, Outcome, Own, X
@@ -144,7 +147,9 @@ async def house(config: ServerConfig, tmp_path: Path) -> AsyncIterator[House]:
         grpc.aio.insecure_channel(server.address) as channel,
     ):
         house = House(server, channel, tmp_path / "two.db", b"", [])
-        yield replace(house, snapshot=(await house.own(OWNER, "exported")).snapshot)
+        exported = await house.own(OWNER, "exported")
+        await house.done(OWNER, pb.CloseSessionRequest(session_id="exported"))
+        yield replace(house, snapshot=exported.snapshot)
         for hold in house.holds:
             hold.release()
 
@@ -168,14 +173,14 @@ async def stepped_on_a_stream(house: House, session_id: str) -> None:
 async def stepped_by_triton(house: House, session_id: str) -> None:
     """Its requests are recognized, by their bytes."""
     await house.open(OWNER, session_id, pb.DURABILITY_ASYNC)
-    x = requests_of.np.array([X], "<f4")
+    x = np.array([X], "<f4")
     row = infer(model=MODEL, sequence_id=int(session_id), x=x, request_id="r")
     await house.done(OWNER, row, "ModelStreamInfer")
 
 
 async def ended_by_triton(house: House, session_id: str) -> None:
     """Its last reply is kept for a retry."""
-    x = requests_of.np.array([X], "<f4")
+    x = np.array([X], "<f4")
     row = infer(MODEL, int(session_id), x, sequence_start=True, sequence_end=True, step_t=0)
     await house.done(OWNER, row, "ModelInfer")
 
@@ -273,6 +278,134 @@ async def test_another_tenants_session_is_answered_as_one_that_never_was(house: 
         changed = {free: taken, another: own}
         assert told == _renamed(expected, changed), f"{case} tells that {taken} is {state}"
         assert await house.seen(key) == before, f"{case} changes one that is {state}"
+
+
+MODEL_CASES = requests_of.cases(Names.MODEL)
+
+
+@pytest.mark.transports(long=True)
+async def test_a_model_of_others_is_answered_as_one_that_is_not_loaded(house: House):
+    await house.done(OWNER, pb.GetModelRequest(model=SECRET))
+    numbers = itertools.count(10_000)
+    for case in MODEL_CASES:
+        own, another = str(next(numbers)), str(next(numbers))
+        told = await house.call(OTHER, case.request(Own(own), SECRET), case.method.name)
+        expected = await house.call(OTHER, case.request(Own(another), NO_MODEL), case.method.name)
+        assert told == _renamed(expected, {NO_MODEL: SECRET, another: own}), str(case)
+
+
+async def test_models_of_others_are_in_no_list(house: House):
+    for method in ("ListModels", "RepositoryIndex", "ModelStatistics"):
+        request = GetMessageClass(METHODS[method].input_type)()
+        listed, told = await house.done(OWNER, request), await house.done(OTHER, request)
+        assert SECRET.encode() in listed.replies[0]
+        assert SECRET.encode() not in told.replies[0]
+        assert MODEL.encode() in told.replies[0]
+
+
+async def test_a_snapshot_of_a_model_of_others_is_refused_as_one_of_a_model_that_is_not_loaded(
+    house: House,
+):
+    opened = pb.OpenSessionRequest(session_id="1", model=SECRET, durability=pb.DURABILITY_SYNC)
+    await house.done(OWNER, opened)
+    snapshot = (await house.server.sessions.export(session_key(OWNER, "1")))[0]
+    whole = decode(snapshot)
+    elsewhere = encode(replace(whole, record=replace(whole.record, model=NO_MODEL)))
+    told = await house.call(OTHER, pb.ImportSessionRequest(snapshot=snapshot))
+    expected = await house.call(OTHER, pb.ImportSessionRequest(snapshot=elsewhere))
+    assert told.code is grpc.StatusCode.FAILED_PRECONDITION
+    assert told == _renamed(expected, {NO_MODEL: SECRET})
+
+
+async def test_a_session_is_as_one_of_a_lost_model_once_its_tenant_may_not_use_that(
+    house: House, config: ServerConfig
+):
+    await house.open(OTHER, "1")
+    await house.server.drain()
+    denied = replace(config, store=f"sqlite:{house.file}")
+    access = ModelAccess({MODEL: frozenset({OWNER})})
+    async with (
+        running_server(denied, authenticator=SaidTenants(), access=access) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        there = replace(house, server=server, channel=channel)
+        step = await there.call(OTHER, pb.StepRequest(session_id="1", x=X))
+        assert (step.code, b"SNAPSHOT_MODEL_MISMATCH" in step.details) == (
+            grpc.StatusCode.FAILED_PRECONDITION,
+            True,
+        )
+        reply = (await there.done(OTHER, pb.GetSessionRequest(session_id="1"))).replies[0]
+        assert (
+            pb.GetSessionResponse.FromString(reply).session.status
+            == pb.SESSION_STATUS_MODEL_MISSING
+        )
+        await there.done(OTHER, pb.CloseSessionRequest(session_id="1"))
+
+
+@pytest.mark.transports(long=True)
+async def test_an_admin_who_names_a_tenant_is_told_what_the_tenant_is(house: House):
+    numbers = itertools.count(10_000)
+    admin = (*as_tenant("operator"), (TENANT_KEY, OWNER))
+    for method, requests in requests_of.REQUESTS.items():
+        if method in NOT_OF_A_TENANT:
+            continue
+        for variant in range(len(requests(Own("0")))):
+            mine, same = str(next(numbers)), str(next(numbers))
+            request = requests(await house.own(OWNER, mine))[variant]
+            expected = await house.call(OWNER, request, method)
+            request = requests(await house.own(OWNER, same))[variant]
+            told = await requests_of.call(house.channel, METHODS[method], request, admin)
+            assert expected == _renamed(told, {same: mine}), f"{method}.{variant}"
+
+
+NOT_OF_A_TENANT = {"ListSessions", "ListTenants", "ModelStatistics"}
+"""What they tell changes while the others are called."""
+
+
+async def test_sessions_of_one_tenant_only_are_listed_whatever_token_is_sent(house: House):
+    for tenant in (OWNER, OTHER):
+        for number in range(5):
+            await house.open(tenant, str(number))
+    first = await house.done(OWNER, pb.ListSessionsRequest(page_size=2))
+    token = pb.ListSessionsResponse.FromString(first.replies[0]).next_page_token
+    for sent, tenant in itertools.product(("", token), (OWNER, OTHER)):
+        reply = await house.done(tenant, pb.ListSessionsRequest(page_token=sent))
+        listed = pb.ListSessionsResponse.FromString(reply.replies[0]).sessions
+        assert {one.tenant for one in listed} == {tenant}
+        if tenant == OWNER or not sent:
+            left = range(2 if sent else 0, 5)
+            assert [one.session_id for one in listed] == list(map(str, left))
+
+
+@pytest.mark.parametrize("method", METHODS)
+async def test_whoever_names_a_tenant_is_an_admin_and_names_one_that_can_be(
+    house: House, method: str
+):
+    if SCOPES[method] == OPEN:
+        return
+    streams = METHODS[method].client_streaming
+    request = None if streams else requests_of.REQUESTS[method](Own("1"))[0]
+    for metadata, code in (
+        (
+            (*as_tenant(OTHER, WITHOUT_ADMIN), (TENANT_KEY, OWNER)),
+            grpc.StatusCode.PERMISSION_DENIED,
+        ),
+        ((*as_tenant(OTHER), (TENANT_KEY, "No Name")), grpc.StatusCode.INVALID_ARGUMENT),
+    ):
+        told = await requests_of.call(house.channel, METHODS[method], request, metadata)
+        assert (told.code, told.replies) == (code, ())
+
+
+async def test_ids_and_sequences_of_two_tenants_never_collide(house: House):
+    x = np.array([X], "<f4")
+    start = infer(MODEL, 7, x, sequence_start=True)
+    one, other = [await house.done(tenant, start, "ModelInfer") for tenant in (OWNER, OTHER)]
+    assert one == other
+    for tenant in (OWNER, OTHER):
+        await house.open(tenant, "meter-1")
+        reply = await house.done(tenant, pb.GetSessionRequest(session_id="7"))
+        session = pb.GetSessionResponse.FromString(reply.replies[0]).session
+        assert (session.tenant, session.t) == (tenant, 1)
 
 
 def renamed_snapshot(snapshot: bytes, session_id: str) -> bytes:

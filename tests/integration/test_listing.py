@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import grpc
 import pytest
 
+from stepstate.client._connection import MetadataChannel
+from stepstate.config import ServerConfig
+from stepstate.server import running_server
+from stepstate.sessions import ID_LENGTH
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.wire import (
     opened,
     refused,
 )
+from tests.redis_process import redis_process
+from tests.tenants import SaidTenants, as_tenant
 
 Code = grpc.StatusCode
 
@@ -81,7 +90,32 @@ async def test_a_token_of_no_page_is_an_invalid_field(stub: Stub, token: str):
     assert (refusal.code, refusal.field) == (Code.INVALID_ARGUMENT, "page_token")
 
 
+@pytest.fixture
+def store(kind: str, tmp_path: Path) -> Iterator[str]:
+    if kind == "redis":
+        with redis_process(tmp_path) as redis:
+            yield redis.url
+    else:
+        yield {"memory": "memory:", "sqlite": f"sqlite:{tmp_path / 'long.db'}"}[kind]
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "redis"])
+@pytest.mark.parametrize("tenant", ["default", "t" * 63])
+async def test_the_longest_names_are_listed_page_by_page(
+    config: ServerConfig, store: str, tenant: str
+):
+    names = [f"{place}".ljust(ID_LENGTH, "x") for place in range(3)]
+    server_of = running_server(replace(config, store=store), authenticator=SaidTenants())
+    async with server_of as server, grpc.aio.insecure_channel(server.address) as channel:
+        stub = StepstateServiceStub(MetadataChannel(channel, as_tenant(tenant), None))
+        for name in names:
+            await opened(stub, name)
+        found = await pages(stub, page_size=1)
+    assert sorted(found) == [[name] for name in names]
+
+
 async def test_a_token_past_the_end_is_an_empty_last_page(stub: Stub):
     await opened(stub, "a")
-    reply = await stub.ListSessions(pb.ListSessionsRequest(page_token="z" * 128))
+    past = f"{b'default'.hex()}:{b'z'.hex()}"
+    reply = await stub.ListSessions(pb.ListSessionsRequest(page_token=past))
     assert (list(reply.sessions), reply.next_page_token) == ([], "")

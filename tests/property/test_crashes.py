@@ -316,7 +316,7 @@ class CrashesMachine(RuleBasedStateMachine):
         """Takes in what a server saved, and what left it or came to it meanwhile."""
         self.run(rounds(8))
         for save in server.door.saves:
-            copy, kept = server.copies[save.session_id], self.kept[save.session_id]
+            copy, kept = server.copies[save.key], self.kept[save.key]
             if save.snapshot is None:
                 assert kept.line.t == save.t, "it was saved as clean, and was not"
             kept.line = copy.line.up_to(save.t)
@@ -733,7 +733,7 @@ class CrashesMachine(RuleBasedStateMachine):
         if copy.durability is Durability.SYNC:
             acked = copy.line.t + sum(len(x) for x in plan[: len(good)])
             assert not good or (newest and self.entry(name).t >= acked)
-        server.door.saves = [s for s in server.door.saves if s.session_id != name]
+        server.door.saves = [s for s in server.door.saves if s.key != name]
         self.servers[place] = self.new_server()
 
     @rule(place=places)

@@ -82,6 +82,7 @@ RECORD = {
     "durability": "sync",
     "missing": "reject",
     "interval_level": None,
+    "tenant": DEFAULT_TENANT,
 }
 
 FIELDS = tuple(RECORD)
@@ -192,6 +193,7 @@ def texts(of: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes | bytearray]:
             "epoch": numbers,
             "owner": st.one_of(texts(st.binary(max_size=20)), st.text(max_size=2000)),
             "model": st.one_of(texts(st.binary(max_size=20)), st.just("lstm/2"), numbers),
+            "tenant": st.one_of(texts(st.binary(max_size=20)), st.just("acme"), numbers),
             "snapshot": st.one_of(texts(st.binary(max_size=60)), numbers),
         },
     )
@@ -200,6 +202,8 @@ def texts(of: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes | bytearray]:
 @example({"record": bytearray(b"\xff")})
 @example({"epoch": "text"})
 @example({"t": 2**53, "expires": 0.5})
+@example({"tenant": bytearray(b"\xff")})
+@example({"tenant": "acme"})
 @example({"snapshot": bytearray(b"\x00\xff")})
 def test_a_damaged_row_of_sqlite_is_a_matter_of_its_session(columns):
     with TemporaryDirectory() as folder:
@@ -223,6 +227,7 @@ def test_a_damaged_row_of_sqlite_is_a_matter_of_its_session(columns):
 @example({"e": b"text"})
 @example({"x": b"nan"})
 @example({"e": None})
+@example({"i": b"acme/m"})
 @example(b"no hash")
 def test_a_damaged_hash_of_redis_is_a_matter_of_its_session(server, damage):
     asyncio.run(survive(RedisHome(server), damage))

@@ -5,6 +5,7 @@ No I/O here.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -18,9 +19,9 @@ from stepstate.client._api import ConnectionAPI
 from stepstate.client._protocol.replay import RESUME_ROWS
 from stepstate.client._protocol.retry import CONNECT_TIMEOUT, TIMEOUT, CallAttempts, ServerReach
 from stepstate.client.diagnosis import why_unreachable
-from stepstate.client.security import Tls, Token, endpoint_of
+from stepstate.client.security import Endpoint, Tls, Token, endpoint_of
 from stepstate.client.types import ModelInfo
-from stepstate.errors import Cancelled, ServerUnreachable, StepstateError
+from stepstate.errors import Cancelled, ServerUnreachable, StepstateError, Unauthenticated
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 
 CHANNEL_OPTIONS = (
@@ -76,6 +77,28 @@ class MetadataChannel:
         return rpc(*args, metadata=metadata, **options)
 
 
+class CallErrors:
+    """What the failures of a client's calls mean.
+
+    Args:
+        endpoint: of the client.
+    """
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self._endpoint = endpoint
+
+    def begin(self) -> Callable[[Any], StepstateError]:
+        """Is called before a call; what it returns makes the error of its failure."""
+        return partial(self._error_of, time.monotonic())
+
+    def _error_of(self, began: float, failure: Any) -> StepstateError:
+        target, token = self._endpoint.target, self._endpoint.token
+        error = convert.from_rpc(failure, target)
+        if isinstance(error, Unauthenticated) and token and token.renewed_since(began):
+            return ServerUnreachable(target, f"{error}, and there is a new token")
+        return error
+
+
 class BaseConnection(ConnectionAPI):
     """The state of a connection to a server."""
 
@@ -128,6 +151,7 @@ class BaseConnection(ConnectionAPI):
             InvalidField: the arguments contradict each other, or a file can't be read.
         """
         self._endpoint = endpoint_of(target, tls=tls, token=token, credentials=credentials)
+        self.call_errors = CallErrors(self._endpoint)
         self.target = self._endpoint.target
         self.timeout = timeout
         self.resume_rows = resume_rows

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import ip_address
@@ -82,7 +83,7 @@ class Endpoint:
     """None: plain text."""
     tls: Tls | None
     """What they were made of, if it is known."""
-    token: Callable[[], str] | None
+    token: TokenSource | None
 
     def channel(self, library: ModuleType, options: Sequence[tuple[str, Any]] = ()) -> Any:
         """A channel of `grpc` or `grpc.aio`, with gRPC's options."""
@@ -167,13 +168,38 @@ def _is_loopback(host: str) -> bool:
         return False
 
 
-def _source(token: Token) -> Callable[[], str]:
+class TokenSource:
+    """A client's token, which may be renewed while calls with the one before are open.
+
+    Args:
+        read: gives the token that is to be used now.
+    """
+
+    def __init__(self, read: Callable[[], str]) -> None:
+        self._read = read
+        self._token = ""
+        self._renewed_at = 0.0
+
+    def __call__(self) -> str:
+        """The token of a new call."""
+        token = self._read()
+        if token != self._token:
+            self._token, self._renewed_at = token, time.monotonic()
+        return token
+
+    def renewed_since(self, moment: float) -> bool:
+        """Whether a call that was begun then, by `time.monotonic`, had another token than now."""
+        self()
+        return self._renewed_at > moment
+
+
+def _source(token: Token) -> TokenSource:
     if isinstance(token, Path):
-        return TokenFileReader(token)
+        return TokenSource(TokenFileReader(token))
     if isinstance(token, str):
         _check(token, "is")
-        return lambda: token
-    return token
+        return TokenSource(lambda: token)
+    return TokenSource(token)
 
 
 def _check(token: str, what: str) -> None:

@@ -79,6 +79,6 @@ def _of_start(config: ServerConfig) -> Iterator[Check]:
 
 def _check_audit_log(file: str) -> None:
     """It makes no file where there is none yet."""
-    target = Path(file) if Path(file).exists() else Path(file).parent
-    if (target == Path(file) and target.is_dir()) or not os.access(target, os.W_OK):
-        raise AuditLogError(file, "no such folder, or no right to write there")
+    path = Path(file)
+    if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise AuditLogError(file, "there is no such folder, or no right to write there")

@@ -63,6 +63,46 @@ class FileText:
         where = f"{self.name}, line {lines[0]}" if len(lines) == 1 else self.name
         return ConfigError(f"{where}: {problem}")
 
+    def table(self, name: str, tables: Table) -> Table:
+        """One of the tables in a table; if it is not there, an empty one."""
+        table = tables.get(name, {})
+        if not isinstance(table, dict):
+            raise self.error(name, f"{name} is {_shown(table)}, expected a table")
+        return table
+
+    def check_name(self, key: str, known: Iterable[str], where: str) -> None:
+        """Refuses a name that is not known, with the nearest that is."""
+        names = list(known)
+        if key in names:
+            return
+        nearest = difflib.get_close_matches(key[:100], names, n=1)
+        if nearest:
+            hint = f"did you mean {nearest[0]}?"
+        elif len(names) <= MAX_LISTED:
+            hint = f"there are {', '.join(names)}"
+        else:
+            hint = "`stepstate config show` prints all"
+        raise self.error(key, f"{key[:100]!r} is no name in {where}: {hint}")
+
+    def check_tenant(self, key: str, name: str) -> None:
+        """Refuses what can't be the name of a tenant."""
+        if not is_tenant(name):
+            raise self.error(key, f"{name[:100]!r} is no tenant: expected {TENANT_GRAMMAR}")
+
+    def checked(self, key: str, value: object, kind: type) -> Value:
+        """A value, if it has the type that is expected."""
+        if kind is float and type(value) is int:
+            return value
+        if type(value) is not kind:
+            raise self.error(key, f"{key} is {_shown(value)}, expected {_EXPECTED[kind]}")
+        assert isinstance(value, bool | int | float | str)
+        return value
+
+
+def _shown(value: object) -> str:
+    """A value for an error: short, and without a password."""
+    return "a text with a password" if has_secret(str(value)) else shortened(value)
+
 
 @dataclass(frozen=True, slots=True)
 class FileSettings:
@@ -112,53 +152,14 @@ def parse(name: str, content: bytes) -> FileSettings:
     for key, table in tables.items():
         if key in _SETTINGS and not isinstance(table, dict):
             raise source.error(key, f"{key} stands before any table: move it below [{SERVER}]")
-        _check_name(source, key, _TABLES, "the file")
-    server = _server(source, _table(source, SERVER, tables))
+        source.check_name(key, _TABLES, "the file")
     return FileSettings(
         source,
-        server,
+        _server(source, source.table(SERVER, tables)),
         _limits(source, tables),
-        _model_tenants(source, _table(source, MODELS, tables)),
+        _model_tenants(source, source.table(MODELS, tables)),
         _certificates(source, tables.get(CERTIFICATES, [])),
     )
-
-
-def _table(source: FileText, name: str, tables: Table) -> Table:
-    """One of the tables in a table; if it is not there, an empty one."""
-    table = tables.get(name, {})
-    if not isinstance(table, dict):
-        raise source.error(name, f"{name} is {_shown(table)}, expected a table")
-    return table
-
-
-def _check_name(source: FileText, key: str, known: Iterable[str], where: str) -> None:
-    """Refuses a name that is not known, with the nearest that is."""
-    names = list(known)
-    if key in names:
-        return
-    nearest = difflib.get_close_matches(key[:100], names, n=1)
-    if nearest:
-        hint = f"did you mean {nearest[0]}?"
-    elif len(names) <= MAX_LISTED:
-        hint = f"there are {', '.join(names)}"
-    else:
-        hint = "`stepstate config show` prints all"
-    raise source.error(key, f"{key[:100]!r} is no name in {where}: {hint}")
-
-
-def _shown(value: object) -> str:
-    """A value for an error: short, and without a password."""
-    return "a text with a password" if has_secret(str(value)) else shortened(value)
-
-
-def _checked(source: FileText, key: str, value: object, kind: type) -> Value:
-    """A value, if it has the type that is expected."""
-    if kind is float and type(value) is int:
-        return value
-    if type(value) is not kind:
-        raise source.error(key, f"{key} is {_shown(value)}, expected {_EXPECTED[kind]}")
-    assert isinstance(value, bool | int | float | str)
-    return value
 
 
 _SETTINGS: Mapping[str, Field[Value]] = {one.name: one for one in fields(ServerConfig)}
@@ -167,12 +168,12 @@ _SETTINGS: Mapping[str, Field[Value]] = {one.name: one for one in fields(ServerC
 def _server(source: FileText, table: Table) -> dict[str, Value]:
     found: dict[str, Value] = {}
     for key, value in table.items():
-        _check_name(source, key, _SETTINGS, f"[{SERVER}]")
+        source.check_name(key, _SETTINGS, f"[{SERVER}]")
         if key in VARIABLES_ONLY:
             raise source.error(key, f"{key} is a secret, {_ways_of_secrets(key)}")
         default = _SETTINGS[key].default
         is_path = isinstance(default, Path)
-        given = _checked(source, key, value, str if is_path else type(default))
+        given = source.checked(key, value, str if is_path else type(default))
         if isinstance(given, str) and has_secret(given):
             raise source.error(key, f"{key} contains a password, {_ways_of_secrets(key)}")
         found[key] = Path(given) if isinstance(given, str) and is_path else given
@@ -180,21 +181,19 @@ def _server(source: FileText, table: Table) -> dict[str, Value]:
 
 
 def _limits(source: FileText, tables: Table) -> LimitTable:
-    table = dict(_table(source, LIMITS, tables))
-    together = _filled(
-        source, f"[{LIMITS}.{TOGETHER}]", _table(source, TOGETHER, table), RateLimits()
-    )
-    table.pop(TOGETHER, None)
-    defaults = _filled(source, f"[{LIMITS}]", table, TenantLimits())
-    exceptions = _table(source, TENANTS, tables)
+    table = source.table(LIMITS, tables)
+    own = {key: value for key, value in table.items() if key != TOGETHER}
+    defaults = _filled(source, f"[{LIMITS}]", own, TenantLimits())
+    rates = source.table(TOGETHER, table)
+    together = _filled(source, f"[{LIMITS}.{TOGETHER}]", rates, RateLimits())
+    exceptions = source.table(TENANTS, tables)
     for name in exceptions:
-        if not is_tenant(name):
-            raise source.error(name, f"{name[:100]!r} is no tenant: expected {TENANT_GRAMMAR}")
+        source.check_tenant(name, name)
     return LimitTable(
         defaults=defaults,
         together=together,
         tenants={
-            name: _filled(source, f"[{TENANTS}.{name}]", _table(source, name, exceptions), defaults)
+            name: _filled(source, f"[{TENANTS}.{name}]", source.table(name, exceptions), defaults)
             for name in exceptions
         },
     )
@@ -203,18 +202,15 @@ def _limits(source: FileText, tables: Table) -> LimitTable:
 def _model_tenants(source: FileText, models: Table) -> dict[str, frozenset[str]]:
     found = {}
     for model in models:
-        table = _table(source, model, models)
+        table = source.table(model, models)
         for key in table:
-            _check_name(source, key, (TENANTS,), f"[{MODELS}.{model}]")
+            source.check_name(key, (TENANTS,), f"[{MODELS}.{model}]")
         names = table.get(TENANTS)
         if not isinstance(names, list) or not all(isinstance(one, str) for one in names):
             problem = f"tenants of {model} is {_shown(names)}, expected a list of names"
             raise source.error(TENANTS, problem)
         for name in names:
-            if not is_tenant(name):
-                raise source.error(
-                    TENANTS, f"{name[:100]!r} is no tenant: expected {TENANT_GRAMMAR}"
-                )
+            source.check_tenant(TENANTS, name)
         found[model] = frozenset(names)
     return found
 
@@ -229,18 +225,16 @@ def _certificate(source: FileText, table: Table) -> CertificateRule:
     where = f"[[{CERTIFICATES}]]"
     names = [one.name for one in fields(CertificateRule)]
     for key in table:
-        _check_name(source, key, names, where)
-    texts = {
-        key: str(_checked(source, key, value, str))
-        for key, value in {"match": "", "tenant": "", "identity": "", **table}.items()
-        if key != "scopes"
-    }
+        source.check_name(key, names, where)
+    match, tenant, identity = (
+        str(source.checked(key, table.get(key, ""), str)) for key in ("match", "tenant", "identity")
+    )
     scopes = table.get("scopes", [])
     if not isinstance(scopes, list) or not all(one in list(Scope) for one in scopes):
         known = ", ".join(f'"{scope}"' for scope in Scope)
         raise source.error("scopes", f"scopes is {_shown(scopes)}, expected a list of {known}")
     try:
-        return CertificateRule(**texts, scopes=frozenset(map(Scope, scopes)))
+        return CertificateRule(match, tenant, frozenset(map(Scope, scopes)), identity)
     except ValueError as error:
         raise source.error(str(error).partition(" ")[0], f"{where}: {error}") from error
 
@@ -250,10 +244,10 @@ def _filled(source: FileText, where: str, table: Table, base: Limits) -> Limits:
     hints = get_type_hints(type(base))
     said = {}
     for key, value in table.items():
-        _check_name(source, key, hints, where)
+        source.check_name(key, hints, where)
         kinds = get_args(hints[key]) or (hints[key],)
         is_none = value == UNLIMITED and NoneType in kinds
-        said[key] = None if is_none else _checked(source, key, value, kinds[0])
+        said[key] = None if is_none else source.checked(key, value, kinds[0])
     try:
         return replace(base, **said)  # type: ignore[arg-type]
     except ValueError as error:

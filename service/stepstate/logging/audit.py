@@ -14,7 +14,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
 
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 audit_logger = logging.getLogger("stepstate.audit")
 audit_logger.setLevel(logging.INFO)
 audit_logger.propagate = False  # its lines are in its own file only
-audit_logger.addHandler(logging.NullHandler())
+audit_logger.disabled = True  # until there is one
 
 STDOUT = 1
 """Its file descriptor."""
@@ -90,10 +90,14 @@ class Act:
     detail: str | None = None
 
 
+_SAID = tuple(field.name for field in fields(Act) if field.name != "event")
+
+
 def audit(act: Act) -> None:
-    """Puts an act on record."""
-    fields = asdict(act)
-    audit_logger.info(fields.pop("event"), extra=fields)
+    """Puts an act on record, if there is a record."""
+    if not audit_logger.disabled:
+        said = {name: getattr(act, name) for name in _SAID}
+        audit_logger.info(act.event, extra=said)
 
 
 @contextmanager
@@ -123,11 +127,14 @@ def audit_lines(path: str) -> Iterator[None]:
     )
     handler = LineQueue(writer.lines, limit, AUDIT_DROPPED, _limited_place)
     audit_logger.addHandler(handler)
+    audit_logger.disabled = False
     writer.start()
     try:
         yield
     finally:
         audit_logger.removeHandler(handler)
+        others = any(isinstance(one, LineQueue) for one in audit_logger.handlers)
+        audit_logger.disabled = not others
         writer.stop()
         if file is not None and not writer.is_alive():
             file.close()
@@ -186,7 +193,5 @@ class AuditFile:
 
 def _limited_place(record: logging.LogRecord) -> Place | None:
     """Acts that failed count together by event, reason and tenant; others are not limited."""
-    fields = vars(record)
-    if fields["result"] == OK:
-        return None
-    return record.msg, fields["reason"], fields["tenant"]
+    said = vars(record)
+    return None if said["result"] == OK else (record.msg, said["reason"], said["tenant"])

@@ -62,7 +62,9 @@ log = logging.getLogger(__name__)
 _SAVED_AT_ONCE = 500
 _LISTED_AT_ONCE = 128
 _EXPIRED_AT_ONCE = 32  # about a millisecond of work in one turn of the loop
-_PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:-]{0,160}|~([0-9A-F]{2}){1,600}")
+_PAGE_TOKEN = re.compile(r"[A-Za-z0-9._:/~-]{0,2048}")
+"""What a store makes of the longest tenant and id, in hexadecimal digits, has 700; more has one
+that is damaged."""
 
 
 class SessionService:

@@ -18,11 +18,19 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 from stepstate.errors import SessionExpired
+from stepstate.logging.audit import Act, AuditEvent, audit
 from stepstate.sessions.context import Limits, SessionContext
 from stepstate.sessions.counts import SessionCounts
 from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.sessions.types import ResidentSession
-from stepstate.stores import EndReason, SaveRequest, SaveResult, StoredSession, Tombstone
+from stepstate.stores import (
+    EndReason,
+    SaveRequest,
+    SaveResult,
+    SessionRecord,
+    StoredSession,
+    Tombstone,
+)
 
 log = logging.getLogger(__name__)
 
@@ -91,8 +99,8 @@ class ExpirySweeper:
             else:
                 table.remove(session)
             if verdict is SaveResult.DONE:
-                expired.append(session.record.model_key)
-        self.counts.expired_here(expired)
+                expired.append(session.record)
+        self._expired_here(expired)
         await self._writer.save(missing)  # the store has lost them: they are created again first
         return len(expired)
 
@@ -165,9 +173,15 @@ class ExpirySweeper:
             return 0
         verdicts = await self._mark([_last_save(entry) for entry in entries])
         pairs = zip(entries, verdicts, strict=True)
-        expired = [entry.record.model_key for entry, verdict in pairs if verdict is SaveResult.DONE]
-        self.counts.expired_here(expired)
+        expired = [entry.record for entry, verdict in pairs if verdict is SaveResult.DONE]
+        self._expired_here(expired)
         return len(expired)
+
+    def _expired_here(self, records: Sequence[SessionRecord]) -> None:
+        """Sessions were marked as expired by this server."""
+        self.counts.expired_here([record.model_key for record in records])
+        for record in records:
+            audit(_act(AuditEvent.SESSION_EXPIRED, record))
 
     async def _purge(self, reason: str, before: float, most: float) -> int:
         deleted = 0
@@ -205,6 +219,8 @@ class ExpirySweeper:
             keys = [entry.key for entry in entries[first : first + LOGGED_AT_ONCE]]
             extra = {"reason": reason, "count": len(keys), "sessions": " ".join(keys)}
             log.info("expired sessions were deleted", extra=extra)
+        for entry in entries:
+            audit(_act(AuditEvent.SESSION_DELETED, entry.record, reason))
 
 
 def expired_error(
@@ -215,6 +231,11 @@ def expired_error(
     if seconds_left > 0:
         until = f"{datetime.now(UTC) + timedelta(seconds=seconds_left):%Y-%m-%dT%H:%M:%SZ}"
     return SessionExpired(session_id, t, idle_timeout_seconds, until)
+
+
+def _act(event: AuditEvent, record: SessionRecord, why: str | None = None) -> Act:
+    tenant, session = record.tenant, record.session_id
+    return Act(event=event, tenant=tenant, session=session, model=record.model_key, detail=why)
 
 
 def _groups(entries: Sequence[StoredSession]) -> Iterator[Sequence[StoredSession]]:

@@ -52,7 +52,7 @@ EVENTS: dict[str, AuditEvent | None] = {
     "Forecast": None,
     "ListModels": None,
     "GetModel": None,
-    "ListTenants": None,
+    "ListTenants": AuditEvent.ADMIN_ACT,
     # Triton: a request that starts or ends a sequence says so itself, see `triton.sequences`
     "ServerLive": None,
     "ServerReady": None,

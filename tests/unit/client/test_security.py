@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import grpc
@@ -125,6 +126,17 @@ def test_a_file_of_a_token_is_read_again_when_it_changes(tmp_path: Path):
     for spoil in (lambda: file.write_text(""), file.unlink):
         spoil()
         assert token() == "renewed"  # the last one that there was
+
+
+def test_a_call_that_was_begun_before_its_token_was_renewed_is_known():
+    tokens = ["first"]
+    source = endpoint_of("localhost:1", token=lambda: tokens[-1]).token
+    assert source() == "first"
+    began = time.monotonic()
+    assert not source.renewed_since(began)
+    tokens.append("second")
+    assert source.renewed_since(began)
+    assert not source.renewed_since(time.monotonic())
 
 
 # The environment.

@@ -40,10 +40,11 @@ class AsyncConnection(BaseConnection):
         attempts = self._attempts(timeout)
         while True:
             connected = await self._connected(attempts.connect_seconds)
+            error_of = self.call_errors.begin()
             try:
                 reply = await rpc(request, timeout=attempts.left(connected=connected))
             except grpc.aio.AioRpcError as failure:
-                error = convert.from_rpc(failure, self.target)
+                error = error_of(failure)
             else:
                 attempts.answered()
                 return reply

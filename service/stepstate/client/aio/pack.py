@@ -97,6 +97,7 @@ class _Stream:
     def __init__(self, client: AsyncConnection, bindings: Iterable[pb.StreamPackedRequest]) -> None:
         self.error: StepstateError | None = None
         self._target = client.target
+        self._error_of = client.call_errors.begin()
         self._call: Call = client.stub.StreamPacked()
         self._first = iter(bindings)
         self._ids = count(1)
@@ -140,7 +141,7 @@ class _Stream:
                     error = convert.from_status(reply.error)
                     self._call.cancel()
         except grpc.aio.AioRpcError as failure:
-            error = convert.from_rpc(failure, self._target)
+            error = self._error_of(failure)
         except asyncio.CancelledError:  # by `end`, or with the client
             pass
         self.error = error

@@ -190,10 +190,11 @@ class Pipeline(Generic[S]):
                 await self._to_send.wait()
                 continue
             error: StepstateError | None = None
+            error_of = self._client.call_errors.begin()
             try:
                 await self._converse()
             except grpc.aio.AioRpcError as failure:
-                error = convert.from_rpc(failure, self._client.target)
+                error = error_of(failure)
             except Unavailable as ended:
                 error = ended
             if error is None or not self._unanswered:

@@ -9,7 +9,6 @@ from typing import Literal, Self, overload
 
 import grpc
 
-from stepstate.client import convert
 from stepstate.client._api import SessionAPI
 from stepstate.client._protocol import calls
 from stepstate.client._protocol.forecasts import ForecastProtocol, ForecastResult, listed
@@ -226,13 +225,13 @@ class AsyncSession(BaseSession, SessionAPI):
     async def _complete(self, protocol: StepProtocol[Self]) -> pb.StepResponse:
         """Sends a protocol's one request until it is answered."""
         while True:
-            request = protocol.next_request()
+            request, error_of = protocol.next_request(), self.client.call_errors.begin()
             try:
                 response: pb.StepResponse = await self.client.stub.Step(
                     request, timeout=protocol.left
                 )
             except grpc.aio.AioRpcError as failure:
-                protocol.refused(convert.from_rpc(failure, self.client.target))
+                protocol.refused(error_of(failure))
                 await asyncio.sleep(protocol.rest())
             else:
                 if protocol.answered(response.durable_t) is not None:

@@ -9,7 +9,6 @@ from typing import ClassVar, Self, TypeVar
 
 import grpc
 
-from stepstate.client import convert
 from stepstate.client._connection import BaseConnection
 from stepstate.client._protocol import calls
 from stepstate.client.types import ModelInfo, SessionInfo, TenantUsage
@@ -38,10 +37,11 @@ class Connection(BaseConnection):
         attempts = self._attempts(timeout)
         while True:
             connected = self._connected(attempts.connect_seconds)
+            error_of = self.call_errors.begin()
             try:
                 reply = rpc(request, timeout=attempts.left(connected=connected))
             except grpc.RpcError as failure:
-                error = convert.from_rpc(failure, self.target)
+                error = error_of(failure)
             else:
                 attempts.answered()
                 return reply

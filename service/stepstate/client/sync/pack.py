@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Self
 
-import grpc
 from numpy.typing import ArrayLike
 
 from stepstate.client import convert
@@ -86,13 +85,11 @@ class Pack(PackAPI):
             while in_flight:
                 reply = stream.receive()
                 protocol.answered(in_flight.pop(reply.id), reply)
-        except grpc.RpcError as failure:
-            self._broken(protocol, convert.from_rpc(failure, self._client.target))
         except StepstateError as error:
             self._broken(protocol, error)
 
     def _connect(self) -> _Stream:
-        stream = self._stream = RequestStream(self._client.stub.StreamPacked, self._client.target)
+        stream = self._stream = RequestStream(self._client.stub.StreamPacked, self._client)
         for bindings in self._members.bindings():
             stream.send(bindings)
             bound = stream.receive()

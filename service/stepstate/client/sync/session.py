@@ -223,7 +223,7 @@ class Session(BaseSession, SessionAPI):
         return complete(
             protocol,
             lambda request: step(request, timeout=protocol.left),
-            target=self.client.target,
+            client=self.client,
         )
 
 

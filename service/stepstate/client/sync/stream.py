@@ -24,7 +24,10 @@ A = TypeVar("A")
 
 
 def complete(
-    protocol: StepProtocol[S], ask: Callable[[pb.StepRequest], pb.StepResponse], *, target: str
+    protocol: StepProtocol[S],
+    ask: Callable[[pb.StepRequest], pb.StepResponse],
+    *,
+    client: Connection,
 ) -> pb.StepResponse:
     """Sends a protocol's one request until it is answered.
 
@@ -33,10 +36,11 @@ def complete(
     """
     while True:
         error: StepstateError
+        error_of = client.call_errors.begin()
         try:
             response = ask(protocol.next_request())
         except grpc.RpcError as failure:
-            error = convert.from_rpc(failure, target)
+            error = error_of(failure)
         except StepstateError as refused:
             error = refused
         else:
@@ -52,13 +56,14 @@ class RequestStream(Generic[Q, A]):
 
     Args:
         connect: starts the call.
-        target: the server, for errors.
+        client: whose call it is.
     """
 
-    def __init__(self, connect: Callable[..., Any], target: str) -> None:
+    def __init__(self, connect: Callable[..., Any], client: Connection) -> None:
+        self._error_of = client.call_errors.begin()
         self._requests: queue.SimpleQueue[Q | None] = queue.SimpleQueue()
         self._replies = connect(iter(self._requests.get, None))
-        self._target = target
+        self._target = client.target
 
     def send(self, request: Q) -> None:
         """Sends a request."""
@@ -68,10 +73,12 @@ class RequestStream(Generic[Q, A]):
         """Waits for the next reply.
 
         Raises:
-            RpcError: the call broke.
-            ServerUnreachable: it ended.
+            StepstateError: the call broke, or ended.
         """
-        reply: A | None = next(self._replies, None)
+        try:
+            reply: A | None = next(self._replies, None)
+        except grpc.RpcError as failure:
+            raise self._error_of(failure) from failure
         if reply is None:
             raise ServerUnreachable(self._target, "the stream ended early")
         return reply
@@ -91,7 +98,7 @@ class SyncStream:
 
     def __init__(self, client: Connection) -> None:
         self._connect: Callable[..., Any] = client.stub.StreamSteps
-        self._target = client.target
+        self._client = client
         self._stream: RequestStream[pb.StepRequest, pb.StepResponse] | None = None
 
     def step(self, session: BaseSession, x: RowsLike, timeout: float) -> Floats:
@@ -102,7 +109,7 @@ class SyncStream:
         """
         protocol = StepProtocol(session, timeout=timeout)
         protocol.add(protocol.place(x), last_only=True)
-        return session.item_result(complete(protocol, self._ask, target=self._target))
+        return session.item_result(complete(protocol, self._ask, client=self._client))
 
     def pieces(
         self, session: BaseSession, pieces: Iterable[Floats], timeout: float, *, window: int
@@ -131,13 +138,11 @@ class SyncStream:
 
     def _exchange(self, protocol: StepProtocol[BaseSession]) -> pb.StepResponse | None:
         """Sends what may be sent and takes one answer; returns it if it is the application's."""
+        while protocol.sendable:
+            self._send(protocol.next_request())
         try:
-            while protocol.sendable:
-                self._send(protocol.next_request())
             response = self._receive()
-        except grpc.RpcError as failure:
-            protocol.broken(convert.from_rpc(failure, self._target))
-        except ServerUnreachable as ended:
+        except StepstateError as ended:
             protocol.broken(ended)
         else:
             if not response.HasField("error"):
@@ -155,13 +160,13 @@ class SyncStream:
 
     def _send(self, request: pb.StepRequest) -> None:
         if self._stream is None:
-            self._stream = RequestStream(self._connect, self._target)
+            self._stream = RequestStream(self._connect, self._client)
         self._stream.send(request)
 
     def _receive(self) -> pb.StepResponse:
         assert self._stream is not None
         try:
             return self._stream.receive()
-        except (grpc.RpcError, ServerUnreachable):
+        except StepstateError:
             self.end()
             raise

@@ -20,8 +20,9 @@ from pathlib import Path
 
 from stepstate.stores.types import DiskUsage
 
-ROW_BYTES = 8 * 4096
-"""Without its snapshot: pages of its table, its indexes and its tombstone, some of which split."""
+ROW_BYTES = 9 * 4096
+"""Without its snapshot: pages of its table, its indexes, its tombstone and its count, some of which
+split."""
 RESERVE_BYTES = 16 * 2**20
 """The minimum; on a small disk a sixteenth of it."""
 MAX_WAL_BYTES = 2**30

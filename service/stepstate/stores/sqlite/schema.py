@@ -102,7 +102,7 @@ END""",
     f"CREATE TRIGGER counts_inserted AFTER INSERT ON sessions BEGIN{_COUNT_ONE_MORE}\nEND",
     f"CREATE TRIGGER counts_deleted AFTER DELETE ON sessions BEGIN{_COUNT_ONE_LESS}\nEND",
     f"""\
-CREATE TRIGGER counts_updated AFTER UPDATE OF session_id, model, expired ON sessions BEGIN\
+CREATE TRIGGER counts_updated AFTER UPDATE OF tenant, model, expired ON sessions BEGIN\
 {_COUNT_ONE_LESS}{_COUNT_ONE_MORE}
 END""",
     f"PRAGMA user_version = {VERSION}",

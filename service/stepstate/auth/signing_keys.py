@@ -261,7 +261,9 @@ class KeyRing:
             async with asyncio.timeout(2 * FETCH_SECONDS):
                 await asyncio.shield(self._reading)
         except TimeoutError:
-            raise KeysUnavailable("the provider of the issuer's keys does not answer", RETRY_SECONDS) from None
+            raise KeysUnavailable(
+                "the provider of the issuer's keys does not answer", RETRY_SECONDS
+            ) from None
         finally:
             self._waiting -= 1
         if self.stale:

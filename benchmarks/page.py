@@ -1,6 +1,6 @@
 """Measures what docs/benchmarks.md shows, and writes its tables and pictures, and README's table.
 
-    python -m benchmarks.page measure          # all of it but the million, in some 25 minutes
+    python -m benchmarks.page measure          # all of it but the million, in some 30 minutes
     python -m benchmarks.page measure scale    # some of it
     python -m benchmarks.page render           # tables and pictures from what was measured
 
@@ -24,6 +24,7 @@ PAGE = tables.DOCS / "benchmarks.md"
 
 RUNS = {
     "transports": "transports --rounds 5",
+    "security": "security --rounds 9",
     "profile": "profile",
     "engines": "engines",
     "stream": "steps --path stream --sessions 1,16,64,256,1000,10000 --processes 2 --seconds 2",

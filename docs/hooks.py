@@ -24,7 +24,7 @@ FROM_ROOT = {
     "index.md": "README.md",
     "architecture.md": "ARCHITECTURE.md",
     "contributing.md": "CONTRIBUTING.md",
-    "security.md": "SECURITY.md",
+    "vulnerabilities.md": "SECURITY.md",
     "changelog.md": "CHANGELOG.md",
 }
 """Pages that are a file of the root as it stands."""

@@ -140,7 +140,7 @@ class JwksServer:
                 server.asked += 1
                 server.answers.wait(30)
                 body = server.body()
-                self.send_response(server.status)
+                self.send_response(200 if self.path == "/elsewhere" else server.status)
                 self.send_header("Location", "/elsewhere")
                 self.send_header("Content-Length", str(len(body)))
                 self.end_headers()

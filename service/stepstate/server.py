@@ -526,12 +526,13 @@ async def build_server(
         log.warning("a model is skipped", extra={"folder": error.folder, "problem": error.problem})
     keys = read_keys(config.snapshot_key)
     credentials, files = await _credentials(config, certificates), tls_files(config)
+    tls = ServerTls(files) if files is not None else None
     return Server(
         config,
         catalog,
         store=await _store(config),
         keys=keys,
-        tls=ServerTls(files) if files is not None else None,
+        tls=tls,
         credentials=credentials,
         authenticator=authenticator,
         limits=limits,

@@ -19,6 +19,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.serialization import (
     Encoding,
     PublicFormat,
@@ -32,7 +33,6 @@ log = logging.getLogger(__name__)
 LOOK_SECONDS = 1.0
 """Between two looks at the files: far more often than a certificate is renewed."""
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
-_READABLE_BY_OTHERS = stat.S_IRGRP | stat.S_IROTH
 
 Signature = tuple[tuple[int, int, int], ...]
 """Of each file: inode, size, and when it was written. It changes with a link on the way, too."""
@@ -107,7 +107,10 @@ def load_tls(files: TlsFiles) -> LoadedTls:
     expires_at = _check_times(files.certificate, certificates)
     client_ca_pem = None
     if files.client_ca is not None:
-        _, client_ca_pem = _certificates("--tls-client-ca", files.client_ca)
+        authorities, client_ca_pem = _certificates("--tls-client-ca", files.client_ca)
+        if max(map(_expiry, authorities)) <= time.time():
+            problem = "all of its certificates have expired: no client could connect"
+            raise TlsInvalid("--tls-client-ca", str(files.client_ca), problem)
     try:
         http2, http = _context(files, files.client_auth), _context(files, _at_most_optional(files))
     except OSError as error:  # ssl.SSLError is one
@@ -140,8 +143,8 @@ def _key(files: TlsFiles, certificate: x509.Certificate) -> bytes:
         key = load_pem_private_key(pem, password=None)
     except TypeError:
         problem = "it is encrypted: write it without a password (`openssl pkey -in FILE`)"
-    except ValueError:
-        problem = "it has no private key in PEM (-----BEGIN PRIVATE KEY-----)"
+    except (ValueError, UnsupportedAlgorithm):
+        problem = "it has no private key in PEM (-----BEGIN PRIVATE KEY-----) of a kind for TLS"
     else:
         form = Encoding.DER, PublicFormat.SubjectPublicKeyInfo
         if key.public_key().public_bytes(*form) == certificate.public_key().public_bytes(*form):
@@ -155,13 +158,17 @@ def _check_times(path: Path, certificates: list[x509.Certificate]) -> float:
     now = time.time()
     for one in certificates:
         name = one.subject.rfc4514_string() or "a certificate"
-        if one.not_valid_after_utc.timestamp() <= now:
+        if _expiry(one) <= now:
             problem = f"{name} expired at {one.not_valid_after_utc:%F %T}Z: renew it"
             raise TlsInvalid("--tls-cert", str(path), problem)
         if one.not_valid_before_utc.timestamp() > now:
             problem = f"{name} is valid from {one.not_valid_before_utc:%F %T}Z on: see the clock"
             raise TlsInvalid("--tls-cert", str(path), problem)
-    return min(one.not_valid_after_utc.timestamp() for one in certificates)
+    return min(map(_expiry, certificates))
+
+
+def _expiry(certificate: x509.Certificate) -> float:
+    return certificate.not_valid_after_utc.timestamp()
 
 
 def _at_most_optional(files: TlsFiles) -> ClientAuth:
@@ -204,7 +211,10 @@ class ServerTls:
         """Reads the files again whenever they have changed, until it is cancelled."""
         while True:
             await asyncio.sleep(LOOK_SECONDS)
-            await asyncio.to_thread(self.look)
+            try:
+                await asyncio.to_thread(self.look)
+            except Exception:
+                log.exception("the TLS files were not looked at; the next look tries again")
 
     def look(self) -> None:
         """Reads files that have changed, but not since the last look: all of them are written."""
@@ -239,8 +249,5 @@ def _date(unix_time: float) -> str:
 
 
 def _warn_of_mode(key: Path) -> None:
-    if key.stat().st_mode & _READABLE_BY_OTHERS:
-        log.warning(
-            "other users can read the TLS key: chmod 600, or 640 with a group of its own",
-            extra={"file": str(key)},
-        )
+    if key.stat().st_mode & stat.S_IROTH:
+        log.warning("all users can read the TLS key: chmod o-r", extra={"file": str(key)})

@@ -28,6 +28,9 @@ ANSWER_SECONDS = 40.0
 """A step without an answer after this is an error."""
 MODEL, INPUTS = "lstm", 3
 
+Metadata = tuple[tuple[str, str], ...]
+"""Of calls."""
+
 
 @dataclass(slots=True)
 class Record:
@@ -67,8 +70,17 @@ def rows(name: str, count: int) -> np.ndarray:
 class _Session:
     """One session, stepped by unary calls or on a stream."""
 
-    def __init__(self, stub: StepstateServiceStub, name: str, record: Record, *, streams: bool):
+    def __init__(
+        self,
+        stub: StepstateServiceStub,
+        name: str,
+        record: Record,
+        *,
+        streams: bool,
+        metadata: Metadata = (),
+    ) -> None:
         self._stub = stub
+        self._metadata = metadata
         self._name = name
         self._record = record
         self._streams = streams
@@ -77,7 +89,8 @@ class _Session:
         record.y[name] = self._y
 
     async def run(self, stopping: asyncio.Event) -> None:
-        await self._stub.OpenSession(pb.OpenSessionRequest(session_id=self._name, model=MODEL))
+        opening = pb.OpenSessionRequest(session_id=self._name, model=MODEL)
+        await self._stub.OpenSession(opening, metadata=self._metadata)
         x = rows(self._name, 10_000)
         due = time.monotonic()
         while not stopping.is_set():
@@ -94,9 +107,9 @@ class _Session:
 
     async def _ask(self, request: pb.StepRequest) -> pb.StepResponse:
         if not self._streams:
-            return await self._stub.Step(request)
+            return await self._stub.Step(request, metadata=self._metadata)
         if self._stream is None:
-            self._stream = self._stub.StreamSteps()
+            self._stream = self._stub.StreamSteps(metadata=self._metadata)
         await self._stream.write(request)
         reply = await self._stream.read()
         if reply is grpc.aio.EOF:
@@ -120,20 +133,27 @@ class _Session:
             self._record.steps.append((due, time.monotonic()))
 
 
-async def _step_until_told(address: str, parent: Connection) -> Record:
+async def _step_until_told(address: str, metadata: Metadata, parent: Connection) -> Record:
     stopping = asyncio.Event()
     asyncio.get_running_loop().add_reader(parent.fileno(), stopping.set)
     record = Record()
     async with grpc.aio.insecure_channel(address) as channel, asyncio.TaskGroup() as group:
         stub = StepstateServiceStub(channel)
         for place in range(SESSIONS):
-            one = _Session(stub, f"honest-{place}", record, streams=place % 2 == 1)
+            streams = place % 2 == 1
+            one = _Session(
+                stub,
+                f"honest-{time.monotonic_ns()}-{place}",
+                record,
+                streams=streams,
+                metadata=metadata,
+            )
             group.create_task(one.run(stopping))
     return record
 
 
-def _main(address: str, parent: Connection) -> None:
-    parent.send(asyncio.run(_step_until_told(address, parent)))
+def _main(address: str, metadata: Metadata, parent: Connection) -> None:
+    parent.send(asyncio.run(_step_until_told(address, metadata, parent)))
 
 
 class Honest:
@@ -152,9 +172,9 @@ class Honest:
 
 
 @contextmanager
-def honest_client(address: str) -> Iterator[Honest]:
-    """The client steps inside the block."""
+def honest_client(address: str, metadata: Metadata = ()) -> Iterator[Honest]:
+    """The client steps inside the block; `metadata`: of its calls."""
     mine, its = multiprocessing.Pipe()
-    with in_child(_main, address, its):
+    with in_child(_main, address, metadata, its):
         its.close()
         yield Honest(mine)

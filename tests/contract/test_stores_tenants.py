@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from redis.cluster import RedisCluster
 
 from stepstate.errors import InvalidField
 from stepstate.identity import DEFAULT_TENANT, SessionKey, session_key
@@ -25,6 +26,8 @@ from stepstate.stores import (
     UnreadableSession,
 )
 from stepstate.stores.memory import MemoryStore
+from stepstate.stores.redis import tenants
+from stepstate.stores.redis.keys import queue
 from tests.contract import store_opener
 from tests.contract.conftest import KINDS
 from tests.stores import (
@@ -362,3 +365,20 @@ async def test_counts_and_listings_are_right_whenever_a_server_is_killed(home):
             wanted[tenant, "lstm/1"] = wanted.get((tenant, "lstm/1"), 0) + 1
     assert await store.count() == wanted
     assert len(await listed(store)) == sum(wanted.values())
+
+
+@pytest.mark.parametrize("home", [pytest.param("cluster", marks=pytest.mark.long)], indirect=True)
+async def test_a_server_that_was_killed_in_its_turn_is_waited_for_and_then_not(
+    home, store, one_cluster, monkeypatch
+):
+    """On a cluster: its place in the tenant's queue stays, as if it still might open a session."""
+    monkeypatch.setattr(tenants, "TURN_SECONDS", 0.001)
+    with RedisCluster("127.0.0.1", one_cluster[0].port) as client:
+        client.zadd(queue("acme"), {f"{int(store.now() * 1e6)} killed": 1, "no time": 2})
+    assert isinstance(await opened(home, store, "acme/a", 2), int)  # one before it: there is room
+    waiting = asyncio.create_task(opened(home, store, "acme/b", 2))
+    await asyncio.sleep(0.05)
+    assert not waiting.done()
+    await home.pass_time(31)
+    assert isinstance(await waiting, int)
+    assert await opened(home, store, "acme/c", 2) == TenantFull(2, 2)

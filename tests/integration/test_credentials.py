@@ -239,10 +239,13 @@ async def test_what_a_stream_had_accepted_is_answered_before_it_ends(server: Ser
         assert (await client.info("a")).t == stepped
 
 
+SMALL_WINDOW = (("grpc.http2.bdp_probe", 0), ("grpc.http2.lookahead_bytes", 1024))
+
+
 async def test_a_client_that_reads_nothing_does_not_keep_its_stream(server: Server, file: Path):
     text = token(file)
     await reread(server)
-    async with raw_stub(server.address) as stub:
+    async with raw_stub(server.address, *SMALL_WINDOW) as stub:
         await stub.OpenSession(
             pb.OpenSessionRequest(session_id="a", model="lstm"), metadata=bearer(text)
         )
@@ -254,12 +257,44 @@ async def test_a_client_that_reads_nothing_does_not_keep_its_stream(server: Serv
                     await call.write(pb.StepRequest(session_id="a", x=[0.5] * 3000))
 
         writing = asyncio.create_task(write())
-        await asyncio.sleep(0.5)
-        revoke(file, text)
+        held, before = await replies_held(server), -1.0
         async with asyncio.timeout(30):
-            while sample(await scrape(server.metrics_address), OPEN_STREAMS):
-                await asyncio.sleep(0.1)
+            while not held or held != before:  # until nothing leaves any more
+                await asyncio.sleep(0.3)
+                before, held = held, await replies_held(server)
+        revoke(file, text)
+        await no_open_streams(server)
         writing.cancel()
+
+
+async def test_an_export_that_nobody_reads_does_not_go_on_either(server: Server, file: Path):
+    text = token(file)
+    await reread(server)
+    async with raw_stub(server.address, *SMALL_WINDOW) as stub:
+        await stub.OpenSession(
+            pb.OpenSessionRequest(session_id="a", model="lstm"), metadata=bearer(text)
+        )
+        for _ in range(32):  # whose replies are in the snapshot
+            rows = pb.StepRequest(session_id="a", x=[0.5] * 3000)
+            await stub.Step(rows, metadata=bearer(text))
+        call = stub.StreamExport(pb.StreamExportRequest(session_id="a"), metadata=bearer(text))
+        await asyncio.sleep(1)
+        assert sample(await scrape(server.metrics_address), OPEN_STREAMS) == 1
+        revoke(file, text)
+        await no_open_streams(server)
+        call.cancel()
+
+
+async def no_open_streams(server: Server) -> None:
+    """Waits until there is none."""
+    async with asyncio.timeout(30):
+        while sample(await scrape(server.metrics_address), OPEN_STREAMS):
+            await asyncio.sleep(0.1)
+
+
+async def replies_held(server: Server) -> float:
+    """Bytes that are reserved for replies that have not left."""
+    return sample(await scrape(server.metrics_address), 'stepstate_memory_bytes{use="replies"}')
 
 
 async def test_jwts_of_a_provider_let_in_and_its_new_keys_too(config: ServerConfig, tmp_path: Path):

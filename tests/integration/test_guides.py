@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from stepstate.configuration import parse, resolve
+from tests.integration.test_isolation import CASES, STATES
 from tests.markdown import ROOT, blocks_of, dead_links, run_python, run_shell
 from tests.processes import server_process
 
@@ -22,6 +23,7 @@ NOT_RUN_HERE = {
     "decisions.md": "has no commands",
     "deployment.md": "needs two machines: see test_deployment",
     "identities.md": "has files of its own: `test_cli_tokens`",
+    "security.md": "has no commands",
     "style.md": "quotes the code, see below",
     "ten-minutes.md": "trains a model of its own, above",
 }
@@ -96,3 +98,25 @@ def test_the_style_page_quotes_the_code_as_it_is():
     for path, code in quotes:
         source = (ROOT / path).read_text()
         assert code in source or textwrap.indent(code, "    ") in source, path
+
+
+@pytest.mark.parametrize("document", ["docs/security.md", "SECURITY.md"])
+def test_every_test_that_a_threat_is_said_to_have_is_there(document: str):
+    text = (ROOT / document).read_text()
+    for path, name in re.findall(r"`(tests/[\w/.]+)(?:::(\w+))?`", text):
+        source = (ROOT / path).read_text() if (ROOT / path).is_file() else ""
+        assert f"def {name}(" in source if name else (ROOT / path).exists(), f"{path}::{name}"
+
+
+def test_each_line_of_the_threats_has_a_test():
+    table = (DOCS / "security.md").read_text().partition("| attack | outcome | test |")[2]
+    lines = table.partition("\n\n")[0].splitlines()[2:]
+    assert len(lines) > 20
+    assert [line for line in lines if "`tests/" not in line.split("|")[3]] == []
+
+
+def test_the_counts_of_the_threats_are_those_of_the_generated_test():
+    rpcs = {case.method.name for case in CASES}
+    places = f"{len(CASES)} places in the requests of {len(rpcs)} RPCs"
+    said = f"{places}, of sessions in {len(STATES)} states"
+    assert said in (DOCS / "security.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import shutil
 import ssl
 import urllib.request
@@ -15,7 +16,8 @@ import pytest
 
 from stepstate import tls as server_tls
 from stepstate.config import ServerConfig
-from stepstate.server import Server, running_server
+from stepstate.errors import TlsInvalid
+from stepstate.server import Server, build_server, running_server
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.certificates import Authority, Certificate, install
@@ -135,6 +137,17 @@ async def test_a_certificate_may_be_optional(
         assert await models(server, authority) == 6
         assert await models(server, authority, certificate) == 6
         assert EXPIRY in await page(server, authority)
+
+
+async def test_a_server_with_files_that_do_not_fit_does_not_start(
+    with_tls: ServerConfig, authority: Authority
+):
+    """Nor does it make the file of its store."""
+    wrong = replace(with_tls, tls_key=str(authority.issue("another").key))
+    with pytest.raises(TlsInvalid, match="not the key of the certificate"):
+        await build_server(wrong)
+    store = Path(wrong.store.removeprefix("sqlite:"))
+    assert store.name not in await asyncio.to_thread(os.listdir, store.parent)
 
 
 async def replaced(server: Server, made: Certificate) -> None:

@@ -88,6 +88,17 @@ def test_an_authority_of_clients_that_cannot_be_read_is_refused(files: TlsFiles,
         load_tls(asking)
 
 
+def test_authorities_of_clients_may_expire_one_by_one(
+    files: TlsFiles, authority: Authority, program, tmp_path: Path
+):
+    program("faketime")
+    old, both = authority.issue("old authority", age_days=4).file, tmp_path / "both.crt"
+    with pytest.raises(TlsInvalid, match="all of its certificates have expired"):
+        load_tls(TlsFiles(files.certificate, files.key, old, ClientAuth.REQUIRED))
+    both.write_bytes(old.read_bytes() + authority.file.read_bytes())
+    load_tls(TlsFiles(files.certificate, files.key, both, ClientAuth.REQUIRED))
+
+
 def test_only_versions_and_ciphers_that_http2_allows_are_offered(files: TlsFiles):
     """RFC 9113, section 9.2: TLS 1.2 at least; ephemeral keys, and authenticated encryption."""
     loaded = load_tls(files)
@@ -98,13 +109,13 @@ def test_only_versions_and_ciphers_that_http2_allows_are_offered(files: TlsFiles
             assert cipher["protocol"] == "TLSv1.3" or cipher["name"].startswith("ECDHE"), cipher
 
 
-@pytest.mark.parametrize("mode", [0o600, 0o640, 0o604])
-def test_a_key_that_others_can_read_is_warned_of(
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
+def test_a_key_that_everybody_can_read_is_warned_of(
     files: TlsFiles, caplog: pytest.LogCaptureFixture, mode: int
 ):
     files.key.chmod(mode)
     ServerTls(files)
-    assert [record.file for record in caplog.records] == [str(files.key)] * (mode != 0o600)
+    assert [record.file for record in caplog.records] == [str(files.key)] * (mode == 0o644)
 
 
 # Files that change.

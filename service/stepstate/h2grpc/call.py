@@ -223,7 +223,7 @@ class Call(_Context):
         self._wake()
 
     def _expire(self) -> None:
-        self._stream.drop_queue()
+        self.drop_responses()
         self._cancel()
         self._finish(grpc.StatusCode.DEADLINE_EXCEEDED, "Deadline Exceeded")
 
@@ -269,6 +269,13 @@ class Call(_Context):
     def resume(self) -> None:
         """Takes more messages again."""
         self._stream.resume()
+
+    def drop_responses(self) -> None:
+        """Forgets the responses that wait for a window, so that a status does not wait for them.
+
+        A message that was begun stays a part of one. Only `Call` has this.
+        """
+        self._stream.drop_queue()
 
     # The context: see `grpc.aio.ServicerContext`
 

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from stepstate.errors import StepstateError
+from stepstate.h2grpc import Call
 from stepstate.identity import ANONYMOUS, Identity
 from stepstate.transport.authentication import current_principal
 
@@ -81,6 +82,8 @@ class OpenCalls:
             except TimeoutError:
                 if not scope.expired() or call.error is None:
                     raise
+                if isinstance(context, Call):  # grpcio's drops them itself
+                    context.drop_responses()
                 raise call.error from None
             finally:
                 self._forget(identity, call)

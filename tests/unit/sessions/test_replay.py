@@ -7,6 +7,7 @@ from stepstate.budget import MemoryAccount, MemoryBudget, MemoryUse
 from stepstate.client._protocol.steps import WINDOW
 from stepstate.engine import WorkItem
 from stepstate.sessions.replay import RING_BYTES, ReplayWindow
+from stepstate.tenants import LimitTable, TenantLimits, TenantTable
 
 D, OUT, W = 3, 2, 4
 SLOTS = 5
@@ -31,6 +32,7 @@ def window(
     width: int = D,
     rows: int = W,
     memory: MemoryBudget | None = None,
+    tenants: TenantTable | None = None,
 ) -> ReplayWindow:
     return ReplayWindow(
         capacity,
@@ -39,6 +41,7 @@ def window(
         rows=rows,
         long_bytes=long_bytes,
         memory=MemoryAccount(memory or MemoryBudget(2**30)),
+        tenants=tenants,
     )
 
 
@@ -236,3 +239,36 @@ def test_a_ring_stays_within_its_bytes_however_wide_its_rows(width, asked, rows)
 def test_a_ring_holds_what_a_client_has_in_flight_however_wide_its_rows():
     kept = window(width=9_999, rows=32)
     assert kept.rows == WINDOW
+
+
+def test_a_tenant_over_its_bytes_forgets_its_own_oldest_replies_in_all_windows():
+    limits = LimitTable(tenants={"a": TenantLimits(replay_bytes=100)})
+    tenants = TenantTable(limits)
+    one, two = (window(capacity=8, tenants=tenants) for _ in range(2))
+    x = np.zeros((5, D), np.float32)
+
+    def add(kept: ReplayWindow, slot: int, tenant: str) -> None:
+        kept.add_long(work(x, slot), 0, bytes(40), None, tenant=tenant)
+
+    add(one, 0, "b")
+    for slot in (1, 2, 3):
+        add(one, slot, "a")
+    assert [one.find(work(x, slot), 0) is not None for slot in range(4)] == [
+        True,
+        False,
+        True,
+        True,
+    ]
+    add(two, 0, "a")  # no room is left by those of the other model
+    assert two.find(work(x, 0), 0) is None
+    assert tenants.get("a").held["replay_bytes"] == 80
+    one.clear(2)
+    add(two, 0, "a")
+    assert two.find(work(x, 0), 0) is not None
+    tenants.set(LimitTable(tenants={"a": TenantLimits(replay_bytes=10)}))
+    add(one, 4, "a")  # larger than all it may have: not kept
+    for slot in range(8):
+        one.clear(slot)
+        two.clear(slot)
+    assert not any(tenants.get(name).held["replay_bytes"] for name in "ab")
+    assert not one.long_bytes + two.long_bytes

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextvars import copy_context
 from ipaddress import ip_address, ip_network
 
 import pytest
 
-from stepstate.budget import MemoryBudget
+from stepstate.budget import MemoryBudget, MemoryUse
 from stepstate.config import ConfigError, ServerConfig
-from stepstate.errors import TooManyCalls
+from stepstate.errors import TenantLimitReached, TooManyCalls
+from stepstate.identity import Identity, Scope
+from stepstate.tenants import LimitTable, TenantLimits, TenantTable
 from stepstate.transport import peers
 from stepstate.transport.addresses import address_of, client_name
+from stepstate.transport.authentication import Principal, current_principal
 from stepstate.transport.peers import PeerTable
 from tests.unit.transport.contexts import CallContext
 
@@ -101,3 +106,51 @@ def test_trusted_proxies_are_addresses_and_networks():
     for wrong in ("10.0.0.7/24", "envoy", "10.0.0.7;10.0.0.8", "10.0.0.0/33"):
         with pytest.raises(ConfigError, match="trusted_proxies"):
             ServerConfig(trusted_proxies=wrong)
+
+
+@pytest.fixture
+def as_tenant(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Says whose the next calls are."""
+
+    def become(name: str) -> None:
+        identity = Identity("somebody", name, frozenset(Scope))
+        current_principal.set(Principal(identity, "of another tenant"))
+
+    return become
+
+
+def test_the_peers_of_a_tenant_are_one_group_and_others_are_each_their_own(as_tenant):
+    """An admin's calls are its own tenant's, whatever tenant they act on."""
+
+    def run() -> None:
+        limits = LimitTable(tenants={"a": TenantLimits(weight=3, memory_bytes=1000)})
+        memory = MemoryBudget(2**30)
+        table = PeerTable(memory, MemoryBudget(2**30), tenants=TenantTable(limits))
+        nobody = [table.join(CallContext(f"ipv4:127.0.0.1:{n}")) for n in range(2)]
+        as_tenant("a")
+        first, again, second = (table.join(CallContext(f"ipv4:127.0.0.1:{n}")) for n in (0, 0, 1))
+        as_tenant("b")
+        other = table.join(CallContext("ipv4:127.0.0.1:0"))
+        assert first is again
+        assert first is not nobody[0]
+        assert first.group is second.group
+        assert first.source is not second.source
+        assert len({peer.group for peer in (*nobody, first, other)}) == 4
+        assert table.weight == 1 + 1 + 3 + 1
+        assert first.source.tenant is table.tenants.get("a")
+        first.memory.charge(MemoryUse.CALLS, 900)
+        with pytest.raises(TenantLimitReached, match="memory_bytes = 1000"):
+            second.memory.reserve(MemoryUse.CALLS, 200)
+        other.memory.reserve(MemoryUse.CALLS, 200)
+        assert table.tenants.get("a").used("memory_bytes") == 900
+        table.set_limits(LimitTable(defaults=TenantLimits(weight=0.5)))
+        assert table.weight == 4 * 0.5
+        second.memory.reserve(MemoryUse.CALLS, 200)
+        first.memory.release(MemoryUse.CALLS, 1100)
+        other.memory.release(MemoryUse.CALLS, 200)
+        for peer in (*nobody, first, again, second, other):
+            table.leave(peer)
+        assert (table.count, table.weight) == (0, 0)
+        assert not table.tenants.get("a").accounts
+
+    copy_context().run(run)

@@ -402,7 +402,8 @@ TURN = Script(
     """
 local queue, place, oldest = KEYS[1], ARGV[1], tonumber(ARGV[2])
 for _, other in ipairs(redis.call('ZRANGE', queue, 0, -1)) do
-    if tonumber(string.match(other, '^%d+')) < oldest then redis.call('ZREM', queue, other) end
+    local taken = tonumber(string.match(other, '^%d+')) or 0
+    if taken < oldest then redis.call('ZREM', queue, other) end
 end
 local last = redis.call('ZRANGE', queue, -1, -1, 'WITHSCORES')[2] or '0'
 redis.call('ZADD', queue, 'NX', last + 1, place)

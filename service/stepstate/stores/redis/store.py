@@ -83,7 +83,9 @@ class RedisStore(SessionStore):
         self._sweep_at = 0.0
         self._started = False
         self._starting = asyncio.Lock()
-        self._tenants = TenantCounts(self._each, self._ask, cluster=connection.is_cluster)
+        self._tenants = TenantCounts(
+            self._each, self._ask, now=self._now, cluster=connection.is_cluster
+        )
         self._pipelines: dict[str, CommandPipeline] = {}
         self._name = secrets.token_hex(8)
         self._number = 0
@@ -121,7 +123,6 @@ class RedisStore(SessionStore):
             record.tenant,
             most_of_tenant,
             lambda limit: Command(scripts.CREATE, where, (*arguments, *limit)),
-            now=self._now(),
         )
         if isinstance(told, TenantFull):
             return told
@@ -172,7 +173,6 @@ class RedisStore(SessionStore):
             split_key(key)[0],
             most_of_tenant,
             lambda limit: Command(scripts.RESTORE, where, (*arguments, *limit)),
-            now=self._now(),
         )
         return told if isinstance(told, TenantFull) else bool(told[0])
 

@@ -51,14 +51,21 @@ class TenantCounts:
     Args:
         each: asks for the keys of all buckets.
         ask: asks one command.
+        now: the store's time, in microseconds.
         cluster: whether the counts are on several nodes.
     """
 
     def __init__(
-        self, each: AskEach, ask: Callable[[Command], Awaitable[Reply]], *, cluster: bool
+        self,
+        each: AskEach,
+        ask: Callable[[Command], Awaitable[Reply]],
+        *,
+        now: Callable[[], int],
+        cluster: bool,
     ) -> None:
         self._each = each
         self._ask = ask
+        self._now = now
         self._cluster = cluster
 
     async def count(self) -> Mapping[tuple[str, str], int]:
@@ -72,7 +79,7 @@ class TenantCounts:
         return +counts  # only those above 0
 
     async def open(
-        self, tenant: str, limit: int | None, command: Callable[[Limit], Command], *, now: int
+        self, tenant: str, limit: int | None, command: Callable[[Limit], Command]
     ) -> TenantFull | list[Reply]:
         """Opens a session, unless its tenant has no room.
 
@@ -80,7 +87,6 @@ class TenantCounts:
             tenant: whose it is.
             limit: how many it may have; None: any number.
             command: what opens it, with a limit.
-            now: the store's time.
 
         Returns:
             The reply to the command.
@@ -89,17 +95,16 @@ class TenantCounts:
             reply: list[Reply] = await self._ask(command(("", "")))
             return reply
         if self._cluster:
-            return await self._open_in_turn(tenant, limit, command, now=now)
+            return await self._open_in_turn(tenant, limit, command)
         reply = await self._ask(command((limit, "")))
         return TenantFull(reply[1], limit) if reply[0] == _FULL else reply
 
     async def _open_in_turn(
-        self, tenant: str, limit: int, command: Callable[[Limit], Command], *, now: int
+        self, tenant: str, limit: int, command: Callable[[Limit], Command]
     ) -> TenantFull | list[Reply]:
-        queue, place = keys.queue(tenant), f"{now} {secrets.token_hex(8)}"
-        turn = Command(scripts.TURN, [queue], (place, now - QUEUE_MICROS))
+        queue, place = keys.queue(tenant), f"{self._now()} {secrets.token_hex(8)}"
         try:
-            before = await self._ask(turn)
+            before = await self._before(queue, place)
             while True:
                 count = before + await self._open_of(tenant)
                 reply: list[Reply] = await self._ask(command((limit, count)))
@@ -109,10 +114,15 @@ class TenantCounts:
                     return TenantFull(count, limit)
                 while before:  # whether those find room is not known
                     await asyncio.sleep(TURN_SECONDS)
-                    before = await self._ask(turn)
+                    before = await self._before(queue, place)
         finally:
             with suppress(StoreUnavailable):  # it is dropped later
                 await self._ask(Command(scripts.LEAVE, [queue], (place,)))
+
+    async def _before(self, queue: str, place: str) -> int:
+        """How many are before a place in a queue, which is taken if it is not."""
+        arguments = (place, self._now() - QUEUE_MICROS)
+        return int(await self._ask(Command(scripts.TURN, [queue], arguments)))
 
     async def _open_of(self, tenant: str) -> int:
         if tenant == DEFAULT_TENANT:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import random
 import sqlite3
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -428,3 +430,44 @@ def _renamed(outcome: Outcome, names: Mapping[str, str]) -> Outcome:
         details=bytes_of(outcome.details),
         replies=tuple(map(bytes_of, outcome.replies)),
     )
+
+
+SAMPLES = 10_000
+ALPHA = 1e-4
+"""How often the test may find a difference where there is none."""
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("state", ["resident", "spilled", "expired", "closed"])
+@pytest.mark.parametrize("method", ["GetSession", "Step"])
+async def test_another_tenants_session_takes_as_long_as_one_that_never_was(
+    house: House, state: str, method: str
+):
+    """Kolmogorov-Smirnov over interleaved calls; one's own session shows that it would be seen."""
+    await STATES[state](house, "10000")
+    await house.open(OTHER, "10002")
+    seconds: dict[str, list[float]] = {"10000": [], "10001": [], "10002": []}
+    order = list(seconds)
+    for _ in range(SAMPLES):
+        random.shuffle(order)
+        for session_id in order:
+            request = requests_of.REQUESTS[method](Own(session_id))[0]
+            begun = time.perf_counter()
+            await house.call(OTHER, request, method)
+            seconds[session_id].append(time.perf_counter() - begun)
+    taken, never, own = seconds.values()
+    print(f"{method} of one that is {state}: p = {same_distribution(taken, never):.3f}")
+    assert same_distribution(own, never) < ALPHA
+    assert same_distribution(taken, never) > ALPHA
+
+
+def same_distribution(one: Sequence[float], other: Sequence[float]) -> float:
+    """The p-value of the Kolmogorov-Smirnov test of two samples of N values, asymptotically.
+
+    Source: Smirnov (1948), Table for estimating the goodness of fit of empirical distributions.
+    """
+    every = np.sort(np.concatenate([one, other]))
+    shares = [np.searchsorted(np.sort(some), every, side="right") for some in (one, other)]
+    scaled = np.abs(shares[0] - shares[1]).max() / np.sqrt(2 * len(one))
+    terms = ((-1) ** (k - 1) * np.exp(-2 * (k * scaled) ** 2) for k in range(1, 101))
+    return float(min(1.0, 2 * sum(terms))) if scaled else 1.0

@@ -16,7 +16,7 @@ import grpc
 import numpy as np
 import pytest
 from google.protobuf.message import Message
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from stepstate.config import ServerConfig
@@ -83,7 +83,7 @@ def _acts(draw: tuple[int, str, str, str, int, bool]) -> list[Act]:
 
 
 KINDS = (
-    *("open", "open", "rows", "rows", "rows", "row", "step", "next", "packed", "infer", "start"),
+    *("open", "rows", "rows", "rows", "rows", "row", "step", "next", "packed", "infer", "start"),
     *("end", "close", "fork", "get", "list", "forecast"),
 )
 ACTS = st.tuples(
@@ -91,8 +91,8 @@ ACTS = st.tuples(
     st.sampled_from(KINDS),
     st.sampled_from(IDS),
     st.sampled_from(IDS),
-    st.integers(0, 5),
-    st.booleans(),
+    st.sampled_from((0, 0, 3, 3, 6, 1)),
+    st.sampled_from((False, False, True)),
 ).map(_acts)
 
 
@@ -181,6 +181,14 @@ def houses(
         runner.run(stack.aclose())
 
 
+def _in_turn(*acts: tuple[int, str, int]) -> list[list[Act]]:
+    """Acts of both tenants on the same session: the tenant, what, and t."""
+    return [_acts((tenant, kind, "7", "8", t, False)) for tenant, kind, t in acts]
+
+
+@example(drawn=_in_turn((0, "rows", 0), (1, "row", 3), (1, "rows", 0), (0, "row", 3)))
+@example(drawn=_in_turn((0, "infer", 0), (1, "infer", 0), (0, "infer", 0), (1, "infer", 0)))
+@example(drawn=_in_turn((0, "end", 0), (1, "end", 0), (0, "end", 0), (1, "end", 0)))
 @given(drawn=st.lists(ACTS, min_size=1, max_size=25))
 @examples(40)
 def test_each_tenant_is_told_what_it_would_be_told_alone(houses: Houses, drawn: list[list[Act]]):

@@ -26,6 +26,7 @@ from stepstate.transport.auditing import EVENTS, LASTING
 from stepstate.transport.authentication import SCOPES, TENANT_KEY
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
+from tests.integration.test_reload import ADDRESSES, reloading
 from tests.integration.triton import infer
 from tests.integration.wire import draw, request
 
@@ -448,3 +449,17 @@ def test_a_token_that_can_not_be_put_on_record_is_not_made(tmp_path: Path):
     assert done.exit_code == 1
     assert "No such file" in done.stderr
     assert not tokens.exists()
+
+
+async def test_reloads_of_the_configuration_are_on_record(
+    config: ServerConfig, audit_file: Path, tmp_path: Path, lines: Lines
+):
+    audited = f"audit_log = '{audit_file}'\n"
+    async with reloading(config, tmp_path / "stepstate.toml", audited) as one:
+        assert await one.reload(f"{ADDRESSES}{audited}[limits]\nstreams = 3")
+        assert not await one.reload(f"{ADDRESSES}{audited}slotz = 3")
+        found = await lines.new()
+    assert [(line["event"], line["result"]) for line in found] == [
+        ("configuration reloaded", "OK"),
+        ("configuration reloaded", "INVALID_ARGUMENT"),
+    ]

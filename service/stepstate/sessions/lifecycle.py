@@ -186,6 +186,8 @@ class SessionLifecycle:
                 self._counts.ended(session.record.model_key, ending)
         if not ended:
             raise session.lost or StaleOwner(session.session_id, t)
+        extra = {"tenant": session.record.tenant, "session_id": session.session_id, "t": t}
+        log.debug("a session was closed", extra=extra)
         return t
 
     async def _reopen(self, key: SessionKey) -> bool:
@@ -288,6 +290,8 @@ class SessionLifecycle:
             session = self._loader.place(snapshot, epoch, expires_at=expires_at)
             self._counts.opened(record.model_key)
         self._observer.opened(record.model, record.version)
+        extra = {"tenant": record.tenant, "session_id": record.session_id}
+        log.debug("a session was opened", extra=extra | {"model": record.model_key})
         return session
 
     async def _store_new(self, snapshot: Snapshot, expires_at: float) -> int:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from stepstate import server as composition
 from stepstate import tls as server_tls
+from stepstate.cli import main
 from stepstate.client import Tls
 from stepstate.config import ServerConfig
 from stepstate.errors import ServerUnreachable, Unauthenticated
@@ -209,13 +209,5 @@ async def test_commands_get_in_with_files_and_show_no_secret(
 
 async def command(*arguments: object) -> str:
     """What a command prints, on both of its outputs."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "stepstate.cli",
-        *map(str, arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    printed, _ = await process.communicate()
-    return printed.decode()
+    done = await asyncio.to_thread(CliRunner().invoke, main, [*map(str, arguments)])
+    return done.output

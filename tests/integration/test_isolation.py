@@ -438,8 +438,15 @@ ALPHA = 1e-4
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("state", ["resident", "spilled", "expired", "closed"])
-@pytest.mark.parametrize("method", ["GetSession", "Step"])
+@pytest.mark.parametrize(
+    ("method", "state"),
+    [
+        ("GetSession", "resident"),
+        ("GetSession", "expired"),
+        ("Step", "resident"),
+        ("Step", "spilled"),
+    ],
+)
 async def test_another_tenants_session_takes_as_long_as_one_that_never_was(
     house: House, state: str, method: str
 ):
@@ -448,16 +455,18 @@ async def test_another_tenants_session_takes_as_long_as_one_that_never_was(
     await house.open(OTHER, "10002")
     seconds: dict[str, list[float]] = {"10000": [], "10001": [], "10002": []}
     order = list(seconds)
-    for _ in range(SAMPLES):
+    for number in range(SAMPLES):
         random.shuffle(order)
         for session_id in order:
+            if session_id == "10002" and number % 10:
+                continue
             request = requests_of.REQUESTS[method](Own(session_id))[0]
             begun = time.perf_counter()
             await house.call(OTHER, request, method)
             seconds[session_id].append(time.perf_counter() - begun)
     taken, never, own = seconds.values()
     print(f"{method} of one that is {state}: p = {same_distribution(taken, never):.3f}")
-    assert same_distribution(own, never) < ALPHA
+    assert same_distribution(own, never[: len(own)]) < ALPHA
     assert same_distribution(taken, never) > ALPHA
 
 

@@ -26,6 +26,7 @@ from stepstate.transport.auditing import EVENTS, LASTING
 from stepstate.transport.authentication import SCOPES, TENANT_KEY
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
+from tests.integration.test_reload import ADDRESSES, reloading
 from tests.integration.triton import infer
 from tests.integration.wire import draw, request
 
@@ -335,6 +336,22 @@ async def test_every_call_without_a_credential_is_one_line_without_what_it_sent(
         assert "no-one-you-know" not in json.dumps(line)
 
 
+async def test_behind_a_trusted_proxy_the_address_is_the_clients(
+    config: ServerConfig, audit_file: Path, lines: Lines
+):
+    audited = replace(config, audit_log=str(audit_file), trusted_proxies="127.0.0.1")
+    async with (
+        running_server(audited, authenticator=ByName()) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        forwarded = ("x-forwarded-for", "203.0.113.9")
+        for who in ("ci", "nobody"):
+            await made(Caller(channel, (("who", who), forwarded)), "OpenSession", b"")
+        opened, refused = await lines.new()
+    assert (opened["event"], refused["event"]) == ("session opened", "credential refused")
+    assert {opened["peer"], refused["peer"]} == {"forwarded:203.0.113.9"}
+
+
 async def test_what_an_identity_may_not_do_is_on_record_with_its_name(
     as_: Callable[..., Caller], lines: Lines
 ):
@@ -448,3 +465,17 @@ def test_a_token_that_can_not_be_put_on_record_is_not_made(tmp_path: Path):
     assert done.exit_code == 1
     assert "No such file" in done.stderr
     assert not tokens.exists()
+
+
+async def test_reloads_of_the_configuration_are_on_record(
+    config: ServerConfig, audit_file: Path, tmp_path: Path, lines: Lines
+):
+    audited = f"audit_log = '{audit_file}'\n"
+    async with reloading(config, tmp_path / "stepstate.toml", audited) as one:
+        assert await one.reload(f"{ADDRESSES}{audited}[limits]\nstreams = 3")
+        assert not await one.reload(f"{ADDRESSES}{audited}slotz = 3")
+        found = await lines.new()
+    assert [(line["event"], line["result"]) for line in found] == [
+        ("configuration reloaded", "OK"),
+        ("configuration reloaded", "INVALID_ARGUMENT"),
+    ]

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from stepstate import server as composition
 from stepstate import tls as server_tls
+from stepstate.cli import main
 from stepstate.client import Tls
 from stepstate.config import ServerConfig
-from stepstate.errors import ServerUnreachable, Unauthenticated
+from stepstate.errors import ServerUnreachable, SessionUnknown, Unauthenticated
 from stepstate.server import Server, running_server
 from tests.certificates import Authority, Certificate
 from tests.credentials import revoke, token
@@ -153,6 +153,22 @@ async def test_a_token_comes_from_its_file_and_is_renewed(
             assert len(await client.models()) == 6
 
 
+async def test_an_admin_acts_on_the_sessions_of_a_tenant(
+    connect: Connect, config: ServerConfig, tmp_path: Path
+):
+    tokens = tmp_path / "tokens.json"
+    admin = token(tokens, "admin", scopes="step read admin")
+    member = token(tokens, "member", tenant="acme")
+    async with running_server(replace(config, tokens_file=str(tokens))) as server:
+        async with connect(server.address, token=member) as client:
+            await client.open("lstm", session_id="theirs")
+        async with connect(server.address, token=admin, tenant="acme") as client:
+            assert (await client.info("theirs")).t == 0
+        async with connect(server.address, token=admin) as client:
+            with pytest.raises(SessionUnknown):
+                await client.info("theirs")
+
+
 @pytest.mark.parametrize("path", ["stream", "pack"])
 async def test_what_was_begun_with_a_token_goes_on_with_its_successor(
     connect: Connect, config: ServerConfig, networks: dict[str, Network], tmp_path: Path, path: str
@@ -209,13 +225,5 @@ async def test_commands_get_in_with_files_and_show_no_secret(
 
 async def command(*arguments: object) -> str:
     """What a command prints, on both of its outputs."""
-    process = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-m",
-        "stepstate.cli",
-        *map(str, arguments),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    printed, _ = await process.communicate()
-    return printed.decode()
+    done = await asyncio.to_thread(CliRunner().invoke, main, [*map(str, arguments)])
+    return done.output

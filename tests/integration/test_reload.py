@@ -325,6 +325,9 @@ async def test_64_streams_step_on_while_all_is_replaced(
                 limits = f"[limits]\nstreams = {1000 + turn}\n[tenants.acme]\nweight = 2\n"
                 assert await one.reload(text + limits)
                 assert one.server.tenants.limits.of("acme").streams == 1000 + turn
+                address = ("127.0.0.1", int(one.server.address.rpartition(":")[2]))
+                shown = await asyncio.to_thread(ssl.get_server_certificate, address)
+                assert shown == (tmp_path / "cert.pem").read_text()
                 for text in bearers:
                     async with connect(text) as new:
                         assert len(await new.models()) > 0

@@ -14,6 +14,7 @@ import stepstate
 
 ROOT = Path(stepstate.__file__).parent
 MAX_PARAMETERS = 8
+LOGGING = ("stepstate.sessions", "stepstate.transport", "stepstate.server")
 MAX_OPTIONS_OF_CLIENTS = 10
 """A client's are for people: by keyword, each with its text in `help(Client)`. Values around them
 would be more to learn."""
@@ -83,3 +84,16 @@ def test_no_constructor_is_wide():
 
 def test_every_file_says_what_it_is():
     assert not [name for name, tree in MODULES.items() if not ast.get_docstring(tree)]
+
+
+def test_what_is_logged_of_a_session_says_whose_it_is():
+    """Ids are unique within a tenant only: each `extra` with one has both."""
+    found = []
+    for module, tree in MODULES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Dict):
+                keys = {key.value for key in node.keys if isinstance(key, ast.Constant)}
+                if keys & {"session_id", "session"} and module.startswith(LOGGING):
+                    found.append((f"{module}:{node.lineno}", "tenant" in keys))
+    assert len(found) > 5
+    assert not [place for place, has_tenant in found if not has_tenant]

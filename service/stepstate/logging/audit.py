@@ -59,6 +59,7 @@ class AuditEvent(StrEnum):
     """A server has read a token that it did not know."""
     TOKEN_DROPPED = "token dropped"  # noqa: S105 - not a token
     """A server has read that a token is revoked or removed."""
+    CONFIGURATION_RELOADED = "configuration reloaded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

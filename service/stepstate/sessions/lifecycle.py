@@ -186,6 +186,8 @@ class SessionLifecycle:
                 self._counts.ended(session.record.model_key, ending)
         if not ended:
             raise session.lost or StaleOwner(session.session_id, t)
+        extra = {"tenant": session.record.tenant, "session_id": session.session_id, "t": t}
+        log.debug("a session was closed", extra=extra)
         return t
 
     async def _reopen(self, key: SessionKey) -> bool:
@@ -244,8 +246,10 @@ class SessionLifecycle:
     async def _create_copy(
         self, source: Snapshot, options: CopyOptions, hold: Hold
     ) -> ResidentSession:
-        manifest = self._loader.schedulers[source.record.model_key].model.manifest
-        record = copy_record(source.record, options, manifest, self._limits)
+        scheduler = self._loader.scheduler_of(source.record, options.tenant)
+        if scheduler is None:  # its tenant may not use the model any more
+            raise self._loader.model_mismatch(source.record, options.tenant)
+        record = copy_record(source.record, options, scheduler.model.manifest, self._limits)
         copy = replace(source, record=record, stepped_at=self._unix_time())
         return await self._create(copy, hold)
 
@@ -288,6 +292,8 @@ class SessionLifecycle:
             session = self._loader.place(snapshot, epoch, expires_at=expires_at)
             self._counts.opened(record.model_key)
         self._observer.opened(record.model, record.version)
+        extra = {"tenant": record.tenant, "session_id": record.session_id}
+        log.debug("a session was opened", extra=extra | {"model": record.model_key})
         return session
 
     async def _store_new(self, snapshot: Snapshot, expires_at: float) -> int:

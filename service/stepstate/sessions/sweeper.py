@@ -181,6 +181,8 @@ class ExpirySweeper:
         """Sessions were marked as expired by this server."""
         self.counts.expired_here([record.model_key for record in records])
         for record in records:
+            extra = {"tenant": record.tenant, "session_id": record.session_id}
+            log.debug("a session has expired", extra=extra)
             audit(_act(AuditEvent.SESSION_EXPIRED, record))
 
     async def _purge(self, reason: str, before: float, most: float) -> int:

@@ -15,6 +15,7 @@ array on the same memory takes a whole micro-batch.
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Iterator
 
@@ -32,6 +33,8 @@ from stepstate.sessions.types import (
     SessionState,
 )
 from stepstate.stores import Durability
+
+log = logging.getLogger(__name__)
 
 NEVER = float("inf")
 
@@ -187,6 +190,8 @@ class Table:
         if session.state in {SessionState.LOST, SessionState.GONE}:
             return
         self._change(session, SessionState.LOST)
+        extra = {"tenant": session.record.tenant, "session_id": session.session_id}
+        log.info("a session is gone from memory: %s", error, extra=extra | {"reason": error.reason})
         session.lost = error
         session.left = session.left or asyncio.get_running_loop().create_future()
         if self.queued_requests(session):

@@ -29,8 +29,8 @@ test: setup ## Run the tests that a change is made with (4 minutes; three proces
 test-all: setup ## Run all tests: storms, outages, benchmarks and perf_analyzer too
 	$(BIN)/pytest -m 'not (attacks and long)'
 
-attacks: setup ## Attack servers at full size and print the table of SECURITY.md (10 minutes)
-	$(BIN)/python -m tests.attacks
+attacks: setup ## Attack servers at full size and print the tables of SECURITY.md (20 minutes)
+	$(BIN)/python -m tests.attacks && $(BIN)/python -m tests.attacks.tenants
 
 conformance: export H2SPEC ?= ../shared/conformance/h2spec
 conformance: export GRPC_INTEROP_CLIENT ?= ../shared/conformance/grpc-go-interop-client

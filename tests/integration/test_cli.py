@@ -426,6 +426,14 @@ def test_models_are_printed_with_their_columns(ask):
         assert told in done.stdout
 
 
+def test_tenants_are_printed_with_their_limits_and_what_they_use(ask):
+    done = ask("tenants")
+    assert done.returncode == 0, done.stderr
+    assert "default  weight 1\n" in done.stdout
+    assert re.search(r"^  rows_per_second +[\d,]+ in all, no limit$", done.stdout, re.MULTILINE)
+    assert re.search(r"^  calls +1, no limit$", done.stdout, re.MULTILINE)  # this one
+
+
 def test_health_is_the_exit_status(ask):
     done = ask("health")
     assert (done.returncode, done.stdout.strip()) == (0, "SERVING")

@@ -380,6 +380,23 @@ async def test_the_client_library_over_its_rate_goes_slower_and_loses_and_repeat
         assert server.tenants.get("acme").refused["rows_per_second"]
 
 
+async def test_packed_rows_of_the_client_library_over_their_rate_go_slower(serve: Serve):
+    x = draw(20 * 5, seed=6).reshape(20, 5, 3)
+    async with (
+        serve(rows_per_second=400, rows_burst=10) as server,
+        AsyncClient(server.address, metadata=ACME) as client,
+    ):
+        sessions = [await client.open("lstm", session_id=f"s{n}") for n in range(5)]
+        async with client.packed(sessions) as pack:
+            for rows_of_all in x:
+                result = await asyncio.wait_for(pack.step(rows_of_all), HANG)
+                assert not any(result.errors)
+        assert [session.t for session in sessions] == [20] * 5
+        refused_messages = server.tenants.get("acme").refused["rows_per_second"]
+        assert refused_messages
+        assert server.tenants.get("acme").rows.taken == 100  # none was applied and sent again
+
+
 async def test_an_error_of_the_client_names_the_limit(serve: Serve):
     async with (
         serve(rows_per_second=SLOW, rows_burst=BURST) as server,

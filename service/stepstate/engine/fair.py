@@ -25,8 +25,8 @@ class RequestQueue(Generic[W]):
     def __init__(self) -> None:
         self.kinds: dict[Hashable, dict[Share, _ShareRequests[W]]] = {}
         """Empty if nothing waits."""
-        self._had: dict[Share, float] = {}  # rows of chunks ÷ weight; those of idle times count
-        self._least = 0.0  # of those that waited last
+        self._had: dict[Share, float] = {}  # rows of chunks ÷ weight
+        self._least = 0.0  # of those that waited last: who comes now begins with as many
 
     def put(self, request: ChunkedRequest[W]) -> None:
         """Queues a request behind those of its kind and sender."""

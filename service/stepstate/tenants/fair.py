@@ -12,6 +12,7 @@ from heapq import heappop, heappush, heapreplace
 from itertools import count
 from typing import Generic, Protocol, TypeVar
 
+from stepstate.identity import DEFAULT_TENANT
 from stepstate.tenants.limits import LimitTable
 from stepstate.tenants.table import Tenant, TenantTable
 
@@ -20,7 +21,7 @@ _UNLIMITED = TenantTable(LimitTable())
 
 
 def _nobody() -> Tenant:
-    return _UNLIMITED.get("default")
+    return _UNLIMITED.get(DEFAULT_TENANT)
 
 
 @dataclass(slots=True, eq=False)

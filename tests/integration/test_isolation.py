@@ -344,6 +344,18 @@ async def test_a_session_is_as_one_of_a_lost_model_once_its_tenant_may_not_use_t
         await there.done(OTHER, pb.CloseSessionRequest(session_id="1"))
 
 
+async def test_a_session_in_memory_goes_on_and_is_not_copied_once_its_tenant_may_not_use_its_model(
+    house: House,
+):
+    await house.open(OTHER, "1")
+    house.server.sessions.catalog.restrict(ModelAccess({MODEL: frozenset({OWNER})}))
+    await house.done(OTHER, pb.StepRequest(session_id="1", x=X), "Step")
+    for method in ("ForkSession", "ImportSession", "OpenSession"):
+        own = Own("1", house.snapshot)
+        told = await house.call(OTHER, requests_of.REQUESTS[method](own)[0], method)
+        assert told.code in {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND}
+
+
 @pytest.mark.transports(long=True)
 async def test_an_admin_who_names_a_tenant_is_told_what_the_tenant_is(house: House):
     numbers = itertools.count(10_000)

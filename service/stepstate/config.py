@@ -424,7 +424,9 @@ class ServerConfig:
         settings = ("jwt_issuer", "jwt_audience", "jwt_jwks")
         missing = [name for name in settings if not getattr(self, name)]
         if 0 < len(missing) < len(settings):
-            raise ConfigError(f"{' and '.join(missing)} is missing: JWTs need all of {settings}")
+            raise ConfigError(
+                f"without {' and '.join(missing)}: JWTs need jwt_issuer, jwt_audience and jwt_jwks"
+            )
         scheme, separator, rest = self.jwt_jwks.partition("://")
         if separator and (scheme != "https" or "@" in rest.partition("/")[0]):
             raise ConfigError("jwt_jwks has to be a file, or an https URL without a password")

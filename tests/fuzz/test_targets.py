@@ -26,7 +26,12 @@ SECONDS = 30
 ROOT = Path(__file__).parent.parent.parent
 MODULES = [f"tests.fuzz.{name}" for name in ("connection", "calls", "credentials", "files")]
 VERSION_3, VERSION_123 = b"\xa0\x03\x02\x01\x02", b"\xa0\x03\x02\x01\x7a"
-FOUND = {"certificate": [certificate_seed().replace(VERSION_3, VERSION_123)]}
+UTF8, BITS = b"\x0c\x07meter-1", b"\x03\x07\x00eter-1"
+FOUND = {
+    "certificate": [
+        certificate_seed().replace(*change) for change in ((VERSION_3, VERSION_123), (UTF8, BITS))
+    ]
+}
 """By target, inputs that once failed."""
 
 

@@ -336,6 +336,22 @@ async def test_every_call_without_a_credential_is_one_line_without_what_it_sent(
         assert "no-one-you-know" not in json.dumps(line)
 
 
+async def test_behind_a_trusted_proxy_the_address_is_the_clients(
+    config: ServerConfig, audit_file: Path, lines: Lines
+):
+    audited = replace(config, audit_log=str(audit_file), trusted_proxies="127.0.0.1")
+    async with (
+        running_server(audited, authenticator=ByName()) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        forwarded = ("x-forwarded-for", "203.0.113.9")
+        for who in ("ci", "nobody"):
+            await made(Caller(channel, (("who", who), forwarded)), "OpenSession", b"")
+        opened, refused = await lines.new()
+    assert (opened["event"], refused["event"]) == ("session opened", "credential refused")
+    assert {opened["peer"], refused["peer"]} == {"forwarded:203.0.113.9"}
+
+
 async def test_what_an_identity_may_not_do_is_on_record_with_its_name(
     as_: Callable[..., Caller], lines: Lines
 ):

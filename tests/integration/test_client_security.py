@@ -16,7 +16,7 @@ from stepstate import tls as server_tls
 from stepstate.cli import main
 from stepstate.client import Tls
 from stepstate.config import ServerConfig
-from stepstate.errors import ServerUnreachable, Unauthenticated
+from stepstate.errors import ServerUnreachable, SessionUnknown, Unauthenticated
 from stepstate.server import Server, running_server
 from tests.certificates import Authority, Certificate
 from tests.credentials import revoke, token
@@ -151,6 +151,22 @@ async def test_a_token_comes_from_its_file_and_is_renewed(
                 await client.models()
             file.write_text(second)
             assert len(await client.models()) == 6
+
+
+async def test_an_admin_acts_on_the_sessions_of_a_tenant(
+    connect: Connect, config: ServerConfig, tmp_path: Path
+):
+    tokens = tmp_path / "tokens.json"
+    admin = token(tokens, "admin", scopes="step read admin")
+    member = token(tokens, "member", tenant="acme")
+    async with running_server(replace(config, tokens_file=str(tokens))) as server:
+        async with connect(server.address, token=member) as client:
+            await client.open("lstm", session_id="theirs")
+        async with connect(server.address, token=admin, tenant="acme") as client:
+            assert (await client.info("theirs")).t == 0
+        async with connect(server.address, token=admin) as client:
+            with pytest.raises(SessionUnknown):
+                await client.info("theirs")
 
 
 @pytest.mark.parametrize("path", ["stream", "pack"])

@@ -344,6 +344,18 @@ async def test_a_session_is_as_one_of_a_lost_model_once_its_tenant_may_not_use_t
         await there.done(OTHER, pb.CloseSessionRequest(session_id="1"))
 
 
+async def test_a_session_in_memory_goes_on_and_is_not_copied_once_its_tenant_may_not_use_its_model(
+    house: House,
+):
+    await house.open(OTHER, "1")
+    house.server.sessions.catalog.restrict(ModelAccess({MODEL: frozenset({OWNER})}))
+    await house.done(OTHER, pb.StepRequest(session_id="1", x=X), "Step")
+    for method in ("ForkSession", "ImportSession", "OpenSession"):
+        own = Own("1", house.snapshot)
+        told = await house.call(OTHER, requests_of.REQUESTS[method](own)[0], method)
+        assert told.code in {grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.NOT_FOUND}
+
+
 @pytest.mark.transports(long=True)
 async def test_an_admin_who_names_a_tenant_is_told_what_the_tenant_is(house: House):
     numbers = itertools.count(10_000)
@@ -438,8 +450,15 @@ ALPHA = 1e-4
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("state", ["resident", "spilled", "expired", "closed"])
-@pytest.mark.parametrize("method", ["GetSession", "Step"])
+@pytest.mark.parametrize(
+    ("method", "state"),
+    [
+        ("GetSession", "resident"),
+        ("GetSession", "expired"),
+        ("Step", "resident"),
+        ("Step", "spilled"),
+    ],
+)
 async def test_another_tenants_session_takes_as_long_as_one_that_never_was(
     house: House, state: str, method: str
 ):
@@ -448,16 +467,18 @@ async def test_another_tenants_session_takes_as_long_as_one_that_never_was(
     await house.open(OTHER, "10002")
     seconds: dict[str, list[float]] = {"10000": [], "10001": [], "10002": []}
     order = list(seconds)
-    for _ in range(SAMPLES):
+    for number in range(SAMPLES):
         random.shuffle(order)
         for session_id in order:
+            if session_id == "10002" and number % 10:
+                continue
             request = requests_of.REQUESTS[method](Own(session_id))[0]
             begun = time.perf_counter()
             await house.call(OTHER, request, method)
             seconds[session_id].append(time.perf_counter() - begun)
     taken, never, own = seconds.values()
     print(f"{method} of one that is {state}: p = {same_distribution(taken, never):.3f}")
-    assert same_distribution(own, never) < ALPHA
+    assert same_distribution(own, never[: len(own)]) < ALPHA
     assert same_distribution(taken, never) > ALPHA
 
 

@@ -115,7 +115,7 @@ JWT = {"jwt_issuer": "i", "jwt_audience": "a", "jwt_jwks": "https://i/keys"}
 
 @pytest.mark.parametrize("missing", JWT)
 def test_jwts_need_an_issuer_an_audience_and_keys(missing):
-    with pytest.raises(ConfigError, match=f"^{missing} is missing"):
+    with pytest.raises(ConfigError, match=f"^without {missing}: JWTs need"):
         ServerConfig(**{**JWT, missing: ""})
     ServerConfig(**JWT, jwt_leeway=0.0)
 

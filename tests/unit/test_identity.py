@@ -3,7 +3,7 @@
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from stepstate.identity import DEFAULT_TENANT, session_key, split_key
+from stepstate.identity import DEFAULT_TENANT, id_of, session_key, split_key
 
 tenants = st.sampled_from(["default", "acme", "a", "acme.x"])
 
@@ -17,7 +17,8 @@ def test_different_sessions_have_different_keys(a: str, x: str, b: str, y: str) 
 @given(tenants, st.text(max_size=8))
 @example("default", "acme/meter")
 def test_a_key_says_whose_it_is(tenant: str, session_id: str) -> None:
-    assert split_key(session_key(tenant, session_id)) == (tenant, session_id)
+    key = session_key(tenant, session_id)
+    assert (split_key(key), id_of(key)) == ((tenant, session_id), session_id)
 
 
 def test_sessions_of_earlier_versions_are_the_default_tenants() -> None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cryptography import x509
-from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.x509.oid import NameOID
 
 from stepstate.errors import Unauthenticated
@@ -17,14 +16,6 @@ from stepstate.identity import TENANT_GRAMMAR, Identity, Scope, is_tenant
 MAX_KNOWN = 4096
 """Certificates that are known by their bytes, of 2 KiB each."""
 _MATCH = re.compile(r"(URI|DNS|CN):(.+)")
-_UNREADABLE = (
-    ValueError,
-    UnsupportedAlgorithm,
-    x509.DuplicateExtension,
-    x509.InvalidVersion,
-    x509.UnsupportedGeneralNameType,
-)
-"""What cryptography raises for certificates that TLS may have taken."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +93,7 @@ class CertificateMapping:
         try:
             certificate = x509.load_pem_x509_certificate(pem)
             names = tuple(_names(certificate))
-        except _UNREADABLE:
+        except Exception:  # noqa: BLE001 - cryptography raises many kinds for what OpenSSL takes
             return None
         for rule in self._rules:
             for name in filter(rule.fits, names):

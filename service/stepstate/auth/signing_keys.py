@@ -39,6 +39,8 @@ FETCH_SECONDS = 5.0
 """For an answer of the provider."""
 MAX_BYTES = 2**20
 """Of a JWK set; those of large providers take 10 KiB."""
+RETRY_SECONDS = 1.0
+"""For clients that are told to try again, where nothing else says when."""
 MAX_WAITING = 256
 """Calls that wait for a reading."""
 MIN_RSA_BITS = 2048
@@ -250,20 +252,23 @@ class KeyRing:
                 return
             wait = self._next_reading()
             if wait > 0:
-                raise KeysUnavailable("the keys were read a moment ago", round(wait, 3))
+                raise KeysUnavailable("the issuer's keys were read a moment ago", round(wait, 3))
             self._reading = asyncio.create_task(self._read())
         if self._waiting >= MAX_WAITING:
-            raise KeysUnavailable("many calls wait for the keys")
+            raise KeysUnavailable("many calls wait for the issuer's keys", RETRY_SECONDS)
         self._waiting += 1
         try:
             async with asyncio.timeout(2 * FETCH_SECONDS):
                 await asyncio.shield(self._reading)
         except TimeoutError:
-            raise KeysUnavailable("the provider of the keys does not answer", 5.0) from None
+            raise KeysUnavailable(
+                "the provider of the issuer's keys does not answer", RETRY_SECONDS
+            ) from None
         finally:
             self._waiting -= 1
         if self.stale:
-            raise KeysUnavailable("the provider of the keys fails", round(self._next_reading(), 3))
+            wait = max(self._next_reading(), RETRY_SECONDS)
+            raise KeysUnavailable("the issuer's keys can't be read", round(wait, 3))
 
     async def refresh(self, *, force: bool = False) -> None:
         """Begins to read the keys again if that is due; if `force`, in any case, and waits."""

@@ -51,7 +51,7 @@ class TokenFile:
     def __init__(self, file: str) -> None:
         self.stale = False
         """Whether the file could not be read again."""
-        self._file = WatchedFile(OPTION, file, secret=True)
+        self._file = _watched(file)
         self._tokens = _parse(self._file)
         self._table = TokenTable(self._tokens)
 
@@ -89,7 +89,7 @@ def read_tokens(file: str) -> Tokens:
     Raises:
         CredentialsInvalid: it can't be read.
     """
-    return _parse(WatchedFile(OPTION, file, secret=True))
+    return _parse(_watched(file))
 
 
 def change_tokens(file: str, change: Callable[[Tokens], Tokens]) -> tuple[Tokens, Tokens]:
@@ -136,6 +136,11 @@ def act_of_token(event: AuditEvent, record: TokenRecord, identity: str | None = 
     expires = "never" if record.expires is None else f"{record.expires:%FT%TZ}"
     detail = f"{record.identity}#{record.id}, {','.join(record.scopes)}, expires {expires}"
     return Act(event=event, tenant=record.tenant, identity=identity, detail=detail)
+
+
+def _watched(file: str) -> WatchedFile:
+    advice = "; `stepstate tokens create` makes one"
+    return WatchedFile(OPTION, file, secret=True, advice=advice)
 
 
 def _parse(file: WatchedFile) -> Tokens:

@@ -27,13 +27,15 @@ class WatchedFile:
         option: the setting that names it, for errors.
         file: its name.
         secret: warn if others can read it.
+        advice: what to do if it can't be read.
     """
 
-    def __init__(self, option: str, file: str, *, secret: bool = False) -> None:
+    def __init__(self, option: str, file: str, *, secret: bool = False, advice: str = "") -> None:
         self.option = option
         self.file = file
         self._path = Path(file)
         self._secret = secret
+        self._advice = advice
         self._version: _Version = None
 
     def changed(self) -> bool:
@@ -54,7 +56,7 @@ class WatchedFile:
             with self._path.open("rb") as opened:
                 status, data = os.fstat(opened.fileno()), opened.read(MAX_BYTES + 1)
         except OSError as error:
-            raise self.invalid(f"can't be read: {error.strerror}") from error
+            raise self.invalid(f"can't be read: {error.strerror}{self._advice}") from error
         self._version = _version_of(status)
         if len(data) > MAX_BYTES:
             raise self.invalid(f"has more than {MAX_BYTES} bytes")

@@ -184,7 +184,9 @@ class TokenSource:
         """The token of a new call."""
         token = self._read()
         if token != self._token:
-            self._token, self._renewed_at = token, time.monotonic()
+            if self._token:  # the first one renews nothing
+                self._renewed_at = time.monotonic()
+            self._token = token
         return token
 
     def renewed_since(self, moment: float) -> bool:

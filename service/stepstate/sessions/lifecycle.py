@@ -246,8 +246,10 @@ class SessionLifecycle:
     async def _create_copy(
         self, source: Snapshot, options: CopyOptions, hold: Hold
     ) -> ResidentSession:
-        manifest = self._loader.schedulers[source.record.model_key].model.manifest
-        record = copy_record(source.record, options, manifest, self._limits)
+        scheduler = self._loader.scheduler_of(source.record, options.tenant)
+        if scheduler is None:  # its tenant may not use the model any more
+            raise self._loader.model_mismatch(source.record, options.tenant)
+        record = copy_record(source.record, options, scheduler.model.manifest, self._limits)
         copy = replace(source, record=record, stepped_at=self._unix_time())
         return await self._create(copy, hold)
 

@@ -105,6 +105,7 @@ class CallAdmission:
         self.tenants = peers.tenants
         """The tenants that have calls, and others."""
         self._peers = peers
+        self.name_of = peers.name_of
         self._metrics = metrics
         self._open = dict.fromkeys(CallKind, 0)
         self.running = 0

@@ -2,7 +2,8 @@
 
 A call is one line at most: when it ends, or, of a stream that lasts, when it begins. What it does
 to a session is the event (`EVENTS`); any other call of an admin on the sessions of another tenant
-is an `ADMIN_ACT`. Steps, reads and forecasts of a tenant's own are not on record.
+is an `ADMIN_ACT`. Steps, reads and forecasts of a tenant's own are not on record. Beside, each
+sequence of Triton's that a request starts or ends is one.
 
 A call that was cancelled may have been carried out: what has begun in the store is finished.
 """
@@ -144,7 +145,7 @@ def failures_on_record(act: Act) -> Iterator[None]:
         raise
 
 
-def refused_credential(error: AuthError, method: str, context: Context) -> None:
+def refused_credential(error: AuthError, method: str, peer: str) -> None:
     """Puts on record that a call was refused for what its credential proves, or does not."""
     audit(
         Act(
@@ -153,7 +154,7 @@ def refused_credential(error: AuthError, method: str, context: Context) -> None:
             reason=error.cause,
             method=method,
             identity=error.identity if isinstance(error, PermissionDenied) else None,
-            peer=context.peer(),
+            peer=peer,
             detail=str(error),
         )
     )

@@ -319,7 +319,7 @@ class _Rpc:
             self._metrics.refused(error.reason)
             log.info("refused: %s", error, extra={"rpc": self._path, "reason": error.reason})
             if isinstance(error, AUTH_ERRORS):
-                refused_credential(error, self._method, context)
+                refused_credential(error, self._method, self._admission.name_of(context))
             _refuse(context, error)
             _drop_frames(error)
         except Exception as error:

@@ -130,9 +130,7 @@ class PeerTable:
         Raises:
             TooManyCalls: there are too many peers.
         """
-        name = context.peer()
-        if self._trusted:
-            name = client_name(name, tuple(context.invocation_metadata() or ()), self._trusted)
+        name = self.name_of(context)
         identity = current_principal.get().identity
         key = (None if identity is ANONYMOUS else identity.tenant, name)
         peer = self._peers.get(key)
@@ -145,6 +143,13 @@ class PeerTable:
         peer.calls += 1
         peer.group.calls += 1
         return peer
+
+    def name_of(self, context: Context) -> str:
+        """The address that a call came from, also through a trusted proxy."""
+        name = context.peer()
+        if self._trusted:
+            name = client_name(name, tuple(context.invocation_metadata() or ()), self._trusted)
+        return name
 
     def _group(self, peer: Key, tenant_name: str) -> PeerGroup:
         key = peer if peer[0] is None else (tenant_name, "")

@@ -286,6 +286,13 @@ async def test_clocks_may_differ_by_the_leeway(tokens: WebTokens, provider: Prov
     assert await cause(tokens, provider.token(exp=in_(-6))) == "expired"
 
 
+async def test_an_expiry_beyond_all_dates_is_one(tokens: WebTokens, provider: Provider):
+    text = provider.token(exp=10**400)
+    assert tokens.find(digest_of(text)) is None
+    identity = await verify(tokens, text)
+    assert tokens.find(digest_of(text)) is identity
+
+
 async def test_one_of_several_audiences_is_enough(tokens: WebTokens, provider: Provider):
     await verify(tokens, provider.token(aud=["other", AUDIENCE]))
 

@@ -19,6 +19,7 @@ from stepstate.errors import (
     ServerUnreachable,
     StaleOwner,
     StepAhead,
+    TenantLimitReached,
     UnexpectedStatus,
 )
 from stepstate.transport.convert import encode_model, encode_session
@@ -159,6 +160,8 @@ def test_a_missing_policy_and_a_level_travel_where_they_are_chosen():
 def test_what_passes_is_worth_asking_again():
     assert is_retryable(Draining(1.0))
     assert is_retryable(StaleOwner("a", 3))
+    assert is_retryable(TenantLimitReached("acme", "rows_per_second", 10.0, 0.1))
+    assert not is_retryable(TenantLimitReached("acme", "open_sessions", 10.0, 5.0))
     assert not is_retryable(StepAhead("a", 5, 3))
     assert not is_retryable(Internal("ab"))
 

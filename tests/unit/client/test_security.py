@@ -131,7 +131,9 @@ def test_a_file_of_a_token_is_read_again_when_it_changes(tmp_path: Path):
 def test_a_call_that_was_begun_before_its_token_was_renewed_is_known():
     tokens = ["first"]
     source = endpoint_of("localhost:1", token=lambda: tokens[-1]).token
+    began = time.monotonic()
     assert source() == "first"
+    assert not source.renewed_since(began)
     began = time.monotonic()
     assert not source.renewed_since(began)
     tokens.append("second")

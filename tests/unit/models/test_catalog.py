@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from stepstate.errors import InvalidField, ModelInvalid, ModelUnknown
-from stepstate.models import Catalog, load_catalog
+from stepstate.models import Catalog, ModelAccess, load_catalog
 from tests.networks import make_network
 from tests.unit.rig import model_of
 
@@ -68,3 +68,25 @@ def test_a_folder_without_models_is_refused(tmp_path):
         load_catalog(tmp_path)
     with pytest.raises(ModelInvalid, match="is not a folder"):
         load_catalog(tmp_path / "none")
+
+
+def test_for_a_tenant_there_are_only_the_models_that_it_may_use(model_root, networks):
+    access = ModelAccess({"gru": frozenset({"acme"}), "lstm": frozenset()})
+    catalog = load_catalog(model_root, access=access)
+    others = networks.keys() - {"gru", "lstm"}
+    assert {model.manifest.name for model in catalog.of("acme")} == others | {"gru"}
+    assert {model.manifest.name for model in catalog.of("initech")} == others
+    with pytest.raises(ModelUnknown) as refused:
+        catalog.of("initech").find("gru")
+    assert "gru/1" not in refused.value.loaded
+
+
+def test_where_no_model_is_limited_all_tenants_have_the_same(model_root):
+    catalog = load_catalog(model_root)
+    assert catalog.of("acme") is catalog
+
+
+def test_a_limit_of_a_model_that_is_not_there_is_refused(model_root):
+    """A misspelt name would leave the model open to all."""
+    with pytest.raises(ModelInvalid, match="lstn"):
+        load_catalog(model_root, access=ModelAccess({"lstn": frozenset({"acme"})}))

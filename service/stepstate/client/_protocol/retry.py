@@ -9,7 +9,13 @@ import random
 import time
 from dataclasses import dataclass
 
-from stepstate.errors import ServerUnreachable, StaleOwner, StepstateError, Unavailable
+from stepstate.errors import (
+    ServerUnreachable,
+    StaleOwner,
+    StepstateError,
+    TenantLimitReached,
+    Unavailable,
+)
 
 TIMEOUT = 90.0
 """Seconds a call may take with all its retries. A server that is restarted drains for up to 30 s,
@@ -27,6 +33,8 @@ PROBE_TIMEOUT = 0.05
 
 def is_retryable(error: StepstateError) -> bool:
     """Whether the same request may succeed a little later."""
+    if isinstance(error, TenantLimitReached) and error.limit == "open_sessions":
+        return False  # no session ends by itself within a timeout
     return isinstance(error, Unavailable | StaleOwner)
 
 

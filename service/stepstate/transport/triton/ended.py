@@ -2,8 +2,8 @@
 
 Rule 1: an ended sequence keeps its reply and a digest of its request, and neither of the messages.
 Rule 2: all of them together are bounded in number and in bytes. Beyond that the oldest of the
-        client that has most of them goes first, so that nobody's flood of endings evicts the one
-        reply that another client waits for.
+        tenant that has most of them goes first (of the client, where nobody is known), so that
+        nobody's flood of endings evicts the one reply that another waits for.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from stepstate.budget import MemoryAccount, MemoryUse
 from stepstate.identity import SessionKey
+from stepstate.transport.peers import Key
 
 MAX_ENDED = 1024
 MAX_ENDED_BYTES = 8 * 2**20
@@ -27,8 +28,8 @@ _ENTRY_BYTES = 600
 class EndedSequence:
     """What a retry of the last request of a sequence is compared with, and answered."""
 
-    peer: str
-    """Whose connection ended it."""
+    group: Key
+    """Of peers, or the one peer, whose connection ended it."""
     t: int
     """The parameter step_t of its last request."""
     digest: bytes
@@ -52,7 +53,7 @@ class EndedSequences:
     def __init__(self, memory: MemoryAccount) -> None:
         self._memory = memory
         self._by_key: dict[SessionKey, EndedSequence] = {}
-        self._counts: Counter[str] = Counter()  # by peer
+        self._counts: Counter[Key] = Counter()  # by group of peers
         self._bytes = 0
 
     def __len__(self) -> int:
@@ -74,7 +75,7 @@ class EndedSequences:
             self._memory.reserve(MemoryUse.ENDED, size)
             self._bytes += size
             self._by_key[key] = ended
-            self._counts[ended.peer] += 1
+            self._counts[ended.group] += 1
 
     def discard(self, key: SessionKey) -> None:
         """Forgets a sequence."""
@@ -83,9 +84,9 @@ class EndedSequences:
             return
         self._memory.release(MemoryUse.ENDED, ended.size)
         self._bytes -= ended.size
-        self._counts[ended.peer] -= 1
-        if not self._counts[ended.peer]:
-            del self._counts[ended.peer]
+        self._counts[ended.group] -= 1
+        if not self._counts[ended.group]:
+            del self._counts[ended.group]
 
     def _has_room(self, size: int) -> bool:
         return (
@@ -94,5 +95,5 @@ class EndedSequences:
             and self._memory.fits(size)
         )
 
-    def _oldest_of(self, peer: str) -> SessionKey:
-        return next(one for one, ended in self._by_key.items() if ended.peer == peer)
+    def _oldest_of(self, group: Key) -> SessionKey:
+        return next(one for one, ended in self._by_key.items() if ended.group == group)

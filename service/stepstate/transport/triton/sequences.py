@@ -177,7 +177,8 @@ class SequenceService:
         if infer.t is None:
             return
         digest = infer.digest(step.session.model.manifest)
-        ended = EndedSequence(current_peer.get().name, infer.t, digest, reply.SerializeToString())
+        group = current_peer.get().group.key
+        ended = EndedSequence(group, infer.t, digest, reply.SerializeToString())
         self._ended.add(infer.key, ended)
 
 

@@ -218,7 +218,7 @@ def test_the_command_of_a_client_alone_says_what_it_lacks(
 
 @pytest.mark.parametrize(
     ("extra", "without", "lacking"),
-    [("cli", "", {"structlog", "uvloop"}), ("server", "torch", {"torch"})],
+    [("cli", "", {"cryptography", "structlog", "uvloop"}), ("server", "torch", {"torch"})],
     ids=["the extra", "torch"],
 )
 def test_serve_says_which_package_it_lacks(

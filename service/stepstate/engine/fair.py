@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import random
 from collections import deque
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Sequence
 from itertools import islice
 from typing import Generic
 
@@ -12,16 +11,22 @@ from stepstate.engine.chunked import ChunkedRequest
 from stepstate.engine.work import W
 from stepstate.tenants import Share, WorkSource
 
+MAX_AHEAD = 4096
+"""Shares of which is known how many rows they had."""
+
 
 class RequestQueue(Generic[W]):
     """Long requests, by kind, share and sender: kinds take turns, and so do those of one kind.
 
-    Each share gets rows in proportion to its weight, and has its senders take turns.
+    Each share gets rows in proportion to its weight, and has its senders take turns: all shares
+    are in a chunk, but for those that have had a chunk more than another, by their weights.
     """
 
     def __init__(self) -> None:
         self.kinds: dict[Hashable, dict[Share, _ShareRequests[W]]] = {}
         """Empty if nothing waits."""
+        self._had: dict[Share, float] = {}  # rows of chunks ÷ weight; those of idle times count
+        self._least = 0.0  # of those that waited last
 
     def put(self, request: ChunkedRequest[W]) -> None:
         """Queues a request behind those of its kind and sender."""
@@ -39,7 +44,7 @@ class RequestQueue(Generic[W]):
         """
         kind = next(iter(self.kinds))
         shares = self.kinds.pop(kind)
-        chosen = _drawn(islice(shares, most))
+        chosen = self._next(list(islice(shares, most)), most)
         each = min(most // len(chosen), *(shares[share].count for share in chosen))
         taken = []
         for share in chosen:
@@ -50,6 +55,17 @@ class RequestQueue(Generic[W]):
         if shares:
             self.kinds[kind] = shares
         return taken
+
+    def _next(self, waiting: Sequence[Share], rows: int) -> list[Share]:
+        """Those that are in the next chunk, of so many rows."""
+        if len(self._had) > MAX_AHEAD:
+            self._had.clear()
+        had = {share: max(self._least, self._had.get(share, 0.0)) for share in waiting}
+        self._least = min(had.values())
+        chosen = [share for share in waiting if had[share] < self._least + rows / share.weight]
+        for share in chosen:
+            self._had[share] = had[share] + rows / len(chosen) / share.weight
+        return chosen
 
 
 class _ShareRequests(Generic[W]):
@@ -71,14 +87,3 @@ class _ShareRequests(Generic[W]):
         if requests:
             self._senders[sender] = requests  # behind the others
         return request
-
-
-def _drawn(shares: Iterable[Share]) -> list[Share]:
-    """Those whose turn it is: the heaviest always, others as often as their weights say.
-
-    Drawn by lot (C. A. Waldspurger and W. E. Weihl, "Lottery scheduling", 1994), as a request
-    may be in many chunks, and comes anew for each.
-    """
-    by_weight = [(share, share.weight) for share in shares]
-    heaviest = max(weight for _, weight in by_weight)
-    return [share for share, weight in by_weight if random.random() * heaviest < weight]  # noqa: S311 - a lot

@@ -232,6 +232,8 @@ class RowBatcher:
         first = tenants[0]
         if tenants.count(first) == len(rows):
             granted = {first: first.rows.take_some(len(rows))}
+            if granted[first] == len(rows):
+                return rows
         else:
             counts = Counter(tenants)
             granted = {tenant: tenant.rows.take_some(count) for tenant, count in counts.items()}

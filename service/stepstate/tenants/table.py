@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
@@ -81,16 +81,19 @@ class Rate:
         Raises:
             TenantLimitReached: nothing was taken.
         """
-        if (error := self._refusal()) is not None:
+        buckets = self._buckets()
+        if buckets and (error := self._refusal()) is not None:
             self.refused += 1
             raise error
-        self._count(amount)
+        self._count(amount, buckets)
 
     def take_some(self, count: int) -> int:
         """Takes up to so many single ones; returns how many."""
-        granted = min([count, *(bucket.whole() for bucket in self._buckets())])
-        self._count(granted)
-        return granted
+        buckets = self._buckets()
+        if buckets:
+            count = min(count, *(bucket.whole() for bucket in buckets))
+        self._count(count, buckets)
+        return count
 
     def _refusal(self) -> TenantLimitReached | None:
         for rate in (self, self._together):
@@ -100,14 +103,18 @@ class Rate:
                 return TenantLimitReached(tenant, self._limit, bucket.rate, seconds)
         return None
 
-    def _count(self, amount: int) -> None:
+    def _count(self, amount: int, buckets: Iterable[TokenBucket]) -> None:
         self.taken += amount
-        for bucket in self._buckets():
+        for bucket in buckets:
             bucket.take(amount)
 
-    def _buckets(self) -> list[TokenBucket]:
+    def _buckets(self) -> tuple[TokenBucket, ...]:
+        """Its own and that of all: none, most often."""
+        own = self._bucket
         shared = None if self._together is None else self._together._bucket  # noqa: SLF001
-        return [bucket for bucket in (self._bucket, shared) if bucket is not None]
+        if shared is None:
+            return () if own is None else (own,)
+        return (shared,) if own is None else (own, shared)
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from stepstate.transport.authentication import current_principal
 from stepstate.transport.bidi import Backend, StreamRegistry
 from stepstate.transport.convert import (
     REPLY_BYTES,
+    Pause,
     ReplyPage,
     decode_forecast,
     decode_fork,
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
     from stepstate.transport.peers import Context
 
 PAGE_SIZE, MAX_PAGE_SIZE = 100, 1000
+TENANTS_AT_ONCE = 32
+"""About a millisecond of work."""
 MODEL_NAME_LENGTH = 64
 """As in manifests."""
 PART_BYTES = 2**20
@@ -114,7 +117,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
                 tenant=_tenant(),
                 expired=request.show_expired,
             )
-            page = await encode_page(found)
+            page = await encode_page(found, self._pause())
             if len(page) == len(found):
                 return pb.ListSessionsResponse(sessions=page, next_page_token=following)
             size = len(page)  # asked again: only the store knows where the next page begins
@@ -250,7 +253,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
             reserve=reserve,
         )
         reserve(SENT * forecast_reply_bytes(results))
-        return await encode_forecasts(request.session_id, results)
+        return await encode_forecasts(request.session_id, results, self._pause())
 
     async def ListModels(
         self, request: pb.ListModelsRequest, context: Context
@@ -282,9 +285,17 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         tenants, sessions = self._backend.admission.tenants, self._sessions.open_by_tenant
         known = {*tenants.limits.tenants, *sessions, *(tenant.name for tenant in tenants)}
         names = sorted(name for name in known if name > token)
-        page = [encode_tenant(tenants.look(name), sessions.get(name, 0)) for name in names[:size]]
+        page, pause = [], self._pause()
+        for name in names[:size]:
+            page.append(encode_tenant(tenants.look(name), sessions.get(name, 0)))
+            if len(page) % TENANTS_AT_ONCE == 0:
+                await pause()
         following = names[size - 1] if len(names) > size else ""
         return pb.ListTenantsResponse(tenants=page, next_page_token=following)
+
+    def _pause(self) -> Pause:
+        """Of the long work of a call."""
+        return partial(self._backend.admission.shares.pause, current_peer.get())
 
     async def drain(self) -> None:
         """See `StreamRegistry.drain`."""

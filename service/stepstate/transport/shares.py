@@ -56,6 +56,11 @@ class LoopShares:
             asyncio.get_running_loop().call_soon(self._tick)
         return turn
 
+    async def pause(self, peer: Peer) -> None:
+        """Lets others have their share in the midst of long work: about a round's until now."""
+        turn = self.take(peer, ROUND_COST)
+        await (asyncio.sleep(0) if turn is None else turn)
+
     def _tick(self) -> None:
         """A round has passed: each group gets its share."""
         one = max(1.0, ROUND_COST / (self._peers.weight or 1.0))

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepstate.engine.fair import RequestQueue
 from stepstate.errors import QueueFull
 from stepstate.sessions import MAX_SOURCE_RUNNING, Source
-from stepstate.tenants import SourceQueue
+from stepstate.tenants import LimitTable, Share, SourceQueue, TenantLimits, TenantTable
 from tests.networks import make_network
 from tests.unit.rig import Rig, model_of
 
@@ -192,3 +194,32 @@ async def test_what_the_engine_has_of_a_source_is_counted_whatever_becomes_of_it
         await caller.error()
     await pack.outcome()
     assert source.running == 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "requests"),
+    [
+        ((1, 1), (100, 1)),
+        ((1, 2), (150, 150)),
+        ((1, 2), (1, 1)),
+        ((1, 3), (5, 1)),
+        ((2, 0.5), (1, 40)),
+    ],
+)
+def test_tenants_have_rows_of_chunks_by_weight_however_many_requests_wait(weights, requests):
+    names = ("a", "b")
+    limits = {name: TenantLimits(weight=one) for name, one in zip(names, weights, strict=True)}
+    table = TenantTable(LimitTable(tenants=limits))
+    queue: RequestQueue = RequestQueue()
+    for name, count in zip(names, requests, strict=True):
+        share = Share(table.get(name))
+        for _ in range(count):
+            reply_to = SimpleNamespace(source=Source(share))
+            queue.put(SimpleNamespace(kind=0, work=SimpleNamespace(reply_to=reply_to)))
+    rows: Counter[str] = Counter()
+    for _ in range(600):
+        chunk = queue.take(32)
+        for request in chunk:
+            rows[request.work.reply_to.source.tenant.name] += 32 / len(chunk)
+            queue.put(request)
+    assert rows["b"] / rows["a"] == pytest.approx(weights[1] / weights[0], rel=0.05)

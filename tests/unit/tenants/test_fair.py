@@ -105,3 +105,22 @@ def test_an_idle_time_saves_up_nothing():
         queue.put(b, b, 1)
     found = served(queue, 100)
     assert abs(found[a] - found[b]) <= 2
+
+
+def test_a_client_that_comes_before_another_of_its_tenant_costs_the_tenant_nothing():
+    """The turn of the tenant was reckoned for 256 rows, and then a client with one row had it."""
+    a, b = shares(1, 1)
+    queue: FairQueue[From] = FairQueue()
+    packs, single, other = From(a), From(a), From(b)
+    for _ in range(40):
+        queue.put(packs, packs, 256)
+    for _ in range(20 * 256):
+        queue.put(other, other, 1)
+    found: Counter[From] = Counter()
+    while found.total() < 8000:
+        if not found.total() % 16:
+            queue.put(single, single, 1)
+        client, some = queue.first()
+        queue.take()
+        found[client] += some
+    assert abs(found[packs] + found[single] - found[other]) <= 600

@@ -6,8 +6,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from stepstate.budget import MemoryBudget
+from stepstate.identity import Identity, Scope
 from stepstate.transport import Backend, CallAdmission, ExpectedRows, PeerTable
 from stepstate.transport.admission import STREAM
+from stepstate.transport.authentication import Principal, current_principal
 
 if TYPE_CHECKING:
     from tests.unit.rig import Rig
@@ -33,6 +35,11 @@ class CallContext:
     def end(self) -> None:
         for callback in self._callbacks:
             callback(self)
+
+
+def be_of_tenant(name: str) -> None:
+    """The calls that this task and those it starts join from now on are a tenant's."""
+    current_principal.set(Principal(Identity("somebody", name, frozenset(Scope)), name))
 
 
 def called(rig: Rig) -> Backend:

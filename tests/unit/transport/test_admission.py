@@ -16,16 +16,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepstate.budget import MemoryBudget
-from stepstate.errors import MemoryLimit, TooManyCalls
+from stepstate.errors import MemoryLimit, TenantLimitReached, TooManyCalls
 from stepstate.metrics import Metrics
 from stepstate.metrics.counters import CALL_KINDS
 from stepstate.server import SERVICE
+from stepstate.tenants import LimitTable, TenantLimits
 from stepstate.transport import admission
 from stepstate.transport.admission import KINDS, LONG, MAX_RUNNING, SHORT, CallAdmission, CallKind
 from stepstate.transport.peers import PeerTable
 from stepstate.transport.triton.service import SERVICE as TRITON
 from stepstate.transport.triton.service import TritonService
-from tests.unit.transport.contexts import CallContext
+from tests.unit.transport.contexts import CallContext, be_of_tenant
 
 
 class Calls:
@@ -44,7 +45,7 @@ class Calls:
         context = CallContext(peer)
         try:
             self.admission.begin(context, kind, context.when_done)
-        except (TooManyCalls, MemoryLimit):
+        except (TooManyCalls, MemoryLimit, TenantLimitReached):
             context.end()
             raise
         return context
@@ -152,6 +153,38 @@ async def test_peers_take_turns():
     assert calls.order.index("small") <= before + 2  # one already had its turn
     assert Counter(calls.order) == {"greedy": 100, "small": 1}
     calls.check_empty()
+
+
+async def test_tenants_have_turns_by_weight_and_their_connections_in_turn():
+    calls = Calls()
+    calls.peers.set_limits(LimitTable(tenants={"heavy": TenantLimits(weight=2)}))
+    tasks = []
+    for tenant, connections in (("light", 5), ("heavy", 1)):
+        be_of_tenant(tenant)
+        tasks += [calls.start(f"{tenant} {n % connections}") for n in range(60)]
+    await asyncio.gather(*tasks)
+    early = Counter(calls.order[:61])  # the first had its turn before others had come
+    assert 38 <= early["heavy 0"] <= 42
+    light = [early[f"light {n}"] for n in range(5)]
+    assert max(light) - min(light) <= 1
+    calls.check_empty()
+
+
+async def test_a_tenant_has_its_limits_of_calls_over_all_connections():
+    calls = Calls()
+    calls.peers.set_limits(LimitTable(tenants={"a": TenantLimits(streams=3, calls=2)}))
+    be_of_tenant("a")
+    opened = [calls.open(f"connection {n}", CallKind.STREAM) for n in range(3)]
+    opened += [calls.open("connection", kind) for kind in (SHORT, LONG)]
+    for kind in CallKind:
+        with pytest.raises(TenantLimitReached, match=r"streams = 3|calls = 2"):
+            calls.open("another", kind)
+    be_of_tenant("b")
+    opened.append(calls.open("connection 0", CallKind.STREAM))
+    for context in opened:
+        context.end()
+    calls.check_empty()
+    assert not any(calls.peers.tenants.get("a").held.values())
 
 
 async def test_rounds_of_the_loop_pass_between_two_long_calls():

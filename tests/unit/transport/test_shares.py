@@ -8,9 +8,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from stepstate.budget import MemoryBudget
+from stepstate.tenants import LimitTable, TenantLimits, TenantTable
 from stepstate.transport.peers import Peer, PeerTable
 from stepstate.transport.shares import COST_BYTES, ROUND_COST, LoopShares, cost_of
-from tests.unit.transport.contexts import CallContext
+from tests.unit.transport.contexts import CallContext, be_of_tenant
 
 
 def joined(count: int) -> tuple[LoopShares, list[Peer]]:
@@ -60,6 +61,29 @@ async def test_a_flood_leaves_each_round_to_the_others(others: int) -> None:
     assert max(Counter(flood).values()) <= share
     assert max(map(max, rest)) <= 8  # while the flood takes a thousand rounds, or its share of it
     assert max(flood) >= 1000 // share
+
+
+async def test_tenants_share_each_round_by_weight_however_many_connections_they_have() -> None:
+    limits = LimitTable(tenants={"light": TenantLimits(), "heavy": TenantLimits(weight=3)})
+    budget = MemoryBudget(2**30)
+    table = PeerTable(budget, budget, tenants=TenantTable(limits))
+    peers = []
+    for tenant, count in (("light", 10), ("heavy", 1)):
+        be_of_tenant(tenant)
+        peers += [table.join(CallContext(f"{tenant} {n}")) for n in range(count)]
+    shares, left = LoopShares(table), Counter[str]()
+
+    async def flood(peer: Peer) -> None:
+        while left.total() < 4000:
+            turn = shares.take(peer, 1)
+            if turn is not None:
+                await turn
+            left[peer.name] += left.total() < 4000
+
+    await asyncio.gather(*(flood(peer) for peer in peers for _ in range(50)))
+    light = [left[f"light {n}"] for n in range(10)]
+    assert 2.5 <= left["heavy 0"] / sum(light) <= 3.5
+    assert max(light) - min(light) <= 60  # and connections of one tenant share in turn
 
 
 async def test_a_long_message_is_handled_at_once_and_paid_back() -> None:

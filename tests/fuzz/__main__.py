@@ -9,6 +9,7 @@ kept in build/fuzz/TARGET/corpus, and is where its next run begins.
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 import subprocess
 import sys
@@ -61,6 +62,7 @@ def fuzz(seconds: str, name: str, inputs: list[str]) -> None:
         (seeds / str(place)).write_bytes(seed)
     options = [f"-max_total_time={seconds}", "-max_len=4096", f"-artifact_prefix={folder}/"]
     options += [f"-timeout={UNIT_SECONDS}", f"-rss_limit_mb={RSS_MIB}"]
+    logging.getLogger("stepstate").setLevel(logging.CRITICAL)  # a line for each input takes time
     arguments = [sys.argv[0], *options, *(inputs or [str(corpus), str(seeds)])]
     atheris.Setup(arguments, target.run)
     atheris.Fuzz()

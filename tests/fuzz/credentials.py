@@ -6,7 +6,6 @@ import asyncio
 import base64
 import itertools
 import json
-import logging
 import tempfile
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -35,7 +34,6 @@ from stepstate.identity import Scope
 from tests.credentials import AUDIENCE, ISSUER, Provider, token
 from tests.fuzz.target import Target
 
-logging.getLogger("stepstate").setLevel(logging.CRITICAL)
 FOLDER = Path(tempfile.mkdtemp(prefix="stepstate-fuzz-"))
 LOOP = asyncio.new_event_loop()
 CLIENTS = itertools.count()

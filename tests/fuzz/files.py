@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import tempfile
 import zlib
 from contextlib import suppress
@@ -25,7 +24,6 @@ from stepstate.transport.signatures import SnapshotKeys, read_keys
 from tests.fuzz.target import Target
 from tests.networks import make_network
 
-logging.getLogger("stepstate").setLevel(logging.CRITICAL)
 FOLDER = Path(tempfile.mkdtemp(prefix="stepstate-fuzz-"))
 MODEL = make_network("m", hidden=2, layers=1).write(FOLDER / "models")
 MANIFEST, WEIGHTS = MODEL / "manifest.json", MODEL / "model.safetensors"

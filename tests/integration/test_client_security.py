@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -91,6 +92,20 @@ async def test_an_authority_that_is_not_trusted_is_told(connect: Connect, with_t
         for tls, scheme in ((Tls(stranger.file), ""), (None, "grpcs://")):
             said = await why(connect, server, tls, scheme)
             assert "of an authority that this client does not trust: give the file" in said
+
+
+async def test_a_command_says_it_in_one_line(with_tls: ServerConfig):
+    async with running_server(with_tls) as server:
+        command = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "stepstate.cli", "sessions", "list"),
+            *("--server", f"grpcs://{server.address}"),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        _, said = await command.communicate()
+    assert command.returncode == 1
+    lines = said.decode().splitlines()
+    assert len(lines) == 1
+    assert "this client does not trust" in lines[0]
 
 
 async def test_a_certificate_for_another_name_is_told(connect: Connect, with_tls, authority):

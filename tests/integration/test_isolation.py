@@ -10,7 +10,7 @@ import itertools
 import random
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,6 +34,7 @@ from tests.integration import requests_of
 from tests.integration.requests_of import METHODS, MODEL, ROWS, Case, Names, Outcome, Own, X
 from tests.integration.triton import infer
 from tests.integration.wire import HANG
+from tests.redis_process import redis_process
 from tests.tenants import SaidTenants, as_tenant
 
 OWNER, OTHER = "acme", "initech"
@@ -84,6 +85,8 @@ class House:
         self, tenant: str, session_id: str, durability: pb.Durability = pb.DURABILITY_SYNC
     ) -> SessionKey:
         """Opens a session and steps it."""
+        if not self.server.sessions.store.backend.durable:
+            durability = pb.DURABILITY_NONE
         await self.done(
             tenant, pb.OpenSessionRequest(session_id=session_id, model=MODEL, durability=durability)
         )
@@ -140,10 +143,19 @@ class House:
 
 
 @pytest.fixture
-async def house(config: ServerConfig, tmp_path: Path) -> AsyncIterator[House]:
-    quiet = replace(
-        config, store=f"sqlite:{tmp_path / 'two.db'}", snapshot_interval=3600.0, store_fsync=False
-    )
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The URL of the store: of a file, or of what a test asks for."""
+    kind = getattr(request, "param", f"sqlite:{tmp_path / 'two.db'}")
+    if kind != "redis:":
+        yield kind
+        return
+    with redis_process(tmp_path) as redis:
+        yield redis.url
+
+
+@pytest.fixture
+async def house(config: ServerConfig, store: str, tmp_path: Path) -> AsyncIterator[House]:
+    quiet = replace(config, store=store, snapshot_interval=3600.0, store_fsync=False)
     async with (
         running_server(quiet, authenticator=SaidTenants(), access=RESTRICTED) as server,
         grpc.aio.insecure_channel(server.address) as channel,
@@ -280,6 +292,20 @@ async def test_another_tenants_session_is_answered_as_one_that_never_was(house: 
         changed = {free: taken, another: own}
         assert told == _renamed(expected, changed), f"{case} tells that {taken} is {state}"
         assert await house.seen(key) == before, f"{case} changes one that is {state}"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("store", ["memory:", "redis:"], indirect=True)
+@pytest.mark.parametrize("state", ["resident", "waited_for", "expired", "closed"])
+async def test_it_is_the_same_on_other_stores(house: House, state: str):
+    await test_another_tenants_session_is_answered_as_one_that_never_was(house, state)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("store", ["redis:"], indirect=True)
+@pytest.mark.parametrize("state", ["spilled", "lost", "on_another_server"])
+async def test_it_is_the_same_on_a_store_of_several_servers(house: House, state: str):
+    await test_another_tenants_session_is_answered_as_one_that_never_was(house, state)
 
 
 MODEL_CASES = requests_of.cases(Names.MODEL)

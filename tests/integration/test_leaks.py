@@ -124,8 +124,6 @@ def start(scene: Scene, model_root: Path, transport: str) -> subprocess.Popen[st
         "store": f"redis://127.0.0.1:{scene.redis.port}/1",
         "tls_cert": str(scene.certificate.file),
         "tls_key": str(folder / "key.pem"),
-        "tls_client_ca": str(scene.authority.file),
-        "tls_client_auth": "optional",
         "tokens_file": str(folder / "tokens.json"),
         "jwt_issuer": ISSUER,
         "jwt_audience": AUDIENCE,
@@ -134,6 +132,8 @@ def start(scene: Scene, model_root: Path, transport: str) -> subprocess.Popen[st
         "audit_log": str(folder / "audit"),
         "log_level": "DEBUG",
     }
+    if transport == "lean":  # grpcio can't ask for a certificate and do without
+        settings |= {"tls_client_ca": str(scene.authority.file), "tls_client_auth": "optional"}
     for name in ("snapshot-keys", "key.pem"):
         (folder / name).chmod(0o600)
     text += [f"{name} = {json.dumps(value)}" for name, value in settings.items()]

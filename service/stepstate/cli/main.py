@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import importlib
+import os
 import sys
 from contextlib import suppress
 
@@ -11,6 +12,10 @@ import click
 
 from stepstate import __version__
 from stepstate.cli.common import INTERRUPTED
+
+# Commands say in words what is wrong; gRPC, which reads this when it is imported, would log each
+# failed handshake.
+os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 COMMANDS = {
     "serve": ("stepstate.cli.serve:serve_command", "Serves the models of a folder."),

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -180,7 +181,11 @@ class AuditFile:
 
     def _open(self) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-        return os.open(self._path, flags, 0o600)
+        fd = os.open(self._path, flags, 0o600)
+        if os.fstat(fd).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+            extra = {"file": str(self._path)}
+            log.warning("others can read the audit log: chmod 600", extra=extra)
+        return fd
 
     def _moved(self) -> bool:
         """Whether the path leads to another file than the open one, or to none."""

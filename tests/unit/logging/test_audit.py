@@ -70,6 +70,16 @@ def test_only_its_owner_may_read_it(file: Path):
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
+def test_a_file_that_others_may_read_is_warned_of(file: Path, caplog: pytest.LogCaptureFixture):
+    for mode in (0o600, 0o640):
+        file.touch()
+        file.chmod(mode)
+        AuditFile(str(file)).close()
+    assert [record.message for record in caplog.records] == [
+        "others can read the audit log: chmod 600"
+    ]
+
+
 def test_it_is_continued_after_a_restart(file: Path):
     for name in "ab":
         with audit_lines(str(file)):

@@ -91,12 +91,15 @@ class ExpectedRows:
         # By the tenant and the first bytes of a request, which are the id.
         self._by_name: dict[tuple[str, bytes], ExpectedRow] = {}
 
-    def take(self, tenant: str, request: bytes, reply_to: RowReplyTo) -> bool:
-        """Hands over the row of a request that was expected; False: it goes the ordinary way."""
+    def of(self, tenant: str) -> StreamRows:
+        """Those of a stream of a tenant."""
+        return StreamRows(self, tenant)
+
+    def find(self, tenant: str, request: bytes) -> ExpectedRow | None:
+        """The next row of the session that a request names first."""
         if len(request) < 2:
-            return False
-        expected = self._by_name.get((tenant, request[: 2 + request[1]]))
-        return expected is not None and expected.take(request, reply_to)
+            return None
+        return self._by_name.get((tenant, request[: 2 + request[1]]))
 
     def expect(self, session: ResidentSession, ref: SessionRef | None, t: int) -> None:
         """Expects row t of a session next; without a reference, or a fast path, it does nothing."""
@@ -114,3 +117,31 @@ class ExpectedRows:
             self._by_name.clear()
         codec = RowCodec(session.session_id, manifest.input_width, manifest.output_width)
         self._by_name[key] = ExpectedRow(session, ref, codec, t)
+
+
+class StreamRows:
+    """The next rows of the sessions that one stream may name.
+
+    Most streams are of one session: a request is compared with the row after the last one first.
+
+    Args:
+        rows: of all streams.
+        tenant: whose stream it is.
+    """
+
+    __slots__ = ("_last", "_rows", "_tenant", "expect")
+
+    def __init__(self, rows: ExpectedRows, tenant: str) -> None:
+        self._rows = rows
+        self._tenant = tenant
+        self._last: ExpectedRow | None = None
+        self.expect = rows.expect
+        """See `ExpectedRows.expect`."""
+
+    def take(self, request: bytes, reply_to: RowReplyTo) -> bool:
+        """Hands over the row of a request that was expected; False: it goes the ordinary way."""
+        last = self._last
+        if last is not None and last.take(request, reply_to):
+            return True
+        self._last = expected = self._rows.find(self._tenant, request)
+        return expected is not None and expected is not last and expected.take(request, reply_to)

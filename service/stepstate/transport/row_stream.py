@@ -8,7 +8,8 @@ is encoded, is up to the subclasses.
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import Generic, Protocol, TypeVar
+from collections.abc import Callable
+from typing import Generic
 
 from stepstate.budget import MemoryUse
 from stepstate.errors import StepstateError
@@ -16,31 +17,17 @@ from stepstate.sessions import ResidentSession, RowReplyTo, SingleRow, Step
 from stepstate.transport.bidi import MAX_UNANSWERED, STEP_BYTES, A, Backend, BidiStream, Q, W
 from stepstate.transport.interceptor import MessageChannel
 
-
-class ExpectedRequests(Protocol):
-    """The requests that may come next."""
-
-    def take(self, tenant: str, request: bytes, reply_to: RowReplyTo) -> bool:
-        """Hands the row of an expected request over; False: it has to go the ordinary way.
-
-        Args:
-            tenant: whose request it is.
-            request: as it came.
-            reply_to: its stream.
-        """
-        ...
+TakeRow = Callable[[bytes, RowReplyTo], bool]
+"""Hands the row of a request over, if it was expected; False: it has to go the ordinary way."""
 
 
-E = TypeVar("E", bound=ExpectedRequests)
-
-
-class RowStream(BidiStream[Q, A, Step, W], Generic[Q, A, W, E]):
+class RowStream(BidiStream[Q, A, Step, W], Generic[Q, A, W]):
     """One call: a `RowReplyTo` for its rows. Requests Q, replies A; W: a request that waits.
 
     Args:
         backend: serves the requests.
         messages: the two directions of the call.
-        expected: of the API.
+        take: knows what is expected.
         patience_seconds: see `BidiStream`.
     """
 
@@ -48,13 +35,12 @@ class RowStream(BidiStream[Q, A, Step, W], Generic[Q, A, W, E]):
         self,
         backend: Backend,
         messages: MessageChannel,
-        expected: E,
+        take: TakeRow,
         *,
         patience_seconds: float = 0.0,
     ) -> None:
         super().__init__(backend, messages, patience_seconds=patience_seconds)
-        self._expected = expected
-        self._tenant = self._principal.tenant
+        self._take_row = take
 
     @abstractmethod
     def _make_step(self, request: Q, session: ResidentSession) -> Step:
@@ -75,7 +61,7 @@ class RowStream(BidiStream[Q, A, Step, W], Generic[Q, A, W, E]):
     def received(self, payload: bytes) -> None:
         """See `MessageSink`: takes a row that was expected, or whatever else it is."""
         fast = not self._paused and self._memory.fits(STEP_BYTES)
-        if fast and self._expected.take(self._tenant, payload, self):
+        if fast and self._take_row(payload, self):
             self._messages.counts.received += 1
             self._unanswered += 1
             if self._held_bytes or self._unanswered >= MAX_UNANSWERED:

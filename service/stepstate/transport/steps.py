@@ -20,9 +20,9 @@ from stepstate.identity import SessionKey
 from stepstate.models import Manifest, Model
 from stepstate.sessions import ID_LENGTH, Hold, ReplyTo, ResidentSession, SingleRow, Step
 from stepstate.stores import MissingPolicy
+from stepstate.transport.authentication import current_principal
 from stepstate.transport.bidi import STEP_BYTES, Backend
 from stepstate.transport.convert import REPLY_BYTES
-from stepstate.transport.expected_rows import ExpectedRows
 from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.peers import current_peer
 from stepstate.transport.row_codec import saved
@@ -44,11 +44,12 @@ _Y = pb.StepResponse.Y_FIELD_NUMBER
 _LAYER_FIELDS = {field.name: field.number for field in pb.LayerTrace.DESCRIPTOR.fields}
 
 
-class StepStream(RowStream[pb.StepRequest, pb.StepResponse, pb.StepRequest, ExpectedRows]):
+class StepStream(RowStream[pb.StepRequest, pb.StepResponse, pb.StepRequest]):
     """One StreamSteps call: a `ReplyTo` for all its steps; see `BidiStream` for its arguments."""
 
     def __init__(self, backend: Backend, messages: MessageChannel) -> None:
-        super().__init__(backend, messages, backend.expected)
+        self._expected = backend.expected.of(current_principal.get().tenant)
+        super().__init__(backend, messages, self._expected.take)
 
     def _make_step(self, request: pb.StepRequest, session: ResidentSession) -> Step:
         return decode_step(request, session, self)

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import logging
 import secrets
+from functools import partial
 
 from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.budget import MemoryUse
 from stepstate.errors import Internal, MemoryLimit, NotFound, QueueFull, StepstateError
 from stepstate.sessions import Hold, ResidentSession, SingleRow, Source, Step
+from stepstate.transport.authentication import current_principal
 from stepstate.transport.bidi import Backend
 from stepstate.transport.interceptor import SENT, MessageChannel
 from stepstate.transport.row_stream import RowStream
@@ -29,9 +31,7 @@ MAX_TEXT = 1024
 _NO_HEAD = RequestHead("", "", "", final=False)
 
 
-class InferStream(
-    RowStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, InferCall, ExpectedInfers]
-):
+class InferStream(RowStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, InferCall]):
     """A call that may carry any number of sequences.
 
     Args:
@@ -48,7 +48,10 @@ class InferStream(
         sequences: SequenceService,
         expected: ExpectedInfers,
     ) -> None:
-        super().__init__(backend, messages, expected, patience_seconds=MAX_WAIT_SECONDS)
+        self._tenant = tenant = current_principal.get().tenant
+        take = partial(expected.take, tenant)
+        super().__init__(backend, messages, take, patience_seconds=MAX_WAIT_SECONDS)
+        self._expected = expected
         self._sequences = sequences
         self._bytes = b""  # of the request that is being taken
 

@@ -23,7 +23,7 @@ from stepstate.budget import CallMemory, MemoryUse, call_memory
 from stepstate.errors import TooManyCalls
 from stepstate.metrics import Metrics
 from stepstate.transport.peers import Peer, PeerGroup, PeerTable, current_peer
-from stepstate.transport.shares import LoopShares
+from stepstate.transport.shares import CALL_COST, LoopShares
 
 if TYPE_CHECKING:
     from stepstate.transport.peers import Context
@@ -84,6 +84,8 @@ MAX_OPEN = {SHORT: 32_768, LONG: 4_096, STREAM: 131_072}
 """Of all peers; one alone may have half: a connection with one stream for each session."""
 MAX_RUNNING = 16
 """The store answers one after the other: so many of the longest pages delay a save by 0.1 s."""
+MAX_REFUSALS = 256
+"""Of a group, that wait: nothing else bounds what these take."""
 ROUNDS_BETWEEN = 4
 """Rounds of the event loop, as between two chunks of long requests (see `engine.engine`)."""
 CALL_BYTES = 32 * 2**10
@@ -131,6 +133,7 @@ class CallAdmission:
             TooManyCalls, MemoryLimit, TenantLimitReached: it is refused.
         """
         peer = self._peers.join(context)
+        current_peer.set(peer)
         memory = CallMemory(peer.memory)
         tenant, limit = peer.source.tenant, "streams" if kind is STREAM else "calls"
         counted = 0
@@ -152,8 +155,21 @@ class CallAdmission:
         tenant.hold(limit)
         counted = 1
         self._count(peer, kind, counted)
-        current_peer.set(peer)
         call_memory.set(memory)
+
+    async def pay_refusal(self) -> None:
+        """Has a refused call wait for its share of the event loop, as one that is served does.
+
+        Otherwise whoever asks again at once would be refused as fast as it asks.
+        """
+        peer = current_peer.get(None)
+        if peer is None or peer.group.refusals >= MAX_REFUSALS:
+            return
+        peer.group.refusals += 1
+        try:
+            await self.shares.pause(peer, CALL_COST)
+        finally:
+            peer.group.refusals -= 1
 
     def _count(self, peer: Peer, kind: CallKind, more: int) -> None:
         peer.group.open[kind] += more

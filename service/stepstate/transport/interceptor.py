@@ -279,7 +279,11 @@ class _Rpc:
         except AUTH_ERRORS as error:
             self._metrics.auth_failures[error.cause] += 1
             raise
-        self._admission.begin(context, self._kind, _when_done)
+        try:
+            self._admission.begin(context, self._kind, _when_done)
+        except StepstateError:
+            await self._admission.pay_refusal()
+            raise
 
     async def only_request(self, context: Context) -> Any:
         """The request of an RPC that has one.

@@ -45,7 +45,8 @@ class PeerGroup:
     """
 
     __slots__ = (
-        "calls", "credit", "due", "key", "memory", "open", "running", "share", "turns", "weight",
+        "calls", "credit", "due", "key", "memory", "open", "refusals", "running", "share", "turns",
+        "weight",
     )  # fmt: skip
 
     def __init__(self, key: Key, tenant: Tenant, memory: MemoryAccount) -> None:
@@ -58,6 +59,8 @@ class PeerGroup:
         """RPCs that have not ended."""
         self.open: Counter[str] = Counter()
         """The same, by kind."""
+        self.refusals = 0
+        """Refused calls that wait until they are answered; see `admission`."""
         self.running = 0
         """Long calls of it that have their turn."""
         self.due = 0.0

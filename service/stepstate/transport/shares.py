@@ -56,9 +56,9 @@ class LoopShares:
             asyncio.get_running_loop().call_soon(self._tick)
         return turn
 
-    async def pause(self, peer: Peer) -> None:
+    async def pause(self, peer: Peer, cost: int = ROUND_COST) -> None:
         """Lets others have their share in the midst of long work: about a round's until now."""
-        turn = self.take(peer, ROUND_COST)
+        turn = self.take(peer, cost)
         await (asyncio.sleep(0) if turn is None else turn)
 
     def _tick(self) -> None:

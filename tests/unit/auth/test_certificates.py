@@ -103,7 +103,7 @@ def test_an_identity_has_the_name_of_its_rule_or_of_its_certificate():
     assert by_uri.expires_at == pytest.approx(datetime.now(UTC).timestamp() + 86_400, abs=60)
 
 
-@pytest.mark.parametrize("data", [b"", b"x", certificate()[:100]])
+@pytest.mark.parametrize("data", [b"", b"x", certificate()[:100]], ids=["empty", "other", "cut"])
 def test_what_is_no_certificate_has_no_identity(data: bytes):
     assert tenant_of(data, "CN:*") is None
 

@@ -1,6 +1,6 @@
 # The server of Stepstate, with the models of models/. `docker compose up` starts it with TLS, a
 # token, Prometheus and Grafana. Alone, without either, and with its port on loopback:
-# `docker run --rm -p 127.0.0.1:50051:50051 -e STEPSTATE_INSECURE=true stepstate`.
+# `docker run --rm -p 127.0.0.1:50051:50051 -e STEPSTATE_INSECURE=true -v stepstate:/var/lib/stepstate stepstate`.
 ARG PYTHON_IMAGE=python:3.11-slim
 
 FROM ${PYTHON_IMAGE} AS build

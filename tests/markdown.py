@@ -46,7 +46,7 @@ def run_shell(line: str, address: str, folder: Path) -> subprocess.CompletedProc
 
 def _run(command: list[str], address: str, folder: Path) -> subprocess.CompletedProcess[str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "STEPSTATE_SERVER": address}
+    environment = os.environ | {"PATH": path, "STEPSTATE_TARGET": address}
     return subprocess.run(
         command,
         capture_output=True,

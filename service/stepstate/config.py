@@ -91,7 +91,7 @@ class ServerConfig:
     )
     tls_cert: str = _setting(
         "",
-        "PEM file with the server's certificate, then those between it and its authority. gRPC and "
+        "PEM file with the server's certificate, followed by intermediate certificates. gRPC and "
         "the metrics port speak TLS then. It is read again when it changes.",
         "Loopback needs no TLS.",
     )
@@ -103,7 +103,7 @@ class ServerConfig:
     )
     tls_client_ca: str = _setting(
         "",
-        "PEM file with the authorities that sign the certificates of clients.",
+        "PEM file with the CA certificates that sign the certificates of clients.",
         "Clients may prove who they are in other ways.",
     )
     tls_client_auth: str = _setting(
@@ -159,8 +159,7 @@ class ServerConfig:
     )
     store_ca_file: str = _setting(
         "",
-        "PEM file with the authorities of Redis's certificate, for rediss://. Empty: those of the "
-        "system.",
+        "PEM file with the CA certificates for Redis, for rediss://. Empty: those of the system.",
         "A Redis of a cloud provider often has a certificate of a public authority.",
     )
     store_fsync: bool = _setting(

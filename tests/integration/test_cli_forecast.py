@@ -182,7 +182,7 @@ def on_terminal(command: list[str], variables: dict[str, str]) -> tuple[int, str
 @pytest.mark.parametrize(("option", "drawn"), [((), True), (("--no-plot",), False)])
 def test_on_a_terminal_a_plot_is_drawn(address: str, option: tuple[str, ...], *, drawn: bool):
     command = [sys.executable, "-m", "stepstate.cli", "forecast", "sensor", "--horizon", "3"]
-    variables = os.environ | {"STEPSTATE_SERVER": address, "COLUMNS": "80", "TERM": "xterm"}
+    variables = os.environ | {"STEPSTATE_TARGET": address, "COLUMNS": "80", "TERM": "xterm"}
     status, text = on_terminal([*command, *option], variables)
     assert status == 0
     assert "level [m] from t=60" in text

@@ -76,14 +76,19 @@ _TARGET = click.option(
     "--target",
     "target",
     default="127.0.0.1:50051",
-    envvar=["STEPSTATE_SERVER", "STEPSTATE_TARGET"],
+    envvar="STEPSTATE_TARGET",
     show_envvar=True,
     show_default=True,
     help="The server's host:port; grpcs://host:port with TLS.",
 )
 _SERVER = (
     _TARGET,
-    option("--ca-file", "", str, "PEM file with the authorities of the server's certificate."),
+    option(
+        "--ca-file",
+        "",
+        str,
+        "PEM file with the CA certificates that have signed the server's.",
+    ),
     option("--cert-file", "", str, "PEM file with a certificate of yours."),
     option("--key-file", "", str, "PEM file with its key."),
     option("--token-file", "", str, "File with your token."),

@@ -47,7 +47,7 @@ def check_command(file: str, **settings: Any) -> None:
         click.echo(problem, err=True)
     if found:
         raise click.ClickException(f"{len(found)} to put right")
-    click.echo("a server can start with these settings")
+    click.echo("nothing found that would stop a server; its store and addresses were not tried")
 
 
 def _loaded(load: Load) -> Configuration:

@@ -11,6 +11,7 @@ from stepstate.auth import KeyFile, KeyRing, TokenFile
 from stepstate.config import ServerConfig
 from stepstate.configuration.effective import Configuration
 from stepstate.configuration.exposure import check_exposure
+from stepstate.engine import Runtime, check_accelerator, check_runtime
 from stepstate.errors import AuditLogError, StartError
 from stepstate.models import ModelAccess, check_access, load_catalog
 from stepstate.stores import read_password
@@ -67,6 +68,9 @@ def _of_reload(configuration: Configuration) -> Iterator[Check]:
 
 
 def _of_start(config: ServerConfig) -> Iterator[Check]:
+    if config.device != "cpu":
+        yield lambda: check_accelerator(config.device)
+    yield lambda: check_runtime(Runtime(config.engine))
     yield lambda: load_catalog(config.models, skip_invalid=config.skip_invalid_models)
     yield lambda: read_keys(config.snapshot_key)
     if config.store_password_file:

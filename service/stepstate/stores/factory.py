@@ -16,7 +16,8 @@ REDIS = tuple(
 )
 KINDS = (
     "sqlite:PATH, redis://HOST:PORT/DB, redis+cluster://HOST:PORT, "
-    "redis+sentinel://HOST:PORT/SERVICE, each with TLS as rediss, or memory:"
+    "redis+sentinel://HOST:PORT/SERVICE, rediss, rediss+cluster and rediss+sentinel with TLS, or "
+    "memory:"
 )
 
 

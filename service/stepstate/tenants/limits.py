@@ -25,8 +25,8 @@ class RateLimits:
     rows_per_second: float | None = None
     """Rows to apply, by whatever call; those of `advance` and of retries count too."""
     rows_burst: float | None = None
-    """Rows that may come at once after a time without any; None: those of one second. A request
-    with more needs all of them, and those after it wait until its rows are made up for."""
+    """Rows that may come at once after a pause; None: those of one second. A request is served
+    whole once one row is left, and those after it wait until its rows are made up for."""
     forecasts_per_second: float | None = None
     """Forecasts to make: one for each session and scenario of a call."""
     forecasts_burst: float | None = None

@@ -2,8 +2,8 @@
 
 A call is one line at most: when it ends, or, of a stream that lasts, when it begins. What it does
 to a session is the event (`EVENTS`); any other call of an admin on the sessions of another tenant
-is an `ADMIN_ACT`. Steps, reads and forecasts of a tenant's own are not on record. Beside, each
-sequence of Triton's that a request starts or ends is one.
+is an `ADMIN_ACT`. Steps, reads and forecasts of a tenant's own are not on record. Each Triton
+sequence that a request starts or ends is a line, too.
 
 A call that was cancelled may have been carried out: what has begun in the store is finished.
 """

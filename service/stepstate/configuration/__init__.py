@@ -11,6 +11,7 @@ from stepstate.configuration.effective import (
     Load,
     SettingOrigin,
     as_toml,
+    has_identities,
     resolve,
 )
 from stepstate.configuration.exposure import check_exposure
@@ -24,6 +25,7 @@ __all__ = [
     "SettingOrigin",
     "as_toml",
     "check_exposure",
+    "has_identities",
     "parse",
     "read_file",
     "resolve",

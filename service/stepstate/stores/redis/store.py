@@ -112,7 +112,7 @@ class RedisStore(SessionStore):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-        most_of_tenant: int | None = None,
+        max_open_sessions: int | None = None,
     ) -> int | StoredSession | UnreadableSession | TenantFull:
         await self._start()
         fixed = (record.key, record.model_key, record.fingerprint, record.to_json())
@@ -121,7 +121,7 @@ class RedisStore(SessionStore):
         where = self._keys(record.key)
         reply = await self._tenants.open(
             record.tenant,
-            most_of_tenant,
+            max_open_sessions,
             lambda limit: Command(scripts.CREATE, where, (*arguments, *limit)),
         )
         if isinstance(reply, TenantFull):
@@ -164,14 +164,14 @@ class RedisStore(SessionStore):
         epoch: int,
         *,
         expires_at: float,
-        most_of_tenant: int | None = None,
+        max_open_sessions: int | None = None,
     ) -> bool | TenantFull:
         of = self._keys(key)
         where = (of.session, of.due, of.counts, of.expired, of.listing)
         arguments = (epoch, micros(expires_at), *self._mark())
         reply = await self._tenants.open(
             split_key(key)[0],
-            most_of_tenant,
+            max_open_sessions,
             lambda limit: Command(scripts.RESTORE, where, (*arguments, *limit)),
         )
         return reply if isinstance(reply, TenantFull) else bool(reply[0])

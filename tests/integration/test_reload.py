@@ -27,7 +27,7 @@ from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
 from stepstate.configuration import (
     Configuration,
-    Given,
+    GivenValue,
     SettingOrigin,
     read_file,
     reload,
@@ -68,7 +68,7 @@ async def reloading(config: ServerConfig, file: Path, text: str = "") -> AsyncIt
     """A server that runs with a file; models, store and transport are its options."""
     await asyncio.to_thread(file.write_text, f"{ADDRESSES}{text}")
     names = ("models", "store", "transport")
-    given = {name: Given(getattr(config, name), SettingOrigin.OPTION) for name in names}
+    given = {name: GivenValue(getattr(config, name), SettingOrigin.OPTION) for name in names}
 
     def load() -> Configuration:
         return resolve(given, read_file(str(file)))

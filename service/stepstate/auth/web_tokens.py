@@ -84,7 +84,7 @@ class WebTokens:
         key_id = _key_id(text)
         key = self.keys.find(key_id)
         if key is None:
-            await self.keys.ask()
+            await self.keys.fetch_for_unknown()
             key = self.keys.find(key_id)
         if key is None:
             raise Unauthenticated("no key of the issuer has this JWT's `kid`", "unknown_key")

@@ -7,7 +7,7 @@ Rule 3: no secret is on a command line, in the file, or in what is shown.
 
 from stepstate.configuration.effective import (
     Configuration,
-    Given,
+    GivenValue,
     Load,
     SettingOrigin,
     as_toml,
@@ -20,7 +20,7 @@ from stepstate.configuration.file import FileSettings, parse, read_file
 __all__ = [
     "Configuration",
     "FileSettings",
-    "Given",
+    "GivenValue",
     "Load",
     "SettingOrigin",
     "as_toml",

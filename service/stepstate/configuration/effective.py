@@ -34,7 +34,7 @@ class SettingOrigin(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class GivenValue:
     """What an option or a variable says."""
 
     value: Value
@@ -71,7 +71,7 @@ Load = Callable[[], Configuration]
 """Reads the file again, and makes the configuration of it and of the same options and variables."""
 
 
-def resolve(given: Mapping[str, Given], file: FileSettings) -> Configuration:
+def resolve(given: Mapping[str, GivenValue], file: FileSettings) -> Configuration:
     """The configuration by options and variables, a file, and defaults, in this order.
 
     Raises:

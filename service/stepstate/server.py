@@ -94,12 +94,12 @@ AGE_GRACE_SECONDS = 60.0
 """For the calls of a connection that has reached its age. Streams end by themselves at no time."""
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
-
 LAG_SECONDS = 0.05
 """Between two measurements of how late the event loop is."""
 STORE_CHECK_SECONDS = 1.0
 """Between two checks of the store; the next one waits for the answer to the last."""
 TICK_SECONDS = 1.0
+"""Between two looks at what changes by itself: uptime, idle tenants, the health of the store."""
 CREDENTIALS_CHECK_SECONDS = 1.0
 """Between two looks whether files of credentials have changed, and whether those of open streams
 still hold."""

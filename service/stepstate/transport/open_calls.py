@@ -17,7 +17,7 @@ from typing import Any
 
 from stepstate.errors import StepstateError
 from stepstate.h2grpc import Call
-from stepstate.identity import ANONYMOUS, Identity
+from stepstate.identity import Identity
 from stepstate.transport.authentication import current_principal
 
 GRACE_SECONDS = 2.0
@@ -72,7 +72,7 @@ class OpenCalls:
 
         async def until_ended(context: Any) -> Any:
             identity = current_principal.get().identity
-            if identity is ANONYMOUS:
+            if not identity.credential:
                 return await serve(context)
             scope = asyncio.timeout(None)
             call = OpenCall(scope)

@@ -14,7 +14,7 @@ from typing import Protocol
 from stepstate.config import ConfigError, ServerConfig
 from stepstate.configuration.checks import problems_of_reload
 from stepstate.configuration.effective import Configuration, Load
-from stepstate.logging.audit import Act, AuditEvent, audit
+from stepstate.logging.audit import AuditEvent, AuditRecord, audit
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class ConfigurationReloader:
         self._retry_at = time.monotonic() + RETRY_SECONDS if problems else math.inf
         if problems:
             self._observer.reloaded("refused")
-            audit(Act(event=AuditEvent.CONFIGURATION_RELOADED, result="INVALID_ARGUMENT"))
+            audit(AuditRecord(event=AuditEvent.CONFIGURATION_RELOADED, result="INVALID_ARGUMENT"))
             log.error(
                 "the configuration is not reloaded: the one before stays in use",
                 extra={"problems": "; ".join(problems)},
@@ -107,7 +107,7 @@ class ConfigurationReloader:
             return False
         await self._apply(found)
         self._observer.reloaded("applied")
-        audit(Act(event=AuditEvent.CONFIGURATION_RELOADED, detail=str(self._file)))
+        audit(AuditRecord(event=AuditEvent.CONFIGURATION_RELOADED, detail=str(self._file)))
         log.info("the configuration is reloaded", extra={"file": str(self._file)})
         waiting = needs_restart(self._started, found)
         if waiting:

@@ -1,8 +1,8 @@
 """The audit log: who did what to whose sessions, as JSON lines in a file of their own.
 
 Rule 1: each act is one line. Only acts that were refused, and would fill the disk if somebody
-repeats them, are limited: `LINES_PER_SECOND` for each reason and tenant, and a line says how many
-were left out.
+repeats them, are limited: `LINES_PER_SECOND` for each event, reason and tenant, and a line says how
+many were left out.
 Rule 2: nobody waits for it. Lines go through a queue to a thread, as those of the log do. What the
 disk does not take in time is dropped, counted in `AUDIT_DROPPED`, and said in a line.
 Rule 3: no line has a credential or anything of a session but its names.
@@ -64,7 +64,7 @@ class AuditEvent(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Act:
+class AuditRecord:
     """One line. What does not apply is None."""
 
     event: AuditEvent
@@ -92,14 +92,14 @@ class Act:
     detail: str | None = None
 
 
-_SAID = tuple(field.name for field in fields(Act) if field.name != "event")
+_FIELDS = tuple(field.name for field in fields(AuditRecord) if field.name != "event")
 
 
-def audit(act: Act) -> None:
-    """Puts an act on record, if there is a record."""
+def audit(record: AuditRecord) -> None:
+    """Writes a record, if there is an audit log."""
     if not audit_logger.disabled:
-        said = {name: getattr(act, name) for name in _SAID}
-        audit_logger.info(act.event, extra=said)
+        values = {name: getattr(record, name) for name in _FIELDS}
+        audit_logger.info(record.event, extra=values)
 
 
 @contextmanager
@@ -199,5 +199,5 @@ class AuditFile:
 
 def _limited_place(record: logging.LogRecord) -> Place | None:
     """Acts that failed count together by event, reason and tenant; others are not limited."""
-    said = vars(record)
-    return None if said["result"] == OK else (record.msg, said["reason"], said["tenant"])
+    values = vars(record)
+    return None if values["result"] == OK else (record.msg, values["reason"], values["tenant"])

@@ -16,15 +16,15 @@ import pytest
 
 from stepstate.logging import AUDIT_DROPPED, LINES_PER_SECOND, audit_lines
 from stepstate.logging import audit as module
-from stepstate.logging.audit import Act, AuditEvent, AuditFile, audit
+from stepstate.logging.audit import AuditEvent, AuditFile, AuditRecord, audit
 
 
-def opened(session: str, **said: str) -> Act:
-    return Act(event=AuditEvent.SESSION_OPENED, tenant="acme", session=session, **said)
+def opened(session: str, **said: str) -> AuditRecord:
+    return AuditRecord(event=AuditEvent.SESSION_OPENED, tenant="acme", session=session, **said)
 
 
-def refused(reason: str) -> Act:
-    return Act(event=AuditEvent.CREDENTIAL_REFUSED, result="UNAUTHENTICATED", reason=reason)
+def refused(reason: str) -> AuditRecord:
+    return AuditRecord(event=AuditEvent.CREDENTIAL_REFUSED, result="UNAUTHENTICATED", reason=reason)
 
 
 def lines(file: Path) -> list[dict]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -22,6 +21,7 @@ from pathlib import Path
 from stepstate.logging.limit import LINES_PER_SECOND, LineLimit, Place
 from stepstate.logging.lines import renderer
 from stepstate.logging.writer import DescriptorOutput, LineQueue, LineWriter, write_all
+from stepstate.watched_files import warn_if_readable
 
 log = logging.getLogger(__name__)
 audit_logger = logging.getLogger("stepstate.audit")
@@ -182,9 +182,7 @@ class AuditFile:
     def _open(self) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         fd = os.open(self._path, flags, 0o600)
-        if os.fstat(fd).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            extra = {"file": str(self._path)}
-            log.warning("others can read the audit log: chmod 600", extra=extra)
+        warn_if_readable(self._path, os.fstat(fd).st_mode)
         return fd
 
     def _moved(self) -> bool:

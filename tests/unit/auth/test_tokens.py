@@ -208,7 +208,7 @@ def test_a_file_that_others_can_read_is_warned_of(file: Path, caplog: pytest.Log
     assert not caplog.records
     file.chmod(0o640)
     read_tokens(str(file))
-    assert "chmod 600" in caplog.text
+    assert "chmod go-rwx" in caplog.text
 
 
 @pytest.mark.parametrize("way", ["revoked", "expired"])

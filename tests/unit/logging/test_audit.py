@@ -76,7 +76,7 @@ def test_a_file_that_others_may_read_is_warned_of(file: Path, caplog: pytest.Log
         file.chmod(mode)
         AuditFile(str(file)).close()
     assert [record.message for record in caplog.records] == [
-        "others can read the audit log: chmod 600"
+        "others can read a private file: chmod go-rwx"
     ]
 
 

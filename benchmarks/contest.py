@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import Enum
 
-from benchmarks.report import Table, spread_text
+from benchmarks.report import Report, Table, spread_text
 from benchmarks.results import (
     Figure,
     Measurement,
@@ -51,6 +51,28 @@ def run_contest(contest: Contest, rounds: int, log: Callable[[str], None]) -> Re
         rates = (f"{name} {rate_of(measured[-1]):,.0f}/s" for name, measured in found.items())
         log(f"{contest.load}, round {number} of {rounds}: {', '.join(rates)}")
     return Results(contest.load, found)
+
+
+def contest_report(
+    workload: str, results: Sequence[Results], *, baseline: str, bars: Sequence[Bar]
+) -> Report:
+    """The figures of all loads, and what of the bars was reached.
+
+    Args:
+        workload: what was run.
+        results: of all loads.
+        baseline: the contender that the others are compared with.
+        bars: what has to be reached.
+    """
+    table = results_table(results, baseline)
+    return Report(
+        workload=workload,
+        heads=table.heads,
+        rows=table.rows,
+        notes=table.notes,
+        results=as_figures(results),
+        more=(bars_table(results, bars),),
+    )
 
 
 def results_table(results: Sequence[Results], baseline: str) -> Table:

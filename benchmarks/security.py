@@ -12,14 +12,7 @@ import click
 
 from benchmarks.access import OPEN, Protection, with_jwt, with_tls, with_token
 from benchmarks.clients import running_clients
-from benchmarks.contest import (
-    Bar,
-    Contest,
-    as_figures,
-    bars_table,
-    results_table,
-    run_contest,
-)
+from benchmarks.contest import Bar, Contest, contest_report, run_contest
 from benchmarks.cpp import CppPrograms
 from benchmarks.generator import CppGenerator
 from benchmarks.load import CallPath
@@ -96,15 +89,8 @@ def security(plan: SecurityPlan, log: Log) -> Report:
             clients = python if case.path is CallPath.PACKED else client
             contenders = {one.name: partial(_measure, plan, clients, one, case) for one in targets}
             results.append(run_contest(Contest(load, contenders), plan.rounds, log))
-    table = results_table(results, NONE)
-    return Report(
-        workload=f"{DESCRIPTION}; {_workload(plan, programs)}",
-        heads=table.heads,
-        rows=table.rows,
-        notes=table.notes,
-        results=as_figures(results),
-        more=(bars_table(results, BARS),),
-    )
+    workload = f"{DESCRIPTION}; {_workload(plan, programs)}"
+    return contest_report(workload, results, baseline=NONE, bars=BARS)
 
 
 def _protections(folder: Path) -> dict[str, Protection]:

@@ -23,7 +23,7 @@ from benchmarks.contenders import (
     stepping,
     variants,
 )
-from benchmarks.contest import Contest, as_figures, bars_table, results_table, run_contest
+from benchmarks.contest import Contest, contest_report, run_contest
 from benchmarks.cpp import CppPrograms, MissingTools, build_programs
 from benchmarks.generator import CppGenerator
 from benchmarks.load import CallPath
@@ -113,15 +113,8 @@ def transports(plan: TransportsPlan, log: Log) -> Report:
         contests = stack.enter_context(closing(measuring.contests(other, log)))
         results = [run_contest(one, plan.rounds, log) for one in contests]
     baseline = AIO_ECHO if programs is None else CPP_ECHO
-    table = results_table(results, baseline)
-    return Report(
-        workload=f"{DESCRIPTION}; {_workload(plan, programs)}",
-        heads=table.heads,
-        rows=table.rows,
-        notes=table.notes,
-        results=as_figures(results),
-        more=(bars_table(results, BARS),),
-    )
+    workload = f"{DESCRIPTION}; {_workload(plan, programs)}"
+    return contest_report(workload, results, baseline=baseline, bars=BARS)
 
 
 def cpp_programs(log: Log) -> CppPrograms | None:

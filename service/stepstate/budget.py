@@ -31,7 +31,7 @@ from pydantic import ByteSize, TypeAdapter
 from stepstate.errors import MemoryLimit
 from stepstate.tenants import Tenant
 
-SMALLEST_LIMIT = 128 * 2**20
+MIN_LIMIT = 128 * 2**20
 """Bytes: room for the longest message while it is received and served, beside short ones."""
 
 WAKE_SECONDS = 0.01
@@ -244,14 +244,14 @@ call_memory: ContextVar[CallMemory] = ContextVar("call_memory")
 def limit_bytes(setting: str) -> int:
     """The bytes of a limit such as "2GiB", or "25%" of the memory that this process may use.
 
-    They are at least `SMALLEST_LIMIT`.
+    They are at least `MIN_LIMIT`.
     """
     if setting.endswith("%"):
         share = float(setting[:-1]) / 100
         size = int(share * min(_machine_bytes(), _container_bytes()))
     else:
         size = int(TypeAdapter(ByteSize).validate_python(setting))
-    return max(SMALLEST_LIMIT, size)
+    return max(MIN_LIMIT, size)
 
 
 def _machine_bytes() -> int:

@@ -31,7 +31,7 @@ class Scope(StrEnum):
     STEP = "step"
     """Open, step, change and close the sessions of its tenant."""
     READ = "read"
-    """Look at them, and forecast."""
+    """Look at them, forecast and export them."""
     ADMIN = "admin"
     """Name another tenant, and do there what its other scopes allow."""
 

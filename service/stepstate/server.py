@@ -35,7 +35,7 @@ from stepstate.auth import (
 )
 from stepstate.budget import MemoryAccount, MemoryBudget, limit_bytes
 from stepstate.config import ServerConfig, split_address
-from stepstate.configuration import Configuration, Load, check_exposure
+from stepstate.configuration import Configuration, Load, check_exposure, has_identities
 from stepstate.configuration.checks import tls_files
 from stepstate.configuration.reload import ConfigurationReloader
 from stepstate.engine import (
@@ -94,12 +94,12 @@ AGE_GRACE_SECONDS = 60.0
 """For the calls of a connection that has reached its age. Streams end by themselves at no time."""
 SWEEP_SECONDS = 1.0
 """Expiry is exact when a session is used; this only bounds how late its slot is freed."""
-
 LAG_SECONDS = 0.05
 """Between two measurements of how late the event loop is."""
 STORE_CHECK_SECONDS = 1.0
 """Between two checks of the store; the next one waits for the answer to the last."""
 TICK_SECONDS = 1.0
+"""Between two looks at what changes by itself: uptime, idle tenants, the health of the store."""
 CREDENTIALS_CHECK_SECONDS = 1.0
 """Between two looks whether files of credentials have changed, and whether those of open streams
 still hold."""
@@ -516,8 +516,8 @@ async def build_server(
         CredentialsInvalid: tokens, or keys of JWTs, can't be read.
         StoreOpenError: the store is not to be had.
     """
-    identities = config.tokens_file or config.jwt_jwks or certificates or authenticator
-    check_exposure(config, identities=bool(identities))
+    identities = has_identities(config, certificates) or authenticator is not None
+    check_exposure(config, identities=identities)
     if config.device != "cpu":
         check_accelerator(config.device)
     check_runtime(Runtime(config.engine))
@@ -572,7 +572,7 @@ async def _credentials(
     Raises:
         CredentialsInvalid: a file of it can't be read.
     """
-    if not config.tokens_file and not config.jwt_jwks and not certificates:
+    if not has_identities(config, certificates):
         return None
     return Credentials(
         tokens=TokenFile(config.tokens_file) if config.tokens_file else None,

@@ -30,7 +30,7 @@ from stepstate.errors import TlsInvalid
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 """Between two looks at the files: far more often than a certificate is renewed."""
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
 
@@ -210,13 +210,13 @@ class ServerTls:
     async def watch(self) -> None:
         """Reads the files again whenever they have changed, until it is cancelled."""
         while True:
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(POLL_SECONDS)
             try:
-                await asyncio.to_thread(self.look)
+                await asyncio.to_thread(self.poll)
             except Exception:
                 log.exception("the TLS files were not looked at; the next look tries again")
 
-    def look(self) -> None:
+    def poll(self) -> None:
         """Reads files that have changed, but not since the last look: all of them are written."""
         seen, self._seen = self._seen, self.current.files.signature()
         if self._seen == seen != self._tried:

@@ -28,7 +28,7 @@ async def fill(store: SessionStore, name: str, limit: int) -> None:
         until = store.now() + 600
         told = await asyncio.gather(
             *(
-                store.create(record(key), **HOW, expires_at=until, most_of_tenant=limit)
+                store.create(record(key), **HOW, expires_at=until, max_open_sessions=limit)
                 for key in keys
             )
         )

@@ -124,7 +124,7 @@ async def test_a_call_whose_answer_was_lost_is_sent_again_and_acts_once(far_home
         return answer
 
     one_open = {(record(key).tenant, "lstm/1"): 1}
-    until = {"expires_at": home.clock() + 60.0, "most_of_tenant": 1}
+    until = {"expires_at": home.clock() + 60.0, "max_open_sessions": 1}
     first = await losing(store.create(record(key), owner="A", t=0, snapshot=SNAPSHOT, **until))
     assert (await store.find(key)).epoch == first
     entry, snapshot = await losing(acquire(store, key, owner="B"))

@@ -78,7 +78,7 @@ class View:
             expires_at=self.clock() + 60.0,
             snapshot=bytes([number]),
             replacing=epoch,
-            most_of_tenant=(None, LIMIT)[number % 2],
+            max_open_sessions=(None, LIMIT)[number % 2],
         )
         return "created" if isinstance(made, int) else made
 
@@ -97,7 +97,7 @@ class View:
     async def restore(self, key: SessionKey, epoch: int, number: int) -> object:
         most = (None, LIMIT)[number % 2]
         return await self.store.restore(
-            key, epoch, expires_at=self.clock() + 60.0, most_of_tenant=most
+            key, epoch, expires_at=self.clock() + 60.0, max_open_sessions=most
         )
 
     async def end(self, key: SessionKey, epoch: int, number: int) -> object:
@@ -267,7 +267,7 @@ async def test_open_sessions_are_counted_by_tenant_and_model(home, store):
 
 async def opened(home, store, key, most, **how) -> object:
     told = {"owner": "A", "t": 0, "expires_at": home.clock() + 60.0, "snapshot": SNAPSHOT}
-    return await store.create(record(key), **told, most_of_tenant=most, **how)
+    return await store.create(record(key), **told, max_open_sessions=most, **how)
 
 
 @pytest.mark.parametrize("tenant", ["acme", DEFAULT_TENANT])
@@ -301,13 +301,13 @@ async def test_an_expired_session_takes_no_room_until_it_is_restored_or_replaced
     until = {"expires_at": home.clock() + 60.0}
     other = await opened(home, store, key[1], 1)
     assert isinstance(other, int)
-    full = await store.restore(key[0], marked.epoch, **until, most_of_tenant=1)
+    full = await store.restore(key[0], marked.epoch, **until, max_open_sessions=1)
     assert full == TenantFull(1, 1)
     assert await opened(home, store, key[0], 1, replacing=marked.epoch) == TenantFull(1, 1)
     assert await store.find(key[0]) == marked
     assert await store.end(key[1], other, CLOSED)
-    assert await store.restore(key[0], marked.epoch, **until, most_of_tenant=1) is True
-    assert await store.restore(key[0], marked.epoch, **until, most_of_tenant=1) is False
+    assert await store.restore(key[0], marked.epoch, **until, max_open_sessions=1) is True
+    assert await store.restore(key[0], marked.epoch, **until, max_open_sessions=1) is False
 
 
 async def test_an_overdue_session_is_replaced_at_the_limit(home, store):

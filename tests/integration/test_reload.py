@@ -27,7 +27,7 @@ from stepstate.client import AsyncClient
 from stepstate.config import ServerConfig
 from stepstate.configuration import (
     Configuration,
-    Given,
+    GivenValue,
     SettingOrigin,
     read_file,
     reload,
@@ -68,7 +68,7 @@ async def reloading(config: ServerConfig, file: Path, text: str = "") -> AsyncIt
     """A server that runs with a file; models, store and transport are its options."""
     await asyncio.to_thread(file.write_text, f"{ADDRESSES}{text}")
     names = ("models", "store", "transport")
-    given = {name: Given(getattr(config, name), SettingOrigin.OPTION) for name in names}
+    given = {name: GivenValue(getattr(config, name), SettingOrigin.OPTION) for name in names}
 
     def load() -> Configuration:
         return resolve(given, read_file(str(file)))
@@ -180,7 +180,7 @@ async def test_what_a_certificate_proves_is_reloaded_and_its_streams_end_with_th
 async def test_a_refused_file_is_tried_again_until_what_it_names_is_right(
     config: ServerConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(reload, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(reload, "POLL_SECONDS", 0.02)
     monkeypatch.setattr(reload, "RETRY_SECONDS", 0.1)
     tokens = tmp_path / "tokens.json"
     async with reloading(config, tmp_path / "f.toml") as one:

@@ -29,7 +29,7 @@ PAUSE = 0.005
 
 @pytest.fixture(autouse=True)
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_tls, "LOOK_SECONDS", 0.05)
+    monkeypatch.setattr(server_tls, "POLL_SECONDS", 0.05)
 
 
 async def rows(x: np.ndarray) -> AsyncIterator[np.ndarray]:

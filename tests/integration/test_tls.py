@@ -160,7 +160,7 @@ async def replaced(server: Server, made: Certificate) -> None:
 
 @pytest.fixture
 def looks_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server_tls, "LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(server_tls, "POLL_SECONDS", 0.02)
 
 
 async def test_a_new_certificate_is_served_and_open_streams_go_on(

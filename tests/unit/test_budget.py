@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepstate.budget import SMALLEST_LIMIT, MemoryAccount, MemoryBudget, MemoryUse, limit_bytes
+from stepstate.budget import MIN_LIMIT, MemoryAccount, MemoryBudget, MemoryUse, limit_bytes
 from stepstate.config import ConfigError, ServerConfig
 from stepstate.errors import MemoryLimit
 
@@ -82,7 +82,7 @@ def test_a_limit_is_a_size_or_a_share() -> None:
     assert limit_bytes("2GiB") == 2 * 2**30
     assert limit_bytes("500MB") == 500_000_000
     assert limit_bytes("50%") == pytest.approx(2 * limit_bytes("25%"), rel=1e-6)
-    assert limit_bytes("0.0001%") == SMALLEST_LIMIT
+    assert limit_bytes("0.0001%") == MIN_LIMIT
     for wrong in ("", "2 GiB", "-1", "0%", "101%", "nan%", "1e9", "2GiBs"):
         with pytest.raises(ConfigError, match="memory_limit"):
             ServerConfig(memory_limit=wrong)

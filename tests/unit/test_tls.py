@@ -135,10 +135,10 @@ def served(tls: ServerTls, authority: Authority) -> str:
     return subject["commonName"]
 
 
-def look(tls: ServerTls) -> None:
+def poll(tls: ServerTls) -> None:
     """As often as it takes to see a change, and that it is over."""
     for _ in range(3):
-        tls.look()
+        tls.poll()
 
 
 def test_new_files_are_served_and_their_expiry_shown(files: TlsFiles, authority: Authority):
@@ -146,7 +146,7 @@ def test_new_files_are_served_and_their_expiry_shown(files: TlsFiles, authority:
     assert served(tls, authority) == "server"
     before = tls.current.expires_at
     put(authority.issue("renewed"), files)
-    look(tls)
+    poll(tls)
     assert served(tls, authority) == "renewed"
     assert tls.current.expires_at >= before
     assert not tls.reload_failed
@@ -161,15 +161,15 @@ def test_new_files_that_cannot_be_used_change_nothing_but_the_log(
     tls = ServerTls(files)
     before = tls.current
     spoil(getattr(files, which))
-    look(tls)
-    look(tls)
+    poll(tls)
+    poll(tls)
     assert tls.current is before
     assert tls.reload_failed
     assert served(tls, authority) == "server"
     (record,) = (record for record in caplog.records if record.levelno == logging.ERROR)
     assert re.search(problem, record.problem)
     put(certificate, files)
-    look(tls)
+    poll(tls)
     assert not tls.reload_failed
 
 
@@ -178,9 +178,9 @@ def test_files_that_are_written_one_by_one_are_not_read_in_between(
 ):
     tls, new = ServerTls(files), authority.issue("renewed")
     shutil.copy(new.file, files.certificate)
-    tls.look()  # the key is still that of before
+    tls.poll()  # the key is still that of before
     shutil.copy(new.key, files.key)
-    look(tls)
+    poll(tls)
     assert served(tls, authority) == "renewed"
     assert not [record for record in caplog.records if record.levelno == logging.ERROR]
 
@@ -203,14 +203,14 @@ def test_a_folder_that_a_link_leads_to_may_be_replaced(authority: Authority, tmp
     new = tmp_path / "..new"
     new.symlink_to(folder("two"))
     new.rename(data)
-    look(tls)
+    poll(tls)
     assert served(tls, authority) == "two"
 
 
 def test_what_has_not_changed_is_not_read_again(files: TlsFiles):
     tls = ServerTls(files)
     before = tls.current
-    look(tls)
+    poll(tls)
     assert tls.current is before
     assert tls.reload()  # unless it is asked for
     assert tls.current is not before

@@ -26,7 +26,8 @@ from stepstate.errors import KeysUnavailable, StepstateError, Unauthenticated
 from stepstate.identity import Identity
 
 MAX_CREDENTIAL_BYTES = 8192
-"""Of `authorization`. JWTs with many claims take 2 KiB; gRPC's own limit for all metadata is 8."""
+"""Of `authorization`. JWTs with many claims take 2 KiB; gRPC's own limit for all metadata is
+8 KiB."""
 _BEARER = re.compile(r"bearer +([\x21-\x7e]+) *", re.IGNORECASE)
 """RFC 6750, section 2.1, with the form of any credential."""
 

@@ -241,7 +241,7 @@ class KeyRing:
         """Whether a key is still one of those of the source."""
         return self._keys.has(fingerprint)
 
-    async def ask(self) -> None:
+    async def fetch_for_unknown(self) -> None:
         """Reads the keys again, for a token whose key is not known, if that may help.
 
         Raises:

@@ -104,7 +104,7 @@ def change_tokens(file: str, change: Callable[[Tokens], Tokens]) -> tuple[Tokens
         OSError: it can't be written.
     """
     path = Path(file).resolve()  # of a link, what it leads to
-    with _only_writer(path):
+    with _write_lock(path):
         before = read_tokens(file) if path.exists() else ()
         tokens = change(before)
         limit = datetime.now(UTC) - FORGET_AFTER
@@ -157,7 +157,7 @@ def _problem(error: ValidationError) -> str:
 
 
 @contextmanager
-def _only_writer(path: Path) -> Iterator[None]:
+def _write_lock(path: Path) -> Iterator[None]:
     """Waits until no other process changes the file. The lock is on a file that is not replaced."""
     lock = os.open(path.with_name(f".{path.name}.lock"), os.O_RDWR | os.O_CREAT, 0o600)
     try:

@@ -20,8 +20,8 @@ _Version = tuple[int, int, int] | None
 class WatchedFile:
     """Reads a file, and sees that it has changed.
 
-    It has when its time of modification, size or inode is another. Who replaces it with a rename
-    is always seen, and so is a Kubernetes secret, whose link then leads elsewhere.
+    It has changed when its modification time, size or inode differs. A replacement by rename is
+    always noticed, and so is a Kubernetes secret, which is replaced by moving a link.
 
     Args:
         option: the setting that names it, for errors.

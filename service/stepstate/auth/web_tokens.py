@@ -24,7 +24,7 @@ from stepstate.identity import TENANT_GRAMMAR, Identity, Scope, is_tenant
 MAX_KNOWN = 10_000
 """Tokens that are known by their hash, of 1 KiB each; the one that was used least lately goes."""
 MAX_NAME_LENGTH = 128
-LATEST_EXPIRY = 253_402_300_799
+MAX_EXPIRY = 253_402_300_799
 """Unix seconds at the end of the year 9999: a float, and a date, has no room for any number."""
 _SCOPES = {scope.value: scope for scope in Scope}
 
@@ -84,7 +84,7 @@ class WebTokens:
         key_id = _key_id(text)
         key = self.keys.find(key_id)
         if key is None:
-            await self.keys.ask()
+            await self.keys.fetch_for_unknown()
             key = self.keys.find(key_id)
         if key is None:
             raise Unauthenticated("no key of the issuer has this JWT's `kid`", "unknown_key")
@@ -141,7 +141,7 @@ class WebTokens:
             f"jwt:{subject}",
             tenant,
             _scopes_of(claims.get(settings.scopes_claim)),
-            expires_at=min(int(claims["exp"]), LATEST_EXPIRY) + settings.leeway_seconds,
+            expires_at=min(int(claims["exp"]), MAX_EXPIRY) + settings.leeway_seconds,
             credential=f"jwt {key.fingerprint}",
         )
 

@@ -17,7 +17,7 @@ from stepstate.config import VARIABLES_ONLY, ServerConfig, has_secret
 from stepstate.configuration import (
     Configuration,
     FileSettings,
-    Given,
+    GivenValue,
     SettingOrigin,
     read_file,
     resolve,
@@ -65,11 +65,11 @@ def loader(config: str, settings: Mapping[str, Any]) -> Callable[[], Configurati
     return partial(_load, given, config)
 
 
-def _load(given: Mapping[str, Given], config: str) -> Configuration:
+def _load(given: Mapping[str, GivenValue], config: str) -> Configuration:
     return resolve(given, read_file(config) if config else FileSettings())
 
 
-def _given(settings: Mapping[str, Any]) -> dict[str, Given]:
+def _given(settings: Mapping[str, Any]) -> dict[str, GivenValue]:
     """What options and variables say; not what they leave open."""
     context = click.get_current_context()
     given = {}
@@ -77,11 +77,11 @@ def _given(settings: Mapping[str, Any]) -> dict[str, Given]:
         source = context.get_parameter_source(name)
         if source in _ORIGINS:
             _refuse_visible_secret(name, value, _ORIGINS[source])
-            given[name] = Given(value, _ORIGINS[source])
+            given[name] = GivenValue(value, _ORIGINS[source])
     for name in VARIABLES_ONLY:
         value = os.environ.get(f"STEPSTATE_{name.upper()}", "")
         if value:
-            given[name] = Given(value, SettingOrigin.VARIABLE)
+            given[name] = GivenValue(value, SettingOrigin.VARIABLE)
     return given
 
 

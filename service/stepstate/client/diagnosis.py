@@ -38,9 +38,9 @@ OWN_REFUSED = (
     "the server refuses the certificate of this client: it has expired, or is not of an authority "
     "that the server trusts (its --tls-client-ca)"
 )
-_WORDS = tuple(
-    (re.compile(pattern), words)
-    for pattern, words in (
+_EXPLANATIONS = tuple(
+    (re.compile(pattern), explanation)
+    for pattern, explanation in (
         ("WRONG_VERSION_NUMBER", NO_TLS),
         ("Hostname Verification|Hostname mismatch|IP address mismatch", _NAME),
         ("certificate has expired", _EXPIRED),
@@ -53,9 +53,9 @@ _WORDS = tuple(
 )
 
 
-def words_for(detail: str) -> str:
+def explain(detail: str) -> str:
     """What the text of gRPC or of OpenSSL about a failure means, and what to do; or nothing."""
-    return next((words for pattern, words in _WORDS if pattern.search(detail)), "")
+    return next((text for pattern, text in _EXPLANATIONS if pattern.search(detail)), "")
 
 
 def why_unreachable(endpoint: Endpoint, detail: str) -> str:
@@ -64,7 +64,7 @@ def why_unreachable(endpoint: Endpoint, detail: str) -> str:
     Returns:
         The reason, and what to do.
     """
-    return words_for(detail) or _probe(endpoint) or UNKNOWN
+    return explain(detail) or _probe(endpoint) or UNKNOWN
 
 
 def _probe(endpoint: Endpoint) -> str:
@@ -75,10 +75,10 @@ def _probe(endpoint: Endpoint) -> str:
     try:
         ends = _ends_after_handshake(tls, address)
     except OSError as error:  # ssl.SSLError is one
-        told = str(error)
+        problem = str(error)
         if endpoint.tls is None:
-            return NEEDS_TLS if "ALERT" in told else ""
-        return words_for(told)
+            return NEEDS_TLS if "ALERT" in problem else ""
+        return explain(problem)
     if endpoint.tls is None:
         return NEEDS_TLS
     if not ends:

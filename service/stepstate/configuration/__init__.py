@@ -7,10 +7,11 @@ Rule 3: no secret is on a command line, in the file, or in what is shown.
 
 from stepstate.configuration.effective import (
     Configuration,
-    Given,
+    GivenValue,
     Load,
     SettingOrigin,
     as_toml,
+    has_identities,
     resolve,
 )
 from stepstate.configuration.exposure import check_exposure
@@ -19,11 +20,12 @@ from stepstate.configuration.file import FileSettings, parse, read_file
 __all__ = [
     "Configuration",
     "FileSettings",
-    "Given",
+    "GivenValue",
     "Load",
     "SettingOrigin",
     "as_toml",
     "check_exposure",
+    "has_identities",
     "parse",
     "read_file",
     "resolve",

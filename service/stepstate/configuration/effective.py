@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
 from pathlib import Path
@@ -34,7 +34,7 @@ class SettingOrigin(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Given:
+class GivenValue:
     """What an option or a variable says."""
 
     value: Value
@@ -58,15 +58,20 @@ class Configuration:
 
     @property
     def identities(self) -> bool:
-        """Whether callers have to prove who they are."""
-        return bool(self.server.tokens_file or self.server.jwt_jwks or self.certificates)
+        """See `has_identities`."""
+        return has_identities(self.server, self.certificates)
+
+
+def has_identities(config: ServerConfig, certificates: Sequence[CertificateRule]) -> bool:
+    """Whether callers have to prove who they are."""
+    return bool(config.tokens_file or config.jwt_jwks or certificates)
 
 
 Load = Callable[[], Configuration]
 """Reads the file again, and makes the configuration of it and of the same options and variables."""
 
 
-def resolve(given: Mapping[str, Given], file: FileSettings) -> Configuration:
+def resolve(given: Mapping[str, GivenValue], file: FileSettings) -> Configuration:
     """The configuration by options and variables, a file, and defaults, in this order.
 
     Raises:

@@ -18,7 +18,7 @@ from stepstate.logging.audit import Act, AuditEvent, audit
 
 log = logging.getLogger(__name__)
 
-LOOK_SECONDS = 1.0
+POLL_SECONDS = 1.0
 """Between two looks at the file. It is read when it has changed, but not since the last look: who
 writes it in parts is done then."""
 
@@ -73,10 +73,10 @@ class ConfigurationReloader:
         """Reloads until it is cancelled."""
         while True:
             try:
-                async with asyncio.timeout(LOOK_SECONDS):
+                async with asyncio.timeout(POLL_SECONDS):
                     await self._asked.wait()
             except TimeoutError:
-                if not await asyncio.to_thread(self._look):
+                if not await asyncio.to_thread(self._poll):
                     continue
             self._asked.clear()
             try:
@@ -116,7 +116,7 @@ class ConfigurationReloader:
             )
         return True
 
-    def _look(self) -> bool:
+    def _poll(self) -> bool:
         """Whether the file has changed since it was read, and not since the last look.
 
         Or whether it was refused, and is to be tried again.

@@ -124,7 +124,7 @@ def audit_lines(path: str) -> Iterator[None]:
         renderer("json", terminal=False),
         limit,
         dropped=AUDIT_DROPPED,
-        most=MAX_QUEUED,
+        max_queued=MAX_QUEUED,
         at_once=AT_ONCE,
     )
     handler = LineQueue(writer.lines, limit, AUDIT_DROPPED, _limited_place)

@@ -108,7 +108,7 @@ class LineWriter(threading.Thread):
         render: makes the text of a line.
         limit: says what was left out.
         dropped: counts lines that could not be written.
-        most: lines that may wait.
+        max_queued: lines that may wait.
         at_once: lines of one write, where as many wait.
     """
 
@@ -119,11 +119,11 @@ class LineWriter(threading.Thread):
         limit: LineLimit,
         *,
         dropped: dict[str, int],
-        most: int = MAX_QUEUED,
+        max_queued: int = MAX_QUEUED,
         at_once: int = 1,
     ) -> None:
         super().__init__(name="logs", daemon=True)
-        self.lines = queue.Queue[Entry | None](most)
+        self.lines = queue.Queue[Entry | None](max_queued)
         """What is to be written; None only wakes the thread."""
         self._output = output
         self._render = render

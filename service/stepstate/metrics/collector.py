@@ -214,7 +214,7 @@ def _tenants(value: Callable[[TenantTotals], float]) -> Read:
 def _tenant_sessions(source: MetricsCollector) -> Samples:
     sessions = dict.fromkeys((tenant.label for tenant in source.tenants), 0)
     for name, count in source.sessions.open_by_tenant.items():
-        label = source.tenants.look(name).label
+        label = source.tenants.peek(name).label
         sessions[label] = sessions.get(label, 0) + count
     return [((label,), count) for label, count in sessions.items()]
 

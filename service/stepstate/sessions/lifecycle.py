@@ -201,7 +201,7 @@ class SessionLifecycle:
                     key,
                     entry.epoch,
                     expires_at=expires_at,
-                    most_of_tenant=self._most_of_tenant(entry.record),
+                    max_open_sessions=self._max_open_sessions(entry.record),
                 )
             )
             if isinstance(opened, TenantFull):
@@ -332,11 +332,11 @@ class SessionLifecycle:
                 expires_at=expires_at,
                 snapshot=data,
                 replacing=replacing,
-                most_of_tenant=self._most_of_tenant(snapshot.record),
+                max_open_sessions=self._max_open_sessions(snapshot.record),
             )
         )
 
-    def _most_of_tenant(self, record: SessionRecord) -> int | None:
+    def _max_open_sessions(self, record: SessionRecord) -> int | None:
         return self._limits.tenants.limits.of(record.tenant).open_sessions
 
     def _refuse_tenant(self, record: SessionRecord) -> NoReturn:

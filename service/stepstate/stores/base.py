@@ -88,7 +88,7 @@ class SessionStore(Protocol):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-        most_of_tenant: int | None = None,
+        max_open_sessions: int | None = None,
     ) -> int | StoredSession | UnreadableSession | TenantFull:
         """Adds a new session, and deletes the tombstone of its key.
 
@@ -99,9 +99,9 @@ class SessionStore(Protocol):
             expires_at: by the store's clock.
             snapshot: its state.
             replacing: the epoch of an overdue or expired session of this key, which is deleted.
-            most_of_tenant: how many open sessions its tenant may have; None: any number. It holds
-                however many servers open sessions at once. Overdue ones are open, expired ones
-                are not.
+            max_open_sessions: how many open sessions its tenant may have; None: any number. It
+                holds however many servers open sessions at once. Overdue ones are open, expired
+                ones are not.
 
         Returns:
             Its epoch; or, with nothing changed, the session that has its key, open or expired,
@@ -158,7 +158,7 @@ class SessionStore(Protocol):
         epoch: int,
         *,
         expires_at: float,
-        most_of_tenant: int | None = None,
+        max_open_sessions: int | None = None,
     ) -> bool | TenantFull:
         """Reopens an expired session if `epoch` is the newest, and raises the epoch.
 
@@ -166,7 +166,7 @@ class SessionStore(Protocol):
             key: its key.
             epoch: the one that is expected.
             expires_at: by the store's clock.
-            most_of_tenant: as of `create`.
+            max_open_sessions: as of `create`.
 
         Returns:
             Whether it was reopened; or that its tenant has no room.

@@ -67,12 +67,12 @@ class MemoryStore(SessionStore):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-        most_of_tenant: int | None = None,
+        max_open_sessions: int | None = None,
     ) -> int | StoredSession | TenantFull:
         kept = self._kept(record.key)
         if kept and not (kept.session.epoch == replacing and self._is_overdue(kept.session)):
             return kept.session
-        if record.key not in self._sessions and (full := self._full(record, most_of_tenant)):
+        if record.key not in self._sessions and (full := self._full(record, max_open_sessions)):
             return full
         self._remove(record.key)
         self._tombstones.pop(record.key, None)
@@ -111,12 +111,12 @@ class MemoryStore(SessionStore):
         epoch: int,
         *,
         expires_at: float,
-        most_of_tenant: int | None = None,
+        max_open_sessions: int | None = None,
     ) -> bool | TenantFull:
         kept = self._expired.get(key)
         if kept is None or kept.session.epoch != epoch:
             return False
-        if full := self._full(kept.session.record, most_of_tenant):
+        if full := self._full(kept.session.record, max_open_sessions):
             return full
         self._remove(key)
         kept.session = replace(

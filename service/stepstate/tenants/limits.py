@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-SMALLEST_WEIGHT, LARGEST_WEIGHT = 0.01, 100.0
+MIN_WEIGHT, MAX_WEIGHT = 0.01, 100.0
 LIMITS = (
     "open_sessions", "streams", "calls", "rows_per_second", "forecasts_per_second",
     "replay_bytes", "snapshot_bytes", "memory_bytes",
@@ -67,10 +67,8 @@ class TenantLimits(RateLimits):
             value = getattr(self, one.name)
             if value is not None and "int" in str(one.type) and value < 0:
                 raise ValueError(f"{one.name} is {value}, expected 0 or more")
-        if not SMALLEST_WEIGHT <= self.weight <= LARGEST_WEIGHT:
-            raise ValueError(
-                f"weight is {self.weight}, expected {SMALLEST_WEIGHT} to {LARGEST_WEIGHT:g}"
-            )
+        if not MIN_WEIGHT <= self.weight <= MAX_WEIGHT:
+            raise ValueError(f"weight is {self.weight}, expected {MIN_WEIGHT} to {MAX_WEIGHT:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -269,7 +269,7 @@ class TenantTable:
             Rate("forecasts_per_second", tenant, clock, together.forecasts),
         )
 
-    def look(self, name: str) -> Tenant:
+    def peek(self, name: str) -> Tenant:
         """As `get`, but a tenant that is new is not kept."""
         known = self._tenants.get(name)
         return known or Tenant(name, OTHERS, self._rates(name), self.limits.of(name))

@@ -266,7 +266,7 @@ class _Rpc:
         async def serve(context: Context) -> Any:
             return await behavior(await read(context), context)
 
-        return self._open_calls.endable(serve) if self._kind is STREAM else serve
+        return self._open_calls.until_credential_ends(serve) if self._kind is STREAM else serve
 
     async def _begin(self, context: Context) -> None:
         """Makes sure that a call may be made, and counts it.

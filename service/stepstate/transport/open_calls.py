@@ -65,7 +65,9 @@ class OpenCalls:
     def __init__(self) -> None:
         self._calls: defaultdict[Identity, set[OpenCall]] = defaultdict(set)
 
-    def endable(self, serve: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Awaitable[Any]]:
+    def until_credential_ends(
+        self, serve: Callable[[Any], Awaitable[Any]]
+    ) -> Callable[[Any], Awaitable[Any]]:
         """A function that serves a call, until the credential of the call ends."""
 
         async def until_ended(context: Any) -> Any:

@@ -287,7 +287,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
         names = sorted(name for name in known if name > token)
         page, pause = [], self._pause()
         for name in names[:size]:
-            page.append(encode_tenant(tenants.look(name), sessions.get(name, 0)))
+            page.append(encode_tenant(tenants.peek(name), sessions.get(name, 0)))
             if len(page) % TENANTS_AT_ONCE == 0:
                 await pause()
         following = names[size - 1] if len(names) > size else ""

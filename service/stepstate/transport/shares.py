@@ -35,7 +35,7 @@ class LoopShares:
 
     def __init__(self, peers: PeerTable) -> None:
         self._peers = peers
-        self._short: dict[PeerGroup, None] = {}  # they have not all of their credit
+        self._replenishing: dict[PeerGroup, None] = {}  # they have not all of their credit
         self._ticking = False
 
     def take(self, peer: Peer, cost: int) -> asyncio.Future[None] | None:
@@ -50,7 +50,7 @@ class LoopShares:
             if group.turns is None:
                 group.turns = SourceQueue()
             group.turns.put(peer, turn, cost)
-        self._short[group] = None
+        self._replenishing[group] = None
         if not self._ticking:
             self._ticking = True
             asyncio.get_running_loop().call_soon(self._tick)
@@ -64,7 +64,7 @@ class LoopShares:
     def _tick(self) -> None:
         """A round has passed: each group gets its share."""
         one = max(1.0, ROUND_COST / (self._peers.weight or 1.0))
-        for group in list(self._short):
+        for group in list(self._replenishing):
             share = one * group.weight
             group.credit = min(share, group.credit + share)
             while group.credit > 0 and group.turns and group.turns.turns:
@@ -74,8 +74,8 @@ class LoopShares:
                     group.credit -= cost
                     turn.set_result(None)
             if group.credit == share:
-                del self._short[group]
-        self._ticking = bool(self._short)
+                del self._replenishing[group]
+        self._ticking = bool(self._replenishing)
         if self._ticking:
             asyncio.get_running_loop().call_soon(self._tick)
 

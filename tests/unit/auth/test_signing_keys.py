@@ -150,7 +150,7 @@ async def test_a_dead_provider_stops_nobody_whose_key_is_known(
     assert await call(tokens, provider.token("second")) == "keys_unavailable"
     clock.now += 31
     with pytest.raises(KeysUnavailable, match="can't be read") as told:
-        await tokens.keys.ask()
+        await tokens.keys.fetch_for_unknown()
     assert 1 <= told.value.retry_after_seconds <= 30
     server.status = 200
     clock.now += 31
@@ -182,7 +182,7 @@ async def test_a_slow_provider_is_not_waited_for(
     server.answers.clear()
     clock.now += 31
     with pytest.raises(KeysUnavailable, match=r"does not answer|can't be read"):
-        await keys.ask()
+        await keys.fetch_for_unknown()
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ async def test_a_file_is_read_when_it_changes(tmp_path: Path, provider: Provider
     assert await call(tokens, text) == "jwt:meter-1"  # at once
     path.write_bytes(b"{}")
     with pytest.raises(KeysUnavailable) as told:
-        await keys.ask()
+        await keys.fetch_for_unknown()
     assert told.value.retry_after_seconds == 1
 
 

@@ -3,11 +3,11 @@ from __future__ import annotations
 import pytest
 
 from stepstate.config import ConfigError
-from stepstate.configuration import Given, SettingOrigin, as_toml, resolve
+from stepstate.configuration import GivenValue, SettingOrigin, as_toml, resolve
 from stepstate.configuration.file import parse
 
 FILE = parse("f.toml", b"[server]\nslots = 3\nreplay_rows = 4\nidle_timeout = 9")
-OPTION = Given(5, SettingOrigin.OPTION)
+OPTION = GivenValue(5, SettingOrigin.OPTION)
 
 
 def test_an_option_wins_over_the_file_and_that_over_the_default():
@@ -21,20 +21,20 @@ def test_a_bad_value_of_the_file_is_refused_with_its_line_and_another_without():
     with pytest.raises(ConfigError, match=r"^f\.toml, line 2: slots is 0, expected more than 0"):
         resolve({}, parse("f.toml", b"[server]\nslots = 0"))
     with pytest.raises(ConfigError, match=r"^slots is 0, expected more than 0"):
-        resolve({"slots": Given(0, SettingOrigin.OPTION)}, FILE)
+        resolve({"slots": GivenValue(0, SettingOrigin.OPTION)}, FILE)
 
 
 def test_secrets_are_not_shown():
     given = {
-        "store": Given("redis://user:hunter2@host", SettingOrigin.VARIABLE),
-        "server_name": Given("a", SettingOrigin.OPTION),
+        "store": GivenValue("redis://user:hunter2@host", SettingOrigin.VARIABLE),
+        "server_name": GivenValue("a", SettingOrigin.OPTION),
     }
     text = as_toml(resolve(given, FILE))
     assert "hunter2" not in text
     assert "# store: contains a password, from STEPSTATE_STORE\n" in text
     alone = {
-        "store": Given("redis://h", SettingOrigin.FILE),
-        "store_password": Given("hunter2", SettingOrigin.VARIABLE),
+        "store": GivenValue("redis://h", SettingOrigin.FILE),
+        "store_password": GivenValue("hunter2", SettingOrigin.VARIABLE),
     }
     text = as_toml(resolve(alone, FILE))
     assert "hunter2" not in text

@@ -370,7 +370,7 @@ async def test_what_a_tenant_asks_for_takes_no_longer_when_others_have_many_sess
                 assert ([entry.key for entry in entries], token) == ([f"{tenant}/a"], "")
         assert (await store.page("", 1, tenant="default"))[0][0].key == "a"
         await store.count()
-        until = {"expires_at": 9e9, "most_of_tenant": 1}
+        until = {"expires_at": 9e9, "max_open_sessions": 1}
         await store.create(record("z/b"), owner="A", t=0, snapshot=b"", **until)
     assert steps.total() < 60
 

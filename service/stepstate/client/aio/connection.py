@@ -57,16 +57,10 @@ class AsyncConnection(BaseConnection):
     async def info(self, session_id: str) -> SessionInfo:
         return await ask(self, calls.get_session(session_id))
 
-    async def sessions(
+    def sessions(
         self, model: str = "", *, show_expired: bool = False
     ) -> AsyncIterator[SessionInfo]:
-        call: calls.UnaryCall[calls.ListPage[SessionInfo]] | None
-        call = calls.list_sessions(model, show_expired=show_expired)
-        while call is not None:
-            page = await ask(self, call)
-            for session in page.items:
-                yield session
-            call = page.next
+        return self._all(calls.list_sessions(model, show_expired=show_expired))
 
     async def close(self, session_id: str) -> SessionInfo:
         return await ask(self, calls.close_session(session_id))
@@ -82,22 +76,10 @@ class AsyncConnection(BaseConnection):
         return await self.call(joined, pb.StreamExportRequest(session_id=session_id))
 
     async def models(self) -> list[ModelInfo]:
-        found: list[ModelInfo] = []
-        call: calls.UnaryCall[calls.ListPage[ModelInfo]] | None = calls.list_models()
-        while call is not None:
-            page = await ask(self, call)
-            found += page.items
-            call = page.next
-        return found
+        return [one async for one in self._all(calls.list_models())]
 
     async def tenants(self) -> list[TenantUsage]:
-        found: list[TenantUsage] = []
-        call: calls.UnaryCall[calls.ListPage[TenantUsage]] | None = calls.list_tenants()
-        while call is not None:
-            page = await ask(self, call)
-            found += page.items
-            call = page.next
-        return found
+        return [one async for one in self._all(calls.list_tenants())]
 
     async def model(self, name: str = "", version: str = "") -> ModelInfo:
         known = self._models.get((name, version))
@@ -106,6 +88,15 @@ class AsyncConnection(BaseConnection):
             if version:  # without one it is the newest, which may change
                 self._models[name, version] = known
         return known
+
+    async def _all(self, first: calls.UnaryCall[calls.ListPage[R]]) -> AsyncIterator[R]:
+        """What a list has, page by page."""
+        call: calls.UnaryCall[calls.ListPage[R]] | None = first
+        while call is not None:
+            page = await ask(self, call)
+            for one in page.items:
+                yield one
+            call = page.next
 
     async def _connected(self, seconds: float | None) -> bool:
         """Waits for the first connection; returns whether it came in time."""

@@ -55,12 +55,7 @@ class Connection(BaseConnection):
         return ask(self, calls.get_session(session_id))
 
     def sessions(self, model: str = "", *, show_expired: bool = False) -> Iterator[SessionInfo]:
-        call: calls.UnaryCall[calls.ListPage[SessionInfo]] | None
-        call = calls.list_sessions(model, show_expired=show_expired)
-        while call is not None:
-            page = ask(self, call)
-            yield from page.items
-            call = page.next
+        return self._all(calls.list_sessions(model, show_expired=show_expired))
 
     def close(self, session_id: str) -> SessionInfo:
         return ask(self, calls.close_session(session_id))
@@ -76,22 +71,10 @@ class Connection(BaseConnection):
         return self.call(joined, pb.StreamExportRequest(session_id=session_id))
 
     def models(self) -> list[ModelInfo]:
-        found: list[ModelInfo] = []
-        call: calls.UnaryCall[calls.ListPage[ModelInfo]] | None = calls.list_models()
-        while call is not None:
-            page = ask(self, call)
-            found += page.items
-            call = page.next
-        return found
+        return list(self._all(calls.list_models()))
 
     def tenants(self) -> list[TenantUsage]:
-        found: list[TenantUsage] = []
-        call: calls.UnaryCall[calls.ListPage[TenantUsage]] | None = calls.list_tenants()
-        while call is not None:
-            page = ask(self, call)
-            found += page.items
-            call = page.next
-        return found
+        return list(self._all(calls.list_tenants()))
 
     def model(self, name: str = "", version: str = "") -> ModelInfo:
         known = self._models.get((name, version))
@@ -100,6 +83,14 @@ class Connection(BaseConnection):
             if version:  # without one it is the newest, which may change
                 self._models[name, version] = known
         return known
+
+    def _all(self, first: calls.UnaryCall[calls.ListPage[R]]) -> Iterator[R]:
+        """What a list has, page by page."""
+        call: calls.UnaryCall[calls.ListPage[R]] | None = first
+        while call is not None:
+            page = ask(self, call)
+            yield from page.items
+            call = page.next
 
     def _connected(self, seconds: float | None) -> bool:
         """Waits for the first connection; returns whether it came in time."""

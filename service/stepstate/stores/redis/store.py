@@ -112,22 +112,22 @@ class RedisStore(SessionStore):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-        most_of_tenant: int | None = None,
+        max_open_sessions: int | None = None,
     ) -> int | StoredSession | UnreadableSession | TenantFull:
         await self._start()
         fixed = (record.key, record.model_key, record.fingerprint, record.to_json())
         arguments: list[Argument] = [*fixed, owner, t, micros(expires_at), snapshot]
         arguments += (self._now(), micros(self._unix_time()), replacing, *self._mark())
         where = self._keys(record.key)
-        told = await self._tenants.open(
+        reply = await self._tenants.open(
             record.tenant,
-            most_of_tenant,
+            max_open_sessions,
             lambda limit: Command(scripts.CREATE, where, (*arguments, *limit)),
         )
-        if isinstance(told, TenantFull):
-            return told
-        created, reply = told
-        return int(reply) if created else read_session(record.key, reply)
+        if isinstance(reply, TenantFull):
+            return reply
+        created, found = reply
+        return int(found) if created else read_session(record.key, found)
 
     async def acquire(
         self, key: SessionKey, *, owner: str, fingerprints: Collection[str]
@@ -164,17 +164,17 @@ class RedisStore(SessionStore):
         epoch: int,
         *,
         expires_at: float,
-        most_of_tenant: int | None = None,
+        max_open_sessions: int | None = None,
     ) -> bool | TenantFull:
         of = self._keys(key)
         where = (of.session, of.due, of.counts, of.expired, of.listing)
         arguments = (epoch, micros(expires_at), *self._mark())
-        told = await self._tenants.open(
+        reply = await self._tenants.open(
             split_key(key)[0],
-            most_of_tenant,
+            max_open_sessions,
             lambda limit: Command(scripts.RESTORE, where, (*arguments, *limit)),
         )
-        return told if isinstance(told, TenantFull) else bool(told[0])
+        return reply if isinstance(reply, TenantFull) else bool(reply[0])
 
     async def end(self, key: SessionKey, epoch: int, tombstone: Tombstone) -> bool:
         await self._start()

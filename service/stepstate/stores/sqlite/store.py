@@ -88,10 +88,10 @@ class SqliteStore(SessionStore):
         expires_at: float,
         snapshot: bytes,
         replacing: int = 0,
-        most_of_tenant: int | None = None,
+        max_open_sessions: int | None = None,
     ) -> int | StoredSession | UnreadableSession | TenantFull:
         return await self._write(
-            Create(record.key, record, owner, t, expires_at, snapshot, replacing, most_of_tenant)
+            Create(record.key, record, owner, t, expires_at, snapshot, replacing, max_open_sessions)
         )
 
     async def acquire(
@@ -117,9 +117,9 @@ class SqliteStore(SessionStore):
         epoch: int,
         *,
         expires_at: float,
-        most_of_tenant: int | None = None,
+        max_open_sessions: int | None = None,
     ) -> bool | TenantFull:
-        return await self._write(Restore(key, epoch, expires_at, most_of_tenant))
+        return await self._write(Restore(key, epoch, expires_at, max_open_sessions))
 
     async def end(self, key: SessionKey, epoch: int, tombstone: Tombstone) -> bool:
         return await self._write(End(key, epoch, tombstone))

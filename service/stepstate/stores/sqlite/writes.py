@@ -94,7 +94,7 @@ class Create(Write[int | StoredSession | UnreadableSession | TenantFull]):
     expires_at: float
     snapshot: bytes
     replacing: int
-    most_of_tenant: int | None = None
+    max_open_sessions: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -128,7 +128,7 @@ class Restore(Write[bool | TenantFull]):
 
     epoch: int
     expires_at: float
-    most_of_tenant: int | None = None
+    max_open_sessions: int | None = None
 
 
 @dataclass(slots=True, eq=False)
@@ -314,7 +314,7 @@ class _Transaction:
 
     def _open_by_tenant(self, writes: Iterable[Create | Restore]) -> dict[str, int]:
         """How many open sessions those tenants have that a write limits."""
-        limited = {split_key(one.key)[0] for one in writes if one.most_of_tenant is not None}
+        limited = {split_key(one.key)[0] for one in writes if one.max_open_sessions is not None}
         return open_by_tenant(self.connection, limited) if limited else {}
 
     def _is_overdue(self, session: StoredSession | UnreadableSession) -> bool:
@@ -338,7 +338,7 @@ class _Transaction:
 
 def _take_room(room: dict[str, int], one: Create | Restore) -> TenantFull | None:
     """Counts one more open session of its tenant; or says that it may have no more."""
-    tenant, limit = split_key(one.key)[0], one.most_of_tenant
+    tenant, limit = split_key(one.key)[0], one.max_open_sessions
     count = room.get(tenant, 0)
     if limit is not None and count >= limit:
         return TenantFull(count, limit)

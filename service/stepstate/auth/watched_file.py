@@ -26,7 +26,7 @@ class WatchedFile:
     Args:
         option: the setting that names it, for errors.
         file: its name.
-        secret: warn if others can read it.
+        secret: warn if others than its owner and group can read it.
         advice: what to do if it can't be read.
     """
 
@@ -60,8 +60,9 @@ class WatchedFile:
         self._version = _version_of(status)
         if len(data) > MAX_BYTES:
             raise self.invalid(f"has more than {MAX_BYTES} bytes")
-        if self._secret and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            log.warning("others can read a file of credentials: chmod 600 %s", self.file)
+        if self._secret and status.st_mode & (stat.S_IWGRP | stat.S_IRWXO):
+            problem = "others can read or change a file of credentials: chmod g-w,o-rwx %s"
+            log.warning(problem, self.file)
         return data
 
     def invalid(self, problem: str) -> CredentialsInvalid:

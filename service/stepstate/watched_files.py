@@ -56,13 +56,14 @@ def _version_at(path: Path) -> FileVersion | None:
 
 
 def warn_if_readable(file: str | Path, mode: int, *, group_may: bool = False) -> None:
-    """Warns if users other than its owner may read a file, or do anything else with it.
+    """Warns if users who should not may read or change a file.
 
     Args:
         file: its name.
         mode: its permissions.
-        group_may: whether its group may do so.
+        group_may: whether its group may read it, and not its owner only.
     """
-    mask, advice = (0o007, "o-rwx") if group_may else (0o077, "go-rwx")
+    mask, advice = (0o027, "g-w,o-rwx") if group_may else (0o077, "go-rwx")
     if mode & mask:
-        log.warning("others can read a private file: chmod %s", advice, extra={"file": str(file)})
+        problem = "others can read or change a private file: chmod %s"
+        log.warning(problem, advice, extra={"file": str(file)})

@@ -73,7 +73,8 @@ def test_files_that_are_back_as_they_were_are_not_read(paths: tuple[Path, Path])
         (0o640, {}, "go-rwx"),
         (0o604, {}, "go-rwx"),
         (0o640, {"group_may": True}, None),
-        (0o644, {"group_may": True}, "o-rwx"),
+        (0o644, {"group_may": True}, "g-w,o-rwx"),
+        (0o660, {"group_may": True}, "g-w,o-rwx"),
     ],
 )
 def test_a_file_that_others_can_read_is_warned_of(

@@ -21,7 +21,7 @@ class WatchedFile:
     Args:
         option: the setting that names it, for errors.
         file: its name.
-        secret: warn if others can read it.
+        secret: warn if others than its owner and group can read it.
         advice: what to do if it can't be read.
     """
 
@@ -56,7 +56,7 @@ class WatchedFile:
         if len(data) > MAX_BYTES:
             raise self.invalid(f"has more than {MAX_BYTES} bytes")
         if self._secret:
-            warn_if_readable(self.file, status.st_mode)
+            warn_if_readable(self.file, status.st_mode, group_may=True)
         return data
 
     def invalid(self, problem: str) -> CredentialsInvalid:

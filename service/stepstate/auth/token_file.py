@@ -11,9 +11,10 @@ import asyncio
 import fcntl
 import logging
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from stepstate.auth.tokens import KnownToken, TokenList, TokenRecord, TokenTable
 from stepstate.auth.watched_file import WatchedFile
 from stepstate.errors import CredentialsInvalid
 from stepstate.identity import Identity
-from stepstate.logging.audit import Act, AuditEvent, audit
+from stepstate.logging.audit import AuditEvent, AuditRecord, audit
 
 log = logging.getLogger(__name__)
 
@@ -73,9 +74,9 @@ class TokenFile:
             self._table = TokenTable(self._tokens)
             self.stale = False
             for record in added(before, self._tokens):
-                audit(act_of_token(AuditEvent.TOKEN_LOADED, record))
+                audit(record_of_token(AuditEvent.TOKEN_LOADED, record))
             for record in ended(before, self._tokens):
-                audit(act_of_token(AuditEvent.TOKEN_DROPPED, record))
+                audit(record_of_token(AuditEvent.TOKEN_DROPPED, record))
             log.info("tokens were read", extra={"tokens": len(self._table)})
         except CredentialsInvalid as error:
             if not self.stale or force:
@@ -100,7 +101,8 @@ def change_tokens(file: str, change: Callable[[Tokens], Tokens]) -> tuple[Tokens
         change: from the tokens that are there to those that are to be.
 
     Raises:
-        CredentialsInvalid: it can't be read, or what is to be written is not valid.
+        CredentialsInvalid: it can't be read, what is to be written is not valid, or those who
+            read it now could not read it then.
         OSError: it can't be written.
     """
     path = Path(file).resolve()  # of a link, what it leads to
@@ -131,11 +133,13 @@ def ended(before: Tokens, after: Tokens) -> Iterator[TokenRecord]:
     return (record for record in gone if record.expires is None or record.expires > now)
 
 
-def act_of_token(event: AuditEvent, record: TokenRecord, identity: str | None = None) -> Act:
+def record_of_token(
+    event: AuditEvent, record: TokenRecord, identity: str | None = None
+) -> AuditRecord:
     """What is put on record of a token; `identity`: who did it, where it is known."""
     expires = "never" if record.expires is None else f"{record.expires:%FT%TZ}"
     detail = f"{record.identity}#{record.id}, {','.join(record.scopes)}, expires {expires}"
-    return Act(event=event, tenant=record.tenant, identity=identity, detail=detail)
+    return AuditRecord(event=event, tenant=record.tenant, identity=identity, detail=detail)
 
 
 def _watched(file: str) -> WatchedFile:
@@ -167,15 +171,33 @@ def _write_lock(path: Path) -> Iterator[None]:
         os.close(lock)
 
 
+def _keep_readers(path: Path, successor: str) -> None:
+    """Gives a new file the owner, group, mode and access list of the one whose place it takes.
+
+    Without them a server that runs as another user could not read it, and would accept what was
+    revoked.
+
+    Raises:
+        CredentialsInvalid: only its owner or root may do that.
+    """
+    before = path.stat()
+    try:
+        os.chown(successor, before.st_uid, before.st_gid)
+    except PermissionError:
+        raise WatchedFile(OPTION, str(path)).invalid(
+            f"is of the user {before.st_uid} and the group {before.st_gid}, and a new one can't be "
+            "given to them: nothing was changed; run this as that user or as root"
+        ) from None
+    shutil.copystat(path, successor)
+
+
 def _replace(path: Path, data: bytes) -> None:
-    """Writes a file, for its owner alone; one that was there keeps its owner."""
+    """Writes a file, for its owner alone; who may read one that was there may read the new one."""
     descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
     try:
         with open(descriptor, "wb") as opened:  # noqa: PTH123 - a descriptor
             if path.exists():
-                with suppress(PermissionError):  # only root may give a file away
-                    before = path.stat()
-                    os.fchown(descriptor, before.st_uid, before.st_gid)
+                _keep_readers(path, name)
             opened.write(data)
             opened.flush()
             os.fsync(descriptor)

@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import stat
 from pathlib import Path
 
 from stepstate.errors import CredentialsInvalid
-
-log = logging.getLogger(__name__)
+from stepstate.watched_files import FileVersion, version_of, warn_if_readable
 
 MAX_BYTES = 64 * 2**20
 """Of a file: 200,000 tokens."""
-
-_Version = tuple[int, int, int] | None
 
 
 class WatchedFile:
@@ -26,7 +21,7 @@ class WatchedFile:
     Args:
         option: the setting that names it, for errors.
         file: its name.
-        secret: warn if others can read it.
+        secret: warn if others than its owner and group can read it.
         advice: what to do if it can't be read.
     """
 
@@ -36,12 +31,12 @@ class WatchedFile:
         self._path = Path(file)
         self._secret = secret
         self._advice = advice
-        self._version: _Version = None
+        self._version: FileVersion | None = None
 
     def changed(self) -> bool:
         """Whether it is another one than was read last, or has gone. It does not raise."""
         try:
-            return _version_of(self._path.stat()) != self._version
+            return version_of(self._path.stat()) != self._version
         except OSError:
             return self._version is not None
 
@@ -57,17 +52,13 @@ class WatchedFile:
                 status, data = os.fstat(opened.fileno()), opened.read(MAX_BYTES + 1)
         except OSError as error:
             raise self.invalid(f"can't be read: {error.strerror}{self._advice}") from error
-        self._version = _version_of(status)
+        self._version = version_of(status)
         if len(data) > MAX_BYTES:
             raise self.invalid(f"has more than {MAX_BYTES} bytes")
-        if self._secret and status.st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            log.warning("others can read a file of credentials: chmod 600 %s", self.file)
+        if self._secret:
+            warn_if_readable(self.file, status.st_mode, group_may=True)
         return data
 
     def invalid(self, problem: str) -> CredentialsInvalid:
         """The error about it."""
         return CredentialsInvalid(self.option, self.file, problem)
-
-
-def _version_of(status: os.stat_result) -> _Version:
-    return status.st_mtime_ns, status.st_size, status.st_ino

@@ -49,8 +49,10 @@ class DescriptorOutput:
 
 def write_all(fd: int, data: bytes) -> None:
     """Writes bytes to a file, which may be a non-blocking one."""
+    ready = select.poll()  # `select.select` takes only descriptors below 1,024
+    ready.register(fd, select.POLLOUT)
     while data:
-        select.select([], [fd], [])
+        ready.poll()
         data = data[os.write(fd, data) :]
 
 

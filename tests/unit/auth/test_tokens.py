@@ -9,6 +9,7 @@ import os
 import re
 import stat
 import zlib
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -80,6 +81,43 @@ def test_a_link_stays_a_link(file: Path, tmp_path: Path):
     token(link, "second")
     assert link.is_symlink()
     assert set(records(file)) == {"tester", "second"}
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o644])
+def test_who_could_read_the_file_can_read_it_after_a_change(file: Path, mode: int):
+    """A server of another user would go on with the tokens before, the revoked ones too."""
+    text = token(file)
+    file.chmod(mode)
+    if os.geteuid() == 0:  # nobody else may give files away
+        os.chown(file, 1234, 5678)
+    with suppress(OSError):  # not every file system has them
+        os.setxattr(file, "user.label", b"kept")  # access lists are attributes, too
+    before, attributes = file.stat(), os.listxattr(file)
+    revoke(file, text)
+    after = file.stat()
+    assert after.st_ino != before.st_ino
+    assert (after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_mode,
+        before.st_uid,
+        before.st_gid,
+    )
+    assert os.listxattr(file) == attributes
+
+
+def test_a_file_whose_readers_can_not_be_kept_is_not_changed(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    text = token(file)
+    before = file.read_bytes()
+
+    def denied(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(module.os, "chown", denied)
+    with pytest.raises(CredentialsInvalid, match="run this as that user or as root"):
+        revoke(file, text)
+    assert file.read_bytes() == before
+    assert [path.name for path in file.parent.iterdir() if path.suffix != ".lock"] == [file.name]
 
 
 def _add(file: str, name: str, count: int) -> None:
@@ -205,10 +243,14 @@ def test_the_same_token_twice_is_refused(file: Path):
 
 def test_a_file_that_others_can_read_is_warned_of(file: Path, caplog: pytest.LogCaptureFixture):
     token(file)
-    assert not caplog.records
-    file.chmod(0o640)
+    file.chmod(0o640)  # for a server of its group
     read_tokens(str(file))
-    assert "chmod 600" in caplog.text
+    assert not caplog.records
+    for mode in (0o644, 0o660):
+        caplog.clear()
+        file.chmod(mode)
+        read_tokens(str(file))
+        assert "chmod g-w,o-rwx" in caplog.text
 
 
 @pytest.mark.parametrize("way", ["revoked", "expired"])

@@ -9,22 +9,22 @@ import resource
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
 
 from stepstate.logging import AUDIT_DROPPED, LINES_PER_SECOND, audit_lines
 from stepstate.logging import audit as module
-from stepstate.logging.audit import Act, AuditEvent, AuditFile, audit
+from stepstate.logging.audit import AuditEvent, AuditFile, AuditRecord, audit
 
 
-def opened(session: str, **said: str) -> Act:
-    return Act(event=AuditEvent.SESSION_OPENED, tenant="acme", session=session, **said)
+def opened(session: str, **said: str) -> AuditRecord:
+    return AuditRecord(event=AuditEvent.SESSION_OPENED, tenant="acme", session=session, **said)
 
 
-def refused(reason: str) -> Act:
-    return Act(event=AuditEvent.CREDENTIAL_REFUSED, result="UNAUTHENTICATED", reason=reason)
+def refused(reason: str) -> AuditRecord:
+    return AuditRecord(event=AuditEvent.CREDENTIAL_REFUSED, result="UNAUTHENTICATED", reason=reason)
 
 
 def lines(file: Path) -> list[dict]:
@@ -76,7 +76,7 @@ def test_a_file_that_others_may_read_is_warned_of(file: Path, caplog: pytest.Log
         file.chmod(mode)
         AuditFile(str(file)).close()
     assert [record.message for record in caplog.records] == [
-        "others can read the audit log: chmod 600"
+        "others can read or change a private file: chmod go-rwx"
     ]
 
 
@@ -102,6 +102,25 @@ def test_a_file_that_is_moved_away_or_deleted_is_made_again(file: Path):
     written(made, "c")
     made.close()
     assert [line["session"] for line in lines(file)] == ["c"]
+
+
+@pytest.fixture
+def many_files() -> Iterator[None]:
+    """More files are open than `select` can name, as of a server with many connections."""
+    with ExitStack() as opened:
+        for _ in range(1024):
+            opened.callback(os.close, os.open(os.devnull, os.O_WRONLY))
+        yield
+
+
+@pytest.mark.usefixtures("many_files")
+def test_a_file_is_made_again_also_while_many_are_open(file: Path):
+    made = AuditFile(str(file))
+    written(made, "a")
+    file.unlink()
+    written(made, "b")
+    made.close()
+    assert [line["session"] for line in lines(file)] == ["b"]
 
 
 def test_a_folder_that_is_gone_loses_lines_and_nothing_else(file: Path):

@@ -1,7 +1,8 @@
 """Open calls that last, and how they end when the credential that began them ends.
 
 A call is asked for its credential once, when it begins. Those that last as long as their client
-likes are asked again, together, every second: rows on an open stream cost nothing.
+likes, streams and calls whose request has not come, are asked again, together, every second: rows
+on an open stream cost nothing.
 
 What a stream had accepted by then is answered before it ends; only if its client does not take the
 replies within `GRACE_SECONDS`, it is cut, and accepted rows are as after any lost connection.

@@ -24,7 +24,7 @@ from stepstate.config import ServerConfig
 from stepstate.errors import PermissionDenied, TooManyAuthFailures, Unauthenticated
 from stepstate.identity import Scope
 from stepstate.server import Server, running_server
-from stepstate.transport.authentication import SCOPES
+from stepstate.transport.methods import METHODS
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.certificates import Authority, Certificate
@@ -227,7 +227,9 @@ UNARY = [
         triton_pb.DESCRIPTOR.services_by_name["GRPCInferenceService"],
     )
     for method in service.methods
-    if SCOPES.get(method.name) and not (method.client_streaming or method.server_streaming)
+    if method.name in METHODS
+    and METHODS[method.name].scopes
+    and not (method.client_streaming or method.server_streaming)
 ]
 
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from wsgiref.simple_server import WSGIServer
 
 import grpc
-from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_health.v1 import health_pb2
 from prometheus_client import CollectorRegistry, GCCollector, PlatformCollector, ProcessCollector
 
 from stepstate.auth import (
@@ -64,6 +64,7 @@ from stepstate.transport import (
     CallAdmission,
     CredentialAuthenticator,
     ExpectedRows,
+    HealthService,
     PeerTable,
     Receiver,
     ReceivingMemory,
@@ -200,7 +201,7 @@ class Server:
         backend = Backend(self.sessions, self._metrics, admission, expected)
         self._servicer = StepstateServicer(backend, keys)
         self._triton = self._triton_service(backend)
-        self._health = health.aio.HealthServicer()
+        self._health = HealthService()
         self.credentials = credentials
         """What callers are known by; None: everyone is anonymous."""
         if credentials is not None:
@@ -230,7 +231,7 @@ class Server:
         """
         self._open_audit_log()
         add_service(self._grpc, SERVICE, self._servicer, parse_stepstate)
-        health_pb2_grpc.add_HealthServicer_to_server(self._health, self._grpc)
+        self._health.add_to(self._grpc)
         services = [SERVICE.full_name]
         if self._triton is not None:
             self._triton.add_to(self._grpc)
@@ -259,7 +260,7 @@ class Server:
             self._tasks.append(asyncio.create_task(saving))
             self._tasks.append(asyncio.create_task(self.sessions.survey.run()))
         for service in ("", *services, STORE_SERVICE):
-            await self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
+            self._health.set(service, health_pb2.HealthCheckResponse.SERVING)
         self.state = ServerState.SERVING
 
     async def apply(self, configuration: Configuration) -> None:
@@ -322,7 +323,7 @@ class Server:
     async def _drain(self) -> None:
         self.state = ServerState.DRAINING
         log.info("draining", extra={"sessions": len(self.sessions)})
-        await self._health.enter_graceful_shutdown()
+        self._health.shut_down()
         try:
             async with asyncio.timeout(self._config.drain_seconds):
                 await self.sessions.drain()
@@ -460,7 +461,7 @@ class Server:
         while True:
             UPTIME.heartbeat()
             self.tenants.forget_idle()
-            await self._report_store_health()
+            self._report_store_health()
             await asyncio.sleep(TICK_SECONDS)
 
     async def _measure_lag(self) -> None:
@@ -479,12 +480,12 @@ class Server:
             except Exception:
                 log.exception("the store's clock was not moved on; the next heartbeat tries again")
 
-    async def _report_store_health(self) -> None:
+    def _report_store_health(self) -> None:
         """A service of its own, so that no load balancer turns away from all servers at once."""
         up = self.sessions.store.up
         if up is not self._store_reported_up and self.state is ServerState.SERVING:
             status = health_pb2.HealthCheckResponse
-            await self._health.set(STORE_SERVICE, status.SERVING if up else status.NOT_SERVING)
+            self._health.set(STORE_SERVICE, status.SERVING if up else status.NOT_SERVING)
             self._store_reported_up = up
 
 

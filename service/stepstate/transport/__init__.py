@@ -5,6 +5,7 @@ from stepstate.transport.authentication import Authenticator, CredentialAuthenti
 from stepstate.transport.bidi import Backend
 from stepstate.transport.credentials import grpcio_credentials
 from stepstate.transport.expected_rows import ExpectedRows
+from stepstate.transport.health import HealthService
 from stepstate.transport.interceptor import RpcInterceptor
 from stepstate.transport.peers import PeerTable
 from stepstate.transport.receiving import MAX_MESSAGE_BYTES, Receiver, ReceivingMemory
@@ -19,6 +20,7 @@ __all__ = [
     "CallAdmission",
     "CredentialAuthenticator",
     "ExpectedRows",
+    "HealthService",
     "PeerTable",
     "Receiver",
     "ReceivingMemory",

@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-import stat
 import time
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -29,15 +28,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from stepstate.errors import TlsInvalid
+from stepstate.watched_files import WatchedFiles, warn_if_readable
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-"""Between two looks at the files: far more often than a certificate is renewed."""
+"""Between two polls of the files: far more often than a certificate is renewed."""
 CIPHERS = "ECDHE+AESGCM:ECDHE+CHACHA20"
-
-Signature = tuple[tuple[int, int, int], ...]
-"""Of each file: inode, size, and when it was written. It changes with a link on the way, too."""
 
 
 class ClientAuth(StrEnum):
@@ -67,25 +64,12 @@ class TlsFiles:
     """The authorities of clients' certificates."""
     client_auth: ClientAuth = ClientAuth.NONE
 
-    def signature(self) -> Signature:
-        """Another one if a file was written or replaced; a file that is not there has one too."""
-        return tuple(_signature(path) for path in (self.certificate, self.key, self.client_ca))
-
-
-def _signature(path: Path | None) -> tuple[int, int, int]:
-    try:
-        found = path.stat() if path is not None else None
-    except OSError:
-        found = None
-    return (0, 0, 0) if found is None else (found.st_ino, found.st_size, found.st_mtime_ns)
-
 
 @dataclass(frozen=True, slots=True)
 class LoadedTls:
     """Files that were read, and fit together."""
 
     files: TlsFiles
-    signature: Signature
     expires_at: float
     """When the first of the server's certificates does, in Unix seconds."""
     http2: ssl.SSLContext
@@ -105,7 +89,6 @@ def load_tls(files: TlsFiles) -> LoadedTls:
     Raises:
         TlsInvalid: one can't be read or is something else, is not of the others, or has expired.
     """
-    signature = files.signature()
     certificates, certificate_pem = _certificates("--tls-cert", files.certificate)
     key_pem = _key(files, certificates[0])
     expires_at = _check_times(files.certificate, certificates)
@@ -121,7 +104,6 @@ def load_tls(files: TlsFiles) -> LoadedTls:
         raise TlsInvalid("--tls-cert", str(files.certificate), f"OpenSSL: {error}") from error
     return LoadedTls(
         files,
-        signature,
         expires_at,
         http2,
         http,
@@ -212,14 +194,15 @@ class ServerTls:
     """
 
     def __init__(self, files: TlsFiles) -> None:
+        named = (files.certificate, files.key, files.client_ca)
+        self._watched = WatchedFiles(*(path for path in named if path is not None))
         self.current = load_tls(files)
         """What new connections get."""
         self.reload_failed = False
         """Whether the files that are there now can't be used."""
         self._authorities = WeakKeyDictionary({self.current.http2: self.current.authorities})
         self._reading = Lock()
-        self._seen = self._tried = self.current.signature
-        _warn_of_mode(files.key)
+        _warn_if_readable(files.key)
 
     async def watch(self) -> None:
         """Reads the files again whenever they have changed, until it is cancelled."""
@@ -228,12 +211,11 @@ class ServerTls:
             try:
                 await asyncio.to_thread(self.poll)
             except Exception:
-                log.exception("the TLS files were not looked at; the next look tries again")
+                log.exception("the TLS files were not read; the next poll tries again")
 
     def poll(self) -> None:
-        """Reads files that have changed, but not since the last look: all of them are written."""
-        seen, self._seen = self._seen, self.current.files.signature()
-        if self._seen == seen != self._tried:
+        """Reads files that have changed, but not since the last poll: all of them are written."""
+        if self._watched.settled():
             self.reload()
 
     def is_outdated(self, context: ssl.SSLContext) -> bool:
@@ -254,7 +236,7 @@ class ServerTls:
 
     def _reload(self) -> bool:
         files = self.current.files
-        self._tried = files.signature()
+        self._watched.mark_read()
         try:
             loaded = load_tls(files)
         except TlsInvalid as error:
@@ -266,7 +248,7 @@ class ServerTls:
             return False
         self._authorities[loaded.http2] = loaded.authorities
         self.current, self.reload_failed = loaded, False
-        _warn_of_mode(files.key)
+        _warn_if_readable(files.key)
         log.info("new TLS files are in use", extra={"expires": _date(self.current.expires_at)})
         return True
 
@@ -275,6 +257,5 @@ def _date(unix_time: float) -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(unix_time))
 
 
-def _warn_of_mode(key: Path) -> None:
-    if key.stat().st_mode & stat.S_IROTH:
-        log.warning("all users can read the TLS key: chmod o-r", extra={"file": str(key)})
+def _warn_if_readable(key: Path) -> None:
+    warn_if_readable(key, key.stat().st_mode, group_may=True)

@@ -19,7 +19,7 @@ from stepstate.cli.main import main
 from stepstate.config import ServerConfig
 from stepstate.errors import Unauthenticated
 from stepstate.identity import Identity, Scope
-from stepstate.logging.audit import Act, AuditEvent, audit
+from stepstate.logging.audit import AuditEvent, AuditRecord, audit
 from stepstate.server import running_server
 from stepstate.transport.admission import KINDS
 from stepstate.transport.auditing import EVENTS, LASTING
@@ -38,7 +38,7 @@ PEOPLE = {
     "reader": Identity("reader", "acme", frozenset({Scope.READ})),
 }
 ROW = draw(1)
-MARK = Act(event=AuditEvent.ADMIN_ACT, detail="the test asks for what was before")
+MARK = AuditRecord(event=AuditEvent.ADMIN_ACT, detail="the test asks for what was before")
 
 
 class ByName:

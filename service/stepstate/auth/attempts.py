@@ -10,6 +10,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 
+from stepstate.buckets import TokenBucket
 from stepstate.errors import TooManyAuthFailures
 
 BURST = 30
@@ -21,7 +22,7 @@ MAX_CLIENTS = 10_000
 
 
 class AuthAttempts:
-    """Counts the failures of each client, in a bucket that empties by `PER_SECOND`.
+    """Counts the failures of each client: each takes a token of a bucket of its own.
 
     Args:
         clock: seconds that only grow.
@@ -29,11 +30,11 @@ class AuthAttempts:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._failures: OrderedDict[str, tuple[float, float]] = OrderedDict()
-        """By client: how full its bucket was, and when."""
+        self._buckets: OrderedDict[str, TokenBucket] = OrderedDict()
+        """By client; the one whose last failure is oldest first."""
 
     def __len__(self) -> int:
-        return len(self._failures)
+        return len(self._buckets)
 
     def check(self, client: str) -> None:
         """Refuses a client that has failed too often.
@@ -41,18 +42,15 @@ class AuthAttempts:
         Raises:
             TooManyAuthFailures: it has.
         """
-        level = self._level(client)
-        if level > BURST - 1:
-            raise TooManyAuthFailures(round((level - BURST + 1) / PER_SECOND, 3))
+        bucket = self._buckets.get(client)
+        if bucket is not None and (wait := bucket.wait_seconds()):
+            raise TooManyAuthFailures(round(wait, 3))
 
     def failed(self, client: str) -> None:
         """A client failed once more."""
-        level = self._level(client)
-        self._failures[client] = level + 1, self._clock()
-        self._failures.move_to_end(client)
-        if len(self._failures) > MAX_CLIENTS:
-            self._failures.popitem(last=False)
-
-    def _level(self, client: str) -> float:
-        level, since = self._failures.get(client, (0.0, 0.0))
-        return max(0.0, level - (self._clock() - since) * PER_SECOND)
+        if client not in self._buckets:
+            self._buckets[client] = TokenBucket(PER_SECOND, BURST, self._clock)
+        self._buckets[client].take(1)
+        self._buckets.move_to_end(client)
+        if len(self._buckets) > MAX_CLIENTS:
+            self._buckets.popitem(last=False)

@@ -24,7 +24,7 @@ from stepstate.auth.tokens import KnownToken, TokenList, TokenRecord, TokenTable
 from stepstate.auth.watched_file import WatchedFile
 from stepstate.errors import CredentialsInvalid
 from stepstate.identity import Identity
-from stepstate.logging.audit import Act, AuditEvent, audit
+from stepstate.logging.audit import AuditEvent, AuditRecord, audit
 
 log = logging.getLogger(__name__)
 
@@ -74,9 +74,9 @@ class TokenFile:
             self._table = TokenTable(self._tokens)
             self.stale = False
             for record in added(before, self._tokens):
-                audit(act_of_token(AuditEvent.TOKEN_LOADED, record))
+                audit(record_of_token(AuditEvent.TOKEN_LOADED, record))
             for record in ended(before, self._tokens):
-                audit(act_of_token(AuditEvent.TOKEN_DROPPED, record))
+                audit(record_of_token(AuditEvent.TOKEN_DROPPED, record))
             log.info("tokens were read", extra={"tokens": len(self._table)})
         except CredentialsInvalid as error:
             if not self.stale or force:
@@ -133,11 +133,13 @@ def ended(before: Tokens, after: Tokens) -> Iterator[TokenRecord]:
     return (record for record in gone if record.expires is None or record.expires > now)
 
 
-def act_of_token(event: AuditEvent, record: TokenRecord, identity: str | None = None) -> Act:
+def record_of_token(
+    event: AuditEvent, record: TokenRecord, identity: str | None = None
+) -> AuditRecord:
     """What is put on record of a token; `identity`: who did it, where it is known."""
     expires = "never" if record.expires is None else f"{record.expires:%FT%TZ}"
     detail = f"{record.identity}#{record.id}, {','.join(record.scopes)}, expires {expires}"
-    return Act(event=event, tenant=record.tenant, identity=identity, detail=detail)
+    return AuditRecord(event=event, tenant=record.tenant, identity=identity, detail=detail)
 
 
 def _watched(file: str) -> WatchedFile:

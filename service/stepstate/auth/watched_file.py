@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import stat
 from pathlib import Path
 
 from stepstate.errors import CredentialsInvalid
-
-log = logging.getLogger(__name__)
+from stepstate.watched_files import FileVersion, version_of, warn_if_readable
 
 MAX_BYTES = 64 * 2**20
 """Of a file: 200,000 tokens."""
-
-_Version = tuple[int, int, int] | None
 
 
 class WatchedFile:
@@ -36,12 +31,12 @@ class WatchedFile:
         self._path = Path(file)
         self._secret = secret
         self._advice = advice
-        self._version: _Version = None
+        self._version: FileVersion | None = None
 
     def changed(self) -> bool:
         """Whether it is another one than was read last, or has gone. It does not raise."""
         try:
-            return _version_of(self._path.stat()) != self._version
+            return version_of(self._path.stat()) != self._version
         except OSError:
             return self._version is not None
 
@@ -57,18 +52,13 @@ class WatchedFile:
                 status, data = os.fstat(opened.fileno()), opened.read(MAX_BYTES + 1)
         except OSError as error:
             raise self.invalid(f"can't be read: {error.strerror}{self._advice}") from error
-        self._version = _version_of(status)
+        self._version = version_of(status)
         if len(data) > MAX_BYTES:
             raise self.invalid(f"has more than {MAX_BYTES} bytes")
-        if self._secret and status.st_mode & (stat.S_IWGRP | stat.S_IRWXO):
-            problem = "others can read or change a file of credentials: chmod g-w,o-rwx %s"
-            log.warning(problem, self.file)
+        if self._secret:
+            warn_if_readable(self.file, status.st_mode, group_may=True)
         return data
 
     def invalid(self, problem: str) -> CredentialsInvalid:
         """The error about it."""
         return CredentialsInvalid(self.option, self.file, problem)
-
-
-def _version_of(status: os.stat_result) -> _Version:
-    return status.st_mtime_ns, status.st_size, status.st_ino

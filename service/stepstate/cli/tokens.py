@@ -13,7 +13,7 @@ import click
 from pydantic import ValidationError
 
 from stepstate.auth import TokenRecord, change_tokens, digest_of, make_token, read_tokens
-from stepstate.auth.token_file import act_of_token, added, ended
+from stepstate.auth.token_file import added, ended, record_of_token
 from stepstate.cli.common import option
 from stepstate.errors import CredentialsInvalid
 from stepstate.identity import DEFAULT_TENANT, Scope
@@ -135,9 +135,9 @@ def _change(tokens_file: str | None, audit_log: str, change: Change) -> None:
         with audit_lines(audit_log):
             before, after = change_tokens(file, change)
             for record in added(before, after):
-                audit(act_of_token(AuditEvent.TOKEN_CREATED, record, _user()))
+                audit(record_of_token(AuditEvent.TOKEN_CREATED, record, _user()))
             for record in ended(before, after):
-                audit(act_of_token(AuditEvent.TOKEN_REVOKED, record, _user()))
+                audit(record_of_token(AuditEvent.TOKEN_REVOKED, record, _user()))
     except CredentialsInvalid as error:
         _fail(error)
     except OSError as error:

@@ -14,17 +14,15 @@ from typing import Protocol
 from stepstate.config import ConfigError, ServerConfig
 from stepstate.configuration.checks import problems_of_reload
 from stepstate.configuration.effective import Configuration, Load
-from stepstate.logging.audit import Act, AuditEvent, audit
+from stepstate.logging.audit import AuditEvent, AuditRecord, audit
+from stepstate.watched_files import WatchedFiles
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-"""Between two looks at the file. It is read when it has changed, but not since the last look: who
-writes it in parts is done then."""
-
+"""Between two polls of the file: soon enough for whoever has written it."""
 RETRY_SECONDS = 30.0
 """After a refusal: a file that the configuration names may be put right meanwhile."""
-_Version = tuple[int, int, int] | None
 
 
 class ReloadObserver(Protocol):
@@ -62,7 +60,7 @@ class ConfigurationReloader:
         self._apply = apply
         self._observer = observer
         self._asked = asyncio.Event()
-        self._seen = self._tried = self._version()
+        self._watched = WatchedFiles(file)
         self._retry_at = math.inf
 
     def ask(self) -> None:
@@ -90,7 +88,7 @@ class ConfigurationReloader:
         Returns:
             Whether it is in use.
         """
-        self._tried = self._version()
+        self._watched.mark_read()
         try:
             found = await asyncio.to_thread(self._load)
             problems = await asyncio.to_thread(problems_of_reload, found)
@@ -99,7 +97,7 @@ class ConfigurationReloader:
         self._retry_at = time.monotonic() + RETRY_SECONDS if problems else math.inf
         if problems:
             self._observer.reloaded("refused")
-            audit(Act(event=AuditEvent.CONFIGURATION_RELOADED, result="INVALID_ARGUMENT"))
+            audit(AuditRecord(event=AuditEvent.CONFIGURATION_RELOADED, result="INVALID_ARGUMENT"))
             log.error(
                 "the configuration is not reloaded: the one before stays in use",
                 extra={"problems": "; ".join(problems)},
@@ -107,7 +105,7 @@ class ConfigurationReloader:
             return False
         await self._apply(found)
         self._observer.reloaded("applied")
-        audit(Act(event=AuditEvent.CONFIGURATION_RELOADED, detail=str(self._file)))
+        audit(AuditRecord(event=AuditEvent.CONFIGURATION_RELOADED, detail=str(self._file)))
         log.info("the configuration is reloaded", extra={"file": str(self._file)})
         waiting = needs_restart(self._started, found)
         if waiting:
@@ -117,20 +115,8 @@ class ConfigurationReloader:
         return True
 
     def _poll(self) -> bool:
-        """Whether the file has changed since it was read, and not since the last look.
-
-        Or whether it was refused, and is to be tried again.
-        """
-        seen, self._seen = self._seen, self._version()
-        return self._seen == seen != self._tried or time.monotonic() >= self._retry_at
-
-    def _version(self) -> _Version:
-        """Another one when the file was written or replaced, also by a link on the way."""
-        try:
-            found = self._file.stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_size, found.st_mtime_ns
+        """Whether the file has changed, or was refused and is to be tried again."""
+        return self._watched.settled() or time.monotonic() >= self._retry_at
 
 
 def needs_restart(before: Configuration, after: Configuration) -> list[str]:

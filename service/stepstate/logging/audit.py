@@ -2,7 +2,7 @@
 
 Rule 1: each act is one line, also one that may have been done (`MAYBE_DONE`). Only acts that were
 refused, and would fill the disk if somebody repeats them, are limited: `LINES_PER_SECOND` for each
-reason and tenant, and a line says how many were left out.
+event, reason and tenant, and a line says how many were left out.
 Rule 2: nobody waits for it. Lines go through a queue to a thread, as those of the log do. What the
 disk does not take in time is dropped, counted in `AUDIT_DROPPED`, and said in a line.
 Rule 3: no line has a credential or anything of a session but its names.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -22,6 +21,7 @@ from pathlib import Path
 from stepstate.logging.limit import LINES_PER_SECOND, LineLimit, Place
 from stepstate.logging.lines import renderer
 from stepstate.logging.writer import DescriptorOutput, LineQueue, LineWriter, write_all
+from stepstate.watched_files import warn_if_readable
 
 log = logging.getLogger(__name__)
 audit_logger = logging.getLogger("stepstate.audit")
@@ -67,7 +67,7 @@ class AuditEvent(StrEnum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Act:
+class AuditRecord:
     """One line. What does not apply is None."""
 
     event: AuditEvent
@@ -95,14 +95,14 @@ class Act:
     detail: str | None = None
 
 
-_SAID = tuple(field.name for field in fields(Act) if field.name != "event")
+_FIELDS = tuple(field.name for field in fields(AuditRecord) if field.name != "event")
 
 
-def audit(act: Act) -> None:
-    """Puts an act on record, if there is a record."""
+def audit(record: AuditRecord) -> None:
+    """Writes a record, if there is an audit log."""
     if not audit_logger.disabled:
-        said = {name: getattr(act, name) for name in _SAID}
-        audit_logger.info(act.event, extra=said)
+        values = {name: getattr(record, name) for name in _FIELDS}
+        audit_logger.info(record.event, extra=values)
 
 
 @contextmanager
@@ -185,9 +185,7 @@ class AuditFile:
     def _open(self) -> int:
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         fd = os.open(self._path, flags, 0o600)
-        if os.fstat(fd).st_mode & (stat.S_IRWXG | stat.S_IRWXO):
-            extra = {"file": str(self._path)}
-            log.warning("others can read the audit log: chmod 600", extra=extra)
+        warn_if_readable(self._path, os.fstat(fd).st_mode)
         return fd
 
     def _moved(self) -> bool:
@@ -202,5 +200,7 @@ class AuditFile:
 
 def _limited_place(record: logging.LogRecord) -> Place | None:
     """Acts that were refused count together by event, reason and tenant; others have no limit."""
-    said = vars(record)
-    return None if said["result"] in MAYBE_DONE else (record.msg, said["reason"], said["tenant"])
+    values = vars(record)
+    if values["result"] in MAYBE_DONE:
+        return None
+    return record.msg, values["reason"], values["tenant"]

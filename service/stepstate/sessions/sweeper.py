@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
 
 from stepstate.errors import SessionExpired
-from stepstate.logging.audit import Act, AuditEvent, audit
+from stepstate.logging.audit import AuditEvent, AuditRecord, audit
 from stepstate.sessions.context import Limits, SessionContext
 from stepstate.sessions.counts import SessionCounts
 from stepstate.sessions.snapshots.writer import SnapshotWriter
@@ -183,7 +183,7 @@ class ExpirySweeper:
         for record in records:
             extra = {"tenant": record.tenant, "session_id": record.session_id}
             log.debug("a session has expired", extra=extra)
-            audit(_act(AuditEvent.SESSION_EXPIRED, record))
+            audit(_audit_record(AuditEvent.SESSION_EXPIRED, record))
 
     async def _purge(self, reason: str, before: float, most: float) -> int:
         deleted = 0
@@ -222,7 +222,7 @@ class ExpirySweeper:
             extra = {"reason": reason, "count": len(keys), "sessions": " ".join(keys)}
             log.info("expired sessions were deleted", extra=extra)
         for entry in entries:
-            audit(_act(AuditEvent.SESSION_DELETED, entry.record, reason))
+            audit(_audit_record(AuditEvent.SESSION_DELETED, entry.record, reason))
 
 
 def expired_error(
@@ -235,9 +235,11 @@ def expired_error(
     return SessionExpired(session_id, t, idle_timeout_seconds, until)
 
 
-def _act(event: AuditEvent, record: SessionRecord, why: str | None = None) -> Act:
+def _audit_record(event: AuditEvent, record: SessionRecord, why: str | None = None) -> AuditRecord:
     tenant, session = record.tenant, record.session_id
-    return Act(event=event, tenant=tenant, session=session, model=record.model_key, detail=why)
+    return AuditRecord(
+        event=event, tenant=tenant, session=session, model=record.model_key, detail=why
+    )
 
 
 def _groups(entries: Sequence[StoredSession]) -> Iterator[Sequence[StoredSession]]:

@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NoReturn, Protocol
 
+from stepstate.buckets import TokenBucket
 from stepstate.errors import TenantLimitReached
 from stepstate.identity import DEFAULT_TENANT
-from stepstate.tenants.buckets import TokenBucket
 from stepstate.tenants.limits import LimitTable, RateLimits, TenantLimits
 
 MAX_NAMED = 100

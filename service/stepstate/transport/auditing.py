@@ -23,7 +23,7 @@ from stepstate.errors import (
     TooManyAuthFailures,
     Unauthenticated,
 )
-from stepstate.logging.audit import Act, AuditEvent, audit
+from stepstate.logging.audit import AuditEvent, AuditRecord, audit
 from stepstate.transport.authentication import current_principal
 from stepstate.transport.peers import current_peer
 from stepstate.transport.status import code_of
@@ -80,7 +80,7 @@ AUTH_ERRORS = (Unauthenticated, PermissionDenied, TooManyAuthFailures, KeysUnava
 Behavior = Callable[[Any, "Context"], Awaitable[Any]]
 
 
-def on_record(method: str, behavior: Behavior) -> Behavior:
+def audited(method: str, behavior: Behavior) -> Behavior:
     """A handler whose calls are put on record.
 
     Args:
@@ -92,20 +92,22 @@ def on_record(method: str, behavior: Behavior) -> Behavior:
     async def recorded(request: Any, context: Context) -> Any:
         if event is None and not current_principal.get().acts_for_another:
             return await behavior(request, context)
-        act = _act_of_request(event or AuditEvent.ADMIN_ACT, method, request)
+        record = _record_of_request(event or AuditEvent.ADMIN_ACT, method, request)
         if method in LASTING:
-            audit(act)
+            audit(record)
             return await behavior(request, context)
-        with failures_on_record(act):
+        with audit_failures(record):
             reply = await behavior(request, context)
-        audit(_with_session(act, getattr(reply, "session", None)))
+        audit(_with_session(record, getattr(reply, "session", None)))
         return reply
 
     return recorded
 
 
-def act_of_call(event: AuditEvent, method: str, session: str | None, model: str | None) -> Act:
-    """An act that the call of this task does.
+def record_of_call(
+    event: AuditEvent, method: str, session: str | None, model: str | None
+) -> AuditRecord:
+    """The record of what the call of this task does.
 
     Args:
         event: what it does.
@@ -114,7 +116,7 @@ def act_of_call(event: AuditEvent, method: str, session: str | None, model: str 
         model: of the session.
     """
     principal = current_principal.get()
-    return Act(
+    return AuditRecord(
         event=event,
         method=method,
         tenant=principal.tenant,
@@ -128,27 +130,27 @@ def act_of_call(event: AuditEvent, method: str, session: str | None, model: str 
 
 
 @contextmanager
-def failures_on_record(act: Act) -> Iterator[None]:
-    """Puts an act on record if the block fails."""
+def audit_failures(record: AuditRecord) -> Iterator[None]:
+    """Writes a record if the block fails, with the error."""
     try:
         yield
     except AUTH_ERRORS:
         raise  # `refused_credential` has its line
     except StepstateError as error:
-        audit(replace(act, result=code_of(error).name, reason=error.reason))
+        audit(replace(record, result=code_of(error).name, reason=error.reason))
         raise
     except asyncio.CancelledError:
-        audit(replace(act, result="CANCELLED"))
+        audit(replace(record, result="CANCELLED"))
         raise
     except Exception:
-        audit(replace(act, result="INTERNAL"))
+        audit(replace(record, result="INTERNAL"))
         raise
 
 
 def refused_credential(error: AuthError, method: str, peer: str) -> None:
     """Puts on record that a call was refused for what its credential proves, or does not."""
     audit(
-        Act(
+        AuditRecord(
             event=AuditEvent.CREDENTIAL_REFUSED,
             result=code_of(error).name,
             reason=error.cause,
@@ -160,19 +162,21 @@ def refused_credential(error: AuthError, method: str, peer: str) -> None:
     )
 
 
-def _act_of_request(event: AuditEvent, method: str, request: object) -> Act:
+def _record_of_request(event: AuditEvent, method: str, request: object) -> AuditRecord:
     named = getattr(request, "session_id", None) or None
     if named is not None and not isinstance(named, str):
         named = " ".join(named)[:MAX_NAMES]
-    act = act_of_call(event, method, named, getattr(request, "model", None) or None)
+    record = record_of_call(event, method, named, getattr(request, "model", None) or None)
     if event is AuditEvent.SESSION_FORKED:
-        act = replace(act, session=getattr(request, "new_session_id", None), source=named)
-    return act
+        record = replace(record, session=getattr(request, "new_session_id", None), source=named)
+    return record
 
 
-def _with_session(act: Act, session: pb.Session | None) -> Act:
-    """The act, with what the reply says of its session."""
+def _with_session(record: AuditRecord, session: pb.Session | None) -> AuditRecord:
+    """The record, with what the reply says of its session."""
     if session is None:
-        return act
+        return record
     model = f"{session.model}/{session.version}"
-    return replace(act, session=session.session_id, model=model if session.model else act.model)
+    return replace(
+        record, session=session.session_id, model=model if session.model else record.model
+    )

@@ -30,7 +30,7 @@ from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.h2grpc import Call, MessageSink
 from stepstate.metrics import Metrics, RpcMetrics
 from stepstate.transport.admission import KINDS, LONG, STREAM, CallAdmission
-from stepstate.transport.auditing import AUTH_ERRORS, on_record, refused_credential
+from stepstate.transport.auditing import AUTH_ERRORS, audited, refused_credential
 from stepstate.transport.authentication import Authenticator, NoAuthentication, authenticate
 from stepstate.transport.open_calls import OpenCalls
 from stepstate.transport.peers import current_peer
@@ -232,7 +232,7 @@ class _Rpc:
         """Serves handlers that return their one response; `read` gives them their requests."""
         if self._kind is LONG:
             behavior = self._admission.in_turn(behavior)
-        serve = self._serving(on_record(self._method, behavior), read)
+        serve = self._serving(audited(self._method, behavior), read)
 
         async def watched(_: object, context: Context) -> Any:
             async with self._watch(context):
@@ -249,7 +249,7 @@ class _Rpc:
         """Serves handlers that use `context.write`, and async generators."""
         if inspect.isasyncgenfunction(behavior):
             behavior = _written(behavior)
-        serve = self._serving(on_record(self._method, behavior), read)
+        serve = self._serving(audited(self._method, behavior), read)
 
         async def watched(_: object, context: Context) -> None:
             async with self._watch(context):

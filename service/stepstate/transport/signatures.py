@@ -10,13 +10,10 @@ write there, and whoever can write to a store can do more than change snapshots.
 from __future__ import annotations
 
 import hmac
-import logging
-import stat
 from pathlib import Path
 
 from stepstate.errors import SnapshotKeyInvalid, SnapshotUntrusted
-
-log = logging.getLogger(__name__)
+from stepstate.watched_files import warn_if_readable
 
 MAGIC = b"STEPSIGN"
 MIN_KEY_LENGTH = 32
@@ -85,6 +82,5 @@ def read_keys(file: str) -> SnapshotKeys:
         raise SnapshotKeyInvalid(file, "has no key")
     if any(len(key) < MIN_KEY_LENGTH for key in keys):
         raise SnapshotKeyInvalid(file, f"has a key of fewer than {MIN_KEY_LENGTH} characters")
-    if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        log.warning("others can read the keys of snapshots: chmod 600", extra={"file": file})
+    warn_if_readable(file, mode)
     return SnapshotKeys(*keys)

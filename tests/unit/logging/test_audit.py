@@ -17,15 +17,15 @@ import pytest
 
 from stepstate.logging import AUDIT_DROPPED, LINES_PER_SECOND, audit_lines
 from stepstate.logging import audit as module
-from stepstate.logging.audit import Act, AuditEvent, AuditFile, audit
+from stepstate.logging.audit import AuditEvent, AuditFile, AuditRecord, audit
 
 
-def opened(session: str, **said: str) -> Act:
-    return Act(event=AuditEvent.SESSION_OPENED, tenant="acme", session=session, **said)
+def opened(session: str, **said: str) -> AuditRecord:
+    return AuditRecord(event=AuditEvent.SESSION_OPENED, tenant="acme", session=session, **said)
 
 
-def refused(reason: str) -> Act:
-    return Act(event=AuditEvent.CREDENTIAL_REFUSED, result="UNAUTHENTICATED", reason=reason)
+def refused(reason: str) -> AuditRecord:
+    return AuditRecord(event=AuditEvent.CREDENTIAL_REFUSED, result="UNAUTHENTICATED", reason=reason)
 
 
 def lines(file: Path) -> list[dict]:
@@ -77,7 +77,7 @@ def test_a_file_that_others_may_read_is_warned_of(file: Path, caplog: pytest.Log
         file.chmod(mode)
         AuditFile(str(file)).close()
     assert [record.message for record in caplog.records] == [
-        "others can read the audit log: chmod 600"
+        "others can read or change a private file: chmod go-rwx"
     ]
 
 

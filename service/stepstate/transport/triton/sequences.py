@@ -20,7 +20,7 @@ from stepstate.errors import NotFound, SequenceNotStarted, SessionExists, StepMi
 from stepstate.logging.audit import AuditEvent, audit
 from stepstate.models import Model
 from stepstate.sessions import Hold, ResidentSession, Step
-from stepstate.transport.auditing import act_of_call, failures_on_record
+from stepstate.transport.auditing import audit_failures, record_of_call
 from stepstate.transport.bidi import Backend
 from stepstate.transport.peers import current_peer
 from stepstate.transport.steps import apply_step
@@ -108,11 +108,11 @@ class SequenceService:
             InvalidField: the id is that of a session of another model; as `SessionService.open`.
         """
         model = self._sessions.catalog.of(infer.tenant).find(infer.head.model, infer.head.version)
-        act = act_of_call(AuditEvent.SESSION_OPENED, METHOD, infer.session_id, model.key)
-        with failures_on_record(act):
+        record = record_of_call(AuditEvent.SESSION_OPENED, METHOD, infer.session_id, model.key)
+        with audit_failures(record):
             opened = await self._open_new(infer, model, hold, restart=restart)
         if opened:
-            audit(act)
+            audit(record)
 
     async def _open_new(self, infer: InferCall, model: Model, hold: Hold, *, restart: bool) -> bool:
         """See `_open`; False: it is open already."""
@@ -152,10 +152,12 @@ class SequenceService:
 
     async def _close(self, session: ResidentSession, hold: Hold) -> int:
         """Closes a session; returns its last t."""
-        act = act_of_call(AuditEvent.SESSION_CLOSED, METHOD, session.session_id, session.model.key)
-        with failures_on_record(act):
+        record = record_of_call(
+            AuditEvent.SESSION_CLOSED, METHOD, session.session_id, session.model.key
+        )
+        with audit_failures(record):
             t = await self._sessions.close(session.key, hold=hold)
-        audit(act)
+        audit(record)
         return t
 
     def _retry_of_end(self, infer: InferCall) -> pb.ModelInferResponse | None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stepstate.tenants.buckets import TokenBucket
+from stepstate.buckets import TokenBucket
 from tests.unit.rig import Clock
 
 RATES = st.floats(0.1, 1e5)
@@ -100,3 +100,12 @@ def test_a_debt_is_filled_up_first():
     assert bucket.whole() == 0
     clock.advance(9.1)
     assert bucket.whole() == 1
+
+
+@given(BURSTS, WAITS)
+def test_time_before_something_is_taken_does_not_make_up_for_it(burst, wait):
+    clock = Clock()
+    bucket = TokenBucket(1.0, burst, clock)
+    clock.advance(wait)
+    bucket.take(bucket.burst)
+    assert bucket.whole() == 0

@@ -56,7 +56,8 @@ class TokenBucket:
         return max(0, int(self._level + _ROUNDING))
 
     def take(self, amount: float) -> None:
-        """Takes tokens, once `wait_seconds` is 0."""
+        """Takes tokens, whether they are there or not; see `wait_seconds`."""
+        self._fill()
         self._level -= amount
 
     def _fill(self) -> None:

@@ -21,9 +21,8 @@ from stepstate.errors import Unauthenticated
 from stepstate.identity import Identity, Scope
 from stepstate.logging.audit import AuditEvent, AuditRecord, audit
 from stepstate.server import running_server
-from stepstate.transport.admission import KINDS
-from stepstate.transport.auditing import EVENTS, LASTING
-from stepstate.transport.authentication import SCOPES, TENANT_KEY
+from stepstate.transport.authentication import TENANT_KEY
+from stepstate.transport.methods import METHODS
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.test_reload import ADDRESSES, reloading
@@ -190,9 +189,8 @@ SUBJECT = {
 
 
 def test_every_rpc_has_its_entry():
-    assert EVENTS.keys() == KINDS.keys() == SCOPES.keys()
-    assert REQUESTS.keys() == {method for method, scopes in SCOPES.items() if scopes}
-    events = {method: event for method, event in EVENTS.items() if event}
+    assert REQUESTS.keys() == {method for method, policy in METHODS.items() if policy.scopes}
+    events = {method: policy.event for method, policy in METHODS.items() if policy.event}
     assert events.pop("ListTenants") == "admin act"
     assert SUBJECT.keys() == events.keys()
 
@@ -212,12 +210,12 @@ async def test_each_event_of_a_tenants_own_is_one_line_and_nothing_else_is_on_re
     caller = as_("ci")
     snapshot = await prepare(caller)
     await lines.new()
-    for method, event in EVENTS.items():
-        if method not in REQUESTS or Scope.ADMIN in SCOPES[method]:
+    for method, policy in METHODS.items():
+        if method not in REQUESTS or Scope.ADMIN in policy.scopes:
             continue
         result = await made(caller, method, snapshot)
         found = await lines.new()
-        assert [line["event"] for line in found] == ([event] if event else []), method
+        assert [line["event"] for line in found] == ([policy.event] if policy.event else []), method
         for line in found:
             assert line["session"] == SUBJECT[method]
             assert line["result"] == result
@@ -237,7 +235,7 @@ async def test_each_call_of_an_admin_on_another_tenant_is_one_line(
     for method in REQUESTS:
         await made(caller, method, snapshot)
         found = await lines.new()
-        event = EVENTS[method] or "admin act"
+        event = METHODS[method].event or "admin act"
         assert [line["event"] for line in found] == [event], method
         (line,) = found
         assert (line["tenant"], line["identity"]) == ("acme", "root")
@@ -273,7 +271,7 @@ async def test_a_stream_of_an_admin_is_on_record_while_it_lasts(
     as_: Callable[..., Caller], lines: Lines
 ):
     caller = as_("root", "acme")
-    for method in sorted(LASTING - {"ModelStreamInfer"}):
+    for method in ("StreamSteps", "StreamPacked"):
         stub = StepstateServiceStub(caller.channel)
         call = getattr(stub, method)(metadata=caller.metadata)
         await call.write(next(iter(REQUESTS[method](b""))))
@@ -310,7 +308,7 @@ async def test_an_act_that_failed_is_one_line_that_says_why(
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await caller.call(method, sent)
         (line,) = await lines.new()
-        assert (line["event"], line["reason"]) == (EVENTS[method], reason)
+        assert (line["event"], line["reason"]) == (METHODS[method].event, reason)
         assert line["result"] == failed.value.code().name
 
 
@@ -324,9 +322,8 @@ async def test_every_call_without_a_credential_is_one_line_without_what_it_sent(
     unlimited: None, as_: Callable[..., Caller], lines: Lines
 ):
     for method, requests in REQUESTS.items():
-        sent = (
-            () if method in {*LASTING, "StreamImport"} else requests(b"")
-        )  # a write may meet the end
+        writes = METHODS[method].lasts or method == "StreamImport"
+        sent = () if writes else requests(b"")  # a write may meet the end
         with pytest.raises(grpc.aio.AioRpcError, match="UNAUTHENTICATED"):
             await as_("no-one-you-know").call(method, *sent)
         (line,) = await lines.new()

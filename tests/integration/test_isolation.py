@@ -28,7 +28,8 @@ from stepstate.server import Server, running_server
 from stepstate.sessions import Hold
 from stepstate.sessions.snapshots.format import decode, encode
 from stepstate.stores import EndReason, StoredSession, Tombstone
-from stepstate.transport.authentication import OPEN, SCOPES, TENANT_KEY
+from stepstate.transport import methods
+from stepstate.transport.authentication import TENANT_KEY
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.integration import requests_of
 from tests.integration.requests_of import METHODS, MODEL, ROWS, Case, Names, Outcome, Own, X
@@ -421,7 +422,7 @@ async def test_sessions_of_one_tenant_only_are_listed_whatever_token_is_sent(hou
 async def test_whoever_names_a_tenant_is_an_admin_and_names_one_that_can_be(
     house: House, method: str
 ):
-    if SCOPES[method] == OPEN:
+    if methods.METHODS[method].scopes == methods.OPEN:
         return
     streams = METHODS[method].client_streaming
     request = None if streams else requests_of.REQUESTS[method](Own("1"))[0]

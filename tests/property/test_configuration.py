@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from stepstate.cli.settings import loader, settings_options
 from stepstate.config import VARIABLES_ONLY, ConfigError, ServerConfig
-from stepstate.configuration import Configuration, Given, SettingOrigin, as_toml, resolve
+from stepstate.configuration import Configuration, GivenValue, SettingOrigin, as_toml, resolve
 from stepstate.configuration.file import parse
 
 SETTINGS = {one.name: one.default for one in fields(ServerConfig)}
@@ -105,7 +105,7 @@ models = st.dictionaries(st.text(min_size=1, max_size=5), st.lists(st.sampled_fr
     {"server_name": "".join(map(chr, range(0x20))) + "\x7f\"\\'\u2028"}, {}, {}, {'a"\x7f': ["b"]}
 )
 def test_what_is_shown_is_a_file_that_says_the_same(settings, defaults, exceptions, models):
-    said = {name: Given(value, SettingOrigin.OPTION) for name, value in settings.items()}
+    said = {name: GivenValue(value, SettingOrigin.OPTION) for name, value in settings.items()}
     tables = [f"[limits]\n{_lines(defaults)}"]
     tables += [f'[tenants."{name}"]\n{_lines(own)}' for name, own in exceptions.items()]
     tables += [f"[models.{quoted(name)}]\ntenants = {own}" for name, own in models.items()]

@@ -16,12 +16,12 @@ import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 from stepstate.budget import CallMemory, MemoryUse, call_memory
 from stepstate.errors import TooManyCalls
 from stepstate.metrics import Metrics
+from stepstate.transport.methods import LONG, SHORT, STREAM, CallKind
 from stepstate.transport.peers import Peer, PeerGroup, PeerTable, current_peer
 from stepstate.transport.shares import CALL_COST, LoopShares
 
@@ -30,55 +30,6 @@ if TYPE_CHECKING:
 
     _Turns = deque[asyncio.Future[None]]
 
-
-class CallKind(StrEnum):
-    """How long a call takes."""
-
-    SHORT = "short"
-    """Rows of one session, or one look into memory or the store."""
-    LONG = "long"
-    """A millisecond of work and more, or a long reply."""
-    STREAM = "stream"
-    """As long as its client likes."""
-
-
-SHORT, LONG, STREAM = CallKind
-KINDS = {
-    "OpenSession": SHORT,
-    "GetSession": SHORT,
-    "ListSessions": LONG,
-    "RestoreSession": SHORT,
-    "CloseSession": SHORT,
-    "ResetAccuracy": SHORT,
-    "ForkSession": SHORT,
-    "ExportSession": LONG,
-    "ImportSession": LONG,
-    "StreamExport": STREAM,  # what is long in these two takes a turn of its own
-    "StreamImport": STREAM,
-    "Step": SHORT,
-    "StreamSteps": STREAM,
-    "StreamPacked": STREAM,
-    "Forecast": LONG,
-    "ListModels": LONG,
-    "GetModel": SHORT,
-    "ListTenants": LONG,
-    # Triton
-    "ServerLive": SHORT,
-    "ServerReady": SHORT,
-    "ModelReady": SHORT,
-    "ServerMetadata": SHORT,
-    "ModelMetadata": LONG,
-    "ModelConfig": LONG,
-    "ModelInfer": SHORT,
-    "ModelStreamInfer": STREAM,
-    "ModelStatistics": LONG,
-    "RepositoryIndex": LONG,
-    # Health, reflection
-    "Check": SHORT,
-    "Watch": STREAM,
-    "ServerReflectionInfo": STREAM,
-}
-"""By method: their names are unique over all services."""
 
 MAX_OPEN = {SHORT: 32_768, LONG: 4_096, STREAM: 131_072}
 """Of all peers; one alone may have half: a connection with one stream for each session."""

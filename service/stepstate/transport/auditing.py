@@ -1,7 +1,7 @@
 """What calls put on record: see `stepstate.logging.audit` for the lines.
 
 A call is one line at most: when it ends, or, of a stream that lasts, when it begins. What it does
-to a session is the event (`EVENTS`); any other call of an admin on the sessions of another tenant
+to a session is the event (`METHODS`); any other call of an admin on the sessions of another tenant
 is an `ADMIN_ACT`. Steps, reads and forecasts of a tenant's own are not on record. Each Triton
 sequence that a request starts or ends is a line, too.
 
@@ -25,6 +25,7 @@ from stepstate.errors import (
 )
 from stepstate.logging.audit import AuditEvent, AuditRecord, audit
 from stepstate.transport.authentication import current_principal
+from stepstate.transport.methods import METHODS
 from stepstate.transport.peers import current_peer
 from stepstate.transport.status import code_of
 from stepstate.v1 import stepstate_pb2 as pb
@@ -34,45 +35,6 @@ if TYPE_CHECKING:
 
 MAX_NAMES = 512
 """Characters of the ids of a call that names many sessions."""
-
-EVENTS: dict[str, AuditEvent | None] = {
-    "OpenSession": AuditEvent.SESSION_OPENED,
-    "GetSession": None,
-    "ListSessions": None,
-    "RestoreSession": AuditEvent.SESSION_RESTORED,
-    "CloseSession": AuditEvent.SESSION_CLOSED,
-    "ResetAccuracy": None,
-    "ForkSession": AuditEvent.SESSION_FORKED,
-    "ExportSession": AuditEvent.SESSION_EXPORTED,
-    "ImportSession": AuditEvent.SESSION_IMPORTED,
-    "StreamExport": AuditEvent.SESSION_EXPORTED,
-    "StreamImport": AuditEvent.SESSION_IMPORTED,
-    "Step": None,
-    "StreamSteps": None,
-    "StreamPacked": None,
-    "Forecast": None,
-    "ListModels": None,
-    "GetModel": None,
-    "ListTenants": AuditEvent.ADMIN_ACT,
-    # Triton: a request that starts or ends a sequence says so itself, see `triton.sequences`
-    "ServerLive": None,
-    "ServerReady": None,
-    "ModelReady": None,
-    "ServerMetadata": None,
-    "ModelMetadata": None,
-    "ModelConfig": None,
-    "ModelInfer": None,
-    "ModelStreamInfer": None,
-    "ModelStatistics": None,
-    "RepositoryIndex": None,
-    # Health, reflection
-    "Check": None,
-    "Watch": None,
-    "ServerReflectionInfo": None,
-}
-"""By method, what it does to a session."""
-LASTING = frozenset({"StreamSteps", "StreamPacked", "ModelStreamInfer"})
-"""Streams as long as their client likes."""
 
 AuthError = Unauthenticated | PermissionDenied | TooManyAuthFailures | KeysUnavailable
 AUTH_ERRORS = (Unauthenticated, PermissionDenied, TooManyAuthFailures, KeysUnavailable)
@@ -87,13 +49,13 @@ def audited(method: str, behavior: Behavior) -> Behavior:
         method: the name of its RPC.
         behavior: takes a request and the context; returns the reply, if there is one.
     """
-    event = EVENTS[method]
+    policy = METHODS[method]
 
     async def recorded(request: Any, context: Context) -> Any:
-        if event is None and not current_principal.get().acts_for_another:
+        if policy.event is None and not current_principal.get().acts_for_another:
             return await behavior(request, context)
-        record = _record_of_request(event or AuditEvent.ADMIN_ACT, method, request)
-        if method in LASTING:
+        record = _record_of_request(policy.event or AuditEvent.ADMIN_ACT, method, request)
+        if policy.lasts:
             audit(record)
             return await behavior(request, context)
         with audit_failures(record):

@@ -1,7 +1,7 @@
 """Who makes a call, and on whose sessions it acts.
 
 Authentication is one call of an `Authenticator` before anything else is done for an RPC, on both
-transports and for every API. What a method needs is in `SCOPES`.
+transports and for every API. What a method needs is in `METHODS`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from stepstate.identity import (
     session_key,
 )
 from stepstate.transport.addresses import Network, client_name, network_of
+from stepstate.transport.methods import METHODS
 
 if TYPE_CHECKING:
     import grpc
@@ -32,47 +33,6 @@ CREDENTIAL_KEY = "authorization"
 """Metadata that have a token: "Bearer TOKEN"."""
 TENANT_KEY = "x-stepstate-tenant"
 """Metadata in which an admin names the tenant on whose sessions a call is to act."""
-
-OPEN: frozenset[Scope] = frozenset()
-READ = frozenset({Scope.READ})
-STEP = frozenset({Scope.STEP})
-ADMIN = frozenset({Scope.ADMIN})
-SCOPES = {
-    "OpenSession": STEP,
-    "GetSession": READ,
-    "ListSessions": READ,
-    "RestoreSession": STEP,
-    "CloseSession": STEP,
-    "ResetAccuracy": STEP,
-    "ForkSession": STEP,
-    "ExportSession": READ,
-    "ImportSession": STEP,
-    "StreamExport": READ,
-    "StreamImport": STEP,
-    "Step": STEP,
-    "StreamSteps": STEP,
-    "StreamPacked": STEP,
-    "Forecast": READ,
-    "ListModels": READ,
-    "GetModel": READ,
-    "ListTenants": ADMIN,
-    # Triton
-    "ServerLive": OPEN,
-    "ServerReady": OPEN,
-    "ModelReady": READ,
-    "ServerMetadata": OPEN,
-    "ModelMetadata": READ,
-    "ModelConfig": READ,
-    "ModelInfer": STEP,
-    "ModelStreamInfer": STEP,
-    "ModelStatistics": READ,
-    "RepositoryIndex": READ,
-    # Health, reflection
-    "Check": OPEN,
-    "Watch": OPEN,
-    "ServerReflectionInfo": OPEN,
-}
-"""By method, the scopes that a principal must have; `OPEN`: it needs no credential."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +116,7 @@ async def authenticate(authenticator: Authenticator, context: Context, method: s
         PermissionDenied: it lacks a scope.
         InvalidField: it names what is no tenant.
     """
-    needed = SCOPES[method]
+    needed = METHODS[method].scopes
     if not needed:
         return
     identity = await authenticator.identify(context)

@@ -29,9 +29,10 @@ from stepstate.budget import MemoryUse, call_memory
 from stepstate.errors import Internal, InvalidField, StepstateError
 from stepstate.h2grpc import Call, MessageSink
 from stepstate.metrics import Metrics, RpcMetrics
-from stepstate.transport.admission import KINDS, LONG, STREAM, CallAdmission
+from stepstate.transport.admission import CallAdmission
 from stepstate.transport.auditing import AUTH_ERRORS, audited, refused_credential
 from stepstate.transport.authentication import Authenticator, NoAuthentication, authenticate
+from stepstate.transport.methods import LONG, METHODS, STREAM
 from stepstate.transport.open_calls import OpenCalls
 from stepstate.transport.peers import current_peer
 from stepstate.transport.pump import Pump
@@ -216,7 +217,7 @@ class _Rpc:
         self._method = path.rpartition("/")[2]
         self._authenticator = authenticator
         self._open_calls = open_calls
-        self._kind = KINDS[self._method]
+        self._kind = METHODS[self._method].kind
         self._metrics = metrics
         self._counts = counts
         self._admission = admission

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from stepstate.budget import MemoryBudget
 from stepstate.identity import Identity, Scope
 from stepstate.transport import Backend, CallAdmission, ExpectedRows, PeerTable
-from stepstate.transport.admission import STREAM
 from stepstate.transport.authentication import Principal, current_principal
+from stepstate.transport.methods import STREAM
 
 if TYPE_CHECKING:
     from tests.unit.rig import Rig

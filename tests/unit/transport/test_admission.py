@@ -22,7 +22,8 @@ from stepstate.metrics.counters import CALL_KINDS
 from stepstate.server import SERVICE
 from stepstate.tenants import LimitTable, TenantLimits
 from stepstate.transport import admission
-from stepstate.transport.admission import KINDS, LONG, MAX_RUNNING, SHORT, CallAdmission, CallKind
+from stepstate.transport.admission import MAX_RUNNING, CallAdmission
+from stepstate.transport.methods import LONG, METHODS, SHORT, CallKind
 from stepstate.transport.peers import PeerTable
 from stepstate.transport.triton.service import SERVICE as TRITON
 from stepstate.transport.triton.service import TritonService
@@ -96,7 +97,7 @@ async def settle(rounds: int = 500) -> None:
         await asyncio.sleep(0)
 
 
-def test_every_rpc_has_a_kind():
+def test_every_rpc_has_its_policy():
     services = [SERVICE, TRITON]
     services += health_pb2.DESCRIPTOR.services_by_name.values()
     services += reflection_pb2.DESCRIPTOR.services_by_name.values()
@@ -106,14 +107,14 @@ def test_every_rpc_has_a_kind():
         for method in service.methods
         if service is not TRITON or hasattr(TritonService, method.name)
     }
-    assert offered == set(KINDS)
+    assert offered == set(METHODS)
     assert list(CALL_KINDS) == list(CallKind)
 
 
 def test_what_streams_is_a_stream():
     for method in SERVICE.methods:
         streams = method.client_streaming or method.server_streaming
-        assert (KINDS[method.name] is CallKind.STREAM) == streams, method.name
+        assert (METHODS[method.name].kind is CallKind.STREAM) == streams, method.name
 
 
 @pytest.mark.parametrize("kind", CallKind)

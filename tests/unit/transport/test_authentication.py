@@ -17,13 +17,13 @@ from stepstate.errors import (
 from stepstate.identity import ANONYMOUS, Identity, Scope
 from stepstate.transport.authentication import (
     NOBODY,
-    SCOPES,
     CredentialAuthenticator,
     NoAuthentication,
     Principal,
     authenticate,
     current_principal,
 )
+from stepstate.transport.methods import METHODS
 
 ADMIN, READ, STEP = Scope.ADMIN, Scope.READ, Scope.STEP
 
@@ -105,7 +105,7 @@ async def test_what_is_no_tenant_is_refused(name: str):
 
 
 async def test_without_identities_everyone_is_anonymous_and_may_do_all():
-    for method in SCOPES:
+    for method in METHODS:
         found = await principal(NoAuthentication(), method)
         assert (found.identity, found.tenant) == (ANONYMOUS, "default")
 

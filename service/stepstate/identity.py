@@ -52,6 +52,8 @@ class Identity:
 
 ANONYMOUS = Identity("anonymous", DEFAULT_TENANT, frozenset(Scope))
 """Everyone, on a server that knows no identities."""
+UNIDENTIFIED = Identity("unidentified", "", frozenset())
+"""Whoever has proved nothing, on a server that knows identities: of no tenant."""
 
 
 def is_tenant(name: str) -> bool:

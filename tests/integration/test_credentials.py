@@ -24,6 +24,7 @@ from stepstate.config import ServerConfig
 from stepstate.errors import PermissionDenied, TooManyAuthFailures, Unauthenticated
 from stepstate.identity import Scope
 from stepstate.server import Server, running_server
+from stepstate.transport.methods import METHODS
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.certificates import Authority, Certificate
@@ -217,6 +218,42 @@ async def test_open_streams_end_with_their_token(server: Server, file: Path, way
             for call in calls:
                 assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
                 assert way in await call.details()
+
+
+UNARY = [
+    method
+    for service in (
+        pb.DESCRIPTOR.services_by_name["StepstateService"],
+        triton_pb.DESCRIPTOR.services_by_name["GRPCInferenceService"],
+    )
+    for method in service.methods
+    if method.name in METHODS
+    and METHODS[method.name].scopes
+    and not (method.client_streaming or method.server_streaming)
+]
+
+
+async def test_calls_without_a_request_end_with_their_token_too(server: Server, file: Path):
+    """Of every method: what is sent after that is not served."""
+    text = token(file, scopes="step read admin")
+    await reread(server)
+    await step(server, *bearer(text))
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        calls = [
+            channel.stream_unary(f"/{method.containing_service.full_name}/{method.name}")(
+                metadata=bearer(text)
+            )
+            for method in UNARY
+        ]
+        open_calls = 'stepstate_calls{kind="short",state="open"}'
+        async with asyncio.timeout(20):
+            while sample(await scrape(server.metrics_address), open_calls) < len(UNARY) / 2:
+                await asyncio.sleep(0.1)
+            await asyncio.sleep(0.2)  # all of them have begun
+            revoke(file, text)
+            for call in calls:
+                assert await call.code() is grpc.StatusCode.UNAUTHENTICATED
+                assert "revoked" in await call.details()
 
 
 async def test_what_a_stream_had_accepted_is_answered_before_it_ends(server: Server, file: Path):

@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontext
 import grpc
 import numpy as np
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from tritonclient.grpc.service_pb2_grpc import GRPCInferenceServiceStub
 
 from stepstate.client import AsyncClient
@@ -277,6 +278,25 @@ async def test_streams_and_calls(serve: Serve):
             return not server.tenants.get("acme").held["calls"]
 
         await until(ended)
+
+
+async def test_callers_who_prove_nothing_are_of_no_tenant(config: ServerConfig):
+    """Checks of health do not fail, and take nothing from anybody, least of all `default`."""
+    limits = LimitTable(defaults=TenantLimits(streams=1, calls=0))
+    async with (
+        running_server(config, authenticator=SaidTenants(), limits=limits) as server,
+        stubs(server) as default,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        health = health_pb2_grpc.HealthStub(channel)
+        watches = [health.Watch(health_pb2.HealthCheckRequest()) for _ in range(5)]
+        for watch in watches:
+            assert (await asyncio.wait_for(watch.read(), HANG)).status == 1
+        assert (await health.Check(health_pb2.HealthCheckRequest())).status == 1
+        assert not server.memory.used
+        stream = default.stub.StreamSteps(metadata=as_tenant("default"))
+        await stream.write(request("a", 0, draw(1)))
+        assert refusal_in(await asyncio.wait_for(stream.read(), HANG)).reason == "SESSION_UNKNOWN"
 
 
 async def _plain(call: Awaitable[object]) -> object:

@@ -204,7 +204,8 @@ class Tenant:
     @property
     def idle(self) -> bool:
         """Whether a new one would be as good."""
-        return not any(self.held.values()) and self.rows.idle and self.forecasts.idle
+        busy = self.accounts or any(self.held.values())
+        return not busy and self.rows.idle and self.forecasts.idle
 
 
 @dataclass(slots=True)
@@ -273,6 +274,10 @@ class TenantTable:
         """As `get`, but a tenant that is new is not kept."""
         known = self._tenants.get(name)
         return known or Tenant(name, OTHERS, self._rates(name), self.limits.of(name))
+
+    def outside(self) -> Tenant:
+        """One without limits that is not in the table, for callers of no tenant."""
+        return Tenant("", OTHERS, self._rates(""), TenantLimits())
 
     def __iter__(self) -> Iterator[Tenant]:
         return iter(list(self._tenants.values()))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from stepstate.budget import CallMemory, MemoryUse, call_memory
@@ -107,6 +107,16 @@ class CallAdmission:
         counted = 1
         self._count(peer, kind, counted)
         call_memory.set(memory)
+
+    async def pay_unidentified(self, context: Context) -> None:
+        """As `pay_refusal`, of a call that has no principal: with all others of that kind."""
+        with suppress(TooManyCalls):
+            peer = self._peers.join(context)
+            current_peer.set(peer)
+            try:
+                await self.pay_refusal()
+            finally:
+                self._peers.leave(peer)
 
     async def pay_refusal(self) -> None:
         """Has a refused call wait for its share of the event loop, as one that is served does.

@@ -15,6 +15,7 @@ from stepstate.errors import InvalidField, PermissionDenied
 from stepstate.identity import (
     ANONYMOUS,
     TENANT_GRAMMAR,
+    UNIDENTIFIED,
     Identity,
     Scope,
     SessionKey,
@@ -53,6 +54,8 @@ class Principal:
 
 
 NOBODY = Principal(ANONYMOUS, ANONYMOUS.tenant)
+STRANGER = Principal(UNIDENTIFIED, UNIDENTIFIED.tenant)
+"""Makes calls that need no credential, and those that are refused for theirs."""
 current_principal: ContextVar[Principal] = ContextVar("current_principal", default=NOBODY)
 """The principal of the RPC that this task serves."""
 
@@ -103,7 +106,7 @@ class CredentialAuthenticator:
 
 
 async def authenticate(authenticator: Authenticator, context: Context, method: str) -> None:
-    """Sets `current_principal` to who makes a call, if it may.
+    """Sets `current_principal` to who makes a call, if it may; else to `STRANGER`.
 
     Args:
         authenticator: knows who it is.
@@ -117,6 +120,8 @@ async def authenticate(authenticator: Authenticator, context: Context, method: s
         InvalidField: it names what is no tenant.
     """
     needed = METHODS[method].scopes
+    if not isinstance(authenticator, NoAuthentication):
+        current_principal.set(STRANGER)
     if not needed:
         return
     identity = await authenticator.identify(context)

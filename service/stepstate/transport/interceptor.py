@@ -262,12 +262,19 @@ class _Rpc:
     def _serving(
         self, behavior: Callable[..., Awaitable[Any]], read: Callable[[Context], Awaitable[Any]]
     ) -> Callable[[Context], Awaitable[Any]]:
-        """Reads what a handler needs, and calls it; a stream ends when its credential does."""
+        """Reads what a handler needs, and calls it.
+
+        A stream ends when its credential does. So does another call that has sent no request yet;
+        one that has is answered.
+        """
+        guarded = self._open_calls.until_credential_ends
+        if self._kind is not STREAM:
+            read = guarded(read)
 
         async def serve(context: Context) -> Any:
             return await behavior(await read(context), context)
 
-        return self._open_calls.until_credential_ends(serve) if self._kind is STREAM else serve
+        return guarded(serve) if self._kind is STREAM else serve
 
     async def _begin(self, context: Context) -> None:
         """Makes sure that a call may be made, and counts it.
@@ -277,8 +284,10 @@ class _Rpc:
         """
         try:
             await authenticate(self._authenticator, context, self._method)
-        except AUTH_ERRORS as error:
-            self._metrics.auth_failures[error.cause] += 1
+        except StepstateError as error:
+            if isinstance(error, AUTH_ERRORS):
+                self._metrics.auth_failures[error.cause] += 1
+            await self._admission.pay_unidentified(context)
             raise
         try:
             self._admission.begin(context, self._kind, _when_done)

@@ -1,7 +1,8 @@
 """Open calls that last, and how they end when the credential that began them ends.
 
 A call is asked for its credential once, when it begins. Those that last as long as their client
-likes are asked again, together, every second: rows on an open stream cost nothing.
+likes, streams and calls whose request has not come, are asked again, together, every second: rows
+on an open stream cost nothing.
 
 What a stream had accepted by then is answered before it ends; only if its client does not take the
 replies within `GRACE_SECONDS`, it is cut, and accepted rows are as after any lost connection.
@@ -17,7 +18,7 @@ from typing import Any
 
 from stepstate.errors import StepstateError
 from stepstate.h2grpc import Call
-from stepstate.identity import ANONYMOUS, Identity
+from stepstate.identity import Identity
 from stepstate.transport.authentication import current_principal
 
 GRACE_SECONDS = 2.0
@@ -72,7 +73,7 @@ class OpenCalls:
 
         async def until_ended(context: Any) -> Any:
             identity = current_principal.get().identity
-            if identity is ANONYMOUS:
+            if not identity.credential:
                 return await serve(context)
             scope = asyncio.timeout(None)
             call = OpenCall(scope)

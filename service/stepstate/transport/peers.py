@@ -2,6 +2,8 @@
 
 The server is shared between tenants, and the share of each between its peers: a `PeerGroup` has
 what the peers of a tenant have together. Where nobody is known, each peer is a group of its own.
+Where some are, all who have proved nothing are one group, with memory of its own: they take nothing
+from tenants, and a few of them leave room for the health checks of others.
 
 A peer is one connection, or the client that a trusted proxy names (see `addresses`).
 Peers and groups are known while they have calls.
@@ -19,7 +21,7 @@ import grpc
 
 from stepstate.budget import MemoryAccount, MemoryBudget
 from stepstate.errors import TooManyCalls
-from stepstate.identity import ANONYMOUS
+from stepstate.identity import ANONYMOUS, UNIDENTIFIED, Identity
 from stepstate.sessions import Source
 from stepstate.tenants import LimitTable, Share, SourceQueue, Tenant, TenantTable
 from stepstate.transport.addresses import Network, client_name
@@ -30,13 +32,16 @@ if TYPE_CHECKING:
 
 MAX_PEERS = 65_536
 """More than there are descriptors for connections; it bounds what proxies name."""
-
+UNIDENTIFIED_SHARE = 16
+"""Callers who have proved nothing may hold a 16th of what all others may, beside it."""
+UNIDENTIFIED_BYTES = 32 * 2**20
+"""At least so much: hundreds of calls."""
 
 Key = tuple[str | None, str]
 
 
 class PeerGroup:
-    """The peers of one tenant; or one peer, where nobody is known.
+    """The peers of one tenant, or all of no tenant; or one peer, where nobody is known.
 
     Args:
         key: its place in the table.
@@ -77,17 +82,19 @@ class Peer:
     Args:
         key: its tenant, if that is known, and its name.
         group: those with whom it shares.
+        memory: what it, or its group, makes the server hold.
         receiving: what it takes while requests of it are received.
     """
 
     __slots__ = ("calls", "group", "key", "memory", "name", "receiving", "source")
 
-    def __init__(self, key: Key, group: PeerGroup, receiving: MemoryAccount) -> None:
+    def __init__(
+        self, key: Key, group: PeerGroup, *, memory: MemoryAccount, receiving: MemoryAccount
+    ) -> None:
         self.key = key
         _, self.name = key
         self.group = group
-        self.memory = group.memory
-        """What the group makes the server hold."""
+        self.memory = memory
         self.receiving = receiving
         self.source = Source(group.share)
         """What it has in the queues of sessions."""
@@ -122,6 +129,14 @@ class PeerTable:
         self._trusted = tuple(trusted_proxies)
         self._peers: dict[Key, Peer] = {}
         self._groups: dict[Key, PeerGroup] = {}
+        self._unidentified_memory = MemoryBudget(
+            max(UNIDENTIFIED_BYTES, memory.limit // UNIDENTIFIED_SHARE)
+        )
+        self._unidentified = PeerGroup(
+            (UNIDENTIFIED.tenant, ""),
+            self.tenants.outside(),
+            MemoryAccount(self._unidentified_memory),
+        )
         self.weight = 0.0
         """Of all groups together."""
         self.count = 0
@@ -140,8 +155,7 @@ class PeerTable:
         if peer is None:
             if len(self._peers) >= MAX_PEERS:
                 raise TooManyCalls("clients of this server", 0, 0, MAX_PEERS)
-            group = self._group(key, identity.tenant)
-            peer = self._peers[key] = Peer(key, group, MemoryAccount(self._receiving))
+            peer = self._peers[key] = self._new(key, identity)
             self.count += 1
         peer.calls += 1
         peer.group.calls += 1
@@ -154,16 +168,27 @@ class PeerTable:
             name = client_name(name, tuple(context.invocation_metadata() or ()), self._trusted)
         return name
 
-    def _group(self, peer: Key, tenant_name: str) -> PeerGroup:
-        key = peer if peer[0] is None else (tenant_name, "")
+    def _new(self, key: Key, identity: Identity) -> Peer:
+        group, receiving = self._group(key, identity), MemoryAccount(self._receiving)
+        own = group is self._unidentified  # each of these has an account of its own
+        memory = MemoryAccount(self._unidentified_memory) if own else group.memory
+        return Peer(key, group, memory=memory, receiving=receiving)
+
+    def _group(self, peer: Key, identity: Identity) -> PeerGroup:
+        key = peer if peer[0] is None else (peer[0], "")
         group = self._groups.get(key)
         if group is None:
-            tenant = self.tenants.get(tenant_name)
-            memory = MemoryAccount(self._memory, tenant)
-            tenant.accounts.add(memory)
-            group = self._groups[key] = PeerGroup(key, tenant, memory)
+            known = identity is not UNIDENTIFIED
+            group = self._tenant_group(key, identity.tenant) if known else self._unidentified
+            self._groups[key] = group
             self.weight += group.weight
         return group
+
+    def _tenant_group(self, key: Key, name: str) -> PeerGroup:
+        tenant = self.tenants.get(name)
+        memory = MemoryAccount(self._memory, tenant)
+        tenant.accounts.add(memory)
+        return PeerGroup(key, tenant, memory)
 
     def leave(self, peer: Peer) -> None:
         """An RPC of a peer has ended."""

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepstate.budget import MemoryAccount, MemoryBudget
 from stepstate.errors import TenantLimitReached
 from stepstate.tenants import OTHERS, LimitTable, RateLimits, TenantLimits, TenantTable
 from stepstate.tenants.table import MAX_NAMED
@@ -103,6 +104,21 @@ def test_names_that_anybody_makes_up_do_not_stay(clock):
     assert len(totals) == MAX_NAMED + 1
     assert sum(one.rows for one in totals.values()) == 100_000
     assert totals[OTHERS].rows == 100_000 - (MAX_NAMED - 1) * 10
+
+
+def test_a_tenant_with_clients_is_not_forgotten_although_it_has_no_calls(clock):
+    """Its clients may have refused calls only. A limit on their memory counts all of them."""
+    table = limited(clock)
+    for number in range(MAX_NAMED):
+        table.get(f"made up {number}")
+    tenant, account = table.get("the last"), MemoryAccount(MemoryBudget(2**30))
+    assert tenant.label == OTHERS
+    tenant.accounts.add(account)
+    table.forget_idle()
+    assert table.get("the last") is tenant
+    tenant.accounts.discard(account)
+    table.forget_idle()
+    assert table.get("the last") is not tenant
 
 
 def test_who_has_limits_of_its_own_has_series_of_its_own(clock):

@@ -17,6 +17,7 @@ from stepstate.errors import (
 from stepstate.identity import ANONYMOUS, Identity, Scope
 from stepstate.transport.authentication import (
     NOBODY,
+    STRANGER,
     CredentialAuthenticator,
     NoAuthentication,
     Principal,
@@ -89,9 +90,9 @@ async def test_a_call_needs_the_scopes_of_its_method(scopes, method, tenant, mis
         with pytest.raises(PermissionDenied) as refused:
             await principal(Known(*scopes), method, *metadata)
         assert refused.value.missing == missing
-        assert current_principal.get() is NOBODY
+        assert current_principal.get() is STRANGER
     elif method == "Check":  # nobody is asked
-        assert await principal(Known(*scopes), method) is NOBODY
+        assert await principal(Known(*scopes), method) is STRANGER
     else:
         found = await principal(Known(*scopes), method, *metadata)
         assert (found.identity.name, found.tenant) == ("ci", tenant or "acme")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from contextvars import copy_context
 from ipaddress import ip_address, ip_network
@@ -10,13 +11,16 @@ import pytest
 
 from stepstate.budget import MemoryBudget, MemoryUse
 from stepstate.config import ConfigError, ServerConfig
-from stepstate.errors import TenantLimitReached, TooManyCalls
+from stepstate.errors import MemoryLimit, TenantLimitReached, TooManyCalls
 from stepstate.identity import Identity, Scope
+from stepstate.metrics import Metrics
 from stepstate.tenants import LimitTable, TenantLimits, TenantTable
 from stepstate.transport import peers
 from stepstate.transport.addresses import address_of, client_name
-from stepstate.transport.authentication import Principal, current_principal
-from stepstate.transport.peers import PeerTable
+from stepstate.transport.admission import CALL_BYTES, CallAdmission
+from stepstate.transport.authentication import STRANGER, Principal, current_principal
+from stepstate.transport.peers import UNIDENTIFIED_SHARE, PeerTable
+from stepstate.transport.shares import CALL_COST, ROUND_COST
 from tests.unit.transport.contexts import CallContext
 
 PROXY = "ipv4:10.0.0.7:51724"
@@ -154,3 +158,50 @@ def test_the_peers_of_a_tenant_are_one_group_and_others_are_each_their_own(as_te
         assert not table.tenants.get("a").accounts
 
     copy_context().run(run)
+
+
+def test_callers_who_have_proved_nothing_take_nothing_from_tenants():
+    """Whatever they hold, they are one group of no tenant, and their memory is their own."""
+
+    def run() -> None:
+        limits = LimitTable(defaults=TenantLimits(weight=5, calls=0, streams=0, memory_bytes=0))
+        memory = MemoryBudget(2**30)
+        table = PeerTable(memory, MemoryBudget(2**30), tenants=TenantTable(limits))
+        current_principal.set(STRANGER)
+        peers = [table.join(CallContext(f"ipv4:127.0.0.1:{n}")) for n in range(20)]
+        assert len({peer.group for peer in peers}) == 1
+        assert table.weight == 1
+        assert peers[0].source.tenant not in table.tenants
+        peers[0].source.tenant.hold("streams", 100)
+        for peer in peers[:-1]:
+            with pytest.raises(MemoryLimit):
+                while True:
+                    peer.memory.reserve(MemoryUse.CALLS, CALL_BYTES)
+        peers[-1].memory.reserve(MemoryUse.CALLS, CALL_BYTES)  # there is room for a check of health
+        held = sum(peer.memory.held for peer in peers)
+        assert memory.limit // 64 <= held <= memory.limit // UNIDENTIFIED_SHARE
+        assert not memory.used
+        table.set_limits(LimitTable(defaults=TenantLimits(weight=2)))
+        assert table.weight == 1
+        for peer in peers:
+            table.leave(peer)
+        assert table.weight == 0
+
+    copy_context().run(run)
+
+
+async def test_calls_that_are_refused_for_their_credential_wait_for_one_share_of_the_loop():
+    """However many connections they come from."""
+    current_principal.set(STRANGER)
+    table = PeerTable(MemoryBudget(2**30), MemoryBudget(2**30))
+    admission, rounds = CallAdmission(table, Metrics()), 0
+
+    async def refuse(connection: int) -> None:
+        await admission.pay_unidentified(CallContext(f"ipv4:127.0.0.1:{connection}"))
+
+    refusals = asyncio.gather(*(refuse(number) for number in range(100)))
+    while not refusals.done():
+        await asyncio.sleep(0)
+        rounds += 1
+    assert rounds > 100 * CALL_COST // ROUND_COST
+    assert not table.count

@@ -211,7 +211,7 @@ class Server:
         self._interceptor.expect(SERVICE.methods)
         if self._triton is not None:
             self._interceptor.expect(self._triton.methods())
-        self._grpc = _transport(config, self._interceptor, self.receiver)
+        self._grpc = _transport(config, self._interceptor, self.receiver, tls)
         self._http: tuple[WSGIServer, Thread] | None = None
         self._audit = ExitStack()
         self._store_reported_up = True
@@ -624,7 +624,12 @@ def _add_port(server: Any, config: ServerConfig, tls: ServerTls | None) -> int:
     return port
 
 
-def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiver: Receiver) -> Any:
+def _transport(
+    config: ServerConfig,
+    interceptor: RpcInterceptor,
+    receiver: Receiver,
+    tls: ServerTls | None,
+) -> Any:
     """The gRPC server that was chosen: both take the same servicers."""
     if config.transport == "grpcio":
         return grpc.aio.server(interceptors=[interceptor], options=_channel_options(config))
@@ -635,6 +640,7 @@ def _transport(config: ServerConfig, interceptor: RpcInterceptor, receiver: Rece
         compressed_requests=config.allow_compressed_requests,
         limits=limits,
         memory=lambda: ReceivingMemory(receiver),
+        is_outdated=tls.is_outdated if tls is not None else None,
     )
 
 

@@ -16,6 +16,8 @@ import time
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from threading import Lock
+from weakref import WeakKeyDictionary
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -77,6 +79,8 @@ class LoadedTls:
     certificate_pem: bytes
     key_pem: bytes = field(repr=False)
     client_ca_pem: bytes | None
+    authorities: frozenset[bytes]
+    """Of clients' certificates, in DER."""
 
 
 def load_tls(files: TlsFiles) -> LoadedTls:
@@ -88,7 +92,7 @@ def load_tls(files: TlsFiles) -> LoadedTls:
     certificates, certificate_pem = _certificates("--tls-cert", files.certificate)
     key_pem = _key(files, certificates[0])
     expires_at = _check_times(files.certificate, certificates)
-    client_ca_pem = None
+    client_ca_pem, authorities = None, list[x509.Certificate]()
     if files.client_ca is not None:
         authorities, client_ca_pem = _certificates("--tls-client-ca", files.client_ca)
         if max(map(_expiry, authorities)) <= time.time():
@@ -98,7 +102,16 @@ def load_tls(files: TlsFiles) -> LoadedTls:
         http2, http = _context(files, files.client_auth), _context(files, _at_most_optional(files))
     except OSError as error:  # ssl.SSLError is one
         raise TlsInvalid("--tls-cert", str(files.certificate), f"OpenSSL: {error}") from error
-    return LoadedTls(files, expires_at, http2, http, certificate_pem, key_pem, client_ca_pem)
+    return LoadedTls(
+        files,
+        expires_at,
+        http2,
+        http,
+        certificate_pem,
+        key_pem,
+        client_ca_pem,
+        frozenset(one.public_bytes(Encoding.DER) for one in authorities),
+    )
 
 
 def _read(option: str, path: Path) -> bytes:
@@ -187,6 +200,8 @@ class ServerTls:
         """What new connections get."""
         self.reload_failed = False
         """Whether the files that are there now can't be used."""
+        self._authorities = WeakKeyDictionary({self.current.http2: self.current.authorities})
+        self._reading = Lock()
         _warn_if_readable(files.key)
 
     async def watch(self) -> None:
@@ -203,11 +218,23 @@ class ServerTls:
         if self._watched.settled():
             self.reload()
 
+    def is_outdated(self, context: ssl.SSLContext) -> bool:
+        """Whether a context for gRPC trusted an authority of clients that is not trusted any more.
+
+        Then its connections must not go on: which authority a client's certificate was of is not
+        known once the handshake is over.
+        """
+        return not self._authorities[context] <= self.current.authorities
+
     def reload(self) -> bool:
         """Reads the files again, whether they have changed or not. Returns whether they are used.
 
         It reads from the disk: call it in a thread.
         """
+        with self._reading:  # of two at once, the one that read first must not be the last to write
+            return self._reload()
+
+    def _reload(self) -> bool:
         files = self.current.files
         self._watched.mark_read()
         try:
@@ -219,6 +246,7 @@ class ServerTls:
                 extra={"problem": str(error), "expires": _date(self.current.expires_at)},
             )
             return False
+        self._authorities[loaded.http2] = loaded.authorities
         self.current, self.reload_failed = loaded, False
         _warn_if_readable(files.key)
         log.info("new TLS files are in use", extra={"expires": _date(self.current.expires_at)})

@@ -14,6 +14,7 @@ from urllib.error import HTTPError
 import grpc
 import pytest
 
+from stepstate import server as server_module
 from stepstate import tls as server_tls
 from stepstate.config import ServerConfig
 from stepstate.errors import TlsInvalid
@@ -205,3 +206,37 @@ async def test_a_new_authority_of_clients_counts_at_once(
         assert await models(server, authority, other.issue("new")) == 6
         with pytest.raises(grpc.aio.AioRpcError):
             await models(server, authority, certificate)
+
+
+async def test_who_has_a_certificate_of_a_withdrawn_authority_does_not_stay_connected(
+    mutual: ServerConfig, authority: Authority, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """grpcio ends no connection but for its age; nothing ends when an authority is added."""
+    monkeypatch.setattr(server_module, "AGE_GRACE_SECONDS", 1.0)
+    trusted, both = tmp_path / "clients.crt", authority.file.read_text()
+    (tmp_path / "other").mkdir()
+    other = Authority(tmp_path / "other")
+    both += other.file.read_text()
+    trusted.write_text(authority.file.read_text())
+    age = 4.0 if mutual.transport == "grpcio" else 0.0
+    config = replace(mutual, tls_client_ca=str(trusted), max_connection_age=age)
+    old, new = authority.issue("old"), other.issue("new")
+    async with running_server(config) as server, Channel(server, authority, old) as withdrawn:
+        await withdrawn.OpenSession(pb.OpenSessionRequest(session_id="s", model="lstm"))
+        stream = withdrawn.StreamSteps()
+        await stream.write(pb.StepRequest(session_id="s", x=[0.0] * 3))
+        assert (await stream.read()).t == 1
+        trusted.write_text(both)
+        assert await asyncio.to_thread(server.tls.reload)
+        async with Channel(server, authority, new) as kept:
+            await asyncio.sleep(1.5)  # connections are looked at every second
+            await stream.write(pb.StepRequest(session_id="s", x=[0.0] * 3))
+            assert (await stream.read()).t == 2
+            trusted.write_text(other.file.read_text())
+            assert await asyncio.to_thread(server.tls.reload)
+            with pytest.raises(grpc.aio.AioRpcError) as ended:
+                await asyncio.wait_for(stream.read(), 20)
+            assert ended.value.code() is grpc.StatusCode.UNAVAILABLE
+            with pytest.raises(grpc.aio.AioRpcError):
+                await withdrawn.ListModels(pb.ListModelsRequest(), timeout=20)
+            assert await kept.ListModels(pb.ListModelsRequest(), timeout=20)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -82,12 +83,12 @@ class CertificateMapping:
         return identity
 
     def is_usable(self, identity: Identity) -> bool:
-        """Whether the name that proved an identity still proves as much."""
-        name = identity.credential.partition(" ")[2]
-        rule = next((rule for rule in self._rules if rule.fits(name)), None)
-        return rule is not None and (
-            rule.tenant == identity.tenant and identity.scopes <= rule.scopes
-        )
+        """Whether the certificate that proved an identity still proves as much."""
+        found = self._rule_for(json.loads(identity.credential.partition(" ")[2]))
+        if found is None:
+            return False
+        rule, _ = found
+        return rule.tenant == identity.tenant and identity.scopes <= rule.scopes
 
     def _identity_of(self, pem: bytes) -> Identity | None:
         try:
@@ -95,16 +96,22 @@ class CertificateMapping:
             names = tuple(_names(certificate))
         except Exception:  # noqa: BLE001 - cryptography raises many kinds for what OpenSSL takes
             return None
-        for rule in self._rules:
-            for name in filter(rule.fits, names):
-                return Identity(
-                    f"cert:{rule.identity or name}",
-                    rule.tenant,
-                    rule.scopes,
-                    expires_at=certificate.not_valid_after_utc.timestamp(),
-                    credential=f"certificate {name}",
-                )
-        return None
+        found = self._rule_for(names)
+        if found is None:
+            return None
+        rule, name = found
+        return Identity(
+            f"cert:{rule.identity or name}",
+            rule.tenant,
+            rule.scopes,
+            expires_at=certificate.not_valid_after_utc.timestamp(),
+            credential=f"certificate {json.dumps(names)}",
+        )
+
+    def _rule_for(self, names: Sequence[str]) -> tuple[CertificateRule, str] | None:
+        """The first rule that fits one of the names of a certificate, and that name."""
+        fitting = ((rule, name) for rule in self._rules for name in names if rule.fits(name))
+        return next(fitting, None)
 
 
 def _names(certificate: x509.Certificate) -> Iterator[str]:

@@ -75,6 +75,10 @@ class Lifetime:
         self._ended_since: float | None = None
         self._old_at = now + times.age * (1 + AGE_JITTER * jitter) if times.age else float("inf")
 
+    def grow_old_at(self, moment: float) -> None:
+        """Lets the connection reach its maximal age at this moment, if it would not have before."""
+        self._old_at = min(self._old_at, moment)
+
     def look(self, now: float, unread: int = 0) -> bool:
         """Does what is due.
 

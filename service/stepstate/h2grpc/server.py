@@ -67,6 +67,8 @@ class H2Server:
         limits: what a connection may cost.
         times: when a connection is ended.
         memory: makes the account of what a connection may keep; None: without a limit.
+        is_outdated: whether the certificates of clients that a context has verified may not count
+            any more. Those connections then end as if they had reached their age.
     """
 
     def __init__(
@@ -77,11 +79,13 @@ class H2Server:
         limits: Http2Limits | None = None,
         times: ConnectionTimes | None = None,
         memory: Callable[[], ConnectionMemory] | None = None,
+        is_outdated: Callable[[ssl.SSLContext], bool] | None = None,
     ) -> None:
         self.compressed_requests = compressed_requests
         self.limits = limits or Http2Limits()
         self.times = times or ConnectionTimes()
         self.memory = memory or UncountedMemory
+        self.is_outdated = is_outdated or (lambda _: False)
         self.connections: set[_ServerProtocol] = set()
         self.tasks: set[asyncio.Task[None]] = set()
         self.idle = asyncio.Event()
@@ -300,6 +304,7 @@ class _ServerProtocol(asyncio.Protocol):
     def __init__(self, server: H2Server) -> None:
         self.peer = ""
         self._auth_context = INSECURE
+        self._verified_by: ssl.SSLContext | None = None  # the client's certificate, if it has one
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
@@ -329,6 +334,7 @@ class _ServerProtocol(asyncio.Protocol):
         tls: ssl.SSLObject | None = transport.get_extra_info("ssl_object")
         if tls is not None:
             self._auth_context = auth_context_of(tls)
+            self._verified_by = tls.context if tls.getpeercert(binary_form=True) else None
             if tls.selected_alpn_protocol() != ALPN:
                 self._http2.end(ErrorCode.PROTOCOL_ERROR, "TLS without h2 by ALPN: no HTTP/2")
         self._server.idle.clear()
@@ -475,6 +481,8 @@ class _ServerProtocol(asyncio.Protocol):
 
     def look(self, now: float) -> None:
         """Does what time brings."""
+        if self._verified_by is not None and self._server.is_outdated(self._verified_by):
+            self._lifetime.grow_old_at(now)
         kept = self._lifetime.look(now, self.unread_bytes)
         self._flush()
         if not kept:

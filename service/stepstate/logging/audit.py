@@ -1,8 +1,8 @@
 """The audit log: who did what to whose sessions, as JSON lines in a file of their own.
 
-Rule 1: each act is one line. Only acts that were refused, and would fill the disk if somebody
-repeats them, are limited: `LINES_PER_SECOND` for each event, reason and tenant, and a line says how
-many were left out.
+Rule 1: each act is one line, also one that may have been done (`MAYBE_DONE`). Only acts that were
+refused, and would fill the disk if somebody repeats them, are limited: `LINES_PER_SECOND` for each
+event, reason and tenant, and a line says how many were left out.
 Rule 2: nobody waits for it. Lines go through a queue to a thread, as those of the log do. What the
 disk does not take in time is dropped, counted in `AUDIT_DROPPED`, and said in a line.
 Rule 3: no line has a credential or anything of a session but its names.
@@ -35,6 +35,9 @@ MAX_QUEUED = 10_000
 """Some MiB, and seconds of the most that a server can open and close."""
 AT_ONCE = 100
 OK = "OK"
+MAYBE_DONE = frozenset({OK, "CANCELLED", "INTERNAL"})
+"""Results of acts that were done, or may have been: who cancels a call at the right moment must not
+be able to hide it behind others."""
 
 AUDIT_DROPPED = {"queue_full": 0, "rate_limit": 0, "failed": 0}
 """Audit lines that were not written, by cause."""
@@ -196,6 +199,8 @@ class AuditFile:
 
 
 def _limited_place(record: logging.LogRecord) -> Place | None:
-    """Acts that failed count together by event, reason and tenant; others are not limited."""
+    """Acts that were refused count together by event, reason and tenant; others have no limit."""
     values = vars(record)
-    return None if values["result"] == OK else (record.msg, values["reason"], values["tenant"])
+    if values["result"] in MAYBE_DONE:
+        return None
+    return record.msg, values["reason"], values["tenant"]

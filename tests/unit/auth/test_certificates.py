@@ -89,6 +89,36 @@ def test_the_first_rule_that_fits_says_it():
     assert tenant_of(certificate(METERS), "CN:other", "CN:*", "URI:*://*/*/*") == "1"
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("CN:*", "CN:*"),
+        ("CN:*", "CN:other"),
+        ("CN:*", "URI:spiffe://acme.test/meters/*"),
+        ("CN:*", "URI:spiffe://acme.test/meters/*=another"),
+        ("URI:spiffe://acme.test/meters/*", "CN:*=another"),
+    ],
+)
+def test_what_new_rules_say_of_a_certificate_counts_whichever_name_they_fit(
+    before: str, after: str
+):
+    """A stream ends unless the same certificate proves as much now."""
+
+    def mapping(*texts: str) -> CertificateMapping:
+        parts = (text.partition("=") for text in texts)
+        return CertificateMapping(
+            [CertificateRule(match, tenant or "acme", READ) for match, _, tenant in parts]
+        )
+
+    pem = certificate(METERS, DNS("a b.test"))
+    identity = mapping(before).find(pem)
+    assert identity is not None
+    for rules in ((after,), (after, before)):
+        new = mapping(*rules)
+        now = new.find(pem)
+        assert new.is_usable(identity) is (now is not None and now.tenant == "acme")
+
+
 def test_an_identity_has_the_name_of_its_rule_or_of_its_certificate():
     rules = [
         CertificateRule("URI:spiffe://acme.test/meters/*", "acme", READ),

@@ -10,6 +10,7 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,6 +191,16 @@ def test_acts_that_were_done_are_all_written_and_refusals_are_limited_by_reason(
     said = sum(int(line["event"].split()[0]) for line in left_out)
     assert said == AUDIT_DROPPED["rate_limit"] - before
     assert refusals.count("EXPIRED") + said == count
+
+
+@pytest.mark.parametrize("result", ["OK", "CANCELLED", "INTERNAL"])
+def test_an_act_that_may_have_been_done_is_never_left_out(file: Path, result: str):
+    """Nobody hides one behind many others."""
+    count = 3 * LINES_PER_SECOND
+    with audit_lines(str(file)):
+        for number in range(count):
+            audit(replace(opened(str(number)), result=result))
+    assert [line["session"] for line in lines(file)] == [str(number) for number in range(count)]
 
 
 def test_nobody_waits_for_a_file_that_takes_nothing(

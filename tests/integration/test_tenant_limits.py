@@ -346,6 +346,24 @@ async def test_bytes_of_memory(serve: Serve):
         assert replies[1].t == 1
 
 
+async def test_bytes_of_memory_on_a_stream_refuse_a_request_and_not_the_stream(serve: Serve):
+    """Also of requests that wait for their session, and of those that start a sequence."""
+    async with serve(memory_bytes=200_000) as server, stubs(server) as acme:
+        await acme.open("a")
+        long = request("nobody", 0, draw(30_000))
+        replies = await acme.ask(long, long, request("a", 0, draw(1)))
+        for reply in replies[:2]:
+            check(refusal_in(reply), "memory_bytes", 200_000)
+        assert replies[2].t == 1
+        stream = acme.triton.ModelStreamInfer(metadata=ACME)
+        problems = []
+        for rows_, name in ((30_000, "s"), (30_000, "s"), (1, "s")):
+            await stream.write(infer("lstm", name, draw(rows_), sequence_start=True))
+            problems.append((await asyncio.wait_for(stream.read(), HANG)).error_message)
+        assert ["memory_bytes = 200000" in problem for problem in problems] == [True, True, False]
+        assert not problems[2]
+
+
 async def test_bytes_of_snapshots(serve: Serve):
     async with serve(snapshot_bytes=100) as server, stubs(server) as acme:
         await acme.open("a")

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, Protocol, TypeVar
 
 from stepstate.budget import MemoryUse, call_memory
-from stepstate.errors import Draining, MemoryLimit, StepstateError
+from stepstate.errors import Draining, MemoryLimit, StepstateError, TenantLimitReached
 from stepstate.identity import SessionKey
 from stepstate.metrics import Metrics
 from stepstate.sessions import (
@@ -380,10 +380,16 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     def _wait(self, key: SessionKey, request: W, size: int) -> None:
         """Queues a request of `size` bytes for its session, which `find` did not give.
 
+        It is refused if its tenant may not have so many: they may never fit.
+
         Raises:
             MemoryLimit.
         """
-        self._reserve(MemoryUse.REQUESTS, size)
+        try:
+            self._reserve(MemoryUse.REQUESTS, size)
+        except TenantLimitReached as error:
+            self._refuse(request, error)
+            return
         deadline = asyncio.get_running_loop().time() + self._patience_seconds
         load = _PendingLoad(self, key, request, size, deadline)
         self._waiting_loads.add(load)
@@ -432,7 +438,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         """Reserves bytes of the call.
 
         Raises:
-            MemoryLimit.
+            MemoryLimit, TenantLimitReached.
         """
         self._memory.reserve(use, size)
         self._held_bytes += size
@@ -453,7 +459,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
         """Submits a step whose `reply_to` leads here.
 
         Raises:
-            Draining, QueueFull, MemoryLimit: nothing was accepted.
+            Draining, QueueFull, MemoryLimit, TenantLimitReached: nothing was accepted.
         """
         self._reserve(MemoryUse.REPLIES, step.held_bytes)
         try:

@@ -14,7 +14,14 @@ from functools import partial
 from tritonclient.grpc import service_pb2 as pb
 
 from stepstate.budget import MemoryUse
-from stepstate.errors import Internal, MemoryLimit, NotFound, QueueFull, StepstateError
+from stepstate.errors import (
+    Internal,
+    MemoryLimit,
+    NotFound,
+    QueueFull,
+    StepstateError,
+    TenantLimitReached,
+)
 from stepstate.sessions import Hold, ResidentSession, SingleRow, Source, Step
 from stepstate.transport.authentication import current_principal
 from stepstate.transport.bidi import Backend
@@ -117,7 +124,11 @@ class InferStream(RowStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, I
             MemoryLimit.
         """
         size = infer.held_bytes
-        self._reserve(MemoryUse.REQUESTS, size)
+        try:
+            self._reserve(MemoryUse.REQUESTS, size)
+        except TenantLimitReached as error:
+            self._reject(infer, error)
+            return
         try:
             hold = self._sessions.hold(infer.key)
         except StepstateError as error:

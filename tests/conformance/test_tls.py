@@ -20,6 +20,7 @@ from h2.events import ConnectionTerminated, DataReceived, Event, StreamEnded
 from h2.settings import SettingCodes
 
 from stepstate.h2grpc import H2Server
+from stepstate.h2grpc import tls as tls_module
 from stepstate.h2grpc.frames import LARGEST_WINDOW, ErrorCode, goaway
 from stepstate.h2grpc.lifetime import ConnectionTimes
 from tests.certificates import Authority, Certificate
@@ -470,6 +471,22 @@ async def test_a_handshake_that_does_not_end_is_ended(certificate):
             assert await asyncio.wait_for(reader.read(), 20) == b""
             writer.close()
             await writer.wait_closed()
+
+
+async def test_handshakes_of_silent_clients_have_a_limit(
+    certificate, trusting, monkeypatch: pytest.MonkeyPatch
+):
+    """One more ends the oldest, so that whoever goes on with it gets in."""
+    monkeypatch.setattr(tls_module, "MAX_HANDSHAKES", 3)
+    async with serving(server_context(certificate)) as port:
+        silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
+        for reader, _ in silent[:2]:
+            assert await asyncio.wait_for(reader.read(), 10) == b""
+        assert await call_aio(port, trusting, ECHO, "localhost") == b"abc"
+        assert await asyncio.wait_for(silent[2][0].read(), 10) == b""
+        assert [reader.at_eof() for reader, _ in silent[3:]] == [False, False]
+        for _, writer in silent:
+            writer.transport.abort()
 
 
 async def test_a_client_that_does_not_end_its_tls_is_cut(certificate, authority):

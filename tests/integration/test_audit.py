@@ -21,6 +21,7 @@ from stepstate.errors import Unauthenticated
 from stepstate.identity import Identity, Scope
 from stepstate.logging.audit import AuditEvent, AuditRecord, audit
 from stepstate.server import running_server
+from stepstate.transport.auditing import MAX_NAMES
 from stepstate.transport.authentication import TENANT_KEY
 from stepstate.transport.methods import METHODS
 from stepstate.v1 import stepstate_pb2 as pb
@@ -240,6 +241,21 @@ async def test_each_call_of_an_admin_on_another_tenant_is_one_line(
         (line,) = found
         assert (line["tenant"], line["identity"]) == ("acme", "root")
         assert (line["identity_tenant"], line["admin"]) == ("platform", True)
+
+
+async def test_a_forecast_of_an_admin_says_of_how_many_sessions(
+    as_: Callable[..., Caller], lines: Lines
+):
+    """Also if the line has no room for all of their ids."""
+    caller, ids = as_("root", "acme"), [f"{number}-{'x' * 100}" for number in range(20)]
+    for session_id in ids:
+        await caller.call("OpenSession", pb.OpenSessionRequest(session_id=session_id, model="lstm"))
+        await caller.call("Step", request(session_id, 0, ROW))
+    await lines.new()
+    await caller.call("Forecast", pb.ForecastRequest(session_id=ids, horizon=1))
+    (line,) = await lines.new()
+    assert line["detail"] == "20 sessions"
+    assert line["session"] == " ".join(ids)[:MAX_NAMES]
 
 
 async def test_an_admin_who_lists_all_tenants_is_on_record(

@@ -17,7 +17,7 @@ from stepstate import tls as server_tls
 from stepstate.cli import main
 from stepstate.client import Tls
 from stepstate.config import ServerConfig
-from stepstate.errors import ServerUnreachable, SessionUnknown, Unauthenticated
+from stepstate.errors import InvalidField, ServerUnreachable, SessionUnknown, Unauthenticated
 from stepstate.server import Server, running_server
 from tests.certificates import Authority, Certificate
 from tests.credentials import revoke, token
@@ -166,6 +166,27 @@ async def test_a_token_comes_from_its_file_and_is_renewed(
                 await client.models()
             file.write_text(second)
             assert len(await client.models()) == 6
+
+
+async def test_a_function_that_gives_no_token_any_more_is_told(
+    connect: Connect, config: ServerConfig, tmp_path: Path
+):
+    """By calls and by streams, at once: gRPC would not send what it is given, and not say why."""
+    tokens = tmp_path / "tokens.json"
+    given = [token(tokens)]
+    async with (
+        running_server(replace(config, tokens_file=str(tokens))) as server,
+        connect(server.address, token=lambda: f"{given[-1]}\n") as client,
+    ):
+        session = await client.open("lstm")
+        await session.step([0.0] * 3)
+        given.append("two words")
+        with pytest.raises(InvalidField, match="token"):
+            await client.models()
+        with pytest.raises(InvalidField, match="token"):
+            await client.open("lstm")
+        del given[-1]
+        await session.step([0.0] * 3)
 
 
 async def test_an_admin_acts_on_the_sessions_of_a_tenant(

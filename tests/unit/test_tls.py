@@ -10,11 +10,13 @@ import subprocess
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
 
 import pytest
 
+from stepstate import tls as module
 from stepstate.errors import TlsInvalid
-from stepstate.tls import ClientAuth, ServerTls, TlsFiles, load_tls
+from stepstate.tls import ClientAuth, LoadedTls, ServerTls, TlsFiles, load_tls
 from tests.certificates import Authority, Certificate, install
 
 
@@ -205,6 +207,33 @@ def test_a_folder_that_a_link_leads_to_may_be_replaced(authority: Authority, tmp
     new.rename(data)
     poll(tls)
     assert served(tls, authority) == "two"
+
+
+def test_of_two_readings_at_once_the_newer_one_counts(
+    files: TlsFiles, authority: Authority, monkeypatch: pytest.MonkeyPatch
+):
+    """Whichever takes longer: an authority that is removed does not come back."""
+    tls, slow, started = ServerTls(files), Event(), Event()
+
+    def load_slowly(files: TlsFiles) -> LoadedTls:
+        found = load_tls(files)
+        started.set()
+        slow.wait(20)
+        return found
+
+    monkeypatch.setattr(module, "load_tls", load_slowly)
+    older = Thread(target=tls.reload)
+    older.start()
+    assert started.wait(20)
+    monkeypatch.undo()
+    put(authority.issue("newer"), files)
+    newer = Thread(target=tls.reload)
+    newer.start()
+    newer.join(0.2)
+    slow.set()
+    older.join()
+    newer.join()
+    assert served(tls, authority) == "newer"
 
 
 def test_what_has_not_changed_is_not_read_again(files: TlsFiles):

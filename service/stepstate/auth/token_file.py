@@ -55,6 +55,7 @@ class TokenFile:
         self._file = _watched(file)
         self._tokens = _parse(self._file)
         self._table = TokenTable(self._tokens)
+        self._refreshing = asyncio.Lock()
 
     def find(self, sha256: str) -> KnownToken | None:
         """The token with a hash."""
@@ -66,6 +67,10 @@ class TokenFile:
 
     async def refresh(self, *, force: bool = False) -> None:
         """Reads the file again if it has changed, or if `force`; what fails changes nothing."""
+        async with self._refreshing:  # of two at once, the older reading must not end last
+            await self._refresh(force=force)
+
+    async def _refresh(self, *, force: bool) -> None:
         if not force and not await asyncio.to_thread(self._file.changed):
             return
         try:

@@ -172,7 +172,7 @@ class TokenSource:
     """A client's token, which may be renewed while calls with the one before are open.
 
     Args:
-        read: gives the token that is to be used now.
+        read: gives the token that is to be used now; white space around it is not part of it.
     """
 
     def __init__(self, read: Callable[[], str]) -> None:
@@ -181,8 +181,13 @@ class TokenSource:
         self._renewed_at = 0.0
 
     def __call__(self) -> str:
-        """The token of a new call."""
-        token = self._read()
+        """The token of a new call.
+
+        Raises:
+            InvalidField: what was given is none.
+        """
+        token = self._read().strip()
+        _check(token, "is")
         if token != self._token:
             if self._token:  # the first one renews nothing
                 self._renewed_at = time.monotonic()
@@ -199,7 +204,7 @@ def _source(token: Token) -> TokenSource:
     if isinstance(token, Path):
         return TokenSource(TokenFileReader(token))
     if isinstance(token, str):
-        _check(token, "is")
+        _check(token, "is")  # now, and not at the first call
         return TokenSource(lambda: token)
     return TokenSource(token)
 

@@ -23,6 +23,9 @@ INSECURE: Mapping[str, Iterable[bytes]] = {
     "security_level": [b"TSI_SECURITY_NONE"],
 }
 """The authentication context of a connection without TLS."""
+MAX_HANDSHAKES = 1000
+"""Under way at once; one more ends the oldest. Each takes 51 KiB, also of a client that says
+nothing, and no other limit counts that."""
 ACCEPT_PAUSE_SECONDS = 0.1
 """Between two tries to accept a connection, when the process has no more files."""
 COMMON_NAME = "x509_common_name"
@@ -75,8 +78,7 @@ class TlsListener:
     async def end_handshakes(self) -> None:
         """Ends the handshakes that are under way, and their connections."""
         for connection in self._handshakes.values():
-            with suppress(OSError):  # its client has ended it
-                connection.shutdown(socket.SHUT_RDWR)
+            _end(connection)
         await self.handshakes_done()
 
     async def _accept(self) -> None:
@@ -92,6 +94,14 @@ class TlsListener:
             handshake = loop.create_task(self._shake_hands(connection))
             self._handshakes[handshake] = connection
             handshake.add_done_callback(self._handshakes.pop)
+            if len(self._handshakes) > MAX_HANDSHAKES:
+                await self._end_oldest()
+            await asyncio.sleep(0)  # in a burst, handshakes go on between two connections
+
+    async def _end_oldest(self) -> None:
+        handshake, connection = next(iter(self._handshakes.items()))
+        _end(connection)
+        await asyncio.wait([handshake])
 
     async def _shake_hands(self, connection: socket.socket) -> None:
         context = self._context()
@@ -103,6 +113,11 @@ class TlsListener:
                 ssl=context,
                 ssl_handshake_timeout=self._handshake_seconds,
             )
+
+
+def _end(connection: socket.socket) -> None:
+    with suppress(OSError):  # its client has ended it
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 def auth_context_of(connection: ssl.SSLObject) -> Mapping[str, Iterable[bytes]]:

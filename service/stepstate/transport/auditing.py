@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from stepstate.transport.peers import Context
 
 MAX_NAMES = 512
-"""Characters of the ids of a call that names many sessions."""
+"""Characters of the ids of a call that names many sessions; `detail` has their number."""
 
 AuthError = Unauthenticated | PermissionDenied | TooManyAuthFailures | KeysUnavailable
 AUTH_ERRORS = (Unauthenticated, PermissionDenied, TooManyAuthFailures, KeysUnavailable)
@@ -125,10 +125,11 @@ def refused_credential(error: AuthError, method: str, peer: str) -> None:
 
 
 def _record_of_request(event: AuditEvent, method: str, request: object) -> AuditRecord:
-    named = getattr(request, "session_id", None) or None
+    named, detail = getattr(request, "session_id", None) or None, None
     if named is not None and not isinstance(named, str):
-        named = " ".join(named)[:MAX_NAMES]
+        named, detail = " ".join(named)[:MAX_NAMES], f"{len(named)} sessions"
     record = record_of_call(event, method, named, getattr(request, "model", None) or None)
+    record = replace(record, detail=detail)
     if event is AuditEvent.SESSION_FORKED:
         record = replace(record, session=getattr(request, "new_session_id", None), source=named)
     return record

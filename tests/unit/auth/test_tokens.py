@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import multiprocessing
 import os
 import re
 import stat
+import threading
 import zlib
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
@@ -27,6 +29,7 @@ from stepstate.auth import (
 )
 from stepstate.auth import token_file as module
 from stepstate.auth.tokens import PATTERN
+from stepstate.auth.watched_file import WatchedFile
 from stepstate.errors import CredentialsInvalid, Unauthenticated
 from stepstate.identity import Scope
 from tests.credentials import revoke, token
@@ -195,6 +198,32 @@ async def test_a_broken_file_keeps_the_tokens_that_were_there(
     assert "--tokens-file" in caplog.text
     with pytest.raises(CredentialsInvalid):
         TokenFile(str(file))  # at the start there are none to keep
+
+
+async def test_of_two_readings_at_once_the_newer_one_counts(
+    file: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Whichever takes longer: what is revoked does not come back."""
+    text = token(file)
+    credentials = Credentials(tokens=TokenFile(str(file)))
+    read, slow, started = WatchedFile.read, threading.Event(), threading.Event()
+
+    def read_slowly(self: WatchedFile) -> bytes:
+        found = read(self)
+        started.set()
+        slow.wait(20)
+        return found
+
+    monkeypatch.setattr(WatchedFile, "read", read_slowly)
+    older = asyncio.create_task(credentials.refresh(force=True))
+    await asyncio.to_thread(started.wait, 20)
+    monkeypatch.undo()
+    revoke(file, text)
+    newer = asyncio.create_task(credentials.refresh(force=True))
+    await asyncio.wait([newer], timeout=0.2)
+    slow.set()
+    await asyncio.gather(older, newer)
+    assert credentials.known([f"Bearer {text}"], {}) is None
 
 
 async def test_a_file_that_has_gone_keeps_them_too_until_it_is_back(file: Path):

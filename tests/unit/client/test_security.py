@@ -112,6 +112,19 @@ def test_what_can_be_no_token_is_refused_and_not_shown(text: str, tmp_path: Path
     assert not text or text not in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["", "two words", "line\nbreak", "é"])
+def test_a_function_that_gives_no_token_is_told_at_the_call(text: str):
+    token = endpoint_of("localhost:1", token=lambda: text).token
+    with pytest.raises(InvalidField, match="empty, or has characters") as refused:
+        token()
+    assert not text or text not in str(refused.value)
+
+
+def test_white_space_around_what_a_function_gives_is_no_part_of_the_token():
+    """As it is around the token of a file that a function may have read."""
+    assert endpoint_of("localhost:1", token=lambda: f" {TOKEN}\n").token() == TOKEN
+
+
 def test_a_file_of_a_token_is_read_again_when_it_changes(tmp_path: Path):
     file = tmp_path / "token"
     with pytest.raises(InvalidField, match=f"can't be read from {file}: No such file"):

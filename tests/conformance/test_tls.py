@@ -478,6 +478,7 @@ async def test_handshakes_of_silent_clients_have_a_limit(
 ):
     """One more ends the oldest, so that whoever goes on with it gets in."""
     monkeypatch.setattr(tls_module, "MAX_HANDSHAKES", 3)
+    monkeypatch.setattr(tls_module, "MIN_HANDSHAKE_SECONDS", 0.1)
     async with serving(server_context(certificate)) as port:
         silent = [await asyncio.open_connection("127.0.0.1", port) for _ in range(5)]
         for reader, _ in silent[:2]:
@@ -486,6 +487,21 @@ async def test_handshakes_of_silent_clients_have_a_limit(
         assert await asyncio.wait_for(silent[2][0].read(), 10) == b""
         assert [reader.at_eof() for reader, _ in silent[3:]] == [False, False]
         for _, writer in silent:
+            writer.transport.abort()
+
+
+async def test_a_burst_of_clients_is_served_beyond_the_limit_of_handshakes(
+    certificate, authority, monkeypatch: pytest.MonkeyPatch
+):
+    """They wait for each other, and do not end each other."""
+    monkeypatch.setattr(tls_module, "MAX_HANDSHAKES", 5)
+    monkeypatch.setattr(tls_module, "MIN_HANDSHAKE_SECONDS", 20.0)
+    context = ssl.create_default_context(cafile=authority.file)
+    async with serving(server_context(certificate)) as port:
+        opened = [await asyncio.open_connection("127.0.0.1", port) for _ in range(20)]
+        begun = [writer.start_tls(context, server_hostname="localhost") for _, writer in opened]
+        await asyncio.gather(*begun)
+        for _, writer in opened:
             writer.transport.abort()
 
 

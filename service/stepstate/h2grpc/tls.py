@@ -26,6 +26,8 @@ INSECURE: Mapping[str, Iterable[bytes]] = {
 MAX_HANDSHAKES = 1000
 """Under way at once; one more ends the oldest. Each takes 51 KiB, also of a client that says
 nothing, and no other limit counts that."""
+MIN_HANDSHAKE_SECONDS = 1.0
+"""None is ended earlier for others: in a burst, new connections wait rather than end each other."""
 ACCEPT_PAUSE_SECONDS = 0.1
 """Between two tries to accept a connection, when the process has no more files."""
 COMMON_NAME = "x509_common_name"
@@ -59,7 +61,7 @@ class TlsListener:
         self._context = context
         self._handshake_seconds = handshake_seconds
         self._protocol = protocol
-        self._handshakes: dict[asyncio.Task[None], socket.socket] = {}
+        self._handshakes: dict[asyncio.Task[None], tuple[socket.socket, float]] = {}
         listener.setblocking(False)  # noqa: FBT003 - its only argument
         self._listener = listener
         self._accepting = asyncio.create_task(self._accept())
@@ -77,7 +79,7 @@ class TlsListener:
 
     async def end_handshakes(self) -> None:
         """Ends the handshakes that are under way, and their connections."""
-        for connection in self._handshakes.values():
+        for connection, _ in self._handshakes.values():
             _end(connection)
         await self.handshakes_done()
 
@@ -92,16 +94,19 @@ class TlsListener:
                 await asyncio.sleep(ACCEPT_PAUSE_SECONDS)
                 continue
             handshake = loop.create_task(self._shake_hands(connection))
-            self._handshakes[handshake] = connection
+            self._handshakes[handshake] = connection, loop.time()
             handshake.add_done_callback(self._handshakes.pop)
             if len(self._handshakes) > MAX_HANDSHAKES:
                 await self._end_oldest()
-            await asyncio.sleep(0)  # in a burst, handshakes go on between two connections
+            await asyncio.sleep(0)  # handshakes go on between two connections
 
     async def _end_oldest(self) -> None:
-        handshake, connection = next(iter(self._handshakes.items()))
-        _end(connection)
-        await asyncio.wait([handshake])
+        handshake, (connection, began) = next(iter(self._handshakes.items()))
+        left = began + MIN_HANDSHAKE_SECONDS - asyncio.get_running_loop().time()
+        await asyncio.wait([handshake], timeout=max(0.0, left))
+        if not handshake.done():
+            _end(connection)
+            await asyncio.wait([handshake])
 
     async def _shake_hands(self, connection: socket.socket) -> None:
         context = self._context()

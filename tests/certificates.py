@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 
@@ -36,6 +37,7 @@ class Authority:
     def __init__(self, folder: Path, openssl: str = "openssl") -> None:
         self._folder = folder
         self._openssl = openssl
+        self._numbers = count()
         self._own = self._make("authority")
 
     @property
@@ -58,7 +60,8 @@ class Authority:
         return self._make(name, *options, age_days=age_days)
 
     def _make(self, name: str, *options: str, age_days: int = 0) -> Certificate:
-        made = Certificate(self._folder / f"{name}.pem", self._folder / f"{name}.key")
+        files = f"{name}-{next(self._numbers)}"  # no test may replace those of another
+        made = Certificate(self._folder / f"{files}.pem", self._folder / f"{files}.key")
         command = [self._openssl, "req", "-x509", "-days", "2", "-subj", f"/CN={name}", "-nodes"]
         command += ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
         command += ["-out", str(made.file), "-keyout", str(made.key), *options]

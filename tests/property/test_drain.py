@@ -55,9 +55,9 @@ class InOrder(Delayed):
         async with self._turn:
             return await super().expire(saves, delete_at=delete_at)
 
-    async def restore(self, session_id, epoch, *, expires_at):
+    async def restore(self, key, epoch, **options):
         async with self._turn:
-            return await super().restore(session_id, epoch, expires_at=expires_at)
+            return await super().restore(key, epoch, **options)
 
     async def end(self, session_id, epoch, ending):
         async with self._turn:

@@ -108,9 +108,9 @@ class Delayed(Lasting):
         await self._pause()
         return verdicts
 
-    async def restore(self, session_id, epoch, *, expires_at):
+    async def restore(self, key, epoch, **options):
         await self._pause()
-        restored = await super().restore(session_id, epoch, expires_at=expires_at)
+        restored = await super().restore(key, epoch, **options)
         await self._pause()
         return restored
 

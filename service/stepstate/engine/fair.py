@@ -6,13 +6,11 @@ from collections import deque
 from collections.abc import Hashable, Sequence
 from itertools import islice
 from typing import Generic
+from weakref import WeakKeyDictionary
 
 from stepstate.engine.chunked import ChunkedRequest
 from stepstate.engine.work import W
 from stepstate.tenants import Share, WorkSource
-
-MAX_AHEAD = 4096
-"""Shares of which is known how many rows they had."""
 
 
 class RequestQueue(Generic[W]):
@@ -25,7 +23,8 @@ class RequestQueue(Generic[W]):
     def __init__(self) -> None:
         self.kinds: dict[Hashable, dict[Share, _ShareRequests[W]]] = {}
         """Empty if nothing waits."""
-        self._had: dict[Share, float] = {}  # rows of chunks ÷ weight
+        # Rows of chunks ÷ weight, of shares that are still there.
+        self._had: WeakKeyDictionary[Share, float] = WeakKeyDictionary()
         self._least = 0.0  # of those that waited last: who comes now begins with as many
 
     def put(self, request: ChunkedRequest[W]) -> None:
@@ -58,8 +57,6 @@ class RequestQueue(Generic[W]):
 
     def _next(self, waiting: Sequence[Share], rows: int) -> list[Share]:
         """Those that are in the next chunk, of so many rows."""
-        if len(self._had) > MAX_AHEAD:
-            self._had.clear()
         had = {share: max(self._least, self._had.get(share, 0.0)) for share in waiting}
         self._least = min(had.values())
         chosen = [share for share in waiting if had[share] < self._least + rows / share.weight]

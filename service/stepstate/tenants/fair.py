@@ -24,7 +24,7 @@ def _nobody() -> Tenant:
     return _UNLIMITED.get(DEFAULT_TENANT)
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Share:
     """One of those between whom a server is shared: a tenant, or a client if nobody is known."""
 

@@ -17,6 +17,7 @@ from stepstate.sessions.types import (
     MAX_SOURCE_RUNNING,
     PackedReplyTo,
     PackedStep,
+    Pause,
     ReplyTo,
     ResidentSession,
     RowBatch,
@@ -29,6 +30,7 @@ from stepstate.sessions.types import (
     Source,
     Step,
     StepObserver,
+    next_round,
 )
 
 __all__ = [
@@ -42,6 +44,7 @@ __all__ = [
     "OutputTrajectory",
     "PackedReplyTo",
     "PackedStep",
+    "Pause",
     "ReplyTo",
     "ResidentSession",
     "RowBatch",
@@ -67,4 +70,5 @@ __all__ = [
     "check_scenario_count",
     "error_bytes",
     "new_id",
+    "next_round",
 ]

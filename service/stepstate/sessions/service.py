@@ -41,6 +41,7 @@ from stepstate.sessions.sweeper import ExpirySweeper
 from stepstate.sessions.table import Table
 from stepstate.sessions.types import (
     PackedReplyTo,
+    Pause,
     ReplyTo,
     ResidentSession,
     RowBatch,
@@ -48,6 +49,7 @@ from stepstate.sessions.types import (
     SessionRef,
     SessionState,
     Step,
+    next_round,
 )
 from stepstate.stores import (
     DiskUsage,
@@ -428,7 +430,14 @@ class SessionService:
             raise await self._loader.missing_reason(found, key)
 
     async def page(
-        self, token: str, size: int, model: str, *, tenant: str, expired: bool = False
+        self,
+        token: str,
+        size: int,
+        model: str,
+        *,
+        tenant: str,
+        expired: bool = False,
+        pause: Pause = next_round,
     ) -> tuple[list[SessionSummary | UnreadableSession], str]:
         """Up to `size` open sessions of a tenant, and the token of the next page, if there is one.
 
@@ -438,6 +447,7 @@ class SessionService:
             model: of the model of this name only; empty: of all, loaded or not.
             tenant: whose they are.
             expired: whether expired sessions that are kept are wanted too.
+            pause: lets others have their turn in the midst of a long page.
 
         Raises:
             InvalidField, StoreUnavailable.
@@ -449,7 +459,7 @@ class SessionService:
         listed: list[SessionSummary | UnreadableSession] = []
         for place, entry in enumerate(entries):
             if place % _LISTED_AT_ONCE == 0:
-                await asyncio.sleep(0)
+                await pause()
             session = self.table.usable(entry.key, self._clock())
             if session is not None:
                 listed.append(self.summary(session))

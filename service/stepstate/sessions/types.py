@@ -10,8 +10,9 @@ import enum
 import logging
 import secrets
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Generic, Protocol, TypeVar
 
 import numpy as np
@@ -28,6 +29,10 @@ from stepstate.tenants import Share, Tenant
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+Pause = Callable[[], Awaitable[object]]
+"""Lets others have their turn of the event loop in the midst of long work."""
+next_round: Pause = partial(asyncio.sleep, 0)
 
 MAX_SOURCE_RUNNING = 1024
 """Requests of a source: four of the largest forwards. Its streams are not read beyond that, so that

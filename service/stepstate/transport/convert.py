@@ -5,11 +5,9 @@ Steps have a module of their own, `steps`.
 
 from __future__ import annotations
 
-import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
-from functools import partial
 from typing import Any, TypeVar
 
 from google.protobuf.duration_pb2 import Duration
@@ -24,6 +22,7 @@ from stepstate.sessions import (
     ForecastRequest,
     OpenOptions,
     OutputTrajectory,
+    Pause,
     Scenario,
     SessionForecast,
     SessionStatus,
@@ -31,6 +30,7 @@ from stepstate.sessions import (
     check_scenario_count,
     error_bytes,
     new_id,
+    next_round,
 )
 from stepstate.stores import Durability, MissingPolicy, UnreadableSession
 from stepstate.tenants import LIMITS, Tenant
@@ -164,8 +164,6 @@ def _session(summary: SessionSummary) -> pb.Session:
     )
 
 
-Pause = Callable[[], Awaitable[object]]
-_round: Pause = partial(asyncio.sleep, 0)
 
 
 class ReplyPage(list[M]):
@@ -201,7 +199,7 @@ def encode_tenant(tenant: Tenant, open_sessions: int) -> pb.Tenant:
 
 
 async def encode_page(
-    found: Sequence[SessionSummary | UnreadableSession], pause: Pause = _round
+    found: Sequence[SessionSummary | UnreadableSession], pause: Pause = next_round
 ) -> ReplyPage[pb.Session]:
     """As many sessions as fit; others take turns in between, by `pause`."""
     page, encoded = ReplyPage[pb.Session](), 0
@@ -345,7 +343,7 @@ def forecast_reply_bytes(results: Sequence[ForecastResult]) -> int:
 
 
 async def encode_forecasts(
-    session_ids: Sequence[str], results: Sequence[ForecastResult], pause: Pause = _round
+    session_ids: Sequence[str], results: Sequence[ForecastResult], pause: Pause = next_round
 ) -> pb.ForecastResponse:
     """The reply, in the order of the request; others take turns in between, by `pause`.
 

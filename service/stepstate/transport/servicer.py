@@ -19,12 +19,11 @@ from stepstate.errors import (
     SnapshotTooLarge,
 )
 from stepstate.identity import SessionKey, is_tenant
-from stepstate.sessions import ResidentSession
+from stepstate.sessions import Pause, ResidentSession
 from stepstate.transport.authentication import current_principal
 from stepstate.transport.bidi import Backend, StreamRegistry
 from stepstate.transport.convert import (
     REPLY_BYTES,
-    Pause,
     ReplyPage,
     decode_forecast,
     decode_fork,
@@ -109,6 +108,7 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
                 f"has {len(request.model)} characters, expected at most {MODEL_NAME_LENGTH}",
             )
         call_memory.get().reserve(MemoryUse.REPLIES, size * LISTED_BYTES)
+        pause = self._pause()
         while True:
             found, following = await self._sessions.page(
                 request.page_token,
@@ -116,8 +116,9 @@ class StepstateServicer(StepstateServiceServicer):  # type: ignore[misc]
                 request.model,
                 tenant=_tenant(),
                 expired=request.show_expired,
+                pause=pause,
             )
-            page = await encode_page(found, self._pause())
+            page = await encode_page(found, pause)
             if len(page) == len(found):
                 return pb.ListSessionsResponse(sessions=page, next_page_token=following)
             size = len(page)  # asked again: only the store knows where the next page begins

@@ -6,6 +6,7 @@ import asyncio
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Self, TypeVar
 
@@ -28,6 +29,9 @@ from stepstate.stores.types import (
 from stepstate.uptime import UptimeClock
 
 T = TypeVar("T")
+
+READ_AT_ONCE = 128
+"""Sessions of a page: a millisecond or two of the thread that every write waits for."""
 
 
 class SqliteStore(SessionStore):
@@ -142,9 +146,14 @@ class SqliteStore(SessionStore):
         tenant: str | None = None,
         expired: bool = False,
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
-        return await self._thread.call(
-            lambda file: reads.page(file, token, size, model, tenant=tenant, expired=expired)
-        )
+        found: list[StoredSession | UnreadableSession] = []
+        read = partial(reads.page, model=model, tenant=tenant, expired=expired)
+        while True:  # in parts: others have the thread in between
+            most = min(size - len(found), READ_AT_ONCE)
+            part, token = await self._thread.call(partial(read, token=token, size=most))
+            found += part
+            if not token or len(found) == size:
+                return found, token
 
     async def count(self) -> Mapping[tuple[str, str], int]:
         return await self._thread.call(reads.count)

@@ -2,7 +2,8 @@
 
 Rule 1: only this thread uses the connection.
 Rule 2: all writes that arrive while it works are written together, in one transaction.
-Rule 3: writes are done in the order in which they arrived.
+Rule 3: writes are done in the order in which they arrived, and before calls: a write waits for one
+        call at most, however many were there before it.
 
 With a busy event loop a thread waits for the interpreter's lock after each statement, so
 few statements matter more than fast ones.
@@ -14,6 +15,7 @@ import asyncio
 import logging
 import sqlite3
 import sys
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -111,21 +113,22 @@ class WriterThread:
         await asyncio.to_thread(self._thread.join)
 
     def _run(self) -> None:
-        running = True
-        while running:
-            taken = self._take()
-            running = None not in taken
-            ops = [op for op in taken if op is not None and not op.done.done()]
-            # A failed write must not fail a read, and a long read should not delay writes.
-            self._write_all([op for op in ops if op.call is None])
-            self._call_all([op for op in ops if op.call is not None])
+        running, calls = True, deque[StoreOp]()
+        while running or calls:
+            taken = self._take(wait=not calls)
+            running = running and None not in taken
+            ops = [op for op in taken if op is not None]
+            self._write_all([op for op in ops if op.call is None and not op.done.done()])
+            calls.extend(op for op in ops if op.call is not None)
+            if calls:
+                self._call(calls.popleft())
         try:
             self.file.close()
         except sqlite3.Error:
             log.exception("closing failed", extra={"path": str(self.file.path)})
 
-    def _take(self) -> list[StoreOp | None]:
-        taken = [self._queue.get()]
+    def _take(self, *, wait: bool) -> list[StoreOp | None]:
+        taken = [self._queue.get()] if wait else []
         try:
             while True:
                 taken.append(self._queue.get_nowait())
@@ -153,16 +156,17 @@ class WriterThread:
             return error
         return None
 
-    def _call_all(self, ops: list[StoreOp]) -> None:
-        for op in ops:
-            assert op.call is not None
-            try:
-                with self.file.use(rows=op.rows) as connection:
-                    op.call(connection)
-            except Exception as error:  # noqa: BLE001 (the caller gets it)
-                self.file.recover(error)
-                op.error = self._store_error(error)
-        self._finish_all(ops)
+    def _call(self, op: StoreOp) -> None:
+        assert op.call is not None
+        if op.done.done():  # its caller has gone away
+            return
+        try:
+            with self.file.use(rows=op.rows) as connection:
+                op.call(connection)
+        except Exception as error:  # noqa: BLE001 (the caller gets it)
+            self.file.recover(error)
+            op.error = self._store_error(error)
+        self._finish_all([op])
 
     def _store_error(self, error: Exception | None) -> Exception | None:
         """`StoreUnavailable` for an error of the file; a bug is returned unchanged."""

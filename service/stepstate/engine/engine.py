@@ -4,8 +4,8 @@ Rule 1: only the engine touches the arena.
 Rule 2: the engine has at most one work item of a slot.
 Rule 3: an item changes its slot's state as a whole, in one scatter, or not at all.
 Rule 4: nothing waits for a timer. A turn takes all that is queued, up to the
-        batch limit, as soon as a round of the event loop brings no more; what
-        arrives while it computes is for the next turn.
+        batch limit, as soon as a round of the event loop brings no more, or
+        a few have; what arrives while it computes is for the next turn.
 Rule 5: what is more than the limit is taken from its sources in turn (see
         `tenants.fair`). So a source with 10,000 waiting rows delays the row of another
         by one micro-batch, and one with 100 long requests gets no more rows of
@@ -49,6 +49,9 @@ from stepstate.engine.work import CompletionSink, Floats, MicroBatch, P, RowColu
 from stepstate.models import Model, Timeline
 from stepstate.tenants import FairQueue
 
+ROUNDS_TO_WAIT = 4
+"""Most rounds of the event loop in which a turn waits for more singles: rows of a flood that come a
+few in each round, as its share is, would have all others wait for a full batch of them."""
 ROUNDS_TO_A_CHUNK = 4
 """Rounds of the event loop; one without work takes some ten microseconds."""
 MAX_PLANS = 256
@@ -148,6 +151,7 @@ class Engine(Generic[W, P]):
         self._awake = False
         self._rounds = 0
         self._seen = 1  # singles queued when a turn was last due
+        self._waited = 0  # rounds, for more singles
 
     @property
     def state_bytes(self) -> int:
@@ -319,12 +323,17 @@ class Engine(Generic[W, P]):
     def _still_arriving(self) -> bool:
         """Whether the loop's last round brought more singles, and the batch has room for others.
 
-        Then the turn waits for one more round: at 64 sessions forwards get twice as
-        large for the price of a poll, and a session alone never waits.
+        Then the turn waits for one more round, a few times at most: at 64 sessions forwards get
+        twice as large for the price of a poll, and a session alone never waits.
         """
         queued = len(self._queue)
-        arriving = self._seen < queued < self._batch_rows and not self._backlog.turns
+        arriving = (
+            self._seen < queued < self._batch_rows
+            and not self._backlog.turns
+            and self._waited < ROUNDS_TO_WAIT
+        )
         self._seen = queued if arriving else 1
+        self._waited = self._waited + 1 if arriving else 0
         return arriving
 
     def _take(self) -> MicroBatch[W, P] | None:

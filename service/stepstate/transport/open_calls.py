@@ -35,7 +35,7 @@ class OpenCall:
     __slots__ = ("_finish", "_scope", "error")
 
     def __init__(self, scope: asyncio.Timeout) -> None:
-        self._scope = scope
+        self._scope: asyncio.Timeout | None = scope
         self._finish: Callable[[StepstateError], None] | None = None
         self.error: StepstateError | None = None
         """What it ends with; None: it goes on."""
@@ -53,7 +53,16 @@ class OpenCall:
         if self._finish is not None:
             self._finish(error)
             patience = GRACE_SECONDS
-        self._scope.reschedule(asyncio.get_running_loop().time() + patience)
+        if self._scope is not None:
+            self._scope.reschedule(asyncio.get_running_loop().time() + patience)
+
+    def close(self) -> None:
+        """The call has ended: nothing refers to its task.
+
+        Otherwise the task, which has this in its context, would be left to the cycle collector: 50
+        ms of the event loop for each 30,000 objects.
+        """
+        self._scope = self._finish = None
 
 
 current_call: ContextVar[OpenCall | None] = ContextVar("current_call", default=None)
@@ -90,6 +99,7 @@ class OpenCalls:
                 raise call.error from None
             finally:
                 self._forget(identity, call)
+                call.close()
 
         return until_ended
 

@@ -8,7 +8,7 @@ import torch
 
 from stepstate.engine import Engine, EngineSettings, RowColumns, WorkItem
 from stepstate.engine.accelerator import DeviceForward
-from stepstate.engine.engine import ROUNDS_TO_A_CHUNK
+from stepstate.engine.engine import ROUNDS_TO_A_CHUNK, ROUNDS_TO_WAIT
 from stepstate.engine.network import Network
 from stepstate.engine.runtimes import OnnxStepper
 from stepstate.models import build_timeline
@@ -135,6 +135,15 @@ async def test_singles_that_keep_arriving_gather_but_not_beyond_the_limit(networ
     await rounds(10)
     assert sum(desk.forwards) == 24
     assert max(desk.forwards) == 4
+
+
+async def test_singles_that_trickle_in_hold_up_no_other(network):
+    desk = Desk(network)
+    first = desk.submit(desk.engine.claim(), rows_of(network, 1))
+    for row in rows_of(network, ROUNDS_TO_WAIT + 1):
+        desk.submit(desk.engine.claim(), row)
+        await rounds(1)
+    assert first in desk.outcomes
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 7, 128])

@@ -164,8 +164,6 @@ def _session(summary: SessionSummary) -> pb.Session:
     )
 
 
-
-
 class ReplyPage(list[M]):
     """Messages of one reply, as long as they fit."""
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from stepstate.server import Server, running_server
+from stepstate.transport.shares import PACKED_ROW_COST, REFUSAL_COST, LoopShares
 from stepstate.v1 import stepstate_pb2 as pb
 from stepstate.v1.stepstate_pb2_grpc import StepstateServiceStub
 from tests.integration.packed import (
@@ -237,6 +238,17 @@ async def test_a_message_whose_rows_are_all_refused_has_no_outputs(stub: Stub):
         1: "STEP_AHEAD",
     }
     assert told.y.size == 0
+
+
+async def test_rows_and_refusals_cost_their_client_of_its_share(stub: Stub, monkeypatch):
+    charged: list[float] = []
+    monkeypatch.setattr(LoopShares, "charge", lambda _, peer, cost: charged.append(cost))
+    names, x = await crowd(stub, 4), series(4, 1)[:, 0]
+    talk = Conversation(stub)
+    await talk.ask(packed(range(4), [0] * 4, x, bind=names))
+    assert charged == [4 * PACKED_ROW_COST]
+    await talk.ask(packed(range(4), [1, 7, 1, 7], x))
+    assert sorted(charged) == sorted([4 * PACKED_ROW_COST] * 2 + [REFUSAL_COST] * 2)
 
 
 async def test_a_stream_that_is_cut_leaves_nothing_queued(stub: Stub, other_stub: Stub, server):

@@ -40,7 +40,7 @@ from stepstate.transport.expected_rows import ExpectedRows
 from stepstate.transport.interceptor import DecodeFailure, MessageChannel
 from stepstate.transport.open_calls import current_call
 from stepstate.transport.peers import current_peer
-from stepstate.transport.shares import cost_of
+from stepstate.transport.shares import REFUSAL_COST, cost_of
 
 log = logging.getLogger(__name__)
 
@@ -412,6 +412,7 @@ class BidiStream(ABC, Generic[Q, A, D, W]):
     def _count_refusal(self, error: StepstateError) -> None:
         self.refusals[error.reason] += 1
         self._metrics.refused(error.reason)
+        self._shares.charge(self._peer, REFUSAL_COST)
 
     def _send(self, reply: bytes) -> None:
         """Sends a reply for which nothing was reserved: that is made up for if it has to wait."""

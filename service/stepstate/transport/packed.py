@@ -28,6 +28,7 @@ from stepstate.transport.packed_request import (
     PackedRequest,
     reply_bytes,
 )
+from stepstate.transport.shares import PACKED_ROW_COST
 from stepstate.transport.status import status_of
 from stepstate.v1 import stepstate_pb2 as pb
 
@@ -105,6 +106,7 @@ class PackedStream(
             self._reply(self._error(request.id, error))
             return
         self._unanswered_rows += len(message)
+        self._shares.charge(self._peer, PACKED_ROW_COST * len(message))
         if len(message):
             self._start_rows(message)
         else:

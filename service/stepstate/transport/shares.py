@@ -24,6 +24,10 @@ COST_BYTES = 2**10
 """Bytes of a message that cost as much as a short message in all."""
 CALL_COST = 4
 """Of a call with one request, beside its bytes: as a message of a stream costs 1."""
+PACKED_ROW_COST = 1 / 8
+"""Of a packed row, beside the bytes of its message."""
+REFUSAL_COST = 3
+"""Of a message that is answered with an error, beside that."""
 
 
 class LoopShares:
@@ -50,16 +54,25 @@ class LoopShares:
             if group.turns is None:
                 group.turns = SourceQueue()
             group.turns.put(peer, turn, cost)
-        self._replenishing[group] = None
-        if not self._ticking:
-            self._ticking = True
-            asyncio.get_running_loop().call_soon(self._tick)
+        self._replenish(group)
         return turn
+
+    def charge(self, peer: Peer, cost: float) -> None:
+        """Pays for more, of a message that was handled and cost more than its bytes said."""
+        if self._peers.count > 1:
+            peer.group.credit -= cost
+            self._replenish(peer.group)
 
     async def pause(self, peer: Peer, cost: int = ROUND_COST) -> None:
         """Lets others have their share in the midst of long work: about a round's until now."""
         turn = self.take(peer, cost)
         await (asyncio.sleep(0) if turn is None else turn)
+
+    def _replenish(self, group: PeerGroup) -> None:
+        self._replenishing[group] = None
+        if not self._ticking:
+            self._ticking = True
+            asyncio.get_running_loop().call_soon(self._tick)
 
     def _tick(self) -> None:
         """A round has passed: each group gets its share."""

@@ -16,6 +16,7 @@ from stepstate.errors import StoreOpenError, StoreUnavailable
 from stepstate.stores import EndReason, SaveResult, Tombstone
 from stepstate.stores.sqlite import file as session_file
 from stepstate.stores.sqlite import reads, writer_thread, writes
+from stepstate.stores.sqlite import store as sqlite_store
 from stepstate.uptime import UptimeClock
 from tests.stores import FINGERPRINT, FileHome, acquire, create, listed, record, saving
 
@@ -58,6 +59,33 @@ async def test_what_comes_while_a_transaction_runs_goes_together_into_the_next(h
     await asyncio.gather(*together, first)
     assert sum(groups) == 1 + 20 + 21
     assert len(groups) <= 4
+
+
+async def test_a_write_waits_for_a_part_of_one_page_however_many_are_asked_for(
+    home, store, monkeypatch
+):
+    """Eight pages of 1,000 sessions delayed every save by 50 ms."""
+    monkeypatch.setattr(sqlite_store, "READ_AT_ONCE", 10)
+    epochs = {f"s{i:03}": await create(home, store, f"s{i:03}") for i in range(100)}
+    done: list[str] = []
+    began = asyncio.Event()
+    loop, page = asyncio.get_running_loop(), reads.page
+
+    def slow_page(*of: object, **options: object) -> object:
+        done.append("part")
+        loop.call_soon_threadsafe(began.set)
+        time.sleep(0.01)  # while the save comes
+        return page(*of, **options)
+
+    monkeypatch.setattr(reads, "page", slow_page)
+    pages = [asyncio.create_task(store.page("", 100)) for _ in range(8)]
+    await began.wait()
+    assert await store.save([saving(home, "s000", epochs["s000"])]) == [SaveResult.DONE]
+    done.append("save")
+    for found, token in await asyncio.gather(*pages):
+        assert ([one.session_id for one in found], token) == (sorted(epochs), "")
+    assert done.index("save") <= 3
+    assert done.count("part") == 80
 
 
 async def test_a_value_that_cant_be_written_fails_its_own_call_only(home, store):

@@ -95,6 +95,25 @@ async def test_a_long_message_is_handled_at_once_and_paid_back() -> None:
     assert max(short) <= 4
 
 
+async def test_what_a_message_has_cost_more_is_paid_back_by_its_peer_alone() -> None:
+    shares, (costly, cheap) = joined(2)
+    assert shares.take(costly, 1) is shares.take(cheap, 1) is None
+    shares.charge(costly, 10 * ROUND_COST)
+    rounds: dict[Peer, list[int]] = {costly: [], cheap: []}
+    ROUNDS.clear()
+    counter = asyncio.create_task(counting_rounds())
+    await asyncio.gather(*(handled(shares, peer, [1], its) for peer, its in rounds.items()))
+    counter.cancel()
+    assert rounds[cheap][0] <= 1
+    assert rounds[costly][0] >= 10 * ROUND_COST // (ROUND_COST // 2) - 1
+
+
+async def test_a_peer_alone_is_charged_nothing() -> None:
+    shares, (peer,) = joined(1)
+    shares.charge(peer, 1000)
+    assert peer.group.credit > 0
+
+
 @given(
     st.lists(st.lists(st.integers(1, 3000), max_size=8), min_size=2, max_size=5),
     st.sets(st.tuples(st.integers(0, 4), st.integers(0, 7))),

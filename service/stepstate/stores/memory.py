@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import heapq
-from collections import Counter
+from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain, islice
-from typing import Any
 
 from stepstate.identity import SessionKey
 from stepstate.stores.base import TOMBSTONE_SECONDS, SessionStore, next_epoch
@@ -46,8 +45,8 @@ class MemoryStore(SessionStore):
         self._clock = clock
         self._max_tombstones = max_tombstones
         self._sessions: dict[SessionKey, _Kept] = {}
-        self._tenants: dict[str, dict[SessionKey, _Kept]] = {}  # open and expired
-        self._open: dict[str, Counter[str]] = {}  # by tenant and model
+        # In order: by tenant; by model "name/version", and whether they are expired.
+        self._listed: dict[str, dict[tuple[str, bool], list[SessionKey]]] = {}
         self._expired: dict[SessionKey, _Kept] = {}  # the oldest first
         self._tombstones: dict[SessionKey, tuple[float, Tombstone]] = {}  # the oldest first
         self._epoch = 0
@@ -155,23 +154,23 @@ class MemoryStore(SessionStore):
         tenant: str | None = None,
         expired: bool = False,
     ) -> tuple[list[StoredSession | UnreadableSession], str]:
-        tenants = self._tenants.values() if tenant is None else [self._tenants.get(tenant, {})]
-        later = (
-            (key, kept.session)
-            for key, kept in chain.from_iterable(sessions.items() for sessions in tenants)
-            if key > token
-            and model in ("", kept.session.record.model)
-            and (expired or kept.session.delete_at is None)
-        )
-        found = heapq.nsmallest(size + 1, later, key=lambda pair: pair[0])
-        next_token = found[size - 1][0] if len(found) > size else ""
-        return [session for _, session in found[:size]], next_token
+        of_tenants = self._listed.values() if tenant is None else [self._listed.get(tenant, {})]
+        later = [
+            keys[(first := bisect_right(keys, token)) : first + size + 1]
+            for listed in of_tenants
+            for (name, is_expired), keys in listed.items()
+            if model in ("", name.partition("/")[0]) and (expired or not is_expired)
+        ]
+        found = heapq.nsmallest(size + 1, chain.from_iterable(later))
+        kept = filter(None, map(self._kept, found[:size]))
+        return [one.session for one in kept], found[size - 1] if len(found) > size else ""
 
     async def count(self) -> Mapping[tuple[str, str], int]:
         return {
-            (tenant, model): sessions
-            for tenant, models in self._open.items()
-            for model, sessions in models.items()
+            (tenant, model): len(keys)
+            for tenant, listed in self._listed.items()
+            for (model, is_expired), keys in listed.items()
+            if not is_expired
         }
 
     async def count_expired(self) -> int:
@@ -190,27 +189,27 @@ class MemoryStore(SessionStore):
         return self._sessions.get(key) or self._expired.get(key)
 
     def _add(self, kept: _Kept) -> None:
-        record = kept.session.record
-        self._tenants.setdefault(record.tenant, {})[record.key] = kept
-        if kept.session.delete_at is None:
-            self._sessions[record.key] = kept
-            self._open.setdefault(record.tenant, Counter())[record.model_key] += 1
-        else:
-            self._expired[record.key] = kept
+        record, is_expired = kept.session.record, kept.session.delete_at is not None
+        (self._expired if is_expired else self._sessions)[record.key] = kept
+        listed = self._listed.setdefault(record.tenant, {})
+        insort(listed.setdefault((record.model_key, is_expired), []), record.key)
 
     def _remove(self, key: SessionKey) -> None:
-        if kept := self._sessions.pop(key, None):
-            record = kept.session.record
-            self._open[record.tenant][record.model_key] -= 1
-            self._open[record.tenant] += Counter()  # drops those at 0
-            _drop_empty(self._open, record.tenant)
+        kept = self._sessions.pop(key, None)
+        is_expired = kept is None
         if kept := kept or self._expired.pop(key, None):
-            tenant = kept.session.record.tenant
-            del self._tenants[tenant][key]
-            _drop_empty(self._tenants, tenant)
+            record = kept.session.record
+            listed = self._listed[record.tenant]
+            keys = listed[record.model_key, is_expired]
+            del keys[bisect_left(keys, key)]
+            if not keys:
+                del listed[record.model_key, is_expired]
+            if not listed:
+                del self._listed[record.tenant]
 
     def _full(self, record: SessionRecord, limit: int | None) -> TenantFull | None:
-        count = self._open.get(record.tenant, Counter[str]()).total()
+        listed = self._listed.get(record.tenant, {})
+        count = sum(len(keys) for (_, is_expired), keys in listed.items() if not is_expired)
         return TenantFull(count, limit) if limit is not None and count >= limit else None
 
     def _is_overdue(self, session: StoredSession) -> bool:
@@ -249,8 +248,3 @@ class MemoryStore(SessionStore):
             if len(self._tombstones) <= self._max_tombstones and self._tombstones[oldest][0] > now:
                 return
             del self._tombstones[oldest]
-
-
-def _drop_empty(sessions: dict[str, Any], tenant: str) -> None:
-    if not sessions[tenant]:
-        del sessions[tenant]

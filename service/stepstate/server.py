@@ -11,7 +11,7 @@ import secrets
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from threading import Thread
@@ -77,7 +77,7 @@ from stepstate.transport import (
     parse_stepstate,
     read_keys,
 )
-from stepstate.trim import Trimmer
+from stepstate.trim import TRIM_SECONDS, Trimmer
 from stepstate.uptime import HEARTBEAT_SECONDS, UptimeClock
 from stepstate.v1.stepstate_pb2 import DESCRIPTOR
 
@@ -243,18 +243,18 @@ class Server:
         self.address = self._listen_grpc()
         await self._grpc.start()
         loops = (
-            self._sweep,
-            self._watch_store,
-            self._tick,
-            self._heartbeat,
-            self._measure_lag,
-            Trimmer(lambda: self.memory.used).run,
+            _repeat(self._tick, TICK_SECONDS),
+            _repeat(self._check_credentials, CREDENTIALS_CHECK_SECONDS),
+            # A task of its own for each: they may take long, and longest when no store answers.
+            _repeat(self.sessions.sweep, SWEEP_SECONDS),
+            _repeat(self.sessions.store.check, STORE_CHECK_SECONDS),
+            _repeat(self.sessions.heartbeat, HEARTBEAT_SECONDS),
+            self._measure_lag(),
+            _repeat(Trimmer(lambda: self.memory.used).look, TRIM_SECONDS),
         )
-        self._tasks = [asyncio.create_task(loop()) for loop in loops]
+        self._tasks = [asyncio.create_task(loop) for loop in loops]
         if self.tls is not None:
             self._tasks.append(asyncio.create_task(self.tls.watch()))
-        if self.credentials is not None:
-            self._tasks.append(asyncio.create_task(self._watch_credentials(self.credentials)))
         if self._store.durable:
             saving = self.sessions.writer.run(self._config.snapshot_interval)
             self._tasks.append(asyncio.create_task(saving))
@@ -429,56 +429,21 @@ class Server:
             raise ListenError("--metrics-listen", address, str(error)) from error
         return f"{self._config.metrics_listen.rpartition(':')[0]}:{self._http[0].server_port}"
 
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(SWEEP_SECONDS)
-            try:
-                await self.sessions.sweep()
-            except StoreUnavailable:
-                pass  # noted where it was asked; health tells it
-            except Exception:
-                log.exception("a sweep for expired sessions failed; the next one tries again")
-
-    async def _watch_store(self) -> None:
-        """Beside the sweeps, which may take long, and longest when the store does not answer."""
-        while True:
-            await asyncio.sleep(STORE_CHECK_SECONDS)
-            try:
-                await self.sessions.store.check()
-            except Exception:
-                log.exception("the store was not checked; the next check tries again")
-
-    async def _watch_credentials(self, credentials: Credentials) -> None:
-        while True:
-            try:
-                await credentials.refresh()
-                self._interceptor.open_calls.end_where(credentials.problem_of)
-            except Exception:
-                log.exception("credentials were not checked; the next check tries again")
-            await asyncio.sleep(CREDENTIALS_CHECK_SECONDS)
-
     async def _tick(self) -> None:
-        while True:
-            UPTIME.heartbeat()
-            self.tenants.forget_idle()
-            self._report_store_health()
-            await asyncio.sleep(TICK_SECONDS)
+        UPTIME.heartbeat()
+        self.tenants.forget_idle()
+        self._report_store_health()
+
+    async def _check_credentials(self) -> None:
+        if self.credentials is not None:
+            await self.credentials.refresh()
+            self._interceptor.open_calls.end_where(self.credentials.problem_of)
 
     async def _measure_lag(self) -> None:
         while True:
             due = time.perf_counter() + LAG_SECONDS
             await asyncio.sleep(LAG_SECONDS)
             self._metrics.loop_lag.observe(max(0.0, time.perf_counter() - due))
-
-    async def _heartbeat(self) -> None:
-        while True:
-            await asyncio.sleep(HEARTBEAT_SECONDS)
-            try:
-                await self.sessions.heartbeat()
-            except StoreUnavailable:
-                pass  # noted where it was asked
-            except Exception:
-                log.exception("the store's clock was not moved on; the next heartbeat tries again")
 
     def _report_store_health(self) -> None:
         """A service of its own, so that no load balancer turns away from all servers at once."""
@@ -487,6 +452,19 @@ class Server:
             status = health_pb2.HealthCheckResponse
             self._health.set(STORE_SERVICE, status.SERVING if up else status.NOT_SERVING)
             self._store_reported_up = up
+
+
+async def _repeat(do: Callable[[], Awaitable[object]], seconds: float) -> None:
+    """Does something every so many seconds, and goes on whatever it raises."""
+    while True:
+        await asyncio.sleep(seconds)
+        try:
+            await do()
+        except StoreUnavailable:
+            pass  # noted where it was asked; health tells it
+        except Exception:
+            extra = {"work": do.__qualname__}
+            log.exception("periodic work failed; it is tried again", extra=extra)
 
 
 async def build_server(

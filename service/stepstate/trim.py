@@ -50,12 +50,6 @@ class Trimmer:
         self._lowest = self._resident() - held()
         self._skip = 0
 
-    async def run(self) -> None:
-        """Looks again and again, until it is cancelled."""
-        while True:
-            await asyncio.sleep(TRIM_SECONDS)
-            await self.look()
-
     async def look(self) -> None:
         """Trims if that is worth it."""
         resident = self._resident()

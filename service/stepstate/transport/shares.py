@@ -24,7 +24,7 @@ COST_BYTES = 2**10
 """Bytes of a message that cost as much as a short message in all."""
 CALL_COST = 4
 """Of a call with one request, beside its bytes: as a message of a stream costs 1."""
-PACKED_ROW_COST = 1 / 8
+PACKED_ROW_COST = 1 / 16
 """Of a packed row, beside the bytes of its message."""
 REFUSAL_COST = 3
 """Of a message that is answered with an error, beside that."""

@@ -2,8 +2,8 @@
 
 Rule 1: only this thread uses the connection.
 Rule 2: all writes that arrive while it works are written together, in one transaction.
-Rule 3: writes are done in the order in which they arrived, and before calls: a write waits for one
-        call at most, however many were there before it.
+Rule 3: writes are done in the order in which they arrived, and before calls: a write waits for a
+        few milliseconds of calls at most, however many were there before it.
 
 With a busy event loop a thread waits for the interpreter's lock after each statement, so
 few statements matter more than fast ones.
@@ -15,6 +15,7 @@ import asyncio
 import logging
 import sqlite3
 import sys
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,9 @@ log = logging.getLogger(__name__)
 
 ANSWER_SECONDS = 10.0
 """For a disk that hangs. A transaction waits at most 2 s for another process."""
+CALLS_SECONDS = 0.002
+"""Of calls before writes that have come meanwhile: a part of a page, or some fifty short ones, so
+that they don't wait for a transaction each."""
 SWITCH_SECONDS = 0.0005
 """After how long the interpreter's lock is taken from another thread.
 
@@ -120,7 +124,8 @@ class WriterThread:
             ops = [op for op in taken if op is not None]
             self._write_all([op for op in ops if op.call is None and not op.done.done()])
             calls.extend(op for op in ops if op.call is not None)
-            if calls:
+            until = time.perf_counter() + CALLS_SECONDS
+            while calls and time.perf_counter() < until:
                 self._call(calls.popleft())
         try:
             self.file.close()

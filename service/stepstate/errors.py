@@ -62,7 +62,9 @@ same class again, so both sides share this file. It knows no status codes:
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import ClassVar
+from typing import ClassVar, TypeVar
+
+E = TypeVar("E", bound=BaseException)
 
 _BY_REASON: dict[str, type[StepstateError]] = {}
 
@@ -723,3 +725,16 @@ class InsecureAddress(StartError):
 _CLIENTS_OWN = (ServerUnreachable, Cancelled, UnexpectedStatus, RowsMissing)
 REASONS = tuple(reason for reason, cls in _BY_REASON.items() if cls not in _CLIENTS_OWN)
 """Every reason that a server gives."""
+
+
+def without_frames(error: E) -> E:
+    """An error that is kept as an outcome, without its tracebacks and those of its causes.
+
+    They lead to frames that lead to the error: cycles of references, which keep requests and
+    replies until the cycle collector runs, and that stops the event loop.
+    """
+    one: BaseException | None = error
+    while one is not None:
+        one.__traceback__ = None
+        one = one.__context__
+    return error

@@ -7,21 +7,26 @@ from __future__ import annotations
 
 import asyncio
 import gc
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
+import numpy as np
 import pytest
+from google.protobuf.message import Message
 
 from stepstate.config import ServerConfig
 from stepstate.server import running_server
+from stepstate.tenants import LimitTable, TenantLimits
 from stepstate.transport.authentication import CREDENTIAL_KEY
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.credentials import bearer, token
 from tests.integration import requests_of
 from tests.integration.requests_of import METHODS, MODEL, Own, X
+from tests.integration.triton import infer
+from tests.integration.wire import HANG
 
 CALLS = 4
 WRONG = ((CREDENTIAL_KEY, "Bearer no-token"),)
@@ -88,3 +93,87 @@ async def test_no_call_leaves_a_cycle_of_references(caller: Caller, method: str)
             await caller.call(method, name, WRONG)
         await asyncio.sleep(0.1)  # a server may end its tasks after the client has the reply
     assert not [type(one).__qualname__ for one in left]
+
+
+NAN = float("nan")
+NAME = "10000"
+
+
+def of_rows() -> list[Message]:
+    """Messages of `StreamSteps` that are served, and such that are refused for each reason."""
+    return [
+        *requests_of.REQUESTS["StreamSteps"](Own(NAME)),
+        *requests_of.REQUESTS["StreamSteps"](Own("404")),
+        *(pb.StepRequest(session_id=NAME, x=X, t=t) for t in range(100)),
+        pb.StepRequest(session_id=NAME, x=X, t=10**6),
+        pb.StepRequest(session_id=NAME, x=X[:2]),
+        pb.StepRequest(session_id=NAME, x=(NAN, NAN, NAN)),
+        pb.StepRequest(session_id=NAME, x=(3e38, 3e38, 3e38)),
+        pb.StepRequest(session_id="", x=X),
+    ]
+
+
+def of_packs() -> list[Message]:
+    """The same of `StreamPacked`."""
+    packs = requests_of.REQUESTS["StreamPacked"]
+    two, far = np.array([0, 1], "<u4").tobytes(), np.array([10**6] * 2, "<u8").tobytes()
+    x = np.array([X, X], "<f4")
+    return [
+        *packs(Own("404")),
+        *packs(Own(NAME)),
+        *([pb.StreamPackedRequest(handles=two, x=x.tobytes())] * 50),
+        pb.StreamPackedRequest(handles=two, x=x.tobytes(), t=far),
+        pb.StreamPackedRequest(handles=two, x=x[:, :2].tobytes()),
+        pb.StreamPackedRequest(handles=two, x=(NAN * x).tobytes()),
+        pb.StreamPackedRequest(handles=two[:-1], x=x.tobytes()),
+    ]
+
+
+def of_inferences() -> list[Message]:
+    """The same of `ModelStreamInfer`."""
+    inferences, x = requests_of.REQUESTS["ModelStreamInfer"], np.array([X], "<f4")
+    return [
+        *inferences(Own("404")),
+        *inferences(Own(NAME)),
+        infer(MODEL, int(NAME), x, sequence_start=True),
+        *(infer(MODEL, int(NAME), x, step_t=t) for t in range(50)),
+        infer(MODEL, int(NAME), x, step_t=10**6),
+        infer(MODEL, int(NAME), x[:, :2]),
+        infer(MODEL, int(NAME), NAN * x),
+        infer("no-model", int(NAME), x),
+    ]
+
+
+@pytest.mark.transports
+@pytest.mark.parametrize("limit", [None, 10], ids=["unlimited", "limited"])
+@pytest.mark.parametrize(
+    ("method", "messages"),
+    [("StreamSteps", of_rows), ("StreamPacked", of_packs), ("ModelStreamInfer", of_inferences)],
+)
+async def test_no_message_of_a_stream_leaves_a_cycle_of_references(
+    config: ServerConfig, method: str, messages: Callable[[], list[Message]], limit: int | None
+):
+    limits = LimitTable(defaults=TenantLimits(rows_per_second=limit))
+    stream, sent = METHODS[method], messages()
+    path = f"/{stream.containing_service.full_name}/{method}"
+    async with (
+        running_server(config, limits=limits) as server,
+        grpc.aio.insecure_channel(server.address) as channel,
+    ):
+        opening = pb.OpenSessionRequest(session_id=NAME, model=MODEL)
+        await requests_of.call(channel, METHODS["OpenSession"], opening, ())
+        call = channel.stream_stream(path, lambda made: made.SerializeToString(), None)()
+        await call.write(sent[0])
+        await call.read()
+        with garbage() as left:
+            reading = asyncio.create_task(read(call, len(sent)))
+            for message in sent:
+                await call.write(message)
+            await asyncio.wait_for(reading, HANG)
+        call.cancel()
+    assert not [type(one).__qualname__ for one in left]
+
+
+async def read(call: grpc.aio.StreamStreamCall, count: int) -> None:
+    for _ in range(count):
+        assert await call.read() is not grpc.aio.EOF

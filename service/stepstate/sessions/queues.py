@@ -20,7 +20,7 @@ from typing import Any, Generic, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.errors import MemoryLimit, QueueFull, StepstateError
+from stepstate.errors import MemoryLimit, QueueFull, StepstateError, without_frames
 from stepstate.identity import SessionKey, id_of
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SessionContext
@@ -204,7 +204,7 @@ class RequestQueues:
             if key not in self._queues:
                 self._admission.check_open()
         except StepstateError as error:
-            waiter.failed(error.with_traceback(None))
+            waiter.failed(without_frames(error))
             return
         self._join(key, waiter)
         if start:
@@ -414,7 +414,7 @@ def served(waiter: Waiter, session: ResidentSession) -> bool:
     except (QueueFull, MemoryLimit) as full:
         if asyncio.get_running_loop().time() < waiter.deadline:
             return False
-        waiter.failed(full.with_traceback(None))
+        waiter.failed(without_frames(full))
     except Exception as error:  # noqa: BLE001 - it is logged
         waiter.failed(unexpected("a request failed", error, session.key))
     return True

@@ -41,7 +41,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Engine, Floats, RowColumns
-from stepstate.errors import Draining, StepstateError
+from stepstate.errors import Draining, StepstateError, without_frames
 from stepstate.sessions.admission import Admission
 from stepstate.sessions.context import SchedulerSettings, SessionContext
 from stepstate.sessions.replay import ReplayWindow
@@ -254,7 +254,7 @@ class RowBatcher:
         try:
             row.reply_to.source.tenant.rows.take(1)
         except StepstateError as error:
-            return error.with_traceback(None)
+            return without_frames(error)
         return None
 
     def _in_turn(self, rows: Sequence[SingleRow]) -> list[SingleRow]:

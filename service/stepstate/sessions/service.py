@@ -20,7 +20,13 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from stepstate.errors import InvalidField, SessionLost, StepstateError, StoreUnavailable
+from stepstate.errors import (
+    InvalidField,
+    SessionLost,
+    StepstateError,
+    StoreUnavailable,
+    without_frames,
+)
 from stepstate.identity import SessionKey, id_of
 from stepstate.models import Catalog, Manifest, Model
 from stepstate.sessions.admission import Admission
@@ -247,7 +253,7 @@ class SessionService:
         if session is None or not self.table.busy[session.handle]:
             return False
         step = Step((), 0, False, False, reply_to, session, None, held_bytes)  # noqa: FBT003 - a hot constructor
-        step.error = error
+        step.error = without_frames(error)
         self._admission.count(1, 0, source=reply_to.source)
         session.scheduler.submit(step)
         return True

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Engine, Floats, Layers, Observer, PackedWork, WorkItem
-from stepstate.errors import Internal, StepstateError
+from stepstate.errors import Internal, StepstateError, without_frames
 from stepstate.identity import SessionKey, split_key
 from stepstate.models import Model
 from stepstate.sessions.replay import ReplayWindow
@@ -462,7 +462,7 @@ def unexpected(what: str, error: Exception, key: SessionKey) -> StepstateError:
     It has an id, and the log has all of it under that id. A `StepstateError` is returned as it is.
     """
     if isinstance(error, StepstateError):
-        return error.with_traceback(None)
+        return without_frames(error)
     internal = Internal(secrets.token_hex(8))
     tenant, session_id = split_key(key)
     extra = {"error_id": internal.error_id, "tenant": tenant, "session_id": session_id}

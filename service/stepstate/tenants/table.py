@@ -82,9 +82,8 @@ class Rate:
             TenantLimitReached: nothing was taken.
         """
         buckets = self._buckets()
-        if buckets and (error := self._refusal()) is not None:
-            self.refused += 1
-            raise error
+        if buckets:
+            self._check()
         self._count(amount, buckets)
 
     def take_some(self, count: int) -> int:
@@ -95,13 +94,13 @@ class Rate:
         self._count(count, buckets)
         return count
 
-    def _refusal(self) -> TenantLimitReached | None:
+    def _check(self) -> None:
         for rate in (self, self._together):
             bucket = None if rate is None else rate._bucket  # noqa: SLF001 - of this class
             if bucket is not None and (seconds := bucket.wait_seconds()):
+                self.refused += 1
                 tenant = self._tenant if rate is self else ""
-                return TenantLimitReached(tenant, self._limit, bucket.rate, seconds)
-        return None
+                raise TenantLimitReached(tenant, self._limit, bucket.rate, seconds)
 
     def _count(self, amount: int, buckets: Iterable[TokenBucket]) -> None:
         self.taken += amount

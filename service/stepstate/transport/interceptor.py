@@ -26,7 +26,7 @@ from google.protobuf.descriptor import MethodDescriptor
 from google.protobuf.message import DecodeError
 
 from stepstate.budget import MemoryUse, call_memory
-from stepstate.errors import Internal, InvalidField, StepstateError
+from stepstate.errors import Internal, InvalidField, StepstateError, without_frames
 from stepstate.h2grpc import Call, MessageSink
 from stepstate.metrics import Metrics, RpcMetrics
 from stepstate.transport.admission import CallAdmission
@@ -335,14 +335,14 @@ class _Rpc:
             if isinstance(error, AUTH_ERRORS):
                 refused_credential(error, self._method, self._admission.name_of(context))
             _refuse(context, error)
-            _drop_frames(error)
+            without_frames(error)
         except Exception as error:
             internal = Internal(secrets.token_hex(8))
             code = grpc.StatusCode.INTERNAL
             self._metrics.refused(internal.reason)
             log.exception("an RPC failed", extra={"rpc": self._path, "error_id": internal.error_id})
             _refuse(context, internal)
-            _drop_frames(error)
+            without_frames(error)
         finally:
             self._counts.handled[_go_name(code)] += 1
             self._counts.seconds.observe(time.perf_counter() - started)
@@ -417,16 +417,6 @@ def _when_done(callback: Callable[[object], None]) -> None:
     task = asyncio.current_task()
     assert task is not None, "gRPC has one for each RPC"
     task.add_done_callback(callback)
-
-
-def _drop_frames(error: BaseException | None) -> None:
-    """Cuts the reference cycles of an error: its traceback leads to frames that may lead to it.
-
-    They would keep requests and replies until the next garbage collection.
-    """
-    while error is not None:
-        error.__traceback__ = None
-        error = error.__context__
 
 
 def _refuse(context: Context, error: StepstateError) -> None:

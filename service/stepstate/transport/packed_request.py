@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stepstate.engine import Floats
-from stepstate.errors import InvalidField, StepstateError
+from stepstate.errors import InvalidField, StepstateError, without_frames
 from stepstate.models import Model
 from stepstate.sessions import (
     ID_LENGTH,
@@ -292,7 +292,7 @@ class PackedRequest:
         return response
 
     def _set_error(self, row: int, error: StepstateError) -> None:
-        self.errors[row] = error
+        self.errors[row] = without_frames(error)
         self._t[row] = self._durable_t[row] = self._flags[row] = 0
         if len(self._y):
             self._y[row] = np.nan

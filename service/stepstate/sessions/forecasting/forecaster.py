@@ -19,7 +19,7 @@ from datetime import datetime
 import numpy as np
 
 from stepstate.engine import Floats, ForecastOrigins, HorizonForecast
-from stepstate.errors import InvalidField, StepstateError
+from stepstate.errors import InvalidField, StepstateError, without_frames
 from stepstate.identity import SessionKey, id_of
 from stepstate.models import Manifest, OutputSpec
 from stepstate.sessions.forecasting.limits import (
@@ -129,7 +129,7 @@ class Forecaster:
             try:
                 models.append(await _model_origins(scheduler, its, request))
             except StepstateError as error:
-                failure = error.with_traceback(None)
+                failure = without_frames(error)
                 results.update({origin.key: failure for origin in its})
         check_fed_rows(sum(model.fed_rows for model in models))
         size = _reply_bytes(keys, request, results, models)

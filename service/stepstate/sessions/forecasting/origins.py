@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from stepstate.engine import Floats
-from stepstate.errors import ForecastImpossible, StepstateError
+from stepstate.errors import ForecastImpossible, StepstateError, without_frames
 from stepstate.identity import SessionKey
 from stepstate.sessions.forecasting.limits import Reserve
 from stepstate.sessions.queues import RequestQueues, WaitingCall
@@ -116,7 +116,7 @@ class OriginCopier:
                 self._queues.load(key)
                 origin = await (await call.result).result()
             except StepstateError as error:
-                return error.with_traceback(None)  # or it would keep this frame, in a circle
+                return without_frames(error)
             return _reserve(origin, reserve)
 
     def _copied(self, session: ResidentSession) -> Origin | StepstateError:

@@ -14,7 +14,7 @@ from hashlib import blake2b
 import numpy as np
 from tritonclient.grpc import service_pb2 as pb
 
-from stepstate.errors import InvalidField
+from stepstate.errors import InvalidField, without_frames
 from stepstate.identity import SessionKey, session_key
 from stepstate.models import EPOCH, Manifest, Model
 from stepstate.sessions import OpenOptions, ReplyTo, ResidentSession, Step, check_id
@@ -314,7 +314,7 @@ def _read(request: pb.ModelInferRequest, *, start: bool) -> InferBody | InvalidF
         texts = [_text(request.parameters, name) for name in names]
         return InferBody(read_tensor(request), wanted(request), *texts)
     except InvalidField as error:
-        return error.with_traceback(None)
+        return without_frames(error)
 
 
 def _new_frame(model: str, version: str, shapes: Shapes, *, final: bool) -> pb.ModelInferResponse:

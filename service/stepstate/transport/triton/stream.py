@@ -21,6 +21,7 @@ from stepstate.errors import (
     QueueFull,
     StepstateError,
     TenantLimitReached,
+    without_frames,
 )
 from stepstate.sessions import Hold, ResidentSession, SingleRow, Source, Step
 from stepstate.transport.authentication import current_principal
@@ -149,8 +150,7 @@ class InferStream(RowStream[pb.ModelInferRequest, pb.ModelStreamInferResponse, I
                 reply = pb.ModelStreamInferResponse(infer_response=response)
                 self._reply(reply, SENT * reply.ByteSize())
             except StepstateError as error:
-                # Its traceback leads back here: a reference cycle would keep the request.
-                self._reject(infer, error.with_traceback(None))
+                self._reject(infer, without_frames(error))
             except Exception:
                 internal = Internal(secrets.token_hex(8))
                 log.exception("a request failed", extra={"error_id": internal.error_id})

@@ -455,9 +455,8 @@ class Server:
 
 
 async def _repeat(do: Callable[[], Awaitable[object]], seconds: float) -> None:
-    """Does something every so many seconds, and goes on whatever it raises."""
+    """Does something at once, and every so many seconds; and goes on whatever it raises."""
     while True:
-        await asyncio.sleep(seconds)
         try:
             await do()
         except StoreUnavailable:
@@ -465,6 +464,7 @@ async def _repeat(do: Callable[[], Awaitable[object]], seconds: float) -> None:
         except Exception:
             extra = {"work": do.__qualname__}
             log.exception("periodic work failed; it is tried again", extra=extra)
+        await asyncio.sleep(seconds)
 
 
 async def build_server(

@@ -85,6 +85,7 @@ def pair(
         frozen = SimpleNamespace(time=clock, perf_counter=time.perf_counter)
         patch.setattr(server_module, "time", frozen)
         patch.setattr(server_module, "SWEEP_SECONDS", 3600.0)
+        patch.setattr(server_module, "HEARTBEAT_SECONDS", 3600.0)
         patch.setattr(SnapshotWriter, "request_flush", lambda _: None)
         stack = AsyncExitStack()
 
@@ -269,6 +270,7 @@ class Story:
     async def wait(self, _: int) -> None:
         self._pair.clock.advance(SHORT_IDLE_SECONDS / 2)
         server_module.UPTIME.heartbeat()
+        await self._both(lambda side: side.server.sessions.heartbeat())
 
     async def sweep(self, _: int) -> None:
         await self._both(lambda side: side.server.sessions.sweep())

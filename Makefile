@@ -27,7 +27,7 @@ test: setup ## Run the tests that a change is made with (4 minutes; three proces
 	$(BIN)/pytest --numprocesses 3 -m 'not long and not attacks' --hypothesis-profile quick
 
 test-all: setup ## Run all tests: storms, outages, benchmarks and perf_analyzer too
-	$(BIN)/pytest -m 'not (attacks and long)'
+	$(BIN)/pytest --numprocesses 3 -m 'not (attacks and long)'
 
 attacks: setup ## Attack servers at full size and print the tables of SECURITY.md (20 minutes)
 	$(BIN)/python -m tests.attacks && $(BIN)/python -m tests.attacks.tenants

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import itertools
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -76,23 +77,23 @@ def garbage() -> Iterator[list[object]]:
 
 
 @pytest.mark.transports
-@pytest.mark.parametrize("method", METHODS)
-async def test_no_call_leaves_a_cycle_of_references(caller: Caller, method: str):
-    names = [str(number) for number in range(10_000, 10_000 + CALLS)]
-    opening = METHODS["OpenSession"]
-    for name in names:
-        request = pb.OpenSessionRequest(session_id=name, model=MODEL)
-        await requests_of.call(caller.channel, opening, request, caller.metadata)
-        step = pb.StepRequest(session_id=name, x=X, t=0)
-        await requests_of.call(caller.channel, METHODS["Step"], step, caller.metadata)
-    await caller.call(method, names[0])
-    with garbage() as left:
-        for name in names[1:]:
-            await caller.call(method, name)
-            await caller.call(method, "404")
-            await caller.call(method, name, WRONG)
-        await asyncio.sleep(0.1)  # a server may end its tasks after the client has the reply
-    assert not [type(one).__qualname__ for one in left]
+async def test_no_call_leaves_a_cycle_of_references(caller: Caller):
+    opening, numbers = METHODS["OpenSession"], itertools.count(10_000)
+    for method in METHODS:
+        names = [str(next(numbers)) for _ in range(CALLS)]
+        for name in names:
+            request = pb.OpenSessionRequest(session_id=name, model=MODEL)
+            await requests_of.call(caller.channel, opening, request, caller.metadata)
+            step = pb.StepRequest(session_id=name, x=X, t=0)
+            await requests_of.call(caller.channel, METHODS["Step"], step, caller.metadata)
+        await caller.call(method, names[0])
+        with garbage() as left:
+            for name in names[1:]:
+                await caller.call(method, name)
+                await caller.call(method, "404")
+                await caller.call(method, name, WRONG)
+            await asyncio.sleep(0.1)  # a server may end its tasks after the client has the reply
+        assert not [type(one).__qualname__ for one in left], method
 
 
 NAN = float("nan")

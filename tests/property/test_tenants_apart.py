@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 
 from stepstate.config import ServerConfig
 from stepstate.server import running_server
+from stepstate.sessions.snapshots.writer import SnapshotWriter
 from stepstate.v1 import stepstate_pb2 as pb
 from tests.hypothesis_profiles import examples
 from tests.integration.requests_of import METHODS, Outcome, call, without_times
@@ -163,6 +164,7 @@ def houses(
             metrics_listen="127.0.0.1:0",
             store=request.param + (str(file) if request.param == "sqlite:" else ""),
             store_fsync=False,
+            snapshot_interval=3600.0,
         )
         own = [("grpc.use_local_subchannel_pool", 1)]
         async with (
@@ -172,7 +174,8 @@ def houses(
             yield connected
 
     stack = AsyncExitStack()
-    with asyncio.Runner() as runner:
+    with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
+        patch.setattr(SnapshotWriter, "request_flush", lambda _: None)  # replies say what is saved
 
         async def enter() -> list[grpc.aio.Channel]:
             return [await stack.enter_async_context(channel(number)) for number in range(3)]

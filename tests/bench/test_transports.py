@@ -17,7 +17,7 @@ pytestmark = pytest.mark.long  # measures real servers
 
 SHORT = (
     "--sessions 1,2 --connections 2 --callers 2 --packed-rows 4 --sequences 2 --beside 2 "
-    "--rounds 1 --warm-up 0.2"
+    "--rounds 1 --seconds 0.4 --warm-up 0.2"
 )
 STEPPING = {"Stepstate lean", "Stepstate grpcio"}
 BESIDE = {

@@ -26,7 +26,7 @@ CALL_COST = 4
 """Of a call with one request, beside its bytes: as a message of a stream costs 1."""
 PACKED_ROW_COST = 1 / 16
 """Of a packed row, beside the bytes of its message."""
-REFUSAL_COST = 3
+REFUSAL_COST = 6
 """Of a message that is answered with an error, beside that."""
 
 

@@ -27,7 +27,7 @@ CALL_COST = 4
 PACKED_ROW_COST = 1 / 16
 """Of a packed row, beside the bytes of its message."""
 REFUSAL_COST = 6
-"""Of a message that is answered with an error, beside that."""
+"""Of a message, or a packed row, that is answered with an error, beside that."""
 
 
 class LoopShares:

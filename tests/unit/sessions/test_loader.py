@@ -317,7 +317,7 @@ async def test_a_damaged_snapshot_in_the_store_is_told_and_kept(start, store, x)
     first = start()
     await first.open("a", durability=Durability.SYNC)
     good = store.snapshot("a")
-    store.overwrite("a", good[:-9] + b"!" + good[-8:])
+    store.overwrite("a", good[:-9] + bytes([good[-9] ^ 1]) + good[-8:])
     second = start()
     with pytest.raises(SessionUnreadable, match="checksum"):
         await second.sessions.get("a")

@@ -46,6 +46,8 @@ NOT_GRPC = b"this is a gRPC server\n"
 IDENTITY = b"identity"
 ENCODINGS = (IDENTITY, b"gzip", b"deflate")
 """Of requests: how their messages may be compressed."""
+LOOK_SECONDS = 1.0
+"""After so long, all connections are looked at again."""
 LOOKS_AT_ONCE = 200
 """Connections that are looked at in one turn of the loop: half a millisecond."""
 WRITE_BUFFER_BYTES = 2**16
@@ -254,15 +256,18 @@ class H2Server:
     async def _keep(self) -> None:
         """Looks at all connections now and then."""
         while True:
-            await asyncio.sleep(1.0)
-            now = asyncio.get_running_loop().time()
-            for place, connection in enumerate(list(self.connections)):
-                if place % LOOKS_AT_ONCE == LOOKS_AT_ONCE - 1:
-                    await asyncio.sleep(0)
-                try:
-                    connection.look(now)
-                except Exception:
-                    log.exception("a connection was not looked at; the next look tries again")
+            await asyncio.sleep(LOOK_SECONDS)
+            await self._look()  # a call of its own: between two looks, no name holds a connection
+
+    async def _look(self) -> None:
+        now = asyncio.get_running_loop().time()
+        for place, connection in enumerate(list(self.connections)):
+            if place % LOOKS_AT_ONCE == LOOKS_AT_ONCE - 1:
+                await asyncio.sleep(0)
+            try:
+                connection.look(now)
+            except Exception:
+                log.exception("a connection was not looked at; the next look tries again")
 
 
 @dataclass(slots=True)

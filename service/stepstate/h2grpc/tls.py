@@ -111,13 +111,17 @@ class TlsListener:
     async def _shake_hands(self, connection: socket.socket) -> None:
         context = self._context()
         set_up_http2(context)
-        with suppress(OSError):  # a client that speaks no TLS, is too slow, or is gone
+        protocol = self._protocol()
+        try:
             await asyncio.get_running_loop().connect_accepted_socket(
-                self._protocol,
+                lambda: protocol,
                 connection,
                 ssl=context,
                 ssl_handshake_timeout=self._handshake_seconds,
             )
+        except OSError as error:  # a client that speaks no TLS, is too slow, or is gone
+            error.__traceback__ = None  # its frames hold the error: they must be no reference cycle
+            protocol.connection_lost(error)  # asyncio tells it only if the handshake was done
 
 
 def _end(connection: socket.socket) -> None:

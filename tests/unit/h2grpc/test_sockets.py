@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import ssl
 from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -20,7 +21,9 @@ from stepstate.h2grpc.connection import STREAMS_AT_ONCE, Http2Connection
 from stepstate.h2grpc.frames import CLIENT_PREFACE, ErrorCode, ping, settings, window_update
 from stepstate.h2grpc.lifetime import Lifetime
 from stepstate.h2grpc.memory import PartialMessages
+from stepstate.h2grpc.server import LOOK_SECONDS
 from stepstate.h2grpc.waiting import WaitingStreams
+from tests.certificates import Certificate
 from tests.unit.h2grpc.client import HEADERS
 from tests.unit.h2grpc.raw import goaway_of
 
@@ -41,7 +44,10 @@ async def _who(_request: bytes, context: Any) -> bytes:
 
 @asynccontextmanager
 async def _running(
-    times: ConnectionTimes = SHORT, limits: Http2Limits | None = None, who: Any = _who
+    times: ConnectionTimes = SHORT,
+    limits: Http2Limits | None = None,
+    who: Any = _who,
+    context: ssl.SSLContext | None = None,
 ) -> AsyncIterator[tuple[H2Server, int]]:
     server = H2Server(times=times, limits=limits)
     methods = {
@@ -49,7 +55,11 @@ async def _running(
         "Who": grpc.unary_unary_rpc_method_handler(who),
     }
     server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler("test", methods)])
-    port = server.add_insecure_port("127.0.0.1:0")
+    address = "127.0.0.1:0"
+    if context is None:
+        port = server.add_insecure_port(address)
+    else:
+        port = server.add_secure_port(address, lambda: context)
     await server.start()
     try:
         yield server, port
@@ -227,17 +237,44 @@ async def _be_cut_within_a_call(port: int) -> None:
         await stream.read()
 
 
-@pytest.mark.parametrize("leave", [_leave_at_once, _break_the_rules, _be_cut_within_a_call])
-async def test_a_connection_leaves_nothing_to_the_garbage_collector(leave: Any) -> None:
+async def _stay_until_it_is_looked_at(port: int) -> None:
+    _reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    await asyncio.sleep(1.5 * LOOK_SECONDS)
+    writer.close()
+    await writer.wait_closed()
+
+
+@asynccontextmanager
+async def _nothing_left() -> AsyncIterator[None]:
+    """After this, nothing of the connections that began in it is left to the cycle collector."""
     kinds = {Http2Connection, Lifetime, PartialMessages, WaitingStreams}
-    async with _running(ConnectionTimes()) as (_server, port):
-        gc.collect()
-        before = [one for one in gc.get_objects() if type(one) in kinds]  # of other tests
-        gc.disable()
-        try:
-            await leave(port)
-            async with asyncio.timeout(HANG):
-                while sum(type(one) in kinds for one in gc.get_objects()) > len(before):
-                    await asyncio.sleep(0.01)
-        finally:
-            gc.enable()
+    gc.collect()
+    before = [one for one in gc.get_objects() if type(one) in kinds]  # of other tests
+    gc.disable()
+    try:
+        yield
+        async with asyncio.timeout(HANG):
+            while sum(type(one) in kinds for one in gc.get_objects()) > len(before):
+                await asyncio.sleep(0.01)
+    finally:
+        gc.enable()
+
+
+@pytest.mark.parametrize(
+    "leave",
+    [_leave_at_once, _break_the_rules, _be_cut_within_a_call, _stay_until_it_is_looked_at],
+)
+async def test_a_connection_leaves_nothing_to_the_garbage_collector(leave: Any) -> None:
+    async with _running(ConnectionTimes()) as (_server, port), _nothing_left():
+        await leave(port)
+
+
+@pytest.mark.parametrize("sent", [b"no TLS at all", b""])
+async def test_nor_does_a_tls_handshake_that_fails(sent: bytes, certificate: Certificate) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(certificate.file, certificate.key)
+    async with _running(SHORT, context=context) as (_server, port), _nothing_left():
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(sent)
+        await reader.read()
+        writer.close()

@@ -10,6 +10,7 @@ import logging
 import random
 import socket
 import ssl
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -94,6 +95,7 @@ class H2Server:
         """There is no connection."""
         self.idle.set()
         self.stopping = False
+        self._behind: deque[_ServerProtocol] = deque()
         if not all(isinstance(one, grpc.aio.ServerInterceptor) for one in interceptors):
             raise ValueError("interceptors must be of the class grpc.aio.ServerInterceptor")
         self._interceptors = tuple(interceptors)
@@ -253,6 +255,23 @@ class H2Server:
             return True
         return False
 
+    def go_on_later(self, connection: _ServerProtocol) -> None:
+        """Lets a connection take more of what was read: one of them in each turn of the loop.
+
+        Many connections with much to take delay the others no longer than one does.
+        """
+        self._behind.append(connection)
+        if len(self._behind) == 1:
+            asyncio.get_running_loop().call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        try:
+            self._behind[0].go_on()
+        finally:
+            self._behind.popleft()
+            if self._behind:
+                asyncio.get_running_loop().call_soon(self._go_on)
+
     async def _keep(self) -> None:
         """Looks at all connections now and then."""
         while True:
@@ -363,9 +382,13 @@ class _ServerProtocol(asyncio.Protocol):
             return
         if http2.behind:
             self._transport.pause_reading()
-            self._loop.call_soon(self._receive)
+            self._server.go_on_later(self)
         elif not data and not http2.held:
             self._transport.resume_reading()
+
+    def go_on(self) -> None:
+        """Takes more of what was read."""
+        self._receive()
 
     def connection_lost(self, _error: Exception | None) -> None:
         """See `asyncio.Protocol`."""

@@ -126,6 +126,8 @@ class Sender(Protocol):
     """HEADERS, and pieces of messages; a client may ping after each."""
     block_prefix: bytes
     """What the next header block must begin with."""
+    cut_messages: int
+    """Messages of the bytes that are taken now that had no frame of their own."""
 
     def send(self, *data: bytes | memoryview) -> None:
         """Puts bytes into the output."""
@@ -474,6 +476,7 @@ class Http2Stream:
             self._kept_rest += self._rest
             self._end_partial()
         self._message_bytes = 0
+        self._sender.cut_messages += 1
         self.receiver.message(payload)
         if not self.paused:
             self._release_kept()

@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from stepstate.h2grpc.connection import MESSAGES_AT_ONCE
 from stepstate.h2grpc.frames import (
     LARGEST_WINDOW,
     ErrorCode,
@@ -260,3 +261,23 @@ def test_calls_with_many_headers_begin_in_several_turns() -> None:
         turns += 1
     assert turns >= 3
     assert list(client.host.calls) == calls
+
+
+@pytest.mark.parametrize("in_a_frame", [1, 1_000])
+def test_many_messages_are_taken_in_several_turns(in_a_frame: int) -> None:
+    """A read of a quarter of a megabyte may have 10,000 of them, which take 50 ms."""
+    client = Client()
+    stream_id = client.open()
+    client.exchange()
+    sent = [b"%d" % number for number in range(3_000)]
+    for first in range(0, len(sent), in_a_frame):
+        some = b"".join(map(message, sent[first : first + in_a_frame]))
+        client.h2.send_data(stream_id, some)
+    received = client.host.calls[stream_id].messages
+    data, most = client.h2.data_to_send(), 0
+    while data or client.server.behind:
+        before = len(received)
+        client.server.receive(data)
+        data, most = b"", max(most, len(received) - before)
+    assert received == sent
+    assert most < MESSAGES_AT_ONCE + in_a_frame

@@ -17,8 +17,17 @@ from h2.config import H2Configuration
 from h2.connection import H2Connection
 
 from stepstate.h2grpc import ConnectionTimes, H2Server, Http2Limits
-from stepstate.h2grpc.connection import STREAMS_AT_ONCE, Http2Connection
-from stepstate.h2grpc.frames import CLIENT_PREFACE, ErrorCode, ping, settings, window_update
+from stepstate.h2grpc.call import Call
+from stepstate.h2grpc.connection import MESSAGES_AT_ONCE, STREAMS_AT_ONCE, Http2Connection
+from stepstate.h2grpc.frames import (
+    CLIENT_PREFACE,
+    ErrorCode,
+    FrameType,
+    frame,
+    ping,
+    settings,
+    window_update,
+)
 from stepstate.h2grpc.lifetime import Lifetime
 from stepstate.h2grpc.memory import PartialMessages
 from stepstate.h2grpc.server import LOOK_SECONDS
@@ -213,6 +222,45 @@ async def test_calls_that_come_together_begin_and_end_in_several_turns_of_the_lo
         await _gone(server)
     for turns in (begun, ended):
         assert max(Counter(turns).values()) <= STREAMS_AT_ONCE
+
+
+async def test_connections_with_many_messages_take_them_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """All of them together hold up the loop as long as one does."""
+    connections, messages, turn, taken = 8, 10 * MESSAGES_AT_ONCE, 0, Counter[int]()
+
+    def count_message(call: Call, payload: bytes) -> None:
+        taken[turn] += 1
+        take(call, payload)
+
+    def count_turn() -> None:
+        nonlocal turn, counting
+        turn += 1
+        counting = asyncio.get_running_loop().call_soon(count_turn)
+
+    take = Call.message
+    monkeypatch.setattr(Call, "message", count_message)
+    client = H2Connection(H2Configuration(client_side=True))
+    client.initiate_connection()
+    client.send_headers(1, [*HEADERS[:2], (":path", "/test/Echo"), *HEADERS[3:]])
+    burst = client.data_to_send() + messages * frame(FrameType.DATA, 0, 1, bytes(5))
+    async with _running() as (server, port):
+        writers = [
+            (await asyncio.open_connection("127.0.0.1", port))[1] for _ in range(connections)
+        ]
+        counting = asyncio.get_running_loop().call_soon(count_turn)
+        for writer in writers:
+            writer.write(burst)
+        async with asyncio.timeout(HANG):
+            while taken.total() < connections * messages:
+                await asyncio.sleep(0.01)
+        counting.cancel()
+        for writer in writers:
+            writer.transport.abort()
+        await _gone(server)
+    shares = taken.total() / MESSAGES_AT_ONCE
+    assert len(taken) > shares / 2  # all of them may read at first, and then one goes on in a turn
 
 
 async def _leave_at_once(port: int) -> None:

@@ -67,12 +67,12 @@ OUTPUT_BYTES = 2**16
 """Of messages that are put out between two writes: the rest waits until the socket takes these."""
 _WINDOW_UPDATE = 4 << 8 | FrameType.WINDOW_UPDATE  # the first word of such a frame
 _WINDOW_UPDATE_BYTES = HEADER_BYTES + 4
-STREAMS_AT_ONCE = 32
-"""Streams that begin or end in one turn of the event loop: a millisecond or two of work."""
+STREAMS_AT_ONCE = 8
+"""Streams that begin or end in one turn of the event loop: half a millisecond of work."""
 FIELDS_AT_ONCE = 512
 """Of headers, with which they begin: 470 in 2 KB take 2 ms. An ordinary call has a dozen."""
-MESSAGES_AT_ONCE = 512
-"""Messages that are taken in one turn: a millisecond, or up to five if many come in each frame."""
+MESSAGES_AT_ONCE = 128
+"""Messages that are taken in one turn, unless a frame has more: half a millisecond of work."""
 STREAMS_PER_CREDIT = 8
 """Moving the windows of so many streams is as much work as a frame that does nothing."""
 _DRAIN_PING = b"draining"

@@ -177,6 +177,7 @@ class Http2Connection:
         self.sent_messages = 0
         self.sent_others = 0
         self.block_prefix = b""
+        self.cut_messages = 0
         self._paid_messages = 0  # of them, those that have brought credit
         self.received_frames = 0
         """Frames that have come, for whoever asks whether the client is alive."""
@@ -201,7 +202,6 @@ class Http2Connection:
         self._half_window = limits.stream_window // 2
         self._waiting = WaitingStreams()
         self._ended_early: OrderedDict[int, None] = OrderedDict()
-        self.cut_messages = 0
         self._opened_now: set[int] = set()  # in the read that is taken
         self._fields_now = 0  # of their headers
         self._last_served = LARGEST_WINDOW  # streams after it are not served

@@ -374,7 +374,7 @@ class _ServerProtocol(asyncio.Protocol):
             return
         self._receive(data)
 
-    def _receive(self, data: bytes = b"") -> None:
+    def _receive(self, data: bytes) -> None:
         http2 = self._http2
         http2.receive(data)
         self._flush()
@@ -388,7 +388,7 @@ class _ServerProtocol(asyncio.Protocol):
 
     def go_on(self) -> None:
         """Takes more of what was read."""
-        self._receive()
+        self._receive(b"")
 
     def connection_lost(self, _error: Exception | None) -> None:
         """See `asyncio.Protocol`."""

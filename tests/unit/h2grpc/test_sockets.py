@@ -182,24 +182,34 @@ async def test_grpcs_client_pings_less_often_after_the_goaway() -> None:
         assert peers[0] != peers[1] == peers[2]
 
 
+class _Turns:
+    """Counts the turns of the loop."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._next()
+
+    def _next(self) -> None:
+        self.count += 1
+        self._handle = asyncio.get_running_loop().call_soon(self._next)
+
+    def stop(self) -> None:
+        self._handle.cancel()
+
+
 async def test_calls_that_come_together_begin_and_end_in_several_turns_of_the_loop() -> None:
     """Others come in between: a client that opens a thousand streams does not delay them."""
     begun: list[int] = []
     ended: list[int] = []
-    turn = 0
+    turns = _Turns()
 
     async def wait(_request: bytes, _context: Any) -> bytes:
-        begun.append(turn)
+        begun.append(turns.count)
         try:
             await asyncio.sleep(HANG)
         finally:
-            ended.append(turn)
+            ended.append(turns.count)
         return b""
-
-    def count() -> None:
-        nonlocal turn, counting
-        turn += 1
-        counting = asyncio.get_running_loop().call_soon(count)
 
     calls = 10 * STREAMS_AT_ONCE
     client = H2Connection(H2Configuration(client_side=True))
@@ -210,7 +220,6 @@ async def test_calls_that_come_together_begin_and_end_in_several_turns_of_the_lo
         client.send_data(stream_id, bytes(5), end_stream=True)
     async with _running(who=wait) as (server, port):
         _reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        counting = asyncio.get_running_loop().call_soon(count)
         writer.write(client.data_to_send())
         async with asyncio.timeout(HANG):
             while len(begun) < calls:
@@ -218,26 +227,21 @@ async def test_calls_that_come_together_begin_and_end_in_several_turns_of_the_lo
             writer.transport.abort()
             while len(ended) < calls:
                 await asyncio.sleep(0.01)
-        counting.cancel()
+        turns.stop()
         await _gone(server)
-    for turns in (begun, ended):
-        assert max(Counter(turns).values()) <= STREAMS_AT_ONCE
+    for places in (begun, ended):
+        assert max(Counter(places).values()) <= STREAMS_AT_ONCE
 
 
 async def test_connections_with_many_messages_take_them_one_after_the_other(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """All of them together hold up the loop as long as one does."""
-    connections, messages, turn, taken = 8, 10 * MESSAGES_AT_ONCE, 0, Counter[int]()
+    connections, messages, taken, turns = 8, 10 * MESSAGES_AT_ONCE, Counter[int](), _Turns()
 
     def count_message(call: Call, payload: bytes) -> None:
-        taken[turn] += 1
+        taken[turns.count] += 1
         take(call, payload)
-
-    def count_turn() -> None:
-        nonlocal turn, counting
-        turn += 1
-        counting = asyncio.get_running_loop().call_soon(count_turn)
 
     take = Call.message
     monkeypatch.setattr(Call, "message", count_message)
@@ -249,13 +253,12 @@ async def test_connections_with_many_messages_take_them_one_after_the_other(
         writers = [
             (await asyncio.open_connection("127.0.0.1", port))[1] for _ in range(connections)
         ]
-        counting = asyncio.get_running_loop().call_soon(count_turn)
         for writer in writers:
             writer.write(burst)
         async with asyncio.timeout(HANG):
             while taken.total() < connections * messages:
                 await asyncio.sleep(0.01)
-        counting.cancel()
+        turns.stop()
         for writer in writers:
             writer.transport.abort()
         await _gone(server)

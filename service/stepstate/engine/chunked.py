@@ -60,8 +60,8 @@ class ChunkedRequest(Generic[W]):
         self._state: Floats | None = None  # [R], a copy, from the first chunk on
         self._tracker = tracker
         self._layout = layout
-        self._outputs: list[Floats] = []
-        self._layers: list[Layers] = []
+        self._y: Floats | None = None  # [T, O], or [1, O] with last_only
+        self._layers: Layers = []  # [T, H] each, or [1, H]
 
     @property
     def begun(self) -> bool:
@@ -148,15 +148,26 @@ class ChunkedRequest(Generic[W]):
         self._track(chunk.x, y)
         append_rows(self._rings[0], self.at, chunk.x)
         self.cell[:] = chunk.cell
+        self._keep(y[-1:] if self.work.last_only else y, chunk.layers)
         self.done += len(chunk.x)
         self.overflowed = not bool(np.isfinite(y).all() and np.isfinite(chunk.cell).all())
-        if self.work.last_only:
-            self._outputs.clear()
-            self._layers.clear()
-            y = y[-1:]
-        self._outputs.append(y)
-        if chunk.layers:
-            self._layers.append(chunk.layers)
+
+    def _keep(self, y: Floats, layers: Layers) -> None:
+        """Copies results to their place among all of the request.
+
+        An array for each row and each gate would take ten times the memory of its values.
+        """
+        rows, at = (1, 0) if self.work.last_only else (self.work.rows, self.done)
+        if self._y is None:
+            self._y = np.empty((rows, y.shape[1]), np.float32)
+            self._layers = [
+                {name: np.empty((rows, len(values)), np.float32) for name, values in one.items()}
+                for one in layers
+            ]
+        self._y[at : at + len(y)] = y
+        for kept, one in zip(self._layers, layers, strict=True):
+            for name, values in one.items():
+                kept[name][at] = values
 
     def _track(self, x: Floats, y: Floats) -> None:
         tracker = self._tracker
@@ -175,14 +186,8 @@ class ChunkedRequest(Generic[W]):
 
     def results(self) -> tuple[Floats, Layers | None]:
         """Outputs [T, O] ([1, O] with last_only), and with inspect the layers' traces."""
-        y = np.concatenate(self._outputs)
-        if not self._layers:
-            return y, None
-        layers = [
-            {name: np.stack([row[layer][name] for row in self._layers]) for name in first}
-            for layer, first in enumerate(self._layers[0])
-        ]
-        return y, layers
+        assert self._y is not None
+        return self._y, self._layers or None
 
 
 def compute_chunk(

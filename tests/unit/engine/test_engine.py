@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import asyncio
+import sys
+from array import array
 
 import numpy as np
 import pytest
@@ -212,6 +214,21 @@ async def test_inspect_gives_every_row_of_every_layer_and_advances_alike(desk, n
     weights = network.tensors()
     assert close(layers[1]["h"] @ weights["head.weight"].T + weights["head.bias"], y)
     assert close(await desk.step(slot, x[5]), network.offline(x)[5])
+
+
+async def test_an_inspected_request_keeps_no_object_for_each_row(desk, network, monkeypatch):
+    """Arrays for each row and gate take ten times the memory of the reply, in small pieces."""
+    blocks, step = array("q"), Network.step  # its numbers are no blocks
+
+    def counted(*arguments):
+        blocks.append(sys.getallocatedblocks())
+        return step(*arguments)
+
+    monkeypatch.setattr(Network, "step", counted)
+    rows = 600
+    await desk.step(desk.engine.claim(), rows_of(network, rows), inspect=True)
+    assert len(blocks) == rows
+    assert max(blocks[-100:]) - max(blocks[:100]) < rows / 4
 
 
 async def test_work_that_was_cancelled_is_dropped_and_its_state_is_as_before(desk, network):

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from stepstate.stores import SessionStore
+from stepstate.stores.redis import pipeline
 from tests.redis_process import RedisProcess, redis_cluster, redis_process
 from tests.stores import FileHome, Home, RedisHome
 
@@ -35,8 +36,15 @@ def one_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Redis
 
 
 @pytest.fixture(params=KINDS)
-async def home(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Home]:
-    """An empty place of each kind."""
+async def home(
+    request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[Home]:
+    """An empty place of each kind.
+
+    Redis may take its time, as a busy machine may stand still for seconds. What a server does when
+    Redis does not answer is in `test_redis_faults`.
+    """
+    monkeypatch.setattr(pipeline, "TIMEOUT_SECONDS", 20.0)
     made = _HOMES[request.param](request, tmp_path)
     yield made
     await made.close()

@@ -154,12 +154,12 @@ async def use_every_script(home, store) -> None:
 
 async def test_a_save_that_arrives_late_undoes_no_newer_one(far_home, monkeypatch):
     """Redis may find a save in its socket when the server that sent it has long gone on."""
-    monkeypatch.setattr(pipeline, "TIMEOUT_SECONDS", 0.2)
     home, between = far_home
     store = await home.open()
     epoch = await create(home, store, "a")
     between.holding = True
-    with pytest.raises(StoreUnavailable):
+    with monkeypatch.context() as impatient, pytest.raises(StoreUnavailable):
+        impatient.setattr(pipeline, "TIMEOUT_SECONDS", 0.2)
         await store.save([saving(home, "a", epoch, t=1, snapshot=b"1")])
     between.holding = False
     assert await store.save([saving(home, "a", epoch, t=2, snapshot=b"2")]) == [SaveResult.DONE]

@@ -421,7 +421,7 @@ async def test_the_client_library_over_its_rate_goes_slower_and_loses_and_repeat
 async def test_packed_rows_of_the_client_library_over_their_rate_go_slower(serve: Serve):
     x = draw(20 * 5, seed=6).reshape(20, 5, 3)
     async with (
-        serve(rows_per_second=400, rows_burst=10) as server,
+        serve(rows_per_second=100, rows_burst=10) as server,
         AsyncClient(server.address, metadata=ACME) as client,
     ):
         sessions = [await client.open("lstm", session_id=f"s{n}") for n in range(5)]

@@ -44,4 +44,5 @@ ATTACKS = (
     Attack(connections.answers_unasked, count=100, short=100),
     Attack(connections.resets, count=100_000, short=30_000),
     Attack(connections.connections_left_half_open, count=5_000, short=500),
+    Attack(connections.streams_lost_at_once, count=100, short=40, keeps=32 * MIB),
 )

@@ -322,14 +322,15 @@ class Http2Connection:
             self.send(goaway(last, code, debug.encode()))
             self.lose()
 
-    def lose(self, most: int | None = None) -> bool:
-        """The connection is gone: ends all streams, or some; returns whether there are more."""
+    def lose(self, most: int | None = None) -> int:
+        """The connection is gone: ends all streams, or at most so many; returns how many."""
         self.ended = True
-        for stream in list(islice(self.streams.values(), most)):
+        streams = list(islice(self.streams.values(), most))
+        for stream in streams:
             stream.close(early=False).reset()
         if not self.streams:
             self._host = _NO_HOST  # which has the connection: they must be no reference cycle
-        return bool(self.streams)
+        return len(streams)
 
     # Input
 

@@ -96,6 +96,7 @@ class H2Server:
         self.idle.set()
         self.stopping = False
         self._behind: deque[_ServerProtocol] = deque()
+        self._lost: deque[_ServerProtocol] = deque()
         if not all(isinstance(one, grpc.aio.ServerInterceptor) for one in interceptors):
             raise ValueError("interceptors must be of the class grpc.aio.ServerInterceptor")
         self._interceptors = tuple(interceptors)
@@ -272,6 +273,28 @@ class H2Server:
             if self._behind:
                 asyncio.get_running_loop().call_soon(self._go_on)
 
+    def end_streams_later(self, connection: _ServerProtocol) -> None:
+        """Ends the streams of a lost connection, in turn with those of others that were lost.
+
+        A few end in each turn of the loop, whether one connection was lost or a thousand.
+        """
+        self._lost.append(connection)
+        if len(self._lost) == 1:
+            asyncio.get_running_loop().call_soon(self._end_streams)
+
+    def _end_streams(self) -> None:
+        room = STREAMS_AT_ONCE
+        try:
+            while self._lost and room > 0:
+                connection = self._lost.popleft()
+                ended = connection.end_streams(room)
+                if ended == room:  # it may have more
+                    self._lost.append(connection)
+                room -= max(ended, 1)
+        finally:
+            if self._lost:
+                asyncio.get_running_loop().call_soon(self._end_streams)
+
     async def _keep(self) -> None:
         """Looks at all connections now and then."""
         while True:
@@ -396,14 +419,18 @@ class _ServerProtocol(asyncio.Protocol):
         if not self._server.connections:
             self._server.idle.set()
         self._transport = None
-        self._end_streams()
+        self._server.end_streams_later(self)
 
-    def _end_streams(self) -> None:
-        if self._http2.lose(STREAMS_AT_ONCE):
-            self._loop.call_soon(self._end_streams)
-        else:
+    def end_streams(self, most: int) -> int:
+        """Ends at most so many streams of the connection, which is lost; returns how many.
+
+        Fewer: these were all.
+        """
+        ended = self._http2.lose(most)
+        if ended < most:
             self._release_buffer()
             self._memory.close()
+        return ended
 
     def pause_writing(self) -> None:
         """A client that does not read gets no more messages, and is not read."""

@@ -197,8 +197,11 @@ class _Turns:
         self._handle.cancel()
 
 
-async def test_calls_that_come_together_begin_and_end_in_several_turns_of_the_loop() -> None:
-    """Others come in between: a client that opens a thousand streams does not delay them."""
+@pytest.mark.parametrize("connections", [1, 20])
+async def test_calls_that_come_together_begin_and_end_in_several_turns_of_the_loop(
+    connections: int,
+) -> None:
+    """Others come in between: clients with a thousand streams do not delay them."""
     begun: list[int] = []
     ended: list[int] = []
     turns = _Turns()
@@ -214,22 +217,26 @@ async def test_calls_that_come_together_begin_and_end_in_several_turns_of_the_lo
     calls = 10 * STREAMS_AT_ONCE
     client = H2Connection(H2Configuration(client_side=True))
     client.initiate_connection()
-    for place in range(calls):
+    for place in range(calls // connections):
         stream_id = 2 * place + 1
         client.send_headers(stream_id, [*HEADERS[:2], (":path", "/test/Who"), *HEADERS[3:]])
         client.send_data(stream_id, bytes(5), end_stream=True)
-    async with _running(who=wait) as (server, port):
-        _reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(client.data_to_send())
-        async with asyncio.timeout(HANG):
-            while len(begun) < calls:
-                await asyncio.sleep(0.01)
+    sent = client.data_to_send()
+    async with _running(who=wait) as (server, port), asyncio.timeout(HANG):
+        writers = [
+            (await asyncio.open_connection("127.0.0.1", port))[1] for _ in range(connections)
+        ]
+        for writer in writers:
+            writer.write(sent)
+        while len(begun) < calls:
+            await asyncio.sleep(0.01)
+        for writer in writers:
             writer.transport.abort()
-            while len(ended) < calls:
-                await asyncio.sleep(0.01)
+        while len(ended) < calls:
+            await asyncio.sleep(0.01)
         turns.stop()
         await _gone(server)
-    for places in (begun, ended):
+    for places in (ended,) if connections > 1 else (begun, ended):
         assert max(Counter(places).values()) <= STREAMS_AT_ONCE
 
 

@@ -70,11 +70,7 @@ async def resets(target: Target, count: int) -> None:
 
     100,000 of them were an outage of 32 s and 790 MiB.
     """
-    plain = [(":method", "POST"), (":scheme", "http"), (":path", f"{SERVICE}/StreamSteps")]
-    plain += [(":authority", "x"), ("te", "trailers"), ("content-type", "application/grpc")]
-    encoder = Encoder()
-    encoder.header_table_size = 0  # every block stands alone
-    block = encoder.encode(plain)
+    block = _headers_of_a_call()
     stream = 1
     for _ in range(0, count, 1_000):
         if stream == 1:
@@ -120,17 +116,7 @@ async def streams_lost_at_once(target: Target, count: int) -> None:
 
     Each connection that was lost ended 8 streams in a turn of the loop: a step waited for 0.26 s.
     """
-    block = Encoder().encode(
-        [
-            (":method", "POST"),
-            (":scheme", "http"),
-            (":path", f"{SERVICE}/StreamSteps"),
-            (":authority", "localhost"),
-            ("te", "trailers"),
-            ("content-type", "application/grpc"),
-        ],
-        huffman=False,
-    )
+    block = _headers_of_a_call()
     begin = [HeadersFrame(2 * n + 1, block, flags=["END_HEADERS"]).serialize() for n in range(100)]
     for _ in range(2):
         opened = [await _connected(target.address) for _ in range(count)]
@@ -141,6 +127,15 @@ async def streams_lost_at_once(target: Target, count: int) -> None:
         for _, writer in opened:
             writer.transport.abort()
         await asyncio.sleep(1)
+
+
+def _headers_of_a_call() -> bytes:
+    """The header block of a stream of steps; it stands alone."""
+    plain = [(":method", "POST"), (":scheme", "http"), (":path", f"{SERVICE}/StreamSteps")]
+    plain += [(":authority", "x"), ("te", "trailers"), ("content-type", "application/grpc")]
+    encoder = Encoder()
+    encoder.header_table_size = 0
+    return encoder.encode(plain)
 
 
 async def _connected(
